@@ -1,0 +1,33 @@
+"""Run settings that all recipes share, and the words after the colon of ``--config=configs/x.py:words``."""
+
+from ml_collections import ConfigDict
+
+
+def parse(arg: str, flags: tuple[str, ...], numbers: tuple[str, ...] = ("fold",)) -> dict[str, int]:
+    """``"phantom,fold=2"`` to ``{"phantom": 1, "fold": 2}``; words that are not from the given sets raise ValueError."""
+    known = ", ".join([*flags, *(f"{n}=<number>" for n in numbers)])
+    words: dict[str, int] = {}
+    for word in filter(None, arg.split(",")):
+        name, equals, value = word.partition("=")
+        if not equals and name in flags:
+            words[name] = 1
+        elif equals and name in numbers and value.isdigit():
+            words[name] = int(value)
+        else:
+            raise ValueError(f"unknown variant {word!r}; known: {known}")
+    return words
+
+
+def get_config() -> ConfigDict:
+    """Settings that no recipe of the paper prescribes."""
+    config = ConfigDict()
+    config.seed = 0
+    config.mesh = ConfigDict({"data": -1, "space": 1})  # data=-1: all devices that space leaves
+    config.train = ConfigDict(
+        {
+            "log_every": 50,  # steps
+            "checkpoint_minutes": 10.0,  # between checkpoints inside an epoch; every epoch ends with one
+            "validate_every": 1,  # epochs, once validation has begun
+        }
+    )
+    return config

@@ -1,0 +1,194 @@
+"""Checkpoints with orbax: the whole state to resume from, and the best weights to predict with.
+
+    <workdir>/checkpoints/<step>/   the two latest training states, written in the background
+    <workdir>/best/<step>/          weights and running statistics of the best validation
+"""
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from xdim_jax.errors import UserError
+from xdim_jax.step import TrainState
+
+KEPT = 2  # latest states: should the newest turn out damaged, the one before is whole
+LATEST_FOLDER, BEST_FOLDER = "checkpoints", "best"
+_SCORE = "dice"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """The two managers of a workdir; close with `close`."""
+
+    latest: ocp.CheckpointManager
+    best: ocp.CheckpointManager
+
+
+def open_checkpoints(workdir: Path) -> Checkpoints:
+    """Opens (or makes) the checkpoint folders; half-written ones that a kill left behind are removed."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every save at INFO
+    score: Callable[[Any], float] = lambda metrics: metrics[_SCORE]  # noqa: E731
+    return Checkpoints(
+        _manager(workdir / LATEST_FOLDER, checkpoint_managers.LatestN(KEPT)),
+        _manager(
+            workdir / BEST_FOLDER, checkpoint_managers.BestN(get_metric_fn=score, n=1, reverse=False), best_fn=score
+        ),
+    )
+
+
+def _manager(folder: Path, policy: Any, **options: Any) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True, **options)
+    try:
+        return ocp.CheckpointManager(folder.absolute(), options=options)
+    except OSError as error:
+        raise UserError(f"cannot write checkpoints in {folder}: {error}; choose another --workdir") from error
+
+
+def close(checkpoints: Checkpoints) -> None:
+    """Waits for saves under way and closes.
+
+    Raises:
+        UserError: a save under way failed.
+    """
+    for manager in (checkpoints.latest, checkpoints.best):
+        _guarded(manager, "a checkpoint", manager.wait_until_finished)
+        manager.close()
+
+
+def save_latest(checkpoints: Checkpoints, state: TrainState, progress: dict[str, Any]) -> None:
+    """Starts saving the state after step ``state.step`` in the background; a step that is there already is kept.
+
+    Raises:
+        UserError: this save, or the one before it, could not be written.
+    """
+    step = int(state.step)
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
+    if step not in checkpoints.latest.all_steps():
+        _guarded(checkpoints.latest, f"checkpoint {step}", lambda: checkpoints.latest.save(step, args=items, force=True))
+
+
+def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, score: float) -> None:
+    """Saves the weights; only the best score is kept."""
+    items = ocp.args.Composite(weights=ocp.args.StandardSave({"params": params, "stats": stats}))
+    if step not in checkpoints.best.all_steps():
+        save = lambda: checkpoints.best.save(step, args=items, metrics={_SCORE: score}, force=True)  # noqa: E731
+        _guarded(checkpoints.best, f"best weights {step}", save)
+
+
+def _guarded(manager: ocp.CheckpointManager, what: str, action: Callable[[], Any]) -> None:
+    """Runs a save or a wait for one; a failure becomes one message, and what it left half-written is removed."""
+    try:
+        action()
+        manager.check_for_errors()
+    except Exception as error:
+        folder = Path(manager.directory)
+        for partial in folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(folder).free / 2**20
+        reason = (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise UserError(
+            f"cannot write {what} in {folder} ({free:.0f} MiB free there): {reason}. Earlier checkpoints are whole; "
+            "make room and run the same command again to resume"
+        ) from error
+
+
+def restore_latest(
+    checkpoints: Checkpoints, like: TrainState, warn: Callable[[str], None]
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest state that can be read, with its progress record; None when there is none.
+
+    ``like`` gives shapes and shardings, so that a state saved on other devices is laid out anew. A damaged checkpoint
+    is moved aside with a warning.
+
+    Raises:
+        UserError: there are checkpoints, but none can be read.
+    """
+    manager = checkpoints.latest
+    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step in steps:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
+        try:
+            restored = manager.restore(step, args=items)
+        except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            warn(f"checkpoint {step} in {manager.directory} cannot be read ({reason}); trying the one before it")
+            continue
+        for broken in (s for s in steps if s > step):
+            aside = Path(manager.directory).parent / f"damaged-checkpoint-{broken}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (Path(manager.directory) / str(broken)).rename(aside)
+            warn(f"moved the damaged checkpoint {broken} to {aside}")
+        manager.reload()
+        return restored.state, restored.progress
+    if steps:
+        raise UserError(
+            f"no checkpoint in {manager.directory} can be read (steps {steps}); they are damaged or belong to another "
+            "network. Give a new --workdir, or remove that folder to start again"
+        )
+    return None
+
+
+def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]:
+    """Weights to predict with: the best validation's, or, if none was kept yet, the latest state's slow weights.
+
+    Args:
+        params, stats: trees of the right shapes.
+
+    Returns:
+        params, stats, and where they came from.
+
+    Raises:
+        UserError: the workdir has no checkpoint, or it does not fit the network.
+    """
+    weights = {"params": params, "stats": stats}
+    best = _newest(workdir / BEST_FOLDER)
+    latest = _newest(workdir / LATEST_FOLDER)
+    if best is None and latest is None:
+        raise UserError(
+            f"{workdir} holds no finished checkpoint ({BEST_FOLDER}/<step> or {LATEST_FOLDER}/<step>): train first with "
+            f"python -m xdim_jax.train --config=... --workdir={workdir}"
+        )
+    try:
+        if best is not None:
+            return *_read(best / "weights", weights, []), f"best validation, step {best.name}"
+        assert latest is not None
+        for nested in (["slow"], []):  # with and without LookAhead
+            try:
+                return *_read(latest / "state", weights, nested), f"latest state, step {latest.name}"
+            except (ValueError, KeyError):
+                if not nested:
+                    raise
+        raise AssertionError
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise UserError(
+            f"the checkpoint {best or latest} does not fit the network of {workdir}/config.json, or is damaged: {reason}"
+        ) from error
+
+
+def _newest(folder: Path) -> Path | None:
+    steps = [p for p in folder.glob("*") if p.name.isdigit()]
+    return max(steps, key=lambda p: int(p.name), default=None)
+
+
+def _read(folder: Path, weights: dict[str, Any], nested: list[str]) -> tuple[Any, Any]:
+    target: dict[str, Any] = dict(weights)
+    for key in nested:
+        target["params"] = {key: target["params"]}
+    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), target)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.restore(folder.absolute(), args=args)
+    params = tree["params"]
+    for key in nested:
+        params = params[key]
+    return params, tree["stats"]

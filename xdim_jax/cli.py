@@ -1,0 +1,185 @@
+"""What the mains share: one message per error, the config flag, and the settings of the process."""
+
+import argparse
+import ctypes
+import difflib
+import hashlib
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from xdim_jax.errors import UserError
+from xdim_jax.files import read_json, write_json
+
+CONFIG_FILE = "config.json"
+
+
+def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Runs a main on the command line's arguments and exits: 0 done, 2 with one message for unusable input."""
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    sys.exit(code)
+
+
+def make_parser(module: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """An argument parser that shows the description as written."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+# -- config files -------------------------------------------------------------------------------------------------
+
+
+def load_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
+    """Reads ``path/to/config.py[:variant,...]`` and applies ``--config.key=value`` overrides; the result is locked.
+
+    A path that does not exist here is looked up among the recipes that ship with the package.
+
+    Raises:
+        UserError: no such file, unknown variant, unknown key (with the nearest known one), value of a wrong type.
+    """
+    name, _, variant = spec.partition(":")
+    path = _find_config(name)
+    folder = str(path.parent.parent.absolute())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # a config imports configs.common
+    module_spec = importlib.util.spec_from_file_location("xdim_config", path)
+    assert module_spec and module_spec.loader
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    try:
+        config = module.get_config(variant)
+    except ValueError as error:
+        raise UserError(f"--config={spec}: {error}") from error
+    _check_overrides(config, overrides)
+    values = flags.FlagValues()
+    argv = ["config", *overrides]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(f"{' '.join(overrides)}: {error}") from error
+    return values.config
+
+
+def shipped_configs() -> Path:
+    """The folder of the recipes: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "_recipes" / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _find_config(name: str) -> Path:
+    shipped = shipped_configs()
+    for path in (Path(name), shipped / Path(name).name, shipped / f"{Path(name).name}.py"):
+        if path.is_file():
+            return path
+    known = sorted(p.stem for p in shipped.glob("*.py") if p.stem not in ("__init__", "common"))
+    raise UserError(f"--config: {name} does not exist; recipes that ship: " + ", ".join(f"configs/{k}.py" for k in known))
+
+
+def _check_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
+    known = [key for key, _ in _leaves(config)]
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not key.startswith("--config."):
+            raise UserError(f"unknown argument {override}; overrides read --config.<key>=<value>, see --help")
+        if not equals:
+            raise UserError(f"{override} has no value; write {override}=<value>")
+        key = key.removeprefix("--config.")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+            hint = f"did you mean --config.{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise UserError(f"--config.{key} is not a key of this config; {hint}")
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:
+    leaves = []
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            leaves += _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves.append((f"{prefix}{key}", value))
+    return leaves
+
+
+def claim_workdir(workdir: Path, config: ConfigDict, free: Sequence[str]) -> None:
+    """Writes the resolved config, or checks that the one that is there is the same, but for the ``free`` keys.
+
+    Raises:
+        UserError: the workdir belongs to another config (every difference is listed), or cannot be written.
+    """
+    path = workdir / CONFIG_FILE
+    wanted = dict(_leaves(config))
+    if path.exists():
+        found = dict(_leaves(ConfigDict(read_json(path))))
+        differing = [
+            f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} asked for"
+            for key in sorted(found.keys() | wanted.keys())
+            if key not in free and _plain(found.get(key)) != _plain(wanted.get(key))
+        ]
+        if differing:
+            raise UserError(
+                f"{workdir} holds a run of another config; give another --workdir, or the same config to resume it. "
+                "Differences:\n  " + "\n  ".join(differing)
+            )
+    write_json(path, config.to_dict())
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The resolved config of a run. Raises UserError if the folder is not a workdir."""
+    if not (workdir / CONFIG_FILE).is_file():
+        raise UserError(f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}; give the --workdir of xdim_jax.train")
+    return ConfigDict(read_json(workdir / CONFIG_FILE))
+
+
+# -- the process --------------------------------------------------------------------------------------------------
+
+
+def set_up_jax() -> None:
+    """Settings that make programs start and run fast; call before the first JAX computation.
+
+    The persistent compilation cache lies under the user's cache folder (``JAX_COMPILATION_CACHE_DIR`` moves it, and
+    ``XDIM_JAX_CACHE=off`` turns it off), parted by processor, because CPU programs hold its instructions. On CPU and
+    glibc the allocator keeps its memory: XLA asks for all temporaries anew at every step.
+    """
+    import jax
+
+    if os.environ.get("XDIM_JAX_CACHE") != "off" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "xdim_jax" / "xla" / _processor_key()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter, value in ((-8, 1), (-4, 0), (-1, -1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+            libc.mallopt(parameter, value)
+
+
+def _processor_key() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        features = ""
+    return hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:12]

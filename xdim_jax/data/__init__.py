@@ -1,0 +1,1 @@
+"""Data sets on disk, preparation, and the input pipeline. Nothing here imports jax."""

@@ -1,0 +1,139 @@
+"""Synthetic cases in the real on-disk layouts, to try everything without licensed data.
+
+The head is an ellipsoid brain (grey matter, white matter, ventricles) with a lesion of oedema, an enhancing rim and
+a necrotic centre; every fifth case has no enhancing part. Four co-registered modalities show the tissues with the
+contrasts of the real sequences, under a smooth bias field and noise. All shapes are made of ellipsoids bent by smooth
+random fields, so they scale with the volume.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy.ndimage import gaussian_filter, zoom
+
+from xdim_jax.data.brats import MODALITIES, Convention, encode_label
+from xdim_jax.errors import UserError
+from xdim_jax.files import atomic_path
+from xdim_jax.regions import ED, ET, NCR
+
+# relative signal of (grey, white, fluid, oedema, necrosis, enhancing), by sequence
+_CONTRAST = {
+    "flair": (0.75, 0.62, 0.25, 1.20, 0.50, 1.00),
+    "t1": (0.62, 0.85, 0.30, 0.58, 0.42, 0.62),
+    "t1ce": (0.62, 0.85, 0.30, 0.58, 0.38, 1.40),
+    "t2": (0.78, 0.60, 1.25, 1.05, 1.12, 0.95),
+}
+_SIGNAL = 600.0  # int16 units of a relative signal of 1
+_SMALLEST = 32  # voxels along an axis, below which the lesion's parts vanish
+
+
+@dataclasses.dataclass(frozen=True)
+class Difficulty:
+    """How hard the phantoms are: standard deviations of the noise and of the (logarithmic) bias field."""
+
+    noise: float = 0.06
+    bias: float = 0.10
+
+
+def brats_case(
+    shape: tuple[int, int, int], rng: np.random.Generator, *, enhancing: bool, difficulty: Difficulty
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """One head: modality to int16 (x, y, z), background exactly 0, and the tissue indices uint8 (x, y, z)."""
+    axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
+    x, y, z = np.meshgrid(*axes, indexing="ij", sparse=True)
+
+    def bent(centre: np.ndarray, radii: np.ndarray, bend: float) -> np.ndarray:
+        """Distance from an ellipsoid's centre in units of its radii, bent by a smooth field: below 1 is inside."""
+        r = np.sqrt(sum(((a - c) / s) ** 2 for a, c, s in zip((x, y, z), centre, radii, strict=True)))
+        return r * (1 + bend * _smooth_field(shape, rng, cells=6))
+
+    head = bent(np.zeros(3), np.array([0.72, 0.85, 0.78]), 0.04)
+    brain = head < 1
+    white = (head < 0.80 + 0.08 * _smooth_field(shape, rng, cells=12)) & brain
+    side = np.array([0.16, 0.0, 0.05])
+    ventricles = np.zeros(shape, bool)
+    for sign in (-1, 1):
+        ventricles |= bent(side * [sign, 1, 1], np.array([0.09, 0.32, 0.16]), 0.15) < 1
+
+    # the lesion's centre lies well inside the white matter of one hemisphere
+    centre = rng.uniform([0.15, -0.35, -0.25], [0.38, 0.35, 0.30]) * [rng.choice([-1, 1]), 1, 1]
+    size = rng.uniform(0.24, 0.40) * rng.uniform(0.85, 1.15, 3)
+    oedema = (bent(centre, size, 0.25) < 1) & brain
+    core = (bent(centre, size * rng.uniform(0.55, 0.72), 0.15) < 1) & oedema
+    necrosis = (bent(centre, size * rng.uniform(0.28, 0.42), 0.15) < 1) & core
+    label = np.zeros(shape, np.uint8)
+    label[oedema] = ED
+    label[core] = ET if enhancing else NCR
+    label[necrosis] = NCR
+
+    images = {}
+    noise = rng.standard_normal((len(MODALITIES), *shape), np.float32) * difficulty.noise
+    for modality, grain in zip(MODALITIES, noise, strict=True):
+        grey, bright, fluid, swollen, dead, leaking = _CONTRAST[modality]
+        signal = np.where(white, bright, grey).astype(np.float32)
+        signal[ventricles] = fluid
+        for tissue, value in ((ED, swollen), (NCR, dead), (ET, leaking)):
+            signal[label == tissue] = value
+        signal = gaussian_filter(signal, 0.6) * np.exp(difficulty.bias * _smooth_field(shape, rng, cells=3))
+        values = np.maximum((signal * rng.uniform(0.8, 1.2) + grain) * _SIGNAL, 1)  # brain is never exactly 0
+        images[modality] = np.where(brain, np.rint(values), 0).astype(np.int16)
+    return images, label
+
+
+def _smooth_field(shape: tuple[int, ...], rng: np.random.Generator, cells: int) -> np.ndarray:
+    """A random field of standard deviation about 1 that varies over ``1 / cells`` of the volume."""
+    coarse = rng.standard_normal((cells + 2,) * len(shape)).astype(np.float32)
+    middle = tuple(-(-n // 3) for n in shape)  # cubic on a third of the voxels, linear from there
+    field = zoom(coarse, [n / (cells + 2) for n in middle], order=3, mode="nearest", grid_mode=True)
+    field = zoom(field, [n / m for n, m in zip(shape, middle, strict=True)], order=1, mode="nearest", grid_mode=True)
+    return np.clip(field / max(float(field.std()), 1e-6), -2.5, 2.5)
+
+
+def write_brats(
+    root: Path,
+    *,
+    cases: int,
+    convention: Convention,
+    shape: tuple[int, int, int] = (240, 240, 155),
+    seed: int = 0,
+    first: int = 0,
+    difficulty: Difficulty | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Path]:
+    """Writes ``cases`` phantoms below ``root`` in the layout of ``convention``; whole cases that exist are kept.
+
+    Geometry as on the challenge's files: 1 mm, affine diag(-1, -1, 1) with translation (0, ny - 1, 0).
+
+    Args:
+        shape: voxels along x, y, z.
+        first: number of the first case; case n depends on (seed, n, shape) alone.
+
+    Raises:
+        UserError: the shape is too small, or a file cannot be written.
+    """
+    if len(shape) != 3 or min(shape) < _SMALLEST:
+        raise UserError(f"phantom shape {tuple(shape)}: expected three sides (x,y,z) of at least {_SMALLEST} voxels")
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    affine[1, 3] = shape[1] - 1
+    names = dict(zip(MODALITIES, convention.modalities, strict=True))
+    folders = []
+    for n in range(first, first + cases):
+        case = f"BraTS2021_{n:05d}" if convention.separator == "_" else f"BraTS-GLI-{n:05d}-000"
+        folder = Path(root) / case
+        folders.append(folder)
+        if folder.is_dir():
+            continue
+        rng = np.random.default_rng([seed, n])
+        images, label = brats_case(shape, rng, enhancing=n % 5 != 4, difficulty=difficulty or Difficulty())
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            parts = {names[m]: image for m, image in images.items()} | {"seg": encode_label(label, convention)}
+            for part, array in parts.items():
+                image = nib.Nifti1Image(array, affine)
+                image.header.set_xyzt_units("mm")
+                nib.save(image, temporary / f"{convention.file_name(case, part)}.nii.gz")
+        progress(f"phantom {case}: {shape[0]}x{shape[1]}x{shape[2]}, {np.count_nonzero(label)} lesion voxels")
+    return folders

@@ -1,0 +1,37 @@
+"""Cross-validation folds by patient."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from xdim_jax.data.brats import Case
+from xdim_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def assign_folds(patients: Iterable[str], folds: int, seed: int) -> dict[str, int]:
+    """Patient to fold. Patients are put in the order of a seeded hash of their names and dealt out like cards.
+
+    The result depends on the set of names alone, not on their order or the machine; folds differ in size by one
+    at most.
+    """
+    order = sorted(set(patients), key=lambda p: hashlib.sha256(f"{seed}:{p}".encode()).hexdigest())
+    return {patient: i % folds for i, patient in enumerate(order)}
+
+
+def split_cases(cases: Sequence[Case], *, fold: int, folds: int, seed: int) -> tuple[list[Case], list[Case]]:
+    """Training cases, and the validation cases of ``fold``; every patient is on one side only.
+
+    Raises:
+        UserError: the fold does not exist, or there are fewer patients than folds.
+    """
+    if not (folds >= 2 and 0 <= fold < folds):
+        raise UserError(f"config.data.fold={fold} of config.data.folds={folds}: expected 0 <= fold < folds, folds >= 2")
+    assigned = assign_folds((c.patient for c in cases), folds, seed)
+    if len(assigned) < folds:
+        raise UserError(
+            f"{len(assigned)} patients cannot be split into config.data.folds={folds}; add cases, or lower folds"
+        )
+    train = [c for c in cases if assigned[c.patient] != fold]
+    return train, [c for c in cases if assigned[c.patient] == fold]

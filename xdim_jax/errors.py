@@ -1,0 +1,12 @@
+"""What a user sees when something he gave is wrong, and how the mains turn it into one message."""
+
+
+class UserError(ValueError):
+    """Input that cannot be used. The message names the file or flag, what was found, what was expected, the next step."""
+
+
+def join_problems(problems: list[str], summary: str) -> UserError:
+    """One error that lists every problem found, not only the first."""
+    if len(problems) == 1:
+        return UserError(problems[0])
+    return UserError("\n  - ".join([f"{len(problems)} {summary}:", *problems]))

@@ -1,0 +1,83 @@
+"""Files that are either whole or absent."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from xdim_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside ``path`` (same suffixes) to write to, and renames it when the block is done.
+
+    On any failure the temporary file or folder is removed and ``path`` is as it was.
+
+    Raises:
+        UserError: the operating system refused to write (disk full, read-only, quota): names the file and reason.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.partial.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        _remove(temporary)
+        raise write_error(path, error) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def write_error(path: Path, error: OSError) -> UserError:
+    """The message for a write that the operating system refused, with the room left on that disk."""
+    folder = next((p for p in [path, *path.parents] if p.is_dir()), Path("/"))
+    try:
+        free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB free there"
+    except OSError:
+        free = "free space unknown"
+    reason = error.strerror or str(error)
+    return UserError(
+        f"cannot write {path}: {reason} ({free}). Nothing half-written is left. "
+        "Make room or choose another folder, then run the same command again."
+    )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text, whole or not at all."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}); write it anew with the command that made it") from error

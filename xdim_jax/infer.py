@@ -1,0 +1,94 @@
+"""Whole volumes from a network that takes patches: sliding windows with Gaussian weights, then labels."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xdim_jax import regions
+from xdim_jax.data.brats import Volume
+from xdim_jax.data.pipeline import prepare
+
+SIGMA = 1 / 8  # of the patch: a window's weight falls to 3e-4 at the middle of its faces (nnU-Net's choice)
+_FLOOR = 1e-3  # smallest weight, so that a corner seen by one window only is not divided by zero
+_BUCKET = 32  # accumulators are rounded up to it, so that few programs are compiled
+
+# weights, image (D, H, W, C) float32 -> probabilities (D, H, W, R) float32
+VolumePredictor = Callable[[Any, np.ndarray], np.ndarray]
+
+
+def gaussian_weights(patch: Sequence[int]) -> np.ndarray:
+    """Weight of every voxel of a window, float32 of shape ``patch``, 1 at the centre."""
+    weights = np.ones((), np.float64)
+    for n in patch:
+        profile = np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (SIGMA * n)) ** 2)
+        weights = weights[..., None] * profile
+    return np.maximum(weights / weights.max(), _FLOOR).astype(np.float32)
+
+
+def window_starts(size: int, patch: int, overlap: float) -> list[int]:
+    """Starts of the fewest evenly spread windows that cover ``size`` and overlap by at least ``overlap``."""
+    if size <= patch:
+        return [0]
+    count = -(-(size - patch) // max(int(patch * (1 - overlap)), 1)) + 1
+    return [round(i * (size - patch) / (count - 1)) for i in range(count)]
+
+
+def make_volume_predictor(
+    forward: Callable[[Any, jax.Array], jax.Array], *, patch: tuple[int, int, int], overlap: float
+) -> VolumePredictor:
+    """Region probabilities of whole volumes.
+
+    Args:
+        forward: weights and ``(1, *patch, C)`` to logits ``(1, *patch, R)``; one shape, so compiled once.
+        patch: window size; smaller volumes are padded with zeros.
+        overlap: share of a window that its neighbour covers, in [0, 1).
+    """
+    gauss = gaussian_weights(patch)[..., None]
+
+    @jax.jit
+    def window(weights: Any, image: jax.Array) -> jax.Array:
+        return jax.nn.sigmoid(forward(weights, image[None])[0].astype(jnp.float32)) * gauss
+
+    def add(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+        index = (start[0], start[1], start[2], 0)
+        old = jax.lax.dynamic_slice(total, index, part.shape)
+        return jax.lax.dynamic_update_slice(total, old + part, index)
+
+    accumulate = jax.jit(add, donate_argnums=0)
+
+    def predict(weights: Any, image: np.ndarray) -> np.ndarray:
+        size = image.shape[:3]
+        pads = [(0, max(p - n, 0)) for n, p in zip(size, patch, strict=True)]
+        image = np.pad(image, [*pads, (0, 0)])
+        padded = [-(-n // _BUCKET) * _BUCKET for n in image.shape[:3]]
+        norm = np.zeros((*padded, 1), np.float32)
+        total = None
+        starts = [window_starts(n, p, overlap) for n, p in zip(image.shape[:3], patch, strict=True)]
+        for start in itertools.product(*starts):
+            box = tuple(slice(s, s + p) for s, p in zip(start, patch, strict=True))
+            part = window(weights, jnp.asarray(image[box]))
+            if total is None:
+                total = jnp.zeros((*padded, part.shape[-1]), jnp.float32)
+            total = accumulate(total, part, jnp.asarray(start))
+            norm[box] += gauss
+        assert total is not None
+        inside = tuple(slice(0, n) for n in size)
+        return np.asarray(total)[inside] / norm[inside]
+
+    return predict
+
+
+def segment(predict: VolumePredictor, weights: Any, volume: Volume, config: Mapping[str, Any]) -> np.ndarray:
+    """Tissue indices uint8 (D, H, W) on the volume's own grid.
+
+    Regions above ``config["threshold"]`` become tissues by set algebra; fewer than ``config["min_et"]`` voxels of ET
+    become NCR.
+    """
+    image, box = prepare(volume)
+    label = np.zeros(volume.image.shape[:3], np.uint8)
+    label[box] = regions.decode(predict(weights, image) > config["threshold"])
+    return regions.drop_small_et(label, config["min_et"])

@@ -1,0 +1,77 @@
+"""The training state and one optimisation step, as pure functions on plain trees of arrays."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from xdim_jax.loss import Loss, hard_dice
+from xdim_jax.optim import fast
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes. ``params`` is a LookAhead pair or a dict; ``stats`` the running statistics."""
+
+    step: jax.Array
+    params: Any
+    stats: Any
+    opt_state: Any
+
+
+Targets = Callable[[jax.Array], jax.Array]
+
+
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
+    """A module to its static part and two plain nested dicts: parameters and running statistics."""
+    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+
+def init_state(params: Any, stats: Any, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, loss: Loss, targets: Targets, tx: optax.GradientTransformation
+) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """``step(state, batch, key) -> state, metrics``; randomness is ``fold_in(key, state.step)``.
+
+    Metrics: ``loss`` and its parts, ``grad_norm``, and ``score``, the hard Dice per channel averaged over samples.
+    """
+
+    def step(
+        state: TrainState, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        masks = targets(batch["label"])
+        key = jax.random.fold_in(key, state.step)
+
+        def objective(params: Any) -> tuple[jax.Array, Any]:
+            model = nnx.merge(graphdef, params, state.stats)
+            model.train()
+            logits = model(batch["image"], rngs=nnx.Rngs(dropout=key))
+            value, parts = loss(logits, masks)
+            metrics = {"loss": value, **parts, "score": jnp.mean(hard_dice(logits, masks), 0)}
+            return value, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+        grads, (metrics, stats) = jax.grad(objective, has_aux=True)(fast(state.params))
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return TrainState(state.step + 1, params, stats, opt_state), metrics
+
+    return step
+
+
+def make_forward(graphdef: nnx.GraphDef) -> Callable[[tuple[Any, Any], jax.Array], jax.Array]:
+    """``forward((params, stats), image) -> logits`` in evaluation mode."""
+
+    def forward(weights: tuple[Any, Any], image: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, *weights)
+        model.eval()
+        return model(image)
+
+    return forward

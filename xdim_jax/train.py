@@ -1,0 +1,191 @@
+"""Trains a network from a config; run again with the same arguments, it resumes."""
+
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from xdim_jax import checkpoint, cli, infer, log, mesh, metrics, models, optim, regions
+from xdim_jax.data import brats, phantom, pipeline
+from xdim_jax.data.splits import split_cases
+from xdim_jax.errors import UserError
+from xdim_jax.files import write_json
+from xdim_jax.loop import Interrupted, Progress, Run, StopRequest, Validation, catch_signals, fit
+from xdim_jax.loss import make_loss
+from xdim_jax.step import init_state, make_forward, make_train_step, split_model
+
+# keys that may differ when a run is resumed: they change neither data nor numbers
+FREE_KEYS = ("data.root", "data.threads", "train.log_every", "train.checkpoint_minutes")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line, see ``--help``."""
+    parser = cli.make_parser(
+        "xdim_jax.train",
+        __doc__ + "\n\nWrites to the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, best/.",
+        "any value of the config can be overridden: --config.<key>=<value>, e.g. --config.data.root=/data/BraTS\n"
+        "exit status: 0 done, 2 unusable input, 130 or 143 stopped by Ctrl-C or SIGTERM with everything saved\n\n"
+        "examples:\n"
+        "  python -m xdim_jax.train --config=configs/brats_dxnet.py:phantom --workdir=runs/demo\n"
+        "  python -m xdim_jax.train --config=configs/brats_dxnet.py --config.data.root=/data/BraTS2021_Training_Data \\\n"
+        "      --workdir=runs/dx",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:WORDS]", help="a recipe, e.g. configs/brats_dxnet.py")
+    parser.add_argument("--workdir", required=True, type=Path, help="folder of the run; made if it does not exist")
+    options, overrides = parser.parse_known_args(argv)
+    config = cli.load_config(options.config, overrides)
+    check_config(config)
+    cli.set_up_jax()
+    return train(config, options.workdir)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Finds what cannot work before anything is read or compiled. Raises UserError."""
+    convention = brats.get_convention(config.data.convention)
+    if not config.data.root and not config.data.phantom.cases:
+        raise UserError(
+            "no data: give --config.data.root=<folder> with cases laid out as\n"
+            f"  {convention.layout()}\n"
+            "or take the variant that needs no data, --config=<recipe>.py:phantom"
+        )
+    if config.data.root and not Path(config.data.root).is_dir():
+        raise UserError(f"--config.data.root={config.data.root} is not a folder; expected {convention.layout()}")
+    channels = {"in_channels": len(brats.MODALITIES), "out_channels": len(regions.REGIONS)}
+    for key, expected in channels.items():
+        if config.model[key] != expected:
+            raise UserError(f"config.model.{key}={config.model[key]}: BraTS needs {expected}")
+    try:
+        models.check_patch(config.model, config.data.patch)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for key in ("batch", "patches_per_case", "threads"):
+        if config.data[key] < 1:
+            raise UserError(f"config.data.{key}={config.data[key]}: expected at least 1")
+    if not 0 <= config.predict.overlap < 1:
+        raise UserError(f"config.predict.overlap={config.predict.overlap}: expected 0 <= overlap < 1")
+
+
+def find_data(config: ConfigDict, workdir: Path) -> tuple[list[brats.Case], list[brats.Case]]:
+    """Training and validation cases; without a root, phantoms are written below the workdir first."""
+    convention = brats.get_convention(config.data.convention)
+    root = Path(config.data.root or workdir / "phantom" / "train")
+    if not config.data.root:
+        options = config.data.phantom
+        shared = {
+            "convention": convention,
+            "shape": tuple(options.shape),
+            "seed": config.seed,
+            "difficulty": phantom.Difficulty(noise=options.noise, bias=options.bias),
+            "progress": log.say,
+        }
+        phantom.write_brats(root, cases=options.cases, **shared)
+        phantom.write_brats(root.parent / "held_out", cases=options.held_out, first=options.cases, **shared)
+    cases = brats.list_cases(root, convention, need_labels=True)
+    train, validation = split_cases(cases, fold=config.data.fold, folds=config.data.folds, seed=config.seed)
+    split = {"root": str(root), "train": [c.case_id for c in train], "validation": [c.case_id for c in validation]}
+    write_json(workdir / "split.json", split)
+    return train, validation
+
+
+def train(config: ConfigDict, workdir: Path) -> int:
+    """Runs the recipe to its end, or until a signal. Returns the exit status."""
+    devices = mesh.make_mesh(config.mesh.data, config.mesh.space, batch=config.data.batch)
+    cli.claim_workdir(workdir, config, FREE_KEYS)
+    train_cases, validation_cases = find_data(config, workdir)
+    per_epoch = pipeline.steps_per_epoch(len(train_cases), config.data.patches_per_case, config.data.batch)
+    total = per_epoch * config.train.epochs
+
+    graphdef, params, stats = split_model(models.build(config.model, seed=config.seed))
+    schedule = optim.make_schedule(config.optim.schedule, epochs=config.train.epochs, per_epoch=per_epoch)
+    tx = optim.make_optimizer(config.optim, schedule)
+    state = init_state(optim.init_params(config.optim, params), stats, tx)
+    # LookAhead's two copies start as one array, which cannot be donated twice
+    state = mesh.put_replicated(jax.tree.map(jnp.copy, state), devices)
+    progress = Progress([0.0] * len(regions.REGIONS))
+
+    log.say(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
+    log.say(f"mesh       data {devices.shape['data']} x space {devices.shape['space']}")
+    log.say(f"network    {config.model.name}, {models.count_parameters(params):,} parameters, randomly initialised")
+    log.say(f"data       {len(train_cases)} training, {len(validation_cases)} validation cases, fold {config.data.fold}")
+    log.say(f"steps      {config.train.epochs} epochs x {per_epoch} = {total}")
+    log.say(f"workdir    {workdir}")
+    checkpoints = checkpoint.open_checkpoints(workdir)
+    restored = checkpoint.restore_latest(checkpoints, state, log.warn)
+    if restored:
+        state, progress = restored[0], Progress(**restored[1])
+    start = int(state.step)
+    log.say(f"resume     from step {start}" if restored else "resume     nothing to resume, starting at step 0")
+
+    stream = pipeline.make_stream(
+        train_cases,
+        patch=tuple(config.data.patch),
+        tumour_probability=config.data.tumour_probability,
+        patches_per_case=config.data.patches_per_case,
+        batch=config.data.batch,
+        seed=config.seed,
+        start_step=start,
+        threads=config.data.threads,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with catch_signals() as stop:
+        run = Run(
+            config=config.train,
+            per_epoch=per_epoch,
+            step=make_train_step(graphdef, make_loss(config.loss), lambda label: regions.encode(label, jnp), tx),
+            key=jax.random.key(config.seed),
+            schedule=schedule,
+            mesh=devices,
+            checkpoints=checkpoints,
+            recorder=log.open_recorder(workdir, start, writes=jax.process_index() == 0),
+            validate=make_validation(graphdef, validation_cases, tuple(config.data.patch), config.predict),
+            stop=stop,
+        )
+        try:
+            fit(run, state, progress, stream, validated=_validated(workdir, start))
+        finally:
+            log.close_recorder(run.recorder)
+            checkpoint.close(checkpoints)
+    if stop.signal:
+        log.say(f"stopped    by {signal.Signals(stop.signal).name}, all saved; run the same command to go on")
+        return 128 + stop.signal
+    log.say(f"done       predict with: python -m xdim_jax.predict --workdir={workdir} --input=<cases> --output=<folder>")
+    return 0
+
+
+def _validated(workdir: Path, step: int) -> bool:
+    return any(r["kind"] == "validation" and r["step"] == step for r in log.read_records(workdir))
+
+
+def make_validation(
+    graphdef: Any, cases: Sequence[brats.Case], patch: tuple[int, int, int], options: Mapping[str, Any]
+) -> Validation:
+    """Whole-volume validation: mean Dice per region over the cases, post-processed as predictions are.
+
+    A region that is empty in both maps counts 1, as on the BraTS platform.
+    """
+    predict = infer.make_volume_predictor(make_forward(graphdef), patch=patch, overlap=options["overlap"])
+
+    def validate(weights: Any, stop: StopRequest) -> dict[str, float]:
+        scores = []
+        for case in cases:
+            if stop.signal:
+                raise Interrupted
+            volume = brats.read_case(case)
+            assert volume.label is not None
+            predicted = regions.encode(infer.segment(predict, weights, volume, options))
+            reference = regions.encode(volume.label)
+            dice = [metrics.dice(predicted[..., r], reference[..., r]) for r in range(len(regions.REGIONS))]
+            scores.append(np.nan_to_num(dice, nan=1.0))
+        return dict(zip(regions.REGIONS, np.mean(scores, 0).tolist(), strict=True))
+
+    return validate
+
+
+if __name__ == "__main__":
+    cli.run(main)
