@@ -84,8 +84,8 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.data.patches_per_case = 2
     config.data.threads = 2
     config.model.drop_path = 0.1
-    config.optim.schedule.constant_epochs = 6
-    config.train.epochs = 12
+    config.optim.schedule.constant_epochs = 5
+    config.train.epochs = 9
     config.train.log_every = 8
     config.train.checkpoint_minutes = 0.5
     config.train.validate_after_score = 0.7

@@ -161,19 +161,28 @@ def set_up_jax() -> None:
     """Settings that make programs start and run fast; call before the first JAX computation.
 
     The persistent compilation cache lies under the user's cache folder (``JAX_COMPILATION_CACHE_DIR`` moves it, and
-    ``XDIM_JAX_CACHE=off`` turns it off), parted by processor, because CPU programs hold its instructions. On CPU and
-    glibc the allocator keeps its memory: XLA asks for all temporaries anew at every step.
+    ``XDIM_JAX_CACHE=off`` turns it off), parted by processor, because CPU programs hold its instructions.
     """
+    _keep_freed_memory()
     import jax
 
     if os.environ.get("XDIM_JAX_CACHE") != "off" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "xdim_jax" / "xla" / _processor_key()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((-8, 1), (-4, 0), (-1, -1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-            libc.mallopt(parameter, value)
+
+
+def _keep_freed_memory() -> None:
+    """On CPU and glibc, keeps the heap: XLA frees all temporaries after a step and asks for them anew at the next.
+
+    It has to come before XLA's threads, so whether there is an accelerator is read off its device files.
+    """
+    accelerators = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
+    if platform.libc_ver()[0] != "glibc" or any(Path(p).exists() for p in accelerators):
+        return
+    libc = ctypes.CDLL("libc.so.6")
+    for parameter, value in ((-8, 1), (-4, 0), (-1, -1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+        libc.mallopt(parameter, value)
 
 
 def _processor_key() -> str:

@@ -105,7 +105,7 @@ def fit(
         batch = mesh.put_batch(next(stream), run.mesh)
         if compiled is None:
             compiled = _compile(run, state, batch)
-            interval = time.monotonic()
+            saved = interval = time.monotonic()
         state, metrics = compiled(state, batch, run.key)
         pending.append(metrics)
         epoch_ends = done % run.per_epoch == 0

@@ -5,7 +5,7 @@ voxels unless a spacing is given.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.ndimage import binary_erosion, distance_transform_edt, generate_binary_structure
@@ -101,14 +101,14 @@ def brats2022_case(pred: np.ndarray, ref: np.ndarray, convention: str) -> dict[s
     return {name: brats2022_region(np.isin(pred, values), np.isin(ref, values)) for name, values in regions.items()}
 
 
-def summarise(values: Sequence[float]) -> dict[str, float]:
-    """Count, mean, sd (ddof 1; NaN for one value), median, quartiles (linear), minimum and maximum over cases."""
+def summarise(values: Sequence[float]) -> dict[str, float | None]:
+    """Count, mean, sd (ddof 1; None for one value), median, quartiles (linear), minimum and maximum over cases."""
     array = np.asarray(values, np.float64)
     q25, median, q75 = np.percentile(array, [25, 50, 75])
     return {
         "count": int(array.size),
         "mean": float(array.mean()),
-        "sd": float(array.std(ddof=1)) if array.size > 1 else math.nan,
+        "sd": float(array.std(ddof=1)) if array.size > 1 else None,
         "median": float(median),
         "q25": float(q25),
         "q75": float(q75),
@@ -116,7 +116,3 @@ def summarise(values: Sequence[float]) -> dict[str, float]:
         "max": float(array.max()),
     }
 
-
-def mean_dice(scores: Mapping[str, Mapping[str, float]]) -> float:
-    """Mean Dice over the regions of one case."""
-    return float(np.mean([region["dice"] for region in scores.values()]))

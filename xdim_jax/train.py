@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -187,5 +187,10 @@ def make_validation(
     return validate
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The console entry point."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -8,6 +8,7 @@ values mean and is never guessed from them.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,28 @@ def _missing_message(folder: Path, convention: Convention, missing: list[str]) -
     return f"{folder}: missing {names}; fetch the case again or move it out of the data root"
 
 
+def case_from_files(paths: Sequence[Path], convention: Convention) -> Case:
+    """A case from its modality files, given in the order of `MODALITIES`.
+
+    Raises:
+        UserError: not one existing file per modality.
+    """
+    order = ", ".join(convention.modalities)
+    if len(paths) != len(MODALITIES):
+        raise UserError(f"{len(paths)} files given; expected one per modality, in the order {order}")
+    if absent := [str(p) for p in paths if not p.is_file()]:
+        raise UserError(f"{', '.join(absent)}: no such file; expected one per modality, in the order {order}")
+    name = paths[0].name
+    for suffix in (*_SUFFIXES, f"{convention.separator}{convention.modalities[0]}"):
+        name = name.removesuffix(suffix)
+    return Case(name, name, tuple(paths), None, convention)
+
+
+def without_label(case: Case) -> Case:
+    """The case as a network sees it: its reference is not read."""
+    return dataclasses.replace(case, label=None)
+
+
 def read_case(case: Case) -> Volume:
     """Reads all files of a case and checks that they lie on one grid and hold what they should.
 
@@ -160,7 +183,7 @@ def read_case(case: Case) -> Volume:
         grids.append(grid)
     label = None
     if not problems and case.label:
-        label, unknown = _decode_label(arrays.pop(), case.convention)
+        label, unknown = decode_label(arrays.pop(), case.convention)
         if unknown:
             problems.append(_label_message(case.label, unknown, case.convention))
     if problems:
@@ -181,7 +204,8 @@ def _grid_problem(path: Path, grid: Grid, first_path: Path, first: Grid) -> str 
     return None
 
 
-def _decode_label(values: np.ndarray, convention: Convention) -> tuple[np.ndarray, list[float]]:
+def decode_label(values: np.ndarray, convention: Convention) -> tuple[np.ndarray, list[float]]:
+    """Values on disk to tissue indices uint8, and the values that the convention does not have."""
     rounded = np.rint(values).astype(np.int64)
     known = np.array(sorted(convention.labels))
     unknown = np.unique(values[(np.abs(values - rounded) > 1e-3) | ~np.isin(rounded, known)]).tolist()

@@ -1,0 +1,53 @@
+# `make demo` and `make test` are all a fresh machine needs; PYTHON=python3.12 picks another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+
+.PHONY: demo test test-all lint format check venv clean help
+
+help:
+	@echo "make demo      phantoms -> train -> predict -> evaluate -> HTML report (minutes, CPU, no data needed)"
+	@echo "make test      the default tests          make test-all  the slow ones too"
+	@echo "make check     lint, types and tests, as CI runs them"
+	@echo "make format    ruff format and fixes      make clean     remove .venv and runs/demo"
+
+demo: $(VENV)/.package
+	$(BIN)/python -m xdim_jax.train --config=configs/brats_dxnet.py:phantom --workdir=$(RUN)
+	$(BIN)/python -m xdim_jax.predict --workdir=$(RUN) --input=$(RUN)/phantom/held_out --output=$(RUN)/pred
+	$(BIN)/python -m xdim_jax.evaluate --pred=$(RUN)/pred --ref=$(RUN)/phantom/held_out --out=$(RUN)/eval
+	$(BIN)/python -m xdim_jax.report --workdir=$(RUN) --eval=$(RUN)/eval --out=$(RUN)/report.html
+
+test: venv
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: venv
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: lint test
+
+venv: $(VENV)/.test
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or later is needed, {v.major}.{v.minor} found: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# one stamp per set of extras; a changed pyproject or lock installs anew
+$(VENV)/.package: EXTRAS :=
+$(VENV)/.test: EXTRAS := [test]
+$(VENV)/.dev: EXTRAS := [dev]
+$(VENV)/.package $(VENV)/.test $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(RUN)

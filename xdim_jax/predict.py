@@ -1,0 +1,93 @@
+"""Segments cases with a trained network: NIfTI in, label maps out on the source grid.
+
+The input is a folder of case folders or one case folder in the layout that the network was trained on, or the files
+of one case, one per modality in the order flair t1 t1ce t2. Reference labels are not needed. Every case becomes <output>/<case id>.nii.gz with the affine, the header and the label values of
+its source.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+
+from xdim_jax import checkpoint, cli, infer, log, models, results
+from xdim_jax.data import brats
+from xdim_jax.data.nifti import write_volume
+from xdim_jax.errors import UserError
+from xdim_jax.files import write_json
+from xdim_jax.step import make_forward, split_model
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line, see ``--help``."""
+    parser = cli.make_parser(
+        "xdim_jax.predict",
+        __doc__ or "",
+        "exit status: 0 all cases done, 1 some cases failed (named; the others are done), 2 unusable input",
+    )
+    parser.add_argument("--workdir", required=True, type=Path, help="folder of the training run")
+    parser.add_argument(
+        "--input", required=True, type=Path, nargs="+", help="folder of cases, one case folder, or one file per modality"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder for the label maps; made if it does not exist")
+    parser.add_argument("--convention", choices=sorted(brats.CONVENTIONS), help="of the input; default: the training data's")
+    parser.add_argument("--overlap", type=float, help="of neighbouring windows, 0 to below 1; default: the config's")
+    parser.add_argument("--min_et", type=int, help="smallest ET volume in voxels, 0: off; default: the config's")
+    options = parser.parse_args(argv)
+    config = cli.read_config(options.workdir)
+    for key in ("overlap", "min_et"):
+        if getattr(options, key) is not None:
+            config.predict[key] = getattr(options, key)
+    if not 0 <= config.predict.overlap < 1:
+        raise UserError(f"--overlap={config.predict.overlap}: expected 0 <= overlap < 1")
+    convention = brats.get_convention(options.convention or config.data.convention)
+    if len(options.input) == 1 and not options.input[0].is_file():
+        cases = brats.list_cases(options.input[0], convention, need_labels=False)
+    else:
+        cases = [brats.case_from_files(options.input, convention)]
+    cli.set_up_jax()
+
+    graphdef, params, stats = split_model(models.build(config.model, seed=0))
+    params, stats, source = checkpoint.load_weights(options.workdir, params, stats)
+    log.say(f"weights    {options.workdir}, {source}")
+    log.say(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
+    forward = make_forward(graphdef)
+    predict = infer.make_volume_predictor(forward, patch=tuple(config.data.patch), overlap=config.predict.overlap)
+    record = {
+        "workdir": str(options.workdir.absolute()),
+        "weights": source,
+        "images": {case.case_id: [str(p.absolute()) for p in case.images] for case in cases},
+        "convention": convention.name,
+        "predict": config.predict.to_dict(),
+    }
+    write_json(options.output / results.PREDICT_FILE, record)
+
+    failures = []
+    for number, case in enumerate(cases, 1):
+        begin = time.monotonic()
+        path = options.output / f"{case.case_id}.nii.gz"
+        try:
+            volume = brats.read_case(brats.without_label(case))
+        except UserError as error:
+            failures.append(case.case_id)
+            log.warn(f"case {number}/{len(cases)} {case.case_id} left out: {error}")
+            continue
+        label = infer.segment(predict, (params, stats), volume, config.predict)
+        write_volume(path, brats.encode_label(label, convention), volume.grid)
+        log.say(f"case {number}/{len(cases)} {path}  {time.monotonic() - begin:.1f} s")
+    if failures:
+        log.warn(f"{len(failures)} of {len(cases)} cases failed: {', '.join(failures)}")
+        return 1
+    log.say(f"done       evaluate with: python -m xdim_jax.evaluate --pred={options.output} --ref=<references> --out=<folder>")
+    return 0
+
+
+def command() -> NoReturn:
+    """The console entry point."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    command()
