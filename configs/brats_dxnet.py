@@ -8,18 +8,21 @@ Words after the colon: ``phantom`` (small phantoms, small patches, minutes on tw
 
 Hardware: one GPU of 16 GB (the paper used a Tesla P100), patch 128^3, batch 1. Time: the paper reports 1.5 s per image;
 1251 cases in 5 folds are 1000 steps an epoch, 90 epochs, so about 38 hours there. Not measured by us on a GPU yet.
-Paper's score (Table 6, BraTS 2022 validation, Dice mean / median): WT 91.22 / 94.15, TC 84.77 / 93.46, ET 83.88 / 89.74.
+Paper's score (Table 6, BraTS 2022 validation), Dice mean / median: WT 91.22 / 94.15, TC 84.77 / 93.46,
+ET 83.88 / 89.74.
 
 Said by the paper: everything below that has no comment. Where paper and released code differ, the value follows the
 paper and the comment names the other.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import common
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_config(arg: str = "") -> Any:
     """The recipe; ``arg`` holds the words after the colon."""
     words = common.parse(arg, flags=("phantom",))
     config = common.get_config()
@@ -75,11 +78,9 @@ def get_config(arg: str = "") -> ConfigDict:
     return shrink(config) if "phantom" in words else config
 
 
-def shrink(config: ConfigDict) -> ConfigDict:
+def shrink(config: Any) -> Any:
     """The same network and recipe at a size that a laptop trains in minutes."""
-    config.data.phantom = ConfigDict(
-        {"cases": 10, "held_out": 4, "shape": (80, 96, 72), "noise": 0.06, "bias": 0.1}
-    )
+    config.data.phantom = ConfigDict({"cases": 10, "held_out": 4, "shape": (80, 96, 72), "noise": 0.06, "bias": 0.1})
     config.data.patch = (64, 64, 64)
     config.data.patches_per_case = 2
     config.data.threads = 2

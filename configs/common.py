@@ -1,10 +1,12 @@
 """Run settings that all recipes share, and the words after the colon of ``--config=configs/x.py:words``."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
 def parse(arg: str, flags: tuple[str, ...], numbers: tuple[str, ...] = ("fold",)) -> dict[str, int]:
-    """``"phantom,fold=2"`` to ``{"phantom": 1, "fold": 2}``; words that are not from the given sets raise ValueError."""
+    """``"phantom,fold=2"`` to ``{"phantom": 1, "fold": 2}``; other words raise ValueError."""
     known = ", ".join([*flags, *(f"{n}=<number>" for n in numbers)])
     words: dict[str, int] = {}
     for word in filter(None, arg.split(",")):
@@ -18,9 +20,9 @@ def parse(arg: str, flags: tuple[str, ...], numbers: tuple[str, ...] = ("fold",)
     return words
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     """Settings that no recipe of the paper prescribes."""
-    config = ConfigDict()
+    config: Any = ConfigDict()
     config.seed = 0
     config.mesh = ConfigDict({"data": -1, "space": 1})  # data=-1: all devices that space leaves
     config.train = ConfigDict(

@@ -1,11 +1,13 @@
 """Checkpoints with orbax: the whole state to resume from, and the best weights to predict with.
 
-    <workdir>/checkpoints/<step>/   the two latest training states, written in the background
-    <workdir>/best/<step>/          weights and running statistics of the best validation
+<workdir>/checkpoints/<step>/   the two latest training states, written in the background
+<workdir>/best/<step>/          weights and running statistics of the best validation
 """
 
 import dataclasses
+import errno
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from xdim_jax.errors import UserError
+from xdim_jax.files import CONFIG_FILE
 from xdim_jax.step import TrainState
 
 KEPT = 2  # latest states: should the newest turn out damaged, the one before is whole
@@ -31,9 +34,15 @@ class Checkpoints:
     best: ocp.CheckpointManager
 
 
+def exist(workdir: Path) -> bool:
+    """Whether a run in this workdir has saved anything."""
+    return any(_newest(workdir / folder) for folder in (LATEST_FOLDER, BEST_FOLDER))
+
+
 def open_checkpoints(workdir: Path) -> Checkpoints:
     """Opens (or makes) the checkpoint folders; half-written ones that a kill left behind are removed."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every save at INFO
+    # orbax logs every save, and the traceback of every error that it also raises
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     score: Callable[[Any], float] = lambda metrics: metrics[_SCORE]  # noqa: E731
     return Checkpoints(
         _manager(workdir / LATEST_FOLDER, checkpoint_managers.LatestN(KEPT)),
@@ -43,8 +52,8 @@ def open_checkpoints(workdir: Path) -> Checkpoints:
     )
 
 
-def _manager(folder: Path, policy: Any, **options: Any) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True, **options)
+def _manager(folder: Path, policy: Any, **extra: Any) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True, **extra)
     try:
         return ocp.CheckpointManager(folder.absolute(), options=options)
     except OSError as error:
@@ -58,7 +67,7 @@ def close(checkpoints: Checkpoints) -> None:
         UserError: a save under way failed.
     """
     for manager in (checkpoints.latest, checkpoints.best):
-        _guarded(manager, "a checkpoint", manager.wait_until_finished)
+        _guarded(manager, manager.wait_until_finished)
         manager.close()
 
 
@@ -71,7 +80,7 @@ def save_latest(checkpoints: Checkpoints, state: TrainState, progress: dict[str,
     step = int(state.step)
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
     if step not in checkpoints.latest.all_steps():
-        _guarded(checkpoints.latest, f"checkpoint {step}", lambda: checkpoints.latest.save(step, args=items, force=True))
+        _guarded(checkpoints.latest, lambda: checkpoints.latest.save(step, args=items, force=True))
 
 
 def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, score: float) -> None:
@@ -79,10 +88,10 @@ def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, scor
     items = ocp.args.Composite(weights=ocp.args.StandardSave({"params": params, "stats": stats}))
     if step not in checkpoints.best.all_steps():
         save = lambda: checkpoints.best.save(step, args=items, metrics={_SCORE: score}, force=True)  # noqa: E731
-        _guarded(checkpoints.best, f"best weights {step}", save)
+        _guarded(checkpoints.best, save)
 
 
-def _guarded(manager: ocp.CheckpointManager, what: str, action: Callable[[], Any]) -> None:
+def _guarded(manager: ocp.CheckpointManager, action: Callable[[], Any]) -> None:
     """Runs a save or a wait for one; a failure becomes one message, and what it left half-written is removed."""
     try:
         action()
@@ -92,11 +101,17 @@ def _guarded(manager: ocp.CheckpointManager, what: str, action: Callable[[], Any
         for partial in folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(folder).free / 2**20
-        reason = (str(error) or type(error).__name__).splitlines()[0][:300]
+        full = os.strerror(errno.ENOSPC)
+        reason = full if full in str(error) else _first_line(error)
         raise UserError(
-            f"cannot write {what} in {folder} ({free:.0f} MiB free there): {reason}. Earlier checkpoints are whole; "
-            "make room and run the same command again to resume"
+            f"cannot write the checkpoint in {folder} ({free:.0f} MiB free there): {reason}. Earlier checkpoints are "
+            "whole; make room and run the same command again to resume"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What a library said, at a length that fits a message."""
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def restore_latest(
@@ -118,7 +133,7 @@ def restore_latest(
         try:
             restored = manager.restore(step, args=items)
         except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            reason = _first_line(error)
             warn(f"checkpoint {step} in {manager.directory} cannot be read ({reason}); trying the one before it")
             continue
         for broken in (s for s in steps if s > step):
@@ -127,7 +142,7 @@ def restore_latest(
             (Path(manager.directory) / str(broken)).rename(aside)
             warn(f"moved the damaged checkpoint {broken} to {aside}")
         manager.reload()
-        return restored.state, restored.progress
+        return restored["state"], restored["progress"]
     if steps:
         raise UserError(
             f"no checkpoint in {manager.directory} can be read (steps {steps}); they are damaged or belong to another "
@@ -148,29 +163,20 @@ def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]
     Raises:
         UserError: the workdir has no checkpoint, or it does not fit the network.
     """
-    weights = {"params": params, "stats": stats}
-    best = _newest(workdir / BEST_FOLDER)
-    latest = _newest(workdir / LATEST_FOLDER)
-    if best is None and latest is None:
+    if best := _newest(workdir / BEST_FOLDER):
+        folder, source = best / "weights", f"best validation, step {best.name}"
+    elif latest := _newest(workdir / LATEST_FOLDER):
+        folder, source = latest / "state", f"latest state, step {latest.name}"
+    else:
         raise UserError(
-            f"{workdir} holds no finished checkpoint ({BEST_FOLDER}/<step> or {LATEST_FOLDER}/<step>): train first with "
-            f"python -m xdim_jax.train --config=... --workdir={workdir}"
+            f"{workdir} holds no finished checkpoint ({BEST_FOLDER}/<step> or {LATEST_FOLDER}/<step>): train first "
+            f"with python -m xdim_jax.train --config=... --workdir={workdir}"
         )
     try:
-        if best is not None:
-            return *_read(best / "weights", weights, []), f"best validation, step {best.name}"
-        assert latest is not None
-        for nested in (["slow"], []):  # with and without LookAhead
-            try:
-                return *_read(latest / "state", weights, nested), f"latest state, step {latest.name}"
-            except (ValueError, KeyError):
-                if not nested:
-                    raise
-        raise AssertionError
+        return *_read(folder, {"params": params, "stats": stats}), source
     except (ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0][:300]
         raise UserError(
-            f"the checkpoint {best or latest} does not fit the network of {workdir}/config.json, or is damaged: {reason}"
+            f"{folder} does not fit the network of {workdir}/{CONFIG_FILE}, or is damaged: {_first_line(error)}"
         ) from error
 
 
@@ -179,16 +185,35 @@ def _newest(folder: Path) -> Path | None:
     return max(steps, key=lambda p: int(p.name), default=None)
 
 
-def _read(folder: Path, weights: dict[str, Any], nested: list[str]) -> tuple[Any, Any]:
-    target: dict[str, Any] = dict(weights)
-    for key in nested:
-        target["params"] = {key: target["params"]}
-    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), target)
-    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-    args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+def _read(folder: Path, weights: dict[str, Any]) -> tuple[Any, Any]:
+    """Reads parameters (the slow ones of a LookAhead pair) and statistics, and nothing else of a state.
+
+    orbax leaves a leaf that the checkpoint lacks unfilled without a word, so names and shapes are compared first.
+    """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        found = reader.metadata(folder.absolute()).item_metadata.tree
+        pair = set(found["params"]) == {"fast", "slow"}
+        if pair:
+            found["params"] = found["params"]["slow"]
+        if differences := _differences({k: found.get(k, {}) for k in weights}, weights):
+            raise ValueError("; ".join(differences[:3]) + (f"; {len(differences)} in all" if differences[3:] else ""))
+        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
+        if pair:
+            target["params"] = {"slow": target["params"]}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
         tree = reader.restore(folder.absolute(), args=args)
-    params = tree["params"]
-    for key in nested:
-        params = params[key]
-    return params, tree["stats"]
+    return tree["params"]["slow"] if pair else tree["params"], tree["stats"]
+
+
+def _differences(found: Any, wanted: Any) -> list[str]:
+    """Leaves that only one tree has, or that differ in shape; the integer keys of lists are strings on disk."""
+    trees = [
+        {".".join(str(k.key) for k in path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
+        for t in (found, wanted)
+    ]
+    return [
+        f"{name} is {trees[0].get(name, 'absent')} in the checkpoint, {trees[1].get(name, 'absent')} in the network"
+        for name in sorted(trees[0].keys() | trees[1].keys())
+        if trees[0].get(name) != trees[1].get(name)
+    ]

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from xdim_jax.errors import UserError
-from xdim_jax.files import read_json, write_json
+from xdim_jax.files import CONFIG_FILE, read_json, write_json
 
-CONFIG_FILE = "config.json"
+Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
@@ -47,7 +47,7 @@ def make_parser(module: str, description: str, epilog: str = "") -> argparse.Arg
 # -- config files -------------------------------------------------------------------------------------------------
 
 
-def load_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
+def load_config(spec: str, overrides: Sequence[str]) -> Config:
     """Reads ``path/to/config.py[:variant,...]`` and applies ``--config.key=value`` overrides; the result is locked.
 
     A path that does not exist here is looked up among the recipes that ship with the package.
@@ -92,10 +92,12 @@ def _find_config(name: str) -> Path:
         if path.is_file():
             return path
     known = sorted(p.stem for p in shipped.glob("*.py") if p.stem not in ("__init__", "common"))
-    raise UserError(f"--config: {name} does not exist; recipes that ship: " + ", ".join(f"configs/{k}.py" for k in known))
+    raise UserError(
+        f"--config: {name} does not exist; recipes that ship: " + ", ".join(f"configs/{k}.py" for k in known)
+    )
 
 
-def _check_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
+def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
     known = [key for key, _ in _leaves(config)]
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -110,7 +112,7 @@ def _check_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
             raise UserError(f"--config.{key} is not a key of this config; {hint}")
 
 
-def _leaves(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:
+def _leaves(config: Config, prefix: str = "") -> list[tuple[str, Any]]:
     leaves = []
     for key, value in config.items():
         if isinstance(value, ConfigDict):
@@ -120,16 +122,15 @@ def _leaves(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:
     return leaves
 
 
-def claim_workdir(workdir: Path, config: ConfigDict, free: Sequence[str]) -> None:
-    """Writes the resolved config, or checks that the one that is there is the same, but for the ``free`` keys.
+def claim_workdir(workdir: Path, config: Config, *, free: Sequence[str], started: bool) -> None:
+    """Writes the resolved config; a run that has ``started`` must have the same one, but for the ``free`` keys.
 
     Raises:
         UserError: the workdir belongs to another config (every difference is listed), or cannot be written.
     """
     path = workdir / CONFIG_FILE
-    wanted = dict(_leaves(config))
-    if path.exists():
-        found = dict(_leaves(ConfigDict(read_json(path))))
+    if started:
+        found, wanted = dict(_leaves(read_config(workdir))), dict(_leaves(config))
         differing = [
             f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} asked for"
             for key in sorted(found.keys() | wanted.keys())
@@ -147,10 +148,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def read_config(workdir: Path) -> ConfigDict:
+def read_config(workdir: Path) -> Config:
     """The resolved config of a run. Raises UserError if the folder is not a workdir."""
     if not (workdir / CONFIG_FILE).is_file():
-        raise UserError(f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}; give the --workdir of xdim_jax.train")
+        raise UserError(
+            f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}; give the --workdir of xdim_jax.train"
+        )
     return ConfigDict(read_json(workdir / CONFIG_FILE))
 
 

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Input that cannot be used. The message names the file or flag, what was found, what was expected, the next step."""
+    """Input that cannot be used: the message names the file or flag, what was found and expected, the next step."""
 
 
 def join_problems(problems: list[str], summary: str) -> UserError:

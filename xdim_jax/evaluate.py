@@ -28,10 +28,15 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.make_parser("xdim_jax.evaluate", __doc__ or "", "exit status: 0 done, 2 unusable input")
     parser.add_argument("--pred", required=True, type=Path, help="folder of label maps, <case id>.nii.gz")
     parser.add_argument(
-        "--ref", required=True, type=Path, help="folder of references: <case id>/<case id>_seg.nii.gz, or <case id>.nii.gz"
+        "--ref",
+        required=True,
+        type=Path,
+        help="folder of references: <case id>/<case id>_seg.nii.gz, or <case id>.nii.gz",
     )
     parser.add_argument("--out", required=True, type=Path, help="folder for the results; made if it does not exist")
-    parser.add_argument("--rules", choices=["brats2022"], default="brats2022", help="of the challenge (default %(default)s)")
+    parser.add_argument(
+        "--rules", choices=["brats2022"], default="brats2022", help="of the challenge (default %(default)s)"
+    )
     parser.add_argument(
         "--convention",
         choices=sorted(metrics.BRATS_REGIONS),
@@ -104,7 +109,9 @@ def find_labels(folder: Path) -> dict[str, Path]:
         raise UserError(f"{folder} is not a folder of label maps")
     found: dict[str, Path] = {}
     flat = [p for p in sorted(folder.iterdir()) if _stem(p)]
-    nested = [p for p in sorted([*folder.glob("*/*"), *folder.glob("*/*/*")]) if (_stem(p) or "").endswith(_LABEL_ENDINGS)]
+    nested = [
+        p for p in sorted([*folder.glob("*/*"), *folder.glob("*/*/*")]) if (_stem(p) or "").endswith(_LABEL_ENDINGS)
+    ]
     for path in [*flat, *nested]:
         case = _stem(path) or ""
         for ending in _LABEL_ENDINGS:
@@ -123,9 +130,7 @@ def _stem(path: Path) -> str | None:
     return next((path.name.removesuffix(s) for s in _SUFFIXES if path.name.endswith(s)), None)
 
 
-def score_case(
-    pred: Path | None, ref: Path, convention: str
-) -> tuple[dict[str, dict[str, float]], str]:
+def score_case(pred: Path | None, ref: Path, convention: str) -> tuple[dict[str, dict[str, float]], str]:
     """Region to metrics, and what is wrong with the prediction ("" for nothing; then the metrics are the worst ones).
 
     Raises:

@@ -11,6 +11,8 @@ from typing import Any
 
 from xdim_jax.errors import UserError
 
+CONFIG_FILE = "config.json"  # the resolved config of a run, in its workdir
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from xdim_jax import ops
 
@@ -25,7 +26,7 @@ def draw_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], gain: float) -> jax.Arra
     """Normal values of standard deviation ``gain / sqrt(fan_in)``; ``shape`` ends in ``(in / groups, out)``."""
     key = rngs.params()
     std = gain / math.sqrt(math.prod(shape[:-1]))
-    if isinstance(key, jax.core.Tracer):
+    if isinstance(key, Tracer):
         return std * jax.random.normal(key, shape)
     seed = np.asarray(jax.random.key_data(key)).ravel().tolist()
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(std))

@@ -114,6 +114,6 @@ class NotFiniteError(UserError):
     def __init__(self, step: int, losses: list[float]):
         shown = ", ".join(f"{x:.4g}" for x in losses)
         super().__init__(
-            f"the loss is not finite at step {step} (last losses: {shown}). The latest checkpoint is from before; lower "
-            "config.optim.schedule.peak, or look at the batch of that step for NaN or extreme intensities"
+            f"the loss is not finite at step {step} (last losses: {shown}). The latest checkpoint is from "
+            "before; lower config.optim.schedule.peak, or look at the batch of that step for NaN or extreme intensities"
         )

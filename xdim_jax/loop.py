@@ -38,7 +38,7 @@ class StopRequest:
     signal: int = 0
 
 
-class Interrupted(Exception):
+class InterruptedValidationError(Exception):
     """Raised inside a validation when a stop was asked for."""
 
 
@@ -188,7 +188,7 @@ def _validate(run: Run, state: TrainState) -> None:
     weights = slow(state.params)
     try:
         scores = run.validate((weights, state.stats), run.stop)
-    except Interrupted:
+    except InterruptedValidationError:
         return
     dice = sum(scores.values()) / len(scores)
     if not math.isfinite(dice):

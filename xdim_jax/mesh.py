@@ -24,7 +24,8 @@ def make_mesh(data: int, space: int, *, batch: int) -> Mesh:
     if batch % rows or batch % jax.process_count():
         raise UserError(
             f"config.data.batch={batch} does not divide over {rows} data-parallel devices in {jax.process_count()} "
-            f"processes; set --config.data.batch={rows * max(batch // rows, 1)} or --config.mesh.data={_divisor(batch, rows)}"
+            f"processes; set --config.data.batch={rows * max(batch // rows, 1)} "
+            f"or --config.mesh.data={_divisor(batch, rows)}"
         )
     grid = np.asarray(devices[: rows * space]).reshape(rows, space)
     return Mesh(grid, ("data", "space"), axis_types=(AxisType.Auto, AxisType.Auto))

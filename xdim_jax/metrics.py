@@ -6,6 +6,7 @@ voxels unless a spacing is given.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import binary_erosion, distance_transform_edt, generate_binary_structure
@@ -28,7 +29,8 @@ def dice(pred: np.ndarray, ref: np.ndarray) -> float:
 
 def surface(mask: np.ndarray, *, border: bool) -> np.ndarray:
     """Mask voxels with a face neighbour outside the mask; ``border``: beyond the array's edge counts as outside."""
-    return mask & ~binary_erosion(mask, generate_binary_structure(mask.ndim, 1), border_value=0 if border else 1)
+    inside: Any = binary_erosion(mask, generate_binary_structure(mask.ndim, 1), border_value=0 if border else 1)
+    return mask & ~inside
 
 
 def surface_distances(
@@ -115,4 +117,3 @@ def summarise(values: Sequence[float]) -> dict[str, float | None]:
         "min": float(array.min()),
         "max": float(array.max()),
     }
-

@@ -182,9 +182,7 @@ def _fold_depth(x: jax.Array, kernel: jax.Array, stride: int, pad: tuple[int, in
     return jnp.concatenate(slices, -1), kernel
 
 
-def _space_to_depth(
-    x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs
-) -> tuple[jax.Array, jax.Array]:
+def _space_to_depth(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> tuple[jax.Array, jax.Array]:
     """Folds every strided axis: stride s becomes s-fold channels and a kernel of ceil(k / s) taps."""
     ndim = len(strides)
     pads, blocks = [], []
@@ -356,9 +354,7 @@ def _depthwise_bwd(strides, padding, residuals, g):
 _depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
 
 
-def _depthwise_input_gradient(
-    g: jax.Array, kernel: jax.Array, size: Ints, strides: Ints, padding: Pairs
-) -> jax.Array:
+def _depthwise_input_gradient(g: jax.Array, kernel: jax.Array, size: Ints, strides: Ints, padding: Pairs) -> jax.Array:
     """Each stride phase of the input meets its own taps ``kernel[r::s]``; the phases are computed apart."""
     ndim = len(strides)
     if set(strides) == {1}:

@@ -11,7 +11,9 @@ from xdim_jax.errors import UserError
 Schedule = Callable[[Any], Any]
 
 
-def constant_then_cosine(*, peak: float, final: float, constant_epochs: float, epochs: float, per_epoch: int) -> Schedule:
+def constant_then_cosine(
+    *, peak: float, final: float, constant_epochs: float, epochs: float, per_epoch: int
+) -> Schedule:
     """``peak`` for ``constant_epochs``, then half a cosine down to ``final`` at ``epochs`` (paper, Sect. 3.1.3)."""
     constant = round(constant_epochs * per_epoch)
     decay = max(round(epochs * per_epoch) - constant, 1)

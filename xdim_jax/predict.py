@@ -1,8 +1,8 @@
 """Segments cases with a trained network: NIfTI in, label maps out on the source grid.
 
 The input is a folder of case folders or one case folder in the layout that the network was trained on, or the files
-of one case, one per modality in the order flair t1 t1ce t2. Reference labels are not needed. Every case becomes <output>/<case id>.nii.gz with the affine, the header and the label values of
-its source.
+of one case, one per modality in the order flair t1 t1ce t2. Reference labels are not needed. Every case becomes
+<output>/<case id>.nii.gz with the affine, the header and the label values of its source.
 """
 
 import time
@@ -29,10 +29,18 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the training run")
     parser.add_argument(
-        "--input", required=True, type=Path, nargs="+", help="folder of cases, one case folder, or one file per modality"
+        "--input",
+        required=True,
+        type=Path,
+        nargs="+",
+        help="folder of cases, one case folder, or one file per modality",
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder for the label maps; made if it does not exist")
-    parser.add_argument("--convention", choices=sorted(brats.CONVENTIONS), help="of the input; default: the training data's")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder for the label maps; made if it does not exist"
+    )
+    parser.add_argument(
+        "--convention", choices=sorted(brats.CONVENTIONS), help="of the input; default: the training data's"
+    )
     parser.add_argument("--overlap", type=float, help="of neighbouring windows, 0 to below 1; default: the config's")
     parser.add_argument("--min_et", type=int, help="smallest ET volume in voxels, 0: off; default: the config's")
     options = parser.parse_args(argv)
@@ -80,7 +88,9 @@ def main(argv: Sequence[str]) -> int:
     if failures:
         log.warn(f"{len(failures)} of {len(cases)} cases failed: {', '.join(failures)}")
         return 1
-    log.say(f"done       evaluate with: python -m xdim_jax.evaluate --pred={options.output} --ref=<references> --out=<folder>")
+    log.say(
+        f"done       evaluate with: python -m xdim_jax.evaluate --pred={options.output} --ref=<labels> --out=<folder>"
+    )
     return 0
 
 

@@ -139,7 +139,9 @@ def _facts(
     ]
     if steps:
         seconds = float(np.median([r["seconds_per_step"] for r in steps]))
-        facts.append(("training", f"{steps[-1]['step']} steps, {steps[-1]['epoch']:.0f} epochs, {seconds:.2f} s a step"))
+        facts.append(
+            ("training", f"{steps[-1]['step']} steps, {steps[-1]['epoch']:.0f} epochs, {seconds:.2f} s a step")
+        )
     if best:
         facts.append(("best validation", f"Dice {best['dice']:.3f} at step {best['step']}"))
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "flax", "optax", "numpy"))
@@ -170,7 +172,9 @@ def choose_cases(scores: results.Scores, unreadable: Sequence[str]) -> tuple[dic
     if not ranked:
         return {}, left_out
     roles = {"Best": ranked[0], "Median": ranked[(len(ranked) - 1) // 2], "Worst": ranked[-1]}
-    return {role: case for i, (role, case) in enumerate(roles.items()) if case not in list(roles.values())[:i]}, left_out
+    return {
+        role: case for i, (role, case) in enumerate(roles.items()) if case not in list(roles.values())[:i]
+    }, left_out
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------
@@ -194,7 +198,9 @@ def draw_curves(records: Sequence[Mapping[str, Any]], structures: Sequence[str])
     loss_axes, dice_axes = figure.subplots(1, 2)
     parts = ["loss", *sorted(k for k in train[0] if k.endswith("_loss"))]
     for name in parts:
-        loss_axes.plot(epochs, [r[name] for r in train], label=name.replace("_loss", " term"), lw=2 if name == "loss" else 1)
+        loss_axes.plot(
+            epochs, [r[name] for r in train], label=name.replace("_loss", " term"), lw=2 if name == "loss" else 1
+        )
     loss_axes.set(xlabel="epoch", ylabel="loss", title="Loss", ylim=(0, None))
     rate_axes = loss_axes.twinx()
     rate_axes.plot(epochs, [r["learning_rate"] for r in train], color="#8a929b", ls=":", label="learning rate")
@@ -202,11 +208,15 @@ def draw_curves(records: Sequence[Mapping[str, Any]], structures: Sequence[str])
     handles = [*loss_axes.get_lines(), *rate_axes.get_lines()]
     loss_axes.legend(handles=handles, fontsize=8)
     for i, name in enumerate(structures):
-        dice_axes.plot(epochs, [r[f"score_{name}"] for r in train], color=f"C{i}", lw=1, alpha=0.7, label=f"{name} training")
+        dice_axes.plot(
+            epochs, [r[f"score_{name}"] for r in train], color=f"C{i}", lw=1, alpha=0.7, label=f"{name} training"
+        )
         values = [r[f"dice_{name}"] for r in validation]
         at = [r["step"] / per_epoch for r in validation]
         dice_axes.plot(at, values, color=f"C{i}", marker="o", lw=2, label=f"{name} validation")
-    dice_axes.set(xlabel="epoch", ylabel="Dice", title="Dice (training: patches; validation: whole volumes)", ylim=(0, 1))
+    dice_axes.set(
+        xlabel="epoch", ylabel="Dice", title="Dice (training: patches; validation: whole volumes)", ylim=(0, 1)
+    )
     dice_axes.legend(fontsize=8, loc="lower right", ncols=2)
     last = validation[-1]["dice"] if validation else None
     alt = f"loss falls from {train[0]['loss']:.2f} to {train[-1]['loss']:.2f}"
@@ -214,9 +224,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], structures: Sequence[str])
     return [_encode(figure, alt, "Training values are means over the logging interval.")]
 
 
-def draw_case(
-    role: str, case: str, scores: Mapping[str, Mapping[str, float]], compared: Mapping[str, Any]
-) -> Picture:
+def draw_case(role: str, case: str, scores: Mapping[str, Mapping[str, float]], compared: Mapping[str, Any]) -> Picture:
     """Three planes of a case: T2, T1ce, and T1ce under the reference and under the prediction.
 
     Raises:
@@ -246,7 +254,12 @@ def draw_case(
 
         height, width = (grid.spacing[a] for a in others)
         for column, (title, volume, labels) in enumerate(
-            (("T2", t2, None), ("T1ce", t1ce, None), ("reference", t1ce, "reference"), ("prediction", t1ce, "prediction"))
+            (
+                ("T2", t2, None),
+                ("T1ce", t1ce, None),
+                ("reference", t1ce, "reference"),
+                ("prediction", t1ce, "prediction"),
+            )
         ):
             panel = axes[row, column]
             picture = shade(cut(volume), cut(maps[labels]) if labels else None)

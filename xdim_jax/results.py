@@ -68,7 +68,7 @@ def percent(share: float | None) -> str:
 
 def format_summary(summary: Mapping[str, Any]) -> list[str]:
     """The summary as aligned lines: the paper's Table 5 and 6 (Dice in percent), and the other metrics' means."""
-    rows = [("", "Dice mean", "sd", "median", "q25", "q75", "HD95 mean", "sens.", "spec.")]
+    rows: list[tuple[str, ...]] = [("", "Dice mean", "sd", "median", "q25", "q75", "HD95 mean", "sens.", "spec.")]
     for structure, values in summary["structures"].items():
         dice = [percent(values["dice"][k]) for k in ("mean", "sd", "median", "q25", "q75")]
         rest = [f"{values[m]['mean']:.{d}f}" for m, d in (("hd95", 2), ("sensitivity", 3), ("specificity", 4))]

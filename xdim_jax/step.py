@@ -43,9 +43,7 @@ def make_train_step(
     Metrics: ``loss`` and its parts, ``grad_norm``, and ``score``, the hard Dice per channel averaged over samples.
     """
 
-    def step(
-        state: TrainState, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         masks = targets(batch["label"])
         key = jax.random.fold_in(key, state.step)
 
@@ -60,7 +58,7 @@ def make_train_step(
         grads, (metrics, stats) = jax.grad(objective, has_aux=True)(fast(state.params))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, params, stats, opt_state), metrics
 
     return step

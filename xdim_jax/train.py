@@ -8,14 +8,13 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from xdim_jax import checkpoint, cli, infer, log, mesh, metrics, models, optim, regions
 from xdim_jax.data import brats, phantom, pipeline
 from xdim_jax.data.splits import split_cases
 from xdim_jax.errors import UserError
 from xdim_jax.files import write_json
-from xdim_jax.loop import Interrupted, Progress, Run, StopRequest, Validation, catch_signals, fit
+from xdim_jax.loop import InterruptedValidationError, Progress, Run, StopRequest, Validation, catch_signals, fit
 from xdim_jax.loss import make_loss
 from xdim_jax.step import init_state, make_forward, make_train_step, split_model
 
@@ -27,13 +26,13 @@ def main(argv: Sequence[str]) -> int:
     """The command line, see ``--help``."""
     parser = cli.make_parser(
         "xdim_jax.train",
-        __doc__ + "\n\nWrites to the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, best/.",
+        (__doc__ or "") + "\n\nWrites to the workdir: config.json, metrics.jsonl, tensorboard/, checkpoints/, best/.",
         "any value of the config can be overridden: --config.<key>=<value>, e.g. --config.data.root=/data/BraTS\n"
         "exit status: 0 done, 2 unusable input, 130 or 143 stopped by Ctrl-C or SIGTERM with everything saved\n\n"
         "examples:\n"
         "  python -m xdim_jax.train --config=configs/brats_dxnet.py:phantom --workdir=runs/demo\n"
-        "  python -m xdim_jax.train --config=configs/brats_dxnet.py --config.data.root=/data/BraTS2021_Training_Data \\\n"
-        "      --workdir=runs/dx",
+        "  python -m xdim_jax.train --config=configs/brats_dxnet.py --workdir=runs/dx \\\n"
+        "      --config.data.root=/data/BraTS2021_Training_Data",
     )
     parser.add_argument("--config", required=True, metavar="FILE[:WORDS]", help="a recipe, e.g. configs/brats_dxnet.py")
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the run; made if it does not exist")
@@ -44,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     return train(config, options.workdir)
 
 
-def check_config(config: ConfigDict) -> None:
+def check_config(config: cli.Config) -> None:
     """Finds what cannot work before anything is read or compiled. Raises UserError."""
     convention = brats.get_convention(config.data.convention)
     if not config.data.root and not config.data.phantom.cases:
@@ -70,7 +69,7 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"config.predict.overlap={config.predict.overlap}: expected 0 <= overlap < 1")
 
 
-def find_data(config: ConfigDict, workdir: Path) -> tuple[list[brats.Case], list[brats.Case]]:
+def find_data(config: cli.Config, workdir: Path) -> tuple[list[brats.Case], list[brats.Case]]:
     """Training and validation cases; without a root, phantoms are written below the workdir first."""
     convention = brats.get_convention(config.data.convention)
     root = Path(config.data.root or workdir / "phantom" / "train")
@@ -92,10 +91,10 @@ def find_data(config: ConfigDict, workdir: Path) -> tuple[list[brats.Case], list
     return train, validation
 
 
-def train(config: ConfigDict, workdir: Path) -> int:
+def train(config: cli.Config, workdir: Path) -> int:
     """Runs the recipe to its end, or until a signal. Returns the exit status."""
     devices = mesh.make_mesh(config.mesh.data, config.mesh.space, batch=config.data.batch)
-    cli.claim_workdir(workdir, config, FREE_KEYS)
+    cli.claim_workdir(workdir, config, free=FREE_KEYS, started=checkpoint.exist(workdir))
     train_cases, validation_cases = find_data(config, workdir)
     per_epoch = pipeline.steps_per_epoch(len(train_cases), config.data.patches_per_case, config.data.batch)
     total = per_epoch * config.train.epochs
@@ -111,7 +110,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
     log.say(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
     log.say(f"mesh       data {devices.shape['data']} x space {devices.shape['space']}")
     log.say(f"network    {config.model.name}, {models.count_parameters(params):,} parameters, randomly initialised")
-    log.say(f"data       {len(train_cases)} training, {len(validation_cases)} validation cases, fold {config.data.fold}")
+    log.say(
+        f"data       {len(train_cases)} training, {len(validation_cases)} validation cases, fold {config.data.fold}"
+    )
     log.say(f"steps      {config.train.epochs} epochs x {per_epoch} = {total}")
     log.say(f"workdir    {workdir}")
     checkpoints = checkpoint.open_checkpoints(workdir)
@@ -154,7 +155,9 @@ def train(config: ConfigDict, workdir: Path) -> int:
     if stop.signal:
         log.say(f"stopped    by {signal.Signals(stop.signal).name}, all saved; run the same command to go on")
         return 128 + stop.signal
-    log.say(f"done       predict with: python -m xdim_jax.predict --workdir={workdir} --input=<cases> --output=<folder>")
+    log.say(
+        f"done       predict with: python -m xdim_jax.predict --workdir={workdir} --input=<cases> --output=<folder>"
+    )
     return 0
 
 
@@ -175,7 +178,7 @@ def make_validation(
         scores = []
         for case in cases:
             if stop.signal:
-                raise Interrupted
+                raise InterruptedValidationError
             volume = brats.read_case(case)
             assert volume.label is not None
             predicted = regions.encode(infer.segment(predict, weights, volume, options))

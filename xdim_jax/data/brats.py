@@ -17,7 +17,7 @@ from xdim_jax.data.nifti import Grid, read_volume
 from xdim_jax.errors import UserError, join_problems
 from xdim_jax.regions import ED, ET, NCR
 
-MODALITIES = ("flair", "t1", "t1ce", "t2")  # the order of the image channels
+MODALITIES: tuple[str, ...] = ("flair", "t1", "t1ce", "t2")  # the order of the image channels
 _SUFFIXES = (".nii.gz", ".nii")
 _SHIFT_TOLERANCE = 0.01  # of a voxel, at the volume's corners
 
@@ -178,7 +178,9 @@ def read_case(case: Case) -> Volume:
             problems.append(problem)
         if path is not case.label and not np.isfinite(array).all():
             count = np.count_nonzero(~np.isfinite(array))
-            problems.append(f"{path} holds {count} NaN or infinite voxels; expected finite intensities: repair the file")
+            problems.append(
+                f"{path} holds {count} NaN or infinite voxels; expected finite intensities: repair the file"
+            )
         arrays.append(array)
         grids.append(grid)
     label = None

@@ -8,6 +8,7 @@ Writing goes back to the file's own axes, affine and header.
 import dataclasses
 import zlib
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -48,7 +49,7 @@ def read_volume(path: Path) -> tuple[np.ndarray, Grid]:
         UserError: missing, truncated or not NIfTI; not three axes; no usable affine.
     """
     try:
-        image = nib.load(path)
+        image: Any = nib.load(path)
         array = np.asanyarray(image.dataobj)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error

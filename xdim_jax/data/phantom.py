@@ -87,9 +87,13 @@ def _smooth_field(shape: tuple[int, ...], rng: np.random.Generator, cells: int) 
     """A random field of standard deviation about 1 that varies over ``1 / cells`` of the volume."""
     coarse = rng.standard_normal((cells + 2,) * len(shape)).astype(np.float32)
     middle = tuple(-(-n // 3) for n in shape)  # cubic on a third of the voxels, linear from there
-    field = zoom(coarse, [n / (cells + 2) for n in middle], order=3, mode="nearest", grid_mode=True)
-    field = zoom(field, [n / m for n, m in zip(shape, middle, strict=True)], order=1, mode="nearest", grid_mode=True)
+    field = _resize(_resize(coarse, middle, order=3), shape, order=1)
     return np.clip(field / max(float(field.std()), 1e-6), -2.5, 2.5)
+
+
+def _resize(field: np.ndarray, shape: tuple[int, ...], order: int) -> np.ndarray:
+    factors = [n / m for n, m in zip(shape, field.shape, strict=True)]
+    return np.asarray(zoom(field, factors, order=order, mode="nearest", grid_mode=True))
 
 
 def write_brats(

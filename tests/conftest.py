@@ -1,0 +1,39 @@
+"""Shared fixtures. Real networks are slow to differentiate: tests use the toy encoder and small volumes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+from xdim_jax.data import brats, phantom
+
+flags.FLAGS.mark_as_parsed()  # grain asks absl for its flags
+
+CONVENTION = brats.CONVENTIONS["brats2021"]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six phantom cases of 64^3 in the layout of BraTS 2021. Read only."""
+    root = tmp_path_factory.mktemp("phantoms")
+    phantom.write_brats(root, cases=6, convention=CONVENTION, shape=(64, 64, 64))
+    return root
+
+
+TOY_MODEL = {
+    "name": "dxnet",
+    "in_channels": 4,
+    "out_channels": 3,
+    "encoder": "toy",
+    "norm": "instance",
+    "eps": 1e-5,
+    "padding": "symmetric",
+    "drop_path": 0.1,
+    "filters": (16, 16, 8, 8, 8),
+}

@@ -1,0 +1,366 @@
+"""Files in the challenge's layouts: reading, orientation, preparation, folds, and the stream of patches."""
+
+import itertools
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from tests.conftest import CONVENTION
+from xdim_jax import regions
+from xdim_jax.data import brats, nifti, phantom, pipeline, splits, transforms
+from xdim_jax.errors import UserError
+
+NEW = brats.CONVENTIONS["brats2023"]
+
+
+def rewrite(path, function):
+    """Applies ``function(array, affine) -> array, affine`` to a NIfTI file."""
+    image = nib.load(path)
+    array, affine = function(np.asarray(image.dataobj).copy(), image.affine.copy())
+    nib.save(nib.Nifti1Image(array, affine), path)
+
+
+@pytest.fixture
+def root(phantoms, tmp_path):
+    """Two cases that a test may damage."""
+    for case in sorted(phantoms.iterdir())[:2]:
+        shutil.copytree(case, tmp_path / "data" / case.name)
+    return tmp_path / "data"
+
+
+def part(root, case, name):
+    return root / f"BraTS2021_{case:05d}" / f"BraTS2021_{case:05d}_{name}.nii.gz"
+
+
+# -- phantoms -----------------------------------------------------------------------------------------------------
+
+
+def test_phantoms_have_the_real_layout(phantoms):
+    folder = phantoms / "BraTS2021_00000"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        f"BraTS2021_00000_{name}.nii.gz" for name in ("flair", "seg", "t1", "t1ce", "t2")
+    ]
+    image = nib.load(folder / "BraTS2021_00000_t1ce.nii.gz")
+    assert nib.aff2axcodes(image.affine) == ("L", "P", "S")
+    np.testing.assert_array_equal(image.affine[:3, 3], [0, 63, 0])
+    assert image.header.get_zooms() == (1, 1, 1)
+    label = np.asarray(nib.load(folder / "BraTS2021_00000_seg.nii.gz").dataobj)
+    assert set(np.unique(label)) == {0, 1, 2, 4}
+    brain = np.asarray(image.dataobj)
+    assert brain[0, 0, 0] == 0 and (brain[label > 0] > 0).all()
+
+
+def test_phantoms_depend_on_seed_and_number_alone(phantoms, tmp_path):
+    phantom.write_brats(tmp_path, cases=1, first=3, convention=CONVENTION, shape=(64, 64, 64))
+    again, first = (nib.load(part(r, 3, "t2")) for r in (tmp_path, phantoms))
+    np.testing.assert_array_equal(again.dataobj, first.dataobj)
+    other = nib.load(part(phantoms, 2, "t2"))
+    assert (np.asarray(other.dataobj) != np.asarray(first.dataobj)).any()
+    kept = part(tmp_path, 3, "t2").stat().st_mtime_ns
+    phantom.write_brats(tmp_path, cases=1, first=3, convention=CONVENTION, shape=(64, 64, 64))
+    assert part(tmp_path, 3, "t2").stat().st_mtime_ns == kept, "whole cases are kept"
+
+
+def test_every_fifth_phantom_has_no_enhancing_tumour(phantoms):
+    cases = brats.list_cases(phantoms, CONVENTION, need_labels=True)
+    has = [bool((brats.read_case(c).label == regions.ET).any()) for c in cases]
+    assert has == [True, True, True, True, False, True]
+
+
+def test_phantom_refuses_a_tiny_shape(tmp_path):
+    with pytest.raises(UserError, match="at least 32"):
+        phantom.write_brats(tmp_path, cases=1, convention=CONVENTION, shape=(16, 64, 64))
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def test_read_case_has_channels_in_order_and_axes_z_y_x(phantoms):
+    case = brats.list_cases(phantoms, CONVENTION, need_labels=True)[0]
+    volume = brats.read_case(case)
+    t1ce = np.asarray(nib.load(part(phantoms, 0, "t1ce")).dataobj)
+    assert volume.image.dtype == np.float32 and volume.image.shape == (64, 64, 64, 4)
+    np.testing.assert_array_equal(volume.image[..., 2], t1ce.transpose(2, 1, 0))
+    seg = np.asarray(nib.load(part(phantoms, 0, "seg")).dataobj).transpose(2, 1, 0)
+    np.testing.assert_array_equal(volume.label == regions.ET, seg == 4)
+    np.testing.assert_array_equal(brats.encode_label(volume.label, CONVENTION), seg)
+
+
+def test_2023_names_labels_and_patients(tmp_path):
+    phantom.write_brats(tmp_path, cases=1, convention=NEW, shape=(32, 32, 32))
+    shutil.copytree(tmp_path / "BraTS-GLI-00000-000", tmp_path / "BraTS-GLI-00000-001")
+    for path in (tmp_path / "BraTS-GLI-00000-001").iterdir():
+        path.rename(path.with_name(path.name.replace("-000-", "-001-")))
+    cases = brats.list_cases(tmp_path, NEW, need_labels=True)
+    assert [c.case_id for c in cases] == ["BraTS-GLI-00000-000", "BraTS-GLI-00000-001"]
+    assert {c.patient for c in cases} == {"BraTS-GLI-00000"}
+    seg = np.asarray(nib.load(tmp_path / cases[0].case_id / "BraTS-GLI-00000-000-seg.nii.gz").dataobj)
+    assert set(np.unique(seg)) == {0, 1, 2, 3}
+    np.testing.assert_array_equal(brats.read_case(cases[0]).label == regions.ET, seg.transpose(2, 1, 0) == 3)
+    with pytest.raises(UserError, match="convention=brats2023"):
+        brats.list_cases(tmp_path, CONVENTION, need_labels=True)
+
+
+def test_old_layouts(root):
+    """HGG/LGG one level deeper, .nii without gz, and the odd name of BraTS20_Training_355's segmentation."""
+    nested = root.parent / "nested" / "HGG"
+    shutil.copytree(root, nested)
+    image = nib.load(part(nested, 0, "t1"))
+    nib.save(image, part(nested, 0, "t1").with_suffix(""))
+    part(nested, 0, "t1").unlink()
+    part(nested, 1, "seg").rename(part(nested, 1, "seg").with_name("W39_1998.09.19_Segm.nii.gz"))
+    cases = brats.list_cases(nested.parent, CONVENTION, need_labels=True)
+    assert len(cases) == 2 and cases[0].images[1].name.endswith("_t1.nii")
+    assert cases[1].label.name.startswith("W39")
+    assert len(brats.list_cases(root / "BraTS2021_00001", CONVENTION, need_labels=True)) == 1, "one case folder"
+
+
+def test_validation_cases_need_no_labels(root):
+    part(root, 0, "seg").unlink()
+    assert brats.list_cases(root, CONVENTION, need_labels=False)[0].label is None
+
+
+def read_all(root):
+    for case in brats.list_cases(root, CONVENTION, need_labels=True):
+        brats.read_case(case)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def spoil(path, value):
+    rewrite(path, lambda a, affine: (np.where(a == a.max(), value, a).astype(np.float32), affine))
+
+
+def clear(root):
+    for folder in list(root.iterdir()):
+        shutil.rmtree(folder)
+
+
+def shift(array, affine):
+    affine[0, 3] += 1.5
+    return array, affine
+
+
+FAULTS = {
+    "truncated": (lambda r: truncate(part(r, 1, "t2")), ["BraTS2021_00001_t2.nii.gz", "truncated"]),
+    "not nifti": (lambda r: part(r, 0, "t1").write_bytes(b"hello"), ["BraTS2021_00000_t1.nii.gz", "NIfTI"]),
+    "missing": (lambda r: part(r, 1, "t1ce").unlink(), ["BraTS2021_00001: missing BraTS2021_00001_t1ce.nii.gz"]),
+    "no label": (lambda r: part(r, 1, "seg").unlink(), ["missing BraTS2021_00001_seg.nii.gz"]),
+    "shape": (
+        lambda r: rewrite(part(r, 0, "t2"), lambda a, affine: (a[:-1], affine)),
+        ["BraTS2021_00000_t2.nii.gz", "(63, 64, 64)", "(64, 64, 64)"],
+    ),
+    "affine": (lambda r: rewrite(part(r, 0, "seg"), shift), ["BraTS2021_00000_seg.nii.gz", "1.50 voxels"]),
+    "label 3": (
+        lambda r: rewrite(part(r, 0, "seg"), lambda a, affine: (np.where(a == 4, 3, a).astype(np.uint8), affine)),
+        ["BraTS2021_00000_seg.nii.gz holds label 3", "0, 1, 2, 4", "brats2023"],
+    ),
+    "label 0.5": (
+        lambda r: rewrite(part(r, 0, "seg"), lambda a, affine: ((a / 2).astype(np.float32), affine)),
+        ["holds label 0.5"],
+    ),
+    "nan": (lambda r: spoil(part(r, 0, "flair"), np.nan), ["BraTS2021_00000_flair.nii.gz holds", "NaN"]),
+    "four axes": (
+        lambda r: rewrite(part(r, 0, "t1"), lambda a, affine: (np.stack([a, a], -1), affine)),
+        ["BraTS2021_00000_t1.nii.gz has shape (64, 64, 64, 2)"],
+    ),
+    "empty": (clear, ["no BraTS case", "empty folder", "_{flair,t1,t1ce,t2,seg}"]),
+    "other files": (lambda r: (clear(r), (r / "notes.txt").touch()), ["no BraTS case", "notes.txt"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_named(root, fault):
+    damage, words = FAULTS[fault]
+    damage(root)
+    with pytest.raises(UserError) as error:
+        read_all(root)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_all_problems_of_all_cases_at_once(root):
+    part(root, 0, "t1").unlink()
+    part(root, 0, "t2").unlink()
+    part(root, 1, "seg").unlink()
+    with pytest.raises(UserError, match="2 incomplete cases") as error:
+        read_all(root)
+    for name in ("00000_t1.nii.gz", "00000_t2.nii.gz", "00001_seg.nii.gz"):
+        assert name in str(error.value)
+
+
+def test_all_problems_inside_a_case_at_once(root):
+    truncate(part(root, 0, "t1"))
+    rewrite(part(root, 0, "t2"), lambda a, affine: (a[:-1], affine))
+    with pytest.raises(UserError, match="2 problems in case BraTS2021_00000"):
+        read_all(root)
+
+
+def test_labels_as_floats_are_rounded(root):
+    """Copies exist whose labels are float32, off by rounding."""
+    rewrite(part(root, 0, "seg"), lambda a, affine: ((a + 1e-5).astype(np.float32), affine))
+    read_all(root)
+
+
+# -- orientation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "codes", [c for p in itertools.permutations(("LR", "PA", "SI")) for c in itertools.product(*p)]
+)
+def test_all_48_orientations_read_alike_and_write_back(codes, tmp_path):
+    """Whatever axes a file has, the array inside is the same anatomy, and identity written back is the same file."""
+    rng = np.random.default_rng(0)
+    lps = rng.integers(0, 99, (4, 5, 6)).astype(np.int16)  # x y z
+    affine = np.diag([-2.0, -3.0, 4.0, 1.0])
+    affine[:3, 3] = [7, 8, 9]
+    start = nib.Nifti1Image(lps, affine)
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(codes))
+    path = tmp_path / "in.nii.gz"
+    nib.save(start.as_reoriented(turn), path)
+    array, grid = nifti.read_volume(path)
+    np.testing.assert_array_equal(array, lps.transpose(2, 1, 0))
+    np.testing.assert_allclose(grid.spacing, (4, 3, 2))
+    nifti.write_volume(tmp_path / "out.nii.gz", array, grid)
+    before, after = nib.load(path), nib.load(tmp_path / "out.nii.gz")
+    np.testing.assert_array_equal(after.dataobj, before.dataobj)
+    np.testing.assert_array_equal(after.affine, before.affine)
+    assert nib.aff2axcodes(after.affine) == codes
+
+
+def test_written_label_maps_keep_the_header_but_not_its_scaling(tmp_path):
+    image = nib.Nifti1Image(np.ones((4, 4, 4), np.float32), np.eye(4))
+    image.header.set_slope_inter(2.0, 5.0)
+    image.header["cal_max"], image.header["descrip"] = 900, b"scanner 7"
+    image.header.set_xyzt_units("mm")
+    nib.save(image, tmp_path / "in.nii.gz")
+    _, grid = nifti.read_volume(tmp_path / "in.nii.gz")
+    nifti.write_volume(tmp_path / "out.nii.gz", np.full((4, 4, 4), 4, np.uint8), grid)
+    out = nib.load(tmp_path / "out.nii.gz")
+    assert out.get_data_dtype() == np.uint8 and (np.asarray(out.dataobj) == 4).all()
+    assert out.header["descrip"].item() == b"scanner 7" and out.header.get_xyzt_units()[0] == "mm"
+    assert out.header["cal_max"] == 0
+    with pytest.raises(ValueError, match="not on the grid"):
+        nifti.write_volume(tmp_path / "out.nii.gz", np.zeros((4, 4, 3), np.uint8), grid)
+
+
+# -- preparation --------------------------------------------------------------------------------------------------
+
+
+def test_brain_box_and_zscore_by_hand():
+    image = np.zeros((5, 6, 7, 2), np.float32)
+    image[1, 2, 3], image[1, 2, 4], image[3, 2, 3] = (1, 0), (3, 0), (5, 7)
+    assert transforms.brain_box(image) == (slice(1, 4), slice(2, 3), slice(3, 5))
+    z = transforms.zscore_nonzero(image)
+    # 1, 3, 5: mean 3, sd sqrt(8/3)
+    np.testing.assert_allclose(z[[1, 1, 3], 2, [3, 4, 3], 0], np.array([-2, 0, 2]) / np.sqrt(8 / 3), rtol=1e-6)
+    assert np.count_nonzero(z[..., 0]) == 2 and not z[..., 1].any(), "background and constant channels stay 0"
+    zeros = np.zeros((4, 4, 4, 1), np.float32)
+    assert transforms.brain_box(zeros) == (slice(0, 4),) * 3
+    assert not transforms.zscore_nonzero(zeros).any()
+
+
+@pytest.mark.parametrize("size", [(4, 4, 4), (9, 3, 20)])
+def test_patches_hold_the_tumour_when_they_must(size, rng):
+    image = rng.normal(size=(10, 12, 14, 2)).astype(np.float32)
+    label = np.zeros((10, 12, 14), np.uint8)
+    label[0, 11, 7], label[9, 0, 0] = 1, 3
+    seen = set()
+    for _ in range(60):
+        x, y = transforms.random_patch(image, label, size, 1.0, rng)
+        assert x.shape == (*size, 2) and y.shape == size
+        assert y.any()
+        seen |= set(np.unique(y))
+    assert seen == {0, 1, 3}, "each tissue that is present is drawn"
+    empty = [transforms.random_patch(image, label, (2, 2, 2), 0.0, rng)[1].any() for _ in range(200)]
+    assert np.mean(empty) < 0.1, "without the preference a voxel in a thousand is rarely met"
+
+
+def test_patches_cut_image_and_label_at_one_place(rng):
+    label = rng.integers(0, 4, (8, 9, 10)).astype(np.uint8)
+    image = label[..., None].astype(np.float32)
+    for size in ((4, 4, 4), (12, 4, 11)):
+        x, y = transforms.random_patch(image, label, size, 0.5, rng)
+        np.testing.assert_array_equal(x[..., 0], y)
+
+
+# -- folds --------------------------------------------------------------------------------------------------------
+
+
+def test_folds_part_patients_evenly_and_forget_the_order():
+    names = [f"p{i}" for i in range(23)]
+    folds = splits.assign_folds(names, 5, seed=0)
+    assert sorted(np.bincount(list(folds.values()))) == [4, 4, 5, 5, 5]
+    assert splits.assign_folds(reversed(names), 5, seed=0) == folds
+    assert splits.assign_folds(names, 5, seed=1) != folds
+    # the rank of `printf 0:pN | sha256sum` among the 23, modulo 5: the assignment must not drift between versions
+    assert [folds[f"p{i}"] for i in range(6)] == [2, 1, 0, 3, 0, 3]
+
+
+def test_a_patient_is_on_one_side():
+    cases = [brats.Case(f"p{i // 3}-{i % 3}", f"p{i // 3}", (), None, NEW) for i in range(30)]
+    validated = []
+    for fold in range(5):
+        train, validation = splits.split_cases(cases, fold=fold, folds=5, seed=0)
+        assert not {c.patient for c in train} & {c.patient for c in validation}
+        assert len(train) + len(validation) == 30
+        validated += [c.case_id for c in validation]
+    assert sorted(validated) == sorted(c.case_id for c in cases), "every case is validated once"
+    with pytest.raises(UserError, match="fold=5"):
+        splits.split_cases(cases, fold=5, folds=5, seed=0)
+    with pytest.raises(UserError, match="10 patients"):
+        splits.split_cases(cases, fold=0, folds=11, seed=0)
+
+
+# -- stream -------------------------------------------------------------------------------------------------------
+
+
+def take(phantoms, count, **options):
+    cases = brats.list_cases(phantoms, CONVENTION, need_labels=True)
+    settings = {
+        "patch": (32, 32, 32), "tumour_probability": 0.5, "patches_per_case": 1, "batch": 2, "seed": 0,
+        "start_step": 0, "threads": 1,
+    } | options  # fmt: skip
+    return list(itertools.islice(pipeline.make_stream(cases, **settings), count))
+
+
+def same(a, b):
+    return all((x[k] == y[k]).all() for x, y in zip(a, b, strict=True) for k in x)
+
+
+def test_stream_is_a_function_of_seed_and_step(phantoms):
+    batches = take(phantoms, 5)
+    assert batches[0]["image"].shape == (2, 32, 32, 32, 4) and batches[0]["label"].dtype == np.uint8
+    assert same(batches, take(phantoms, 5, threads=4)), "any number of threads"
+    assert same(batches[3:], take(phantoms, 2, start_step=3)), "resumed"
+    assert not same(batches, take(phantoms, 5, seed=1))
+    assert not same(batches[:2], batches[3:]), "the second pass cuts other patches in another order"
+
+
+def test_processes_share_the_global_batch(phantoms):
+    whole = take(phantoms, 2, batch=4)
+    halves = [take(phantoms, 2, batch=4, process_index=i, process_count=2) for i in range(2)]
+    for step in range(2):
+        rows = np.concatenate([halves[i][step]["image"] for i in range(2)])
+        key = lambda x: x.reshape(len(x), -1).sum(1)  # noqa: E731
+        np.testing.assert_allclose(np.sort(key(rows)), np.sort(key(whole[step]["image"])), rtol=1e-5)
+
+
+def test_a_bad_file_stops_the_stream_with_its_name(root):
+    truncate(part(root, 0, "t2"))
+    cases = brats.list_cases(root, CONVENTION, need_labels=True)
+    stream = pipeline.make_stream(
+        cases, patch=(32, 32, 32), tumour_probability=0.5, patches_per_case=1, batch=1, seed=0, start_step=0, threads=2
+    )
+    with pytest.raises(UserError, match="BraTS2021_00000_t2"):
+        list(itertools.islice(stream, 3))
+
+
+def test_steps_per_epoch():
+    assert pipeline.steps_per_epoch(1000, 1, 1) == 1000
+    assert pipeline.steps_per_epoch(7, 2, 4) == 3
+    assert pipeline.steps_per_epoch(1, 1, 4) == 1

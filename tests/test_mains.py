@@ -1,0 +1,405 @@
+"""The whole program through its real command lines, on phantoms and a toy network."""
+
+import csv
+import functools
+import html.parser
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from xdim_jax import cli, results
+from xdim_jax.errors import UserError
+
+REPO = Path(__file__).parent.parent
+RECIPE = "configs/brats_dxnet.py:phantom"
+TOY = [
+    "--config.model.encoder=toy",
+    "--config.model.filters=16,16,8,8,8",
+    "--config.data.patch=64,32,32",
+    "--config.data.phantom.cases=6",
+    "--config.data.phantom.held_out=2",
+    "--config.data.phantom.shape=48,48,64",
+    "--config.train.epochs=2",
+    "--config.train.log_every=3",
+    "--config.train.validate_every=1",
+    "--config.train.validate_after_score=0.0",
+    "--config.predict.min_et=5",
+]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """Runs a main in the checkout: ``run(module, *arguments)``; programs are compiled once for all tests."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path_factory.getbasetemp() / "cache"), "JAX_PLATFORMS": "cpu"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+    def start(module, *arguments, **options):
+        command = [sys.executable, "-m", f"xdim_jax.{module}", *map(str, arguments)]
+        return subprocess.Popen(
+            command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        )
+
+    def finish(module, *arguments, code=0, **options):
+        process = start(module, *arguments, **options)
+        out, err = process.communicate(timeout=280)
+        assert process.returncode == code, out + err
+        assert "Traceback" not in err, err
+        return out + err
+
+    finish.start = start
+    return finish
+
+
+@pytest.fixture(scope="session")
+def trained(run, tmp_path_factory):
+    """A finished toy run with predictions, scores and report. Read only."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    out = run("train", f"--config={RECIPE}", f"--workdir={workdir}", *TOY)
+    (workdir / "out.txt").write_text(out)
+    held_out = workdir / "phantom" / "held_out"
+    run("predict", f"--workdir={workdir}", "--input", held_out, f"--output={workdir / 'pred'}")
+    run("evaluate", f"--pred={workdir / 'pred'}", f"--ref={held_out}", f"--out={workdir / 'eval'}")
+    run("report", f"--workdir={workdir}", f"--eval={workdir / 'eval'}", f"--out={workdir / 'report.html'}")
+    return workdir
+
+
+def records(workdir, kind):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def weights(workdir):
+    """The best weights, without the package's own reader: every array of the checkpoint by name."""
+    import orbax.checkpoint as ocp
+
+    (folder,) = (workdir / "best").iterdir()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.restore((folder / "weights").absolute())
+    import jax
+
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+# -- the straight way ---------------------------------------------------------------------------------------------
+
+
+def test_training_says_what_it_does_and_records_it(trained):
+    out = (trained / "out.txt").read_text()
+    for words in (
+        "devices    1 x cpu",
+        "parameters",
+        "starting at step 0",
+        "compile    train step took",
+        "lr 1.00e-03",
+        "left ",
+    ):
+        assert words in out
+    train = records(trained, "train")
+    assert [r["step"] for r in train] == [3, 6, 8, 9, 12, 15, 16]
+    assert set(train[0]) >= {
+        "loss",
+        "dice_loss",
+        "bce_loss",
+        "score_WT",
+        "score_TC",
+        "score_ET",
+        "learning_rate",
+        "grad_norm",
+    }
+    assert all(r["loss"] == pytest.approx(r["dice_loss"] + r["bce_loss"], rel=1e-5) for r in train)
+    validation = records(trained, "validation")
+    assert [r["step"] for r in validation] == [8, 16]
+    assert validation[0]["dice"] == pytest.approx(np.mean([validation[0][f"dice_{r}"] for r in ("WT", "TC", "ET")]))
+    assert list((trained / "tensorboard").glob("events.*"))
+    split = json.loads((trained / "split.json").read_text())
+    assert len(split["train"]) == 4 and len(split["validation"]) == 2
+    config = json.loads((trained / "config.json").read_text())
+    assert config["model"]["encoder"] == "toy" and config["optim"]["b1"] == 0.95
+
+
+def test_predictions_lie_on_the_source_grid_with_the_source_labels(trained):
+    for folder in sorted((trained / "phantom" / "held_out").iterdir()):
+        source = nib.load(folder / f"{folder.name}_flair.nii.gz")
+        predicted = nib.load(trained / "pred" / f"{folder.name}.nii.gz")
+        assert predicted.shape == source.shape and predicted.get_data_dtype() == np.uint8
+        np.testing.assert_array_equal(predicted.affine, source.affine)
+        assert set(np.unique(predicted.dataobj)) <= {0, 1, 2, 4}
+
+
+def test_cases_csv_and_summary_agree_with_the_files(trained):
+    with open(trained / "eval" / "cases.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["case_id", "structure", "metric", "value"]
+    assert len(rows) == 2 * 3 * 4
+    name = rows[0]["case_id"]
+    pred = np.asarray(nib.load(trained / "pred" / f"{name}.nii.gz").dataobj)
+    ref = np.asarray(nib.load(trained / "phantom" / "held_out" / name / f"{name}_seg.nii.gz").dataobj)
+    dice = 2 * ((pred > 0) & (ref > 0)).sum() / ((pred > 0).sum() + (ref > 0).sum())
+    assert float(rows[0]["value"]) == pytest.approx(dice, rel=1e-12) and rows[0]["metric"] == "dice"
+    summary = json.loads((trained / "eval" / "summary.json").read_text())
+    values = [float(r["value"]) for r in rows if (r["structure"], r["metric"]) == ("WT", "dice")]
+    assert summary["structures"]["WT"]["dice"]["mean"] == pytest.approx(np.mean(values))
+    assert summary["structures"]["WT"]["dice"]["sd"] == pytest.approx(np.std(values, ddof=1))
+    assert summary["cases"] == 2 and summary["rules"] == "brats2022"
+    for record in ("eval/evaluate.json", "pred/predict.json"):
+        assert json.loads((trained / record).read_text())["convention"] == "brats2021"
+
+
+def test_report_is_one_file_with_its_pictures_inside(trained):
+    page = (trained / "report.html").read_text()
+    images, links = [], []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            attributes = dict(attrs)
+            if tag == "img":
+                images.append(attributes)
+            links.extend(v for k, v in attributes.items() if k in ("src", "href") and not v.startswith("data:"))
+
+    Reader().feed(page)
+    assert not links, "nothing is loaded from elsewhere"
+    assert len(images) == 3 and all(
+        i["src"].startswith("data:image/png;base64,") for i in images
+    )  # curves, best, worst
+    summary = json.loads((trained / "eval" / "summary.json").read_text())
+    for structure in ("WT", "TC", "ET"):
+        assert f"<td>{100 * summary['structures'][structure]['dice']['mean']:.2f}</td>" in page
+    assert "91.22" in page and "Synthetic cases" in page
+
+
+def test_a_case_can_be_given_as_its_files(run, trained, tmp_path):
+    folder = sorted((trained / "phantom" / "held_out").iterdir())[0]
+    files = [folder / f"{folder.name}_{m}.nii.gz" for m in ("flair", "t1", "t1ce", "t2")]
+    run("predict", f"--workdir={trained}", "--input", *files, f"--output={tmp_path}")
+    for name in (f"{folder.name}.nii.gz",):
+        np.testing.assert_array_equal(nib.load(tmp_path / name).dataobj, nib.load(trained / "pred" / name).dataobj)
+    out = run("predict", f"--workdir={trained}", "--input", *files[:2], f"--output={tmp_path}", code=2)
+    assert "2 files given; expected one per modality, in the order flair, t1, t1ce, t2" in out
+
+
+def test_one_bad_case_does_not_stop_the_others(run, trained, tmp_path):
+    shutil.copytree(trained / "phantom" / "held_out", tmp_path / "in")
+    bad, good = sorted((tmp_path / "in").iterdir())
+    path = bad / f"{bad.name}_t2.nii.gz"
+    path.write_bytes(path.read_bytes()[:2000])
+    out = run("predict", f"--workdir={trained}", "--input", tmp_path / "in", f"--output={tmp_path / 'out'}", code=1)
+    assert str(path) in out and f"1 of 2 cases failed: {bad.name}" in out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"{good.name}.nii.gz", "predict.json"}
+
+
+def test_missing_predictions_are_an_error_or_the_worst_score(run, trained, tmp_path):
+    shutil.copytree(trained / "pred", tmp_path / "pred")
+    gone, kept = sorted((tmp_path / "pred").glob("*.nii.gz"))
+    gone.unlink()
+    ref = trained / "phantom" / "held_out"
+    arguments = (f"--pred={tmp_path / 'pred'}", f"--ref={ref}", f"--out={tmp_path / 'eval'}")
+    out = run("evaluate", *arguments, code=2)
+    assert gone.name.removesuffix(".nii.gz") in out and "--missing=penalise" in out
+    assert not (tmp_path / "eval").exists()
+    kept.write_bytes(kept.read_bytes()[:100])
+    run("evaluate", *arguments, "--missing=penalise")
+    scores = results.read_cases(tmp_path / "eval" / "cases.csv")
+    for regions in scores.values():
+        for metrics in regions.values():
+            assert metrics == {"dice": 0, "hd95": 374, "sensitivity": 0, "specificity": 0}
+    assert len(json.loads((tmp_path / "eval" / "summary.json").read_text())["unreadable"]) == 2
+    run("report", f"--workdir={trained}", f"--eval={tmp_path / 'eval'}", f"--out={tmp_path / 'r.html'}")
+    assert "Scored as unreadable" in (tmp_path / "r.html").read_text()
+
+
+# -- stopping and going on ----------------------------------------------------------------------------------------
+
+
+def wait_for_line(process, pattern):
+    for line in process.stdout:
+        if re.search(pattern, line):
+            return line
+    raise AssertionError(f"{pattern} never came: {process.stderr.read()}")
+
+
+def test_killed_and_run_again_it_ends_with_the_same_bits(run, trained, tmp_path):
+    """SIGKILL inside the second epoch, SIGTERM a little later: weights and record equal the run that was left alone."""
+    arguments = (f"--config={RECIPE}", f"--workdir={tmp_path / 'run'}", *TOY, "--config.train.checkpoint_minutes=0.0")
+    process = run.start("train", *arguments)
+    wait_for_line(process, r"^step 9/16")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+    process = run.start("train", *arguments)
+    line = wait_for_line(process, r"^resume     from step")
+    assert 1 <= int(line.split()[-1]) <= 10
+    wait_for_line(process, r"^step 12/16")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 128 + signal.SIGTERM, out + err
+    assert "run the same command to go on" in out
+
+    out = run("train", *arguments)
+    assert "resume     from step" in out
+    for name, array in weights(trained).items():
+        np.testing.assert_array_equal(weights(tmp_path / "run")[name], array, err_msg=name)
+    validations = [[r["dice"] for r in records(w, "validation")] for w in (trained, tmp_path / "run")]
+    assert validations[0] == validations[1]
+    again = run("train", *arguments)
+    assert "resume     from step 16" in again and "compile" not in again, "a finished run has nothing left to do"
+
+
+def test_a_workdir_of_another_config_is_refused(run, trained):
+    out = run("train", f"--config={RECIPE}", f"--workdir={trained}", *TOY, "--config.optim.b1=0.9", code=2)
+    assert "optim.b1: 0.95 there, 0.9 asked for" in out and "another --workdir" in out
+
+
+def test_nan_stops_with_the_step(run, tmp_path):
+    arguments = (f"--config={RECIPE}", f"--workdir={tmp_path}", *TOY, "--config.optim.schedule.peak=1e38")
+    out = run("train", *arguments, code=2)
+    assert re.search(r"error: the loss is not finite at step \d+ \(last losses: ", out)
+
+
+# -- wrong input --------------------------------------------------------------------------------------------------
+
+DATA = "--config.data.root={phantoms}"
+MISUSES = {
+    "no data": (["--config=configs/brats_dxnet.py"], ["--config.data.root=", "_{flair,t1,t1ce,t2,seg}", ":phantom"]),
+    "no such root": (["--config=configs/brats_dxnet.py", "--config.data.root=/nowhere"], ["/nowhere is not a folder"]),
+    "typo": ([f"--config={RECIPE}", "--config.optim.lookahed.period=3"], ["did you mean --config.optim.lookahead.period?"]),
+    "section": ([f"--config={RECIPE}", "--config.optim=3"], ["--config.optim is not a key"]),
+    "no value": ([f"--config={RECIPE}", "--config.seed"], ["--config.seed has no value"]),
+    "wrong type": ([f"--config={RECIPE}", "--config.train.epochs=many"], ["--config.train.epochs=many", "int"]),
+    "unknown flag": ([f"--config={RECIPE}", "--epochs=3"], ["unknown argument --epochs=3"]),
+    "unknown recipe": (["--config=configs/dxnet.py"], ["configs/dxnet.py does not exist", "configs/brats_dxnet.py"]),
+    "unknown variant": (["--config=configs/brats_dxnet.py:phantm"], ["unknown variant 'phantm'; known: phantom, fold=<number>"]),
+    "unknown convention": ([f"--config={RECIPE}", "--config.data.convention=brats"], ["known: brats2021, brats2023"]),
+    "patch": ([f"--config={RECIPE}", "--config.data.patch=64,70,64"], ["axis H is 70: use 64 or 96"]),
+    "channels": ([f"--config={RECIPE}", "--config.model.in_channels=1"], ["config.model.in_channels=1: BraTS needs 4"]),
+    "fold": ([f"--config={RECIPE}", DATA, "--config.data.fold=5"], ["config.data.fold=5"]),
+    "batch": ([f"--config={RECIPE}", "--config.data.batch=0"], ["config.data.batch=0: expected at least 1"]),
+    "overlap": ([f"--config={RECIPE}", "--config.predict.overlap=1.0"], ["config.predict.overlap=1.0"]),
+    "encoder": ([f"--config={RECIPE}", DATA, "--config.model.encoder=b9"], ["unknown encoder 'b9'; known: b0"]),
+    "other convention": ([f"--config={RECIPE}", DATA, "--config.data.convention=brats2023"], ["convention=brats2021"]),
+    "too few patients": ([f"--config={RECIPE}", DATA, "--config.data.folds=9"], ["6 patients cannot be split"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_misuse_of_train_is_one_clear_message(run, misuse, phantoms, tmp_path):
+    arguments, words = MISUSES[misuse]
+    out = run("train", *(a.format(phantoms=phantoms) for a in arguments), f"--workdir={tmp_path / 'run'}", code=2)
+    for word in words:
+        assert word in out
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_every_main_explains_itself(run):
+    for module in ("train", "predict", "evaluate", "report", "data"):
+        out = run(module, "--help")
+        assert f"usage: python -m xdim_jax.{module}" in out and "exit status" in out
+    assert "--root" in run("data", "phantom", "--help")
+
+
+def test_other_mains_on_wrong_folders(run, trained, tmp_path):
+    assert "not the workdir of a run" in run(
+        "predict", f"--workdir={tmp_path}", "--input", tmp_path, "--output=x", code=2
+    )
+    out = run("predict", f"--workdir={trained}", "--input", tmp_path, f"--output={tmp_path / 'o'}", code=2)
+    assert "no BraTS case below" in out and not (tmp_path / "o").exists()
+    out = run("evaluate", f"--pred={tmp_path}", f"--ref={trained / 'pred'}", f"--out={tmp_path / 'e'}", code=2)
+    assert "no label map in" in out
+    out = run("report", f"--workdir={trained}", f"--eval={tmp_path}", f"--out={tmp_path / 'r.html'}", code=2)
+    assert f"{tmp_path}/summary.json does not exist" in out
+    out = run("data", "phantom", "--dataset=brats", f"--root={tmp_path}", "--shape=64,64", code=2)
+    assert "--shape=64,64: expected three numbers" in out
+
+
+# -- a full disk --------------------------------------------------------------------------------------------------
+
+
+def limited(size):
+    """No file of the process may grow beyond ``size``: the operating system refuses the write, as a full disk does."""
+    return functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+
+
+def leftovers(folder):
+    return [p for p in Path(folder).rglob("*") if "partial" in p.name or "tmp" in p.name]
+
+
+def test_full_disk_while_writing_phantoms(run, tmp_path):
+    out = run(
+        "data",
+        "phantom",
+        "--dataset=brats",
+        f"--root={tmp_path}",
+        "--shape=64,64,64",
+        code=2,
+        preexec_fn=limited(30_000),
+    )
+    assert f"cannot write {tmp_path}/BraTS2021_00000: File too large" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_while_predicting(run, trained, tmp_path):
+    ref = trained / "phantom" / "held_out"
+    out = run(
+        "predict",
+        f"--workdir={trained}",
+        "--input",
+        ref,
+        f"--output={tmp_path / 'out'}",
+        code=2,
+        preexec_fn=limited(1000),
+    )
+    assert re.search(rf"cannot write {tmp_path}/out/BraTS2021_\d+.nii.gz: File too large", out)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"predict.json"}
+
+
+def test_full_disk_while_saving_a_checkpoint(run, trained, tmp_path):
+    data = f"--config.data.root={trained / 'phantom' / 'train'}"
+    arguments = (f"--config={RECIPE}", f"--workdir={tmp_path / 'run'}", *TOY, data)
+    out = run("train", *arguments, code=2, preexec_fn=limited(100_000))
+    assert f"cannot write the checkpoint in {tmp_path}/run/checkpoints" in out
+    assert not leftovers(tmp_path)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+# -- the config in Python -----------------------------------------------------------------------------------------
+
+
+def test_config_is_the_papers_recipe():
+    """Sect. 3.1.3 and 3.2, read off the paper."""
+    config = cli.load_config("configs/brats_dxnet.py", [])
+    assert tuple(config.data.patch) == (128, 128, 128) and config.data.batch == 1
+    assert (config.optim.b1, config.optim.b2) == (0.95, 0.99)
+    assert (config.optim.lookahead.period, config.optim.lookahead.step_size) == (6, 0.5)
+    schedule = config.optim.schedule
+    assert (schedule.peak, schedule.final, schedule.constant_epochs, config.train.epochs) == (1e-3, 1e-5, 40, 90)
+    assert config.train.validate_after_score == 0.85 and config.predict.threshold == 0.5 and config.predict.min_et > 0
+    assert (config.model.encoder, config.model.norm, config.loss.name) == ("b0", "instance", "dice_bce")
+    assert config.data.folds == 5
+
+
+def test_variants_and_overrides(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the recipe is found where it ships
+    config = cli.load_config(
+        "configs/brats_dxnet.py:phantom,fold=3", ["--config.data.patch=(32,64,64)", "--config.seed=7"]
+    )
+    assert config.data.fold == 3 and tuple(config.data.patch) == (32, 64, 64) and config.seed == 7
+    assert cli.load_config("brats_dxnet", []).data.fold == 0
+    with pytest.raises(UserError, match="unknown variant 'fold=x'"):
+        cli.load_config("brats_dxnet:fold=x", [])
+
+
+def test_metrics_and_data_do_not_import_jax():
+    """Judging and reading must work, and start fast, where jax is not wanted; nor is torch ever imported."""
+    code = "import sys, xdim_jax.evaluate, xdim_jax.metrics, xdim_jax.data.phantom, xdim_jax.cli; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
+    code = "import sys, xdim_jax.train, xdim_jax.predict; assert not {'torch', 'timm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)

@@ -1,0 +1,154 @@
+"""The fast forms equal the plain ones, and the plain ones equal scipy and sums written out by hand."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from xdim_jax import ops
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def both_forms(function, *args):
+    """Largest relative difference of the two forms: value, and gradient of a nonlinear sum for every argument."""
+
+    def loss(*args):
+        return jnp.sum(jnp.sin(function(*args)))
+
+    results = []
+    for form in ("fast", "reference"):
+        with ops.use_form(form):
+            value = jax.jit(lambda *a: function(*a))(*args)
+            grads = jax.jit(lambda *a: jax.grad(loss, tuple(range(len(args))))(*a))(*args)
+        results.append(jax.tree.leaves((value, grads)))
+    return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in zip(*results, strict=True))
+
+
+def random_shape(rng, ndim):
+    kernel = tuple(int(k) for k in rng.choice([1, 2, 3, 5], ndim))
+    strides = tuple(int(s) for s in rng.choice([1, 2, 3, 4], ndim)) if rng.random() < 0.6 else (1,) * ndim
+    size = tuple(int(rng.integers(k + 2, 11)) for k in kernel)
+    padding = ops.symmetric_padding(kernel) if rng.random() < 0.5 else ops.same_padding(size, kernel, strides)
+    return kernel, strides, size, padding
+
+
+@pytest.mark.parametrize("case", range(8))
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("kind", ["dense", "depthwise"])
+def test_fast_convolution_equals_reference(kind, ndim, case):
+    rng = np.random.default_rng([case, ndim])
+    kernel, strides, size, padding = random_shape(rng, ndim)
+    channels, filters = (int(n) for n in rng.integers(1, 5, 2))
+    x = rng.normal(size=(int(rng.integers(1, 3)), *size, channels))
+    groups = channels if kind == "depthwise" else 1
+    shape = (*kernel, 1, channels) if kind == "depthwise" else (*kernel, channels, filters)
+    w = rng.normal(size=shape)
+    error = both_forms(lambda x, w: ops.conv(x, w, strides=strides, padding=padding, groups=groups), x, w)
+    assert error < 1e-12, (kernel, strides, size, padding)
+
+
+def test_slabs_and_loops_are_exercised(rng):
+    """Large enough that the weight gradients take several slabs, and a kernel of 125 taps the loop."""
+    x = rng.normal(size=(1, 16, 64, 64, 16))
+    assert 2 * ops._SLAB_BYTES < 16 * 64 * 64 * (3 * 16 + 9 * 8) * 8
+    same = ops.symmetric_padding((3, 3, 3))
+    dense = rng.normal(size=(3, 3, 3, 16, 8))
+    assert both_forms(lambda x, w: ops.conv(x, w, strides=(1, 1, 1), padding=same), x, dense) < 1e-12
+    x = rng.normal(size=(2, 9, 8, 10, 3))
+    for strides in ((1, 1, 1), (2, 2, 2)):
+        wide = rng.normal(size=(5, 5, 5, 1, 3))
+        pads = ops.symmetric_padding((5, 5, 5))
+        assert (
+            both_forms(lambda x, w, s=strides, p=pads: ops.conv(x, w, strides=s, padding=p, groups=3), x, wide) < 1e-12
+        )
+
+
+@pytest.mark.parametrize("form", ["fast", "reference"])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_convolution_is_scipys_correlation(form, ndim, rng):
+    size, kernel = (7, 6, 8)[:ndim], (3, 5, 3)[:ndim]
+    x, w = rng.normal(size=(1, *size, 2)), rng.normal(size=(*kernel, 2, 3))
+    with ops.use_form(form):
+        y = ops.conv(jnp.asarray(x), jnp.asarray(w), strides=(1,) * ndim, padding=ops.symmetric_padding(kernel))
+    for o in range(3):
+        expected = sum(ndimage.correlate(x[0, ..., i], w[..., i, o], mode="constant") for i in range(2))
+        np.testing.assert_allclose(y[0, ..., o], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["fast", "reference"])
+@pytest.mark.parametrize("window", [(2, 2, 2), (3, 1, 2), (2, 3)])
+def test_conv_transpose_scatters_like_torch(form, window, rng):
+    """out[s i + t] = x[i] w[t], summed voxel by voxel; the convention that a plain lax.conv_transpose does not have."""
+    ndim = len(window)
+    size = (3, 2, 4)[:ndim]
+    x, w = rng.normal(size=(1, *size, 2)), rng.normal(size=(*window, 2, 3))
+    expected = np.zeros((*(n * k for n, k in zip(size, window, strict=True)), 3))
+    for i in itertools.product(*map(range, size)):
+        for t in itertools.product(*map(range, window)):
+            expected[tuple(a * k + b for a, k, b in zip(i, window, t, strict=True))] = x[0][i] @ w[t]
+    with ops.use_form(form):
+        np.testing.assert_allclose(ops.conv_transpose(jnp.asarray(x), jnp.asarray(w))[0], expected, atol=1e-12)
+
+
+def test_conv_transpose_gradients(rng):
+    x, w = rng.normal(size=(2, 3, 4, 2, 5)), rng.normal(size=(2, 2, 2, 5, 3))
+    assert both_forms(ops.conv_transpose, x, w) < 1e-12
+
+
+@pytest.mark.parametrize("axes", [(1, 2, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("activation", [None, "silu", "relu"])
+def test_normalise_equals_plain_autodiff(axes, activation, rng):
+    x, scale, bias = rng.normal(3, 2, size=(2, 4, 3, 5, 6)), rng.normal(size=6), rng.normal(size=6)
+
+    def norm(x, scale, bias):
+        return ops.normalise(x, scale, bias, axes=axes, eps=1e-3, activation=activation)[0]
+
+    assert both_forms(norm, x, scale, bias) < 1e-11
+
+
+def test_normalise_keeps_digits_of_a_large_mean(rng):
+    """E[x^2] - E[x]^2 would lose them in float32."""
+    x = (rng.normal(size=(1, 16, 16, 16, 2)) + 3000).astype(np.float32)
+    one = jnp.ones(2, jnp.float32)
+    y, mean, var = ops.normalise(jnp.asarray(x), one, 0 * one, axes=(1, 2, 3), eps=0.0, activation=None)
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(mean[0, 0, 0, 0], exact.mean((0, 1, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(var[0, 0, 0, 0], exact.var((0, 1, 2, 3)), rtol=1e-3)
+    assert abs(float(jnp.std(y)) - 1) < 1e-3
+
+
+def test_same_padding_by_hand():
+    # 224 at stride 2: k 3 needs 1 pixel, after; k 5 needs 3; odd 65 with k 3 needs 2
+    assert ops.same_padding((224, 224, 65), (3, 5, 3), (2, 2, 2)) == ((0, 1), (1, 2), (1, 1))
+    assert ops.symmetric_padding((3, 5)) == ((1, 1), (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "groups", "word"),
+    [
+        ((1, 4, 4, 2), (3, 3, 3, 2, 1), 1, "spatial"),
+        ((1, 4, 4, 6), (3, 3, 3, 6), 2, "groups=2"),
+        ((1, 4, 4, 2), (3, 3, 5, 1), 1, "fit"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(x, w, groups, word):
+    with pytest.raises(ValueError, match=word):
+        ops.conv(jnp.zeros(x), jnp.zeros(w), strides=(1, 1), padding=((1, 1), (1, 1)), groups=groups)
+
+
+def test_forms_are_a_closed_set():
+    with pytest.raises(ValueError, match="fastest"), ops.use_form("fastest"):
+        pass
+    with pytest.raises(ValueError, match="gelu"):
+        ops.activate(jnp.zeros(3), "gelu")
+    with ops.use_form("reference"):
+        assert ops.active_form() == "reference"
+    assert ops.active_form() == "fast"  # these tests run on CPU

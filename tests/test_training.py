@@ -1,0 +1,361 @@
+"""Loss, schedule, optimiser, step, devices, checkpoints and the record, each alone."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from tests.conftest import TOY_MODEL
+from xdim_jax import checkpoint, log, loop, loss, mesh, models, optim, step
+from xdim_jax.errors import UserError
+
+OPTIM = {
+    "name": "nadam",
+    "b1": 0.95,
+    "b2": 0.99,
+    "eps": 1e-8,
+    "lookahead": {"period": 6, "step_size": 0.5},
+    "schedule": {"name": "constant_then_cosine", "peak": 1e-3, "final": 1e-5, "constant_epochs": 40},
+}
+
+
+# -- loss ---------------------------------------------------------------------------------------------------------
+
+
+def test_dice_bce_by_hand():
+    """Two samples of two voxels, one channel; probabilities 0.5 and 0.9, 0.5 and 0.1; truth 1 1 and 0 0."""
+    logits = jnp.array([[0.0, math.log(9)], [0.0, -math.log(9)]]).reshape(2, 2, 1)
+    targets = jnp.array([[1, 1], [0, 0]], bool).reshape(2, 2, 1)
+    value, parts = loss.make_loss({"name": "dice_bce", "eps": 0.1})(logits, targets)
+    dice = 1 - (2 * 1.4 / (1.4 + 2 + 0.1) + 0) / 2
+    bce = -(math.log(0.5) + math.log(0.9)) / 2  # the same for both samples
+    assert float(parts["dice_loss"]) == pytest.approx(dice, rel=1e-6)
+    assert float(parts["bce_loss"]) == pytest.approx(bce, rel=1e-6)
+    assert float(value) == pytest.approx(dice + bce, rel=1e-6)
+
+
+def test_cross_entropy_is_finite_for_sure_and_wrong_logits():
+    value, grad = jax.value_and_grad(loss.binary_cross_entropy)(jnp.array([1e4, -1e4]), jnp.array([0.0, 0.0]))
+    assert float(value) == pytest.approx(5e3)
+    assert np.isfinite(grad).all()
+
+
+def test_hard_dice_counts_two_empty_masks_as_one():
+    logits = jnp.array([[1.0, 1.0, -1.0, -1.0], [-1.0] * 4]).reshape(2, 4, 1)
+    targets = jnp.array([[1, 0, 0, 0], [0, 0, 0, 0]], bool).reshape(2, 4, 1)
+    np.testing.assert_allclose(loss.hard_dice(logits, targets), [[2 / 3], [1.0]], rtol=1e-6)
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(UserError, match=r"dicee.*known: dice_bce"):
+        loss.make_loss({"name": "dicee"})
+    with pytest.raises(UserError, match=r"warmup.*known: constant_then_cosine"):
+        optim.make_schedule({"name": "warmup"}, epochs=1, per_epoch=1)
+    with pytest.raises(UserError, match=r"schedule.peak=-1"):
+        optim.make_schedule(OPTIM["schedule"] | {"peak": -1}, epochs=90, per_epoch=1)
+    with pytest.raises(UserError, match="sgd"):
+        optim.make_optimizer(OPTIM | {"name": "sgd"}, lambda count: 1e-3)
+
+
+# -- optimiser ----------------------------------------------------------------------------------------------------
+
+
+def test_schedule_is_the_papers():
+    """1e-3 to epoch 40, a cosine to 1e-5 at epoch 90; half way down it is the mean of the two."""
+    schedule = optim.make_schedule(OPTIM["schedule"], epochs=90, per_epoch=10)
+    assert [float(schedule(s)) for s in (0, 399, 400)] == pytest.approx([1e-3] * 3)
+    assert float(schedule(650)) == pytest.approx((1e-3 + 1e-5) / 2, rel=1e-5)
+    assert float(schedule(900)) == pytest.approx(1e-5, rel=1e-4)
+
+
+def test_lookahead_is_written_out_by_hand():
+    """Nadam with constant momentum as Dozat's (spec: architecture, section 9, row optax), slow weights each 6 steps."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        w0, grads = rng.normal(size=3), rng.normal(size=(14, 3))
+        tx = optim.make_optimizer(OPTIM, lambda count: 0.1)
+        params = optim.init_params(OPTIM, {"w": jnp.asarray(w0)})
+        state = tx.init(params)
+        fast, slow, m, v = w0.copy(), w0.copy(), np.zeros(3), np.zeros(3)
+        for t, g in enumerate(grads, 1):
+            updates, state = tx.update({"w": jnp.asarray(g)}, state, params)
+            params = optax.apply_updates(params, updates)
+            m, v = 0.95 * m + 0.05 * g, 0.99 * v + 0.01 * g * g
+            direction = 0.95 * m / (1 - 0.95 ** (t + 1)) + 0.05 * g / (1 - 0.95**t)
+            fast = fast - 0.1 * direction / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
+            if t % 6 == 0:
+                slow = slow + 0.5 * (fast - slow)
+                fast = slow.copy()
+            np.testing.assert_allclose(optim.fast(params)["w"], fast, rtol=1e-9)
+            np.testing.assert_allclose(optim.slow(params)["w"], slow, rtol=1e-9)
+
+
+def test_without_lookahead_there_is_one_copy():
+    config = OPTIM | {"lookahead": {"period": 0, "step_size": 0.5}}
+    params = optim.init_params(config, {"w": jnp.ones(2)})
+    assert optim.fast(params) is optim.slow(params) is params
+
+
+# -- step ---------------------------------------------------------------------------------------------------------
+
+
+def make_state(model=TOY_MODEL, optimiser=OPTIM):
+    graphdef, params, stats = step.split_model(models.build(model, seed=0))
+    tx = optim.make_optimizer(optimiser, lambda count: 1e-3)
+    state = step.init_state(optim.init_params(optimiser, params), stats, tx)
+    return graphdef, tx, jax.tree.map(jnp.copy, state)
+
+
+class Linear(nnx.Module):
+    """Per-voxel linear map: small enough to differentiate by hand."""
+
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.array([[0.5], [-0.25]]))
+        self.use_running_average = False
+
+    def __call__(self, image, rngs=None):
+        return image @ self.kernel[...]
+
+
+def test_step_follows_the_gradient_and_reports_the_score():
+    graphdef, params, stats = step.split_model(Linear())
+    tx = optax.sgd(0.1)
+    train = step.make_train_step(
+        graphdef, lambda z, g: (jnp.mean((z - g) ** 2), {"part": jnp.sum(z)}), lambda label: label[..., None] > 0, tx
+    )
+    image = np.array([[1.0, 2.0], [3.0, 1.0]]).reshape(1, 2, 2)
+    batch = {"image": jnp.asarray(image), "label": jnp.array([[0, 2]])}
+    state, metrics = train(step.init_state(params, stats, tx), batch, jax.random.key(0))
+    # logits 0 and 1.25 against 0 and 1: gradient = mean of 2 (z - g) x
+    np.testing.assert_allclose(state.params["kernel"][:, 0], [0.5 - 0.1 * 0.75, -0.25 - 0.1 * 0.25], rtol=1e-6)
+    assert int(state.step) == 1
+    assert float(metrics["loss"]) == pytest.approx(0.25**2 / 2)
+    assert float(metrics["grad_norm"]) == pytest.approx(math.hypot(0.75, 0.25))
+    np.testing.assert_allclose(metrics["score"], [1.0])
+
+
+def test_the_same_step_gives_the_same_bits_and_another_step_another_drop_path():
+    model = TOY_MODEL | {"drop_path": 0.9, "encoder": "toy"}
+    graphdef, tx, state = make_state(model)
+    train = jax.jit(
+        step.make_train_step(
+            graphdef,
+            loss.make_loss({"name": "dice_bce", "eps": 1e-5}),
+            lambda label: jnp.stack([label > 0] * 3, -1),
+            tx,
+        )
+    )
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.normal(size=(1, 32, 32, 64, 4)), jnp.float32),
+        "label": jnp.asarray(rng.integers(0, 2, (1, 32, 32, 64)), jnp.uint8),
+    }
+    key = jax.random.key(0)
+    a, first = train(state, batch, key)
+    b, again = train(state, batch, key)
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)) and first["loss"] == again["loss"]
+    losses = {float(train(state._replace(step=jnp.int32(s)), batch, key)[1]["loss"]) for s in range(8)}
+    assert len(losses) > 1
+
+
+# -- devices ------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_numbers():
+    code = """
+    from xdim_jax import mesh
+    from xdim_jax.errors import UserError
+    for arguments in ((-1, 1, 6), (-1, 3, 8), (16, 1, 16)):
+        try:
+            mesh.make_mesh(arguments[0], arguments[1], batch=arguments[2])
+        except UserError as error:
+            print(error)
+    print(dict(mesh.make_mesh(-1, 2, batch=8).shape))
+    """
+    lines = run_on_eight_devices(code)
+    assert lines[0] == (
+        "config.data.batch=6 does not divide over 8 data-parallel devices in 1 processes; "
+        "set --config.data.batch=8 or --config.mesh.data=6"
+    )
+    assert "mesh.space=3 does not divide the 8 devices" in lines[1]
+    assert "16 x 1 devices; there are 8" in lines[2]
+    assert lines[3] == "{'data': 4, 'space': 2}"
+
+
+def run_on_eight_devices(code):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def test_eight_devices_compute_what_one_does():
+    """Gradients and score of a toy DX-Net: a batch over 2 devices, depth over 2, against one device."""
+    code = """
+    import jax, jax.numpy as jnp, numpy as np
+    from tests.test_training import make_state, OPTIM
+    from tests.conftest import TOY_MODEL
+    from xdim_jax import loss, mesh, regions, step, optim
+    graphdef, tx, state = make_state(TOY_MODEL | {"drop_path": 0.0})
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.normal(size=(4, 64, 32, 32, 4)).astype(np.float32),
+             "label": rng.integers(0, 4, (4, 64, 32, 32)).astype(np.uint8)}
+    train = step.make_train_step(graphdef, loss.make_loss({"name": "dice_bce", "eps": 1e-5}),
+                                 lambda label: regions.encode(label, jnp), tx)
+    results = []
+    for data, space in ((1, 1), (2, 2)):
+        devices = mesh.make_mesh(data, space, batch=4)
+        placed = mesh.put_batch(batch, devices)
+        rep = mesh.replicated(devices)
+        at = mesh.put_replicated(state, devices)
+        _, metrics = jax.jit(train, out_shardings=(rep, rep))(at, placed, jax.random.key(0))
+        results.append(jax.device_get(metrics))
+    for other in results[1:]:
+        for name in results[0]:
+            print(name, float(np.abs(np.asarray(other[name]) / np.asarray(results[0][name]) - 1).max()))
+    """
+    lines = run_on_eight_devices(code)
+    assert len(lines) == 5
+    for line in lines:
+        name, difference = line.split()
+        assert float(difference) < (1e-2 if name == "score" else 1e-3), line
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def small_state(value, at):
+    params = optax.LookaheadParams(fast={"w": jnp.full(4, value)}, slow={"w": jnp.full(4, value / 2)})
+    return step.TrainState(jnp.int32(at), params, {"n": {"mean": jnp.full(2, value)}}, {"mu": jnp.zeros(4)})
+
+
+def save_states(workdir, steps):
+    checkpoints = checkpoint.open_checkpoints(workdir)
+    for at in steps:
+        checkpoint.save_latest(checkpoints, small_state(float(at), at), {"score_steps": at})
+    checkpoint.close(checkpoints)
+
+
+def test_latest_state_comes_back_whole(tmp_path):
+    save_states(tmp_path, (1, 2, 3))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    state, progress = checkpoint.restore_latest(checkpoints, small_state(0.0, 0), print)
+    checkpoint.close(checkpoints)
+    assert isinstance(state, step.TrainState) and isinstance(state.params, optax.LookaheadParams)
+    assert int(state.step) == 3 and progress == {"score_steps": 3}
+    np.testing.assert_array_equal(state.params.fast["w"], 3.0)
+    np.testing.assert_array_equal(state.params.slow["w"], 1.5)
+
+
+def damage(folder):
+    files = [p for p in folder.rglob("*") if p.is_file() and p.parent.name == "d"]
+    for path in files:
+        path.write_bytes(path.read_bytes()[:10])
+    assert files
+
+
+def test_a_damaged_checkpoint_is_moved_aside_with_a_warning(tmp_path):
+    save_states(tmp_path, (1, 2))
+    damage(tmp_path / "checkpoints" / "2")
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()  # a kill in the middle of a save
+    warnings = []
+    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    state, _ = checkpoint.restore_latest(checkpoints, small_state(0.0, 0), warnings.append)
+    assert int(state.step) == 1
+    assert "checkpoint 2" in warnings[0] and "damaged-checkpoint-2" in warnings[1]
+    checkpoint.save_latest(checkpoints, small_state(7.0, 2), {})  # step 2 is reached again
+    checkpoint.close(checkpoints)
+    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    again, _ = checkpoint.restore_latest(checkpoints, small_state(0.0, 0), warnings.append)
+    checkpoint.close(checkpoints)
+    np.testing.assert_array_equal(again.params.fast["w"], 7.0)
+    assert not list((tmp_path / "checkpoints").glob("*tmp"))
+
+
+def test_when_no_checkpoint_can_be_read_nothing_is_started_anew(tmp_path):
+    save_states(tmp_path, (1, 2))
+    for at in ("1", "2"):
+        damage(tmp_path / "checkpoints" / at)
+    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    with pytest.raises(UserError, match=r"steps \[2, 1\]"):
+        checkpoint.restore_latest(checkpoints, small_state(0.0, 0), lambda line: None)
+    checkpoint.close(checkpoints)
+    assert checkpoint.exist(tmp_path)
+
+
+def test_best_weights_are_those_of_the_best_score(tmp_path):
+    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    for at, score in ((1, 0.5), (2, 0.9), (3, 0.7)):
+        checkpoint.save_best(checkpoints, at, {"w": jnp.full(4, float(at))}, {}, score)
+    checkpoint.close(checkpoints)
+    params, _, source = checkpoint.load_weights(tmp_path, {"w": jnp.zeros(4)}, {})
+    np.testing.assert_array_equal(params["w"], 2.0)
+    assert source == "best validation, step 2"
+
+
+def test_without_a_validation_the_slow_weights_of_the_latest_state_are_used(tmp_path):
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        checkpoint.load_weights(tmp_path, {}, {})
+    save_states(tmp_path, (4,))
+    params, stats, source = checkpoint.load_weights(tmp_path, {"w": jnp.zeros(4)}, {"n": {"mean": jnp.zeros(2)}})
+    np.testing.assert_array_equal(params["w"], 2.0)
+    np.testing.assert_array_equal(stats["n"]["mean"], 4.0)
+    assert source == "latest state, step 4"
+    with pytest.raises(UserError, match=r"params.w is \(4,\) in the checkpoint, \(5,\) in the network"):
+        checkpoint.load_weights(tmp_path, {"w": jnp.zeros(5)}, {"n": {"mean": jnp.zeros(2)}})
+
+
+# -- record -------------------------------------------------------------------------------------------------------
+
+
+def test_record_forgets_what_lies_beyond_the_resumed_step(tmp_path):
+    recorder = log.open_recorder(tmp_path, 0, writes=True)
+    for at in (1, 2, 3):
+        log.record(recorder, "train", at, {"loss": 1.0 / at})
+    log.close_recorder(recorder)
+    with open(tmp_path / log.METRICS_FILE, "a", encoding="utf-8") as file:
+        file.write('{"kind": "train", "st')  # killed while writing
+    recorder = log.open_recorder(tmp_path, 2, writes=True)
+    log.record(recorder, "train", 3, {"loss": 9.0})
+    log.close_recorder(recorder)
+    records = [json.loads(line) for line in (tmp_path / log.METRICS_FILE).read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in records] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (7830, "2 h 10 min"),
+        (273_000, "3 d 3 h"),
+        (math.inf, "?"),
+    ],
+)
+def test_durations(seconds, text):
+    assert log.duration(seconds) == text
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step():
+    with pytest.raises(UserError, match=r"step 12 \(last losses: 0.9, 0.8, nan\)"):
+        loop._check_finite(13, [0.8, math.nan, 0.5], [0.9])
+    assert loop._check_finite(4, [4.0, 3.0], [9.0, 8.0, 7.0, 6.0, 5.0]) == [7.0, 6.0, 5.0, 4.0, 3.0]
+
+
+def test_replication_reaches_every_device():
+    devices = mesh.make_mesh(-1, 1, batch=jax.device_count())
+    tree = mesh.put_replicated({"a": jnp.arange(3)}, devices)
+    assert tree["a"].sharding.is_fully_replicated
