@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ class Checkpoints:
     best: ocp.CheckpointManager
 
 
+def _without_closed_loops(event: Any) -> None:
+    """When one write fails, every other write of that save complains of orbax's closed event loop on stderr."""
+    if str(event.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(event)
+
+
 def exist(workdir: Path) -> bool:
     """Whether a run in this workdir has saved anything."""
     return any(_newest(workdir / folder) for folder in (LATEST_FOLDER, BEST_FOLDER))
@@ -41,8 +48,10 @@ def exist(workdir: Path) -> bool:
 
 def open_checkpoints(workdir: Path) -> Checkpoints:
     """Opens (or makes) the checkpoint folders; half-written ones that a kill left behind are removed."""
-    # orbax logs every save, and the traceback of every error that it also raises
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # orbax logs every save, and the traceback of every error that it also raises, once per array
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _without_closed_loops
     score: Callable[[Any], float] = lambda metrics: metrics[_SCORE]  # noqa: E731
     return Checkpoints(
         _manager(workdir / LATEST_FOLDER, checkpoint_managers.LatestN(KEPT)),
@@ -66,9 +75,15 @@ def close(checkpoints: Checkpoints) -> None:
     Raises:
         UserError: a save under way failed.
     """
+    errors = []
     for manager in (checkpoints.latest, checkpoints.best):
-        _guarded(manager, manager.wait_until_finished)
+        try:
+            _guarded(manager, manager.wait_until_finished)
+        except UserError as error:
+            errors.append(error)
         manager.close()
+    if errors:
+        raise errors[0]
 
 
 def save_latest(checkpoints: Checkpoints, state: TrainState, progress: dict[str, Any]) -> None:

@@ -94,12 +94,15 @@ def find_data(config: cli.Config, workdir: Path) -> tuple[list[brats.Case], list
 def train(config: cli.Config, workdir: Path) -> int:
     """Runs the recipe to its end, or until a signal. Returns the exit status."""
     devices = mesh.make_mesh(config.mesh.data, config.mesh.space, batch=config.data.batch)
+    try:
+        graphdef, params, stats = split_model(models.build(config.model, seed=config.seed))
+    except ValueError as error:
+        raise UserError(f"config.model: {error}") from error
     cli.claim_workdir(workdir, config, free=FREE_KEYS, started=checkpoint.exist(workdir))
     train_cases, validation_cases = find_data(config, workdir)
     per_epoch = pipeline.steps_per_epoch(len(train_cases), config.data.patches_per_case, config.data.batch)
     total = per_epoch * config.train.epochs
 
-    graphdef, params, stats = split_model(models.build(config.model, seed=config.seed))
     schedule = optim.make_schedule(config.optim.schedule, epochs=config.train.epochs, per_epoch=per_epoch)
     tx = optim.make_optimizer(config.optim, schedule)
     state = init_state(optim.init_params(config.optim, params), stats, tx)
