@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,16 @@ class Checkpoints:
     best: ocp.CheckpointManager
 
 
+def _quieten_orbax() -> None:
+    """orbax logs every save at INFO; and when one write fails, which it raises, every other array of that save
+    complains as well: in the logs, of coroutines never awaited, and of a closed event loop."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    sys.unraisablehook = _without_closed_loops
+
+
 def _without_closed_loops(event: Any) -> None:
-    """When one write fails, every other write of that save complains of orbax's closed event loop on stderr."""
     if str(event.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(event)
 
@@ -48,10 +57,7 @@ def exist(workdir: Path) -> bool:
 
 def open_checkpoints(workdir: Path) -> Checkpoints:
     """Opens (or makes) the checkpoint folders; half-written ones that a kill left behind are removed."""
-    # orbax logs every save, and the traceback of every error that it also raises, once per array
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _without_closed_loops
+    _quieten_orbax()
     score: Callable[[Any], float] = lambda metrics: metrics[_SCORE]  # noqa: E731
     return Checkpoints(
         _manager(workdir / LATEST_FOLDER, checkpoint_managers.LatestN(KEPT)),

@@ -6,6 +6,7 @@ Writes to --out: cases.csv (case_id,structure,metric,value), summary.json and ev
 
 import concurrent.futures
 import functools
+import multiprocessing
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
 
     score = functools.partial(score_case, convention=options.convention)
     pairs = [(predictions.get(case), references[case]) for case in common]
-    with concurrent.futures.ProcessPoolExecutor(max(options.jobs, 1)) as pool:
+    workers, context = max(min(options.jobs, len(pairs)), 1), multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
         outcomes = list(pool.map(score, *zip(*pairs, strict=True)))
     problems = [problem for _, problem in outcomes if problem]
     unreadable = [case for case, (_, problem) in zip(common, outcomes, strict=True) if problem]
