@@ -69,6 +69,11 @@ def test_every_fifth_phantom_has_no_enhancing_tumour(phantoms):
     assert has == [True, True, True, True, False, True]
 
 
+def test_phantoms_of_other_settings_are_not_taken_for_these(phantoms):
+    with pytest.raises(UserError, match=r"'seed': 0.*'seed': 1"):
+        phantom.write_brats(phantoms, cases=1, convention=CONVENTION, shape=(64, 64, 64), seed=1)
+
+
 def test_phantom_refuses_a_tiny_shape(tmp_path):
     with pytest.raises(UserError, match="at least 32"):
         phantom.write_brats(tmp_path, cases=1, convention=CONVENTION, shape=(16, 64, 64))

@@ -340,7 +340,7 @@ def test_full_disk_while_writing_phantoms(run, tmp_path):
         file_kib=30,
     )
     assert f"cannot write {tmp_path}/BraTS2021_00000: File too large" in out
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["phantom.json"]
 
 
 def test_full_disk_while_predicting(run, trained, tmp_path):

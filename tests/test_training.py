@@ -167,6 +167,53 @@ def test_the_same_step_gives_the_same_bits_and_another_step_another_drop_path():
     assert len(losses) > 1
 
 
+@pytest.mark.parametrize(("asked_at", "log_every"), [(2, 100), (3, 2), (4, 100), (5, 2)])
+def test_wherever_a_stop_is_asked_for_no_step_is_lost(tmp_path, asked_at, log_every):
+    """The signal comes while the batch of a step is waited for; epochs have 4 steps."""
+    stop = loop.StopRequest()
+
+    def stream():
+        for at in range(1, 100):
+            if at == asked_at:
+                stop.signal = 15
+            yield {"image": np.zeros((1, 1, 1, 1, 1), np.float32)}
+
+    def count(state, batch, key):
+        return state._replace(step=state.step + 1), {"loss": jnp.float32(0.5), "score": jnp.full(3, 0.25)}
+
+    validations = []
+
+    def validate(weights, stop):
+        validations.append(1)
+        if stop.signal:
+            raise loop.InterruptedValidationError
+        return {"WT": 0.5, "TC": 0.5, "ET": 0.5}
+
+    run = loop.Run(
+        config={
+            "epochs": 3, "checkpoint_minutes": 99.0, "log_every": log_every, "validate_every": 1, "validate_after_score": 0
+        },
+        per_epoch=4,
+        step=count,
+        key=jax.random.key(0),
+        schedule=lambda at: 1e-3,
+        mesh=mesh.make_mesh(1, 1, batch=1),
+        checkpoints=checkpoint.open_checkpoints(tmp_path),
+        recorder=log.open_recorder(tmp_path, 0, writes=True),
+        validate=validate,
+        stop=stop,
+    )  # fmt: skip
+    loop.fit(run, small_state(1.0, 0), loop.Progress([0.0] * 3), stream(), validated=False)
+    restored = checkpoint.restore_latest(run.checkpoints, small_state(0.0, 0), print)
+    log.close_recorder(run.recorder)
+    checkpoint.close(run.checkpoints)
+    assert restored is not None and int(restored[0].step) == asked_at
+    in_epoch = asked_at % 4
+    assert restored[1]["score_steps"] == in_epoch and restored[1]["score_sum"] == [0.25 * in_epoch] * 3
+    assert len(validations) == (asked_at >= 4)
+    assert [r["step"] for r in log.read_records(tmp_path) if r["kind"] == "validation"] == ([4] if asked_at > 4 else [])
+
+
 # -- devices ------------------------------------------------------------------------------------------------------
 
 

@@ -97,11 +97,11 @@ def fit(
     start = int(state.step)
     if start and start % run.per_epoch == 0 and not validated and _due(run, progress, start):
         _validate(run, state)
+        if run.stop.signal:
+            return state
     compiled, pending, losses = None, [], []
     saved = interval = time.monotonic()
     for done in range(start + 1, run.total + 1):
-        if run.stop.signal:
-            break
         batch = mesh.put_batch(next(stream), run.mesh)
         if compiled is None:
             compiled = _compile(run, state, batch)
@@ -109,8 +109,9 @@ def fit(
         state, metrics = compiled(state, batch, run.key)
         pending.append(metrics)
         epoch_ends = done % run.per_epoch == 0
-        checkpoint_due = epoch_ends or time.monotonic() - saved > 60 * run.config["checkpoint_minutes"]
-        if not (checkpoint_due or run.stop.signal or done % run.config["log_every"] == 0):
+        stopping = bool(run.stop.signal)
+        saving = epoch_ends or stopping or time.monotonic() - saved > 60 * run.config["checkpoint_minutes"]
+        if not (saving or done % run.config["log_every"] == 0):
             continue
         values = jax.device_get(pending)
         losses = _check_finite(done, [float(v["loss"]) for v in values], losses)
@@ -120,11 +121,15 @@ def fit(
         progress.score_steps += len(values)
         if epoch_ends:
             _end_epoch(run, done, progress)
-        if checkpoint_due or run.stop.signal:
+        if saving:
             checkpoint.save_latest(run.checkpoints, state, dataclasses.asdict(progress))
             saved = time.monotonic()
         if epoch_ends and _due(run, progress, done):
             _validate(run, state)
+        # a signal that came after the save waits for the next step; past an epoch's end the step would hide from
+        # the resumed run that this epoch's validation is missing
+        if stopping or (epoch_ends and run.stop.signal):
+            break
         pending, interval = [], time.monotonic()
     return state
 

@@ -19,7 +19,7 @@ from xdim_jax.data import brats
 from xdim_jax.data.nifti import read_volume
 from xdim_jax.data.transforms import brain_box
 from xdim_jax.errors import UserError
-from xdim_jax.files import read_json, write_text
+from xdim_jax.files import read_json, write_json, write_text
 from xdim_jax.regions import ED, ET, NCR
 
 # the paper's colours (Fig. 7 and 12)
@@ -70,6 +70,9 @@ def main(argv: Sequence[str]) -> int:
         compared=compared,
     )
     write_text(options.out, html)
+    write_json(
+        options.out.with_suffix(".json"), {k: str(v.absolute()) for k, v in vars(options).items()}
+    )  # beside its output, as every main
     log.say(f"report     {options.out.absolute()}")
     for structure, metrics in summary["structures"].items():
         log.say(f"Dice {structure}    {metrics['dice']['mean']:.3f}")

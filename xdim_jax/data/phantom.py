@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter, zoom
 
 from xdim_jax.data.brats import MODALITIES, Convention, encode_label
 from xdim_jax.errors import UserError
-from xdim_jax.files import atomic_path
+from xdim_jax.files import atomic_path, read_json, write_json
 from xdim_jax.regions import ED, ET, NCR
 
 # relative signal of (grey, white, fluid, oedema, necrosis, enhancing), by sequence
@@ -27,6 +27,7 @@ _CONTRAST = {
     "t2": (0.78, 0.60, 1.25, 1.05, 1.12, 0.95),
 }
 _SIGNAL = 600.0  # int16 units of a relative signal of 1
+SETTINGS_FILE = "phantom.json"
 _SMALLEST = 32  # voxels along an axis, below which the lesion's parts vanish
 
 
@@ -109,6 +110,8 @@ def write_brats(
 ) -> list[Path]:
     """Writes ``cases`` phantoms below ``root`` in the layout of ``convention``; whole cases that exist are kept.
 
+    The settings are kept in ``phantom.json`` beside the cases.
+
     Geometry as on the challenge's files: 1 mm, affine diag(-1, -1, 1) with translation (0, ny - 1, 0).
 
     Args:
@@ -116,10 +119,16 @@ def write_brats(
         first: number of the first case; case n depends on (seed, n, shape) alone.
 
     Raises:
-        UserError: the shape is too small, or a file cannot be written.
+        UserError: the shape is too small, the folder holds phantoms of other settings, or a file cannot be written.
     """
     if len(shape) != 3 or min(shape) < _SMALLEST:
         raise UserError(f"phantom shape {tuple(shape)}: expected three sides (x,y,z) of at least {_SMALLEST} voxels")
+    difficulty = difficulty or Difficulty()
+    settings = {"shape": list(shape), "seed": seed, "convention": convention.name, **dataclasses.asdict(difficulty)}
+    record = Path(root) / SETTINGS_FILE
+    if record.exists() and (found := read_json(record)) != settings:
+        raise UserError(f"{root} holds phantoms made with {found}, not {settings}; give another folder, or remove it")
+    write_json(record, settings)
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
     affine[1, 3] = shape[1] - 1
     names = dict(zip(MODALITIES, convention.modalities, strict=True))
@@ -131,7 +140,7 @@ def write_brats(
         if folder.is_dir():
             continue
         rng = np.random.default_rng([seed, n])
-        images, label = brats_case(shape, rng, enhancing=n % 5 != 4, difficulty=difficulty or Difficulty())
+        images, label = brats_case(shape, rng, enhancing=n % 5 != 4, difficulty=difficulty)
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             parts = {names[m]: image for m, image in images.items()} | {"seg": encode_label(label, convention)}
