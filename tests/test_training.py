@@ -191,7 +191,11 @@ def test_wherever_a_stop_is_asked_for_no_step_is_lost(tmp_path, asked_at, log_ev
 
     run = loop.Run(
         config={
-            "epochs": 3, "checkpoint_minutes": 99.0, "log_every": log_every, "validate_every": 1, "validate_after_score": 0
+            "epochs": 3,
+            "checkpoint_minutes": 99.0,
+            "log_every": log_every,
+            "validate_every": 1,
+            "validate_after_score": 0,
         },
         per_epoch=4,
         step=count,
@@ -202,7 +206,7 @@ def test_wherever_a_stop_is_asked_for_no_step_is_lost(tmp_path, asked_at, log_ev
         recorder=log.open_recorder(tmp_path, 0, writes=True),
         validate=validate,
         stop=stop,
-    )  # fmt: skip
+    )
     loop.fit(run, small_state(1.0, 0), loop.Progress([0.0] * 3), stream(), validated=False)
     restored = checkpoint.restore_latest(run.checkpoints, small_state(0.0, 0), print)
     log.close_recorder(run.recorder)
