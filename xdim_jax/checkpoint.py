@@ -193,6 +193,7 @@ def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]
             f"{workdir} holds no finished checkpoint ({BEST_FOLDER}/<step> or {LATEST_FOLDER}/<step>): train first "
             f"with python -m xdim_jax.train --config=... --workdir={workdir}"
         )
+    _quieten_orbax()
     try:
         return *_read(folder, {"params": params, "stats": stats}), source
     except (ValueError, KeyError, OSError) as error:

@@ -1,7 +1,6 @@
 """What the mains share: one message per error, the config flag, and the settings of the process."""
 
 import argparse
-import ctypes
 import difflib
 import hashlib
 import importlib.util
@@ -22,8 +21,13 @@ from xdim_jax.files import CONFIG_FILE, read_json, write_json
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 
 
-def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Runs a main on the command line's arguments and exits: 0 done, 2 with one message for unusable input."""
+def run(main: Callable[[Sequence[str]], int], *, computes: bool = False) -> NoReturn:
+    """Runs a main on the command line's arguments and exits: 0 done, 2 with one message for unusable input.
+
+    ``computes``: it runs jitted programs, so the process first takes the settings that make them fast.
+    """
+    if computes and not {"-h", "--help"} & set(sys.argv):
+        _restart_with_huge_pages()
     try:
         code = main(sys.argv[1:])
     except UserError as error:
@@ -160,13 +164,12 @@ def read_config(workdir: Path) -> Config:
 # -- the process --------------------------------------------------------------------------------------------------
 
 
-def set_up_jax() -> None:
-    """Settings that make programs start and run fast; call before the first JAX computation.
+def cache_programs() -> None:
+    """Turns on the persistent compilation cache; call before the first JAX computation.
 
-    The persistent compilation cache lies under the user's cache folder (``JAX_COMPILATION_CACHE_DIR`` moves it, and
+    It lies under the user's cache folder (``JAX_COMPILATION_CACHE_DIR`` moves it, and
     ``XDIM_JAX_CACHE=off`` turns it off), parted by processor, because CPU programs hold its instructions.
     """
-    _keep_freed_memory()
     import jax
 
     if os.environ.get("XDIM_JAX_CACHE") != "off" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -175,17 +178,27 @@ def set_up_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _keep_freed_memory() -> None:
-    """On CPU and glibc, keeps the heap: XLA frees all temporaries after a step and asks for them anew at the next.
+def _restart_with_huge_pages() -> None:
+    """On CPU, starts this command anew with glibc's allocator on huge pages, unless it runs so already.
 
-    It has to come before XLA's threads, so whether there is an accelerator is read off its device files.
+    XLA asks for all temporaries anew at every step, and in pages of 4 KiB the kernel spends a tenth of a step handing
+    them out. glibc reads the setting before the program starts, hence the restart (about a second). It has no effect
+    where the kernel gives huge pages always or never.
     """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    setting = "glibc.malloc.hugetlb=1"
+    mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     accelerators = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
-    if platform.libc_ver()[0] != "glibc" or any(Path(p).exists() for p in accelerators):
+    if (
+        "glibc.malloc.hugetlb" in tunables
+        or not mode.is_file()
+        or "[madvise]" not in mode.read_text(encoding="ascii")
+        or any(Path(p).exists() for p in accelerators)
+    ):
         return
-    libc = ctypes.CDLL("libc.so.6")
-    for parameter, value in ((-8, 1), (-4, 0), (-1, -1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-        libc.mallopt(parameter, value)
+    os.environ["GLIBC_TUNABLES"] = f"{tunables}:{setting}" if tunables else setting
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _processor_key() -> str:

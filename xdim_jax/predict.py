@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         cases = brats.list_cases(options.input[0], convention, need_labels=False)
     else:
         cases = [brats.case_from_files(options.input, convention)]
-    cli.set_up_jax()
+    cli.cache_programs()
 
     graphdef, params, stats = split_model(models.build(config.model, seed=0))
     params, stats, source = checkpoint.load_weights(options.workdir, params, stats)
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
 
 def command() -> NoReturn:
     """The console entry point."""
-    cli.run(main)
+    cli.run(main, computes=True)
 
 
 if __name__ == "__main__":

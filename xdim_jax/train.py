@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     options, overrides = parser.parse_known_args(argv)
     config = cli.load_config(options.config, overrides)
     check_config(config)
-    cli.set_up_jax()
+    cli.cache_programs()
     return train(config, options.workdir)
 
 
@@ -195,7 +195,7 @@ def make_validation(
 
 def command() -> NoReturn:
     """The console entry point."""
-    cli.run(main)
+    cli.run(main, computes=True)
 
 
 if __name__ == "__main__":
