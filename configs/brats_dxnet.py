@@ -66,7 +66,7 @@ def get_config(arg: str = "") -> Any:
             "schedule": {"name": "constant_then_cosine", "peak": 1e-3, "final": 1e-5, "constant_epochs": 40},
         }
     )
-    config.train.epochs = 90
+    config.train.epochs = 160
     config.train.validate_after_score = 0.85  # mean training Dice of an epoch, over the three regions
     config.predict = ConfigDict(
         {
@@ -81,16 +81,16 @@ def get_config(arg: str = "") -> Any:
 def shrink(config: Any) -> Any:
     """The same network and recipe at a size that a laptop trains in minutes."""
     config.data.phantom = ConfigDict({"cases": 10, "held_out": 4, "shape": (80, 96, 72), "noise": 0.06, "bias": 0.1})
-    config.data.patch = (64, 64, 64)
+    config.data.patch = (32, 64, 64)
     config.data.patches_per_case = 2
     config.data.threads = 2
     config.model.drop_path = 0.1
-    config.optim.schedule.constant_epochs = 5
-    config.train.epochs = 9
+    config.optim.schedule.constant_epochs = 10
+    config.train.epochs = 16
     config.train.log_every = 8
     config.train.checkpoint_minutes = 0.5
     config.train.validate_after_score = 0.7
-    config.train.validate_every = 3
+    config.train.validate_every = 4
     config.predict.overlap = 0.25
     config.predict.min_et = 50
     return config

@@ -64,7 +64,7 @@ def brats_case(
     size = rng.uniform(0.24, 0.40) * rng.uniform(0.85, 1.15, 3)
     oedema = (bent(centre, size, 0.25) < 1) & brain
     core = (bent(centre, size * rng.uniform(0.55, 0.72), 0.15) < 1) & oedema
-    necrosis = (bent(centre, size * rng.uniform(0.28, 0.42), 0.15) < 1) & core
+    necrosis = (bent(centre, size * rng.uniform(0.38, 0.50), 0.15) < 1) & core
     label = np.zeros(shape, np.uint8)
     label[oedema] = ED
     label[core] = ET if enhancing else NCR
