@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test test-all lint format check venv clean help
+.PHONY: demo test lint format check venv clean help
 
 help:
 	@echo "make demo      phantoms -> train -> predict -> evaluate -> HTML report (minutes, CPU, no data needed)"
-	@echo "make test      the default tests          make test-all  the slow ones too"
+	@echo "make test      the tests"
 	@echo "make check     lint, types and tests, as CI runs them"
 	@echo "make format    ruff format and fixes      make clean     remove .venv and runs/demo"
 
@@ -19,9 +19,6 @@ demo: $(VENV)/.package
 	$(BIN)/python -m xdim_jax.report --workdir=$(RUN) --eval=$(RUN)/eval --out=$(RUN)/report.html
 
 test: venv
-	$(BIN)/python -m pytest -m "not slow"
-
-test-all: venv
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev

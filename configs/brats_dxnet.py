@@ -66,7 +66,7 @@ def get_config(arg: str = "") -> Any:
             "schedule": {"name": "constant_then_cosine", "peak": 1e-3, "final": 1e-5, "constant_epochs": 40},
         }
     )
-    config.train.epochs = 160
+    config.train.epochs = 90
     config.train.validate_after_score = 0.85  # mean training Dice of an epoch, over the three regions
     config.predict = ConfigDict(
         {

@@ -205,6 +205,50 @@ def test_all_problems_inside_a_case_at_once(root):
         read_all(root)
 
 
+def test_a_flipped_bit_inside_is_seen(root):
+    """nibabel alone stops before gzip's checksum and would give other voxels."""
+    data = bytearray(part(root, 0, "t2").read_bytes())
+    data[-5] ^= 1  # in the checksum itself: the voxels are whole
+    part(root, 0, "t2").write_bytes(data)
+    with pytest.raises(UserError, match=r"BraTS2021_00000_t2\.nii\.gz cannot be read"):
+        read_all(root)
+
+
+def test_headers_of_all_cases_are_compared_at_once(root):
+    rewrite(part(root, 0, "t2"), lambda a, affine: (a[:-1], affine))
+    rewrite(part(root, 1, "seg"), shift)
+    with pytest.raises(UserError, match="2 files that do not fit") as error:
+        brats.check_grids(brats.list_cases(root, CONVENTION, need_labels=True))
+    assert "00000_t2" in str(error.value) and "00001_seg" in str(error.value)
+
+
+def test_folders_that_are_nearly_cases_are_not_passed_over(root):
+    part(root, 0, "t1").parent.rename(root / "renamed")
+    (root / "BraTS2021_00007").mkdir()
+    cases, problems = brats.scan_cases(root, CONVENTION, need_labels=True)
+    assert [c.case_id for c in cases] == ["BraTS2021_00001"]
+    assert set(problems) == {"renamed", "BraTS2021_00007"}
+
+
+def test_one_case_in_two_places_is_refused(root):
+    shutil.copytree(root / "BraTS2021_00000", root / "HGG" / "BraTS2021_00000")
+    with pytest.raises(UserError, match="are both case BraTS2021_00000"):
+        read_all(root)
+
+
+def test_files_of_a_case_are_checked_by_their_names(root, tmp_path):
+    paths = [part(root, 0, m) for m in ("flair", "t1", "t1ce", "t2")]
+    assert brats.case_from_files(paths, CONVENTION).case_id == "BraTS2021_00000"
+    with pytest.raises(UserError, match="is t2 by its name, where flair is expected"):
+        brats.case_from_files(paths[::-1], CONVENTION)
+    with pytest.raises(UserError, match="different cases"):
+        brats.case_from_files([*paths[:3], part(root, 1, "t2")], CONVENTION)
+    unnamed = [tmp_path / f"{n}.nii.gz" for n in "abcd"]
+    for path, source in zip(unnamed, paths, strict=True):
+        shutil.copy(source, path)
+    assert brats.case_from_files(unnamed, CONVENTION).case_id == "a"
+
+
 def test_labels_as_floats_are_rounded(root):
     """Copies exist whose labels are float32, off by rounding."""
     rewrite(part(root, 0, "seg"), lambda a, affine: ((a + 1e-5).astype(np.float32), affine))

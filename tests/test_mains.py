@@ -129,7 +129,7 @@ def test_training_says_what_it_does_and_records_it(trained):
 
 
 def test_predictions_lie_on_the_source_grid_with_the_source_labels(trained):
-    for folder in sorted((trained / "phantom" / "held_out").iterdir()):
+    for folder in sorted((trained / "phantom" / "held_out").glob("BraTS*")):
         source = nib.load(folder / f"{folder.name}_flair.nii.gz")
         predicted = nib.load(trained / "pred" / f"{folder.name}.nii.gz")
         assert predicted.shape == source.shape and predicted.get_data_dtype() == np.uint8
@@ -179,7 +179,7 @@ def test_report_is_one_file_with_its_pictures_inside(trained):
 
 
 def test_a_case_can_be_given_as_its_files(run, trained, tmp_path):
-    folder = sorted((trained / "phantom" / "held_out").iterdir())[0]
+    folder = sorted((trained / "phantom" / "held_out").glob("BraTS*"))[0]
     files = [folder / f"{folder.name}_{m}.nii.gz" for m in ("flair", "t1", "t1ce", "t2")]
     run("predict", f"--workdir={trained}", "--input", *files, f"--output={tmp_path}")
     for name in (f"{folder.name}.nii.gz",):
@@ -189,12 +189,16 @@ def test_a_case_can_be_given_as_its_files(run, trained, tmp_path):
 
 
 def test_one_bad_case_does_not_stop_the_others(run, trained, tmp_path):
+    """A damaged file, a missing one; and a map of an earlier run does not stand in for the failed case."""
     shutil.copytree(trained / "phantom" / "held_out", tmp_path / "in")
-    bad, good = sorted((tmp_path / "in").iterdir())
+    bad, good = sorted((tmp_path / "in").glob("BraTS*"))
+    shutil.copytree(good, tmp_path / "in" / "BraTS2021_99999")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{bad.name}.nii.gz").touch()
     path = bad / f"{bad.name}_t2.nii.gz"
     path.write_bytes(path.read_bytes()[:2000])
     out = run("predict", f"--workdir={trained}", "--input", tmp_path / "in", f"--output={tmp_path / 'out'}", code=1)
-    assert str(path) in out and f"1 of 2 cases failed: {bad.name}" in out
+    assert str(path) in out and f"2 of 3 cases failed: BraTS2021_99999, {bad.name}" in out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {f"{good.name}.nii.gz", "predict.json"}
 
 
@@ -216,6 +220,20 @@ def test_missing_predictions_are_an_error_or_the_worst_score(run, trained, tmp_p
     assert len(json.loads((tmp_path / "eval" / "summary.json").read_text())["unreadable"]) == 2
     run("report", f"--workdir={trained}", f"--eval={tmp_path / 'eval'}", f"--out={tmp_path / 'r.html'}")
     assert "Scored as unreadable" in (tmp_path / "r.html").read_text()
+
+
+def test_the_recorded_validation_is_what_predict_and_evaluate_give(run, trained, tmp_path):
+    """The best weights, on the validation cases of the split, scored by the other main: the same Dice."""
+    split = json.loads((trained / "split.json").read_text())
+    assert not set(split["train"]) & set(split["validation"])
+    for case in split["validation"]:
+        shutil.copytree(trained / "phantom" / "train" / case, tmp_path / "cases" / case)
+    run("predict", f"--workdir={trained}", "--input", tmp_path / "cases", f"--output={tmp_path / 'pred'}")
+    run("evaluate", f"--pred={tmp_path / 'pred'}", f"--ref={tmp_path / 'cases'}", f"--out={tmp_path / 'eval'}")
+    structures = json.loads((tmp_path / "eval" / "summary.json").read_text())["structures"]
+    best = max(records(trained, "validation"), key=lambda r: r["dice"])
+    for region in ("WT", "TC", "ET"):
+        assert structures[region]["dice"]["mean"] == pytest.approx(best[f"dice_{region}"], abs=1e-9)
 
 
 # -- stopping and going on ----------------------------------------------------------------------------------------
@@ -261,10 +279,21 @@ def test_a_workdir_of_another_config_is_refused(run, trained):
     assert "optim.b1: 0.95 there, 0.9 asked for" in out and "another --workdir" in out
 
 
+def test_a_run_whose_cases_changed_is_not_resumed(run, trained, tmp_path):
+    """A new case moves patients between the folds: the run would be validated on what it trained on."""
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("pred", "eval"))
+    shutil.copytree(trained / "phantom" / "train", tmp_path / "data")
+    data = f"--config.data.root={tmp_path / 'data'}"
+    shutil.rmtree(tmp_path / "data" / "BraTS2021_00003")
+    out = run("train", f"--config={RECIPE}", f"--workdir={tmp_path / 'run'}", *TOY, data, code=2)
+    assert "cases are not those that" in out and "BraTS2021_00003" in out
+    assert json.loads((tmp_path / "run" / "split.json").read_text()) == json.loads((trained / "split.json").read_text())
+
+
 def test_nan_stops_with_the_step(run, tmp_path):
     arguments = (f"--config={RECIPE}", f"--workdir={tmp_path}", *TOY, "--config.optim.schedule.peak=1e38")
     out = run("train", *arguments, code=2)
-    assert re.search(r"error: the loss is not finite at step \d+ \(last losses: ", out)
+    assert re.search(r"error: the loss or the update is not finite at step \d+ \(last losses: ", out)
 
 
 # -- wrong input --------------------------------------------------------------------------------------------------
@@ -283,9 +312,13 @@ MISUSES = {
     "unknown convention": ([f"--config={RECIPE}", "--config.data.convention=brats"], ["known: brats2021, brats2023"]),
     "patch": ([f"--config={RECIPE}", "--config.data.patch=64,70,64"], ["axis H is 70: use 64 or 96"]),
     "channels": ([f"--config={RECIPE}", "--config.model.in_channels=1"], ["config.model.in_channels=1: BraTS needs 4"]),
-    "fold": ([f"--config={RECIPE}", DATA, "--config.data.fold=5"], ["config.data.fold=5"]),
-    "batch": ([f"--config={RECIPE}", "--config.data.batch=0"], ["config.data.batch=0: expected at least 1"]),
-    "overlap": ([f"--config={RECIPE}", "--config.predict.overlap=1.0"], ["config.predict.overlap=1.0"]),
+    "fold": ([f"--config={RECIPE}", "--config.data.fold=5"], ["config.data.fold=5"]),
+    "several": (
+        [f"--config={RECIPE}", "--config.data.batch=0", "--config.predict.overlap=1.0", "--config.train.log_every=0"],
+        ["3 values out of range", "config.data.batch=0: expected 1 to inf", "predict.overlap=1.0", "train.log_every=0"],
+    ),
+    "filters": ([f"--config={RECIPE}", "--config.model.filters=16,16"], ["filters=(16, 16): expected 5 numbers"]),
+    "not a recipe": (["--config=README.md"], ["README.md is not a Python file"]),
     "encoder": ([f"--config={RECIPE}", DATA, "--config.model.encoder=b9"], ["unknown encoder 'b9'; known: b0"]),
     "other convention": ([f"--config={RECIPE}", DATA, "--config.data.convention=brats2023"], ["convention=brats2021"]),
     "too few patients": ([f"--config={RECIPE}", DATA, "--config.data.folds=9"], ["6 patients cannot be split"]),

@@ -55,6 +55,93 @@ def test_hard_dice_counts_two_empty_masks_as_one():
     np.testing.assert_allclose(loss.hard_dice(logits, targets), [[2 / 3], [1.0]], rtol=1e-6)
 
 
+def make_run(tmp_path, **options):
+    """A run whose step only counts; its training score is 0.25."""
+
+    def count(state, batch, key):
+        numbers = {name: jnp.float32(0.5) for name in ("loss", "grad_norm", "update_norm")}
+        return state._replace(step=state.step + 1), numbers | {"score": jnp.full(3, 0.25)}
+
+    settings = {
+        "epochs": 3, "checkpoint_minutes": 99.0, "log_every": 100, "validate_every": 1, "validate_after_score": 0
+    }  # fmt: skip
+    fields = {
+        "per_epoch": 4,
+        "step": count,
+        "key": jax.random.key(0),
+        "schedule": lambda at: 1e-3,
+        "mesh": mesh.make_mesh(1, 1, batch=1),
+        "checkpoints": checkpoint.open_checkpoints(tmp_path),
+        "recorder": log.open_recorder(tmp_path, 0, writes=True),
+        "validate": lambda weights, stop: {"WT": 0.5, "TC": 0.5, "ET": 0.5},
+        "stop": loop.StopRequest(),
+    }
+    return loop.Run(config=settings | options.pop("config", {}), **(fields | options))
+
+
+def blank_batches():
+    while True:
+        yield {"image": np.zeros((1, 1, 1, 1, 1), np.float32)}
+
+
+def finish(run, stream, value=0.0):
+    try:
+        loop.fit(run, small_state(value, 0), loop.Progress([0.0] * 3), stream, validated=False)
+    finally:
+        log.close_recorder(run.recorder)
+        checkpoint.close(run.checkpoints)
+
+
+@pytest.mark.parametrize(("gate", "every", "steps"), [(0.2, 1, [4, 8, 12]), (0.2, 2, [8, 12]), (0.3, 1, [12])])
+def test_validation_waits_for_the_training_score_and_comes_at_the_end(tmp_path, gate, every, steps):
+    """Paper, Sect. 3.1.3; the training score is 0.25 here."""
+    finish(make_run(tmp_path, config={"validate_after_score": gate, "validate_every": every}), blank_batches())
+    assert [r["step"] for r in log.read_records(tmp_path) if r["kind"] == "validation"] == steps
+
+
+def test_the_slow_weights_are_validated_and_kept(tmp_path):
+    seen = []
+
+    def validate(weights, stop):
+        seen.append(np.asarray(weights[0]["w"]))
+        return {"WT": 0.5, "TC": 0.5, "ET": 0.5}
+
+    finish(make_run(tmp_path, validate=validate), blank_batches(), value=4.0)
+    np.testing.assert_array_equal(seen, np.full((3, 4), 2.0))
+    params, _, source = checkpoint.load_weights(tmp_path, {"w": jnp.zeros(4)}, {"n": {"mean": jnp.zeros(2)}})
+    np.testing.assert_array_equal(params["w"], 2.0)
+    assert source == "best validation, step 4", "an equal score later does not replace it"
+
+
+def test_the_best_weights_are_whole_when_the_validation_is_on_record(tmp_path, monkeypatch):
+    """Else a kill between the two would leave a run that believes it is validated and has no best weights."""
+    found = []
+    original = log.record
+
+    def look(recorder, kind, step, values):
+        if kind == "validation":
+            found.append(sorted(p.name for p in (tmp_path / "best").iterdir()))
+        original(recorder, kind, step, values)
+
+    monkeypatch.setattr(loop, "record", look)
+    finish(make_run(tmp_path), blank_batches())
+    assert found == [["4"]] * 3
+
+
+def test_an_unreadable_file_does_not_lose_the_steps_before_it(tmp_path):
+    def stream():
+        for _ in range(6):
+            yield {"image": np.zeros((1, 1, 1, 1, 1), np.float32)}
+        raise UserError("broken.nii.gz")
+
+    with pytest.raises(UserError, match="broken"):
+        finish(make_run(tmp_path), stream())
+    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    state, progress = checkpoint.restore_latest(checkpoints, small_state(0.0, 0), print)
+    checkpoint.close(checkpoints)
+    assert int(state.step) == 6 and progress["score_steps"] == 2
+
+
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(UserError, match=r"dicee.*known: dice_bce"):
         loss.make_loss({"name": "dicee"})
@@ -97,6 +184,19 @@ def test_lookahead_is_written_out_by_hand():
                 fast = slow.copy()
             np.testing.assert_allclose(optim.fast(params)["w"], fast, rtol=1e-9)
             np.testing.assert_allclose(optim.slow(params)["w"], slow, rtol=1e-9)
+
+
+def test_the_optimiser_follows_the_schedule():
+    """A rate of zero from the second step on leaves the weights where the first step put them."""
+    config = OPTIM | {"lookahead": {"period": 0, "step_size": 0.5}}
+    tx = optim.make_optimizer(config, lambda count: jnp.where(count < 1, 0.1, 0.0))
+    params = {"w": jnp.ones(2)}
+    state, path = tx.init(params), []
+    for _ in range(3):
+        updates, state = tx.update({"w": jnp.ones(2)}, state, params)
+        params = optax.apply_updates(params, updates)
+        path.append(float(params["w"][0]))
+    assert path[0] < 1 and path[0] == path[1] == path[2]
 
 
 def test_without_lookahead_there_is_one_copy():
@@ -178,9 +278,6 @@ def test_wherever_a_stop_is_asked_for_no_step_is_lost(tmp_path, asked_at, log_ev
                 stop.signal = 15
             yield {"image": np.zeros((1, 1, 1, 1, 1), np.float32)}
 
-    def count(state, batch, key):
-        return state._replace(step=state.step + 1), {"loss": jnp.float32(0.5), "score": jnp.full(3, 0.25)}
-
     validations = []
 
     def validate(weights, stop):
@@ -189,24 +286,7 @@ def test_wherever_a_stop_is_asked_for_no_step_is_lost(tmp_path, asked_at, log_ev
             raise loop.InterruptedValidationError
         return {"WT": 0.5, "TC": 0.5, "ET": 0.5}
 
-    run = loop.Run(
-        config={
-            "epochs": 3,
-            "checkpoint_minutes": 99.0,
-            "log_every": log_every,
-            "validate_every": 1,
-            "validate_after_score": 0,
-        },
-        per_epoch=4,
-        step=count,
-        key=jax.random.key(0),
-        schedule=lambda at: 1e-3,
-        mesh=mesh.make_mesh(1, 1, batch=1),
-        checkpoints=checkpoint.open_checkpoints(tmp_path),
-        recorder=log.open_recorder(tmp_path, 0, writes=True),
-        validate=validate,
-        stop=stop,
-    )
+    run = make_run(tmp_path, validate=validate, stop=stop, config={"log_every": log_every})
     loop.fit(run, small_state(1.0, 0), loop.Progress([0.0] * 3), stream(), validated=False)
     restored = checkpoint.restore_latest(run.checkpoints, small_state(0.0, 0), print)
     log.close_recorder(run.recorder)
@@ -251,7 +331,7 @@ def run_on_eight_devices(code):
 
 
 def test_eight_devices_compute_what_one_does():
-    """Gradients and score of a toy DX-Net: a batch over 2 devices, depth over 2, against one device."""
+    """Loss, gradient norm and score of a toy DX-Net: a batch over 2 devices, depth over 2, against one device."""
     code = """
     import jax, jax.numpy as jnp, numpy as np
     from tests.test_training import make_state, OPTIM
@@ -276,7 +356,7 @@ def test_eight_devices_compute_what_one_does():
             print(name, float(np.abs(np.asarray(other[name]) / np.asarray(results[0][name]) - 1).max()))
     """
     lines = run_on_eight_devices(code)
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line in lines:
         name, difference = line.split()
         assert float(difference) < (1e-2 if name == "score" else 1e-3), line
@@ -401,12 +481,11 @@ def test_durations(seconds, text):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step():
+    def steps(*losses, **other):
+        return [{"loss": x, "grad_norm": 1.0, "update_norm": 1.0} | other for x in losses]
+
     with pytest.raises(UserError, match=r"step 12 \(last losses: 0.9, 0.8, nan\)"):
-        loop._check_finite(13, [0.8, math.nan, 0.5], [0.9])
-    assert loop._check_finite(4, [4.0, 3.0], [9.0, 8.0, 7.0, 6.0, 5.0]) == [7.0, 6.0, 5.0, 4.0, 3.0]
-
-
-def test_replication_reaches_every_device():
-    devices = mesh.make_mesh(-1, 1, batch=jax.device_count())
-    tree = mesh.put_replicated({"a": jnp.arange(3)}, devices)
-    assert tree["a"].sharding.is_fully_replicated
+        loop._check_finite(13, steps(0.8, math.nan, 0.5), [0.9])
+    with pytest.raises(UserError, match="step 13"):
+        loop._check_finite(13, steps(0.8, update_norm=math.inf), [])
+    assert loop._check_finite(4, steps(4.0, 3.0), [9.0, 8.0, 7.0, 6.0, 5.0]) == [7.0, 6.0, 5.0, 4.0, 3.0]

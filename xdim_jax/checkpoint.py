@@ -105,11 +105,18 @@ def save_latest(checkpoints: Checkpoints, state: TrainState, progress: dict[str,
 
 
 def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, score: float) -> None:
-    """Saves the weights; only the best score is kept."""
+    """Saves the weights if no score so far is as good, and waits until they are whole.
+
+    The one before is removed after that, so the newest folder is the best whenever the process ends.
+    """
+    kept = checkpoints.best.best_step()
+    if kept is not None and (checkpoints.best.metrics(kept) or {}).get(_SCORE, -1.0) >= score:
+        return
     items = ocp.args.Composite(weights=ocp.args.StandardSave({"params": params, "stats": stats}))
     if step not in checkpoints.best.all_steps():
         save = lambda: checkpoints.best.save(step, args=items, metrics={_SCORE: score}, force=True)  # noqa: E731
         _guarded(checkpoints.best, save)
+        _guarded(checkpoints.best, checkpoints.best.wait_until_finished)
 
 
 def _guarded(manager: ocp.CheckpointManager, action: Callable[[], Any]) -> None:

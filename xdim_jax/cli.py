@@ -34,6 +34,9 @@ def run(main: Callable[[Sequence[str]], int], *, computes: bool = False) -> NoRe
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        code = 130
     sys.exit(code)
 
 
@@ -61,18 +64,20 @@ def load_config(spec: str, overrides: Sequence[str]) -> Config:
     """
     name, _, variant = spec.partition(":")
     path = _find_config(name)
-    folder = str(path.parent.parent.absolute())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # a config imports configs.common
+    for folder in (shipped_configs().parent, path.parent.parent.absolute()):  # a config imports configs.common
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
     module_spec = importlib.util.spec_from_file_location("xdim_config", path)
-    assert module_spec and module_spec.loader
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"--config: {path} is not a Python file; a recipe is one with a function get_config(words)")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
     try:
+        module_spec.loader.exec_module(module)
         config = module.get_config(variant)
-    except ValueError as error:
+    except (ValueError, SyntaxError, ImportError, AttributeError, NameError) as error:
         raise UserError(f"--config={spec}: {error}") from error
     _check_overrides(config, overrides)
+    overrides = list({o.partition("=")[0]: o for o in overrides}.values())  # the last one of a key counts
     values = flags.FlagValues()
     argv = ["config", *overrides]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -158,7 +163,10 @@ def read_config(workdir: Path) -> Config:
         raise UserError(
             f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}; give the --workdir of xdim_jax.train"
         )
-    return ConfigDict(read_json(workdir / CONFIG_FILE))
+    config = read_json(workdir / CONFIG_FILE)
+    if not isinstance(config, dict) or not {"model", "data", "predict"} <= config.keys():
+        raise UserError(f"{workdir / CONFIG_FILE} is not the config of a run: it lacks model, data or predict")
+    return ConfigDict(config)
 
 
 # -- the process --------------------------------------------------------------------------------------------------

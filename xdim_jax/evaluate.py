@@ -21,7 +21,9 @@ from xdim_jax.files import write_json
 
 _SUFFIXES = (".nii.gz", ".nii")
 _LABEL_ENDINGS = ("_seg", "-seg")
+_MODALITIES = tuple(f"{s}{m}" for s in "_-" for m in ("flair", "t1", "t1ce", "t2", "t2f", "t1n", "t1c", "t2w"))
 _AFFINE_TOLERANCE = 1e-2  # mm
+_LABEL_TOLERANCE = 1e-3  # copies exist whose labels are floats, off by rounding
 
 
 def main(argv: Sequence[str]) -> int:
@@ -110,7 +112,7 @@ def find_labels(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of label maps")
     found: dict[str, Path] = {}
-    flat = [p for p in sorted(folder.iterdir()) if _stem(p)]
+    flat = [p for p in sorted(folder.iterdir()) if (stem := _stem(p)) and not stem.endswith(_MODALITIES)]
     nested = [
         p for p in sorted([*folder.glob("*/*"), *folder.glob("*/*/*")]) if (_stem(p) or "").endswith(_LABEL_ENDINGS)
     ]
@@ -160,7 +162,8 @@ def score_case(pred: Path | None, ref: Path, convention: str) -> tuple[dict[str,
 
 
 def _unknown(values: np.ndarray, known: set[int]) -> str:
-    unknown = np.setdiff1d(np.unique(values), sorted(known))
+    found = np.unique(values)
+    unknown = [v for v in found if min(abs(v - k) for k in known) > _LABEL_TOLERANCE or not np.isfinite(v)]
     return _shorten([f"{v:g}" for v in unknown])
 
 

@@ -1,6 +1,7 @@
 """Files that are either whole or absent."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -45,17 +46,17 @@ def write_error(path: Path, error: OSError) -> UserError:
     except OSError:
         free = "free space unknown"
     reason = error.strerror or str(error)
-    return UserError(
-        f"cannot write {path}: {reason} ({free}). Nothing half-written is left. "
-        "Make room or choose another folder, then run the same command again."
-    )
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    step = "make room, or choose another folder, and run the same command again" if full else "choose another path"
+    return UserError(f"cannot write {path}: {reason} ({free}); {step}")
 
 
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # below a file there is nothing to remove
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

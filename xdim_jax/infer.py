@@ -62,7 +62,8 @@ def make_volume_predictor(
 
     def predict(weights: Any, image: np.ndarray) -> np.ndarray:
         size = image.shape[:3]
-        pads = [(0, max(p - n, 0)) for n, p in zip(size, patch, strict=True)]
+        before = [max(p - n, 0) // 2 for n, p in zip(size, patch, strict=True)]  # centred, as training patches are
+        pads = [(low, max(p - n, 0) - low) for n, p, low in zip(size, patch, before, strict=True)]
         image = np.pad(image, [*pads, (0, 0)])
         padded = [-(-n // _BUCKET) * _BUCKET for n in image.shape[:3]]
         norm = np.zeros((*padded, 1), np.float32)
@@ -76,7 +77,7 @@ def make_volume_predictor(
             total = accumulate(total, part, jnp.asarray(start))
             norm[box] += gauss
         assert total is not None
-        inside = tuple(slice(0, n) for n in size)
+        inside = tuple(slice(low, low + n) for low, n in zip(before, size, strict=True))
         return np.asarray(total)[inside] / norm[inside]
 
     return predict

@@ -55,11 +55,14 @@ def read_records(workdir: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(entry, dict) or not {"kind", "step"} <= entry.keys():
+            break
+        records.append(entry)
     return records
 
 
@@ -114,6 +117,7 @@ class NotFiniteError(UserError):
     def __init__(self, step: int, losses: list[float]):
         shown = ", ".join(f"{x:.4g}" for x in losses)
         super().__init__(
-            f"the loss is not finite at step {step} (last losses: {shown}). The latest checkpoint is from "
-            "before; lower config.optim.schedule.peak, or look at the batch of that step for NaN or extreme intensities"
+            f"the loss or the update is not finite at step {step} (last losses: {shown}). Checkpoints are only of "
+            "steps before. Look at the intensities of the training data, or give a lower "
+            "--config.optim.schedule.peak with another --workdir"
         )

@@ -102,7 +102,13 @@ def fit(
     compiled, pending, losses = None, [], []
     saved = interval = time.monotonic()
     for done in range(start + 1, run.total + 1):
-        batch = mesh.put_batch(next(stream), run.mesh)
+        try:
+            batch = mesh.put_batch(next(stream), run.mesh)
+        except UserError:  # a file that cannot be read: the steps so far are not lost
+            if done - 1 > start:
+                _take_scores(progress, jax.device_get(pending))
+                checkpoint.save_latest(run.checkpoints, state, dataclasses.asdict(progress))
+            raise
         if compiled is None:
             compiled = _compile(run, state, batch)
             saved = interval = time.monotonic()
@@ -114,11 +120,9 @@ def fit(
         if not (saving or done % run.config["log_every"] == 0):
             continue
         values = jax.device_get(pending)
-        losses = _check_finite(done, [float(v["loss"]) for v in values], losses)
+        losses = _check_finite(done, values, losses)
         _report(run, done, values, (time.monotonic() - interval) / len(values))
-        for value in values:
-            progress.score_sum = [s + float(v) for s, v in zip(progress.score_sum, value["score"], strict=True)]
-        progress.score_steps += len(values)
+        _take_scores(progress, values)
         if epoch_ends:
             _end_epoch(run, done, progress)
         if saving:
@@ -144,9 +148,17 @@ def _compile(run: Run, state: TrainState, batch: dict[str, jax.Array]) -> Any:
     return compiled
 
 
-def _check_finite(done: int, new: list[float], before: list[float]) -> list[float]:
-    for i, loss in enumerate(new):
-        if not math.isfinite(loss):
+def _take_scores(progress: Progress, values: list[dict[str, Any]]) -> None:
+    for value in values:
+        progress.score_sum = [s + float(v) for s, v in zip(progress.score_sum, value["score"], strict=True)]
+    progress.score_steps += len(values)
+
+
+def _check_finite(done: int, values: list[dict[str, Any]], before: list[float]) -> list[float]:
+    """The last losses; the update is looked at too, so that no state that it broke is ever saved."""
+    new = [float(v["loss"]) for v in values]
+    for i, value in enumerate(values):
+        if not all(math.isfinite(value[k]) for k in ("loss", "grad_norm", "update_norm")):
             raise log.NotFiniteError(done - len(new) + i + 1, (before + new[: i + 1])[-_SHOWN_LOSSES:])
     return (before + new)[-_SHOWN_LOSSES:]
 
@@ -198,7 +210,7 @@ def _validate(run: Run, state: TrainState) -> None:
     dice = sum(scores.values()) / len(scores)
     if not math.isfinite(dice):
         raise UserError(f"the validation Dice at step {step} is {dice}; look at the validation cases in split.json")
-    checkpoint.save_best(run.checkpoints, step, weights, state.stats, dice)
+    checkpoint.save_best(run.checkpoints, step, weights, state.stats, dice)  # whole before it is on record
     shown = " ".join(f"{name} {score:.3f}" for name, score in scores.items())
     say(f"validation at step {step}: Dice {dice:.3f} ({shown}), took {duration(time.monotonic() - begin)}")
     record(run.recorder, "validation", step, {"dice": dice} | {f"dice_{k}": v for k, v in scores.items()})

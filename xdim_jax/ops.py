@@ -141,7 +141,7 @@ def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     ndim = x.ndim - 2
     window, (channels, out) = kernel.shape[:ndim], kernel.shape[ndim:]
-    if active_form() == "reference":
+    if _form.get() == "reference":
         flipped = jnp.flip(kernel, tuple(range(ndim)))
         return lax.conv_transpose(x, flipped, window, "VALID", dimension_numbers=_layout(ndim))
     columns = jnp.moveaxis(kernel, ndim, 0).reshape(channels, -1)

@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
         required=True,
         type=Path,
         nargs="+",
+        action="extend",
         help="folder of cases, one case folder, or one file per modality",
     )
     parser.add_argument(
@@ -50,11 +51,13 @@ def main(argv: Sequence[str]) -> int:
             config.predict[key] = getattr(options, key)
     if not 0 <= config.predict.overlap < 1:
         raise UserError(f"--overlap={config.predict.overlap}: expected 0 <= overlap < 1")
+    if config.predict.min_et < 0:
+        raise UserError(f"--min_et={config.predict.min_et}: expected 0 or more voxels")
     convention = brats.get_convention(options.convention or config.data.convention)
     if len(options.input) == 1 and not options.input[0].is_file():
-        cases = brats.list_cases(options.input[0], convention, need_labels=False)
+        cases, problems = brats.scan_cases(options.input[0], convention, need_labels=False)
     else:
-        cases = [brats.case_from_files(options.input, convention)]
+        cases, problems = [brats.case_from_files(options.input, convention)], {}
     cli.cache_programs()
 
     graphdef, params, stats = split_model(models.build(config.model, seed=0))
@@ -72,7 +75,10 @@ def main(argv: Sequence[str]) -> int:
     }
     write_json(options.output / results.PREDICT_FILE, record)
 
-    failures = []
+    total, failures = len(cases) + len(problems), list(problems)
+    for case_id, problem in problems.items():
+        log.warn(f"case {case_id} left out: {problem}")
+        (options.output / f"{case_id}.nii.gz").unlink(missing_ok=True)  # of an earlier run
     for number, case in enumerate(cases, 1):
         begin = time.monotonic()
         path = options.output / f"{case.case_id}.nii.gz"
@@ -80,13 +86,14 @@ def main(argv: Sequence[str]) -> int:
             volume = brats.read_case(brats.without_label(case))
         except UserError as error:
             failures.append(case.case_id)
+            path.unlink(missing_ok=True)
             log.warn(f"case {number}/{len(cases)} {case.case_id} left out: {error}")
             continue
         label = infer.segment(predict, (params, stats), volume, config.predict)
         write_volume(path, brats.encode_label(label, convention), volume.grid)
         log.say(f"case {number}/{len(cases)} {path}  {time.monotonic() - begin:.1f} s")
     if failures:
-        log.warn(f"{len(failures)} of {len(cases)} cases failed: {', '.join(failures)}")
+        log.warn(f"{len(failures)} of {total} cases failed: {', '.join(failures)}")
         return 1
     log.say(
         f"done       evaluate with: python -m xdim_jax.evaluate --pred={options.output} --ref=<labels> --out=<folder>"

@@ -70,9 +70,8 @@ def main(argv: Sequence[str]) -> int:
         compared=compared,
     )
     write_text(options.out, html)
-    write_json(
-        options.out.with_suffix(".json"), {k: str(v.absolute()) for k, v in vars(options).items()}
-    )  # beside its output, as every main
+    sources = {k: str(v.absolute()) for k, v in vars(options).items()}
+    write_json(options.out.with_name(f"{options.out.stem}.report.json"), sources)
     log.say(f"report     {options.out.absolute()}")
     for structure, metrics in summary["structures"].items():
         log.say(f"Dice {structure}    {metrics['dice']['mean']:.3f}")

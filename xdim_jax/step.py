@@ -40,7 +40,8 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """``step(state, batch, key) -> state, metrics``; randomness is ``fold_in(key, state.step)``.
 
-    Metrics: ``loss`` and its parts, ``grad_norm``, and ``score``, the hard Dice per channel averaged over samples.
+    Metrics: ``loss`` and its parts, ``grad_norm``, ``update_norm``, and ``score``: the hard Dice per channel,
+    averaged over samples.
     """
 
     def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -58,7 +59,7 @@ def make_train_step(
         grads, (metrics, stats) = jax.grad(objective, has_aux=True)(fast(state.params))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics |= {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(fast(updates))}
         return TrainState(state.step + 1, params, stats, opt_state), metrics
 
     return step

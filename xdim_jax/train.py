@@ -1,5 +1,7 @@
 """Trains a network from a config; run again with the same arguments, it resumes."""
 
+import functools
+import math
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +14,40 @@ import numpy as np
 from xdim_jax import checkpoint, cli, infer, log, mesh, metrics, models, optim, regions
 from xdim_jax.data import brats, phantom, pipeline
 from xdim_jax.data.splits import split_cases
-from xdim_jax.errors import UserError
-from xdim_jax.files import write_json
+from xdim_jax.errors import UserError, join_problems
+from xdim_jax.files import read_json, write_json
 from xdim_jax.loop import InterruptedValidationError, Progress, Run, StopRequest, Validation, catch_signals, fit
 from xdim_jax.loss import make_loss
 from xdim_jax.step import init_state, make_forward, make_train_step, split_model
 
 # keys that may differ when a run is resumed: they change neither data nor numbers
 FREE_KEYS = ("data.root", "data.threads", "train.log_every", "train.checkpoint_minutes")
+
+
+# smallest and largest value of a key, both allowed
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
+    "data.batch": (1, math.inf),
+    "data.patches_per_case": (1, math.inf),
+    "data.threads": (1, math.inf),
+    "data.tumour_probability": (0, 1),
+    "data.phantom.cases": (0, math.inf),
+    "data.phantom.held_out": (0, math.inf),
+    "model.drop_path": (0, 0.999),
+    "model.eps": (1e-12, 1),
+    "optim.b1": (0, 0.9999),
+    "optim.b2": (0, 0.99999),
+    "optim.lookahead.period": (0, math.inf),
+    "optim.lookahead.step_size": (0, 1),
+    "optim.schedule.constant_epochs": (0, math.inf),
+    "train.epochs": (1, math.inf),
+    "train.log_every": (1, math.inf),
+    "train.validate_every": (1, math.inf),
+    "train.checkpoint_minutes": (0, math.inf),
+    "predict.overlap": (0, 0.99),
+    "predict.threshold": (0, 1),
+    "predict.min_et": (0, math.inf),
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,15 +90,30 @@ def check_config(config: cli.Config) -> None:
         models.check_patch(config.model, config.data.patch)
     except ValueError as error:
         raise UserError(str(error)) from error
-    for key in ("batch", "patches_per_case", "threads"):
-        if config.data[key] < 1:
-            raise UserError(f"config.data.{key}={config.data[key]}: expected at least 1")
-    if not 0 <= config.predict.overlap < 1:
-        raise UserError(f"config.predict.overlap={config.predict.overlap}: expected 0 <= overlap < 1")
+    problems = []
+    for key, (low, high) in RANGES.items():
+        value = functools.reduce(lambda section, name: section[name], key.split("."), config)
+        if not low <= value <= high:
+            problems.append(f"config.{key}={value}: expected {low:g} to {high:g}")
+    if config.data.dataset != "brats":
+        problems.append(f"config.data.dataset={config.data.dataset!r}: known: brats")
+    if not (config.data.folds >= 2 and 0 <= config.data.fold < config.data.folds):
+        problems.append(
+            f"config.data.fold={config.data.fold} of config.data.folds={config.data.folds}: expected 0 <= fold < folds"
+        )
+    if len(config.model.filters) != 5:
+        problems.append(f"config.model.filters={tuple(config.model.filters)}: expected 5 numbers, coarsest level first")
+    if problems:
+        raise join_problems(problems, "values out of range")
 
 
-def find_data(config: cli.Config, workdir: Path) -> tuple[list[brats.Case], list[brats.Case]]:
-    """Training and validation cases; without a root, phantoms are written below the workdir first."""
+def find_data(config: cli.Config, workdir: Path, *, started: bool) -> tuple[list[brats.Case], list[brats.Case]]:
+    """Training and validation cases; without a root, phantoms are written below the workdir first.
+
+    Raises:
+        UserError: the data cannot be used, or a run that has ``started`` was split otherwise: cases that it trained on
+            could come to validate it.
+    """
     convention = brats.get_convention(config.data.convention)
     root = Path(config.data.root or workdir / "phantom" / "train")
     if not config.data.root:
@@ -85,21 +128,37 @@ def find_data(config: cli.Config, workdir: Path) -> tuple[list[brats.Case], list
         phantom.write_brats(root, cases=options.cases, **shared)
         phantom.write_brats(root.parent / "held_out", cases=options.held_out, first=options.cases, **shared)
     cases = brats.list_cases(root, convention, need_labels=True)
+    brats.check_grids(cases)
     train, validation = split_cases(cases, fold=config.data.fold, folds=config.data.folds, seed=config.seed)
     split = {"root": str(root), "train": [c.case_id for c in train], "validation": [c.case_id for c in validation]}
-    write_json(workdir / "split.json", split)
+    path = workdir / "split.json"
+    if started and path.exists():
+        before = read_json(path)
+        for side in ("train", "validation"):
+            if changed := sorted(set(before[side]) ^ set(split[side])):
+                raise UserError(
+                    f"the {side} cases are not those that {workdir} began with ({len(changed)} differ: "
+                    f"{', '.join(changed[:5])}{', ...' if changed[5:] else ''}). Restore the data in {root} to go on, "
+                    "or give another --workdir"
+                )
+    write_json(path, split)
     return train, validation
 
 
 def train(config: cli.Config, workdir: Path) -> int:
     """Runs the recipe to its end, or until a signal. Returns the exit status."""
     devices = mesh.make_mesh(config.mesh.data, config.mesh.space, batch=config.data.batch)
+    if config.data.patch[0] % devices.shape["space"]:
+        raise UserError(
+            f"config.mesh.space={devices.shape['space']} does not divide the depth of config.data.patch={config.data.patch}"
+        )
     try:
         graphdef, params, stats = split_model(models.build(config.model, seed=config.seed))
     except ValueError as error:
         raise UserError(f"config.model: {error}") from error
-    cli.claim_workdir(workdir, config, free=FREE_KEYS, started=checkpoint.exist(workdir))
-    train_cases, validation_cases = find_data(config, workdir)
+    started = checkpoint.exist(workdir)
+    cli.claim_workdir(workdir, config, free=FREE_KEYS, started=started)
+    train_cases, validation_cases = find_data(config, workdir, started=started)
     per_epoch = pipeline.steps_per_epoch(len(train_cases), config.data.patches_per_case, config.data.batch)
     total = per_epoch * config.train.epochs
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xdim_jax.data.nifti import Grid, read_volume
+from xdim_jax.data.nifti import Grid, read_grid, read_volume
 from xdim_jax.errors import UserError, join_problems
 from xdim_jax.regions import ED, ET, NCR
 
@@ -82,27 +82,74 @@ def list_cases(root: Path, convention: Convention, *, need_labels: bool) -> list
         UserError: no such folder; no case in it; files of another convention; and, all at once, every case with a
             missing modality or (``need_labels``) a missing segmentation.
     """
+    cases, problems = scan_cases(root, convention, need_labels=need_labels)
+    if problems:
+        raise join_problems(list(problems.values()), f"incomplete cases below {root}")
+    return cases
+
+
+def scan_cases(root: Path, convention: Convention, *, need_labels: bool) -> tuple[list[Case], dict[str, str]]:
+    """The complete cases below ``root``, and what is wrong with each of the others.
+
+    Raises:
+        UserError: no such folder, or no case in it.
+    """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"data root {root} is not a folder; expected {convention.layout()}")
-    folders = sorted(p for p in [root, *root.glob("*/"), *root.glob("*/*/")] if _is_case(p))
-    folders = [p for p in folders if not p.name.startswith(".")]
+        raise UserError(f"{root} is not a folder; expected {convention.layout()}")
+    below = [p for p in [root, *root.glob("*/"), *root.glob("*/*/")] if not p.name.startswith(".")]
+    folders = sorted(p for p in below if _is_case(p))
     if not folders:
         found = sorted(p.name for p in root.iterdir() if not p.name.startswith("."))[:5]
         raise UserError(
             f"no BraTS case below {root}: expected {convention.layout()}; found "
             + (f"{', '.join(found)}, ..." if found else "an empty folder")
         )
-    cases, problems = [], []
+    cases: dict[str, Case] = {}
+    problems: dict[str, str] = {}
     for folder in folders:
         case, missing = _find_files(folder, convention, need_labels)
-        if missing:
-            problems.append(_missing_message(folder, convention, missing))
+        if case.case_id in cases:
+            twin = cases[case.case_id].images[0].parent
+            problems[case.case_id] = f"{folder} and {twin} are both case {case.case_id}; keep one"
+        elif missing:
+            problems[case.case_id] = _missing_message(folder, convention, missing)
         else:
-            cases.append(case)
+            cases[case.case_id] = case
+    for folder in below:
+        if folder not in folders and folder != root and _looks_like_a_broken_case(folder):
+            problems[folder.name] = (
+                f"{folder} is empty, or holds NIfTI files that are not named after it; expected "
+                f"{convention.layout()}: rename it, or move it out of {root}"
+            )
+    return list(cases.values()), problems
+
+
+def _looks_like_a_broken_case(folder: Path) -> bool:
+    names = [p.name for p in folder.iterdir()]
+    return not names or any(n.endswith(_SUFFIXES) for n in names)
+
+
+def check_grids(cases: Sequence[Case]) -> None:
+    """Compares shape and affine of all files of all cases by their headers alone.
+
+    Raises:
+        UserError: every unreadable header and every file that does not lie on its case's grid, at once.
+    """
+    problems = []
+    for case in cases:
+        first = None
+        for path in [*case.images, *([case.label] if case.label else [])]:
+            try:
+                grid = read_grid(path)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            first = first or grid
+            if problem := _grid_problem(path, grid, case.images[0], first):
+                problems.append(problem)
     if problems:
-        raise join_problems(problems, f"incomplete cases below {root}")
-    return cases
+        raise join_problems(problems, "files that do not fit their case")
 
 
 def _is_case(folder: Path) -> bool:
@@ -146,9 +193,18 @@ def case_from_files(paths: Sequence[Path], convention: Convention) -> Case:
         raise UserError(f"{len(paths)} files given; expected one per modality, in the order {order}")
     if absent := [str(p) for p in paths if not p.is_file()]:
         raise UserError(f"{', '.join(absent)}: no such file; expected one per modality, in the order {order}")
-    name = paths[0].name
-    for suffix in (*_SUFFIXES, f"{convention.separator}{convention.modalities[0]}"):
-        name = name.removesuffix(suffix)
+    stems = []
+    for path, wanted in zip(paths, convention.modalities, strict=True):
+        stem = path.name
+        for suffix in _SUFFIXES:
+            stem = stem.removesuffix(suffix)
+        named = [m for m in convention.modalities if stem.endswith(f"{convention.separator}{m}")]
+        if named and wanted not in named:
+            raise UserError(f"{path} is {named[0]} by its name, where {wanted} is expected; the order is {order}")
+        stems.append(stem.removesuffix(f"{convention.separator}{wanted}") if named else "")
+    if len(set(filter(None, stems))) > 1:
+        raise UserError(f"the files are of different cases: {', '.join(sorted(set(stems)))}; give those of one")
+    name = stems[0] or paths[0].name.split(".")[0]
     return Case(name, name, tuple(paths), None, convention)
 
 

@@ -5,14 +5,15 @@ frame, in which BraTS is stored), so that a network sees the same anatomy whatev
 Writing goes back to the file's own axes, affine and header.
 """
 
+import contextlib
 import dataclasses
-import zlib
+import gzip
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from xdim_jax.errors import UserError
@@ -42,32 +43,63 @@ class Grid:
         return float(z), float(y), float(x)
 
 
+def _load(path: Path) -> Any:
+    """The whole file, so that gzip's checksum at its end is looked at: nibabel stops at the last voxel."""
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        data = gzip.decompress(data)
+    kind = nib.Nifti2Image if data[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Image
+    return kind.from_bytes(data)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except Exception as error:  # nibabel and zlib raise many kinds for damaged files
+        size = f"{path.stat().st_size} bytes" if path.is_file() else "not a file"
+        raise UserError(
+            f"{path} cannot be read as NIfTI ({type(error).__name__}: {error}); it is {size}, perhaps a truncated or "
+            "damaged download: fetch it again"
+        ) from error
+
+
+def _grid(path: Path, shape: tuple[int, ...], image: Any) -> Grid:
+    affine = np.asarray(image.affine)
+    usable = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-12
+    with _reading(path):
+        usable = usable and not np.isnan(io_orientation(affine)).any()
+    if not usable:
+        raise UserError(f"{path} has an affine without volume:\n{affine}\nrestore its sform or qform")
+    return Grid(tuple(shape[:3]), affine, image.header)
+
+
+def read_grid(path: Path) -> Grid:
+    """Reads the header alone. Raises UserError as `read_volume` does, for what a header shows."""
+    with _reading(path):
+        image: Any = nib.load(path)
+        shape = image.shape
+    return _grid(path, shape, image)
+
+
 def read_volume(path: Path) -> tuple[np.ndarray, Grid]:
     """Reads a 3D image as ``(D, H, W)`` in the file's own scaled values.
 
     Raises:
         UserError: missing, truncated or not NIfTI; not three axes; no usable affine.
     """
-    try:
-        image: Any = nib.load(path)
+    with _reading(path):
+        image = _load(path)
         array = np.asanyarray(image.dataobj)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (ImageFileError, EOFError, zlib.error, OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as NIfTI ({type(error).__name__}: {error}); the file is "
-            f"{path.stat().st_size} bytes, perhaps a truncated download: fetch it again"
-        ) from error
-    if not isinstance(image, nib.Nifti1Image | nib.Nifti2Image):
-        raise UserError(f"{path} is {type(image).__name__}; expected NIfTI (.nii or .nii.gz)")
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"{path} holds {array.dtype} voxels; expected real numbers")
     if array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
-    affine = np.asarray(image.affine)
     if array.ndim != 3:
         raise UserError(f"{path} has shape {array.shape}; expected one 3D volume")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise UserError(f"{path} has an affine without volume:\n{affine}\nrestore its sform or qform")
-    grid = Grid(array.shape, affine, image.header)
+    grid = _grid(path, array.shape, image)
     return nib.apply_orientation(array, grid.to_canonical).transpose(2, 1, 0), grid
 
 

@@ -124,7 +124,8 @@ def write_brats(
     if len(shape) != 3 or min(shape) < _SMALLEST:
         raise UserError(f"phantom shape {tuple(shape)}: expected three sides (x,y,z) of at least {_SMALLEST} voxels")
     difficulty = difficulty or Difficulty()
-    settings = {"shape": list(shape), "seed": seed, "convention": convention.name, **dataclasses.asdict(difficulty)}
+    settings = {"cases": cases, "first": first, "shape": list(shape), "seed": seed, "convention": convention.name}
+    settings |= dataclasses.asdict(difficulty)
     record = Path(root) / SETTINGS_FILE
     if record.exists() and (found := read_json(record)) != settings:
         raise UserError(f"{root} holds phantoms made with {found}, not {settings}; give another folder, or remove it")
