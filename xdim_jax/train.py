@@ -150,7 +150,8 @@ def train(config: cli.Config, workdir: Path) -> int:
     devices = mesh.make_mesh(config.mesh.data, config.mesh.space, batch=config.data.batch)
     if config.data.patch[0] % devices.shape["space"]:
         raise UserError(
-            f"config.mesh.space={devices.shape['space']} does not divide the depth of config.data.patch={config.data.patch}"
+            f"config.mesh.space={devices.shape['space']} does not divide the depth of "
+            f"config.data.patch={tuple(config.data.patch)}"
         )
     try:
         graphdef, params, stats = split_model(models.build(config.model, seed=config.seed))
