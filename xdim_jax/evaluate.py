@@ -162,7 +162,7 @@ def score_case(pred: Path | None, ref: Path, convention: str) -> tuple[dict[str,
 
 
 def _unknown(values: np.ndarray, known: set[int]) -> str:
-    found = np.unique(values)
+    found = np.unique(values).astype(np.float64)
     unknown = [v for v in found if min(abs(v - k) for k in known) > _LABEL_TOLERANCE or not np.isfinite(v)]
     return _shorten([f"{v:g}" for v in unknown])
 
