@@ -13,7 +13,7 @@ import numpy as np
 
 from xdim_jax import checkpoint, cli, infer, log, mesh, metrics, models, optim, regions
 from xdim_jax.data import brats, phantom, pipeline
-from xdim_jax.data.splits import split_cases
+from xdim_jax.data.splits import check_fold, split_cases
 from xdim_jax.errors import UserError, join_problems
 from xdim_jax.files import read_json, write_json
 from xdim_jax.loop import InterruptedValidationError, Progress, Run, StopRequest, Validation, catch_signals, fit
@@ -97,14 +97,11 @@ def check_config(config: cli.Config) -> None:
             problems.append(f"config.{key}={value}: expected {low:g} to {high:g}")
     if config.data.dataset != "brats":
         problems.append(f"config.data.dataset={config.data.dataset!r}: known: brats")
-    if not (config.data.folds >= 2 and 0 <= config.data.fold < config.data.folds):
-        problems.append(
-            f"config.data.fold={config.data.fold} of config.data.folds={config.data.folds}: expected 0 <= fold < folds"
-        )
     if len(config.model.filters) != 5:
         problems.append(f"config.model.filters={tuple(config.model.filters)}: expected 5 numbers, coarsest level first")
     if problems:
         raise join_problems(problems, "values out of range")
+    check_fold(config.data.fold, config.data.folds)  # before any phantom is written
 
 
 def find_data(config: cli.Config, workdir: Path, *, started: bool) -> tuple[list[brats.Case], list[brats.Case]]:

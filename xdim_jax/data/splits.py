@@ -20,14 +20,19 @@ def assign_folds(patients: Iterable[str], folds: int, seed: int) -> dict[str, in
     return {patient: i % folds for i, patient in enumerate(order)}
 
 
+def check_fold(fold: int, folds: int) -> None:
+    """Raises UserError if there is no such fold, or fewer than two."""
+    if not (folds >= 2 and 0 <= fold < folds):
+        raise UserError(f"config.data.fold={fold} of config.data.folds={folds}: expected 0 <= fold < folds, folds >= 2")
+
+
 def split_cases(cases: Sequence[Case], *, fold: int, folds: int, seed: int) -> tuple[list[Case], list[Case]]:
     """Training cases, and the validation cases of ``fold``; every patient is on one side only.
 
     Raises:
         UserError: the fold does not exist, or there are fewer patients than folds.
     """
-    if not (folds >= 2 and 0 <= fold < folds):
-        raise UserError(f"config.data.fold={fold} of config.data.folds={folds}: expected 0 <= fold < folds, folds >= 2")
+    check_fold(fold, folds)
     assigned = assign_folds((c.patient for c in cases), folds, seed)
     if len(assigned) < folds:
         raise UserError(
