@@ -31,12 +31,20 @@ def get_config(arg: str = "") -> Any:
             "name": "dxnet",
             "in_channels": 4,  # flair, t1, t1ce, t2; released code: 1
             "out_channels": 3,  # WT, TC, ET; released code: 5
-            "encoder": "b0",
-            "norm": "instance",  # released code: batch
-            "eps": 1e-5,  # of the encoder's norms, as in the released code; 1e-3 fits the tf_* weights
-            "padding": "symmetric",  # as in the released code; "same" fits the tf_* weights
-            "drop_path": 0.4,  # as in the released code; the paper does not say
+            "encoder": {
+                "name": "efficientnet_b0",
+                "eps": 1e-5,  # as in the released code; weights of timm's tf_* models were trained with 1e-3
+                "padding": "symmetric",  # as in the released code; the tf_* weights were trained with "same"
+                "drop_path": 0.4,  # as in the released code; the paper does not say
+            },
+            "norm": "instance",  # affine; released code: batch
+            "activation": "silu",
+            "upsampling": "transposed",
             "filters": (256, 128, 64, 32, 16),
+            "deep_supervision": False,  # logits of the four coarser decoder stages in the loss; not in the paper
+            # the axis that the 2D encoder lacks. Zero padding and pooling over the volume are the released code's;
+            # "edge" and "slice" make inflation exact (see xdim_jax/inflate.py)
+            "depth": {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)},
         }
     )
     config.data = ConfigDict(
@@ -84,7 +92,7 @@ def shrink(config: Any) -> Any:
     config.data.patch = (32, 64, 64)
     config.data.patches_per_case = 2
     config.data.threads = 2
-    config.model.drop_path = 0.1
+    config.model.encoder.drop_path = 0.1
     config.optim.schedule.constant_epochs = 10
     config.train.epochs = 16
     config.train.log_every = 8

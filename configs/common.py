@@ -25,6 +25,15 @@ def get_config() -> Any:
     config: Any = ConfigDict()
     config.seed = 0
     config.mesh = ConfigDict({"data": -1, "space": 1})  # data=-1: all devices that space leaves
+    # what the network starts from; the numbers in the paper are with pre-trained encoders
+    config.init = ConfigDict(
+        {
+            "weights": "",  # a file of weight_port, of an encoder or a network, or a workdir; "": random
+            "inflate": "mean",  # rule when a 2D encoder meets a 3D network (xdim_jax/inflate.py); the paper: repeat
+            "channels": "cycle",  # rule when the numbers of input channels differ (xdim_jax/stem.py)
+            "accept": "",  # of padding, eps, depth, with commas: what may differ from how the weights were trained
+        }
+    )
     config.train = ConfigDict(
         {
             "log_every": 50,  # steps

@@ -26,14 +26,18 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def toy_model(**encoder):
+    """The toy DX-Net with another encoder option."""
+    return TOY_MODEL | {"encoder": TOY_MODEL["encoder"] | encoder}
+
+
 TOY_MODEL = {
     "name": "dxnet",
     "in_channels": 4,
     "out_channels": 3,
-    "encoder": "toy",
+    "encoder": {"name": "efficientnet_toy", "eps": 1e-5, "padding": "symmetric", "drop_path": 0.1},
     "norm": "instance",
-    "eps": 1e-5,
-    "padding": "symmetric",
-    "drop_path": 0.1,
+    "activation": "silu",
+    "upsampling": "transposed",
     "filters": (16, 16, 8, 8, 8),
 }

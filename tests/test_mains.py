@@ -21,7 +21,7 @@ from xdim_jax.errors import UserError
 REPO = Path(__file__).parent.parent
 RECIPE = "configs/brats_dxnet.py:phantom"
 TOY = [
-    "--config.model.encoder=toy",
+    "--config.model.encoder.name=efficientnet_toy",
     "--config.model.filters=16,16,8,8,8",
     "--config.data.patch=64,32,32",
     "--config.data.phantom.cases=6",
@@ -125,7 +125,7 @@ def test_training_says_what_it_does_and_records_it(trained):
     split = json.loads((trained / "split.json").read_text())
     assert len(split["train"]) == 4 and len(split["validation"]) == 2
     config = json.loads((trained / "config.json").read_text())
-    assert config["model"]["encoder"] == "toy" and config["optim"]["b1"] == 0.95
+    assert config["model"]["encoder"]["name"] == "efficientnet_toy" and config["optim"]["b1"] == 0.95
 
 
 def test_predictions_lie_on_the_source_grid_with_the_source_labels(trained):
@@ -310,7 +310,7 @@ MISUSES = {
     "unknown recipe": (["--config=configs/dxnet.py"], ["configs/dxnet.py does not exist", "configs/brats_dxnet.py"]),
     "unknown variant": (["--config=configs/brats_dxnet.py:phantm"], ["'phantm'; known: phantom, fold=<number>"]),
     "unknown convention": ([f"--config={RECIPE}", "--config.data.convention=brats"], ["known: brats2021, brats2023"]),
-    "patch": ([f"--config={RECIPE}", "--config.data.patch=64,70,64"], ["axis H is 70: use 64 or 96"]),
+    "patch": ([f"--config={RECIPE}", "--config.data.patch=64,70,64"], ["axis H is 70: level 1/4 would halve 35"]),
     "channels": ([f"--config={RECIPE}", "--config.model.in_channels=1"], ["config.model.in_channels=1: BraTS needs 4"]),
     "fold": ([f"--config={RECIPE}", "--config.data.fold=5"], ["config.data.fold=5"]),
     "several": (
@@ -319,7 +319,7 @@ MISUSES = {
     ),
     "filters": ([f"--config={RECIPE}", "--config.model.filters=16,16"], ["filters=(16, 16): expected 5 numbers"]),
     "not a recipe": (["--config=README.md"], ["README.md is not a Python file"]),
-    "encoder": ([f"--config={RECIPE}", DATA, "--config.model.encoder=b9"], ["unknown encoder 'b9'; known: b0"]),
+    "encoder": ([f"--config={RECIPE}", DATA, "--config.model.encoder.name=b9"], ["unknown encoder 'b9'; known: eff"]),
     "other convention": ([f"--config={RECIPE}", DATA, "--config.data.convention=brats2023"], ["convention=brats2021"]),
     "too few patients": ([f"--config={RECIPE}", DATA, "--config.data.folds=9"], ["6 patients cannot be split"]),
 }  # fmt: skip
@@ -412,7 +412,11 @@ def test_config_is_the_papers_recipe():
     schedule = config.optim.schedule
     assert (schedule.peak, schedule.final, schedule.constant_epochs, config.train.epochs) == (1e-3, 1e-5, 40, 90)
     assert config.train.validate_after_score == 0.85 and config.predict.threshold == 0.5 and config.predict.min_et > 0
-    assert (config.model.encoder, config.model.norm, config.loss.name) == ("b0", "instance", "dice_bce")
+    assert (config.model.encoder.name, config.model.norm, config.loss.name) == (
+        "efficientnet_b0",
+        "instance",
+        "dice_bce",
+    )
     assert config.data.folds == 5
 
 

@@ -58,7 +58,7 @@ def test_fast_convolution_equals_reference(kind, ndim, case):
 def test_slabs_and_loops_are_exercised(rng):
     """Large enough that the weight gradients take several slabs, and a kernel of 125 taps the loop."""
     x = rng.normal(size=(1, 16, 64, 64, 16))
-    assert 2 * ops._SLAB_BYTES < 16 * 64 * 64 * (3 * 16 + 9 * 8) * 8
+    assert 2 * ops.dense._SLAB_BYTES < 16 * 64 * 64 * (3 * 16 + 9 * 8) * 8
     same = ops.symmetric_padding((3, 3, 3))
     dense = rng.normal(size=(3, 3, 3, 16, 8))
     assert both_forms(lambda x, w: ops.conv(x, w, strides=(1, 1, 1), padding=same), x, dense) < 1e-12
@@ -103,8 +103,63 @@ def test_conv_transpose_gradients(rng):
     assert both_forms(ops.conv_transpose, x, w) < 1e-12
 
 
+# kernel, stride, PyTorch's padding, output: overlapping taps, gaps, cropped short, continued past the last tap
+OVERLAPS = [
+    (5, 3, 0, 11),
+    (5, 3, 0, 9),
+    (5, 3, 0, 12),
+    (3, 2, 1, 6),
+    (4, 3, 1, 8),
+    (4, 3, 1, 9),
+    (2, 3, 0, 8),
+    (3, 1, 1, 3),
+]
+
+
+@pytest.mark.parametrize("form", ["fast", "reference"])
+@pytest.mark.parametrize(("k", "s", "p", "m"), OVERLAPS)
+def test_conv_transpose_along_depth(form, k, s, p, m, rng):
+    x, w = rng.normal(size=(2, 3, 2, 2, 4)), rng.normal(size=(k, 1, 1, 4, 3))
+    expected = np.zeros((2, m, 2, 2, 3))
+    for i, t in itertools.product(range(3), range(k)):
+        if 0 <= s * i - p + t < m:
+            expected[:, s * i - p + t] += x[:, i] @ w[t, 0, 0]
+    with ops.use_form(form):
+        y = ops.conv_transpose(jnp.asarray(x), jnp.asarray(w), strides=(s, 1, 1), crop=(p, 0, 0), size=(m, 2, 2))
+    np.testing.assert_allclose(y, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(("k", "s", "p", "m"), OVERLAPS)
+def test_overlapping_conv_transpose_gradients(k, s, p, m, rng):
+    x, w = rng.normal(size=(2, 3, 4, 2, 3)), rng.normal(size=(k, 2, 1, 3, 2))
+
+    def function(x, w):
+        return ops.conv_transpose(x, w, strides=(s, 2, 1), crop=(p, 0, 0), size=(m, 8, 2))
+
+    assert both_forms(function, x, w) < 1e-12
+
+
+def test_upsample_repeats_and_crops(rng):
+    x = rng.normal(size=(1, 2, 3, 4))
+    expected = np.repeat(np.repeat(x, 3, 1)[:, :5], 2, 2)
+    np.testing.assert_array_equal(ops.upsample(jnp.asarray(x), (3, 2), (5, 6)), expected)
+    with pytest.raises(ValueError, match="axis 0 has 4 samples, 5 are asked for"):
+        ops.upsample(jnp.asarray(x), (2, 2), (5, 6))
+
+
+def test_max_pool_ignores_padding():
+    x = -jnp.arange(1.0, 7.0).reshape(1, 6, 1)
+    np.testing.assert_array_equal(ops.max_pool(x, (3,), (2,), ((1, 1),)).ravel(), [-1, -2, -4])
+
+
+def test_layer_norm_standardises_every_voxel(rng):
+    y = ops.layer_norm(jnp.asarray(rng.normal(3, 2, size=(2, 4, 5, 8))), jnp.ones(8), jnp.zeros(8), eps=0.0)
+    np.testing.assert_allclose(np.mean(y, -1), 0, atol=1e-12)
+    np.testing.assert_allclose(np.std(y, -1), 1, rtol=1e-12)
+
+
 @pytest.mark.parametrize("axes", [(1, 2, 3), (0, 1, 2, 3)])
-@pytest.mark.parametrize("activation", [None, "silu", "relu"])
+@pytest.mark.parametrize("activation", [None, "silu", "relu", "gelu"])
 def test_normalise_equals_plain_autodiff(axes, activation, rng):
     x, scale, bias = rng.normal(3, 2, size=(2, 4, 3, 5, 6)), rng.normal(size=6), rng.normal(size=6)
 
@@ -147,8 +202,8 @@ def test_shapes_that_do_not_fit_are_named(x, w, groups, word):
 def test_forms_are_a_closed_set():
     with pytest.raises(ValueError, match="fastest"), ops.use_form("fastest"):
         pass
-    with pytest.raises(ValueError, match="gelu"):
-        ops.activate(jnp.zeros(3), "gelu")
+    with pytest.raises(ValueError, match="tanh"):
+        ops.activate(jnp.zeros(3), "tanh")
     with ops.use_form("reference"):
         assert ops.active_form() == "reference"
     assert ops.active_form() == "fast"  # these tests run on CPU

@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
-from tests.conftest import TOY_MODEL
+from tests.conftest import TOY_MODEL, toy_model
 from xdim_jax import checkpoint, log, loop, loss, mesh, models, optim, step
 from xdim_jax.errors import UserError
 
@@ -222,8 +222,9 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jnp.array([[0.5], [-0.25]]))
         self.use_running_average = False
 
-    def __call__(self, image, rngs=None):
-        return image @ self.kernel[...]
+    def __call__(self, image, rngs=None, levels=False):
+        logits = image @ self.kernel[...]
+        return [logits] if levels else logits
 
 
 def test_step_follows_the_gradient_and_reports_the_score():
@@ -243,9 +244,34 @@ def test_step_follows_the_gradient_and_reports_the_score():
     np.testing.assert_allclose(metrics["score"], [1.0])
 
 
+class TwoLevels(Linear):
+    """Logits at full resolution, and their values at every other pixel as the coarser level."""
+
+    def __call__(self, image, rngs=None, levels=False):
+        logits = image @ self.kernel[...]
+        return [logits, logits[:, ::2, ::2]] if levels else logits
+
+
+def test_deep_supervision_weighs_levels_by_halves():
+    graphdef, params, stats = step.split_model(TwoLevels())
+    tx = optax.sgd(0.1)
+    seen = []
+
+    def loss(z, g):
+        seen.append(g.shape)
+        return jnp.mean(jnp.abs(z - g)), {}
+
+    train = step.make_train_step(graphdef, loss, lambda label: label[..., None] > 0, tx)
+    image = np.zeros((1, 4, 4, 2), np.float32)  # logits 0: the losses are the means of the masks
+    label = np.zeros((1, 4, 4), np.int32)
+    label[0, 1, 1] = label[0, 3, 3] = 1  # of the coarse grid's centres (1, 1), (1, 3), (3, 1), (3, 3)
+    _, metrics = train(step.init_state(params, stats, tx), {"image": image, "label": label}, jax.random.key(0))
+    assert seen == [(1, 4, 4, 1), (1, 2, 2, 1)]
+    assert float(metrics["loss"]) == pytest.approx((2 / 16 + 0.5 * 2 / 4) / 1.5)
+
+
 def test_the_same_step_gives_the_same_bits_and_another_step_another_drop_path():
-    model = TOY_MODEL | {"drop_path": 0.9, "encoder": "toy"}
-    graphdef, tx, state = make_state(model)
+    graphdef, tx, state = make_state(toy_model(drop_path=0.9))
     train = jax.jit(
         step.make_train_step(
             graphdef,
@@ -335,9 +361,9 @@ def test_eight_devices_compute_what_one_does():
     code = """
     import jax, jax.numpy as jnp, numpy as np
     from tests.test_training import make_state, OPTIM
-    from tests.conftest import TOY_MODEL
+    from tests.conftest import toy_model
     from xdim_jax import loss, mesh, regions, step, optim
-    graphdef, tx, state = make_state(TOY_MODEL | {"drop_path": 0.0})
+    graphdef, tx, state = make_state(toy_model(drop_path=0.0))
     rng = np.random.default_rng(0)
     batch = {"image": rng.normal(size=(4, 64, 32, 32, 4)).astype(np.float32),
              "label": rng.integers(0, 4, (4, 64, 32, 32)).astype(np.uint8)}

@@ -1,3 +1,18 @@
 """Cross-dimensional transfer learning for medical image segmentation (Messaoudi et al. 2023) in JAX and Flax."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xdim_jax.loading import Model, load_model
+
 __version__ = "0.1.0"
+__all__ = ["Model", "__version__", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load_model` and `Model` come with JAX, so they are imported when they are first asked for."""
+    if name in ("Model", "load_model"):
+        from xdim_jax import loading
+
+        return getattr(loading, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ per shape) and with ``jax.random`` under a transformation, so the two give diffe
 Modes follow Flax: ``model.train()`` and ``model.eval()`` set ``use_running_average`` and ``deterministic``.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -15,11 +16,81 @@ from jax.core import Tracer
 
 from xdim_jax import ops
 
-PADDINGS = ("symmetric", "same")
-NORMS = ("batch", "instance")
+PADDINGS = ("symmetric", "same", "valid")
+NORMS = ("batch", "instance", "instance_noaffine")
+DEPTH_PADDINGS = ("zero", "edge", "renorm")
+SQUEEZES = ("volume", "slice")
+LEVELS = 5  # an encoder halves its input five times
 
 HE_GAIN = math.sqrt(2)  # He et al. 2015: keeps the variance behind a rectifier
 TORCH_GAIN = math.sqrt(1 / 3)  # the variance of torch's default uniform(+-1 / sqrt(fan_in))
+
+
+def check_choice(what: str, value: object, known: tuple[object, ...]) -> None:
+    """Raises ValueError, listing the known ones, if ``value`` is not one of them."""
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}; known: {', '.join(map(str, known))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """How a 3D network treats the spatial axis that its 2D ancestor lacks (see `xdim_jax.inflate`).
+
+    Attributes:
+        axis: 0 depth (or time), 1 height, 2 width.
+        padding: along that axis: ``zero`` (as released); ``edge`` repeats the outermost slice, which makes inflation
+            exact; ``renorm`` pads with zeros and divides by the share of taps that lie inside the volume.
+        squeeze: squeeze-excite pools over the ``volume`` (as released) or every ``slice`` by itself.
+        strides: along that axis, of the five levels; 2 as in the plane, or 1 to keep every slice.
+    """
+
+    axis: int = 0
+    padding: str = "zero"
+    squeeze: str = "volume"
+    strides: tuple[int, ...] = (2,) * LEVELS
+
+    def __post_init__(self):
+        check_choice("depth axis", self.axis, (0, 1, 2))
+        check_choice("depth padding", self.padding, DEPTH_PADDINGS)
+        check_choice("squeeze", self.squeeze, SQUEEZES)
+        object.__setattr__(self, "strides", tuple(self.strides))
+        if len(self.strides) != LEVELS or not set(self.strides) <= {1, 2}:
+            raise ValueError(f"depth strides are {LEVELS} numbers, each 1 or 2, finest level first; got {self.strides}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """What the layers of one network have in common.
+
+    Attributes:
+        ndim: spatial axes, 2 or 3.
+        norm: ``batch``, ``instance`` (affine) or ``instance_noaffine``.
+        eps: of every norm.
+        padding: ``symmetric`` (``k // 2`` on both sides), TF's ``same``, or ``valid`` (none).
+        depth: of a 3D network.
+    """
+
+    ndim: int
+    norm: str = "batch"
+    eps: float = 1e-5
+    padding: str = "symmetric"
+    depth: Depth = dataclasses.field(default_factory=Depth)
+
+    def __post_init__(self):
+        check_choice("number of spatial axes", self.ndim, (2, 3))
+        check_choice("norm", self.norm, NORMS)
+        check_choice("padding", self.padding, PADDINGS)
+
+    def window(self, k: int, along_depth: int | None = None) -> tuple[int, ...]:
+        """``k`` along every axis; along the depth axis of a 3D network ``along_depth``, if given."""
+        sides = [k] * self.ndim
+        if self.ndim == 3 and along_depth is not None:
+            sides[self.depth.axis] = along_depth
+        return tuple(sides)
+
+    def strides(self, level: int) -> tuple[int, ...]:
+        """The strides of the layer that goes to 1/2^(level + 1) of the input."""
+        return self.window(2, self.depth.strides[level])
 
 
 def draw_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], gain: float) -> jax.Array:
@@ -33,7 +104,73 @@ def draw_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], gain: float) -> jax.Arra
 
 
 class Conv(nnx.Module):
-    """Convolution. ``kernel`` and ``strides`` name every spatial axis; padding ``symmetric`` or TF's ``same``."""
+    """Convolution.
+
+    Args:
+        channels, filters: in and out.
+        kernel: its size, one number for all axes or one per axis.
+        style: gives the number of axes, the padding, and the treatment of depth.
+        strides: one per axis; default 1.
+        padding: instead of the style's.
+        norm: name of the sibling norm that takes the output, if one does: inflation by repetition, which multiplies
+            the output, corrects that norm's statistics.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        filters: int,
+        kernel: int | tuple[int, ...],
+        *,
+        style: Style,
+        strides: tuple[int, ...] | None = None,
+        padding: str | None = None,
+        depthwise: bool = False,
+        bias: bool = False,
+        gain: float = HE_GAIN,
+        norm: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if depthwise and channels != filters:
+            raise ValueError(f"a depthwise convolution keeps its {channels} channels; got {filters} filters")
+        window = style.window(kernel) if isinstance(kernel, int) else kernel
+        self.strides = strides or (1,) * len(window)
+        self.padding = padding or style.padding
+        self.depth = style.depth
+        self.groups = channels if depthwise else 1
+        self.norm = norm
+        self.kernel = nnx.Param(draw_kernel(rngs, (*window, channels // self.groups, filters), gain))
+        self.bias = nnx.Param(jnp.zeros(filters)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        window = self.kernel.shape[:-2]
+        if self.padding == "same":
+            padding = ops.same_padding(x.shape[1:-1], window, self.strides)
+        elif self.padding == "symmetric":
+            padding = ops.symmetric_padding(window)
+        else:
+            padding = ((0, 0),) * len(window)
+        axis, scale = self.depth.axis, None
+        if len(window) == 3 and any(padding[axis]):
+            if self.depth.padding == "edge":
+                x = jnp.pad(x, [padding[axis] if i == axis + 1 else (0, 0) for i in range(x.ndim)], mode="edge")
+                padding = tuple((0, 0) if i == axis else pair for i, pair in enumerate(padding))
+            elif self.depth.padding == "renorm":
+                scale = _inverse_coverage(x.shape[axis + 1], window[axis], self.strides[axis], padding[axis])
+        y = ops.conv(x, self.kernel[...], strides=self.strides, padding=padding, groups=self.groups)
+        if scale is not None:
+            y = y * jnp.asarray(scale, y.dtype).reshape([-1 if i == axis + 1 else 1 for i in range(y.ndim)])
+        return y if self.bias is None else y + self.bias[...]
+
+
+def _inverse_coverage(n: int, k: int, stride: int, pad: tuple[int, int]) -> np.ndarray:
+    """Per output of one axis: the kernel's taps divided by those that lie inside (as in partial convolutions)."""
+    starts = np.arange((n + sum(pad) - k) // stride + 1) * stride - pad[0]
+    return k / (np.minimum(starts + k, n) - np.maximum(starts, 0))
+
+
+class ConvTranspose(nnx.Module):
+    """Transposed convolution with bias; kernel ``(*kernel, in, out)`` in PyTorch's tap order, stride as long."""
 
     def __init__(
         self,
@@ -42,67 +179,56 @@ class Conv(nnx.Module):
         kernel: tuple[int, ...],
         *,
         strides: tuple[int, ...] | None = None,
-        padding: str = "symmetric",
-        depthwise: bool = False,
-        bias: bool = False,
-        gain: float = HE_GAIN,
+        crop: tuple[int, ...] | None = None,
         rngs: nnx.Rngs,
     ):
-        if padding not in PADDINGS:
-            raise ValueError(f"unknown padding {padding!r}; known: {', '.join(PADDINGS)}")
-        if depthwise and channels != filters:
-            raise ValueError(f"a depthwise convolution keeps its {channels} channels; got {filters} filters")
-        self.strides = strides or (1,) * len(kernel)
-        self.padding = padding
-        self.groups = channels if depthwise else 1
-        self.kernel = nnx.Param(draw_kernel(rngs, (*kernel, channels // self.groups, filters), gain))
-        self.bias = nnx.Param(jnp.zeros(filters)) if bias else None
+        self.strides, self.crop = strides or kernel, crop or (0,) * len(kernel)
+        overlap = math.prod(k / s for k, s in zip(kernel, self.strides, strict=True))  # taps that meet in an output
+        gain = HE_GAIN * math.sqrt(math.prod(kernel) / overlap)
+        self.kernel = nnx.Param(draw_kernel(rngs, (*kernel, channels, filters), gain))
+        self.bias = nnx.Param(jnp.zeros(filters))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        window = self.kernel.shape[:-2]
-        if self.padding == "same":
-            padding = ops.same_padding(x.shape[1:-1], window, self.strides)
-        else:
-            padding = ops.symmetric_padding(window)
-        y = ops.conv(x, self.kernel[...], strides=self.strides, padding=padding, groups=self.groups)
-        return y if self.bias is None else y + self.bias[...]
+    def __call__(self, x: jax.Array, size: tuple[int, ...] | None = None) -> jax.Array:
+        """``(batch, *spatial, in)`` to ``(batch, *size, out)``; see `xdim_jax.ops.conv_transpose`."""
+        y = ops.conv_transpose(x, self.kernel[...], strides=self.strides, crop=self.crop, size=size)
+        return y + self.bias[...]
 
 
-class ConvTranspose(nnx.Module):
-    """Transposed convolution, kernel = stride, with bias. Kernel ``(*kernel, in, out)`` in PyTorch's tap order."""
+class Dense(nnx.Module):
+    """The same affine map of the channels at every voxel; PyTorch's ``Linear``."""
 
-    def __init__(self, channels: int, filters: int, kernel: tuple[int, ...], *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(draw_kernel(rngs, (*kernel, channels, filters), HE_GAIN * math.prod(kernel) ** 0.5))
+    def __init__(self, channels: int, filters: int, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(draw_kernel(rngs, (channels, filters), HE_GAIN))
         self.bias = nnx.Param(jnp.zeros(filters))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return ops.conv_transpose(x, self.kernel[...]) + self.bias[...]
+        return ops.pointwise(x, self.kernel[...]) + self.bias[...]
 
 
 class Norm(nnx.Module):
-    """Normalisation, affine, with the activation that follows it.
+    """Normalisation with the activation that follows it.
 
     ``instance``: statistics per sample and channel, in training and evaluation alike. ``batch``: statistics of
     the batch in training; running averages (Flax momentum 0.9 is PyTorch's 0.1, unbiased variance as in PyTorch)
     in evaluation.
     """
 
-    def __init__(self, channels: int, *, kind: str, eps: float, activation: str | None = None):
-        if kind not in NORMS:
-            raise ValueError(f"unknown norm {kind!r}; known: {', '.join(NORMS)}")
-        self.kind, self.eps, self.activation = kind, eps, activation
+    def __init__(self, channels: int, style: Style, activation: str | None = None):
+        self.kind, self.eps, self.activation = style.norm, style.eps, activation
         self.momentum = 0.9
         self.use_running_average = False
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
-        if kind == "batch":
+        affine = style.norm != "instance_noaffine"
+        self.scale = nnx.Param(jnp.ones(channels)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(channels)) if affine else None
+        if style.norm == "batch":
             self.mean = nnx.BatchStat(jnp.zeros(channels))
             self.var = nnx.BatchStat(jnp.ones(channels))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale, bias = self.scale[...], self.bias[...]
+        scale = jnp.ones(x.shape[-1], x.dtype) if self.scale is None else self.scale[...]
+        bias = jnp.zeros(x.shape[-1], x.dtype) if self.bias is None else self.bias[...]
         spatial = tuple(range(1, x.ndim - 1))
-        if self.kind == "instance":
+        if self.kind != "batch":
             return ops.normalise(x, scale, bias, axes=spatial, eps=self.eps, activation=self.activation)[0]
         if self.use_running_average:
             factor = scale * jax.lax.rsqrt(self.var[...] + self.eps)
@@ -116,17 +242,29 @@ class Norm(nnx.Module):
         return y
 
 
+class LayerNorm(nnx.Module):
+    """Normalisation of every voxel over its channels, affine."""
+
+    def __init__(self, channels: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ops.layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)
+
+
 class SqueezeExcite(nnx.Module):
     """Scales every channel by a gate computed from the channels' means over space (Hu et al. 2018)."""
 
-    def __init__(self, channels: int, reduced: int, ndim: int, *, rngs: nnx.Rngs):
-        point = (1,) * ndim
-        self.conv_reduce = Conv(channels, reduced, point, bias=True, rngs=rngs)
-        self.conv_expand = Conv(reduced, channels, point, bias=True, rngs=rngs)
+    def __init__(self, channels: int, reduced: int, style: Style, *, rngs: nnx.Rngs):
+        self.conv_reduce = Conv(channels, reduced, 1, style=style, bias=True, rngs=rngs)
+        self.conv_expand = Conv(reduced, channels, 1, style=style, bias=True, rngs=rngs)
+        self.per_slice = style.depth.axis if style.ndim == 3 and style.depth.squeeze == "slice" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        pooled = jnp.mean(x, tuple(range(1, x.ndim - 1)), keepdims=True)
-        hidden = ops.activate(self.conv_reduce(pooled), "silu")
+        axes = tuple(1 + axis for axis in range(x.ndim - 2) if axis != self.per_slice)
+        hidden = ops.activate(self.conv_reduce(jnp.mean(x, axes, keepdims=True)), "silu")
         return x * jax.nn.sigmoid(self.conv_expand(hidden))
 
 

@@ -51,8 +51,10 @@ def make_train_step(
         def objective(params: Any) -> tuple[jax.Array, Any]:
             model = nnx.merge(graphdef, params, state.stats)
             model.train()
-            logits = model(batch["image"], rngs=nnx.Rngs(dropout=key))
+            logits, *coarse = model(batch["image"], rngs=nnx.Rngs(dropout=key), levels=True)
             value, parts = loss(logits, masks)
+            if coarse:
+                value = _with_levels(value, [loss(c, resized(masks, c.shape[1:-1]))[0] for c in coarse])
             metrics = {"loss": value, **parts, "score": jnp.mean(hard_dice(logits, masks), 0)}
             return value, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
@@ -63,6 +65,20 @@ def make_train_step(
         return TrainState(state.step + 1, params, stats, opt_state), metrics
 
     return step
+
+
+def _with_levels(value: jax.Array, coarse: list[jax.Array]) -> jax.Array:
+    """Deep supervision: the mean of the levels' losses, each weighing half of the one that is finer (as in nnU-Net)."""
+    weights = [0.5**i for i in range(len(coarse) + 1)]
+    return sum((w * v for w, v in zip(weights[1:], coarse, strict=True)), value) / sum(weights)
+
+
+def resized(masks: jax.Array, size: tuple[int, ...]) -> jax.Array:
+    """Nearest-neighbour sampling of ``(batch, *spatial, channels)`` on a coarser grid, at the voxels' centres."""
+    for axis, (n, m) in enumerate(zip(masks.shape[1:-1], size, strict=True), 1):
+        index = [(2 * i + 1) * n // (2 * m) for i in range(m)]
+        masks = jnp.take(masks, jnp.asarray(index), axis)
+    return masks
 
 
 def make_forward(graphdef: nnx.GraphDef) -> Callable[[tuple[Any, Any], jax.Array], jax.Array]:

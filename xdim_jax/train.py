@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xdim_jax import checkpoint, cli, infer, log, mesh, metrics, models, optim, regions
+from xdim_jax import checkpoint, cli, infer, inflate, log, mesh, metrics, models, optim, regions, stem, weights
 from xdim_jax.data import brats, phantom, pipeline
 from xdim_jax.data.splits import check_fold, split_cases
 from xdim_jax.errors import UserError, join_problems
 from xdim_jax.files import read_json, write_json
+from xdim_jax.loading import read_anywhere
 from xdim_jax.loop import InterruptedValidationError, Progress, Run, StopRequest, Validation, catch_signals, fit
 from xdim_jax.loss import make_loss
 from xdim_jax.step import init_state, make_forward, make_train_step, split_model
@@ -33,8 +34,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.tumour_probability": (0, 1),
     "data.phantom.cases": (0, math.inf),
     "data.phantom.held_out": (0, math.inf),
-    "model.drop_path": (0, 0.999),
-    "model.eps": (1e-12, 1),
     "optim.b1": (0, 0.9999),
     "optim.b2": (0, 0.99999),
     "optim.lookahead.period": (0, math.inf),
@@ -87,6 +86,10 @@ def check_config(config: cli.Config) -> None:
         if config.model[key] != expected:
             raise UserError(f"config.model.{key}={config.model[key]}: BraTS needs {expected}")
     try:
+        models.build_abstract(config.model)
+    except ValueError as error:
+        raise UserError(f"config.model: {error}") from error
+    try:
         models.check_patch(config.model, config.data.patch)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -97,11 +100,32 @@ def check_config(config: cli.Config) -> None:
             problems.append(f"config.{key}={value}: expected {low:g} to {high:g}")
     if config.data.dataset != "brats":
         problems.append(f"config.data.dataset={config.data.dataset!r}: known: brats")
-    if len(config.model.filters) != 5:
-        problems.append(f"config.model.filters={tuple(config.model.filters)}: expected 5 numbers, coarsest level first")
+    for key, known in (("inflate", inflate.RULES), ("channels", stem.RULES)):
+        if config.init[key] not in known:
+            problems.append(f"config.init.{key}={config.init[key]!r}: known: {', '.join(known)}")
     if problems:
         raise join_problems(problems, "values out of range")
     check_fold(config.data.fold, config.data.folds)  # before any phantom is written
+
+
+def initialise(config: cli.Config, params: Any, stats: Any) -> tuple[Any, Any, str]:
+    """The weights that the ``init`` section asks for, and where they are from.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the network.
+    """
+    options = config.init
+    if not options.weights:
+        return params, stats, "random"
+    source = read_anywhere(Path(options.weights))
+    accept = tuple(word for word in options.accept.split(",") if word)
+    rules: dict[str, Any] = {"inflation": inflate.Inflation(options.inflate, seed=config.seed), "accept": accept}
+    try:
+        params, stats, done = weights.load(config.model, params, stats, source, channel_rule=options.channels, **rules)
+    except UserError as error:
+        raise UserError(f"config.init.weights={options.weights}: {error} (config.init.accept)") from error
+    changed = sorted({what for what in done.values() if what != "copied"})
+    return params, stats, f"from {options.weights} ({len(done)} arrays; {', '.join(changed) or 'all copied'})"
 
 
 def find_data(config: cli.Config, workdir: Path, *, started: bool) -> tuple[list[brats.Case], list[brats.Case]]:
@@ -150,11 +174,11 @@ def train(config: cli.Config, workdir: Path) -> int:
             f"config.mesh.space={devices.shape['space']} does not divide the depth of "
             f"config.data.patch={tuple(config.data.patch)}"
         )
-    try:
-        graphdef, params, stats = split_model(models.build(config.model, seed=config.seed))
-    except ValueError as error:
-        raise UserError(f"config.model: {error}") from error
+    graphdef, params, stats = split_model(models.build(config.model, seed=config.seed))
     started = checkpoint.exist(workdir)
+    origin = "of the run so far"
+    if not started:
+        params, stats, origin = initialise(config, params, stats)
     cli.claim_workdir(workdir, config, free=FREE_KEYS, started=started)
     train_cases, validation_cases = find_data(config, workdir, started=started)
     per_epoch = pipeline.steps_per_epoch(len(train_cases), config.data.patches_per_case, config.data.batch)
@@ -169,7 +193,7 @@ def train(config: cli.Config, workdir: Path) -> int:
 
     log.say(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
     log.say(f"mesh       data {devices.shape['data']} x space {devices.shape['space']}")
-    log.say(f"network    {config.model.name}, {models.count_parameters(params):,} parameters, randomly initialised")
+    log.say(f"network    {config.model.name}, {models.count_parameters(params):,} parameters, weights {origin}")
     log.say(
         f"data       {len(train_cases)} training, {len(validation_cases)} validation cases, fold {config.data.fold}"
     )

@@ -11,7 +11,8 @@ import math
 import jax
 from flax import nnx
 
-from xdim_jax.layers import Conv, DropPath, Norm, SqueezeExcite
+from xdim_jax.encoders.family import Family
+from xdim_jax.layers import Conv, DropPath, Norm, SqueezeExcite, Style
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ SCALING = {
     "b7": (2.0, 3.1),
     "toy": (0.25, 0.3),
 }
-REDUCTION = 32  # the coarsest feature is 1/32 of the input along every axis
+PREFIX = "efficientnet_"
 
 
 def scaled_channels(channels: int, width: float) -> int:
@@ -60,10 +61,8 @@ def scaled_channels(channels: int, width: float) -> int:
 
 
 def scaled_stages(name: str) -> tuple[int, tuple[Stage, ...]]:
-    """The stem's channels and the stages of one member of the family."""
-    if name not in SCALING:
-        raise ValueError(f"unknown encoder {name!r}; known: {', '.join(SCALING)}")
-    width, depth = SCALING[name]
+    """The stem's channels and the stages of one member of the family, e.g. ``efficientnet_b0``."""
+    width, depth = SCALING[name.removeprefix(PREFIX)]
     stages = tuple(
         dataclasses.replace(s, channels=scaled_channels(s.channels, width), repeats=math.ceil(s.repeats * depth))
         for s in STAGES
@@ -80,42 +79,34 @@ class Block(nnx.Module):
         filters: int,
         *,
         kernel: int,
-        stride: int,
+        strides: tuple[int, ...] | None,
         expand: int,
-        ndim: int,
-        norm: str,
-        eps: float,
-        padding: str,
+        style: Style,
         drop_path: float,
         rngs: nnx.Rngs,
     ):
         width = channels * expand
-        point, window = (1,) * ndim, (kernel,) * ndim
         self.expanded = expand != 1
 
-        def make_norm(n: int, activation: str | None = None) -> Norm:
-            return Norm(n, kind=norm, eps=eps, activation=activation)
+        def depthwise(norm: str) -> Conv:
+            return Conv(width, width, kernel, style=style, strides=strides, depthwise=True, norm=norm, rngs=rngs)
 
-        def depthwise() -> Conv:
-            strides = (stride,) * ndim
-            return Conv(width, width, window, strides=strides, padding=padding, depthwise=True, rngs=rngs)
-
-        squeeze = SqueezeExcite(width, round(channels / 4), ndim, rngs=rngs)
+        squeeze = SqueezeExcite(width, round(channels / 4), style, rngs=rngs)
         if self.expanded:
-            self.conv_pw = Conv(channels, width, point, rngs=rngs)
-            self.bn1 = make_norm(width, "silu")
-            self.conv_dw = depthwise()
-            self.bn2 = make_norm(width, "silu")
+            self.conv_pw = Conv(channels, width, 1, style=style, norm="bn1", rngs=rngs)
+            self.bn1 = Norm(width, style, "silu")
+            self.conv_dw = depthwise("bn2")
+            self.bn2 = Norm(width, style, "silu")
             self.se = squeeze
-            self.conv_pwl = Conv(width, filters, point, rngs=rngs)
-            self.bn3 = make_norm(filters)
+            self.conv_pwl = Conv(width, filters, 1, style=style, norm="bn3", rngs=rngs)
+            self.bn3 = Norm(filters, style)
         else:
-            self.conv_dw = depthwise()
-            self.bn1 = make_norm(width, "silu")
+            self.conv_dw = depthwise("bn1")
+            self.bn1 = Norm(width, style, "silu")
             self.se = squeeze
-            self.conv_pw = Conv(width, filters, point, rngs=rngs)
-            self.bn2 = make_norm(filters)
-        self.residual = stride == 1 and channels == filters
+            self.conv_pw = Conv(width, filters, 1, style=style, norm="bn2", rngs=rngs)
+            self.bn2 = Norm(filters, style)
+        self.residual = strides is None and channels == filters
         self.drop_path = DropPath(drop_path)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -134,51 +125,34 @@ class EfficientNet(nnx.Module):
 
     Args:
         name: member of the family, see `SCALING`.
-        channels: input channels.
-        ndim: 2 or 3 spatial axes.
-        norm: ``batch`` or ``instance`` (affine).
-        eps: of every norm. The released networks use 1e-5; the ``tf_*`` weights were trained with 1e-3.
-        padding: ``symmetric`` (the released networks) or ``same`` (the ``tf_*`` weights).
+        channels: of the image.
+        style: axes, norm, padding, depth.
         drop_path: stochastic-depth rate r; block i of n has rate ``r * i / n``.
     """
 
-    def __init__(
-        self,
-        name: str,
-        channels: int,
-        *,
-        ndim: int,
-        norm: str,
-        eps: float,
-        padding: str,
-        drop_path: float,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, name: str, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
         stem, stages = scaled_stages(name)
-        window, strides = (3,) * ndim, (2,) * ndim
-        self.conv_stem = Conv(channels, stem, window, strides=strides, padding=padding, rngs=rngs)
-        self.bn1 = Norm(stem, kind=norm, eps=eps, activation="silu")
+        self.conv_stem = Conv(channels, stem, 3, style=style, strides=style.strides(0), norm="bn1", rngs=rngs)
+        self.bn1 = Norm(stem, style, "silu")
         self.channels = (stem, *(stages[i].channels for i in TAPS))
-        total, built, width = sum(s.repeats for s in stages), 0, stem
+        total, built, width, level = sum(s.repeats for s in stages), 0, stem, 1
         self.blocks = nnx.List([])
         for stage in stages:
             blocks = nnx.List([])
             for i in range(stage.repeats):
+                down = i == 0 and stage.stride == 2
                 block = Block(
                     width,
                     stage.channels,
                     kernel=stage.kernel,
-                    stride=stage.stride if i == 0 else 1,
+                    strides=style.strides(level) if down else None,
                     expand=stage.expand,
-                    ndim=ndim,
-                    norm=norm,
-                    eps=eps,
-                    padding=padding,
+                    style=style,
                     drop_path=drop_path * built / total,
                     rngs=rngs,
                 )
                 blocks.append(block)
-                built, width = built + 1, stage.channels
+                built, width, level = built + 1, stage.channels, level + down
             self.blocks.append(blocks)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
@@ -191,3 +165,11 @@ class EfficientNet(nnx.Module):
             if i in TAPS:
                 features.append(x)
         return features
+
+
+FAMILY = Family(
+    members=tuple(f"{PREFIX}{size}" for size in SCALING),
+    stem="conv_stem",
+    make=EfficientNet,
+    unused=("conv_head.", "bn2.", "classifier."),
+)

@@ -1,0 +1,404 @@
+"""Our networks against PyTorch: timm's own layers, and twins written from the architecture page (tests/twins.py).
+
+Two bounds: in float64 a relative error of at most 1e-10, which is the proof that both compute the same function; and in
+float32 at most ten times the distance that PyTorch's own float32 has from its float64.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from tests import twins
+from weight_port import authors, names
+from weight_port.probe import timm_features
+from weight_port.sources import import_timm
+from weight_port.timm_models import ARCHITECTURES
+from xdim_jax import models
+from xdim_jax.step import split_model
+from xdim_jax.weights import abstract_encoder, replaced
+
+timm = import_timm()
+TINY = 1e-30
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+EXACT = 1e-10
+FILTERS = (16, 16, 8, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two workers share two cores
+    yield
+    torch.set_num_threads(threads)
+
+
+def to_last(array):
+    """PyTorch's (N, C, *spatial) to (N, *spatial, C)."""
+    return np.moveaxis(array, 1, -1)
+
+
+def state_of(module):
+    return {n: t.detach().numpy().copy() for n, t in module.state_dict().items()}
+
+
+def relative(a, b, floor=TINY):
+    """Largest difference relative to the largest value of ``b``."""
+    return float(np.abs(a - b).max() / max(np.abs(b).max(), floor))
+
+
+class Ours:
+    """Our network (abstract) with the weights of a PyTorch state, as jitted functions of dicts by PyTorch name."""
+
+    def __init__(self, module, rename, unused, state):
+        self.table = {leaf.theirs: leaf for leaf in names.leaves(module, rename)}
+        self.arrays, _ = names.import_state(state, module, rename, unused, "the twin")
+        self.graphdef, params, stats = split_model(module)
+        self.params, self.stats = replaced(params, self.arrays), replaced(stats, self.arrays)
+
+    def by_torch_name(self, *trees):
+        leaves = {}
+        for tree in trees:
+            leaves |= names_of(tree)
+        return {
+            n: names.to_theirs(np.asarray(leaves[t.ours]), t.layout) for n, t in self.table.items() if t.ours in leaves
+        }
+
+    def evaluate(self, image, **options):
+        """Output in evaluation mode."""
+        return self._run(lambda p, s, x: self._call(p, s, x, False, options)[0], image)
+
+    def train(self, image, **options):
+        """Output in training mode, and the running statistics after it."""
+        output, stats = self._run(lambda p, s, x: self._call(p, s, x, True, options), image)
+        return output, self.by_torch_name(stats)
+
+    def gradients(self, image, cotangents):
+        """Logits, gradients of ``sum(logits * cotangents)``, and statistics, in training mode."""
+
+        def loss(params, stats, image, cotangents):
+            logits, new = self._call(params, stats, image, True, {})
+            return jnp.sum(logits * cotangents), (logits, new)
+
+        grads, (logits, stats) = self._run(jax.grad(loss, has_aux=True), image, cotangents)
+        return logits, self.by_torch_name(grads), self.by_torch_name(stats)
+
+    def _run(self, function, *args):
+        """Compiled without LLVM's optimisations, which would take most of the time of these tests."""
+        compiled = jax.jit(function).lower(self.params, self.stats, *args).compile(compiler_options=QUICK)
+        return jax.tree.map(np.asarray, compiled(self.params, self.stats, *args))
+
+    def _call(self, params, stats, image, training, options):
+        model = nnx.merge(self.graphdef, params, stats)
+        model.train() if training else model.eval()
+        output = model(image, rngs=nnx.Rngs(dropout=0), **options)
+        return output, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+
+def names_of(tree, prefix=""):
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= names_of(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+# -- the encoder against timm -------------------------------------------------------------------------------------
+
+
+def calibrated(model, channels=3):
+    """Random weights, and running statistics that differ from layer to layer but fit them, as trained ones do.
+
+    With statistics drawn at random the values grow from layer to layer until rounding is all that one compares.
+    """
+    twins.randomise(model, 0)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        model.train()(torch.randn(4, channels, 64, 64, generator=generator))
+        for norm in norms:
+            norm.momentum = 0.1
+            norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn(len(norm.weight), generator=generator)
+            norm.running_var *= 0.5 + torch.rand(len(norm.weight), generator=generator)
+    return model
+
+
+def timm_model(architecture):
+    if architecture == "tf_efficientnet_toy":
+        make = timm.models.efficientnet._gen_efficientnet
+        options = {"bn_eps": 1e-3, "pad_type": "same"}
+        model = make("tf_efficientnet_b0", channel_multiplier=0.25, depth_multiplier=0.3, pretrained=False, **options)
+        return calibrated(model)
+    return calibrated(timm.create_model(architecture, pretrained=False, num_classes=7))
+
+
+def encoder_of(architecture, model):
+    name, convention = ARCHITECTURES[architecture]
+    section = {"name": name, "in_channels": 3, "ndim": 2, "norm": "batch", **convention}
+    module = abstract_encoder(section)
+    unused = ("conv_head.", "bn2.", "classifier.", "fc.", "head.", "pre_logits.")
+    return name, Ours(module, lambda path: path, unused, state_of(model))
+
+
+def features_of(model, name, image, *, training):
+    """timm's features, and the running statistics after the pass."""
+    model.train(training)
+    with torch.no_grad():
+        features = timm_features(model, name, torch.from_numpy(np.moveaxis(image, -1, 1).copy()))
+    stats = {n: a for n, a in state_of(model).items() if "running" in n}
+    return [None if f is None else to_last(f.numpy()) for f in features], stats
+
+
+DEFAULT = [("tf_efficientnet_b0", (64, 96)), ("tf_efficientnet_b4", (65, 71)), ("efficientnet_b0", (65, 64))]
+OTHERS = [("resnet18", (64, 65)), ("resnet50", (64, 64)), ("vgg16_bn", (64, 64)), ("convnext_tiny", (64, 96))]
+SLOW = [(f"tf_efficientnet_b{i}", size) for i in (1, 2, 3, 5, 6, 7) for size in ((64, 64),)]
+SLOW += [
+    ("tf_efficientnet_b0", (63, 65)),
+    ("efficientnet_b4", (64, 64)),
+    ("resnet34", (64, 64)),
+    ("vgg19_bn", (64, 64)),
+]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size"), [*DEFAULT, *OTHERS, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_encoder_is_timms(architecture, size):
+    """Five features in evaluation and training mode, and the running statistics after one step."""
+    image = np.random.default_rng(0).normal(size=(2, *size, 3))
+    reference, results = timm_model(architecture), {}
+    start = {n: t.clone() for n, t in reference.state_dict().items()}
+    for dtype in (np.float64, np.float32):
+        tensor_type = torch.float64 if dtype is np.float64 else torch.float32
+        with jax.enable_x64(dtype is np.float64):
+            model = reference.to(tensor_type)
+            model.load_state_dict(start)
+            name, ours = encoder_of(architecture, model)
+            x = image.astype(dtype)
+            for training in (False, True):
+                theirs = features_of(model, name, x, training=training)
+                mine = ours.train(x) if training else (ours.evaluate(x), theirs[1])
+                results[dtype, training] = (mine, theirs)
+    for training in (False, True):
+        (mine64, theirs64), (mine32, theirs32) = results[np.float64, training], results[np.float32, training]
+        for level, exact in enumerate(theirs64[0]):
+            if exact is None:
+                assert mine64[0][level] is None
+                continue
+            assert exact.dtype == mine64[0][level].dtype == np.float64
+            assert relative(mine64[0][level], exact) < EXACT, f"feature {level}, training {training}"
+            bound = 10 * relative(theirs32[0][level], exact)
+            assert relative(mine32[0][level], exact) <= bound, f"feature {level}, training {training}, float32"
+        if training and mine64[1]:  # ours hold the layers that features pass; timm's head has statistics too
+            for leaf, value in mine64[1].items():
+                assert relative(value, theirs64[1][leaf]) < EXACT, leaf
+                assert not np.array_equal(value, start[leaf].numpy()), f"{leaf} was not updated"
+            worst = [max(relative(run[1][n], theirs64[1][n]) for n in mine64[1]) for run in (mine32, theirs32)]
+            assert worst[0] <= 10 * worst[1]
+
+
+def test_features_are_taken_where_the_paper_takes_them():
+    """timm's own ``features_only`` begins with the first block, the paper with the stem (spec, section 2)."""
+    model = timm_model("tf_efficientnet_b0").eval()
+    other = timm.create_model("tf_efficientnet_b0", pretrained=False, features_only=True)
+    assert list(other.feature_info.channels()) == [16, 24, 40, 112, 320]
+    with torch.no_grad():
+        found = timm_features(model, "efficientnet_b0", torch.zeros(1, 3, 64, 64))
+    assert [f.shape[1] for f in found] == [32, 24, 40, 112, 320]
+
+
+# -- whole networks against their twins ---------------------------------------------------------------------------
+
+CONVENTIONS = {"authors": {"padding": "symmetric", "eps": 1e-5}, "timm": {"padding": "same", "eps": 1e-3}}
+IMAGE, VOLUME = (2, 64, 96, 3), (1, 64, 32, 64, 4)
+
+
+def unet_case(name, *, encoder="toy", convention="authors", norm="batch", filters=FILTERS, **options):
+    """A U-Net's section and its twin."""
+    defaults = {"omnianet": ("relu", "nearest", 2, 3), "dxnet": ("silu", "transposed", 3, 4)}
+    activation, upsampling, ndim, channels = defaults[name]
+    options = {"activation": activation, "upsampling": upsampling, "deep_supervision": False} | options
+    section = {"name": name, "in_channels": channels, "out_channels": 3, "norm": norm, "filters": filters, **options}
+    section["encoder"] = {"name": f"efficientnet_{encoder}", "drop_path": 0.0, **CONVENTIONS[convention]}
+    twin = twins.Omnia(
+        encoder, channels, 3, ndim=ndim, norm=norm, filters=filters, **CONVENTIONS[convention], **options
+    )
+    return section, twin, IMAGE if ndim == 2 else VOLUME
+
+
+def ds_case(
+    depth=128,
+    batch=1,
+    *,
+    encoder="toy",
+    convention="authors",
+    filters=FILTERS,
+    affine=False,
+    decoder="transposed",
+    **inner,
+):
+    shared = {"norm": "batch", "filters": filters, "activation": "silu", "upsampling": "transposed"}
+    shared |= {"full_resolution": False, **inner}
+    section = {"name": "dsnet", "in_channels": 4, "out_channels": 3, "images": 4, "affine": affine, "decoder": decoder}
+    section |= {"filters": (4, 4, 6, 8), "inner": dict(shared)}
+    section["inner"]["encoder"] = {"name": f"efficientnet_{encoder}", "drop_path": 0.0, **CONVENTIONS[convention]}
+    options = {"planes_filters": (4, 4, 6, 8), "affine": affine, "decoder": decoder}
+    twin = twins.DS(encoder, 4, 3, inner={**shared, **CONVENTIONS[convention]}, **options)
+    return section, twin, (batch, depth, 32, 64, 4)
+
+
+def b0(case, **options):
+    return lambda: case(encoder="b0", filters=(256, 128, 64, 32, 16), **options)
+
+
+CASES = {
+    "omnianet": lambda: unet_case("omnianet"),
+    "omnianet timm instance": lambda: unet_case("omnianet", convention="timm", norm="instance"),
+    "omnianet transposed silu": lambda: unet_case("omnianet", upsampling="transposed", activation="silu"),
+    "dxnet": lambda: unet_case("dxnet", norm="instance"),
+    "dxnet timm noaffine": lambda: unet_case("dxnet", convention="timm", norm="instance_noaffine"),
+    "dxnet batch nearest relu": lambda: unet_case("dxnet", upsampling="nearest", activation="relu"),
+    "dsnet 128": lambda: ds_case(128),
+    "dsnet 97 timm batch 2": lambda: ds_case(97, 2, convention="timm"),
+    "dsnet 144 paper affine": lambda: ds_case(
+        144, decoder="nearest", affine=True, upsampling="nearest", activation="relu", full_resolution=True
+    ),
+}
+SLOW_CASES = {
+    "omnianet b0": b0(lambda **o: unet_case("omnianet", **o)),
+    "dxnet b0": b0(lambda **o: unet_case("dxnet", norm="instance", **o)),
+    "dsnet b0": b0(lambda **o: ds_case(97, **o)),
+}
+
+
+def make_ours(section, twin):
+    module, rename, prefix = authors.structure(section)
+    return Ours(module, rename, (f"{prefix}conv_head.", f"{prefix}norm_head."), state_of(twin))
+
+
+def torch_gradients(twin, image, cotangents):
+    twin.train()
+    twin.zero_grad()
+    logits = twin(torch.from_numpy(np.moveaxis(image, -1, 1).copy()))
+    (logits * torch.from_numpy(np.moveaxis(cotangents, -1, 1).copy())).sum().backward()
+    grads = {n: p.grad.numpy() for n, p in twin.named_parameters() if p.grad is not None}
+    return to_last(logits.detach().numpy()), grads, {n: a for n, a in state_of(twin).items() if "running" in n}
+
+
+def worst(found, exact, leaves):
+    """Largest relative error over some leaves."""
+    return max(relative(found[n], exact[n]) for n in leaves)
+
+
+def vanishing(exact):
+    """Leaves whose gradient is zero but for rounding, as that of a bias which only meets another norm."""
+    top = max(np.abs(a).max() for a in exact.values())
+    return {n for n, a in exact.items() if np.abs(a).max() < 1e-12 * top}, top
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES)])
+def test_network_is_its_twin(case):
+    """Evaluation logits; in training mode logits, the gradient of every parameter, statistics after a step."""
+    section, reference, shape = (CASES | SLOW_CASES)[case]()
+    twins.randomise(reference, 0)
+    start = {n: t.clone() for n, t in reference.state_dict().items()}
+    rng = np.random.default_rng(0)
+    image, cotangents = rng.normal(size=shape), rng.normal(size=(*shape[:-1], 3))
+    runs = {}
+    for dtype in (np.float64, np.float32):
+        with jax.enable_x64(dtype is np.float64):
+            twin = reference.to(torch.float64 if dtype is np.float64 else torch.float32)
+            twin.load_state_dict(start)
+            ours = make_ours(section, twin)
+            x, c = image.astype(dtype), cotangents.astype(dtype)
+            twin.eval()
+            with torch.no_grad():
+                theirs = to_last(twin(torch.from_numpy(np.moveaxis(x, -1, 1).copy())).numpy())
+            runs[dtype] = (ours.evaluate(x), *ours.gradients(x, c)), (theirs, *torch_gradients(twin, x, c))
+    (eval64, logits64, grads64, stats64), (exact_eval, exact_logits, exact_grads, exact_stats) = runs[np.float64]
+    assert set(grads64) == set(exact_grads)
+    assert relative(eval64, exact_eval) < EXACT
+    assert relative(logits64, exact_logits) < EXACT
+    zero, top = vanishing(exact_grads)
+    assert len(zero) < len(exact_grads) / 4
+    assert all(np.abs(grads64[n]).max() < 1e-12 * top for n in zero)
+    leaves = set(exact_grads) - zero
+    assert worst(grads64, exact_grads, leaves) < EXACT
+    assert set(stats64) == {n for n in exact_stats if "norm_head" not in n}
+    if stats64:
+        assert worst(stats64, exact_stats, stats64) < EXACT
+    (eval32, logits32, grads32, _), (their_eval, their_logits, their_grads, _) = runs[np.float32]
+    assert relative(eval32, exact_eval) <= 10 * relative(their_eval, exact_eval)
+    assert relative(logits32, exact_logits) <= 10 * relative(their_logits, exact_logits)
+    assert worst(grads32, exact_grads, leaves) <= 10 * worst(their_grads, exact_grads, leaves)
+
+
+@pytest.mark.parametrize("depth", [97, 128, 144])
+def test_dsnets_batch_of_two_is_two_batches_of_one(depth):
+    section, twin, shape = ds_case(depth, 2)
+    with jax.enable_x64(True):
+        ours = make_ours(section, twins.randomise(twin.double(), 0))
+        image = np.random.default_rng(0).normal(size=shape)
+        both = ours.evaluate(image)
+        for sample in (0, 1):
+            assert relative(both[sample], ours.evaluate(image[sample : sample + 1])[0]) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["omnianet", "dxnet"])
+def test_deep_supervision_heads_are_the_twins(name):
+    section, twin, shape = unet_case(name, deep_supervision=True)
+    twins.randomise(twin.double(), 0)
+    image = np.random.default_rng(0).normal(size=shape)
+    with jax.enable_x64(True), torch.no_grad():
+        ours = make_ours(section, twin).evaluate(image, levels=True)
+        theirs = twin.eval()(torch.from_numpy(np.moveaxis(image, -1, 1).copy()))
+    assert len(ours) == len(theirs) == 5
+    assert [o.shape[1] for o in ours] == [shape[1] // 2**i for i in range(5)]
+    for mine, exact in zip(ours, theirs, strict=True):
+        assert relative(mine, to_last(exact.numpy())) < EXACT
+
+
+# -- mutations: what the bounds above would catch -------------------------------------------------------------------
+
+
+def transposed(state):
+    name = "encoder.enc2.0.conv_dw.weight"
+    return state | {name: np.swapaxes(state[name], -1, -2).copy()}
+
+
+def swapped(state):
+    a, b = "encoder.enc1.0.bn1.weight", "encoder.enc1.0.bn2.weight"
+    assert state[a].shape == state[b].shape
+    return state | {a: state[b], b: state[a]}
+
+
+MUTATIONS = {
+    "transposed kernel": (transposed, {}),
+    "swapped leaves": (swapped, {}),
+    "eps": (dict, {"eps": 1e-3}),
+    "padding": (dict, {"padding": "same"}),
+}
+
+
+@pytest.mark.parametrize("mutation", [None, *MUTATIONS])
+def test_mutations_are_seen(mutation):
+    """The same comparison as above, with one thing wrong: far beyond the bound; and below it with nothing wrong."""
+    change, options = MUTATIONS.get(mutation, (dict, {}))
+    section, twin, shape = unet_case("omnianet")
+    twins.randomise(twin.double(), 0).eval()
+    section = section | {"encoder": section["encoder"] | options}
+    module, rename, prefix = authors.structure(section)
+    image = np.random.default_rng(0).normal(size=shape)
+    with jax.enable_x64(True), torch.no_grad():
+        ours = Ours(module, rename, (f"{prefix}conv_head.", f"{prefix}norm_head."), change(state_of(twin)))
+        error = relative(
+            ours.evaluate(image), to_last(twin(torch.from_numpy(np.moveaxis(image, -1, 1).copy())).numpy())
+        )
+    assert (error > 1e-4) if mutation else (error < EXACT)
+
+
+def test_every_network_is_compared():
+    assert {case().__getitem__(0)["name"] for case in CASES.values()} == set(models.NETWORKS)

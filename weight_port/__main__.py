@@ -1,0 +1,226 @@
+"""Converts PyTorch weights to xdim_jax and back, and inflates 2D weights to 3D.
+
+--source says whose names the PyTorch side has:
+  timm      a classifier of timm, as an encoder (EfficientNet B0-B7, ResNet, VGG with batch norm, ConvNeXt)
+  authors   a file that the paper's authors released, or a network trained with their code
+  xdim      no PyTorch: a file of this tool, or the workdir of a training, to inflate or to keep as one file
+
+Beside OUT.safetensors comes OUT.json: the source's hash, what was done to every array, and how far one forward pass is
+from the source's. With --to-torch the way is the other one: from our file to a state_dict with the names of --source.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from weight_port import authors, probe, sources, timm_models
+from xdim_jax import cli, log
+from xdim_jax.errors import UserError
+from xdim_jax.files import write_json
+from xdim_jax.inflate import AXES, RULES, Inflation
+from xdim_jax.layers import DEPTH_PADDINGS, LEVELS, SQUEEZES
+from xdim_jax.loading import read_anywhere
+from xdim_jax.stem import RULES as CHANNEL_RULES
+from xdim_jax.weights import Weights, adapt_encoder, inflate_network, read_weights, write_weights
+
+EXAMPLES = """examples:
+  python -m weight_port --source=timm --model=tf_efficientnet_b0.ns_jft_in1k --out=b0.safetensors
+  python -m weight_port --source=timm --model=tf_efficientnet_b0.ns_jft_in1k --from-file=model.safetensors \\
+      --inflate=mean --axis=depth --out=b0_3d.safetensors
+  python -m weight_port --source=authors --network=dxnet --from-file=net.pth --out=dxnet.safetensors
+  python -m weight_port --source=authors --to-torch --from-file=dxnet.safetensors --out=net.pth
+  python -m weight_port --source=xdim --from-file=runs/camus --inflate=centre --depth-strides=1,1,1,1,1 \\
+      --squeeze=slice --out=omnianet_3d.safetensors
+
+exit status: 0 done, 2 unusable input"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, see ``--help``."""
+    parser = cli.make_parser("weight_port", __doc__ or "", EXAMPLES)
+    parser.add_argument("--source", required=True, choices=("timm", "authors", "xdim"))
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help=".safetensors; with --to-torch also .pth"
+    )
+    parser.add_argument("--from-file", type=Path, metavar="FILE", help="default for timm: the Hugging Face hub")
+    parser.add_argument("--model", metavar="NAME", help="timm's name, e.g. tf_efficientnet_b0.ns_jft_in1k")
+    parser.add_argument("--network", choices=tuple(authors.NETWORKS), help="what an authors' file is of")
+    parser.add_argument("--to-torch", action="store_true", help="from our file (or a workdir) to a PyTorch state_dict")
+    parser.add_argument("--no-probe", action="store_true", help="leave out the forward passes")
+    group = parser.add_argument_group("inflation", "what each rule preserves: pydoc xdim_jax.inflate")
+    group.add_argument("--inflate", choices=RULES, metavar="RULE", help=f"from 2D to 3D: {', '.join(RULES)}")
+    group.add_argument("--axis", choices=tuple(AXES), default="depth", help="the new axis; default depth")
+    group.add_argument(
+        "--inflate-layer",
+        action="append",
+        default=[],
+        metavar="PATTERN=RULE",
+        help="another rule for some layers, e.g. 'blocks.0.*=centre'; may be given several times",
+    )
+    group.add_argument("--sigma", type=float, default=1.0, help="of rule gaussian, in taps; default 1")
+    group.add_argument("--spacing", type=float, default=1.0, help="of rule spacing: slice distance / pixel width")
+    group.add_argument("--seed", type=int, default=0, help="of rules random and randn; default 0")
+    group.add_argument("--depth-padding", choices=DEPTH_PADDINGS, default="zero", help="default zero")
+    group.add_argument(
+        "--depth-strides", default="2,2,2,2,2", metavar="S,S,S,S,S", help="1 or 2 per level, finest first"
+    )
+    group.add_argument(
+        "--squeeze", choices=SQUEEZES, default="volume", help="pooling of squeeze-excite; default volume"
+    )
+    group = parser.add_argument_group("input channels", "what each rule preserves: pydoc xdim_jax.stem")
+    group.add_argument("--channels", type=int, metavar="N", help="default: as the source")
+    group.add_argument("--channel-rule", choices=CHANNEL_RULES, default="cycle", help="default cycle")
+    group.add_argument("--channel-map", default="", metavar="C,C,...", help="of rule map: source channels, from 0")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Ports one file."""
+    options = make_parser().parse_args(argv)
+    _check(options)
+    if options.to_torch:
+        weights = read_anywhere(options.from_file)
+        convert = timm_models.to_timm if options.source == "timm" else authors.to_authors
+        state = convert(weights)
+        sources.write_state(options.out, state)
+        log.say(f"wrote      {options.out}: {len(state)} arrays, {options.source}'s names")
+        return 0
+    cli.cache_programs()
+    weights, report = _read(options)
+    ported, done = _adapt(options, weights)
+    if options.inflate and ported.kind == "encoder" and not options.no_probe:
+        report["probes"].append(probe.probe_inflation(_flat(options, weights), ported))
+    write_weights(options.out, ported)
+    report["arrays"] = {n: {"done": d, "shape": _shape(ported.arrays, n)} for n, d in done.items()}
+    report["unused"] = {n: list(a.shape) for n, a in ported.unused.items()}
+    report |= {"kind": ported.kind, "model": ported.model}
+    path = options.out.with_suffix(".json")
+    write_json(path, report)
+    _summarise(options.out, path, ported, report)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Options that do not go together, all at once."""
+    problems = []
+    if options.source == "timm" and not options.model and not options.to_torch:
+        problems.append("--source=timm needs --model, e.g. --model=tf_efficientnet_b0.ns_jft_in1k")
+    if options.source == "authors" and not options.network and not options.to_torch:
+        problems.append(f"--source=authors needs --network: {', '.join(authors.NETWORKS)}")
+    if options.from_file is None and (options.source != "timm" or options.to_torch):
+        problems.append("--from-file is needed: only timm's files are on the hub")
+    if options.to_torch and options.source == "xdim":
+        problems.append("--to-torch needs --source=timm or --source=authors: whose names to write")
+    if options.to_torch and (options.inflate or options.channels):
+        problems.append("--to-torch writes the weights as they are: port with --inflate or --channels first")
+    if not options.to_torch and options.out.suffix != ".safetensors":
+        problems.append(f"--out={options.out}: expected a name that ends in .safetensors")
+    if not options.inflate and options.inflate_layer:
+        problems.append("--inflate-layer needs --inflate, the rule for the other layers")
+    if options.channels is not None and options.channels < 1:
+        problems.append(f"--channels={options.channels}: expected 1 or more")
+    if problems:
+        raise UserError("\n  ".join(problems))
+
+
+def _read(options: argparse.Namespace) -> tuple[Weights, dict[str, Any]]:
+    """The source's weights, and the report begun."""
+    probes = []
+    if options.source == "timm":
+        name = timm_models.parse_name(options.model)
+        source = sources.read_source(options.from_file or timm_models.fetch(name))
+        weights = timm_models.convert(source, name)
+        if not options.no_probe:
+            probes.append(probe.probe_timm(weights, source.state, name))
+    elif options.source == "authors":
+        weights = authors.from_authors(options.network, options.from_file)
+    else:
+        weights = read_anywhere(options.from_file)
+    return weights, {"source": weights.source, "probes": probes}
+
+
+def _inflation(options: argparse.Namespace) -> Inflation:
+    pairs = tuple((p, r) for p, _, r in (word.rpartition("=") for word in options.inflate_layer))
+    try:
+        return Inflation(
+            rule=options.inflate or "mean",
+            axis=AXES[options.axis],
+            sigma=options.sigma,
+            spacing=options.spacing,
+            seed=options.seed,
+            layers=pairs,
+        )
+    except ValueError as error:
+        raise UserError(f"inflation: {error}") from error
+
+
+def _numbers(flag: str, words: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in words.split(",") if word)
+    except ValueError as error:
+        raise UserError(f"{flag}={words}: expected whole numbers with commas between them") from error
+
+
+def _depth(options: argparse.Namespace) -> dict[str, Any]:
+    strides = _numbers("--depth-strides", options.depth_strides)
+    if len(strides) != LEVELS or not set(strides) <= {1, 2}:
+        raise UserError(f"--depth-strides={options.depth_strides}: expected {LEVELS} numbers, each 1 or 2")
+    padding, squeeze = options.depth_padding, options.squeeze
+    return {"axis": AXES[options.axis], "padding": padding, "squeeze": squeeze, "strides": strides}
+
+
+def _adapt(options: argparse.Namespace, weights: Weights) -> tuple[Weights, dict[str, str]]:
+    """Channels and inflation, as asked for."""
+    if weights.kind == "network":
+        if options.channels:
+            raise UserError(
+                "--channels adapts the stem of an encoder; a whole network has a block of its own before it"
+            )
+        if options.inflate:
+            return inflate_network(weights, _depth(options), _inflation(options))
+        return weights, dict.fromkeys(weights.arrays, "copied")
+    section = dict(weights.model)
+    if options.inflate:
+        if section["ndim"] != 2:
+            raise UserError(f"--inflate: the weights are {section['ndim']}D already")
+        section |= {"ndim": 3, "depth": _depth(options)}
+    section["in_channels"] = options.channels or section["in_channels"]
+    channel_map = _numbers("--channel-map", options.channel_map)
+    return adapt_encoder(
+        weights, section, inflation=_inflation(options), channel_rule=options.channel_rule, channel_map=channel_map
+    )
+
+
+def _flat(options: argparse.Namespace, weights: Weights) -> Weights:
+    """The 2D weights with the channels asked for: what an inflated encoder is compared with."""
+    without = argparse.Namespace(**{**vars(options), "inflate": None, "inflate_layer": []})
+    return _adapt(without, weights)[0]
+
+
+def _shape(arrays: Mapping[str, np.ndarray], name: str) -> list[int] | None:
+    return list(arrays[name].shape) if name in arrays else None
+
+
+def _summarise(out: Path, path: Path, ported: Weights, report: Mapping[str, Any]) -> None:
+    read_weights(out)  # what was written can be read
+    log.say(f"wrote      {out}: {ported.kind} {ported.model['name']}, {len(ported.arrays)} arrays")
+    for result in report["probes"]:
+        if "skipped" in result:
+            log.say(f"probe      skipped: {result['skipped']}")
+            continue
+        shown = " ".join("-" if f is None else f"{f['relative']:.1e}" for f in result["features"])
+        log.say(f"probe      against {result['against']}")
+        log.say(f"           largest relative difference per feature: {shown}")
+    log.say(f"report     {path}")
+
+
+def command() -> NoReturn:
+    """The console entry point."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

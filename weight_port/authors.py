@@ -1,0 +1,225 @@
+"""The authors' released networks: their names for layers, what a file says of its network, and the way back.
+
+Source: spec, architecture, sections 2 to 7. Their networks hold a classification head that is never called; it is kept
+under ``unused/``, and on the way back it is there again (zeros where it was not kept), since ``load_state_dict`` asks
+for it.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weight_port.names import export_state, import_state
+from weight_port.sources import Source, read_source
+from xdim_jax import models
+from xdim_jax.encoders import CONVENTIONS
+from xdim_jax.encoders.efficientnet import SCALING, scaled_channels
+from xdim_jax.errors import UserError
+from xdim_jax.weights import Weights, abstract_encoder, encoder_section
+
+HEAD = 1280  # filters of EfficientNet-B0's head, before scaling
+_DEPTH = {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)}
+_DROP_PATH = 0.4  # every released network is built with it
+
+
+def _encoder(size: str) -> dict[str, Any]:
+    return {"name": f"efficientnet_{size}", **CONVENTIONS["authors"], "drop_path": _DROP_PATH}
+
+
+def _unet(name: str, size: str, activation: str, upsampling: str, **extra: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "activation": activation,
+        "upsampling": upsampling,
+        "deep_supervision": False,
+        "encoder": _encoder(size),
+        **extra,
+    }
+
+
+# what each released file is of; channels, filters and the kind of norm are read off the file
+NETWORKS: dict[str, dict[str, Any]] = {
+    "encoder-b0": {"name": "efficientnet_b0", "ndim": 2, **CONVENTIONS["authors"]},
+    "encoder-b4": {"name": "efficientnet_b4", "ndim": 2, **CONVENTIONS["authors"]},
+    "encoder3d-b0": {"name": "efficientnet_b0", "ndim": 3, **CONVENTIONS["authors"], "depth": _DEPTH},
+    "omnianet-b0": _unet("omnianet", "b0", "relu", "nearest"),
+    "omnianet-b4": _unet("omnianet", "b4", "relu", "nearest"),
+    "dxnet": _unet("dxnet", "b0", "silu", "transposed", depth=_DEPTH),
+    "dsnet": {
+        "name": "dsnet",
+        "decoder": "transposed",
+        "deep_supervision": False,
+        "inner": {
+            "activation": "silu",
+            "upsampling": "transposed",
+            "full_resolution": False,
+            "encoder": _encoder("b0"),
+        },
+    },
+}
+
+_ENCODER_NAMES = ((r"^conv_stem\b", "conv1"), (r"^bn1\b", "bnorm1"), (r"^blocks\.(\d+)\.", r"enc\1."))
+_UNET_NAMES = ((r"^decoder\.(\d+)\.", lambda m: f"decoder{int(m[1]) + 1}."),)
+_DSNET_NAMES = (
+    (r"^conv([12])\.conv$", r"conv\1"),
+    (r"^conv([12])\.norm$", r"norm\1"),
+    (r"^enc\.(\d+)\.conv1\.(conv|norm)$", lambda m: f"enc{int(m[1]) + 3}.0.{m[2]}"),
+    (r"^enc\.(\d+)\.conv2\.(conv|norm)$", lambda m: f"enc{int(m[1]) + 3}.0.{m[2]}2"),
+    (r"^dec\.(\d+)\.", lambda m: f"dec{int(m[1]) + 1}."),
+)
+
+
+def rename_encoder(path: str) -> str:
+    """``blocks.3.0.conv_dw`` to ``enc3.0.conv_dw``."""
+    return _substituted(path, _ENCODER_NAMES)
+
+
+def rename_unet(path: str) -> str:
+    """``decoder.0.conv1.conv`` to ``decoder1.conv1.conv``; the encoder's layers under ``encoder.``."""
+    if path.startswith("encoder."):
+        return "encoder." + rename_encoder(path.removeprefix("encoder."))
+    return _substituted(path, _UNET_NAMES)
+
+
+def rename_dsnet(path: str) -> str:
+    """``enc.0.conv2.conv`` to ``enc3.0.conv2``; the 2D network's layers under ``model2D.``."""
+    if path.startswith("inner."):
+        return "model2D." + rename_unet(path.removeprefix("inner."))
+    return _substituted(path, _DSNET_NAMES)
+
+
+def _substituted(path: str, rules: Any) -> str:
+    for pattern, replacement in rules:
+        path = re.sub(pattern, replacement, path)
+    return path
+
+
+def from_authors(network: str, from_file: Path) -> Weights:
+    """A released file, or a state_dict of a network trained with the authors' code.
+
+    Args:
+        network: a key of `NETWORKS`.
+        from_file: .pth, .pt or safetensors.
+
+    Raises:
+        UserError: unknown network, unreadable file, or weights of another architecture.
+    """
+    if network not in NETWORKS:
+        raise UserError(f"--network: unknown network {network!r}; known: {', '.join(NETWORKS)}")
+    return convert(read_source(from_file), network)
+
+
+def convert(source: Source, network: str) -> Weights:
+    """What `from_authors` does, on arrays that are read already."""
+    section = _complete(NETWORKS[network], _Facts(source, network))
+    module, rename, prefix = structure(section)
+    what = f"the weights of {source.record['file']} (as --network={network})"
+    unused = tuple(f"{prefix}{part}" for part in ("conv_head.", "norm_head."))
+    arrays, apart = import_state(source.state, module, rename, unused, what)
+    kind = "encoder" if "ndim" in section else "network"
+    return Weights(kind, section, arrays, apart, {"from": "authors", "network": network, **source.record})
+
+
+def to_authors(weights: Weights) -> dict[str, np.ndarray]:
+    """A state_dict that the authors' code loads.
+
+    Raises:
+        UserError: a network that their code does not have.
+    """
+    section = weights.model
+    if weights.kind == "encoder" and not section["name"].startswith("efficientnet"):
+        raise UserError(f"the authors' code has EfficientNet encoders only; these weights are of {section['name']}")
+    if section.get("deep_supervision"):
+        raise UserError("the authors' code has no deep-supervision heads; these weights hold some")
+    module, rename, prefix = structure(section)
+    state = export_state(weights.arrays, weights.unused, module, rename)
+    for name, array in _empty_head(section, state, prefix).items():
+        state.setdefault(name, array)
+    return state
+
+
+def structure(section: Mapping[str, Any]) -> tuple[Any, Any, str]:
+    """The abstract module, its renaming, and the prefix of its encoder in the authors' names."""
+    if "ndim" in section:
+        return abstract_encoder(section), rename_encoder, ""
+    if section["name"] == "dsnet":
+        return models.build_abstract(section), rename_dsnet, "model2D.encoder."
+    return models.build_abstract(section), rename_unet, "encoder."
+
+
+class _Facts:
+    """What a state_dict says of its network. A missing leaf is reported as such, not as a KeyError."""
+
+    def __init__(self, source: Source, network: str):
+        self.state, self.file, self.network = source.state, source.record["file"], network
+
+    def shape(self, name: str, rank: int) -> tuple[int, ...]:
+        shape = tuple(self.state[name].shape) if name in self.state else None
+        if shape is None or len(shape) != rank:
+            names = ", ".join(list(self.state)[:4])
+            found = f"it is {shape}" if shape else f"there is none; the file holds {names}, ..."
+            raise UserError(
+                f"--network={self.network}: {self.file} should hold {name} with {rank} axes, but {found}. Is it of "
+                f"another network? Known: {', '.join(NETWORKS)}"
+            )
+        return shape
+
+    def norm(self, path: str) -> str:
+        """Kind of the norm at a path, by the leaves that it has."""
+        if f"{path}.running_var" in self.state:
+            return "batch"
+        return "instance" if f"{path}.weight" in self.state else "instance_noaffine"
+
+
+def _complete(section: dict[str, Any], facts: _Facts) -> dict[str, Any]:
+    if "ndim" in section:
+        channels = facts.shape("conv1.weight", section["ndim"] + 2)[1]
+        return {**section, "in_channels": channels, "norm": facts.norm("bnorm1")}
+    if section["name"] == "dsnet":
+        filters = [facts.shape(f"{name}.weight", 5)[0] for name in ("conv1", "conv2", "enc3.0.conv2", "enc4.0.conv2")]
+        inner = {
+            **section["inner"],
+            "norm": facts.norm("model2D.decoder1.conv1.norm"),
+            "filters": tuple(facts.shape(f"model2D.decoder{i}.conv2.conv.weight", 4)[0] for i in range(1, 6)),
+        }
+        return {
+            **section,
+            "in_channels": facts.shape("conv1.weight", 5)[1],
+            "out_channels": facts.shape("last.weight", 5)[0],
+            "filters": tuple(filters),
+            "images": facts.shape("enc5.0.conv2.weight", 5)[0],
+            "affine": facts.norm("norm1") == "instance",
+            "inner": inner,
+        }
+    rank = models.spatial_axes(section) + 2
+    return {
+        **section,
+        "in_channels": facts.shape("conv.weight", rank)[1],
+        "out_channels": facts.shape("last.weight", rank)[0],
+        "norm": facts.norm("norm"),
+        "filters": tuple(facts.shape(f"decoder{i}.conv2.conv.weight", rank)[0] for i in range(1, 6)),
+    }
+
+
+def _empty_head(section: Mapping[str, Any], state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The never-called head: zeros, and an identity norm of the kind that the encoder has."""
+    encoder = section if "ndim" in section else encoder_section(section)[1]
+    if not encoder["name"].startswith("efficientnet"):
+        return {}
+    width, _ = SCALING[encoder["name"].removeprefix("efficientnet_")]
+    filters = scaled_channels(HEAD, width)
+    last = max(n for n in state if re.fullmatch(re.escape(prefix) + r"enc6\.\d+\.conv_pwl\.weight", n))
+    head = {f"{prefix}conv_head.weight": np.zeros((filters, state[last].shape[0], *(1,) * encoder["ndim"]), np.float32)}
+    norm = f"{prefix}norm_head."
+    if encoder["norm"] != "instance_noaffine":
+        head |= {norm + "weight": np.ones(filters, np.float32), norm + "bias": np.zeros(filters, np.float32)}
+    if encoder["norm"] == "batch":
+        head |= {
+            norm + "running_mean": np.zeros(filters, np.float32),
+            norm + "running_var": np.ones(filters, np.float32),
+        }
+        head |= {norm + "num_batches_tracked": np.zeros((), np.int64)}
+    return head

@@ -1,0 +1,97 @@
+"""Does a port compute what its source does? One forward pass of both, feature by feature."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from weight_port.sources import import_timm, import_torch
+from weight_port.timm_models import TimmName
+from xdim_jax.step import split_model
+from xdim_jax.weights import Weights, abstract_encoder, replaced
+
+SIZE = 64  # pixels of the probe image's side
+_TAPS = {
+    "efficientnet": ("bn1", "blocks.1", "blocks.2", "blocks.4", "blocks.6"),
+    "resnet": ("act1", "layer1", "layer2", "layer3", "layer4"),
+    "vgg16": ("features.12", "features.22", "features.32", "features.42", "features.43"),
+    "vgg19": ("features.12", "features.25", "features.38", "features.51", "features.52"),
+    "convnext": (None, "stages.0", "stages.1", "stages.2", "stages.3"),
+}
+
+
+def encoder_features(weights: Weights, image: np.ndarray) -> list[np.ndarray | None]:
+    """The features of an encoder, in evaluation mode; ``image`` is ``(batch, *spatial, channels)``."""
+    graphdef, params, stats = split_model(abstract_encoder(weights.model))
+    trees = tuple(replaced(tree, weights.arrays) for tree in (params, stats))
+
+    def forward(params: Any, stats: Any, image: Any) -> Any:
+        model = nnx.merge(graphdef, params, stats)
+        model.eval()
+        return model(image)
+
+    return [None if f is None else np.asarray(f) for f in jax.jit(forward)(*trees, image)]
+
+
+def timm_features(model: Any, encoder: str, image: Any) -> list[Any]:
+    """The layers of a timm model that are our five features (None where there is none), by hooks.
+
+    timm's own ``features_only`` taps other layers than the paper's networks use.
+    """
+    taps = next(taps for family, taps in _TAPS.items() if encoder.startswith(family))
+    found: dict[str, Any] = {}
+    handles = [
+        model.get_submodule(tap).register_forward_hook(
+            lambda module, inputs, output, tap=tap: found.__setitem__(tap, output.clone())
+        )
+        for tap in taps
+        if tap
+    ]
+    try:
+        model.forward_features(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found.get(tap) if tap else None for tap in taps]
+
+
+def probe_timm(weights: Weights, state: Mapping[str, np.ndarray], name: TimmName) -> dict[str, Any]:
+    """Largest difference per feature between timm's model with ``state`` and our encoder, float32, noise image."""
+    timm = import_timm()
+    if timm is None:
+        return {"skipped": "torch and timm are not installed"}
+    torch = import_torch("the probe")
+    channels = weights.model["in_channels"]
+    model = timm.create_model(name.architecture, pretrained=False, in_chans=channels, num_classes=0)
+    model.load_state_dict({n: torch.from_numpy(np.array(a)) for n, a in state.items()}, strict=False)
+    image = np.random.default_rng(0).standard_normal((1, SIZE, SIZE, channels)).astype(np.float32)
+    with torch.no_grad():
+        theirs = timm_features(model.eval(), weights.model["name"], torch.from_numpy(image.transpose(0, 3, 1, 2)))
+    pairs = zip(encoder_features(weights, image), theirs, strict=True)
+    return {
+        "against": f"timm {timm.__version__} {name.architecture}, noise of {SIZE}x{SIZE}, float32",
+        "features": [None if b is None else _differences(a, b.numpy().transpose(0, 2, 3, 1)) for a, b in pairs],
+    }
+
+
+def probe_inflation(flat: Weights, inflated: Weights) -> dict[str, Any]:
+    """Largest difference per feature between the 2D encoder on an image and the 3D one on a volume of that image."""
+    axis, channels = inflated.model["depth"]["axis"], inflated.model["in_channels"]
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal((1, SIZE, SIZE, channels)).astype(np.float32)
+    volume = np.repeat(np.expand_dims(image, axis + 1), 32, axis + 1)
+    pairs = zip(encoder_features(inflated, volume), encoder_features(flat, image), strict=True)
+    return {
+        "against": f"the 2D encoder, on a volume of 32 slices that are all the same {SIZE}x{SIZE} noise, float32",
+        "features": [
+            None if a is None or b is None else _differences(a, np.expand_dims(b, axis + 1)) for a, b in pairs
+        ],
+    }
+
+
+def _differences(ours: np.ndarray | None, theirs: np.ndarray) -> dict[str, float]:
+    assert ours is not None
+    largest = float(np.abs(ours - theirs).max())
+    return {"largest": largest, "relative": largest / max(float(np.abs(theirs).max()), 1e-30)}

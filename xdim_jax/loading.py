@@ -1,0 +1,113 @@
+"""From a file or a workdir to a function of arrays."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from xdim_jax import checkpoint, models
+from xdim_jax.cli import read_config
+from xdim_jax.errors import UserError
+from xdim_jax.files import CONFIG_FILE
+from xdim_jax.step import split_model
+from xdim_jax.weights import (
+    Weights,
+    abstract_encoder,
+    check_leaves,
+    module_leaves,
+    named,
+    read_weights,
+    replaced,
+)
+
+
+class Model:
+    """A network with its weights, in evaluation mode.
+
+    Calling it is a pure function of the image: it can stand inside ``jax.jit``, ``jax.vmap`` and ``jax.grad``.
+
+    Attributes:
+        config: what it was built from: the ``model`` section of a network, or the description of an encoder.
+        params, stats: its weights and running statistics, nested dicts of arrays.
+        source: where the weights came from.
+    """
+
+    def __init__(self, config: dict[str, Any], graphdef: Any, params: Any, stats: Any, source: str, *, encoder: bool):
+        self.config, self.params, self.stats, self.source = config, params, stats, source
+        self._graphdef, self._encoder = graphdef, encoder
+        self._logits = jax.jit(functools.partial(self._apply, "__call__"))
+        self._features = jax.jit(functools.partial(self._apply, "__call__" if encoder else "features"))
+
+    def _apply(self, method: str, params: Any, stats: Any, image: jax.Array) -> Any:
+        model = nnx.merge(self._graphdef, params, stats)
+        model.eval()
+        return getattr(model, method)(image)
+
+    def __call__(self, image: Any) -> jax.Array:
+        """Logits ``(batch, *spatial, out_channels)`` of a float image ``(batch, *spatial, in_channels)``.
+
+        Raises:
+            ValueError: wrong rank, channels, dtype, or a side that the network cannot take; or this is an encoder.
+        """
+        if self._encoder:
+            raise ValueError(
+                f"{self.source} holds the encoder {self.config['name']}, which has no logits: use features"
+            )
+        return self._logits(self.params, self.stats, self._checked(image))
+
+    def features(self, image: Any) -> list[jax.Array | None]:
+        """The encoder's five features of a float image, finest first; None where an encoder has none.
+
+        Raises:
+            ValueError: as for a call.
+        """
+        return self._features(self.params, self.stats, self._checked(image))
+
+    def _checked(self, image: Any) -> jax.Array:
+        image = jnp.asarray(image)
+        ndim = self.config["ndim"] if self._encoder else models.spatial_axes(self.config)
+        shape = ("batch", *("DHW"[3 - ndim :]), self.config["in_channels"])
+        if image.ndim != ndim + 2 or image.shape[-1] != self.config["in_channels"]:
+            raise ValueError(f"an image of shape {image.shape}: expected ({', '.join(map(str, shape))})")
+        if not jnp.issubdtype(image.dtype, jnp.floating):
+            raise ValueError(f"an image of {image.dtype}: expected floats, normalised as the network was trained")
+        return image
+
+
+def load_model(path: str | Path) -> Model:
+    """A network or encoder from a weights file of ``weight_port``, or the best weights of a training workdir.
+
+    Raises:
+        UserError: nothing usable there, or the weights do not fit the network that they say they are of.
+    """
+    weights = read_anywhere(Path(path))
+    encoder = weights.kind == "encoder"
+    module = abstract_encoder(weights.model) if encoder else models.build_abstract(weights.model)
+    check_leaves(weights.arrays, module_leaves(module), f"the weights of {path}")
+    graphdef, params, stats = split_model(module)
+    arrays = {name: jnp.asarray(array) for name, array in weights.arrays.items()}
+    return Model(weights.model, graphdef, replaced(params, arrays), replaced(stats, arrays), str(path), encoder=encoder)
+
+
+def read_anywhere(path: Path) -> Weights:
+    """Weights of a file of ``weight_port``, or the best ones of a workdir.
+
+    Raises:
+        UserError: nothing usable there.
+    """
+    if not path.is_dir():
+        return read_weights(path)
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"{path} is not the workdir of a run (it has no {CONFIG_FILE}), nor a weights file")
+    config = models.plain(read_config(path)["model"])
+    try:
+        _, params, stats = split_model(models.build(config, seed=0))
+    except ValueError as error:
+        raise UserError(f"{path / CONFIG_FILE}: model: {error}") from error
+    params, stats, source = checkpoint.load_weights(path, params, stats)
+    arrays = {name: np.asarray(array) for name, array in (named(params) | named(stats)).items()}
+    return Weights("network", config, arrays, {}, {"from": "xdim_jax", "workdir": str(path), "weights": source})

@@ -1,0 +1,38 @@
+"""The operations the networks are made of, each in a plain and a fast form.
+
+Arrays are channels last: ``(batch, *spatial, channels)`` with two or three spatial axes. Kernels are
+``(*kernel, in / groups, out)``. Padding is one ``(before, after)`` pair per spatial axis.
+
+Every operation has a *reference* form (one ``lax`` call) and a *fast* form that computes the same sum in an
+order that XLA compiles well. The form is chosen when a program is traced: the fast forms were measured on
+CPU, where XLA's own 3D depthwise and transposed convolutions are ten or more times slower than they need be,
+so they are taken on CPU; on GPU and TPU dense and depthwise convolutions go to the vendor's library. The
+transposed convolution and the pointwise convolution are matrix products on every platform, and resizing and
+pooling have one form.
+``use_form("reference")`` forces one form, for debugging and for the tests that compare the two.
+"""
+
+from xdim_jax.ops.convolution import conv, pointwise
+from xdim_jax.ops.form import FORMS, active_form, use_form
+from xdim_jax.ops.layout import Ints, Pairs, conv_reference, same_padding, symmetric_padding
+from xdim_jax.ops.norm import activate, layer_norm, normalise
+from xdim_jax.ops.resize import conv_transpose, max_pool, upsample
+
+__all__ = [
+    "FORMS",
+    "Ints",
+    "Pairs",
+    "activate",
+    "active_form",
+    "conv",
+    "conv_reference",
+    "conv_transpose",
+    "layer_norm",
+    "max_pool",
+    "normalise",
+    "pointwise",
+    "same_padding",
+    "symmetric_padding",
+    "upsample",
+    "use_form",
+]

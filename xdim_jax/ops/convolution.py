@@ -1,0 +1,51 @@
+"""Convolution: one entry that picks the form."""
+
+import jax
+
+from xdim_jax.ops.dense import dense
+from xdim_jax.ops.depthwise import depthwise
+from xdim_jax.ops.form import active_form
+from xdim_jax.ops.layout import Ints, Pairs, conv_reference
+
+
+def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pairs, groups: int = 1) -> jax.Array:
+    """Convolution without bias.
+
+    Args:
+        x: ``(batch, *spatial, in)``.
+        kernel: ``(*kernel, in / groups, out)``.
+        strides: one per spatial axis.
+        padding: zeros ``(before, after)`` per spatial axis.
+        groups: 1 (dense) or the number of input channels (depthwise).
+
+    Returns:
+        ``(batch, *spatial_out, out)``.
+
+    Raises:
+        ValueError: the ranks do not fit, or ``groups`` is neither 1 nor depthwise.
+    """
+    ndim = x.ndim - 2
+    if not kernel.ndim == x.ndim or len(strides) != ndim or len(padding) != ndim:
+        raise ValueError(
+            f"conv: x{x.shape} has {ndim} spatial axes, but kernel{kernel.shape}, strides {strides} "
+            f"and padding {padding} do not"
+        )
+    channels = x.shape[-1]
+    if groups not in (1, channels) or kernel.shape[-2] * groups != channels:
+        raise ValueError(f"conv: kernel{kernel.shape} with groups={groups} does not fit x{x.shape}")
+    window = kernel.shape[:ndim]
+    if groups == 1 and set(window) == {1} and set(strides) == {1} and not any(map(any, padding)):
+        return pointwise(x, kernel)
+    if active_form() == "reference":
+        return conv_reference(x, kernel, strides, padding, groups)
+    if groups == 1:
+        return dense(x, kernel, strides, padding)
+    if kernel.shape[-1] != channels:
+        return conv_reference(x, kernel, strides, padding, groups)
+    return depthwise(x, kernel, strides, padding)
+
+
+def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """1x1 convolution as one matrix product over all voxels."""
+    channels, out = kernel.shape[-2:]
+    return (x.reshape(-1, channels) @ kernel.reshape(channels, out)).reshape(*x.shape[:-1], out)

@@ -1,0 +1,35 @@
+"""Which form of an operation a program is traced with."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+
+FORMS = ("auto", "fast", "reference")
+_form: contextvars.ContextVar[str] = contextvars.ContextVar("form", default="auto")
+
+
+@contextlib.contextmanager
+def use_form(form: str) -> Iterator[None]:
+    """Forces ``"fast"`` or ``"reference"`` for programs traced inside the block (``"auto"``: by platform)."""
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+    token = _form.set(form)
+    try:
+        yield
+    finally:
+        _form.reset(token)
+
+
+def active_form() -> str:
+    """The form of the convolutions in a program traced now: ``"fast"`` or ``"reference"``."""
+    form = _form.get()
+    if form == "auto":
+        return "fast" if jax.default_backend() == "cpu" else "reference"
+    return form
+
+
+def forced_form() -> str:
+    """The form that `use_form` asks for, or ``"auto"``."""
+    return _form.get()

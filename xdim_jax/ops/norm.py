@@ -1,0 +1,98 @@
+"""Normalisation with the activation that follows it."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from xdim_jax.ops.form import active_form
+from xdim_jax.ops.layout import Ints
+
+_ACTIVATIONS = (None, "silu", "relu", "gelu")
+
+
+def activate(x: jax.Array, activation: str | None) -> jax.Array:
+    """``None``, ``"silu"``, ``"relu"`` or ``"gelu"`` (exact, by the error function)."""
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; known: {_ACTIVATIONS}")
+    if activation == "silu":
+        return x * lax.logistic(x)
+    if activation == "gelu":
+        return jax.nn.gelu(x, approximate=False)
+    return jnp.maximum(x, 0) if activation == "relu" else x
+
+
+def normalise(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, axes: Ints, eps: float, activation: str | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Standardises over ``axes``, scales, shifts and activates, keeping only ``x`` for the backward pass.
+
+    Args:
+        x: ``(batch, *spatial, channels)``; statistics are taken in float32 or better.
+        scale, bias: ``(channels,)``.
+        axes: the spatial axes for instance norm; the batch axis too for batch norm.
+        eps: added to the (biased) variance.
+        activation: see `activate`.
+
+    Returns:
+        The result, and the mean and biased variance with ``axes`` kept as 1. The two statistics carry no
+        gradient: they are for running averages.
+    """
+    if active_form() == "reference":
+        mean, var = _moments(x, axes)
+        z = (x - mean) * lax.rsqrt(var + eps) * scale + bias
+        return activate(z, activation).astype(x.dtype), lax.stop_gradient(mean), lax.stop_gradient(var)
+    return _normalise(x, scale, bias, axes, eps, activation)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, eps: float) -> jax.Array:
+    """Standardises every voxel over its channels, scales and shifts (Ba et al. 2016)."""
+    mean, var = _moments(x, (x.ndim - 1,))
+    return ((x - mean) * lax.rsqrt(var + eps) * scale + bias).astype(x.dtype)
+
+
+def _moments(x: jax.Array, axes: Ints) -> tuple[jax.Array, jax.Array]:
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = jnp.mean(x, axes, keepdims=True)
+    return mean, jnp.mean(jnp.square(x - mean), axes, keepdims=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _normalise(x, scale, bias, axes, eps, activation):
+    return _normalise_fwd(x, scale, bias, axes, eps, activation)[0]
+
+
+def _normalise_fwd(x, scale, bias, axes, eps, activation):
+    mean, var = _moments(x, axes)
+    rstd = lax.rsqrt(var + eps)
+    y = activate((x - mean) * (rstd * scale) + bias, activation).astype(x.dtype)
+    return (y, mean, var), (x, scale, bias, mean, rstd)
+
+
+def _normalise_bwd(axes, eps, activation, residuals, cotangents):
+    x, scale, bias, mean, rstd = residuals
+    xhat = (x - mean) * rstd
+    dz = cotangents[0].astype(xhat.dtype)
+    if activation is not None:
+        dz = dz * _slope(xhat * scale + bias, activation)
+    sum_dz = jnp.sum(dz, axes, keepdims=True)
+    sum_dz_xhat = jnp.sum(dz * xhat, axes, keepdims=True)
+    count = math.prod(x.shape[a] for a in axes)
+    dx = (rstd * scale) * (dz - (sum_dz + xhat * sum_dz_xhat) / count)
+    to_channels = tuple(range(x.ndim - 1))
+    dscale, dbias = jnp.sum(sum_dz_xhat, to_channels), jnp.sum(sum_dz, to_channels)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+
+def _slope(z: jax.Array, activation: str) -> jax.Array:
+    if activation == "relu":
+        return (z > 0).astype(z.dtype)
+    if activation == "gelu":
+        return 0.5 * (1 + lax.erf(z / math.sqrt(2))) + z * jnp.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    s = lax.logistic(z)
+    return s * (1 + z * (1 - s))
+
+
+_normalise.defvjp(_normalise_fwd, _normalise_bwd)

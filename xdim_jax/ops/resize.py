@@ -1,0 +1,122 @@
+"""Operations that change the grid: transposed convolution, nearest upsampling, pooling."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from xdim_jax.ops.form import forced_form
+from xdim_jax.ops.layout import Ints, Pairs, layout
+
+
+def conv_transpose(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: Ints | None = None,
+    crop: Ints | None = None,
+    size: Sequence[int] | None = None,
+) -> jax.Array:
+    """Transposed convolution without bias: ``out[s * i - p + t] += x[i] @ kernel[t]``, PyTorch's index order.
+
+    (``lax.conv_transpose`` does not flip, but correlates: it would need the kernel reversed on every spatial axis.)
+    One matrix product and an overlap-add, forward and backward, on every platform. Where the kernel equals the
+    stride no two taps meet, and the overlap-add is a rearrangement.
+
+    Args:
+        x: ``(batch, *spatial, in)``.
+        kernel: ``(*kernel, in, out)``.
+        strides: per axis; default: the kernel's size.
+        crop: outputs left out at the start of every axis, PyTorch's ``padding``; default 0.
+        size: of the output; default ``(n - 1) s - 2 p + k``. Past the last tap the output is 0.
+
+    Returns:
+        ``(batch, *size, out)``.
+    """
+    ndim = x.ndim - 2
+    window, (channels, out) = kernel.shape[:ndim], kernel.shape[ndim:]
+    strides = strides or window
+    crop = crop or (0,) * ndim
+    if size is None:
+        sides = zip(x.shape[1:-1], window, strides, crop, strict=True)
+        size = tuple((n - 1) * s - 2 * p + k for n, k, s, p in sides)
+    if forced_form() == "reference":
+        return _conv_transpose_reference(x, kernel, strides, crop, size)
+    columns = jnp.moveaxis(kernel, ndim, 0).reshape(channels, -1)
+    y = (x.reshape(-1, channels) @ columns).reshape(*x.shape[:-1], *window, out)
+    if (
+        window == strides
+        and not any(crop)
+        and all(m == n * k for m, n, k in zip(size, x.shape[1:-1], window, strict=True))
+    ):
+        # (B, D, H, W, kd, kh, kw, O) -> (B, D, kd, H, kh, W, kw, O)
+        order = [0, *(axis for i in range(ndim) for axis in (1 + i, 1 + ndim + i)), 1 + 2 * ndim]
+        return y.transpose(order).reshape(x.shape[0], *size, out)
+    for axis in range(ndim):  # (B, m.., n, n.., k, k.., O) -> (B, m.., m, n.., k.., O)
+        y = _overlap_add(y, 1 + axis, 1 + ndim, strides[axis], crop[axis], size[axis])
+    return y
+
+
+def _overlap_add(y: jax.Array, axis: int, taps_axis: int, stride: int, crop: int, size: int) -> jax.Array:
+    """Adds tap t of position i into ``stride * i + t``: one sum per phase of the stride, then the phases interleave."""
+    n, taps = y.shape[axis], y.shape[taps_axis]
+    rounds = -(-taps // stride)
+    phases = []
+    for phase in range(stride):
+        total = None
+        for q in range(rounds):
+            if phase + stride * q >= taps:
+                continue
+            part = lax.index_in_dim(y, phase + stride * q, taps_axis, keepdims=False)
+            if rounds > 1:
+                pads = [(0, 0)] * part.ndim
+                pads[axis] = (q, rounds - 1 - q)
+                part = jnp.pad(part, pads)
+            total = part if total is None else total + part
+        if total is None:  # a stride longer than the kernel leaves gaps
+            shape = [m for i, m in enumerate(y.shape) if i != taps_axis]
+            shape[axis] = n + rounds - 1
+            total = jnp.zeros(shape, y.dtype)
+        phases.append(total)
+    out = phases[0] if stride == 1 else jnp.stack(phases, axis + 1)
+    out = out.reshape(*out.shape[:axis], -1, *out.shape[axis + (1 if stride == 1 else 2) :])
+    missing = crop + size - out.shape[axis]
+    if missing > 0:
+        out = jnp.pad(out, [(0, missing) if i == axis else (0, 0) for i in range(out.ndim)])
+    return out if crop == 0 and missing == 0 else lax.slice_in_dim(out, crop, crop + size, axis=axis)
+
+
+def _conv_transpose_reference(x: jax.Array, kernel: jax.Array, strides: Ints, crop: Ints, size: Sequence[int]):
+    ndim = x.ndim - 2
+    pads = []
+    for n, k, s, p, m in zip(x.shape[1:-1], kernel.shape[:ndim], strides, crop, size, strict=True):
+        before = k - 1 - p
+        pads.append((before, m + k - 1 - ((n - 1) * s + 1) - before))
+    flipped = jnp.flip(kernel, tuple(range(ndim)))
+    return lax.conv_general_dilated(x, flipped, (1,) * ndim, pads, lhs_dilation=strides, dimension_numbers=layout(ndim))
+
+
+def upsample(x: jax.Array, factors: Ints, size: Sequence[int] | None = None) -> jax.Array:
+    """Nearest-neighbour upsampling by whole factors: ``out[f * i + r] = x[i]``, cropped at the end to ``size``."""
+    for axis, factor in enumerate(factors, 1):
+        if factor > 1:
+            shape = (*x.shape[: axis + 1], factor, *x.shape[axis + 1 :])
+            x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), shape)
+            x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+        if size is not None and x.shape[axis] != size[axis - 1]:
+            if x.shape[axis] < size[axis - 1]:
+                raise ValueError(
+                    f"upsample: axis {axis - 1} has {x.shape[axis]} samples, {size[axis - 1]} are asked for"
+                )
+            x = lax.slice_in_dim(x, 0, size[axis - 1], axis=axis)
+    return x
+
+
+def max_pool(x: jax.Array, window: Ints, strides: Ints, padding: Pairs) -> jax.Array:
+    """Largest value of every window; padding never wins."""
+    if math.prod(window) == 1:
+        return x
+    pads = ((0, 0), *padding, (0, 0))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, *window, 1), (1, *strides, 1), pads)
