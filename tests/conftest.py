@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -11,6 +12,14 @@ from xdim_jax.data import brats, phantom
 flags.FLAGS.mark_as_parsed()  # grain asks absl for its flags
 
 CONVENTION = brats.CONVENTIONS["brats2021"]
+
+
+@pytest.fixture
+def quick_compile():
+    """Programs without LLVM's optimisations, which take longer than the run where each program runs once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

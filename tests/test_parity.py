@@ -22,8 +22,8 @@ from xdim_jax.weights import abstract_encoder, replaced
 
 timm = import_timm()
 TINY = 1e-30
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 EXACT = 1e-10
+pytestmark = pytest.mark.usefixtures("quick_compile")
 FILTERS = (16, 16, 8, 8, 8)
 
 
@@ -86,9 +86,7 @@ class Ours:
         return logits, self.by_torch_name(grads), self.by_torch_name(stats)
 
     def _run(self, function, *args):
-        """Compiled without LLVM's optimisations, which would take most of the time of these tests."""
-        compiled = jax.jit(function).lower(self.params, self.stats, *args).compile(compiler_options=QUICK)
-        return jax.tree.map(np.asarray, compiled(self.params, self.stats, *args))
+        return jax.tree.map(np.asarray, jax.jit(function)(self.params, self.stats, *args))
 
     def _call(self, params, stats, image, training, options):
         model = nnx.merge(self.graphdef, params, stats)
@@ -299,7 +297,14 @@ def vanishing(exact):
     return {n for n, a in exact.items() if np.abs(a).max() < 1e-12 * top}, top
 
 
-@pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES)])
+QUICK_CASES = ("omnianet", "dxnet", "dsnet 97 timm batch 2")
+
+
+def marked(values, quick):
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("case", marked([*CASES, *SLOW_CASES], QUICK_CASES))
 def test_network_is_its_twin(case):
     """Evaluation logits; in training mode logits, the gradient of every parameter, statistics after a step."""
     section, reference, shape = (CASES | SLOW_CASES)[case]()
@@ -336,7 +341,7 @@ def test_network_is_its_twin(case):
     assert worst(grads32, exact_grads, leaves) <= 10 * worst(their_grads, exact_grads, leaves)
 
 
-@pytest.mark.parametrize("depth", [97, 128, 144])
+@pytest.mark.parametrize("depth", marked([97, 128, 144], (97,)))
 def test_dsnets_batch_of_two_is_two_batches_of_one(depth):
     section, twin, shape = ds_case(depth, 2)
     with jax.enable_x64(True):

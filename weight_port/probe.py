@@ -5,12 +5,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from weight_port.sources import import_timm, import_torch
 from weight_port.timm_models import TimmName
-from xdim_jax.step import split_model
-from xdim_jax.weights import Weights, abstract_encoder, replaced
+from xdim_jax.loading import make_model
+from xdim_jax.weights import Weights
 
 SIZE = 64  # pixels of the probe image's side
 _TAPS = {
@@ -20,19 +19,6 @@ _TAPS = {
     "vgg19": ("features.12", "features.25", "features.38", "features.51", "features.52"),
     "convnext": (None, "stages.0", "stages.1", "stages.2", "stages.3"),
 }
-
-
-def encoder_features(weights: Weights, image: np.ndarray) -> list[np.ndarray | None]:
-    """The features of an encoder, in evaluation mode; ``image`` is ``(batch, *spatial, channels)``."""
-    graphdef, params, stats = split_model(abstract_encoder(weights.model))
-    trees = tuple(replaced(tree, weights.arrays) for tree in (params, stats))
-
-    def forward(params: Any, stats: Any, image: Any) -> Any:
-        model = nnx.merge(graphdef, params, stats)
-        model.eval()
-        return model(image)
-
-    return [None if f is None else np.asarray(f) for f in jax.jit(forward)(*trees, image)]
 
 
 def timm_features(model: Any, encoder: str, image: Any) -> list[Any]:
@@ -69,7 +55,7 @@ def probe_timm(weights: Weights, state: Mapping[str, np.ndarray], name: TimmName
     image = np.random.default_rng(0).standard_normal((1, SIZE, SIZE, channels)).astype(np.float32)
     with torch.no_grad():
         theirs = timm_features(model.eval(), weights.model["name"], torch.from_numpy(image.transpose(0, 3, 1, 2)))
-    pairs = zip(encoder_features(weights, image), theirs, strict=True)
+    pairs = zip(make_model(weights, "the port").features(image), theirs, strict=True)
     return {
         "against": f"timm {timm.__version__} {name.architecture}, noise of {SIZE}x{SIZE}, float32",
         "features": [None if b is None else _differences(a, b.numpy().transpose(0, 2, 3, 1)) for a, b in pairs],
@@ -82,16 +68,18 @@ def probe_inflation(flat: Weights, inflated: Weights) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     image = rng.standard_normal((1, SIZE, SIZE, channels)).astype(np.float32)
     volume = np.repeat(np.expand_dims(image, axis + 1), 32, axis + 1)
-    pairs = zip(encoder_features(inflated, volume), encoder_features(flat, image), strict=True)
+    deep, plain = make_model(inflated, "the port").features(volume), make_model(flat, "the source").features(image)
+    pairs = zip(deep, plain, strict=True)
     return {
         "against": f"the 2D encoder, on a volume of 32 slices that are all the same {SIZE}x{SIZE} noise, float32",
         "features": [
-            None if a is None or b is None else _differences(a, np.expand_dims(b, axis + 1)) for a, b in pairs
+            None if a is None or b is None else _differences(a, np.expand_dims(np.asarray(b), axis + 1))
+            for a, b in pairs
         ],
     }
 
 
-def _differences(ours: np.ndarray | None, theirs: np.ndarray) -> dict[str, float]:
+def _differences(ours: jax.Array | None, theirs: Any) -> dict[str, float]:
     assert ours is not None
-    largest = float(np.abs(ours - theirs).max())
+    largest = float(np.abs(np.asarray(ours) - theirs).max())
     return {"largest": largest, "relative": largest / max(float(np.abs(theirs).max()), 1e-30)}

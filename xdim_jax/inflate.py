@@ -13,9 +13,9 @@ repeat                 1 each, as the paper words it; the norm     the same, wit
                        that follows has its statistics scaled      norm follows every kernel; else up to its eps
 repeat_uncorrected     1 each and nothing else                     nothing in evaluation mode; under batch or instance
                                                                    statistics the same up to eps
-centre                 1 in the middle, else 0                     depth-constant volumes with any padding; with depth
-                                                                   strides 1 and squeeze ``slice`` any volume, slice by
-                                                                   slice
+centre                 1 in the middle, else 0                     depth-constant volumes with ``zero`` or ``edge``;
+                                                                   with depth strides 1 and squeeze ``slice`` any
+                                                                   volume, slice by slice
 gaussian               a Gaussian of ``sigma`` taps, sum 1         depth-constant volumes with ``edge``
 spacing                shares of a box as long as the 2D kernel    the same; ratio 1 is ``mean``, a ratio of k or more
                        in millimetres, slices ``spacing`` times    is ``centre``

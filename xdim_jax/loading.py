@@ -84,13 +84,21 @@ def load_model(path: str | Path) -> Model:
     Raises:
         UserError: nothing usable there, or the weights do not fit the network that they say they are of.
     """
-    weights = read_anywhere(Path(path))
+    return make_model(read_anywhere(Path(path)), str(path))
+
+
+def make_model(weights: Weights, source: str) -> Model:
+    """A model of weights in memory; ``source`` names them in messages.
+
+    Raises:
+        UserError: the weights do not fit the network that they say they are of.
+    """
     encoder = weights.kind == "encoder"
     module = abstract_encoder(weights.model) if encoder else models.build_abstract(weights.model)
-    check_leaves(weights.arrays, module_leaves(module), f"the weights of {path}")
+    check_leaves(weights.arrays, module_leaves(module), f"the weights of {source}")
     graphdef, params, stats = split_model(module)
     arrays = {name: jnp.asarray(array) for name, array in weights.arrays.items()}
-    return Model(weights.model, graphdef, replaced(params, arrays), replaced(stats, arrays), str(path), encoder=encoder)
+    return Model(weights.model, graphdef, replaced(params, arrays), replaced(stats, arrays), source, encoder=encoder)
 
 
 def read_anywhere(path: Path) -> Weights:

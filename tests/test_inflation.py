@@ -1,0 +1,444 @@
+"""Dimensional transfer: what each inflation rule preserves, in float64 to 1e-12; and rules for input channels."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from weight_port.sources import import_timm
+from xdim_jax import inflate, models, stem
+from xdim_jax.errors import UserError
+from xdim_jax.inflate import Inflation
+from xdim_jax.layers import Depth
+from xdim_jax.loading import make_model
+from xdim_jax.step import split_model
+from xdim_jax.weights import (
+    Weights,
+    abstract_encoder,
+    adapt_encoder,
+    inflate_network,
+    module_leaves,
+    replaced,
+)
+
+EXACT = 1e-12
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def relative(a, b):
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def draw(module, seed=0):
+    """Seeded values for every leaf of a module that make a meaningful test."""
+    rng, arrays = np.random.default_rng(seed), {}
+    for name, leaf in module_leaves(module).items():
+        kind = name.rpartition(".")[2]
+        if kind == "kernel":
+            arrays[name] = rng.normal(size=leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))
+        elif kind in ("scale", "var", "gamma"):
+            arrays[name] = rng.uniform(0.5, 1.5, leaf.shape)
+        else:
+            arrays[name] = 0.1 * rng.normal(size=leaf.shape)
+    return arrays
+
+
+def make_encoder(name="efficientnet_toy", *, norm="batch", padding="symmetric", eps=1e-3):
+    section = {"name": name, "in_channels": 3, "ndim": 2, "norm": norm, "eps": eps, "padding": padding}
+    return Weights("encoder", section, draw(abstract_encoder(section)))
+
+
+def inflated(weights, rule, *, axis=0, **options):
+    """The encoder in 3D; fields of Inflation and of Depth by keyword."""
+    fields = {f.name for f in dataclasses.fields(Inflation)}
+    depth = dataclasses.asdict(Depth(axis=axis, **{k: v for k, v in options.items() if k not in fields}))
+    inflation = Inflation(rule, axis, **{k: v for k, v in options.items() if k in fields})
+    return adapt_encoder(weights, {**weights.model, "ndim": 3, "depth": depth}, inflation=inflation)[0]
+
+
+def features(weights, image):
+    return [np.asarray(f) for f in make_model(weights, "test").features(image) if f is not None]
+
+
+def repeated(image, depth, axis):
+    """A volume whose every slice is the image."""
+    return np.repeat(np.expand_dims(image, axis + 1), depth, axis + 1)
+
+
+def worst_slice(flat, deep, axis):
+    """Largest relative error over feature levels and all slices against the 2D features."""
+    return max(relative(b, np.expand_dims(a, axis + 1)) for a, b in zip(flat, deep, strict=True))
+
+
+# -- taps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "expected"),
+    [
+        ("mean", {}, [0.2] * 5),
+        ("repeat", {}, [1] * 5),
+        ("repeat_uncorrected", {}, [1] * 5),
+        ("centre", {}, [0, 0, 1, 0, 0]),
+        ("spacing", {"spacing": 1}, [0.2] * 5),
+        # slices 2 pixels thick: a kernel 5 pixels long holds the middle one, and 1.5 pixels of its neighbours
+        ("spacing", {"spacing": 2}, [0, 0.3, 0.4, 0.3, 0]),
+        ("spacing", {"spacing": 5}, [0, 0, 1, 0, 0]),
+        ("spacing", {"spacing": 0.5}, [0.2] * 5),
+        # exp(-1/2 (offset / 2)^2) for offsets 0, 1, 2 is 1, 0.8824969, 0.6065307
+        ("gaussian", {"sigma": 2}, [0.1524691, 0.2218413, 0.2513792, 0.2218413, 0.1524691]),
+    ],
+)
+def test_taps_by_hand(rule, options, expected):
+    np.testing.assert_allclose(inflate.profile(rule, 5, **options), expected, atol=1e-7)
+
+
+def test_even_kernels():
+    np.testing.assert_array_equal(inflate.profile("centre", 4), [0, 0, 1, 0])
+    np.testing.assert_allclose(inflate.profile("spacing", 4, spacing=4), [0, 0.5, 0.5, 0])
+
+
+def test_kernel_keeps_its_dtype_and_place():
+    kernel = np.arange(7, dtype=np.float32).reshape(1, 7, 1, 1)
+    assert inflate.inflate_kernel(kernel, 3, axis=1, rule="mean").dtype == np.float32
+    for axis in range(3):
+        out = inflate.inflate_kernel(kernel, 3, axis=axis, rule="centre")
+        assert out.shape[axis] == 3 and np.delete(out.shape, axis).tolist() == [1, 7, 1, 1]
+        np.testing.assert_array_equal(np.take(out, 1, axis), kernel)
+        assert out.sum() == kernel.sum()
+
+
+def conv(x, kernel, strides, pads):
+    """A convolution over any number of axes, as one sum of shifted products."""
+    ndim = len(strides)
+    letters = "UVDHW"[:ndim]
+    numbers = lax.ConvDimensionNumbers(
+        (0, ndim + 1, *range(1, ndim + 1)), (ndim + 1, ndim, *range(ndim)), (0, ndim + 1, *range(1, ndim + 1))
+    )
+    assert letters
+    return np.asarray(lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=numbers))
+
+
+@pytest.mark.parametrize("case", range(12))
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+def test_convolution_of_any_rank_sees_the_slice(ndim, case):
+    """1D to 2D, 2D to 3D, 3D to 4D (a film of volumes): random kernels (square or not), sizes, strides and axes."""
+    rng = np.random.default_rng([ndim, case])
+    window = tuple(int(k) for k in rng.choice([1, 2, 3, 5, 7], ndim))
+    strides = tuple(int(s) for s in rng.choice([1, 2, 3], ndim))
+    size = tuple(int(rng.integers(k, 9) if k < 9 else 9) for k in window)
+    taps, stride, axis = int(rng.choice([1, 2, 3, 5])), int(rng.choice([1, 2])), int(rng.integers(0, ndim + 1))
+    depth, pad = int(rng.integers(taps + 1, 9)), taps // 2
+    x, kernel = rng.normal(size=(2, *size, 3)), rng.normal(size=(*window, 3, 4))
+    pads = [(k // 2, k // 2) for k in window]
+    flat = conv(x, kernel, strides, pads)
+    volume = repeated(x, depth, axis)
+    wide = [(pad, pad) if i == axis + 1 else (0, 0) for i in range(volume.ndim)]
+    sizes = [*strides[:axis], stride, *strides[axis:]]
+    for rule, mode in [
+        ("mean", "edge"),
+        ("gaussian", "edge"),
+        ("spacing", "edge"),
+        ("centre", "edge"),
+        ("centre", "constant"),
+    ]:
+        if mode == "constant" and taps % 2 == 0:
+            continue  # the middle tap of an even kernel, padded by half, leaves the volume at the end
+        deep = conv(
+            np.pad(volume, wide, mode=mode),
+            inflate.inflate_kernel(kernel, taps, axis=axis, rule=rule, sigma=0.7, spacing=1.6),
+            sizes,
+            [*pads[:axis], (0, 0), *pads[axis:]],
+        )
+        assert deep.shape[axis + 1] > 1 or depth + 2 * pad - taps < stride
+        assert relative(deep, np.expand_dims(flat, axis + 1)) < EXACT, (rule, window, taps, strides, stride, axis)
+    raw = inflate.inflate_kernel(kernel, taps, axis=axis, rule="repeat_uncorrected")
+    deep = conv(np.pad(volume, wide, mode="edge"), raw, sizes, [*pads[:axis], (0, 0), *pads[axis:]])
+    assert relative(deep, taps * np.expand_dims(flat, axis + 1)) < EXACT
+
+
+# -- encoders -------------------------------------------------------------------------------------------------------
+
+SIZES = [((33, 40), 9), ((34, 32), 16)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "depth_padding", "options"),
+    [
+        ("mean", "edge", {}),
+        ("mean", "renorm", {}),
+        ("repeat", "edge", {}),
+        ("repeat", "renorm", {}),
+        ("centre", "zero", {}),
+        ("centre", "edge", {"squeeze": "slice"}),
+        ("centre", "renorm", {"never": True}),
+        ("gaussian", "edge", {"sigma": 0.8}),
+        ("spacing", "edge", {"spacing": 2.5, "squeeze": "slice"}),
+        ("mean", "edge", {"strides": (1, 2, 1, 2, 1)}),
+    ],
+)
+@pytest.mark.parametrize("padding", ["symmetric", pytest.param("same", marks=pytest.mark.slow)])
+def test_a_depth_constant_volume_gives_the_slices_features(rule, depth_padding, options, padding):
+    """Every slice of every feature level equals the 2D encoder's, on odd, even and non-cubic sizes."""
+    flat = make_encoder(padding=padding)
+    rng = np.random.default_rng(0)
+    (size, depth) = SIZES[padding == "same"]
+    image = rng.normal(size=(2, *size, 3))
+    never = options.get("never", False)
+    deep = inflated(flat, rule, padding=depth_padding, **{k: v for k, v in options.items() if k != "never"})
+    found = features(deep, repeated(image, depth, 0))
+    assert max(f.shape[1] for f in found) >= 5
+    error = worst_slice(features(flat, image), found, 0)
+    # the one tap of rule centre lies inside the volume, so dividing by the share of taps inside would be wrong
+    assert (error > 1e-3) if never else (error < EXACT)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("rule", ["mean", "repeat", "centre"])
+def test_the_new_axis_may_be_any(rule, axis):
+    flat = make_encoder()
+    image = np.random.default_rng(0).normal(size=(1, 33, 40, 3))
+    deep = inflated(flat, rule, axis=axis, padding="edge")
+    assert worst_slice(features(flat, image), features(deep, repeated(image, 12, axis)), axis) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("resnet18", "mean"),
+        ("resnet50", "repeat"),
+        ("vgg16_bn", "repeat"),
+        ("convnext_tiny", "mean"),
+        ("vgg16_bn", "mean"),
+    ],
+)
+def test_other_families_keep_the_theorem(name, rule):
+    flat = make_encoder(name)
+    image = np.random.default_rng(0).normal(size=(1, 32, 64, 3))
+    deep = inflated(flat, rule, padding="edge")
+    assert worst_slice(features(flat, image), features(deep, repeated(image, 32, 0)), 0) < EXACT
+
+
+@pytest.mark.parametrize(("norm", "bound"), [("batch", EXACT), ("instance", 1e-2)])
+def test_repetition_is_exact_with_batch_norm_and_up_to_eps_without(norm, bound):
+    flat = make_encoder(norm=norm, eps=1e-5)
+    image = np.random.default_rng(0).normal(size=(1, 64, 64, 3))
+    error = worst_slice(
+        features(flat, image), features(inflated(flat, "repeat", padding="edge"), repeated(image, 8, 0)), 0
+    )
+    assert error < bound
+    assert norm == "batch" or error > 1e-9
+
+
+@pytest.mark.parametrize(
+    ("rule", "depth_padding"), [("mean", "zero"), ("repeat_uncorrected", "edge"), ("random", "edge"), ("acs", "edge")]
+)
+def test_what_is_not_preserved(rule, depth_padding):
+    """The rule of other tools, mean with zero padding, is right on no slice at the coarsest level."""
+    flat = make_encoder()
+    image = np.random.default_rng(0).normal(size=(1, 33, 40, 3))
+    exact = features(flat, image)
+    found = features(inflated(flat, rule, padding=depth_padding), repeated(image, 64, 0))
+    slices = [relative(found[-1][:, d], exact[-1]) for d in range(found[-1].shape[1])]
+    assert len(slices) == 2 and min(slices) > 0.02
+
+
+@pytest.mark.parametrize("name", ["efficientnet_toy", "resnet18", "vgg16_bn", "convnext_tiny"])
+def test_centre_without_depth_strides_is_the_2d_network_on_every_slice(name):
+    """An arbitrary volume; squeeze-excite per slice."""
+    flat = make_encoder(name)
+    volume = np.random.default_rng(0).normal(size=(1, 5, 64, 32, 3))
+    deep = features(inflated(flat, "centre", squeeze="slice", strides=(1,) * 5), volume)
+    for d in range(5):
+        assert worst_slice(features(flat, volume[:, d]), [f[:, d : d + 1] for f in deep], 0) < EXACT
+    if name == "efficientnet_toy":
+        pooled = features(inflated(flat, "centre", squeeze="volume", strides=(1,) * 5), volume)
+        assert relative(pooled[-1], deep[-1]) > 1e-3
+
+
+def test_depth_constant_training_statistics_are_the_2d_ones():
+    """In training mode too: batch statistics of a depth-constant volume are those of the image."""
+    flat = make_encoder()
+    image = np.random.default_rng(0).normal(size=(2, 64, 64, 3))
+
+    def train(weights, x):
+        graphdef, params, stats = split_model(abstract_encoder(weights.model))
+
+        def forward(params, stats, x):
+            model = nnx.merge(graphdef, params, stats)
+            model.train()
+            return model(x)
+
+        return jax.jit(forward)(replaced(params, weights.arrays), replaced(stats, weights.arrays), x)
+
+    deep = train(inflated(flat, "mean", padding="edge"), repeated(image, 32, 0))
+    assert worst_slice(train(flat, image), deep, 0) < 1e-10
+
+
+def test_acs_keeps_a_plane_per_third():
+    """Each third of the filters: on a volume that is constant along its own axis it is the 2D convolution."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 3, 2, 7))
+    cube = inflate.inflate_kernel(kernel, 3, axis=0, rule="acs")
+    image = rng.normal(size=(1, 6, 8, 2))
+    flat = conv(image, kernel, (1, 1), [(0, 0)] * 2)
+    thirds = np.array_split(np.arange(7), 3)
+    for axis, members in enumerate(thirds):
+        deep = conv(repeated(image, 5, axis), cube, (1, 1, 1), [(0, 0)] * 3)
+        assert relative(deep[..., members], np.expand_dims(flat, axis + 1)[..., members].repeat(3, axis + 1)) < EXACT
+        others = np.setdiff1d(np.arange(7), members)
+        assert relative(deep[..., others], np.expand_dims(flat, axis + 1)[..., others]) > 0.1
+    with pytest.raises(ValueError, match=r"square kernel into a cube; this one is \(1, 7\)"):
+        inflate.inflate_kernel(np.zeros((1, 7, 1, 3)), 3, axis=0, rule="acs")
+
+
+def test_random_draws_anew_and_resets_norms():
+    flat = make_encoder()
+    one, again, other = (inflated(flat, "random", seed=s).arrays for s in (0, 0, 1))
+    name = "blocks.1.0.conv_dw.kernel"
+    assert (one[name] == again[name]).all() and (one[name] != other[name]).all()
+    assert abs(one["blocks.6.0.conv_pwl.kernel"].std() / np.sqrt(2 / 288) - 1) < 0.05  # He, fan-in 6 x 48
+    assert (one["blocks.1.0.bn2.scale"] == 1).all() and (one["blocks.1.0.bn2.mean"] == 0).all()
+    assert (one["blocks.1.0.bn2.var"] == 1).all()
+
+
+def test_layers_may_have_rules_of_their_own():
+    flat = make_encoder()
+    deep = inflated(flat, "mean", layers=(("blocks.0.*", "centre"), ("blocks.*.conv_dw", "repeat")), padding="edge")
+    assert (deep.arrays["blocks.0.0.conv_dw.kernel"][0] == 0).all()
+    np.testing.assert_array_equal(deep.arrays["blocks.1.0.conv_dw.kernel"][2], flat.arrays["blocks.1.0.conv_dw.kernel"])
+    np.testing.assert_allclose(deep.arrays["conv_stem.kernel"][0], flat.arrays["conv_stem.kernel"] / 3)
+    image = np.random.default_rng(0).normal(size=(1, 33, 40, 3))
+    assert worst_slice(features(flat, image), features(deep, repeated(image, 9, 0)), 0) < EXACT
+    with pytest.raises(UserError, match=r"pattern 'bloks.\*' fits no layer; layers read blocks"):
+        inflated(flat, "mean", layers=(("bloks.*", "centre"),))
+
+
+def test_what_was_done_is_told():
+    flat = make_encoder()
+    section = {**flat.model, "ndim": 3, "depth": dataclasses.asdict(Depth()), "in_channels": 5, "norm": "instance"}
+    _, done = adapt_encoder(flat, section, inflation=Inflation("repeat"))
+    assert set(done) == set(flat.arrays)
+    assert done["conv_stem.kernel"] == "repeat then channels by cycle"
+    assert done["blocks.1.0.conv_dw.kernel"] == "repeat" and done["blocks.1.0.conv_pw.kernel"] == "axis added"
+    assert done["bn1.mean"] == "dropped: instance norm" and done["bn1.scale"] == "copied"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rule": "median"}, "unknown inflation rule 'median'; known: mean, repeat"),
+        ({"axis": 3}, "unknown axis 3; known: 0, 1, 2"),
+        ({"sigma": 0.0}, "sigma of an inflation is more than 0; got 0.0"),
+        ({"layers": (("*", "half"),)}, "unknown inflation rule 'half'"),
+    ],
+)
+def test_wrong_inflations_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        Inflation(**options)
+
+
+# -- whole networks -------------------------------------------------------------------------------------------------
+
+
+def make_omnianet(**options):
+    encoder = {"name": "efficientnet_toy", "eps": 1e-3, "padding": "symmetric", "drop_path": 0.0}
+    section = {"name": "omnianet", "in_channels": 2, "out_channels": 3, "norm": "batch", "activation": "relu"}
+    section |= {"upsampling": "nearest", "filters": (16, 16, 8, 8, 8), "deep_supervision": False, "encoder": encoder}
+    section |= options
+    return Weights("network", section, draw(models.build_abstract(section)))
+
+
+@pytest.mark.parametrize(
+    ("rule", "upsampling"),
+    [("mean", "nearest"), ("mean", "transposed"), ("repeat", "transposed"), ("centre", "nearest")],
+)
+def test_a_whole_network_inflates_exactly(rule, upsampling):
+    """Decoder included: on a depth-constant volume every slice of the logits is the 2D network's output."""
+    flat = make_omnianet(upsampling=upsampling)
+    image = np.random.default_rng(0).normal(size=(1, 64, 32, 2))
+    deep, _ = inflate_network(flat, {"padding": "edge"}, Inflation(rule))
+    assert deep.model["name"] == "dxnet"
+    logits = np.asarray(make_model(deep, "test")(repeated(image, 32, 0)))
+    assert relative(logits, np.asarray(make_model(flat, "test")(image))[:, None]) < EXACT
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_a_whole_network_on_any_volume_slice_by_slice(axis):
+    flat = make_omnianet(upsampling="transposed", activation="silu")
+    volume = np.random.default_rng(0).normal(size=(1, 5, 64, 32, 2))
+    volume = np.moveaxis(volume, 1, axis + 1)
+    deep, _ = inflate_network(flat, {"strides": (1,) * 5, "squeeze": "slice"}, Inflation("centre", axis))
+    logits = np.asarray(make_model(deep, "test")(volume))
+    for d in range(5):
+        expected = np.asarray(make_model(flat, "test")(np.take(volume, d, axis + 1)))
+        assert relative(np.take(logits, d, axis + 1), expected) < EXACT
+
+
+def test_only_a_whole_omnianet_inflates():
+    with pytest.raises(UserError, match="only a whole Omnia-Net can be inflated, this is encoder efficientnet_toy"):
+        inflate_network(make_encoder(), {}, Inflation())
+
+
+# -- input channels -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 16])
+def test_cycle_is_timms_rule(channels):
+    import torch
+
+    import_timm()
+    from timm.models._manipulate import adapt_input_conv
+
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 3, 8)).astype(np.float32)  # HWIO
+    theirs = adapt_input_conv(channels, torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())).numpy()
+    np.testing.assert_allclose(stem.adapt_channels(kernel, channels, "cycle"), theirs.transpose(2, 3, 1, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("rule", "channels"), [("sum", 1), ("sum", 4), ("cycle", 1), ("cycle", 6)])
+def test_grey_is_answered_as_before(rule, channels):
+    """All channels hold the same image: the response is that of the RGB stem to a grey one."""
+    rng = np.random.default_rng(0)
+    kernel, grey = rng.normal(size=(3, 3, 3, 8)), rng.normal(size=(1, 9, 9, 1))
+    before = conv(grey.repeat(3, -1), kernel, (2, 2), [(1, 1)] * 2)
+    after = conv(grey.repeat(channels, -1), stem.adapt_channels(kernel, channels, rule), (2, 2), [(1, 1)] * 2)
+    assert relative(after, before) < EXACT
+
+
+@pytest.mark.parametrize(("rule", "channel_map"), [("mean", ()), ("map", (0, 0, 1, 2, 2, 1))])
+def test_variance_over_independent_channels_is_kept(rule, channel_map):
+    """Measured on white noise; rule cycle, which does not claim it, loses half at 6 channels."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 3, 3, 16)) + 0.3
+    noise = rng.normal(size=(8, 64, 64, 6))
+
+    def variance(kernel):
+        return conv(noise[..., : kernel.shape[2]], kernel, (1, 1), [(0, 0)] * 2).var()
+
+    before = variance(kernel)
+    assert variance(stem.adapt_channels(kernel, 6, rule, channel_map=channel_map)) == pytest.approx(before, rel=0.02)
+    assert variance(stem.adapt_channels(kernel, 6, "cycle")) == pytest.approx(before / 2, rel=0.02)
+
+
+def test_a_map_names_channels():
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 3, 4))
+    np.testing.assert_allclose(stem.adapt_channels(kernel, 3, "map", channel_map=(0, 1, 2)), kernel)
+    picked = stem.adapt_channels(kernel, 2, "map", channel_map=(2, 0))
+    np.testing.assert_allclose(picked[..., 0, :] / picked[..., 1, :], kernel[..., 2, :] / kernel[..., 0, :])
+    for wrong in ((0, 1), (0, 1, 3), (0, 1, -1)):
+        with pytest.raises(ValueError, match=r"for each of 3 channels, one of the source's, 0 to 2"):
+            stem.adapt_channels(kernel, 3, "map", channel_map=wrong)
+
+
+def test_randn_is_the_released_codes_rule():
+    kernel = stem.adapt_channels(np.zeros((3, 3, 3, 64), np.float32), 16, "randn", seed=3)
+    assert kernel.shape == (3, 3, 16, 64) and kernel.std() == pytest.approx(1, abs=0.02)
