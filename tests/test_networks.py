@@ -1,4 +1,6 @@
-"""EfficientNet and DX-Net: sizes, parameter counts, modes, and forms."""
+"""The encoders and the three networks: sizes, parameter counts, modes, forms, and what is refused."""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,40 +8,100 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.conftest import TOY_MODEL
-from xdim_jax import efficientnet, layers, models, ops
+from tests.conftest import TOY_MODEL, toy_model
+from tests.test_parity import ds_case, unet_case
+from weight_port import authors
+from xdim_jax import cli, encoders, layers, models, ops
+from xdim_jax.layers import Depth, Style
 from xdim_jax.step import split_model
 
-# parameters without head and classifier, feature channels, blocks: counted on timm 1.0.31's tf_efficientnet_b*
-TIMM = {
-    "b0": (3_595_388, (32, 24, 40, 112, 320), 16),
-    "b1": (6_101_024, (32, 24, 40, 112, 320), 23),
-    "b2": (7_202_562, (32, 24, 48, 120, 352), 23),
-    "b3": (10_103_336, (40, 32, 48, 136, 384), 26),
-    "b4": (16_742_216, (48, 32, 56, 160, 448), 32),
-    "b5": (27_288_112, (48, 40, 64, 176, 512), 39),
-    "b6": (39_403_992, (56, 40, 72, 200, 576), 45),
-    "b7": (62_143_440, (64, 48, 80, 224, 640), 55),
+# parameters without head and classifier, counted on timm 1.0.31; feature channels
+ENCODERS = {
+    "efficientnet_b0": (3_595_388, (32, 24, 40, 112, 320)),
+    "efficientnet_b1": (6_101_024, (32, 24, 40, 112, 320)),
+    "efficientnet_b2": (7_202_562, (32, 24, 48, 120, 352)),
+    "efficientnet_b3": (10_103_336, (40, 32, 48, 136, 384)),
+    "efficientnet_b4": (16_742_216, (48, 32, 56, 160, 448)),
+    "efficientnet_b5": (27_288_112, (48, 40, 64, 176, 512)),
+    "efficientnet_b6": (39_403_992, (56, 40, 72, 200, 576)),
+    "efficientnet_b7": (62_143_440, (64, 48, 80, 224, 640)),
+    "efficientnet_toy": (140_680, (8, 8, 16, 32, 80)),
+    "resnet18": (11_176_512, (64, 64, 128, 256, 512)),
+    "resnet34": (21_284_672, (64, 64, 128, 256, 512)),
+    "resnet50": (23_508_032, (64, 256, 512, 1024, 2048)),
+    "vgg16_bn": (14_723_136, (128, 256, 512, 512, 512)),
+    "vgg19_bn": (20_035_392, (128, 256, 512, 512, 512)),
+    "convnext_tiny": (27_818_592, (0, 96, 192, 384, 768)),
 }
+BLOCKS = {"b0": 16, "b1": 23, "b2": 23, "b3": 26, "b4": 32, "b5": 39, "b6": 45, "b7": 55, "toy": 8}
+
+# whole networks: the totals of the architecture page, section 6, minus the head that is never called
+HEAD_B0, HEAD_B4 = 412_160, 806_400
+NETWORKS = {
+    "encoder-b0": 4_007_548 - HEAD_B0,  # with three input channels, as in DS-Net
+    "encoder-b4": 17_548_616 - HEAD_B4,
+    "encoder3d-b0": 4_690_108 - HEAD_B0,
+    "omnianet-b0": 6_258_128 - HEAD_B0,
+    "omnianet-b4": 20_234_365 - HEAD_B4,
+    "dxnet": 12_954_991 - HEAD_B0,
+    "dsnet": 8_080_278 - HEAD_B0,
+}
+CONFIGS = {"brats_dxnet": 12_954_991 - HEAD_B0}
 
 
-def make_encoder(name="toy", *, channels=3, ndim=2, norm="batch", padding="symmetric", drop_path=0.0):
-    return efficientnet.EfficientNet(
-        name, channels, ndim=ndim, norm=norm, eps=1e-3, padding=padding, drop_path=drop_path, rngs=nnx.Rngs(0)
-    )
+def make_encoder(name="efficientnet_toy", *, channels=3, ndim=2, **options):
+    return encoders.make_encoder(name, channels, ndim=ndim, eps=1e-3, rngs=nnx.Rngs(0), **options)
 
 
-def test_no_member_is_missing_from_the_table():
-    assert set(TIMM) | {"toy"} == set(efficientnet.SCALING)
+def count(module):
+    return models.count_parameters(nnx.state(module, nnx.Param))
 
 
-@pytest.mark.parametrize("name", TIMM)
+def test_no_encoder_network_or_config_is_missing_from_the_tables():
+    assert set(ENCODERS) == set(encoders.ENCODERS)
+    assert set(NETWORKS) == set(authors.NETWORKS)
+    shipped = {path.stem for path in Path("configs").glob("*.py")} - {"common", "__init__"}
+    assert set(CONFIGS) == shipped
+
+
+@pytest.mark.parametrize("name", ENCODERS)
 def test_encoder_has_timms_parameters(name):
     encoder = nnx.eval_shape(lambda: make_encoder(name))
-    count, channels, blocks = TIMM[name]
-    assert models.count_parameters(nnx.state(encoder, nnx.Param)) == count
+    parameters, channels = ENCODERS[name]
+    assert count(encoder) == parameters
     assert encoder.channels == channels
-    assert sum(len(stage) for stage in encoder.blocks) == blocks
+
+
+@pytest.mark.parametrize("size", BLOCKS)
+def test_efficientnets_have_timms_blocks(size):
+    encoder = nnx.eval_shape(lambda: make_encoder(f"efficientnet_{size}"))
+    assert sum(len(stage) for stage in encoder.blocks) == BLOCKS[size]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_released_networks_have_their_parameters(name):
+    """Spec: architecture, section 6, with its numbers of channels."""
+    section = dict(authors.NETWORKS[name])
+    if "ndim" in section:
+        options = {k: v for k, v in section.items() if k != "name"}
+        module = nnx.eval_shape(lambda: encoders.make_encoder(section["name"], 3, rngs=nnx.Rngs(0), **options))
+    else:
+        filters = {"filters": (256, 128, 64, 32, 16)}
+        channels = {"omnianet-b0": (1, 4), "omnianet-b4": (1, 5)}.get(name, (4, 3))
+        section |= {"in_channels": channels[0], "out_channels": channels[1]}
+        if name == "dsnet":
+            section |= {"filters": (16, 32, 48, 96), "images": 4, "affine": False}
+            section["inner"] = section["inner"] | filters | {"norm": "batch"}
+        else:
+            section |= filters | {"norm": "batch"}
+        module = models.build_abstract(section)
+    assert count(module) == NETWORKS[name]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recipes_have_the_papers_parameters(name):
+    config = cli.load_config(f"configs/{name}.py", [])
+    assert count(models.build_abstract(config.model)) == CONFIGS[name]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +113,7 @@ def test_encoder_has_timms_parameters(name):
 )
 def test_blocks_as_the_specification_lists_them(name, widths, residuals, largest):
     """Squeeze-excite widths, residual blocks and drop-path rates (spec: architecture, section 2)."""
-    encoder = nnx.eval_shape(lambda: make_encoder(name, drop_path=0.4))
+    encoder = nnx.eval_shape(lambda: make_encoder(f"efficientnet_{name}", drop_path=0.4))
     blocks = [b for stage in encoder.blocks for b in stage]
     assert [b.se.conv_reduce.kernel.shape[-1] for b in blocks] == widths
     assert sum(b.residual for b in blocks) == residuals
@@ -80,7 +142,7 @@ def test_symmetric_and_same_padding_differ():
 
 def test_batch_norm_keeps_running_statistics_as_torch_does():
     x = np.random.default_rng(0).normal(2, 3, size=(2, 3, 2, 2)).astype(np.float32)  # 12 values per channel
-    norm = layers.Norm(2, kind="batch", eps=1e-5)
+    norm = layers.Norm(2, Style(2, "batch", 1e-5))
     norm(jnp.asarray(x))
     np.testing.assert_allclose(norm.mean[...], 0.1 * x.mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), rtol=1e-5)
@@ -91,7 +153,7 @@ def test_batch_norm_keeps_running_statistics_as_torch_does():
 
 def test_instance_norm_ignores_the_other_samples():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 4, 3)), jnp.float32)
-    norm = layers.Norm(3, kind="instance", eps=1e-5)
+    norm = layers.Norm(3, Style(3, "instance", 1e-5))
     np.testing.assert_array_equal(norm(x)[:1], norm(x[:1]))
     np.testing.assert_allclose(jnp.mean(norm(x), (1, 2, 3)), 0, atol=1e-6)
 
@@ -109,13 +171,6 @@ def test_drop_path_drops_samples_and_keeps_the_mean():
         drop(jnp.ones((2, 1, 1, 2)), None)
 
 
-def test_dxnet_b0_has_the_papers_parameters():
-    """12,954,991 in the released code, of which 412,160 are a head that is never called (spec, section 6)."""
-    config = TOY_MODEL | {"encoder": "b0", "filters": (256, 128, 64, 32, 16)}
-    network = nnx.eval_shape(lambda: models.build(config, seed=0))
-    assert models.count_parameters(nnx.state(network, nnx.Param)) == 12_954_991 - 412_160
-
-
 def test_dxnet_gives_logits_at_full_resolution():
     network = models.build(TOY_MODEL, seed=0)
     network.eval()
@@ -126,7 +181,7 @@ def test_dxnet_gives_logits_at_full_resolution():
 def test_dxnet_is_the_same_function_in_both_forms():
     """float64, so that only the order of sums may differ: logits and every gradient, in training mode."""
     with jax.enable_x64(True):
-        graphdef, params, stats = split_model(models.build(TOY_MODEL | {"drop_path": 0.0}, seed=0))
+        graphdef, params, stats = split_model(models.build(toy_model(drop_path=0.0), seed=0))
         params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
         x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64, 64, 32, 4)))
 
@@ -162,8 +217,9 @@ def test_seed_decides_the_weights():
 @pytest.mark.parametrize(
     ("patch", "words"),
     [
-        ((64, 70, 64), "axis H is 70: use 64 or 96"),
-        ((20, 64, 65), "axis D is 20: use 32; axis W is 65: use 64 or 96"),
+        ((64, 70, 64), "axis H is 70: level 1/4 would halve 35; use 64 or 96"),
+        ((20, 64, 65), "axis D is 20: level 1/8 would halve 5; use 32 or 64; axis W is 65: level 1/2 would halve 65"),
+        ((0, 64, 64), "axis D is 0: level 1/2 would halve 0; use 32 or 64"),
         ((64, 64), "3 \\(D, H, W\\)"),
         ((32, 32, 32), "one voxel"),
     ],
@@ -174,12 +230,104 @@ def test_illegal_patches_are_explained(patch, words):
     models.check_patch(TOY_MODEL, (64, 32, 32))
 
 
+OMNIANET, DSNET = unet_case("omnianet")[0], ds_case()[0]
+
+
 @pytest.mark.parametrize(
-    ("key", "value"), [("name", "unet"), ("encoder", "b9"), ("norm", "group"), ("padding", "valid")]
+    ("section", "patch", "words"),
+    [
+        (OMNIANET, (256, 250), "data.patch=(256, 250) does not fit omnianet; axis W is 250: level 1/4 would halve 125"),
+        (OMNIANET, (64, 64, 64), "takes 2 (H, W)"),
+        (
+            DSNET,
+            (96, 64, 64),
+            "axis D is 96: level 1/48 of the depth would have 2 planes, not 3; use 97 to 144, nearest 97",
+        ),
+        (DSNET, (145, 64, 64), "would have 4 planes, not 3; use 97 to 144, nearest 144 or 143"),
+        (DSNET, (128, 64, 72), "axis W is 72: level 1/16 would halve 9; use 64 or 96"),
+        (
+            TOY_MODEL | {"depth": {"strides": (1, 1, 2, 2, 2)}},
+            (12, 64, 64),
+            "axis D is 12: level 1/8 would halve 3; use 8 or 16",
+        ),
+    ],
 )
-def test_unknown_choices_list_the_known_ones(key, value):
-    with pytest.raises(ValueError, match=f"{value}.*known: "):
-        models.build(TOY_MODEL | {key: value}, seed=0)
+def test_illegal_sizes_are_explained_for_every_network(section, patch, words):
+    with pytest.raises(ValueError) as error:
+        models.check_patch(section, patch)
+    assert words in str(error.value)
+
+
+def test_legal_sizes_pass():
+    models.check_patch(OMNIANET, (32, 64))
+    for depth in (97, 128, 144):
+        models.check_patch(DSNET, (depth, 32, 32))
+    models.check_patch(TOY_MODEL | {"depth": {"strides": (1,) * 5}}, (7, 64, 64))
+
+
+def test_a_wrong_image_is_refused_when_the_program_is_traced():
+    for section, shape, words in (
+        (OMNIANET, (1, 64, 40, 3), "axis W is 40: level 1/16 would halve 5"),
+        (DSNET, (1, 90, 32, 32, 4), "axis D is 90"),
+    ):
+        model = models.build_abstract(section)
+        with pytest.raises(ValueError, match=words):
+            nnx.eval_shape(lambda m, s=shape: m(jnp.zeros(s), rngs=nnx.Rngs(0)), model)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "unet"}, "unknown network 'unet'; known: omnianet, dxnet, dsnet"),
+        ({"norm": "group"}, "unknown norm 'group'; known: batch, instance"),
+        ({"activation": "tanh"}, "unknown activation 'tanh'; known: relu, silu"),
+        ({"upsampling": "cubic"}, "unknown upsampling 'cubic'; known: nearest, transposed"),
+        ({"filters": (8, 8)}, "filters=(8, 8): expected 5 numbers"),
+        ({"depth": {"padding": "wrap"}}, "unknown depth padding 'wrap'; known: zero, edge, renorm"),
+        ({"depth": {"strides": (2, 2, 3, 2, 2)}}, "each 1 or 2, finest level first"),
+        ({"width": 3}, "dxnet: got an unexpected keyword argument 'width'"),
+        ({"encoder": {"name": "b9", "eps": 1e-5}}, "unknown encoder 'b9'; known: efficientnet_b0"),
+        ({"encoder": {"name": "resnet18", "padding": "valid"}}, "unknown padding 'valid'; known: symmetric, same"),
+        ({"encoder": {"name": "resnet18", "drop_path": 1.0}}, "a drop-path rate is in [0, 1); got 1.0"),
+    ],
+)
+def test_unknown_choices_list_the_known_ones(change, words):
+    with pytest.raises(ValueError) as error:
+        models.build_abstract(TOY_MODEL | change)
+    assert words in str(error.value)
+
+
+def test_renormalised_padding_keeps_constants():
+    """A convolution whose taps sum to 1 along depth answers a constant with that constant, at the borders too."""
+    style = Style(3, depth=Depth(padding="renorm"))
+    conv = layers.Conv(1, 1, (3, 1, 1), style=style, strides=(2, 1, 1), rngs=nnx.Rngs(0))
+    conv.kernel[...] = jnp.full(conv.kernel.shape, 1 / 3)
+    np.testing.assert_allclose(conv(jnp.full((1, 6, 2, 2, 1), 5.0)), 5.0, rtol=1e-6)
+
+
+def test_a_network_without_depth_strides_keeps_every_slice():
+    section = TOY_MODEL | {"depth": {"strides": (1, 2, 1, 1, 1)}}
+    model = models.build(section, seed=0)
+    model.eval()
+    features, logits = jax.jit(lambda x: (model.features(x), model(x)))(jnp.ones((1, 6, 64, 32, 4)))
+    assert [f.shape[1:4] for f in features] == [(6, 32, 16), (3, 16, 8), (3, 8, 4), (3, 4, 2), (3, 2, 1)]
+    assert logits.shape == (1, 6, 64, 32, 3)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg16_bn", "convnext_tiny"])
+@pytest.mark.parametrize("network", ["omnianet", "dxnet"])
+def test_other_families_make_whole_networks(network, name):
+    """Shapes only: the encoders' numbers are compared with timm's elsewhere."""
+    section = unet_case(network, upsampling="transposed")[0]
+    section["encoder"] = section["encoder"] | {"name": name, "drop_path": 0.1}
+    model = models.build_abstract(section)
+    shape = (1, 64, 32, 3) if network == "omnianet" else (1, 64, 32, 32, 4)
+    logits = nnx.eval_shape(lambda m: m(jnp.zeros(shape), rngs=nnx.Rngs(dropout=0)), model)
+    assert logits.shape == (*shape[:-1], 3)
+    assert all(
+        f is None or f.shape[1] == 32 // 2**i
+        for i, f in enumerate(nnx.eval_shape(lambda m: m.features(jnp.zeros(shape), nnx.Rngs(dropout=0)), model))
+    )
 
 
 def test_cpu_program_holds_no_native_depthwise_or_transposed_convolution():

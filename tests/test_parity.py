@@ -116,11 +116,11 @@ def calibrated(model, channels=3):
         norm.momentum = 1.0
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        model.train()(torch.randn(4, channels, 64, 64, generator=generator))
+        model.train()(torch.randn(16, channels, 64, 64, generator=generator))
         for norm in norms:
             norm.momentum = 0.1
-            norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn(len(norm.weight), generator=generator)
-            norm.running_var *= 0.5 + torch.rand(len(norm.weight), generator=generator)
+            norm.running_mean += 0.05 * norm.running_var.sqrt() * torch.randn(len(norm.weight), generator=generator)
+            norm.running_var *= 0.8 + 0.4 * torch.rand(len(norm.weight), generator=generator)
     return model
 
 

@@ -83,7 +83,7 @@ def import_state(
     apart = {n: a for n, a in state.items() if n.startswith(tuple(unused)) or n.endswith(COUNTER)}
     wanted = {leaf.theirs: _Shape(to_theirs_shape(leaf)) for leaf in table}
     check_leaves({n: a for n, a in state.items() if n not in apart}, wanted, what)
-    arrays = {leaf.ours: np.ascontiguousarray(to_ours(state[leaf.theirs], leaf.layout)) for leaf in table}
+    arrays = {leaf.ours: np.asarray(to_ours(state[leaf.theirs], leaf.layout), order="C") for leaf in table}
     return arrays, apart
 
 
@@ -103,7 +103,7 @@ def export_state(
     check_leaves(arrays, module_leaves(module), "the weights")
     state: dict[str, Any] = {}
     for leaf in leaves(module, rename):
-        state[leaf.theirs] = np.ascontiguousarray(to_theirs(arrays[leaf.ours], leaf.layout))
+        state[leaf.theirs] = np.asarray(to_theirs(arrays[leaf.ours], leaf.layout), order="C")
         if leaf.theirs.endswith("running_var"):
             counter = leaf.theirs.removesuffix("running_var") + COUNTER
             state[counter] = unused.get(counter, np.zeros((), np.int64))

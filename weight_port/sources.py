@@ -55,13 +55,10 @@ def read_source(path: Path) -> Source:
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, "np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"--from-file: {path} is not a whole safetensors file ({error}); download it again") from error
-    except TypeError:  # numpy has no bfloat16
-        torch = import_torch(f"{path} holds bfloat16, which numpy does not have")
-        with safetensors.safe_open(path, "pt") as file:
-            return {name: _array(torch, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    return {n: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for n, a in arrays.items()}
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
@@ -99,7 +96,7 @@ def write_state(path: Path, state: Mapping[str, np.ndarray]) -> None:
         from safetensors.numpy import save_file
 
         with atomic_path(path) as temporary:
-            save_file({n: np.ascontiguousarray(a) for n, a in state.items()}, temporary)
+            save_file({n: np.asarray(a, order="C") for n, a in state.items()}, temporary)
         return
     torch = import_torch(f"writing {path}")
     with atomic_path(path) as temporary:

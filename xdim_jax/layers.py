@@ -16,7 +16,7 @@ from jax.core import Tracer
 
 from xdim_jax import ops
 
-PADDINGS = ("symmetric", "same", "valid")
+PADDINGS = ("symmetric", "same")  # of an encoder; single layers may have "valid", none
 NORMS = ("batch", "instance", "instance_noaffine")
 DEPTH_PADDINGS = ("zero", "edge", "renorm")
 SQUEEZES = ("volume", "slice")
@@ -66,7 +66,7 @@ class Style:
         ndim: spatial axes, 2 or 3.
         norm: ``batch``, ``instance`` (affine) or ``instance_noaffine``.
         eps: of every norm.
-        padding: ``symmetric`` (``k // 2`` on both sides), TF's ``same``, or ``valid`` (none).
+        padding: ``symmetric`` (``k // 2`` on both sides) or TF's ``same``.
         depth: of a 3D network.
     """
 
@@ -111,7 +111,7 @@ class Conv(nnx.Module):
         kernel: its size, one number for all axes or one per axis.
         style: gives the number of axes, the padding, and the treatment of depth.
         strides: one per axis; default 1.
-        padding: instead of the style's.
+        padding: instead of the style's; ``valid`` is none.
         norm: name of the sibling norm that takes the output, if one does: inflation by repetition, which multiplies
             the output, corrects that norm's statistics.
     """

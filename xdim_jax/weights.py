@@ -62,7 +62,7 @@ def write_weights(path: Path, weights: Weights) -> None:
     """Writes a file, whole or not at all."""
     record = {"format": FORMAT, "kind": weights.kind, "model": weights.model, "source": weights.source}
     arrays = weights.arrays | {UNUSED + name: array for name, array in weights.unused.items()}
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     with atomic_path(path) as temporary:
         safetensors.numpy.save_file(arrays, temporary, metadata={"xdim_jax": json.dumps(record)})
 
