@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test lint format check venv clean help
+.PHONY: demo test test-slow lint format check venv clean help
 
 help:
 	@echo "make demo      phantoms -> train -> predict -> evaluate -> HTML report (minutes, CPU, no data needed)"
-	@echo "make test      the tests"
+	@echo "make test      the tests (they need torch and timm, which are installed)"
+	@echo "make test-slow the tests that take minutes each: every encoder and network against PyTorch"
 	@echo "make check     lint, types and tests, as CI runs them"
 	@echo "make format    ruff format and fixes      make clean     remove .venv and runs/demo"
 
@@ -21,6 +22,9 @@ demo: $(VENV)/.package
 test: venv
 	$(BIN)/python -m pytest
 
+test-slow: venv
+	$(BIN)/python -m pytest -m slow
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -30,7 +34,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-check: lint test
+check: lint test test-slow
 
 venv: $(VENV)/.test
 

@@ -126,7 +126,7 @@ def _acs(kernel: np.ndarray, taps: int, axis: int) -> np.ndarray:
         raise ValueError(f"acs turns a square kernel into a cube; this one is {window} with {taps} taps to gain")
     out = np.zeros((taps,) * 3 + kernel.shape[-2:], kernel.dtype)
     for group, members in enumerate(np.array_split(np.arange(filters), 3)):
-        plane = [slice(None)] * 3
+        plane: list[slice | int] = [slice(None)] * 3
         plane[(axis + group) % 3] = taps // 2
         out[tuple(plane)][..., members] = kernel[..., members]
     return out
@@ -162,42 +162,40 @@ def inflate_arrays(
         if not any(fnmatch.fnmatchcase(name, pattern) for name in convs)
     ]
     out, done = dict(arrays), dict.fromkeys(arrays, "copied")
+    options: dict[str, Any] = {"axis": inflation.axis, "sigma": inflation.sigma, "spacing": inflation.spacing}
     for name, layer in layers.items():
-        rule = inflation.rule_of(name)
-        if rule == "random" and not isinstance(layer, Norm | LayerNorm):
-            norm = _sibling(name, getattr(layer, "norm", None))
-            _draw(out, done, name, wanted[name].kernel.shape, norm, inflation.seed)
+        rule, norm = inflation.rule_of(name), _sibling(name, getattr(layer, "norm", None))
+        if isinstance(layer, Norm | LayerNorm) or (isinstance(layer, Dense) and rule != "random"):
             continue
-        if name not in convs:
+        shape = wanted[name].kernel.shape
+        if rule == "random":
+            _draw(out, done, name, shape, norm, inflation.seed)
             continue
-        kernel, taps = arrays[f"{name}.kernel"], wanted[name].kernel.shape[inflation.axis]
         if isinstance(layer, ConvTranspose):
             rule = "repeat_uncorrected"
-        elif rule == "repeat" and layer.norm is None:
+        elif rule == "repeat" and not norm:
             rule = "mean"  # nothing behind it takes the factor out
-        if kernel.ndim + 1 != len(wanted[name].kernel.shape):
-            problems.append(f"{name}: a kernel of {kernel.shape} cannot become {wanted[name].kernel.shape}")
-            continue
-        options = {"axis": inflation.axis, "sigma": inflation.sigma, "spacing": inflation.spacing}
+        taps = shape[inflation.axis]
         try:
-            out[f"{name}.kernel"] = inflate_kernel(kernel, taps, rule=rule, **options)
+            out[f"{name}.kernel"] = inflate_kernel(arrays[f"{name}.kernel"], taps, rule=rule, **options)
         except ValueError as error:
             problems.append(f"{name}: {error}")
             continue
         done[f"{name}.kernel"] = rule if taps > 1 else "axis added"
         if rule == "repeat" and taps > 1:
-            _correct(out, done, name, layers[_sibling(name, layer.norm)], _sibling(name, layer.norm), taps)
+            _correct(out, done, name, norm, layers[norm].eps, taps)
     if problems:
         raise join_problems(problems, "layers cannot be inflated")
     return out, done
 
 
 def _sibling(name: str, sibling: str | None) -> str:
+    """Path of the layer beside another; empty where there is none."""
     parent = name.rpartition(".")[0]
     return "" if sibling is None else f"{parent}.{sibling}" if parent else sibling
 
 
-def _correct(out: dict[str, np.ndarray], done: dict[str, str], conv: str, norm: Any, norm_name: str, taps: int) -> None:
+def _correct(out: dict[str, np.ndarray], done: dict[str, str], conv: str, norm: str, eps: float, taps: int) -> None:
     """The norm meets ``taps`` times what it met: mean and standard deviation grow by that factor, eps does not.
 
     The variance takes up what the constant eps would lack, so the norm's output is the same exactly.
@@ -205,21 +203,21 @@ def _correct(out: dict[str, np.ndarray], done: dict[str, str], conv: str, norm: 
     if f"{conv}.bias" in out:
         out[f"{conv}.bias"] = out[f"{conv}.bias"] * taps
         done[f"{conv}.bias"] = f"times {taps}"
-    if f"{norm_name}.var" in out:
-        out[f"{norm_name}.mean"] = out[f"{norm_name}.mean"] * taps
-        out[f"{norm_name}.var"] = out[f"{norm_name}.var"] * taps**2 + (taps**2 - 1) * norm.eps
-        done[f"{norm_name}.mean"] = done[f"{norm_name}.var"] = f"corrected for {taps} taps"
+    if f"{norm}.var" in out:
+        out[f"{norm}.mean"] = out[f"{norm}.mean"] * taps
+        out[f"{norm}.var"] = out[f"{norm}.var"] * taps**2 + (taps**2 - 1) * eps
+        done[f"{norm}.mean"] = done[f"{norm}.var"] = f"corrected for {taps} taps"
 
 
 def _draw(
     out: dict[str, np.ndarray], done: dict[str, str], name: str, shape: tuple[int, ...], norm: str, seed: int
 ) -> None:
-    kernel = out[f"{name}.kernel"]
+    """A kernel as He et al. draw it, no bias, and the norm behind it as it is built."""
+    dtype = out[f"{name}.kernel"].dtype
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    out[f"{name}.kernel"] = (rng.standard_normal(shape) * HE_GAIN / np.sqrt(np.prod(shape[:-1]))).astype(kernel.dtype)
-    reset = {f"{name}.kernel": None, f"{name}.bias": 0, f"{norm}.scale": 1, f"{norm}.bias": 0}
-    for leaf, value in {**reset, f"{norm}.mean": 0, f"{norm}.var": 1}.items():
-        if leaf in out and (norm or leaf.startswith(name)):
-            if value is not None:
-                out[leaf] = np.full_like(out[leaf], value)
-            done[leaf] = "random" if value is None else "reset"
+    out[f"{name}.kernel"] = (rng.standard_normal(shape) * HE_GAIN / np.sqrt(np.prod(shape[:-1]))).astype(dtype)
+    done[f"{name}.kernel"] = "random"
+    built = {f"{name}.bias": 0, f"{norm}.scale": 1, f"{norm}.bias": 0, f"{norm}.mean": 0, f"{norm}.var": 1}
+    for leaf in built.keys() & out.keys():
+        out[leaf] = np.full_like(out[leaf], built[leaf])
+        done[leaf] = "reset"

@@ -133,7 +133,8 @@ class UNet(nnx.Module):
         """The encoder's five features of an image, finest first."""
         return self._encode(image, rngs)[1:]
 
-    def _encode(self, image: jax.Array, rngs: nnx.Rngs | None) -> list[jax.Array | None]:
+    def _encode(self, image: jax.Array, rngs: nnx.Rngs | None) -> list[Any]:
+        """The full-resolution feature (or None), and the encoder's five."""
         if problems := side_problems(image.shape[1:-1], self.level_strides):
             raise ValueError(f"an image of {image.shape[1:-1]} does not fit this network; {'; '.join(problems)}")
         if self.conv is None or self.norm is None:

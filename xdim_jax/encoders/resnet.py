@@ -94,7 +94,7 @@ class ResNet(nnx.Module):
         else:
             padding = ops.symmetric_padding(self.pool_window)
         x = ops.max_pool(x, self.pool_window, self.pool_strides, padding)
-        for blocks in (self.layer1, self.layer2, self.layer3, self.layer4):
+        for blocks in (getattr(self, f"layer{i}") for i in range(1, 5)):
             for block in blocks:
                 x = block(x, rngs)
             features.append(x)
