@@ -23,7 +23,7 @@ test: venv
 	$(BIN)/python -m pytest
 
 test-slow: venv
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --dist load
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

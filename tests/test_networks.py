@@ -1,5 +1,6 @@
 """The encoders and the three networks: sizes, parameter counts, modes, forms, and what is refused."""
 
+import sys
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from weight_port import authors
 from xdim_jax import cli, encoders, layers, models, ops
 from xdim_jax.layers import Depth, Style
 from xdim_jax.step import split_model
+from xdim_jax.weights import named
 
 # parameters without head and classifier, counted on timm 1.0.31; feature channels
 ENCODERS = {
@@ -46,7 +48,7 @@ NETWORKS = {
     "dxnet": 12_954_991 - HEAD_B0,
     "dsnet": 8_080_278 - HEAD_B0,
 }
-CONFIGS = {"brats_dxnet": 12_954_991 - HEAD_B0}
+CONFIGS = {"brats_dxnet": 12_954_991 - HEAD_B0, "brats_dsnet": 8_080_278 - HEAD_B0}
 
 
 def make_encoder(name="efficientnet_toy", *, channels=3, ndim=2, **options):
@@ -60,7 +62,7 @@ def count(module):
 def test_no_encoder_network_or_config_is_missing_from_the_tables():
     assert set(ENCODERS) == set(encoders.ENCODERS)
     assert set(NETWORKS) == set(authors.NETWORKS)
-    shipped = {path.stem for path in Path("configs").glob("*.py")} - {"common", "__init__"}
+    shipped = {path.stem for path in Path("configs").glob("*.py")} - set(cli.NOT_RECIPES)
     assert set(CONFIGS) == shipped
 
 
@@ -102,6 +104,21 @@ def test_released_networks_have_their_parameters(name):
 def test_recipes_have_the_papers_parameters(name):
     config = cli.load_config(f"configs/{name}.py", [])
     assert count(models.build_abstract(config.model)) == CONFIGS[name]
+
+
+@pytest.mark.parametrize("name", ["omnianet-b0", "omnianet-b4", "dxnet", "dsnet"])
+def test_released_variants_are_what_released_files_hold(name):
+    """configs/networks.py and the port, which cannot import it, agree."""
+    sys.path.insert(0, str(Path.cwd()))
+    from configs import networks
+
+    make, _, size = name.partition("net-") if "-" in name else (name, "", "")
+    options = {"in_channels": 4, "out_channels": 3, "released": True}
+    section = getattr(networks, f"{make}net" if size else make)(*([size] if size else []), **options)
+    held = named(models.plain(authors.NETWORKS[name]))
+    stated = named(models.plain(section))
+    read = {"in_channels", "out_channels", "norm", "filters", "images", "affine", "inner.norm", "inner.filters"}
+    assert {k: v for k, v in stated.items() if k not in read} == held
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from ml_collections.config_flags import config_flags
 from xdim_jax.errors import UserError
 from xdim_jax.files import CONFIG_FILE, read_json, write_json
 
+NOT_RECIPES = ("__init__", "common", "networks", "brats")  # what the recipes in configs/ import
+
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 
 
@@ -100,7 +102,7 @@ def _find_config(name: str) -> Path:
     for path in (Path(name), shipped / Path(name).name, shipped / f"{Path(name).name}.py"):
         if path.is_file():
             return path
-    known = sorted(p.stem for p in shipped.glob("*.py") if p.stem not in ("__init__", "common"))
+    known = sorted(p.stem for p in shipped.glob("*.py") if p.stem not in NOT_RECIPES)
     raise UserError(
         f"--config: {name} does not exist; recipes that ship: " + ", ".join(f"configs/{k}.py" for k in known)
     )

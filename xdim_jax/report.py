@@ -37,7 +37,16 @@ PAPER = {
             "25 % quantile": (90.08, 85.56, 83.49),
             "75 % quantile": (96.46, 96.48, 94.92),
         },
-    )
+    ),
+    "dsnet": (
+        "Table 5, DS-Net on the BraTS 2022 validation set",
+        {
+            "mean": (91.69, 83.23, 81.75),
+            "median": (93.45, 93.10, 89.17),
+            "25 % quantile": (89.51, 83.89, 81.98),
+            "75 % quantile": (96.09, 96.34, 94.11),
+        },
+    ),
 }
 _STATISTICS = {"mean": "mean", "sd": "sd", "median": "median", "25 % quantile": "q25", "75 % quantile": "q75"}
 
