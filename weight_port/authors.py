@@ -118,7 +118,8 @@ def convert(source: Source, network: str) -> Weights:
     module, rename, prefix = structure(section)
     what = f"the weights of {source.record['file']} (as --network={network})"
     unused = tuple(f"{prefix}{part}" for part in ("conv_head.", "norm_head."))
-    arrays, apart = import_state(source.state, module, rename, unused, what)
+    hint = f"Is the file of another network? Known: {', '.join(NETWORKS)}"
+    arrays, apart = import_state(source.state, module, rename, unused, what, hint)
     kind = "encoder" if "ndim" in section else "network"
     return Weights(kind, section, arrays, apart, {"from": "authors", "network": network, **source.record})
 

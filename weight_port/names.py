@@ -65,7 +65,12 @@ class _Shape(NamedTuple):
 
 
 def import_state(
-    state: Mapping[str, np.ndarray], module: nnx.Module, rename: Callable[[str], str], unused: Sequence[str], what: str
+    state: Mapping[str, np.ndarray],
+    module: nnx.Module,
+    rename: Callable[[str], str],
+    unused: Sequence[str],
+    what: str,
+    hint: str = "",
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """A state_dict to our arrays and to the parts that no network calls.
 
@@ -74,7 +79,7 @@ def import_state(
         module: the network, with shapes in place of arrays.
         rename: see `leaves`.
         unused: prefixes of names that belong to no layer here; the counters of batch norms are always such.
-        what: of the message, e.g. the file's name.
+        what, hint: of the message: what does not fit, and the next step.
 
     Raises:
         UserError: a leaf without a partner or of another shape, on either side.
@@ -82,7 +87,7 @@ def import_state(
     table = leaves(module, rename)
     apart = {n: a for n, a in state.items() if n.startswith(tuple(unused)) or n.endswith(COUNTER)}
     wanted = {leaf.theirs: _Shape(to_theirs_shape(leaf)) for leaf in table}
-    check_leaves({n: a for n, a in state.items() if n not in apart}, wanted, what)
+    check_leaves({n: a for n, a in state.items() if n not in apart}, wanted, what, hint)
     arrays = {leaf.ours: np.asarray(to_ours(state[leaf.theirs], leaf.layout), order="C") for leaf in table}
     return arrays, apart
 

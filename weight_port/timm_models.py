@@ -90,7 +90,8 @@ def convert(source: Source, name: TimmName) -> Weights:
     channels = 3 if stem is None or stem.ndim != 4 else int(stem.shape[1])
     section = {"name": encoder, "in_channels": channels, "ndim": 2, "norm": "batch", **convention}
     what = f"the weights of {source.record['file']} (as --model={name.full})"
-    arrays, unused = import_state(source.state, abstract_encoder(section), _same, family.unused, what)
+    hint = "Is the file of another model? Name the one that it is of: --model=<timm's name>"
+    arrays, unused = import_state(source.state, abstract_encoder(section), _same, family.unused, what, hint)
     record = {"from": "timm", "model": name.full, **source.record, "input": _input_of(name)}
     return Weights("encoder", section, arrays, unused, record)
 

@@ -132,8 +132,8 @@ def module_leaves(module: nnx.Module) -> dict[str, Any]:
     return named(nnx.to_pure_dict(params)) | named(nnx.to_pure_dict(stats))
 
 
-def check_leaves(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
-    """Raises UserError, listing both sides, unless both have the same names and shapes."""
+def check_leaves(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str, hint: str = "") -> None:
+    """Raises UserError, listing both sides, unless both have the same names and shapes; ``hint``: the next step."""
     extra = [name for name in found if name not in wanted]
     lacking = [name for name in wanted if name not in found]
     shapes = [
@@ -145,6 +145,7 @@ def check_leaves(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str)
         raise UserError(
             f"{what} do not fit the network.\n  only in the source ({len(extra)}): {_shown(extra)}\n  only in the "
             f"network ({len(lacking)}): {_shown(lacking)}\n  of another shape ({len(shapes)}): {_shown(shapes)}"
+            + (f"\n{hint}" if hint else "")
         )
 
 
