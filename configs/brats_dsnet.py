@@ -1,7 +1,8 @@
 """DS-Net on BraTS: a pre-trained 2D network inside a 3D one (Messaoudi et al. 2023, Sect. 2.1.2 and 3.1.3).
 
     python -m xdim_jax.train --config=configs/brats_dsnet.py --config.data.root=/data/BraTS2021_Training_Data \\
-        --config.init.weights=b0.safetensors --workdir=runs/dsnet
+        --config.init.weights=b0.safetensors --config.model.inner.encoder.eps=1e-3 --config.init.accept=padding \\
+        --workdir=runs/dsnet
     python -m xdim_jax.train --config=configs/brats_dsnet.py:phantom --workdir=runs/dsnet-demo     # no data needed, CPU
 
 Words after the colon: ``phantom`` (small phantoms, small patches, minutes on two CPU cores), ``fold=K`` (0 to 4),

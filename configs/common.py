@@ -29,7 +29,10 @@ def get_config() -> Any:
     config.init = ConfigDict(
         {
             "weights": "",  # a file of weight_port, of an encoder or a network, or a workdir; "": random
+            "part": "all",  # of a network's weights: all, or encoder
             "inflate": "mean",  # rule when a 2D encoder meets a 3D network (xdim_jax/inflate.py); the paper: repeat
+            "sigma": 1.0,  # of rule gaussian, in taps
+            "spacing": 1.0,  # of rule spacing: slice distance / pixel width
             "channels": "cycle",  # rule when the numbers of input channels differ (xdim_jax/stem.py)
             "accept": "",  # of padding, eps, depth, with commas: what may differ from how the weights were trained
         }

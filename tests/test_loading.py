@@ -163,7 +163,7 @@ def test_an_encoder_goes_into_a_3d_network():
 @pytest.mark.parametrize(
     ("options", "encoder", "words"),
     [
-        ({"eps": 1e-5}, {}, "trained with eps=0.001, the network has eps=1e-05: set it to that, or accept"),
+        ({"eps": 1e-5}, {}, "trained with eps=0.001, the network has eps=1e-05: set it to that, or put eps"),
         ({"eps": 1e-3}, {"padding": "same"}, "trained with padding=same, the network has padding=symmetric"),
         (
             {"eps": 1e-3, "name": "efficientnet_b0"},
@@ -177,6 +177,44 @@ def test_an_encoder_trained_otherwise_is_refused(options, encoder, words):
     params, stats = built(section)
     with pytest.raises(UserError, match=words):
         weights.load(section, params, stats, make_encoder(**encoder))
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_the_networks_depth_axis_decides_where_taps_go(axis):
+    section = toy_model(eps=1e-3) | {"depth": {"axis": axis, "padding": "edge"}}
+    params, stats = built(section)
+    new, _, _ = weights.load(section, params, stats, float32(make_encoder()), inflation=Inflation("centre"))
+    kernel = np.asarray(new["encoder"]["blocks"][2][0]["conv_dw"]["kernel"])
+    held = np.abs(kernel).sum(tuple(i for i in range(5) if i != axis))
+    assert (held[[0, 1, 3, 4]] == 0).all() and held[2] > 0
+
+
+def test_a_3d_encoder_with_another_depth_treatment_is_refused():
+    flat = float32(make_encoder())
+    section = {
+        **flat.model,
+        "ndim": 3,
+        "depth": {"axis": 0, "padding": "edge", "squeeze": "volume", "strides": (2,) * 5},
+    }
+    deep, _ = weights.adapt_encoder(flat, section, inflation=Inflation())
+    params, stats = built(toy_model(eps=1e-3))
+    with pytest.raises(UserError, match=r"trained with depth=.*'edge'.*the network has depth=.*'zero'"):
+        weights.load(toy_model(eps=1e-3), params, stats, deep)
+    weights.load(toy_model(eps=1e-3), params, stats, deep, accept=("depth",))
+
+
+def test_a_damaged_description_is_explained(network, tmp_path):
+    w = read_weights(network)
+    write_weights(tmp_path / "w.safetensors", Weights(w.kind, {**w.model, "name": "unet"}, w.arrays))
+    with pytest.raises(
+        UserError, match=r"w.safetensors: its description of the network cannot be used: unknown network 'unet'"
+    ):
+        xdim_jax.load_model(tmp_path / "w.safetensors")
+    save_file(
+        {"a": np.zeros(3)}, tmp_path / "v.safetensors", metadata={"xdim_jax": json.dumps({"format": weights.FORMAT})}
+    )
+    with pytest.raises(UserError, match=r"the header of .*v.safetensors lacks kind, model, source"):
+        xdim_jax.load_model(tmp_path / "v.safetensors")
 
 
 def test_a_difference_may_be_accepted():
@@ -246,7 +284,7 @@ def test_training_starts_from_ported_weights_and_its_workdir_is_a_model(tmp_path
     path = tmp_path / "enc.safetensors"
     write_weights(path, float32(make_encoder(eps=1e-5)))
     text = train(tmp_path / "run", f"--config.init.weights={path}", "--config.init.inflate=repeat")
-    assert f"weights from {path} (" in text and "repeat then channels by cycle" in text
+    assert f"weights from {path} (" in text and "channels by cycle then repeat" in text
     path.unlink()
     assert "weights of the run so far" in train(
         tmp_path / "run", f"--config.init.weights={path}", "--config.init.inflate=repeat"

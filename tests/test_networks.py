@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from tests.conftest import TOY_MODEL, toy_model
-from tests.test_parity import ds_case, unet_case
+from tests.test_parity import ds_case, timm, unet_case
 from weight_port import authors
 from xdim_jax import cli, encoders, layers, models, ops
 from xdim_jax.layers import Depth, Style
@@ -117,7 +117,7 @@ def test_released_variants_are_what_released_files_hold(name):
     section = getattr(networks, f"{make}net" if size else make)(*([size] if size else []), **options)
     held = named(models.plain(authors.NETWORKS[name]))
     stated = named(models.plain(section))
-    read = {"in_channels", "out_channels", "norm", "filters", "images", "affine", "inner.norm", "inner.filters"}
+    read = {"in_channels", "out_channels", "norm", "filters", "images", "inner.norm", "inner.filters"}
     assert {k: v for k, v in stated.items() if k not in read} == held
 
 
@@ -302,6 +302,11 @@ def test_a_wrong_image_is_refused_when_the_program_is_traced():
         ({"filters": (8, 8)}, "filters=(8, 8): expected 5 numbers"),
         ({"depth": {"padding": "wrap"}}, "unknown depth padding 'wrap'; known: zero, edge, renorm"),
         ({"depth": {"strides": (2, 2, 3, 2, 2)}}, "each 1 or 2, finest level first"),
+        (
+            {"norm": "batch", "encoder": {"name": "resnet18", "eps": -1.0}},
+            "eps of a norm is above 0 and below 1; got -1.0",
+        ),
+        ({"name": "omnianet", "depth": {"axis": 1}}, "a 2D network has no depth options"),
         ({"width": 3}, "dxnet: got an unexpected keyword argument 'width'"),
         ({"encoder": {"name": "b9", "eps": 1e-5}}, "unknown encoder 'b9'; known: efficientnet_b0"),
         ({"encoder": {"name": "resnet18", "padding": "valid"}}, "unknown padding 'valid'; known: symmetric, same"),
@@ -312,6 +317,32 @@ def test_unknown_choices_list_the_known_ones(change, words):
     with pytest.raises(ValueError) as error:
         models.build_abstract(TOY_MODEL | change)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "resnet18", "resnet50", "convnext_tiny"])
+def test_stochastic_depth_is_timms_schedule_and_at_work(name):
+    """Rates block by block as timm's; and in training two keys give two results."""
+    model = timm.create_model(name, pretrained=False, drop_path_rate=0.4)
+    theirs = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    encoder = make_encoder(name, drop_path=0.4, norm="instance")
+    blocks = [m for _, m in nnx.iter_modules(encoder) if hasattr(m, "drop_path") and getattr(m, "residual", True)]
+    rates = sorted(b.drop_path.rate for b in blocks if b.drop_path.rate > 0)
+    assert rates == pytest.approx(sorted(theirs))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32)
+    if name.startswith("convnext"):
+        for _, module in nnx.iter_modules(encoder):
+            if hasattr(module, "gamma"):
+                module.gamma[...] = jnp.ones(module.gamma.shape)
+    run = jax.jit(lambda key: encoder(x, nnx.Rngs(dropout=key))[-1])
+    a, again, b = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(3))
+    assert (a == again).all() and not (a == b).all()
+
+
+def test_ds_nets_heads_go_from_fine_to_coarse():
+    model = models.build_abstract(DSNET | {"deep_supervision": True})
+    x = jnp.zeros((1, 128, 32, 32, 4))
+    levels = nnx.eval_shape(lambda m: m(x, rngs=nnx.Rngs(0), levels=True), model)
+    assert [level.shape[1] for level in levels] == [128, 43, 22, 11]
 
 
 def test_renormalised_padding_keeps_constants():

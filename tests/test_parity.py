@@ -18,7 +18,7 @@ from weight_port.sources import import_timm
 from weight_port.timm_models import ARCHITECTURES
 from xdim_jax import models
 from xdim_jax.step import split_model
-from xdim_jax.weights import abstract_encoder, replaced
+from xdim_jax.weights import abstract_encoder, named, replaced
 
 timm = import_timm()
 TINY = 1e-30
@@ -61,7 +61,7 @@ class Ours:
     def by_torch_name(self, *trees):
         leaves = {}
         for tree in trees:
-            leaves |= names_of(tree)
+            leaves |= named(tree)
         return {
             n: names.to_theirs(np.asarray(leaves[t.ours]), t.layout) for n, t in self.table.items() if t.ours in leaves
         }
@@ -93,13 +93,6 @@ class Ours:
         model.train() if training else model.eval()
         output = model(image, rngs=nnx.Rngs(dropout=0), **options)
         return output, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-
-
-def names_of(tree, prefix=""):
-    leaves = {}
-    for key, value in tree.items():
-        leaves |= names_of(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
 
 
 # -- the encoder against timm -------------------------------------------------------------------------------------

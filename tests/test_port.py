@@ -1,5 +1,6 @@
 """weight_port: both directions, every leaf accounted for, files of all kinds, and the command line."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,13 +14,16 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import weight_port
+import xdim_jax
 from tests import twins
-from tests.test_parity import calibrated, state_of, timm
+from tests.test_parity import calibrated, ds_case, state_of, timm
 from weight_port import __main__ as command
 from weight_port import authors, sources, timm_models
 from weight_port.sources import Source
 from xdim_jax.errors import UserError
-from xdim_jax.weights import read_weights
+from xdim_jax.inflate import Inflation
+from xdim_jax.layers import Depth
+from xdim_jax.weights import Weights, adapt_encoder, read_weights
 
 SOURCE = {"file": "test", "sha256": "0"}
 NAMES = ["tf_efficientnet_b0", "resnet18", "vgg16_bn", "convnext_tiny"]
@@ -126,6 +130,92 @@ def test_dsnet_file_says_what_it_is_of():
     model = authors.convert(Source(state_of(twin), SOURCE), "dsnet").model
     assert (model["in_channels"], model["out_channels"], model["images"], model["affine"]) == (2, 6, 3, True)
     assert model["filters"] == (4, 6, 8, 10) and model["inner"]["filters"] == (8,) * 5
+
+
+def test_the_other_sides_names_load_strictly(states):
+    """timm's weights into the authors' code's names and the reverse; and an inflated encoder: torch accepts each."""
+    b0 = states("efficientnet_b0")
+    from_timm = timm_models.convert(Source(b0, SOURCE), timm_models.parse_name("efficientnet_b0"))
+    twin = twins.Encoder("b0", 3)
+    twin.load_state_dict({n: torch.from_numpy(a) for n, a in weight_port.to_authors(from_timm).items()})
+    twin = twins.randomise(twin, 0)
+    from_authors = authors.convert(Source(state_of(twin), SOURCE), "encoder-b0")
+    state = {n: torch.from_numpy(a) for n, a in weight_port.to_timm(from_authors).items()}
+    model = timm.create_model("efficientnet_b0", pretrained=False)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and all(n.startswith(("conv_head", "bn2", "classifier")) for n in missing)
+    section = {**from_authors.model, "ndim": 3, "depth": dataclasses.asdict(Depth())}
+    deep, _ = adapt_encoder(from_authors, section, inflation=Inflation("mean"))
+    twins.Encoder("b0", 3, ndim=3).load_state_dict(
+        {n: torch.from_numpy(a) for n, a in weight_port.to_authors(deep).items()}
+    )
+
+
+def section_of(name, **changes):
+    section = {**authors.NETWORKS[name], "in_channels": 1, "out_channels": 4, "norm": "batch", "filters": (8,) * 5}
+    return section | changes
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        (
+            section_of("omnianet-b0", upsampling="transposed"),
+            ["omnianet-b0 is nearest", "upsampling is 'transposed' here"],
+        ),
+        (
+            section_of("dxnet", depth={"axis": 2, "padding": "edge", "squeeze": "volume", "strides": (2,) * 5}),
+            ["depth.axis is 2"],
+        ),
+        (
+            section_of("omnianet-b4", encoder={"name": "resnet18", "eps": 1e-3, "padding": "same"}),
+            ["encoder.eps is 0.001", "resnet18"],
+        ),
+        (section_of("dxnet", deep_supervision=True), ["deep_supervision is True here, False there"]),
+    ],
+)
+def test_what_the_authors_code_does_not_compute_is_not_written_for_it(section, words):
+    with pytest.raises(UserError) as error:
+        weight_port.to_authors(Weights("network", section, {}))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_what_timm_does_not_compute_is_not_written_for_it(states):
+    weights = timm_models.convert(
+        Source(states("tf_efficientnet_b0"), SOURCE), timm_models.parse_name("tf_efficientnet_b0")
+    )
+    assert timm_models.matching(weights.model) == ["tf_efficientnet_b0"]
+    with pytest.raises(
+        UserError, match=r"no architecture of timm computes as this encoder does: efficientnet_b0.*eps 0.01"
+    ):
+        weight_port.to_timm(Weights("encoder", weights.model | {"eps": 0.01}, weights.arrays))
+    with pytest.raises(UserError, match="these weights are of a network: dsnet"):
+        weight_port.to_timm(Weights("network", ds_case()[0], {}))
+
+
+def test_channels_may_be_reordered(b0, tmp_path):
+    """BGR for RGB: a map is applied although the number of channels stays."""
+    out = tmp_path / "bgr.safetensors"
+    options = ["--source=timm", "--model=tf_efficientnet_b0", f"--from-file={b0}", "--no-probe", f"--out={out}"]
+    assert command.main([*options, "--channel-rule=map", "--channel-map=2,1,0"]) == 0
+    with safe_open(b0, "np") as file:
+        stem = file.get_tensor("conv_stem.weight").transpose(2, 3, 1, 0)
+    np.testing.assert_allclose(read_weights(out).arrays["conv_stem.kernel"], stem[:, :, ::-1], rtol=1e-6)
+
+
+def test_float16_files_compute_in_float32(states, tmp_path):
+    state = {n: a.astype(np.float16) if a.dtype == np.float32 else a for n, a in states("resnet18").items()}
+    save_file(state, tmp_path / "half.safetensors")
+    out = tmp_path / "out.safetensors"
+    assert (
+        command.main(
+            ["--source=timm", "--model=resnet18", f"--from-file={tmp_path / 'half.safetensors'}", f"--out={out}"]
+        )
+        == 0
+    )
+    assert all(f["relative"] < 1e-5 for f in json.loads(out.with_suffix(".json").read_text())["probes"][0]["features"])
+    image = np.zeros((1, 32, 32, 3), np.float16)
+    assert xdim_jax.load_model(out).features(image)[0].dtype == np.float32
 
 
 # -- every leaf is accounted for --------------------------------------------------------------------------------------
@@ -331,8 +421,8 @@ def test_the_command_ports_inflates_and_reports(b0, tmp_path):
     assert "timm" in flat["against"] and all(f["relative"] < 1e-5 for f in flat["features"])
     assert "2D encoder" in deep["against"] and all(f["relative"] < 1e-5 for f in deep["features"])
     assert report["arrays"]["blocks.6.0.conv_dw.kernel"] == {"done": "centre", "shape": [3, 3, 3, 1, 1152]}
-    assert report["arrays"]["conv_stem.kernel"] == {"done": "mean then channels by cycle", "shape": [3, 3, 3, 4, 32]}
-    assert report["unused"]["classifier.weight"] == [7, 1280]
+    assert report["arrays"]["conv_stem.kernel"] == {"done": "channels by cycle then mean", "shape": [3, 3, 3, 4, 32]}
+    assert report["unused"] == {}  # the classifier that came along is 2D
     assert report["source"]["sha256"] == read_weights(out).source["sha256"]
     weights = read_weights(out)
     assert weights.model["depth"] == {"axis": 0, "padding": "edge", "squeeze": "volume", "strides": (2,) * 5}
@@ -371,7 +461,7 @@ MISUSES = {
             "needs --network: encoder-b0",
             "--from-file is needed",
             "ends in .safetensors",
-            "--inflate-layer needs --inflate",
+            "--inflate-layer has no meaning without --inflate",
         ],
     ),
     "not ported": (
@@ -382,7 +472,7 @@ MISUSES = {
     "strides": (
         ["--source=timm", "--model=tf_efficientnet_b0", "--from-file={b0}", "--out={tmp}/x.safetensors", "--no-probe"]
         + ["--inflate=mean", "--depth-strides=2,2"],
-        ["--depth-strides=2,2: expected 5 numbers, each 1 or 2"],
+        ["--depth-strides=2,2: depth strides are 5 numbers, each 1 or 2"],
     ),
     "rule": (
         ["--source=timm", "--model=tf_efficientnet_b0", "--from-file={b0}", "--out={tmp}/x.safetensors", "--no-probe"]
@@ -393,6 +483,16 @@ MISUSES = {
         ["--source=timm", "--model=tf_efficientnet_b0", "--from-file={b0}", "--out={tmp}/x.safetensors", "--no-probe"]
         + ["--channels=4", "--channel-rule=map", "--channel-map=0,1,2"],
         ["the channel map (0, 1, 2) should name, for each of 4 channels"],
+    ),
+    "unused flags": (
+        ["--source=xdim", "--model=resnet18", "--network=dxnet", "--from-file={b0}", "--out=x.safetensors"]
+        + ["--depth-strides=9", "--axis=width", "--channel-map=0"],
+        [
+            "--depth-strides has no meaning without --inflate",
+            "--axis has no meaning",
+            "--model is for reading --source=timm",
+        ]
+        + ["--network is for reading --source=authors", "--channel-map and --channel-rule=map go together"],
     ),
     "unwritable": (
         [

@@ -10,6 +10,7 @@ from the source's. With --to-torch the way is the other one: from our file to a 
 """
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,10 +22,10 @@ from xdim_jax import cli, log
 from xdim_jax.errors import UserError
 from xdim_jax.files import write_json
 from xdim_jax.inflate import AXES, RULES, Inflation
-from xdim_jax.layers import DEPTH_PADDINGS, LEVELS, SQUEEZES
+from xdim_jax.layers import DEPTH_PADDINGS, SQUEEZES, Depth
 from xdim_jax.loading import read_anywhere
 from xdim_jax.stem import RULES as CHANNEL_RULES
-from xdim_jax.weights import Weights, adapt_encoder, inflate_network, read_weights, write_weights
+from xdim_jax.weights import Weights, adapt_encoder, inflate_network, part, read_weights, write_weights
 
 EXAMPLES = """examples:
   python -m weight_port --source=timm --model=tf_efficientnet_b0.ns_jft_in1k --out=b0.safetensors
@@ -48,11 +49,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--from-file", type=Path, metavar="FILE", help="default for timm: the Hugging Face hub")
     parser.add_argument("--model", metavar="NAME", help="timm's name, e.g. tf_efficientnet_b0.ns_jft_in1k")
     parser.add_argument("--network", choices=tuple(authors.NETWORKS), help="what an authors' file is of")
+    parser.add_argument("--part", choices=("all", "encoder"), default="all", help="of a network; default all")
     parser.add_argument("--to-torch", action="store_true", help="from our file (or a workdir) to a PyTorch state_dict")
     parser.add_argument("--no-probe", action="store_true", help="leave out the forward passes")
     group = parser.add_argument_group("inflation", "what each rule preserves: pydoc xdim_jax.inflate")
     group.add_argument("--inflate", choices=RULES, metavar="RULE", help=f"from 2D to 3D: {', '.join(RULES)}")
-    group.add_argument("--axis", choices=tuple(AXES), default="depth", help="the new axis; default depth")
+    group.add_argument("--axis", choices=tuple(AXES), help="the new axis; default depth")
     group.add_argument(
         "--inflate-layer",
         action="append",
@@ -60,20 +62,16 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="PATTERN=RULE",
         help="another rule for some layers, e.g. 'blocks.0.*=centre'; may be given several times",
     )
-    group.add_argument("--sigma", type=float, default=1.0, help="of rule gaussian, in taps; default 1")
-    group.add_argument("--spacing", type=float, default=1.0, help="of rule spacing: slice distance / pixel width")
+    group.add_argument("--sigma", type=float, help="of rule gaussian, in taps; default 1")
+    group.add_argument("--spacing", type=float, help="of rule spacing: slice distance / pixel width; default 1")
     group.add_argument("--seed", type=int, default=0, help="of rules random and randn; default 0")
-    group.add_argument("--depth-padding", choices=DEPTH_PADDINGS, default="zero", help="default zero")
-    group.add_argument(
-        "--depth-strides", default="2,2,2,2,2", metavar="S,S,S,S,S", help="1 or 2 per level, finest first"
-    )
-    group.add_argument(
-        "--squeeze", choices=SQUEEZES, default="volume", help="pooling of squeeze-excite; default volume"
-    )
+    group.add_argument("--depth-padding", choices=DEPTH_PADDINGS, help="default zero")
+    group.add_argument("--depth-strides", metavar="S,S,S,S,S", help="1 or 2 per level, finest first; default 2")
+    group.add_argument("--squeeze", choices=SQUEEZES, help="pooling of squeeze-excite; default volume")
     group = parser.add_argument_group("input channels", "what each rule preserves: pydoc xdim_jax.stem")
     group.add_argument("--channels", type=int, metavar="N", help="default: as the source")
-    group.add_argument("--channel-rule", choices=CHANNEL_RULES, default="cycle", help="default cycle")
-    group.add_argument("--channel-map", default="", metavar="C,C,...", help="of rule map: source channels, from 0")
+    group.add_argument("--channel-rule", choices=CHANNEL_RULES, help="default cycle, where the number changes")
+    group.add_argument("--channel-map", metavar="C,C,...", help="of rule map: source channels, from 0")
     return parser
 
 
@@ -86,7 +84,10 @@ def main(argv: Sequence[str]) -> int:
         convert = timm_models.to_timm if options.source == "timm" else authors.to_authors
         state = convert(weights)
         sources.write_state(options.out, state)
-        log.say(f"wrote      {options.out}: {len(state)} arrays, {options.source}'s names")
+        whose = "timm's names" if options.source == "timm" else "the names of the authors' code"
+        log.say(f"wrote      {options.out}: {len(state)} arrays, {whose}")
+        if options.source == "timm":
+            log.say(f"           for {' or '.join(timm_models.matching(weights.model))}")
         return 0
     cli.cache_programs()
     weights, report = _read(options)
@@ -114,16 +115,30 @@ def _check(options: argparse.Namespace) -> None:
         problems.append("--from-file is needed: only timm's files are on the hub")
     if options.to_torch and options.source == "xdim":
         problems.append("--to-torch needs --source=timm or --source=authors: whose names to write")
-    if options.to_torch and (options.inflate or options.channels):
+    if options.to_torch and (options.inflate or options.channels or options.channel_rule):
         problems.append("--to-torch writes the weights as they are: port with --inflate or --channels first")
     if not options.to_torch and options.out.suffix != ".safetensors":
         problems.append(f"--out={options.out}: expected a name that ends in .safetensors")
-    if not options.inflate and options.inflate_layer:
-        problems.append("--inflate-layer needs --inflate, the rule for the other layers")
+    for flags, needed in (
+        (("axis", "inflate_layer", "sigma", "spacing", "depth_padding", "depth_strides", "squeeze"), "inflate"),
+        (("channel_map",), "channel_rule"),
+    ):
+        for flag in flags:
+            if getattr(options, flag) and not getattr(options, needed):
+                problems.append(f"{_flag(flag)} has no meaning without {_flag(needed)}")
+    if (options.channel_rule == "map") != bool(options.channel_map):
+        problems.append("--channel-map and --channel-rule=map go together")
+    for flag, source in (("model", "timm"), ("network", "authors")):
+        if getattr(options, flag) and (options.source != source or options.to_torch):
+            problems.append(f"{_flag(flag)} is for reading --source={source}")
     if options.channels is not None and options.channels < 1:
         problems.append(f"--channels={options.channels}: expected 1 or more")
     if problems:
         raise UserError("\n  ".join(problems))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _read(options: argparse.Namespace) -> tuple[Weights, dict[str, Any]]:
@@ -137,6 +152,10 @@ def _read(options: argparse.Namespace) -> tuple[Weights, dict[str, Any]]:
             probes.append(probe.probe_timm(weights, source.state, name))
     elif options.source == "authors":
         weights = authors.from_authors(options.network, options.from_file)
+        encoder = part(weights)
+        if not options.no_probe and encoder.model["ndim"] == 2 and encoder.model["norm"] == "batch":
+            name = timm_models.parse_name(timm_models.matching(encoder.model)[0])
+            probes.append(probe.probe_timm(encoder, timm_models.to_timm(encoder), name))
     else:
         weights = read_anywhere(options.from_file)
     return weights, {"source": weights.source, "probes": probes}
@@ -144,38 +163,37 @@ def _read(options: argparse.Namespace) -> tuple[Weights, dict[str, Any]]:
 
 def _inflation(options: argparse.Namespace) -> Inflation:
     pairs = tuple((p, r) for p, _, r in (word.rpartition("=") for word in options.inflate_layer))
+    given = {k: getattr(options, k) for k in ("sigma", "spacing") if getattr(options, k) is not None}
     try:
-        return Inflation(
-            rule=options.inflate or "mean",
-            axis=AXES[options.axis],
-            sigma=options.sigma,
-            spacing=options.spacing,
-            seed=options.seed,
-            layers=pairs,
-        )
+        return Inflation(rule=options.inflate or "mean", seed=options.seed, layers=pairs, **given)
     except ValueError as error:
         raise UserError(f"inflation: {error}") from error
 
 
-def _numbers(flag: str, words: str) -> tuple[int, ...]:
+def _numbers(flag: str, words: str | None) -> tuple[int, ...]:
     try:
-        return tuple(int(word) for word in words.split(",") if word)
+        return tuple(int(word) for word in (words or "").split(",") if word)
     except ValueError as error:
         raise UserError(f"{flag}={words}: expected whole numbers with commas between them") from error
 
 
 def _depth(options: argparse.Namespace) -> dict[str, Any]:
-    strides = _numbers("--depth-strides", options.depth_strides)
-    if len(strides) != LEVELS or not set(strides) <= {1, 2}:
-        raise UserError(f"--depth-strides={options.depth_strides}: expected {LEVELS} numbers, each 1 or 2")
-    padding, squeeze = options.depth_padding, options.squeeze
-    return {"axis": AXES[options.axis], "padding": padding, "squeeze": squeeze, "strides": strides}
+    """Fields of Depth, all of them."""
+    given: dict[str, Any] = {"axis": AXES[options.axis or "depth"]}
+    given |= {"padding": options.depth_padding, "squeeze": options.squeeze}
+    if options.depth_strides:
+        given["strides"] = _numbers("--depth-strides", options.depth_strides)
+    try:
+        return dataclasses.asdict(Depth(**{k: v for k, v in given.items() if v is not None}))
+    except ValueError as error:
+        raise UserError(f"--depth-strides={options.depth_strides}: {error}") from error
 
 
 def _adapt(options: argparse.Namespace, weights: Weights) -> tuple[Weights, dict[str, str]]:
-    """Channels and inflation, as asked for."""
+    """Part, channels and inflation, as asked for."""
+    weights = part(weights) if options.part == "encoder" else weights
     if weights.kind == "network":
-        if options.channels:
+        if options.channels or options.channel_rule:
             raise UserError(
                 "--channels adapts the stem of an encoder; a whole network has a block of its own before it"
             )
@@ -185,7 +203,7 @@ def _adapt(options: argparse.Namespace, weights: Weights) -> tuple[Weights, dict
     section = dict(weights.model)
     if options.inflate:
         if section["ndim"] != 2:
-            raise UserError(f"--inflate: the weights are {section['ndim']}D already")
+            raise UserError(f"--inflate={options.inflate}: the weights are {section['ndim']}D already")
         section |= {"ndim": 3, "depth": _depth(options)}
     section["in_channels"] = options.channels or section["in_channels"]
     channel_map = _numbers("--channel-map", options.channel_map)

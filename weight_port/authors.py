@@ -18,7 +18,7 @@ from xdim_jax import models
 from xdim_jax.encoders import CONVENTIONS
 from xdim_jax.encoders.efficientnet import SCALING, scaled_channels
 from xdim_jax.errors import UserError
-from xdim_jax.weights import Weights, abstract_encoder, encoder_section
+from xdim_jax.weights import Weights, abstract_encoder, encoder_section, named
 
 HEAD = 1280  # filters of EfficientNet-B0's head, before scaling
 _DEPTH = {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)}
@@ -51,6 +51,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "dsnet": {
         "name": "dsnet",
         "decoder": "transposed",
+        "affine": False,
         "deep_supervision": False,
         "inner": {
             "activation": "silu",
@@ -131,15 +132,38 @@ def to_authors(weights: Weights) -> dict[str, np.ndarray]:
         UserError: a network that their code does not have.
     """
     section = weights.model
-    if weights.kind == "encoder" and not section["name"].startswith("efficientnet"):
-        raise UserError(f"the authors' code has EfficientNet encoders only; these weights are of {section['name']}")
-    if section.get("deep_supervision"):
-        raise UserError("the authors' code has no deep-supervision heads; these weights hold some")
+    _check_known(section, "encoder" if weights.kind == "encoder" else "network")
     module, rename, prefix = structure(section)
-    state = export_state(weights.arrays, weights.unused, module, rename)
+    unused = weights.unused if weights.source.get("from") == "authors" else {}
+    state = export_state(weights.arrays, unused, module, rename)
     for name, array in _empty_head(section, state, prefix).items():
         state.setdefault(name, array)
     return state
+
+
+def _check_known(section: Mapping[str, Any], kind: str) -> None:
+    """Raises UserError, listing how it differs from the nearest of theirs, for a network that their code lacks."""
+    differences = {
+        name: _differing(named(known), named(section))
+        for name, known in NETWORKS.items()
+        if ("ndim" in known if kind == "encoder" else known["name"] == section["name"])
+    }
+    nearest = min(differences, key=lambda name: len(differences[name]))
+    if differences[nearest]:
+        raise UserError(
+            f"the authors' code does not compute what these weights were trained for; {nearest} is nearest, but\n  "
+            + "\n  ".join(differences[nearest])
+        )
+
+
+def _differing(known: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What is not read off a file, nor without effect in evaluation mode, and differs."""
+    read = ("in_channels", "out_channels", "filters", "norm", "images", "drop_path")
+    return [
+        f"{key} is {found.get(key)!r} here, {known.get(key)!r} there"
+        for key in sorted(known.keys() | found.keys())
+        if key.rpartition(".")[2] not in read and known.get(key) != found.get(key)
+    ]
 
 
 def structure(section: Mapping[str, Any]) -> tuple[Any, Any, str]:

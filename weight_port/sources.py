@@ -55,9 +55,12 @@ def read_source(path: Path) -> Source:
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, "np") as file:
+            ported = "xdim_jax" in (file.metadata() or {})
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"--from-file: {path} is not a whole safetensors file ({error}); download it again") from error
+    if ported:
+        raise UserError(f"--from-file: {path} is ported already; to go on from it use --source=xdim, or --to-torch")
     return {n: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for n, a in arrays.items()}
 
 

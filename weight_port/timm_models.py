@@ -1,6 +1,7 @@
 """timm's classifiers as encoders: their names, how they were trained, and the way back."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,14 +110,34 @@ def _input_of(name: TimmName) -> dict[str, list[float]] | None:
 
 
 def to_timm(weights: Weights) -> dict[str, np.ndarray]:
-    """An encoder's weights as timm names and lays them out; the classifier is there if it was kept.
+    """An encoder's weights as timm names and lays them out; the classifier is there if they came from timm.
 
     Raises:
-        UserError: not a 2D encoder with batch norm.
+        UserError: not a 2D encoder with batch norm, or one that no architecture of timm computes like.
     """
     if weights.kind != "encoder" or weights.model["ndim"] != 2 or weights.model["norm"] != "batch":
         raise UserError(
-            f"timm has 2D encoders with batch norm; these weights are of {weights.kind} {weights.model['name']}, "
-            f"{weights.model.get('ndim', '')}D, {weights.model['norm']} norm"
+            f"timm has 2D encoders with batch norm; these weights are of a {weights.kind}: {_told(weights.model)}. "
+            "Of a network, port the encoder first: --source=xdim --part=encoder"
         )
-    return export_state(weights.arrays, weights.unused, abstract_encoder(weights.model), _same)
+    if not matching(weights.model):
+        raise UserError(
+            f"no architecture of timm computes as this encoder does: {_told(weights.model)}; known: "
+            + ", ".join(f"{a} ({_told({'name': e, **c})})" for a, (e, c) in ARCHITECTURES.items())
+        )
+    unused = weights.unused if weights.source.get("from") == "timm" else {}
+    return export_state(weights.arrays, unused, abstract_encoder(weights.model), _same)
+
+
+def matching(section: Mapping[str, Any]) -> list[str]:
+    """timm's architectures with this encoder, padding and eps."""
+    return [
+        architecture
+        for architecture, (encoder, convention) in ARCHITECTURES.items()
+        if encoder == section["name"] and all(section[k] == v for k, v in convention.items())
+    ]
+
+
+def _told(section: Mapping[str, Any]) -> str:
+    keys = ("name", "ndim", "norm", "padding", "eps")
+    return ", ".join(f"{section[k]}" if k == "name" else f"{k} {section[k]}" for k in keys if k in section)

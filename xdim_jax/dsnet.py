@@ -5,6 +5,7 @@ planes, which become the colour channels of as many 2D images as there are chann
 the inner network; samples of a batch are folded into it, so any batch size works.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -180,7 +181,7 @@ def volume_problems(size: Sequence[int], level_strides: Sequence[Sequence[int]])
         low, high = LEGAL_DEPTHS[0], LEGAL_DEPTHS[-1]
         near = f"{low} or {low + 1}" if depth < low else f"{high} or {high - 1}"
         problems.append(
-            f"axis D is {depth}: level 1/{low // 2} of the depth would have {compressed(max(depth, 0))} planes, not "
-            f"{PLANES}; use {low} to {high}, nearest {near}"
+            f"axis D is {depth}: level 1/{math.prod(DEPTH_STRIDES)} of the depth would have "
+            f"{compressed(max(depth, 0))} planes, not {PLANES}; use {low} to {high}, nearest {near}"
         )
     return problems + side_problems(plane, level_strides)

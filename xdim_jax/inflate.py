@@ -13,10 +13,10 @@ repeat                 1 each, as the paper words it; the norm     the same, wit
                        that follows has its statistics scaled      norm follows every kernel; else up to its eps
 repeat_uncorrected     1 each and nothing else                     nothing in evaluation mode; under batch or instance
                                                                    statistics the same up to eps
-centre                 1 in the middle, else 0                     depth-constant volumes with ``zero`` or ``edge``;
-                                                                   with depth strides 1 and squeeze ``slice`` any
-                                                                   volume, slice by slice
-gaussian               a Gaussian of ``sigma`` taps, sum 1         depth-constant volumes with ``edge``
+centre                 1 in the middle, else 0                     depth-constant volumes with any padding; with depth
+                                                                   strides 1 and squeeze ``slice`` any volume, slice by
+                                                                   slice
+gaussian               a Gaussian of ``sigma`` taps, sum 1         depth-constant volumes with ``edge`` or ``renorm``
 spacing                shares of a box as long as the 2D kernel    the same; ratio 1 is ``mean``, a ratio of k or more
                        in millimetres, slices ``spacing`` times    is ``centre``
                        as thick as pixels are wide
@@ -32,6 +32,7 @@ so an output meets one tap along the new axis. Where a kernel has one tap along 
 
 import dataclasses
 import fnmatch
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -48,11 +49,10 @@ AXES = {"depth": 0, "time": 0, "height": 1, "width": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Inflation:
-    """How to inflate.
+    """How to inflate; along which axis, the target network's `xdim_jax.layers.Depth` says.
 
     Attributes:
         rule: see the table above.
-        axis: place of the new axis among the spatial axes; 0 is depth, or time.
         sigma: of ``gaussian``, in taps.
         spacing: of ``spacing``: slice distance divided by pixel width.
         seed: of ``random``.
@@ -60,19 +60,17 @@ class Inflation:
     """
 
     rule: str = "mean"
-    axis: int = 0
     sigma: float = 1.0
     spacing: float = 1.0
     seed: int = 0
     layers: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
-        check_choice("axis", self.axis, (0, 1, 2))
         for rule in (self.rule, *(rule for _, rule in self.layers)):
             check_choice("inflation rule", rule, RULES)
         for name in ("sigma", "spacing"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} of an inflation is more than 0; got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} of an inflation is a number above 0; got {getattr(self, name)}")
 
     def rule_of(self, layer: str) -> str:
         """The rule for one layer."""
@@ -89,7 +87,7 @@ def profile(rule: str, taps: int, *, sigma: float = 1.0, spacing: float = 1.0) -
     if rule == "mean":
         weights = np.ones(taps)
     elif rule == "gaussian":
-        weights = np.exp(-(offset**2) / (2 * sigma**2))
+        weights = np.exp(-(offset**2 - (offset**2).min()) / (2 * sigma**2))
     elif rule == "spacing":  # overlap of each slice with the kernel's extent, both in pixel widths
         low, high = (offset - 0.5) * spacing, (offset + 0.5) * spacing
         weights = np.clip(np.minimum(high, taps / 2) - np.maximum(low, -taps / 2), 0, None)
@@ -139,7 +137,7 @@ def named_layers(module: nnx.Module) -> dict[str, Any]:
 
 
 def inflate_arrays(
-    arrays: Mapping[str, np.ndarray], source: nnx.Module, target: nnx.Module, inflation: Inflation
+    arrays: Mapping[str, np.ndarray], source: nnx.Module, target: nnx.Module, inflation: Inflation, axis: int
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The weights of a 2D network for its 3D counterpart.
 
@@ -147,6 +145,7 @@ def inflate_arrays(
         arrays: weights of ``source`` by name.
         source, target: the networks, with shapes in place of arrays; layers correspond by name.
         inflation: the rules.
+        axis: place of the new axis among the spatial axes; 0 is depth, or time.
 
     Returns:
         Weights by name, and what was done to each: ``mean``, ``copied``, ...
@@ -162,7 +161,7 @@ def inflate_arrays(
         if not any(fnmatch.fnmatchcase(name, pattern) for name in convs)
     ]
     out, done = dict(arrays), dict.fromkeys(arrays, "copied")
-    options: dict[str, Any] = {"axis": inflation.axis, "sigma": inflation.sigma, "spacing": inflation.spacing}
+    options: dict[str, Any] = {"axis": axis, "sigma": inflation.sigma, "spacing": inflation.spacing}
     for name, layer in layers.items():
         rule, norm = inflation.rule_of(name), _sibling(name, getattr(layer, "norm", None))
         if isinstance(layer, Norm | LayerNorm) or (isinstance(layer, Dense) and rule != "random"):
@@ -175,7 +174,7 @@ def inflate_arrays(
             rule = "repeat_uncorrected"
         elif rule == "repeat" and not norm:
             rule = "mean"  # nothing behind it takes the factor out
-        taps = shape[inflation.axis]
+        taps = shape[axis]
         try:
             out[f"{name}.kernel"] = inflate_kernel(arrays[f"{name}.kernel"], taps, rule=rule, **options)
         except ValueError as error:

@@ -39,7 +39,7 @@ class Depth:
     Attributes:
         axis: 0 depth (or time), 1 height, 2 width.
         padding: along that axis: ``zero`` (as released); ``edge`` repeats the outermost slice, which makes inflation
-            exact; ``renorm`` pads with zeros and divides by the share of taps that lie inside the volume.
+            exact; ``renorm`` pads with zeros and divides by the share of the kernel that lies inside the volume.
         squeeze: squeeze-excite pools over the ``volume`` (as released) or every ``slice`` by itself.
         strides: along that axis, of the five levels; 2 as in the plane, or 1 to keep every slice.
     """
@@ -80,6 +80,8 @@ class Style:
         check_choice("number of spatial axes", self.ndim, (2, 3))
         check_choice("norm", self.norm, NORMS)
         check_choice("padding", self.padding, PADDINGS)
+        if not 0 < self.eps < 1:
+            raise ValueError(f"eps of a norm is above 0 and below 1; got {self.eps}")
 
     def window(self, k: int, along_depth: int | None = None) -> tuple[int, ...]:
         """``k`` along every axis; along the depth axis of a 3D network ``along_depth``, if given."""
@@ -156,17 +158,25 @@ class Conv(nnx.Module):
                 x = jnp.pad(x, [padding[axis] if i == axis + 1 else (0, 0) for i in range(x.ndim)], mode="edge")
                 padding = tuple((0, 0) if i == axis else pair for i, pair in enumerate(padding))
             elif self.depth.padding == "renorm":
-                scale = _inverse_coverage(x.shape[axis + 1], window[axis], self.strides[axis], padding[axis])
+                scale = _inverse_coverage(self.kernel[...], axis, x.shape[axis + 1], self.strides[axis], padding[axis])
         y = ops.conv(x, self.kernel[...], strides=self.strides, padding=padding, groups=self.groups)
         if scale is not None:
-            y = y * jnp.asarray(scale, y.dtype).reshape([-1 if i == axis + 1 else 1 for i in range(y.ndim)])
+            y = y * scale.reshape([n if i in (axis + 1, y.ndim - 1) else 1 for i, n in enumerate(y.shape)])
         return y if self.bias is None else y + self.bias[...]
 
 
-def _inverse_coverage(n: int, k: int, stride: int, pad: tuple[int, int]) -> np.ndarray:
-    """Per output of one axis: the kernel's taps divided by those that lie inside (as in partial convolutions)."""
+def _inverse_coverage(kernel: jax.Array, axis: int, n: int, stride: int, pad: tuple[int, int]) -> jax.Array:
+    """Per output along ``axis`` and per filter: the kernel's absolute mass, divided by that which lies inside.
+
+    Partial convolutions (Liu et al. 2018) count taps; here they weigh what they hold, so that it is exact for every
+    kernel that is a profile along the axis times a 2D kernel: a middle tap alone never needs a correction.
+    """
+    k = kernel.shape[axis]
+    mass = jnp.sum(jnp.abs(kernel), [i for i in range(kernel.ndim - 1) if i != axis])  # (k, filters)
     starts = np.arange((n + sum(pad) - k) // stride + 1) * stride - pad[0]
-    return k / (np.minimum(starts + k, n) - np.maximum(starts, 0))
+    taps = starts[:, None] + np.arange(k)
+    inside = jnp.asarray((taps >= 0) & (taps < n), mass.dtype) @ mass
+    return jnp.where(inside > 0, jnp.sum(mass, 0) / jnp.where(inside > 0, inside, 1), 1)
 
 
 class ConvTranspose(nnx.Module):

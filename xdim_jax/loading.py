@@ -75,7 +75,7 @@ class Model:
             raise ValueError(f"an image of shape {image.shape}: expected ({', '.join(map(str, shape))})")
         if not jnp.issubdtype(image.dtype, jnp.floating):
             raise ValueError(f"an image of {image.dtype}: expected floats, normalised as the network was trained")
-        return image
+        return image.astype(jnp.promote_types(image.dtype, jnp.float32))
 
 
 def load_model(path: str | Path) -> Model:
@@ -94,10 +94,13 @@ def make_model(weights: Weights, source: str) -> Model:
         UserError: the weights do not fit the network that they say they are of.
     """
     encoder = weights.kind == "encoder"
-    module = abstract_encoder(weights.model) if encoder else models.build_abstract(weights.model)
+    try:
+        module = abstract_encoder(weights.model) if encoder else models.build_abstract(weights.model)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{source}: its description of the network cannot be used: {error}") from error
     check_leaves(weights.arrays, module_leaves(module), f"the weights of {source}")
     graphdef, params, stats = split_model(module)
-    arrays = {name: jnp.asarray(array) for name, array in weights.arrays.items()}
+    arrays = {n: jnp.asarray(a, jnp.promote_types(a.dtype, jnp.float32)) for n, a in weights.arrays.items()}
     return Model(weights.model, graphdef, replaced(params, arrays), replaced(stats, arrays), source, encoder=encoder)
 
 

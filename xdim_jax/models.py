@@ -34,7 +34,7 @@ def build_abstract(config: Mapping[str, Any]) -> nnx.Module:
 
 def _builder(config: Mapping[str, Any]) -> Callable[..., nnx.Module]:
     options = plain(config)
-    name = options.pop("name")
+    name = options.pop("name", None)
     if name not in NETWORKS:
         raise ValueError(f"unknown network {name!r}; known: {', '.join(NETWORKS)}")
 
@@ -81,7 +81,7 @@ def check_patch(config: Mapping[str, Any], patch: Sequence[int]) -> None:
     if problems:
         raise ValueError(f"data.patch={tuple(patch)} does not fit {name}; " + "; ".join(problems))
     coarsest = [n // math.prod(s[i] for s in strides) for i, n in enumerate(patch[-len(strides[0]) :])]
-    if name != "dsnet" and set(coarsest) == {1}:
+    if name != "dsnet" and config["norm"] != "batch" and set(coarsest) == {1}:
         raise ValueError(
             f"data.patch={tuple(patch)} leaves one voxel at the coarsest level, where a norm over space has "
             f"nothing to normalise; make at least one side {2 * max(patch)}"

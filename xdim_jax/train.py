@@ -28,6 +28,8 @@ FREE_KEYS = ("data.root", "data.threads", "train.log_every", "train.checkpoint_m
 # smallest and largest value of a key, both allowed
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
+    "init.sigma": (1e-3, 1e3),
+    "init.spacing": (1e-3, 1e3),
     "data.batch": (1, math.inf),
     "data.patches_per_case": (1, math.inf),
     "data.threads": (1, math.inf),
@@ -100,7 +102,8 @@ def check_config(config: cli.Config) -> None:
             problems.append(f"config.{key}={value}: expected {low:g} to {high:g}")
     if config.data.dataset != "brats":
         problems.append(f"config.data.dataset={config.data.dataset!r}: known: brats")
-    for key, known in (("inflate", inflate.RULES), ("channels", stem.RULES)):
+    channel_rules = tuple(rule for rule in stem.RULES if rule != "map")  # a map is for weight_port
+    for key, known in (("inflate", inflate.RULES), ("channels", channel_rules), ("part", ("all", "encoder"))):
         if config.init[key] not in known:
             problems.append(f"config.init.{key}={config.init[key]!r}: known: {', '.join(known)}")
     if problems:
@@ -119,11 +122,14 @@ def initialise(config: cli.Config, params: Any, stats: Any) -> tuple[Any, Any, s
         return params, stats, "random"
     source = read_anywhere(Path(options.weights))
     accept = tuple(word for word in options.accept.split(",") if word)
-    rules: dict[str, Any] = {"inflation": inflate.Inflation(options.inflate, seed=config.seed), "accept": accept}
+    rule = inflate.Inflation(options.inflate, sigma=options.sigma, spacing=options.spacing, seed=config.seed)
     try:
-        params, stats, done = weights.load(config.model, params, stats, source, channel_rule=options.channels, **rules)
+        source = weights.part(source) if options.part == "encoder" else source
+        params, stats, done = weights.load(
+            config.model, params, stats, source, inflation=rule, channel_rule=options.channels, accept=accept
+        )
     except UserError as error:
-        raise UserError(f"config.init.weights={options.weights}: {error} (config.init.accept)") from error
+        raise UserError(f"config.init.weights={options.weights}: {error}") from error
     changed = sorted({what for what in done.values() if what != "copied"})
     return params, stats, f"from {options.weights} ({len(done)} arrays; {', '.join(changed) or 'all copied'})"
 

@@ -101,6 +101,8 @@ class UNet(nnx.Module):
         check_choice("upsampling", upsampling, UPSAMPLINGS)
         if len(filters) != LEVELS:
             raise ValueError(f"filters={tuple(filters)}: expected {LEVELS} numbers, coarsest decoder stage first")
+        if ndim == 2 and depth:
+            raise ValueError(f"a 2D network has no depth options; got depth={dict(depth)}")
         style = Style(ndim, norm, DECODER_EPS, depth=Depth(**(depth or {})))
         self.level_strides = tuple(style.strides(level) for level in range(LEVELS))
         width, full = (filters[-1], filters[-1]) if full_resolution else (in_channels, 0)

@@ -88,11 +88,14 @@ def read_weights(path: Path) -> Weights:
         record = json.loads(metadata.get("xdim_jax", "{}"))
     except json.JSONDecodeError:
         record = {}
+    record = record if isinstance(record, dict) else {}
     if record.get("format") != FORMAT:
         raise UserError(
             f"{path} holds weights that were not ported ({record.get('format', 'no xdim_jax header')}; expected "
             f"{FORMAT!r}): port them first with python -m weight_port --from-file={path}"
         )
+    if lacking := {"kind", "model", "source"} - record.keys():
+        raise UserError(f"the header of {path} lacks {', '.join(sorted(lacking))}: port the weights again")
     return Weights(
         record["kind"],
         models.plain(record["model"]),
@@ -163,7 +166,7 @@ def encoder_section(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if config["name"] == "dsnet":
         prefix, outer, ndim = "inner.encoder.", config["inner"], 2
     section = {"name": outer["encoder"]["name"], "in_channels": 0, "ndim": ndim, "norm": outer["norm"]}
-    section |= {"eps": outer["encoder"]["eps"], "padding": outer["encoder"]["padding"]}
+    section |= {key: outer["encoder"].get(key, default) for key, default in (("eps", 1e-5), ("padding", "symmetric"))}
     if ndim == 3:
         section["depth"] = dataclasses.asdict(Depth(**(config.get("depth") or {})))
     stem = f"{prefix}{get_family(section['name']).stem}.kernel"
@@ -179,7 +182,7 @@ def abstract_encoder(section: Mapping[str, Any]) -> Any:
 
 
 def part(weights: Weights) -> Weights:
-    """The encoder of a whole network's weights."""
+    """The encoder of a whole network's weights; an encoder's as they are."""
     if weights.kind == "encoder":
         return weights
     prefix, section = encoder_section(weights.model)
@@ -192,7 +195,7 @@ def adapt_encoder(
     section: Mapping[str, Any],
     *,
     inflation: Inflation,
-    channel_rule: str = "cycle",
+    channel_rule: str | None = None,
     channel_map: Sequence[int] = (),
     accept: Sequence[str] = (),
 ) -> tuple[Weights, dict[str, str]]:
@@ -202,7 +205,7 @@ def adapt_encoder(
         weights: of an encoder.
         section: of the encoder wanted, see `Weights.model`.
         inflation: rules, used when the source is 2D and the target 3D.
-        channel_rule, channel_map: see `xdim_jax.stem`, used when the numbers of channels differ.
+        channel_rule, channel_map: see `xdim_jax.stem`; default: ``cycle`` where the numbers of channels differ.
         accept: properties among `CHECKED` that may differ.
 
     Returns:
@@ -220,35 +223,39 @@ def adapt_encoder(
         raise UserError(f"unknown property to accept: {', '.join(sorted(unknown))}; known: {', '.join(CHECKED)}")
     problems = [
         f"the weights were trained with {key}={found[key]}, the network has {key}={wanted[key]}: set it to that, or "
-        f"accept the difference of {key}"
+        f"put {key} among the accepted differences (accept={key}, config.init.accept={key})"
         for key in CHECKED
         if key not in accept and key in found and key in wanted and found[key] != wanted[key]
     ]
     if problems:
         raise join_problems(problems, "properties of the encoder differ")
     arrays, done = dict(weights.arrays), dict.fromkeys(weights.arrays, "copied")
-    if found["in_channels"] != wanted["in_channels"]:
+    unused = weights.unused
+    if channel_rule or found["in_channels"] != wanted["in_channels"]:
+        rule = channel_rule or "cycle"
         stem = get_family(found["name"]).stem + ".kernel"
         options: dict[str, Any] = {"channel_map": channel_map, "seed": inflation.seed}
         try:
-            arrays[stem] = adapt_channels(arrays[stem], wanted["in_channels"], channel_rule, **options)
+            arrays[stem] = adapt_channels(arrays[stem], wanted["in_channels"], rule, **options)
         except ValueError as error:
             raise UserError(str(error)) from error
-        done[stem] = f"channels by {channel_rule}"
+        done[stem] = f"channels by {rule}"
         found = found | {"in_channels": wanted["in_channels"]}
     if found["ndim"] < wanted["ndim"]:
         target = {**found, "ndim": wanted["ndim"], "depth": wanted.get("depth")}
         check_leaves(arrays, module_leaves(abstract_encoder(found)), "the weights")
-        arrays, inflated = inflate_arrays(arrays, abstract_encoder(found), abstract_encoder(target), inflation)
-        done = {n: " then ".join(sorted({done[n], inflated[n]} - {"copied"}, reverse=True)) or "copied" for n in arrays}
-        found = target
+        axis = (target["depth"] or {}).get("axis", 0)
+        arrays, inflated = inflate_arrays(arrays, abstract_encoder(found), abstract_encoder(target), inflation, axis)
+        done = {n: " then ".join(w for w in (done[n], inflated[n]) if w != "copied") or "copied" for n in arrays}
+        found, unused = target, {}  # a head that came along is 2D
     if found["norm"] == "batch" and wanted["norm"] != "batch":
+        unused = {}  # a head that came along has batch norm
         kept = module_leaves(abstract_encoder({**found, "norm": wanted["norm"]}))
         for name in [n for n in arrays if n not in kept]:
             if name.rpartition(".")[2] in ("mean", "var", "scale", "bias"):
                 del arrays[name]
                 done[name] = f"dropped: {wanted['norm']} norm"
-    return Weights("encoder", {**found, **wanted}, arrays, weights.unused, weights.source), done
+    return Weights("encoder", {**found, **wanted}, arrays, unused, weights.source), done
 
 
 # -- networks -----------------------------------------------------------------------------------------------------
@@ -259,7 +266,7 @@ def inflate_network(weights: Weights, depth: Mapping[str, Any], inflation: Infla
 
     Args:
         weights: of an Omnia-Net.
-        depth: fields of `xdim_jax.layers.Depth`; the axis is the inflation's.
+        depth: fields of `xdim_jax.layers.Depth`.
         inflation: rules.
 
     Returns:
@@ -273,13 +280,13 @@ def inflate_network(weights: Weights, depth: Mapping[str, Any], inflation: Infla
     if weights.kind != "network" or weights.model["name"] != "omnianet":
         raise UserError(
             f"only a whole Omnia-Net can be inflated, this is {weights.kind} {weights.model['name']}; for DX-Net "
-            "inflate the encoder"
+            "inflate the encoder (--part=encoder)"
         )
-    depth = dataclasses.asdict(Depth(**{**depth, "axis": inflation.axis}))
+    depth = dataclasses.asdict(Depth(**depth))
     section = {**weights.model, "name": "dxnet", "depth": depth}
     source, target = models.build_abstract(weights.model), models.build_abstract(section)
     check_leaves(weights.arrays, module_leaves(source), "the weights")
-    arrays, done = inflate_arrays(weights.arrays, source, target, inflation)
+    arrays, done = inflate_arrays(weights.arrays, source, target, inflation, depth["axis"])
     check_leaves(arrays, module_leaves(target), "the inflated weights")
     return Weights("network", section, arrays, {}, weights.source), done
 
@@ -300,7 +307,8 @@ def load(
         config: the ``model`` section of the network.
         params, stats: its trees; dtypes are kept.
         weights: of an encoder, or of a network with the same section (stochastic depth may differ).
-        inflation, channel_rule, accept: see `adapt_encoder`; a 2D encoder is inflated for a 3D network.
+        inflation, accept: see `adapt_encoder`; a 2D encoder is inflated for a 3D network.
+        channel_rule: see `xdim_jax.stem`, used where the numbers of channels differ.
 
     Returns:
         params, stats, and what was done to each array.
@@ -311,8 +319,9 @@ def load(
     prefix = ""
     if weights.kind == "encoder":
         prefix, section = encoder_section(config)
+        rule = channel_rule if weights.model["in_channels"] != section["in_channels"] else None
         weights, done = adapt_encoder(
-            weights, section, inflation=inflation or Inflation(), channel_rule=channel_rule, accept=accept
+            weights, section, inflation=inflation or Inflation(), channel_rule=rule, accept=accept
         )
     else:
         done = dict.fromkeys(weights.arrays, "copied")
