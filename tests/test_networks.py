@@ -323,7 +323,8 @@ def test_unknown_choices_list_the_known_ones(change, words):
 def test_stochastic_depth_is_timms_schedule_and_at_work(name):
     """Rates block by block as timm's; and in training two keys give two results."""
     model = timm.create_model(name, pretrained=False, drop_path_rate=0.4)
-    theirs = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    owners = [m for m in model.modules() if type(getattr(m, "drop_path", None)).__name__ == "DropPath"]
+    theirs = [m.drop_path.drop_prob for m in owners if getattr(m, "has_skip", True)]
     encoder = make_encoder(name, drop_path=0.4, norm="instance")
     blocks = [m for _, m in nnx.iter_modules(encoder) if hasattr(m, "drop_path") and getattr(m, "residual", True)]
     rates = sorted(b.drop_path.rate for b in blocks if b.drop_path.rate > 0)
