@@ -25,6 +25,7 @@ TINY = 1e-30
 EXACT = 1e-10
 pytestmark = pytest.mark.usefixtures("quick_compile")
 FILTERS = (16, 16, 8, 8, 8)
+CONVENTIONS = {"authors": {"padding": "symmetric", "eps": 1e-5}, "timm": {"padding": "same", "eps": 1e-3}}
 
 
 @pytest.fixture(autouse=True)
@@ -205,9 +206,31 @@ def test_features_are_taken_where_the_paper_takes_them():
     assert [f.shape[1] for f in found] == [32, 24, 40, 112, 320]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "convention"), [("efficientnet_b0", "authors"), ("tf_efficientnet_b0", "timm")]
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_the_twins_encoder_is_timms(architecture, convention, training):
+    """What the whole networks' twins are built on, in PyTorch alone: the same five features, bit for bit."""
+    model = timm_model(architecture).double()
+    twin = twins.Encoder("b0", 3, **CONVENTIONS[convention]).double()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        path = {"conv_head": "conv_head", "bn2": "norm_head"}.get(path) or authors.rename_encoder(path)
+        if path != "classifier":
+            state[f"{path}.{leaf}"] = tensor.clone()
+    twin.load_state_dict(state)
+    image = np.random.default_rng(0).normal(size=(2, 65, 96, 3))
+    expected = features_of(model, "efficientnet_b0", image, training=training)[0]
+    with torch.no_grad():
+        found = twin.train(training)(torch.from_numpy(np.moveaxis(image, -1, 1).copy()))
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(to_last(mine.numpy()), theirs)
+
+
 # -- whole networks against their twins ---------------------------------------------------------------------------
 
-CONVENTIONS = {"authors": {"padding": "symmetric", "eps": 1e-5}, "timm": {"padding": "same", "eps": 1e-3}}
 IMAGE, VOLUME = (2, 64, 96, 3), (1, 64, 32, 64, 4)
 
 

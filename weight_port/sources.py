@@ -112,10 +112,8 @@ def download(repository: str, filename: str = "model.safetensors") -> Path:
     Raises:
         UserError: the hub cannot be reached, or has no such file.
     """
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise UserError("downloading needs huggingface_hub: pip install 'xdim_jax[port]', or --from-file") from error
+    import huggingface_hub  # half a second that only a download needs
+
     try:
         return Path(huggingface_hub.hf_hub_download(repository, filename))
     except Exception as error:  # many kinds: no network, no such file, a proxy's answer
