@@ -12,7 +12,7 @@ from flax import nnx
 from tests.conftest import TOY_MODEL, toy_model
 from tests.test_parity import ds_case, timm, unet_case
 from weight_port import authors
-from xdim_jax import cli, encoders, layers, models, ops
+from xdim_jax import cli, encoders, layers, models, ops, report
 from xdim_jax.layers import Depth, Style
 from xdim_jax.step import split_model
 from xdim_jax.weights import named
@@ -119,6 +119,17 @@ def test_released_variants_are_what_released_files_hold(name):
     stated = named(models.plain(section))
     read = {"in_channels", "out_channels", "norm", "filters", "images", "inner.norm", "inner.filters"}
     assert {k: v for k, v in stated.items() if k not in read} == held
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("brats_dxnet", "dxnet, encoder efficientnet_b0, instance norm"),
+        ("brats_dsnet", "dsnet, encoder efficientnet_b0, batch norm"),
+    ],
+)
+def test_the_report_can_name_every_network(name, words):
+    assert report.describe_network(cli.load_config(f"configs/{name}.py", []).model.to_dict()) == words
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,12 @@ PAPER = {
 _STATISTICS = {"mean": "mean", "sd": "sd", "median": "median", "25 % quantile": "q25", "75 % quantile": "q75"}
 
 
+def describe_network(model: Mapping[str, Any]) -> str:
+    """``dxnet, encoder efficientnet_b0, instance norm``; of DS-Net, the 2D network inside."""
+    outer = model.get("inner", model)
+    return f"{model['name']}, encoder {outer['encoder']['name']}, {outer['norm']} norm"
+
+
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """A PNG in base64, with what it says in words."""
@@ -145,7 +151,7 @@ def _facts(
     facts = [
         ("predictions", compared["pred"]),
         ("references", compared["ref"]),
-        ("network", f"{config['model']['name']}, encoder {config['model']['encoder']}, {config['model']['norm']} norm"),
+        ("network", describe_network(config["model"])),
         ("patch, batch", f"{' x '.join(map(str, config['data']['patch']))}, {config['data']['batch']}"),
     ]
     if steps:
