@@ -212,10 +212,10 @@ def test_the_new_axis_may_be_any(rule, axis):
     ("name", "rule", "padding"),
     [
         ("resnet18", "mean", "renorm"),
-        ("resnet50", "repeat", "edge"),
-        ("vgg16_bn", "repeat", "renorm"),
+        pytest.param("resnet50", "repeat", "edge", marks=pytest.mark.slow),
+        pytest.param("vgg16_bn", "repeat", "renorm", marks=pytest.mark.slow),
         ("convnext_tiny", "mean", "renorm"),
-        ("convnext_tiny", "centre", "zero"),
+        pytest.param("convnext_tiny", "centre", "zero", marks=pytest.mark.slow),
     ],
 )
 def test_other_families_keep_the_theorem(name, rule, padding):
@@ -249,7 +249,10 @@ def test_what_is_not_preserved(rule, depth_padding):
     assert len(slices) == 2 and min(slices) > 0.02
 
 
-@pytest.mark.parametrize("name", ["efficientnet_toy", "resnet18", "vgg16_bn", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "name",
+    ["efficientnet_toy", "resnet18", *(pytest.param(n, marks=pytest.mark.slow) for n in ("vgg16_bn", "convnext_tiny"))],
+)
 def test_centre_without_depth_strides_is_the_2d_network_on_every_slice(name):
     """An arbitrary volume; squeeze-excite per slice."""
     flat = make_encoder(name)
@@ -369,7 +372,7 @@ def test_a_whole_network_inflates_exactly(rule, upsampling):
     assert relative(logits, np.asarray(make_model(flat, "test")(image))[:, None]) < EXACT
 
 
-@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("axis", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_whole_network_on_any_volume_slice_by_slice(axis):
     flat = make_omnianet(upsampling="transposed", activation="silu")
     volume = np.random.default_rng(0).normal(size=(1, 5, 64, 32, 2))

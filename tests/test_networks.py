@@ -17,6 +17,8 @@ from xdim_jax.layers import Depth, Style
 from xdim_jax.step import split_model
 from xdim_jax.weights import named
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # parameters without head and classifier, counted on timm 1.0.31; feature channels
 ENCODERS = {
     "efficientnet_b0": (3_595_388, (32, 24, 40, 112, 320)),

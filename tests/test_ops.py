@@ -10,6 +10,8 @@ from scipy import ndimage
 
 from xdim_jax import ops
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(autouse=True)
 def _float64():
