@@ -338,10 +338,14 @@ def test_stochastic_depth_is_timms_schedule_and_at_work(name):
     model = timm.create_model(name, pretrained=False, drop_path_rate=0.4)
     owners = [m for m in model.modules() if type(getattr(m, "drop_path", None)).__name__ == "DropPath"]
     theirs = [m.drop_path.drop_prob for m in owners if getattr(m, "has_skip", True)]
-    encoder = make_encoder(name, drop_path=0.4, norm="instance")
+    runs = name in ("resnet18", "convnext_tiny")  # the others are slow to compile; test_training runs EfficientNet's
+    make = lambda: make_encoder(name, drop_path=0.4, norm="instance")  # noqa: E731
+    encoder = make() if runs else nnx.eval_shape(make)
     blocks = [m for _, m in nnx.iter_modules(encoder) if hasattr(m, "drop_path") and getattr(m, "residual", True)]
     rates = sorted(b.drop_path.rate for b in blocks if b.drop_path.rate > 0)
     assert rates == pytest.approx(sorted(theirs))
+    if not runs:
+        return
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32)
     if name.startswith("convnext"):
         for _, module in nnx.iter_modules(encoder):
