@@ -23,18 +23,19 @@ def get_config(words: dict[str, int]) -> Any:
         {
             "dataset": "brats",
             "root": "",  # the folder that holds the case folders
-            "convention": "brats2021",  # brats2021: BraTS 2019 to 2022, label 4 = ET; brats2023: label 3 = ET
+            # brats2021: BraTS 2019 to 2022, label 4 = ET; brats2023: label 3 = ET; brats2024: 4 = resection cavity
+            "convention": "brats2021",
             "patch": (128, 128, 128),
             "batch": 1,
             "patches_per_case": 1,  # in an epoch
-            "tumour_probability": 0.67,  # share of patches that must hold a lesion voxel; the paper does not say
-            "folds": 5,
-            "fold": words.get("fold", 0),
-            "threads": 4,
+            "foreground": 0.67,  # share of patches that must hold a lesion voxel; the paper does not say
+            "prepare": {"crop": "nonzero", "spacing": (), "size": (), "window": (), "normalise": "zscore_nonzero"},
+            **common.data(words),
             # phantom cases to write when there is no root; 0 cases: a root is needed
             "phantom": {"cases": 0, "held_out": 0, "shape": (240, 240, 155), "noise": 0.06, "bias": 0.1},
         }
     )
+    config.augment = ConfigDict()  # none (Sect. 3.1.3); what there is: xdim_jax/augment.py
     config.loss = ConfigDict({"name": "dice_bce", "eps": 1e-5})
     config.optim = ConfigDict(
         {

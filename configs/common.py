@@ -20,6 +20,18 @@ def parse(arg: str, flags: tuple[str, ...], numbers: tuple[str, ...] = ("fold",)
     return words
 
 
+def data(words: dict[str, int]) -> dict[str, Any]:
+    """Keys of the ``data`` section that mean the same for every data set."""
+    return {
+        "sampling": "patches",  # patches, slices or volumes (xdim_jax/data/pipeline.py)
+        "split": "folds",  # folds: by patient, from the seed; official: the list that comes with the data
+        "folds": 5,
+        "fold": words.get("fold", 0),
+        "threads": 4,
+        "store": "",  # folder of the prepared cases; "": <root>_prepared, beside the data
+    }
+
+
 def get_config() -> Any:
     """Settings that no recipe of the paper prescribes."""
     config: Any = ConfigDict()

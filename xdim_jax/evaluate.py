@@ -15,7 +15,7 @@ from typing import NoReturn
 import numpy as np
 
 from xdim_jax import cli, log, metrics, results
-from xdim_jax.data.nifti import read_volume
+from xdim_jax.data.image import read_volume
 from xdim_jax.errors import UserError, join_problems
 from xdim_jax.files import write_json
 

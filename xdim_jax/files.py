@@ -12,7 +12,8 @@ from typing import Any
 
 from xdim_jax.errors import UserError
 
-CONFIG_FILE = "config.json"  # the resolved config of a run, in its workdir
+# in the workdir of a run: its resolved config, and what it was trained on (channels, labels, regions)
+CONFIG_FILE, DATA_FILE = "config.json", "data.json"
 
 
 @contextlib.contextmanager

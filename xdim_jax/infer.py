@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xdim_jax import regions
-from xdim_jax.data.brats import Volume
-from xdim_jax.data.pipeline import prepare
+from xdim_jax.data.prepare import Prepared
+from xdim_jax.regions import Regions
 
 SIGMA = 1 / 8  # of the patch: a window's weight falls to 3e-4 at the middle of its faces (nnU-Net's choice)
 _FLOOR = 1e-3  # smallest weight, so that a corner seen by one window only is not divided by zero
@@ -83,13 +83,30 @@ def make_volume_predictor(
     return predict
 
 
-def segment(predict: VolumePredictor, weights: Any, volume: Volume, config: Mapping[str, Any]) -> np.ndarray:
-    """Tissue indices uint8 (D, H, W) on the volume's own grid.
+_SLICES = 8  # of a 2D network's batch: so many slices of a volume at once
 
-    Regions above ``config["threshold"]`` become tissues by set algebra; fewer than ``config["min_et"]`` voxels of ET
-    become NCR.
+
+def make_network_predictor(config: Any, forward: Callable[[Any, jax.Array], jax.Array]) -> VolumePredictor:
+    """The predictor of whole volumes for the network of a run's config, in 2D or 3D."""
+    patch = tuple(config.data.patch)
+    if len(patch) == 2:
+        forward, patch = by_slices(forward), (_SLICES, *patch)
+    return make_volume_predictor(forward, patch=patch, overlap=config.predict.overlap)
+
+
+def by_slices(forward: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Array], jax.Array]:
+    """A 2D network as one that takes ``(1, D, H, W, C)``: slices become its batch, in order."""
+    return lambda weights, volume: forward(weights, volume[0])[None]
+
+
+def segment(
+    predict: VolumePredictor, weights: Any, prepared: Prepared, scored: Regions, config: Mapping[str, Any]
+) -> np.ndarray:
+    """Label indices uint8 (D, H, W) on the source grid.
+
+    Regions above ``config["threshold"]`` become labels by set algebra; where the config has ``min_et`` (BraTS), fewer
+    voxels of ET become NCR.
     """
-    image, box = prepare(volume)
-    label = np.zeros(volume.image.shape[:3], np.uint8)
-    label[box] = regions.decode(predict(weights, image) > config["threshold"])
-    return regions.drop_small_et(label, config["min_et"])
+    scores = prepared.restore(predict(weights, prepared.image()))
+    label = scored.decode(scores, config["threshold"])
+    return regions.drop_small_et(label, config["min_et"]) if config.get("min_et") else label

@@ -4,11 +4,14 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from tensorboardX import SummaryWriter
+from tqdm import tqdm
 
 from xdim_jax.errors import UserError
 from xdim_jax.files import atomic_path, write_error
@@ -24,6 +27,23 @@ def say(line: str) -> None:
 def warn(line: str) -> None:
     """A warning line."""
     say(f"warning: {line}")
+
+
+def bar(title: str) -> Callable[[int, int], None]:
+    """``show(done, total)``: a progress bar on a terminal; elsewhere a line for every tenth."""
+    shown: list[tqdm] = []
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            if not shown:
+                shown.append(tqdm(total=total, desc=title, unit="case"))
+            shown[0].update(done - shown[0].n)
+            if done == total:
+                shown[0].close()
+        elif done == total or done * 10 // total > (done - 1) * 10 // total:
+            say(f"{title:<10} {done}/{total} cases")
+
+    return show
 
 
 def duration(seconds: float) -> str:

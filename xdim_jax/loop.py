@@ -16,7 +16,6 @@ from xdim_jax import checkpoint, log, mesh
 from xdim_jax.errors import UserError
 from xdim_jax.log import Recorder, duration, record, say
 from xdim_jax.optim import Schedule, slow
-from xdim_jax.regions import REGIONS
 from xdim_jax.step import TrainState
 
 _SHOWN_LOSSES = 5  # last losses in the message about a NaN
@@ -59,6 +58,7 @@ class Run:
     recorder: Recorder
     validate: Validation
     stop: StopRequest
+    regions: tuple[str, ...]  # names of the network's channels
 
     @property
     def total(self) -> int:
@@ -165,7 +165,7 @@ def _check_finite(done: int, values: list[dict[str, Any]], before: list[float]) 
 
 def _report(run: Run, done: int, values: list[dict[str, Any]], seconds: float) -> None:
     means = {k: np.mean([v[k] for v in values], 0) for k in values[0]}
-    scores = dict(zip(REGIONS, means.pop("score").tolist(), strict=True))
+    scores = dict(zip(run.regions, means.pop("score").tolist(), strict=True))
     rate = float(run.schedule(done - 1))
     epoch = -(-done // run.per_epoch)
     shown = " ".join(f"{name} {score:.3f}" for name, score in scores.items())

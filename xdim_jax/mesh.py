@@ -46,9 +46,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's share of a batch to one global array per entry."""
-    sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    """This process's share of a batch to one global array per entry; what has no spatial axis lies over ``data``."""
+    images, rows = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec("data"))
+    return {k: jax.make_array_from_process_local_data(images if v.ndim > 2 else rows, v) for k, v in batch.items()}
 
 
 def put_replicated(tree: Any, mesh: Mesh) -> Any:

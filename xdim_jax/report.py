@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 
 from xdim_jax import cli, log, results
 from xdim_jax.data import brats
-from xdim_jax.data.nifti import read_volume
-from xdim_jax.data.transforms import brain_box
+from xdim_jax.data.image import read_volume
+from xdim_jax.data.prepare import nonzero_box
 from xdim_jax.errors import UserError
 from xdim_jax.files import read_json, write_json, write_text
 from xdim_jax.regions import ED, ET, NCR
@@ -256,9 +256,9 @@ def draw_case(role: str, case: str, scores: Mapping[str, Mapping[str, float]], c
     maps = {}
     for name, path in (("reference", Path(compared["labels"][case])), ("prediction", pred_folder / f"{case}.nii.gz")):
         values, _ = read_volume(path)
-        maps[name] = brats.decode_label(values, convention)[0]
+        maps[name] = convention.labels.decode(values)[0]
     shown = maps["reference"] if maps["reference"].any() else maps["prediction"]
-    box = tuple(slice(max(b.start - _MARGIN, 0), b.stop + _MARGIN) for b in brain_box(np.stack([t1ce, t2], -1)))
+    box = tuple(slice(max(b.start - _MARGIN, 0), b.stop + _MARGIN) for b in nonzero_box(np.stack([t1ce, t2], -1)))
     figure = Figure(figsize=(10, 7.6), layout="constrained", facecolor="black")
     axes = figure.subplots(3, 4)
     for row, (plane, axis) in enumerate((("axial", 0), ("sagittal", 2), ("coronal", 1))):

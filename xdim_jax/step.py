@@ -22,6 +22,7 @@ class TrainState(NamedTuple):
 
 
 Targets = Callable[[jax.Array], jax.Array]
+Augment = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
@@ -36,15 +37,22 @@ def init_state(params: Any, stats: Any, tx: optax.GradientTransformation) -> Tra
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, loss: Loss, targets: Targets, tx: optax.GradientTransformation
+    graphdef: nnx.GraphDef,
+    loss: Loss,
+    targets: Targets,
+    tx: optax.GradientTransformation,
+    augment: Augment | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """``step(state, batch, key) -> state, metrics``; randomness is ``fold_in(key, state.step)``.
+
+    ``augment`` changes the batch first; its randomness is in the batch.
 
     Metrics: ``loss`` and its parts, ``grad_norm``, ``update_norm``, and ``score``: the hard Dice per channel,
     averaged over samples.
     """
 
     def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = batch if augment is None else augment(batch)
         masks = targets(batch["label"])
         key = jax.random.fold_in(key, state.step)
 

@@ -1,9 +1,10 @@
 """Trains a network from a config; run again with the same arguments, it resumes."""
 
+import dataclasses
 import functools
 import math
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,18 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xdim_jax import checkpoint, cli, infer, inflate, log, mesh, metrics, models, optim, regions, stem, weights
-from xdim_jax.data import brats, phantom, pipeline
-from xdim_jax.data.splits import check_fold, split_cases
+from xdim_jax import checkpoint, cli, infer, inflate, log, mesh, metrics, models, optim, stem, weights
+from xdim_jax.augment import make_augment
+from xdim_jax.data import case as data_case
+from xdim_jax.data import phantom, pipeline, store
+from xdim_jax.data.case import Case, Dataset
+from xdim_jax.data.datasets import get_dataset
+from xdim_jax.data.prepare import Preparation
+from xdim_jax.data.splits import check_fold, official_split, split_cases
 from xdim_jax.errors import UserError, join_problems
-from xdim_jax.files import read_json, write_json
+from xdim_jax.files import DATA_FILE, read_json, write_json
 from xdim_jax.loading import read_anywhere
 from xdim_jax.loop import InterruptedValidationError, Progress, Run, StopRequest, Validation, catch_signals, fit
 from xdim_jax.loss import make_loss
 from xdim_jax.step import init_state, make_forward, make_train_step, split_model
 
 # keys that may differ when a run is resumed: they change neither data nor numbers
-FREE_KEYS = ("data.root", "data.threads", "train.log_every", "train.checkpoint_minutes")
+FREE_KEYS = ("data.root", "data.store", "data.threads", "train.log_every", "train.checkpoint_minutes")
 
 
 # smallest and largest value of a key, both allowed
@@ -33,7 +39,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.batch": (1, math.inf),
     "data.patches_per_case": (1, math.inf),
     "data.threads": (1, math.inf),
-    "data.tumour_probability": (0, 1),
+    "data.foreground": (0, 1),
     "data.phantom.cases": (0, math.inf),
     "data.phantom.held_out": (0, math.inf),
     "optim.b1": (0, 0.9999),
@@ -67,26 +73,33 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the run; made if it does not exist")
     options, overrides = parser.parse_known_args(argv)
     config = cli.load_config(options.config, overrides)
-    check_config(config)
+    dataset = check_config(config)
     cli.cache_programs()
-    return train(config, options.workdir)
+    return train(config, dataset, options.workdir)
 
 
-def check_config(config: cli.Config) -> None:
-    """Finds what cannot work before anything is read or compiled. Raises UserError."""
-    convention = brats.get_convention(config.data.convention)
-    if not config.data.root and not config.data.phantom.cases:
+def check_config(config: cli.Config) -> Dataset:
+    """Finds what cannot work before anything is read or compiled, and fills in what the data decide.
+
+    Raises:
+        UserError: every kind of thing that cannot work.
+    """
+    data = config.data
+    if data.root and not Path(data.root).is_dir():
+        raise UserError(f"--config.data.root={data.root} is not a folder; give the folder of the {data.dataset} data")
+    dataset = get_dataset(data)
+    if not data.root and not data.phantom.cases:
         raise UserError(
             "no data: give --config.data.root=<folder> with cases laid out as\n"
-            f"  {convention.layout()}\n"
+            f"  {dataset.layout}\n"
             "or take the variant that needs no data, --config=<recipe>.py:phantom"
         )
-    if config.data.root and not Path(config.data.root).is_dir():
-        raise UserError(f"--config.data.root={config.data.root} is not a folder; expected {convention.layout()}")
-    channels = {"in_channels": len(brats.MODALITIES), "out_channels": len(regions.REGIONS)}
-    for key, expected in channels.items():
+    for key, expected in (("in_channels", len(dataset.channels)), ("out_channels", len(dataset.regions.names))):
+        config.model[key] = config.model[key] or expected
         if config.model[key] != expected:
-            raise UserError(f"config.model.{key}={config.model[key]}: BraTS needs {expected}")
+            raise UserError(f"config.model.{key}={config.model[key]}: {dataset.name} needs {expected}")
+    Preparation.from_config(data.prepare)
+    make_augment(config.augment, models.spatial_axes(config.model))
     try:
         models.build_abstract(config.model)
     except ValueError as error:
@@ -97,18 +110,24 @@ def check_config(config: cli.Config) -> None:
         raise UserError(str(error)) from error
     problems = []
     for key, (low, high) in RANGES.items():
-        value = functools.reduce(lambda section, name: section[name], key.split("."), config)
+        try:
+            value = functools.reduce(lambda section, name: section[name], key.split("."), config)
+        except KeyError:  # not a key of this recipe
+            continue
         if not low <= value <= high:
             problems.append(f"config.{key}={value}: expected {low:g} to {high:g}")
-    if config.data.dataset != "brats":
-        problems.append(f"config.data.dataset={config.data.dataset!r}: known: brats")
+    for key, known in (("sampling", pipeline.SAMPLINGS), ("split", ("folds", "official"))):
+        if data[key] not in known:
+            problems.append(f"config.data.{key}={data[key]!r}: known: {', '.join(known)}")
     channel_rules = tuple(rule for rule in stem.RULES if rule != "map")  # a map is for weight_port
     for key, known in (("inflate", inflate.RULES), ("channels", channel_rules), ("part", ("all", "encoder"))):
         if config.init[key] not in known:
             problems.append(f"config.init.{key}={config.init[key]!r}: known: {', '.join(known)}")
     if problems:
         raise join_problems(problems, "values out of range")
-    check_fold(config.data.fold, config.data.folds)  # before any phantom is written
+    if data.split == "folds":
+        check_fold(data.fold, data.folds)  # before any phantom is written
+    return dataset
 
 
 def initialise(config: cli.Config, params: Any, stats: Any) -> tuple[Any, Any, str]:
@@ -134,29 +153,34 @@ def initialise(config: cli.Config, params: Any, stats: Any) -> tuple[Any, Any, s
     return params, stats, f"from {options.weights} ({len(done)} arrays; {', '.join(changed) or 'all copied'})"
 
 
-def find_data(config: cli.Config, workdir: Path, *, started: bool) -> tuple[list[brats.Case], list[brats.Case]]:
-    """Training and validation cases; without a root, phantoms are written below the workdir first.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The data of a run: what trains, and what validates."""
+
+    train: list[store.Entry]
+    validation: list[tuple[Case, store.Entry]]
+
+
+def find_data(config: cli.Config, dataset: Dataset, workdir: Path, *, started: bool) -> Found:
+    """Prepared training and validation cases; without a root, phantoms are written below the workdir first.
 
     Raises:
         UserError: the data cannot be used, or a run that has ``started`` was split otherwise: cases that it trained on
             could come to validate it.
     """
-    convention = brats.get_convention(config.data.convention)
-    root = Path(config.data.root or workdir / "phantom" / "train")
-    if not config.data.root:
-        options = config.data.phantom
-        shared = {
-            "convention": convention,
-            "shape": tuple(options.shape),
-            "seed": config.seed,
-            "difficulty": phantom.Difficulty(noise=options.noise, bias=options.bias),
-            "progress": log.say,
-        }
-        phantom.write_brats(root, cases=options.cases, **shared)
-        phantom.write_brats(root.parent / "held_out", cases=options.held_out, first=options.cases, **shared)
-    cases = brats.list_cases(root, convention, need_labels=True)
-    brats.check_grids(cases)
-    train, validation = split_cases(cases, fold=config.data.fold, folds=config.data.folds, seed=config.seed)
+    data = config.data
+    root = Path(data.root or workdir / "phantom" / "train")
+    if not data.root:
+        _write_phantoms(config, root.parent)
+    scan = data_case.scan_cases(dataset, root, need_labels=True)
+    cases = data_case.usable_cases(scan, root)
+    for problem in scan.problems:
+        log.warn(str(problem))
+    data_case.check_grids(cases)
+    if data.split == "official":
+        train, validation = official_split(cases, scan.splits, data.fold)
+    else:
+        train, validation = split_cases(cases, fold=data.fold, folds=data.folds, seed=config.seed)
     split = {"root": str(root), "train": [c.case_id for c in train], "validation": [c.case_id for c in validation]}
     path = workdir / "split.json"
     if started and path.exists():
@@ -169,10 +193,43 @@ def find_data(config: cli.Config, workdir: Path, *, started: bool) -> tuple[list
                     "or give another --workdir"
                 )
     write_json(path, split)
-    return train, validation
+    write_json(workdir / DATA_FILE, data_case.describe(dataset))
+    entries = store.prepare_cases(
+        dataset,
+        [*train, *validation],
+        Preparation.from_config(data.prepare),
+        Path(data.store) if data.store else store.default_folder(root),
+        jobs=data.threads,
+        say=log.say,
+        progress=log.bar("prepare"),
+    )
+    chosen = entries[: len(train)]
+    pipeline.check_size(chosen, data.sampling, _size(data.patch))
+    return Found(chosen, list(zip(validation, entries[len(train) :], strict=True)))
 
 
-def train(config: cli.Config, workdir: Path) -> int:
+def _write_phantoms(config: cli.Config, folder: Path) -> None:
+    options, name = config.data.phantom, config.data.dataset
+    write, first = phantom.WRITERS[name]
+    shared = {
+        "shape": tuple(options.shape),
+        "seed": config.seed,
+        "difficulty": phantom.Difficulty(noise=options.noise, bias=options.bias),
+        "progress": log.say,
+    }
+    if name == "brats":
+        shared["convention"] = config.data.convention
+    write(folder / "train", cases=options.cases, first=first, **shared)
+    write(folder / "held_out", cases=options.held_out, first=first + options.cases, **shared)
+
+
+def _size(patch: Sequence[int]) -> pipeline.Size:
+    """A patch with three axes; of a 2D network, one slice."""
+    d, h, w = (*(1,) * (3 - len(patch)), *patch)
+    return d, h, w
+
+
+def train(config: cli.Config, dataset: Dataset, workdir: Path) -> int:
     """Runs the recipe to its end, or until a signal. Returns the exit status."""
     devices = mesh.make_mesh(config.mesh.data, config.mesh.space, batch=config.data.batch)
     if config.data.patch[0] % devices.shape["space"]:
@@ -186,8 +243,9 @@ def train(config: cli.Config, workdir: Path) -> int:
     if not started:
         params, stats, origin = initialise(config, params, stats)
     cli.claim_workdir(workdir, config, free=FREE_KEYS, started=started)
-    train_cases, validation_cases = find_data(config, workdir, started=started)
-    per_epoch = pipeline.steps_per_epoch(len(train_cases), config.data.patches_per_case, config.data.batch)
+    found = find_data(config, dataset, workdir, started=started)
+    count = len(pipeline.records(found.train, config.data.sampling, config.data.patches_per_case))
+    per_epoch = pipeline.steps_per_epoch(count, config.data.batch)
     total = per_epoch * config.train.epochs
 
     schedule = optim.make_schedule(config.optim.schedule, epochs=config.train.epochs, per_epoch=per_epoch)
@@ -195,13 +253,14 @@ def train(config: cli.Config, workdir: Path) -> int:
     state = init_state(optim.init_params(config.optim, params), stats, tx)
     # LookAhead's two copies start as one array, which cannot be donated twice
     state = mesh.put_replicated(jax.tree.map(jnp.copy, state), devices)
-    progress = Progress([0.0] * len(regions.REGIONS))
+    progress = Progress([0.0] * len(dataset.regions.names))
 
     log.say(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
     log.say(f"mesh       data {devices.shape['data']} x space {devices.shape['space']}")
     log.say(f"network    {config.model.name}, {models.count_parameters(params):,} parameters, weights {origin}")
     log.say(
-        f"data       {len(train_cases)} training, {len(validation_cases)} validation cases, fold {config.data.fold}"
+        f"data       {dataset.name}, {len(found.train)} training, {len(found.validation)} validation cases, "
+        f"fold {config.data.fold}"
     )
     log.say(f"steps      {config.train.epochs} epochs x {per_epoch} = {total}")
     log.say(f"workdir    {workdir}")
@@ -213,9 +272,11 @@ def train(config: cli.Config, workdir: Path) -> int:
     log.say(f"resume     from step {start}" if restored else "resume     nothing to resume, starting at step 0")
 
     stream = pipeline.make_stream(
-        train_cases,
-        patch=tuple(config.data.patch),
-        tumour_probability=config.data.tumour_probability,
+        found.train,
+        sampling=config.data.sampling,
+        size=_size(config.data.patch),
+        flat=models.spatial_axes(config.model) == 2,
+        foreground=config.data.foreground,
         patches_per_case=config.data.patches_per_case,
         batch=config.data.batch,
         seed=config.seed,
@@ -228,14 +289,21 @@ def train(config: cli.Config, workdir: Path) -> int:
         run = Run(
             config=config.train,
             per_epoch=per_epoch,
-            step=make_train_step(graphdef, make_loss(config.loss), lambda label: regions.encode(label, jnp), tx),
+            step=make_train_step(
+                graphdef,
+                make_loss(config.loss),
+                lambda label: dataset.regions.encode(label, jnp),
+                tx,
+                make_augment(config.augment, models.spatial_axes(config.model)),
+            ),
             key=jax.random.key(config.seed),
             schedule=schedule,
             mesh=devices,
             checkpoints=checkpoints,
             recorder=log.open_recorder(workdir, start, writes=jax.process_index() == 0),
-            validate=make_validation(graphdef, validation_cases, tuple(config.data.patch), config.predict),
+            validate=make_validation(config, graphdef, dataset, found.validation),
             stop=stop,
+            regions=dataset.regions.names,
         )
         try:
             fit(run, state, progress, stream, validated=_validated(workdir, start))
@@ -256,26 +324,26 @@ def _validated(workdir: Path, step: int) -> bool:
 
 
 def make_validation(
-    graphdef: Any, cases: Sequence[brats.Case], patch: tuple[int, int, int], options: Mapping[str, Any]
+    config: cli.Config, graphdef: Any, dataset: Dataset, cases: Sequence[tuple[Case, store.Entry]]
 ) -> Validation:
     """Whole-volume validation: mean Dice per region over the cases, post-processed as predictions are.
 
     A region that is empty in both maps counts 1, as on the BraTS platform.
     """
-    predict = infer.make_volume_predictor(make_forward(graphdef), patch=patch, overlap=options["overlap"])
+    predict = infer.make_network_predictor(config, make_forward(graphdef))
+    names = dataset.regions.names
 
     def validate(weights: Any, stop: StopRequest) -> dict[str, float]:
         scores = []
-        for case in cases:
+        for case, entry in cases:
             if stop.signal:
                 raise InterruptedValidationError
-            volume = brats.read_case(case)
-            assert volume.label is not None
-            predicted = regions.encode(infer.segment(predict, weights, volume, options))
-            reference = regions.encode(volume.label)
-            dice = [metrics.dice(predicted[..., r], reference[..., r]) for r in range(len(regions.REGIONS))]
+            label = infer.segment(predict, weights, entry.load(), dataset.regions, config.predict)
+            predicted = dataset.regions.encode(label)
+            reference = dataset.regions.encode(data_case.read_label(case))
+            dice = [metrics.dice(predicted[..., r], reference[..., r]) for r in range(len(names))]
             scores.append(np.nan_to_num(dice, nan=1.0))
-        return dict(zip(regions.REGIONS, np.mean(scores, 0).tolist(), strict=True))
+        return dict(zip(names, np.mean(scores, 0).tolist(), strict=True))
 
     return validate
 

@@ -1,41 +1,192 @@
-"""Data sets on disk: write phantoms in a challenge's real layout."""
+"""Data sets on disk: check them, prepare them for training, or write synthetic ones in their layouts."""
 
+import argparse
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from xdim_jax import cli, log
-from xdim_jax.data import brats, phantom
+from xdim_jax.data import brats, camus, chaos, phantom
+from xdim_jax.data.case import list_cases
+from xdim_jax.data.datasets import DATASETS, get_dataset
+from xdim_jax.data.prepare import Preparation
+from xdim_jax.data.problem import KINDS
+from xdim_jax.data.store import default_folder, prepare_cases, store_key
+from xdim_jax.data.verify import format_findings, verify
 from xdim_jax.errors import UserError
+from xdim_jax.files import write_json
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line, see ``--help``."""
-    parser = cli.make_parser("xdim_jax.data", __doc__ or "", "exit status: 0 done, 2 unusable input")
-    commands = parser.add_subparsers(dest="command", required=True)
-    write = commands.add_parser("phantom", help="write synthetic cases", description=phantom.__doc__)
-    write.add_argument("--dataset", choices=["brats"], required=True)
-    write.add_argument("--root", type=Path, required=True, help="folder for the case folders")
-    write.add_argument("--cases", type=int, default=10, help="how many (default %(default)s)")
-    write.add_argument("--first", type=int, default=0, help="number of the first (default %(default)s)")
-    write.add_argument("--seed", type=int, default=0)
-    write.add_argument("--shape", default="240,240,155", metavar="X,Y,Z", help="voxels (default %(default)s)")
-    write.add_argument("--convention", choices=sorted(brats.CONVENTIONS), default="brats2021")
-    options = parser.parse_args(argv)
-    try:
-        x, y, z = (int(n) for n in options.shape.split(","))
-    except ValueError as error:
-        raise UserError(f"--shape={options.shape}: expected three numbers, X,Y,Z") from error
-    phantom.write_brats(
-        options.root,
-        cases=options.cases,
-        first=options.first,
-        convention=brats.get_convention(options.convention),
-        shape=(x, y, z),
-        seed=options.seed,
-        progress=log.say,
+    parser = cli.make_parser(
+        "xdim_jax.data", __doc__ or "", "exit status: 0 done, 1 verify found errors, 2 unusable input"
     )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_verify(commands)
+    _add_prepare(commands)
+    _add_phantom(commands)
+    options, overrides = parser.parse_known_args(argv)
+    if overrides and options.command != "prepare":
+        raise UserError(f"unknown arguments {' '.join(overrides)}; see python -m xdim_jax.data {options.command} -h")
+    if options.command == "prepare":
+        return _prepare(options, overrides)
+    return _verify(options) if options.command == "verify" else _phantom(options)
+
+
+def _add_dataset(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    parser.add_argument("--dataset", choices=names, required=True)
+    parser.add_argument("--root", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--convention", choices=sorted(brats.CONVENTIONS), help="of BraTS; never guessed")
+
+
+# -- verify -------------------------------------------------------------------------------------------------------
+
+
+def _add_verify(commands: Any) -> None:
+    kinds = "\n".join(f"  {kind:<22}{meaning}" for kind, meaning in KINDS.items())
+    parser = commands.add_parser(
+        "verify",
+        help="find everything wrong with a data set",
+        description="Reads every file and lists all problems: file, found, expected, what to do.\n\nkinds:\n" + kinds,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_dataset(parser, list(DATASETS))
+    parser.add_argument("--views", help=f"of CAMUS, with commas (default {','.join(camus.VIEWS)})")
+    parser.add_argument("--instants", help=f"of CAMUS (default {','.join(camus.INSTANTS)}; half_sequence)")
+    parser.add_argument("--task", type=int, choices=list(chaos.TASKS), help="of CHAOS (default 5; 4 reads CT and MR)")
+    parser.add_argument("--phase", choices=chaos.PHASES, help="of T1-DUAL (default in)")
+    parser.add_argument("--no-labels", action="store_true", help="the cases need no reference labels")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there as well; - is the screen")
+    parser.add_argument("--strict", action="store_true", help="warnings count as errors in the exit status")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at once (default: all cores)")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    dataset = get_dataset(_section(options))
+    to_screen = options.json == Path("-")
+    progress = {} if to_screen else {"progress": log.bar("verify")}
+    findings = verify(dataset, options.root, need_labels=not options.no_labels, jobs=options.jobs, **progress)
+    report = {
+        "dataset": dataset.name,
+        "root": str(options.root.absolute()),
+        "cases": findings.cases,
+        "errors": findings.errors,
+        "warnings": len(findings.problems) - findings.errors,
+        "problems": [p.to_json() for p in findings.problems],
+    }
+    if to_screen:
+        print(json.dumps(report, indent=2))
+    else:
+        for line in format_findings(findings, options.root):
+            log.say(line)
+        if options.json:
+            write_json(options.json, report)
+    return 1 if findings.errors or (options.strict and findings.problems) else 0
+
+
+def _section(options: argparse.Namespace) -> dict[str, Any]:
+    """The flags as the ``data`` section of a config. Raises UserError for a flag that the data set does not have."""
+    known = DATASETS[options.dataset].options
+    section: dict[str, Any] = {"dataset": options.dataset, "root": str(options.root)}
+    for key in ("convention", "views", "instants", "task", "phase"):
+        value = getattr(options, key, None)
+        if value is None:
+            continue
+        if key not in known:
+            raise UserError(f"--{key} is not an option of --dataset={options.dataset}; it has: {', '.join(known)}")
+        section[key] = tuple(value.split(",")) if key in ("views", "instants") else value
+    return section
+
+
+# -- prepare ------------------------------------------------------------------------------------------------------
+
+
+_PREPARE = """Crops, resamples and standardises every case as a recipe says, and writes the store of arrays that
+training reads. Training does the same where the store is missing; several runs share one store. Run again, it goes on
+where it was, and prepares only what is new or has changed.
+
+example:
+  python -m xdim_jax.data prepare --config=configs/brats_dxnet.py --config.data.root=/data/BraTS2021_Training_Data
+"""
+
+
+def _add_prepare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "prepare",
+        help="prepare a data set for training, once",
+        description=_PREPARE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:WORDS]", help="a recipe; --config.<key>=<value> too")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at once (default: all cores)")
+
+
+def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    data = cli.load_config(options.config, overrides).data
+    if not data.root:
+        raise UserError("give --config.data.root=<folder of the data>")
+    root = Path(data.root)
+    dataset = get_dataset(data)
+    cases = list_cases(dataset, root, need_labels=True)
+    folder = Path(data.store) if data.store else default_folder(root)
+    settings = Preparation.from_config(data.prepare)
+    prepare_cases(dataset, cases, settings, folder, jobs=options.jobs, say=log.say, progress=log.bar("prepare"))
+    key = store_key(dataset, settings)[0]
+    size = sum(p.stat().st_size for p in (folder / key).rglob("*") if p.is_file())
+    log.say(f"done       {len(cases)} cases in {folder / key}, {size / 2**30:.2f} GiB")
     return 0
+
+
+# -- phantom ------------------------------------------------------------------------------------------------------
+
+
+def _add_phantom(commands: Any) -> None:
+    parser = commands.add_parser("phantom", help="write synthetic cases", description=phantom.__doc__)
+    _add_dataset(parser, ["brats", "camus", "chaos"])
+    parser.add_argument(
+        "--cases", type=int, default=10, help="patients; of CHAOS, of CT and of MR (default %(default)s)"
+    )
+    parser.add_argument("--first", type=int, help="number of the first (default 0; CAMUS and CHAOS 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--shape",
+        metavar="X,Y[,Z]",
+        help="voxels (default: BraTS 240,240,155; CAMUS 549,389; CHAOS CT 512,512,80, from which MR follows)",
+    )
+    parser.add_argument("--layout", choices=["nifti", "metaimage"], default="nifti", help="release of CAMUS")
+    parser.add_argument("--noise", type=float, help="standard deviation, in units of signal (default 0.06)")
+    parser.add_argument("--bias", type=float, help="standard deviation of the bias field (default 0.1)")
+    parser.add_argument("--contrast", type=float, help="of tissues, 0 to 1 (default 1)")
+
+
+def _phantom(options: argparse.Namespace) -> int:
+    if options.cases < 1:
+        raise UserError(f"--cases={options.cases}: expected 1 or more")
+    chosen = {key: getattr(options, key) for key in ("noise", "bias", "contrast")}
+    difficulty = phantom.Difficulty(**{key: value for key, value in chosen.items() if value is not None})
+    shared: dict[str, Any] = {"cases": options.cases, "seed": options.seed, "difficulty": difficulty}
+    shared |= {"progress": log.say} | ({} if options.first is None else {"first": options.first})
+    shape = _shape(options.shape, 2 if options.dataset == "camus" else 3) if options.shape else None
+    shared |= {"shape": shape} if shape else {}
+    if options.dataset == "brats":
+        shared["convention"] = options.convention or "brats2021"
+    elif options.dataset == "camus":
+        shared["layout"] = options.layout
+    phantom.WRITERS[options.dataset][0](options.root, **shared)
+    return 0
+
+
+def _shape(text: str, sides: int) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(n) for n in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--shape={text}: expected {sides} numbers with commas") from error
+    if len(shape) != sides:
+        raise UserError(f"--shape={text}: expected {sides} numbers with commas")
+    return shape
 
 
 def command() -> NoReturn:

@@ -1,10 +1,10 @@
-"""BraTS as it lies on disk (spec: challenges, sections 3.5 and 4.1): list the cases of a folder, read one.
+"""BraTS as it lies on disk (spec: challenges, sections 3.5 and 4.1).
 
     <root>/BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2,seg}.nii.gz             convention brats2021 (2019-2022)
-    <root>/BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t2f,t1n,t1c,t2w,seg}.nii.gz      convention brats2023
+    <root>/BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t2f,t1n,t1c,t2w,seg}.nii.gz      conventions brats2023, brats2024
 
 Case folders may lie one level deeper (``HGG/``, ``LGG/``); files may be ``.nii``. The convention says what the label
-values mean and is never guessed from them.
+values mean and is never guessed from them: label 4 is the enhancing tumour up to 2022 and a resection cavity in 2024.
 """
 
 import dataclasses
@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from xdim_jax.data.nifti import Grid, read_grid, read_volume
-from xdim_jax.errors import UserError, join_problems
-from xdim_jax.regions import ED, ET, NCR
+from xdim_jax.data import nifti
+from xdim_jax.data.case import Case, Dataset, Scan
+from xdim_jax.data.image import where
+from xdim_jax.data.labels import Labels
+from xdim_jax.data.problem import WARNING, Problem
+from xdim_jax.errors import UserError
+from xdim_jax.regions import BRATS, BRATS_2024, TISSUES
 
 MODALITIES: tuple[str, ...] = ("flair", "t1", "t1ce", "t2")  # the order of the image channels
-_SUFFIXES = (".nii.gz", ".nii")
-_SHIFT_TOLERANCE = 0.01  # of a voxel, at the volume's corners
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,43 +31,34 @@ class Convention:
     name: str
     separator: str
     modalities: tuple[str, ...]  # as `MODALITIES`, in this generation's words
-    labels: dict[int, int]  # value on disk -> tissue index
+    labels: Labels
 
     def file_name(self, case: str, part: str) -> str:
         return f"{case}{self.separator}{part}"
 
     def layout(self) -> str:
         """The expected tree, for messages."""
-        case = {"brats2021": "BraTS2021_00000", "brats2023": "BraTS-GLI-00000-000"}[self.name]
+        case = "BraTS2021_00000" if self.separator == "_" else "BraTS-GLI-00000-000"
         parts = ",".join((*self.modalities, "seg"))
         return f"<root>/{case}/{case}{self.separator}{{{parts}}}.nii.gz"
 
 
+_NEW_NAMES = ("t2f", "t1n", "t1c", "t2w")
 CONVENTIONS = {
-    "brats2021": Convention("brats2021", "_", ("flair", "t1", "t1ce", "t2"), {0: 0, 1: NCR, 2: ED, 4: ET}),
-    "brats2023": Convention("brats2023", "-", ("t2f", "t1n", "t1c", "t2w"), {0: 0, 1: NCR, 2: ED, 3: ET}),
+    "brats2021": Convention(
+        "brats2021",
+        "_",
+        ("flair", "t1", "t1ce", "t2"),
+        Labels("brats2021", TISSUES, (0, 1, 2, 4), elsewhere=((3, "brats2023 (ET)"), (3, "brats2024 (ET)"))),
+    ),
+    "brats2023": Convention(
+        "brats2023",
+        "-",
+        _NEW_NAMES,
+        Labels("brats2023", TISSUES, (0, 1, 2, 3), elsewhere=((4, "brats2021 (ET)"), (4, "brats2024 (RC)"))),
+    ),
+    "brats2024": Convention("brats2024", "-", _NEW_NAMES, Labels("brats2024", (*TISSUES, "RC"), (0, 1, 2, 3, 4))),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One examination: the files of its modalities and, where there is one, of its reference labels."""
-
-    case_id: str
-    patient: str
-    images: tuple[Path, ...]
-    label: Path | None
-    convention: Convention
-
-
-@dataclasses.dataclass(frozen=True)
-class Volume:
-    """A case in memory: ``image`` float32 (D, H, W, 4), ``label`` uint8 (D, H, W) of tissue indices or None."""
-
-    case_id: str
-    image: np.ndarray
-    label: np.ndarray | None
-    grid: Grid
 
 
 def get_convention(name: str) -> Convention:
@@ -75,91 +68,83 @@ def get_convention(name: str) -> Convention:
     return CONVENTIONS[name]
 
 
-def list_cases(root: Path, convention: Convention, *, need_labels: bool) -> list[Case]:
-    """The cases below ``root``, by name. ``root`` may also be one case folder.
+def dataset(convention: str) -> Dataset:
+    """BraTS of one convention. Raises UserError for an unknown one."""
+    found = get_convention(convention)
+    return Dataset(
+        "BraTS",
+        found.layout(),
+        MODALITIES,
+        found.labels,
+        BRATS_2024 if found.name == "brats2024" else BRATS,
+        lambda root, need_labels: scan(root, found, need_labels),
+        same_structures=False,  # some cases have no enhancing tumour, some no necrosis
+        inspect=inspect,
+    )
 
-    Raises:
-        UserError: no such folder; no case in it; files of another convention; and, all at once, every case with a
-            missing modality or (``need_labels``) a missing segmentation.
-    """
-    cases, problems = scan_cases(root, convention, need_labels=need_labels)
-    if problems:
-        raise join_problems(list(problems.values()), f"incomplete cases below {root}")
-    return cases
+
+_BACKGROUND = 0.05  # smallest share of exact zeros in a skull-stripped image
 
 
-def scan_cases(root: Path, convention: Convention, *, need_labels: bool) -> tuple[list[Case], dict[str, str]]:
-    """The complete cases below ``root``, and what is wrong with each of the others.
+def inspect(case: Case, image: np.ndarray) -> list[Problem]:
+    """Skull-stripped magnitudes: not negative, and exactly 0 outside the brain."""
+    problems = []
+    for source, name, channel in zip(case.images, case.channels, np.moveaxis(image, -1, 0), strict=True):
+        zeros = np.count_nonzero(channel == 0) / channel.size
+        found = ""
+        if zeros < _BACKGROUND:
+            found, step = (
+                f"is 0 on {100 * zeros:.1f} % of its voxels ({name})",
+                "strip the skull, and set the rest to 0",
+            )
+        elif channel.min() < 0:
+            found, step = f"has values down to {channel.min():g} ({name})", "restore the raw intensities"
+        if found:
+            expected = "a skull-stripped image, 0 outside the brain"
+            problems.append(Problem("intensity_range", where(source), found, expected, step, case.case_id, WARNING))
+    return problems
 
-    Raises:
-        UserError: no such folder, or no case in it.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder; expected {convention.layout()}")
+
+def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
+    """The complete cases below ``root``, which may also be one case folder, and what is wrong with the others."""
     below = [p for p in [root, *root.glob("*/"), *root.glob("*/*/")] if not p.name.startswith(".")]
     folders = sorted(p for p in below if _is_case(p))
-    if not folders:
-        found = sorted(p.name for p in root.iterdir() if not p.name.startswith("."))[:5]
-        raise UserError(
-            f"no BraTS case below {root}: expected {convention.layout()}; found "
-            + (f"{', '.join(found)}, ..." if found else "an empty folder")
-        )
     cases: dict[str, Case] = {}
-    problems: dict[str, str] = {}
+    problems: list[Problem] = []
     for folder in folders:
         case, missing = _find_files(folder, convention, need_labels)
         if case.case_id in cases:
-            twin = cases[case.case_id].images[0].parent
-            problems[case.case_id] = f"{folder} and {twin} are both case {case.case_id}; keep one"
+            twin = cases[case.case_id].files[0].parent
+            found = f"and {twin} are both case {case.case_id}"
+            problems.append(Problem("duplicate_case", folder, found, "one folder", "keep one", case.case_id))
         elif missing:
-            problems[case.case_id] = _missing_message(folder, convention, missing)
+            problems += _missing(folder, convention, missing)
         else:
             cases[case.case_id] = case
+            problems += _surplus(folder, case)
     for folder in below:
         if folder not in folders and folder != root and _looks_like_a_broken_case(folder):
-            problems[folder.name] = (
-                f"{folder} is empty, or holds NIfTI files that are not named after it; expected "
-                f"{convention.layout()}: rename it, or move it out of {root}"
-            )
-    return list(cases.values()), problems
+            found = "is empty, or holds NIfTI files that are not named after it"
+            step = f"rename it, or move it out of {root}"
+            problems.append(Problem("extra_file", folder, found, convention.layout(), step, folder.name))
+    return Scan(list(cases.values()), problems)
 
 
 def _looks_like_a_broken_case(folder: Path) -> bool:
     names = [p.name for p in folder.iterdir()]
-    return not names or any(n.endswith(_SUFFIXES) for n in names)
-
-
-def check_grids(cases: Sequence[Case]) -> None:
-    """Compares shape and affine of all files of all cases by their headers alone.
-
-    Raises:
-        UserError: every unreadable header and every file that does not lie on its case's grid, at once.
-    """
-    problems = []
-    for case in cases:
-        first = None
-        for path in [*case.images, *([case.label] if case.label else [])]:
-            try:
-                grid = read_grid(path)
-            except UserError as error:
-                problems.append(str(error))
-                continue
-            first = first or grid
-            if problem := _grid_problem(path, grid, case.images[0], first):
-                problems.append(problem)
-    if problems:
-        raise join_problems(problems, "files that do not fit their case")
+    return not names or any(n.endswith(nifti.SUFFIXES) for n in names)
 
 
 def _is_case(folder: Path) -> bool:
-    return any(p.name.startswith(folder.name) and p.name.endswith(_SUFFIXES) for p in folder.iterdir() if p.is_file())
+    return any(
+        p.name.startswith(folder.name) and p.name.endswith(nifti.SUFFIXES) for p in folder.iterdir() if p.is_file()
+    )
 
 
 def _find_files(folder: Path, convention: Convention, need_labels: bool) -> tuple[Case, list[str]]:
     def find(part: str) -> Path | None:
         stem = convention.file_name(folder.name, part)
-        return next((p for s in _SUFFIXES if (p := folder / f"{stem}{s}").is_file()), None)
+        return next((p for s in nifti.SUFFIXES if (p := folder / f"{stem}{s}").is_file()), None)
 
     images = {part: find(part) for part in convention.modalities}
     label = find("seg") or next(iter(sorted(folder.glob("*_Segm.nii*"))), None)  # BraTS20_Training_355
@@ -168,18 +153,37 @@ def _find_files(folder: Path, convention: Convention, need_labels: bool) -> tupl
         missing.append("seg")
     patient = folder.name.rsplit("-", 1)[0] if convention.separator == "-" else folder.name  # drops the time point
     paths = tuple(p for p in images.values() if p is not None)
-    return Case(folder.name, patient, paths, label, convention), missing
+    return Case(folder.name, patient, paths, MODALITIES, label, convention.labels), missing
 
 
-def _missing_message(folder: Path, convention: Convention, missing: list[str]) -> str:
+def _missing(folder: Path, convention: Convention, missing: list[str]) -> list[Problem]:
     for other in CONVENTIONS.values():
-        if other is not convention and not _find_files(folder, other, False)[1]:
-            return (
-                f"{folder} has files named as in {other.name}, but the convention is {convention.name}: give "
-                f"--config.data.convention={other.name} (train) or --convention={other.name}"
-            )
-    names = ", ".join(f"{convention.file_name(folder.name, part)}.nii.gz" for part in missing)
-    return f"{folder}: missing {names}; fetch the case again or move it out of the data root"
+        if other.separator != convention.separator and not _find_files(folder, other, False)[1]:
+            found = f"has files named as in {other.name}, but the convention is {convention.name}"
+            step = f"give --config.data.convention={other.name} (train) or --convention={other.name}"
+            return [Problem("wrong_convention", folder, found, convention.layout(), step, folder.name)]
+    step = "fetch the case again or move it out of the data root"
+    return [
+        Problem(
+            "missing_label" if part == "seg" else "missing_image",
+            folder,
+            f"is missing {convention.file_name(folder.name, part)}.nii.gz",
+            convention.layout(),
+            step,
+            folder.name,
+        )
+        for part in missing
+    ]
+
+
+def _surplus(folder: Path, case: Case) -> list[Problem]:
+    others = [p for p in sorted(folder.iterdir()) if p.name.endswith(nifti.SUFFIXES) and not p.name.startswith(".")]
+    found = "belongs to none of the modalities"
+    return [
+        Problem("extra_file", p, found, ", ".join(MODALITIES) + " and seg", "move it away", case.case_id, WARNING)
+        for p in others
+        if p not in case.files and not p.name.endswith(("seg.nii.gz", "seg.nii"))
+    ]
 
 
 def case_from_files(paths: Sequence[Path], convention: Convention) -> Case:
@@ -196,7 +200,7 @@ def case_from_files(paths: Sequence[Path], convention: Convention) -> Case:
     stems = []
     for path, wanted in zip(paths, convention.modalities, strict=True):
         stem = path.name
-        for suffix in _SUFFIXES:
+        for suffix in nifti.SUFFIXES:
             stem = stem.removesuffix(suffix)
         named = [m for m in convention.modalities if stem.endswith(f"{convention.separator}{m}")]
         if named and wanted not in named:
@@ -205,85 +209,4 @@ def case_from_files(paths: Sequence[Path], convention: Convention) -> Case:
     if len(set(filter(None, stems))) > 1:
         raise UserError(f"the files are of different cases: {', '.join(sorted(set(stems)))}; give those of one")
     name = stems[0] or paths[0].name.split(".")[0]
-    return Case(name, name, tuple(paths), None, convention)
-
-
-def without_label(case: Case) -> Case:
-    """The case as a network sees it: its reference is not read."""
-    return dataclasses.replace(case, label=None)
-
-
-def read_case(case: Case) -> Volume:
-    """Reads all files of a case and checks that they lie on one grid and hold what they should.
-
-    Raises:
-        UserError: every problem of the case at once: unreadable files, shapes or affines that differ, NaN or
-            infinite intensities, label values that the convention does not have.
-    """
-    problems: list[str] = []
-    arrays: list[np.ndarray] = []
-    grids: list[Grid] = []
-    paths = [*case.images, *([case.label] if case.label else [])]
-    for path in paths:
-        try:
-            array, grid = read_volume(path)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        if grids and (problem := _grid_problem(path, grid, case.images[0], grids[0])):
-            problems.append(problem)
-        if path is not case.label and not np.isfinite(array).all():
-            count = np.count_nonzero(~np.isfinite(array))
-            problems.append(
-                f"{path} holds {count} NaN or infinite voxels; expected finite intensities: repair the file"
-            )
-        arrays.append(array)
-        grids.append(grid)
-    label = None
-    if not problems and case.label:
-        label, unknown = decode_label(arrays.pop(), case.convention)
-        if unknown:
-            problems.append(_label_message(case.label, unknown, case.convention))
-    if problems:
-        raise join_problems(problems, f"problems in case {case.case_id}")
-    return Volume(case.case_id, np.stack(arrays, -1).astype(np.float32, copy=False), label, grids[0])
-
-
-def _grid_problem(path: Path, grid: Grid, first_path: Path, first: Grid) -> str | None:
-    if grid.shape != first.shape:
-        return f"{path} has shape {grid.shape}, but {first_path.name} has {first.shape}; expected one shape per case"
-    corners = np.stack(np.meshgrid(*[[0, n - 1] for n in grid.shape], [1], indexing="ij"), -1).reshape(-1, 4)
-    shift = np.abs(corners @ (np.linalg.solve(first.affine, grid.affine) - np.eye(4)).T).max()
-    if shift > _SHIFT_TOLERANCE:
-        return (
-            f"{path} lies up to {shift:.2f} voxels away from {first_path.name} by its affine; expected co-registered "
-            f"files (within {_SHIFT_TOLERANCE} voxels): resample it or restore its header"
-        )
-    return None
-
-
-def decode_label(values: np.ndarray, convention: Convention) -> tuple[np.ndarray, list[float]]:
-    """Values on disk to tissue indices uint8, and the values that the convention does not have."""
-    rounded = np.rint(values).astype(np.int64)
-    known = np.array(sorted(convention.labels))
-    unknown = np.unique(values[(np.abs(values - rounded) > 1e-3) | ~np.isin(rounded, known)]).tolist()
-    label = np.zeros(values.shape, np.uint8)
-    for value, tissue in convention.labels.items():
-        label[rounded == value] = tissue
-    return label, unknown
-
-
-def _label_message(path: Path, unknown: list[float], convention: Convention) -> str:
-    shown = ", ".join(f"{v:g}" for v in unknown[:6]) + (", ..." if len(unknown) > 6 else "")
-    known = ", ".join(str(v) for v in sorted(convention.labels))
-    fits = [c.name for c in CONVENTIONS.values() if c is not convention and set(unknown) <= set(c.labels)]
-    hint = f" (those values exist in {fits[0]}: is the convention right?)" if fits else ""
-    return f"{path} holds label {shown}; {convention.name} has only {known}{hint}"
-
-
-def encode_label(label: np.ndarray, convention: Convention) -> np.ndarray:
-    """Tissue indices to the values of the convention, uint8."""
-    table = np.zeros(len(convention.labels), np.uint8)
-    for value, tissue in convention.labels.items():
-        table[tissue] = value
-    return table[label]
+    return Case(name, name, tuple(paths), MODALITIES, None, convention.labels)

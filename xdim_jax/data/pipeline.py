@@ -1,38 +1,101 @@
-"""From cases to batches. The stream of training batches is a pure function of (seed, step)."""
+"""From prepared cases to batches. The stream of training batches is a pure function of (seed, step).
 
-from collections.abc import Iterator, Sequence
+Three ways of sampling, all of which give arrays of one size:
+
+    patches     3D patches at random places; with patch depth 1, random slices
+    slices      every slice of every volume once in an epoch, in random order: 2D networks on 3D data, and 2D images
+    volumes     every volume once in an epoch, whole: padded to a common size
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from xdim_jax.data.brats import Case, Volume, read_case
-from xdim_jax.data.transforms import brain_box, random_patch, zscore_nonzero
+from xdim_jax.data.store import Entry
+from xdim_jax.errors import UserError
+
+SAMPLINGS = ("patches", "slices", "volumes")
+
+Size = tuple[int, int, int]
+Sample = tuple[np.ndarray, np.ndarray]  # image float32 (D, H, W, C), label uint8 (D, H, W)
 
 
-def prepare(volume: Volume) -> tuple[np.ndarray, tuple[slice, slice, slice]]:
-    """Brain crop and z-score of the non-zero voxels: the network's image, and where it lies in the volume."""
-    box = brain_box(volume.image)
-    return zscore_nonzero(volume.image[box]), box
+def records(entries: Sequence[Entry], sampling: str, per_case: int) -> list[tuple[Entry, int]]:
+    """What one epoch visits: an entry, and the number of its slice (or of its visit)."""
+    if sampling == "slices":
+        return [(entry, k) for entry in entries for k in range(entry.shape[0])]
+    return [(entry, k) for k in range(1 if sampling == "volumes" else per_case) for entry in entries]
 
 
-def _load(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    volume = read_case(case)
-    image, box = prepare(volume)
-    assert volume.label is not None, "list_cases(need_labels=True) admits no case without labels"
-    return image, volume.label[box]
+def steps_per_epoch(count: int, batch: int) -> int:
+    """Full batches in one pass over ``count`` records; at least one."""
+    return max(count // batch, 1)
 
 
-def steps_per_epoch(cases: int, patches_per_case: int, batch: int) -> int:
-    """Full batches in one pass; at least one."""
-    return max(cases * patches_per_case // batch, 1)
+def check_size(entries: Sequence[Entry], sampling: str, size: Size) -> None:
+    """Raises UserError if whole images do not fit into ``size``, which would cut them."""
+    if sampling == "patches":
+        return
+    axes = (0, 1, 2) if sampling == "volumes" else (1, 2)
+    for entry in entries:
+        if any(entry.shape[a] > size[a] for a in axes):
+            raise UserError(
+                f"case {entry.case_id} is {'x'.join(map(str, entry.shape))} once prepared, larger than "
+                f"config.data.patch={size}, but config.data.sampling={sampling} takes whole images: resample with "
+                "config.data.prepare.size or .spacing, enlarge the patch, or sample patches"
+            )
+
+
+def cut(entry: Entry, start: Sequence[int], size: Size) -> Sample:
+    """The part of a case from ``start``, standardised; where ``size`` is larger than the case, zeros around it."""
+    prepared = entry.load()
+    if prepared.label is None:
+        raise UserError(f"case {entry.case_id} in {entry.folder} has no label; training needs one")
+    box = tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
+    image, label = prepared.image(box), np.asarray(prepared.label[box])
+    pads = [((p - n) // 2, p - n - (p - n) // 2) for p, n in zip(size, label.shape, strict=True)]
+    if any(low or high for low, high in pads):
+        image, label = np.pad(image, [*pads, (0, 0)]), np.pad(label, pads)
+    return image, np.ascontiguousarray(label)
+
+
+def random_start(entry: Entry, size: Size, foreground: float, rng: np.random.Generator) -> list[int]:
+    """Where a random patch begins.
+
+    With probability ``foreground`` it holds a labelled voxel: a structure that is present is drawn first, then one of
+    its voxels, then a position of the patch that contains it. Otherwise every position is equally likely.
+    """
+    spans = [max(n - p, 0) for n, p in zip(entry.shape, size, strict=True)]  # largest start along each axis
+    starts = [int(rng.integers(0, span + 1)) for span in spans]
+    if rng.random() < foreground and (voxel := entry.voxel(rng)) is not None:
+        starts = [
+            int(rng.integers(max(0, v - p + 1), min(v, span) + 1))
+            for v, p, span in zip(voxel, size, spans, strict=True)
+        ]
+    return starts
+
+
+def _sampler(
+    sampling: str, size: Size, foreground: float
+) -> Callable[[tuple[Entry, int], np.random.Generator], Sample]:
+    def sample(record: tuple[Entry, int], rng: np.random.Generator) -> Sample:
+        entry, number = record
+        if sampling == "patches":
+            return cut(entry, random_start(entry, size, foreground, rng), size)
+        return cut(entry, (number if sampling == "slices" else 0, 0, 0), size)
+
+    return sample
 
 
 def make_stream(
-    cases: Sequence[Case],
+    entries: Sequence[Entry],
     *,
-    patch: tuple[int, int, int],
-    tumour_probability: float,
+    sampling: str,
+    size: Size,
+    flat: bool = False,
+    foreground: float,
     patches_per_case: int,
     batch: int,
     seed: int,
@@ -41,19 +104,24 @@ def make_stream(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """Batches from ``start_step`` on, without end: ``image`` f32 (B, D, H, W, C), ``label`` uint8 (B, D, H, W).
+    """Batches from ``start_step`` on, without end.
 
-    Every pass visits each case ``patches_per_case`` times in a new order. ``batch`` counts all processes; each gets
-    its share. A record's random numbers depend on the seed and its index in the stream, so batches are the same for
-    any number of threads, and resuming needs only the step.
+    ``image`` f32 (B, D, H, W, C), ``label`` uint8 (B, D, H, W), ``key`` uint32 (B, 2): random bits of the sample, for
+    its augmentation. ``flat`` drops D, which must be 1.
+
+    Every pass visits each record (see `records`) in a new order. ``batch`` counts all processes; each gets its share.
+    A record's random numbers depend on the seed and its index in the stream, so batches are the same for any number
+    of threads, and resuming needs only the step. An error in a thread is raised here with its own traceback.
     """
+    sample = _sampler(sampling, size, foreground)
 
-    def cut(record: tuple[np.ndarray, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        image, label = random_patch(*record, patch, tumour_probability, rng)
-        return {"image": np.ascontiguousarray(image), "label": np.ascontiguousarray(label)}
+    def load(record: tuple[Entry, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        key = rng.integers(0, 2**32, 2, np.uint32)
+        image, label = sample(record, rng)
+        return {"image": image[0] if flat else image, "label": label[0] if flat else label, "key": key}
 
-    stream = grain.MapDataset.source(list(cases) * patches_per_case).seed(seed).shuffle().repeat()
-    stream = stream.map(_load).random_map(cut)
+    source = records(entries, sampling, patches_per_case)
+    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(load)
     stream = stream[process_index::process_count].batch(batch // process_count, drop_remainder=True)[start_step:]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(threads, 1))
     return iter(stream.to_iter_dataset(options))

@@ -1,10 +1,10 @@
 """Cross-validation folds by patient."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from xdim_jax.data.brats import Case
+from xdim_jax.data.case import Case
 from xdim_jax.errors import UserError
 
 T = TypeVar("T")
@@ -40,3 +40,24 @@ def split_cases(cases: Sequence[Case], *, fold: int, folds: int, seed: int) -> t
         )
     train = [c for c in cases if assigned[c.patient] != fold]
     return train, [c for c in cases if assigned[c.patient] == fold]
+
+
+def official_split(
+    cases: Sequence[Case], splits: Sequence[Mapping[str, Sequence[str]]], fold: int
+) -> tuple[list[Case], list[Case]]:
+    """Training and validation cases as a list that came with the data has them.
+
+    Raises:
+        UserError: the data set has no list, or not this fold, or a side of it has no case.
+    """
+    if not splits:
+        raise UserError("config.data.split=official, but the data come without a list of splits; give split=folds")
+    if not 0 <= fold < len(splits):
+        raise UserError(f"config.data.fold={fold}: the data come with the folds 0 to {len(splits) - 1}")
+    sides = [[c for c in cases if c.patient in set(splits[fold].get(s, ()))] for s in ("training", "validation")]
+    if not all(sides):
+        raise UserError(
+            f"the list of splits, fold {fold}, has {len(sides[0])} training and {len(sides[1])} validation cases among "
+            f"the {len(cases)} that are there; expected some of both"
+        )
+    return sides[0], sides[1]

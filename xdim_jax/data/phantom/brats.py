@@ -1,4 +1,4 @@
-"""Synthetic cases in the real on-disk layouts, to try everything without licensed data.
+"""A skull-stripped head with a tumour, in four modalities, in the layout of BraTS.
 
 The head is an ellipsoid brain (grey matter, white matter, ventricles) with a lesion of oedema, an enhancing rim and
 a necrotic centre; every fifth case has no enhancing part. Four co-registered modalities show the tissues with the
@@ -12,11 +12,12 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from scipy.ndimage import gaussian_filter, zoom
+from scipy.ndimage import gaussian_filter
 
-from xdim_jax.data.brats import MODALITIES, Convention, encode_label
+from xdim_jax.data.brats import MODALITIES, get_convention
+from xdim_jax.data.phantom.common import Difficulty, blend, claim_folder, smooth_field
 from xdim_jax.errors import UserError
-from xdim_jax.files import atomic_path, read_json, write_json
+from xdim_jax.files import atomic_path
 from xdim_jax.regions import ED, ET, NCR
 
 # relative signal of (grey, white, fluid, oedema, necrosis, enhancing), by sequence
@@ -27,16 +28,7 @@ _CONTRAST = {
     "t2": (0.78, 0.60, 1.25, 1.05, 1.12, 0.95),
 }
 _SIGNAL = 600.0  # int16 units of a relative signal of 1
-SETTINGS_FILE = "phantom.json"
 _SMALLEST = 32  # voxels along an axis, below which the lesion's parts vanish
-
-
-@dataclasses.dataclass(frozen=True)
-class Difficulty:
-    """How hard the phantoms are: standard deviations of the noise and of the (logarithmic) bias field."""
-
-    noise: float = 0.06
-    bias: float = 0.10
 
 
 def brats_case(
@@ -49,11 +41,11 @@ def brats_case(
     def bent(centre: np.ndarray, radii: np.ndarray, bend: float) -> np.ndarray:
         """Distance from an ellipsoid's centre in units of its radii, bent by a smooth field: below 1 is inside."""
         r = np.sqrt(sum(((a - c) / s) ** 2 for a, c, s in zip((x, y, z), centre, radii, strict=True)))
-        return r * (1 + bend * _smooth_field(shape, rng, cells=6))
+        return r * (1 + bend * smooth_field(shape, rng, cells=6))
 
     head = bent(np.zeros(3), np.array([0.72, 0.85, 0.78]), 0.04)
     brain = head < 1
-    white = (head < 0.80 + 0.08 * _smooth_field(shape, rng, cells=12)) & brain
+    white = (head < 0.80 + 0.08 * smooth_field(shape, rng, cells=12)) & brain
     side = np.array([0.16, 0.0, 0.05])
     ventricles = np.zeros(shape, bool)
     for sign in (-1, 1):
@@ -73,35 +65,24 @@ def brats_case(
     images = {}
     noise = rng.standard_normal((len(MODALITIES), *shape), np.float32) * difficulty.noise
     for modality, grain in zip(MODALITIES, noise, strict=True):
-        grey, bright, fluid, swollen, dead, leaking = _CONTRAST[modality]
+        grey, bright, fluid, swollen, dead, leaking = blend(
+            dict(enumerate(_CONTRAST[modality])), difficulty.contrast
+        ).values()
         signal = np.where(white, bright, grey).astype(np.float32)
         signal[ventricles] = fluid
         for tissue, value in ((ED, swollen), (NCR, dead), (ET, leaking)):
             signal[label == tissue] = value
-        signal = gaussian_filter(signal, 0.6) * np.exp(difficulty.bias * _smooth_field(shape, rng, cells=3))
+        signal = gaussian_filter(signal, 0.6) * np.exp(difficulty.bias * smooth_field(shape, rng, cells=3))
         values = np.maximum((signal * rng.uniform(0.8, 1.2) + grain) * _SIGNAL, 1)  # brain is never exactly 0
         images[modality] = np.where(brain, np.rint(values), 0).astype(np.int16)
     return images, label
-
-
-def _smooth_field(shape: tuple[int, ...], rng: np.random.Generator, cells: int) -> np.ndarray:
-    """A random field of standard deviation about 1 that varies over ``1 / cells`` of the volume."""
-    coarse = rng.standard_normal((cells + 2,) * len(shape)).astype(np.float32)
-    middle = tuple(-(-n // 3) for n in shape)  # cubic on a third of the voxels, linear from there
-    field = _resize(_resize(coarse, middle, order=3), shape, order=1)
-    return np.clip(field / max(float(field.std()), 1e-6), -2.5, 2.5)
-
-
-def _resize(field: np.ndarray, shape: tuple[int, ...], order: int) -> np.ndarray:
-    factors = [n / m for n, m in zip(shape, field.shape, strict=True)]
-    return np.asarray(zoom(field, factors, order=order, mode="nearest", grid_mode=True))
 
 
 def write_brats(
     root: Path,
     *,
     cases: int,
-    convention: Convention,
+    convention: str = "brats2021",
     shape: tuple[int, int, int] = (240, 240, 155),
     seed: int = 0,
     first: int = 0,
@@ -124,18 +105,23 @@ def write_brats(
     if len(shape) != 3 or min(shape) < _SMALLEST:
         raise UserError(f"phantom shape {tuple(shape)}: expected three sides (x,y,z) of at least {_SMALLEST} voxels")
     difficulty = difficulty or Difficulty()
-    settings = {"cases": cases, "first": first, "shape": list(shape), "seed": seed, "convention": convention.name}
+    generation = get_convention(convention)
+    settings = {
+        "dataset": "brats",
+        "cases": cases,
+        "first": first,
+        "shape": list(shape),
+        "seed": seed,
+        "convention": convention,
+    }
     settings |= dataclasses.asdict(difficulty)
-    record = Path(root) / SETTINGS_FILE
-    if record.exists() and (found := read_json(record)) != settings:
-        raise UserError(f"{root} holds phantoms made with {found}, not {settings}; give another folder, or remove it")
-    write_json(record, settings)
+    claim_folder(root, settings)
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
     affine[1, 3] = shape[1] - 1
-    names = dict(zip(MODALITIES, convention.modalities, strict=True))
+    names = dict(zip(MODALITIES, generation.modalities, strict=True))
     folders = []
     for n in range(first, first + cases):
-        case = f"BraTS2021_{n:05d}" if convention.separator == "_" else f"BraTS-GLI-{n:05d}-000"
+        case = f"BraTS2021_{n:05d}" if generation.separator == "_" else f"BraTS-GLI-{n:05d}-000"
         folder = Path(root) / case
         folders.append(folder)
         if folder.is_dir():
@@ -144,10 +130,10 @@ def write_brats(
         images, label = brats_case(shape, rng, enhancing=n % 5 != 4, difficulty=difficulty)
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            parts = {names[m]: image for m, image in images.items()} | {"seg": encode_label(label, convention)}
+            parts = {names[m]: image for m, image in images.items()} | {"seg": generation.labels.encode(label)}
             for part, array in parts.items():
                 image = nib.Nifti1Image(array, affine)
                 image.header.set_xyzt_units("mm")
-                nib.save(image, temporary / f"{convention.file_name(case, part)}.nii.gz")
+                nib.save(image, temporary / f"{generation.file_name(case, part)}.nii.gz")
         progress(f"phantom {case}: {shape[0]}x{shape[1]}x{shape[2]}, {np.count_nonzero(label)} lesion voxels")
     return folders

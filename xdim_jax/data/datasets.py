@@ -1,0 +1,58 @@
+"""The data sets by name, and the keys of a config's ``data`` section that each of them takes."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from xdim_jax.data import brats, camus, chaos, nnunet
+from xdim_jax.data.case import Dataset
+from xdim_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """How a data set is made: ``make(**options)``, with the defaults of its options."""
+
+    make: Callable[..., Dataset]
+    options: Mapping[str, Any]
+
+
+_REQUIRED = ""  # an option that has no default
+
+DATASETS = {
+    "brats": Entry(brats.dataset, {"convention": _REQUIRED}),
+    "camus": Entry(camus.dataset, {"views": camus.VIEWS, "instants": camus.INSTANTS, "quality": camus.QUALITIES}),
+    "chaos": Entry(chaos.dataset, {"task": 5, "phase": "in"}),
+    "nnunet": Entry(nnunet.nnunet, {"root": _REQUIRED}),
+    "decathlon": Entry(nnunet.decathlon, {"root": _REQUIRED}),
+}
+
+
+def get_dataset(data: Mapping[str, Any]) -> Dataset:
+    """The data set that ``data["dataset"]`` names, made with the options that ``data`` holds.
+
+    Raises:
+        UserError: unknown name, an option that is needed is missing, or one has a wrong value.
+    """
+    name = data["dataset"]
+    if name not in DATASETS:
+        raise UserError(f"config.data.dataset={name!r} is unknown; known: {', '.join(DATASETS)}")
+    entry = DATASETS[name]
+    options = {key: data.get(key, default) for key, default in entry.options.items()}
+    for key, value in options.items():
+        if value == _REQUIRED:
+            known = f" (one of {', '.join(brats.CONVENTIONS)}: it is never guessed)" if key == "convention" else ""
+            raise UserError(f"data set {name} needs {key}{known}; give --config.data.{key}, or --{key}")
+    return entry.make(**options)
+
+
+def trained_dataset(data: Mapping[str, Any], description: Mapping[str, Any]) -> Dataset:
+    """The data set of a trained network, from its config and what it wrote of its data; the data need not be there.
+
+    Raises:
+        UserError: as `get_dataset` does, or the description cannot be used.
+    """
+    described = {"nnunet": nnunet.described_nnunet, "decathlon": nnunet.described_decathlon}
+    if data["dataset"] in described:
+        return described[data["dataset"]](nnunet.read_description(description))
+    return get_dataset(data)

@@ -1,0 +1,77 @@
+"""How a data set codes its structures: values in files, indices in memory."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+_TOLERANCE = 1e-3  # copies exist whose labels are floats, off by rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """The label convention of a data set. It is stated, and never guessed from the values.
+
+    Args:
+        name: for messages, e.g. ``brats2021``.
+        structures: names by index; the first is the background.
+        values: value written for each index, in the order of ``structures``.
+        ranges: for each index but 0, the values ``low < value <= high`` that are read as it; other values are
+            background. Without ranges every value must be one of ``values``.
+        others: ranges of structures that are known and read as background.
+        elsewhere: values that other conventions have, and their names: hints for messages.
+    """
+
+    name: str
+    structures: tuple[str, ...]
+    values: tuple[int, ...]
+    ranges: tuple[tuple[float, float], ...] = ()
+    others: tuple[tuple[float, float], ...] = ()
+    elsewhere: tuple[tuple[int, str], ...] = ()
+
+    def decode(self, values: np.ndarray) -> tuple[np.ndarray, list[float]]:
+        """Values of a file to indices uint8, and the values found that mean nothing."""
+        label = np.zeros(values.shape, np.uint8)
+        if self.ranges:
+            for index, (low, high) in enumerate(self.ranges, 1):
+                label[(values > low) & (values <= high)] = index
+            left = np.unique(values[(label == 0) & (values != 0)])
+            return label, [float(v) for v in left if not any(low < v <= high for low, high in self.others)]
+        found = np.unique(values)
+        unknown = []
+        for value in found:
+            near = [i for i, v in enumerate(self.values) if abs(float(value) - v) <= _TOLERANCE]
+            if not near:
+                unknown.append(float(value))
+            elif near[0]:
+                label[values == value] = near[0]
+        return label, unknown
+
+    def encode(self, label: np.ndarray) -> np.ndarray:
+        """Indices to the values of the convention: uint8, or uint16 where they need it."""
+        return np.array(self.values, np.uint8 if max(self.values) < 256 else np.uint16)[label]
+
+    def select(self, structures: tuple[str, ...]) -> "Labels":
+        """The same files with fewer structures: the others are read as background."""
+        kept = [self.structures.index(name) for name in structures]
+        assert self.ranges, "only ranges can leave a value out"
+        return Labels(
+            self.name,
+            (self.structures[0], *structures),
+            (self.values[0], *(self.values[i] for i in kept)),
+            tuple(self.ranges[i - 1] for i in kept),
+            tuple(r for i, r in enumerate(self.ranges, 1) if i not in kept),
+        )
+
+    def to_json(self) -> Mapping[str, object]:
+        """For records; `from_json` reads it."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, object]) -> "Labels":
+        """Reads `to_json`."""
+
+        def frozen(v: object) -> object:
+            return tuple(frozen(x) for x in v) if isinstance(v, list | tuple) else v
+
+        return Labels(**{key: frozen(v) for key, v in value.items()})  # pyright: ignore[reportArgumentType]

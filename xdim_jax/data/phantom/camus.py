@@ -1,0 +1,271 @@
+"""An ultrasound sector with the left heart at end-diastole and end-systole in two views, in both layouts of CAMUS.
+
+The left ventricle is half an ellipsoid: its long axis lies along the beam, the base is closed by the mitral plane, its
+half-widths in the two views differ, and the axis is bent, which moves its discs aside and keeps their areas. Its volume
+is known exactly, so every patient has a true ejection fraction; that, and not an estimate from the masks, stands in the
+cfg files. Myocardium lies around it, the atrium below it. Speckle is complex noise smoothed along and across the beam,
+wider in depth, and log-compressed.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy.ndimage import gaussian_filter, map_coordinates
+
+from xdim_jax.data.camus import VIEWS
+from xdim_jax.data.phantom.common import Difficulty, blend, claim_folder, smooth_field
+from xdim_jax.errors import UserError
+from xdim_jax.files import atomic_path
+
+_WIDTH_MM, _HEIGHT_MM = 170.0, 120.0  # of the picture, whatever its number of pixels
+_PROBE = (0.0, -4.0)  # lateral, depth in mm: where the beams meet
+_HALF_ANGLE = math.radians(43)
+_SMALLEST = 64  # pixels
+# echo amplitude, of which the logarithm is shown
+_ECHO = {"blood": 0.08, "myocardium": 0.35, "tissue": 0.90, "valve": 1.2}
+LAYOUTS = ("nifti", "metaimage")
+
+
+@dataclasses.dataclass(frozen=True)
+class Heart:
+    """A left ventricle, in mm; ``phase`` 0 is end-diastole, 1 end-systole."""
+
+    length: float
+    radius: dict[str, float]  # by view
+    tilt: dict[str, float]  # of the long axis, radians
+    bend: dict[str, float]  # of the long axis: how far its middle lies aside, mm
+    apex: float  # depth
+    ejection: float  # fraction of the volume
+    wall: float
+    atrium: float
+
+    def scale(self, phase: float) -> tuple[float, float]:
+        """Of length and of radius, so that ``length * radius^2`` falls by the ejection fraction at phase 1."""
+        volume = 1 - self.ejection * phase
+        length = 1 - 0.3 * self.ejection * phase
+        return length, math.sqrt(volume / length)
+
+    def volume(self, phase: float) -> float:
+        """In ml: two thirds of base area times length, ``2/3 pi r_2CH r_4CH l``."""
+        length, radius = self.scale(phase)
+        area = math.pi * self.radius["2CH"] * self.radius["4CH"] * radius**2
+        return 2 / 3 * area * self.length * length / 1000
+
+
+def draw_heart(rng: np.random.Generator) -> Heart:
+    """Sizes of an adult heart."""
+    return Heart(
+        length=rng.uniform(68, 80),
+        radius={view: rng.uniform(20, 26) for view in VIEWS},
+        tilt={view: rng.uniform(-0.14, 0.14) for view in VIEWS},
+        bend={view: rng.uniform(-7, 7) for view in VIEWS},
+        apex=rng.uniform(14, 18),
+        ejection=rng.uniform(0.30, 0.68),
+        wall=rng.uniform(7, 9),
+        atrium=rng.uniform(0.8, 1.15),
+    )
+
+
+def _grid(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
+    """Lateral position and depth in mm of every pixel (H, W), and the pixel's size (depth, lateral)."""
+    spacing = (_HEIGHT_MM / shape[0], _WIDTH_MM / shape[1])
+    depth = (np.arange(shape[0]) + 0.5) * spacing[0]
+    lateral = (np.arange(shape[1]) + 0.5) * spacing[1] - _WIDTH_MM / 2
+    x, y = np.meshgrid(lateral, depth)
+    return x.astype(np.float32), y.astype(np.float32), spacing
+
+
+def draw_mask(heart: Heart, view: str, phase: float, shape: tuple[int, int]) -> np.ndarray:
+    """Label map uint8 (H, W): 1 cavity, 2 myocardium, 3 atrium."""
+    x, y, _ = _grid(shape)
+    length, radius = (s * v for s, v in zip(heart.scale(phase), (heart.length, heart.radius[view]), strict=True))
+    base = heart.apex + heart.length * (1 - 0.25 * (1 - heart.scale(phase)[0]))  # the base comes up a little
+    tilt = heart.tilt[view]
+    # along: 0 at the base plane, `length` at the apex; across the long axis
+    u, v = x - math.sin(tilt) * 20, y - base
+    along, across = -v * math.cos(tilt) + u * math.sin(tilt), u * math.cos(tilt) + v * math.sin(tilt)
+    across = across + heart.bend[view] * (2 * along / length - 1) ** 2  # slides discs aside: areas stay
+    wall = heart.wall * (1 + 0.45 * phase * heart.ejection)
+    inside = (along / length) ** 2 + (across / radius) ** 2 < 1
+    outside = (along / (length + wall)) ** 2 + (across / (radius + wall)) ** 2 < 1
+    size = heart.atrium * (0.9 + 0.2 * phase)
+    across_atrium = u * math.cos(tilt) + v * math.sin(tilt) + heart.bend[view]
+    atrium = ((along + 15 * size) / (18 * size)) ** 2 + (across_atrium / (24 * size)) ** 2 < 1
+    label = np.zeros(shape, np.uint8)
+    label[atrium & (along < 0)] = 3
+    label[outside & (along >= -3)] = 2
+    label[atrium & (along < 0) & (np.abs(across) < radius)] = 3
+    label[(along < 0) & (along >= -3) & (np.abs(across) < radius) & (label == 2)] = 0
+    label[inside & (along >= 0)] = 1
+    return np.where(_sector(x, y), label, np.uint8(0))
+
+
+def _sector(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    u, v = x - _PROBE[0], y - _PROBE[1]
+    return (np.abs(np.arctan2(u, v)) < _HALF_ANGLE) & (np.hypot(u, v) < _HEIGHT_MM - _PROBE[1])
+
+
+def _speckle(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Fully developed speckle of mean 1: fine along the beam, coarser across it the deeper it lies."""
+    u, v = x - _PROBE[0], y - _PROBE[1]
+    distance, angle = np.hypot(u, v), np.arctan2(u, v)
+    shape = (400, 160)  # depths, beams
+    noise = rng.standard_normal((2, *shape), np.float32)
+    field = np.stack([gaussian_filter(n, (1.2, 1.4)) for n in noise])
+    at = np.stack([distance / (_HEIGHT_MM + 10) * shape[0], (angle / _HALF_ANGLE + 1) / 2 * shape[1]])
+    amplitude = np.hypot(*(map_coordinates(f, at, order=1, mode="nearest") for f in field))
+    return amplitude / amplitude.mean()
+
+
+def draw_frame(label: np.ndarray, rng: np.random.Generator, difficulty: Difficulty) -> np.ndarray:
+    """The ultrasound image uint8 (H, W) of a label map; 0 outside the sector."""
+    x, y, _ = _grid((label.shape[0], label.shape[1]))
+    echo = blend(_ECHO, difficulty.contrast)
+    medium = np.full(label.shape, echo["tissue"], np.float32)
+    for value, tissue in ((1, "blood"), (2, "myocardium"), (3, "blood")):
+        medium[label == value] = echo[tissue]
+    pixel = max(label.shape) / 550
+    base = (gaussian_filter((label == 1) * 1.0, 3 * pixel) * gaussian_filter((label == 3) * 1.0, 3 * pixel)) * 8
+    medium = gaussian_filter(medium, 1.2 * pixel) + np.minimum(base, 1) * echo["valve"]
+    gain = np.exp(4 * difficulty.bias * smooth_field(label.shape, rng, cells=3)) * np.exp(-((y - 80) ** 2) / 2 / 70**2)
+    amplitude = medium * gain * (0.25 + 0.75 * _speckle(x, y, rng))
+    amplitude *= np.exp(difficulty.noise * rng.standard_normal(label.shape, np.float32))
+    shown = 255 * np.clip(np.log(np.maximum(amplitude, 1e-4) / 0.03) / np.log(2.4 / 0.03), 0, 1)
+    return np.where(_sector(x, y), np.maximum(np.rint(shown), 1), 0).astype(np.uint8)
+
+
+def write_camus(
+    root: Path,
+    *,
+    cases: int,
+    shape: tuple[int, int] = (549, 389),
+    layout: str = "nifti",
+    seed: int = 0,
+    first: int = 1,
+    frames: int = 12,
+    difficulty: Difficulty | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Path]:
+    """Writes ``cases`` patients below ``root``; whole patients that exist are kept.
+
+    Every patient has both views, ED, ES and a half sequence, each with its reference. Every seventh has its sequences
+    the wrong way round, ES first. Split files name four fifths, a tenth and a tenth of the patients.
+
+    Args:
+        shape: pixels along x (lateral) and y (depth); the picture is 170 mm wide and 120 mm deep.
+        layout: ``nifti``, as the public release, or ``metaimage``, as the older one.
+        first: number of the first patient; patient n depends on (seed, n, shape) alone.
+        frames: in a half sequence.
+
+    Raises:
+        UserError: unknown layout, the shape is too small, the folder holds other phantoms, or writing fails.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"phantom layout {layout!r}: known: {', '.join(LAYOUTS)}")
+    if len(shape) != 2 or min(shape) < _SMALLEST:
+        raise UserError(f"phantom shape {tuple(shape)}: expected two sides (x,y) of at least {_SMALLEST} pixels")
+    if frames < 2:
+        raise UserError(f"{frames} frames: a half sequence has at least two, ED and ES")
+    difficulty = difficulty or Difficulty()
+    settings = {"dataset": "camus", "cases": cases, "first": first, "shape": list(shape), "seed": seed}
+    settings |= {"layout": layout, "frames": frames} | dataclasses.asdict(difficulty)
+    claim_folder(root, settings)
+    names = [f"patient{n:04d}" for n in range(first, first + cases)]
+    nifti = layout == "nifti"
+    parent = Path(root) / ("database_nifti" if nifti else "training")
+    for n, name in enumerate(names, first):
+        folder = parent / name
+        if folder.is_dir():
+            continue
+        rng = np.random.default_rng([seed, n])
+        heart = draw_heart(rng)
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            for view in VIEWS:
+                _write_view(temporary, name, view, heart, rng, (shape[1], shape[0]), nifti, frames, n, difficulty)
+        progress(f"phantom {name}: EF {100 * heart.ejection:.0f} %, EDV {heart.volume(0):.0f} ml")
+    _write_splits(Path(root), names, nifti)
+    return [parent / name for name in names]
+
+
+def _write_view(
+    folder: Path,
+    name: str,
+    view: str,
+    heart: Heart,
+    rng: np.random.Generator,
+    shape: tuple[int, int],
+    nifti: bool,
+    frames: int,
+    number: int,
+    difficulty: Difficulty,
+) -> None:
+    spacing = _grid(shape)[2]
+    phases = [(1 - math.cos(math.pi * i / (frames - 1))) / 2 for i in range(frames)]
+    masks = [draw_mask(heart, view, phase, shape) for phase in phases]
+    images = [draw_frame(mask, rng, difficulty) for mask in masks]
+    turned = number % 7 == 0
+    order = slice(None, None, -1 if turned else 1)
+    parts = {
+        "ED": (images[0], masks[0]),
+        "ES": (images[-1], masks[-1]),
+        "half_sequence": (np.stack(images[order]), np.stack(masks[order])),
+    }
+    for part, (image, mask) in parts.items():
+        for ending, array in (("", image), ("_gt", mask)):
+            path = folder / f"{name}_{view}_{part}{ending}"
+            (_save_nifti if nifti else _save_metaimage)(path, array, spacing)
+    ed, es = (frames, 1) if turned else (1, frames)
+    quality = ("Good", "Good", "Medium", "Poor")[number % 4]
+    facts = {"ED": ed, "ES": es, "NbFrame": frames, "Sex": "FM"[number % 2], "Age": 40 + number % 40}
+    facts |= {"ImageQuality": quality, "FrameRate": 50}
+    if nifti:
+        facts |= {"EF": round(100 * heart.ejection, 1)}
+    else:
+        edv, esv = heart.volume(0), heart.volume(1)
+        facts |= {"LVedv": round(edv, 1), "LVesv": round(esv, 1), "LVef": round(100 * heart.ejection, 1)}
+    text = "".join(f"{key}: {value}\n" for key, value in facts.items())
+    (folder / f"Info_{view}.cfg").write_text(text, encoding="utf-8")
+
+
+def _save_nifti(path: Path, array: np.ndarray, spacing: tuple[float, float]) -> None:
+    affine = np.diag([-spacing[1], -spacing[0], 1.0, 1.0])  # as the release has it
+    image = nib.Nifti1Image(array.T if array.ndim == 2 else array.transpose(2, 1, 0), affine)
+    image.header.set_xyzt_units("mm")
+    image.header.set_zooms((spacing[1], spacing[0], *([1.0] * (array.ndim - 2))))
+    nib.save(image, path.with_name(f"{path.name}.nii.gz"))
+
+
+def _save_metaimage(path: Path, array: np.ndarray, spacing: tuple[float, float]) -> None:
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(array if array.ndim == 3 else array[None])
+    image.SetSpacing((spacing[1], spacing[0], 1.0))
+    sitk.WriteImage(image, str(path.with_name(f"{path.name}.mhd")))
+
+
+def _write_splits(root: Path, names: list[str], nifti: bool) -> None:
+    tenth = max(len(names) // 10, 1)
+    sides = {"training": names[: -2 * tenth], "validation": names[-2 * tenth : -tenth], "testing": names[-tenth:]}
+    if not nifti:  # ten folds, of which each tests another tenth
+        for fold in range(10):
+            turned = names[fold * tenth :] + names[: fold * tenth]
+            parts = {
+                "training": turned[2 * tenth :],
+                "validation": turned[tenth : 2 * tenth],
+                "testing": turned[:tenth],
+            }
+            _write_lists(root / "listSubGroups", f"subGroup{fold + 1}_", parts)
+        return
+    _write_lists(root / "database_split", "subgroup_", sides)
+
+
+def _write_lists(folder: Path, stem: str, sides: dict[str, list[str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for side, names in sides.items():
+        with atomic_path(folder / f"{stem}{side}.txt") as path:
+            path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")

@@ -1,0 +1,208 @@
+"""From a case to what a network sees, and back: crop, resampling, window, standardisation.
+
+Intensities are kept as they are up to the last step, so that a prepared case can lie on disk as int16 and any part of
+it is standardised when it is read, to the same bits as the whole.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy.ndimage import gaussian_filter, zoom
+
+from xdim_jax.data.case import Case, Volume
+from xdim_jax.errors import UserError
+
+Box = tuple[slice, slice, slice]
+CROPS = ("none", "nonzero")
+NORMS = ("zscore", "zscore_nonzero", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """The ``data.prepare`` section of a config.
+
+    Attributes:
+        crop: "nonzero" keeps the smallest box around voxels that are not 0 in every channel; "none".
+        spacing: mm along D, H, W to resample to; 0 keeps an axis; empty: as stored.
+        size: pixels H, W to resample every slice to, whatever its spacing; empty: as stored.
+        window: centre and width in HU to clip CT images to; empty: none. Other modalities are left alone.
+        normalise: "zscore" of all voxels of a channel, "zscore_nonzero" of those that are not 0 while the others stay
+            0, or "none".
+
+    Raises:
+        UserError: every value that is not one of these, at once.
+    """
+
+    crop: str = "none"
+    spacing: tuple[float, ...] = ()
+    size: tuple[int, ...] = ()
+    window: tuple[float, ...] = ()
+    normalise: str = "zscore"
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if self.crop not in CROPS:
+            wrong.append(f"crop={self.crop!r}: known: {', '.join(CROPS)}")
+        if self.normalise not in NORMS:
+            wrong.append(f"normalise={self.normalise!r}: known: {', '.join(NORMS)}")
+        if self.spacing and (len(self.spacing) != 3 or min(self.spacing) < 0):
+            wrong.append(f"spacing={self.spacing}: expected mm along D,H,W, 0 to keep an axis")
+        if self.size and (len(self.size) != 2 or min(self.size) < 1):
+            wrong.append(f"size={self.size}: expected pixels H,W")
+        if self.size and self.spacing and any(self.spacing[1:]):
+            wrong.append(f"size={self.size} and spacing={self.spacing} both resample slices; give one of them")
+        if self.window and (len(self.window) != 2 or self.window[1] <= 0):
+            wrong.append(f"window={self.window}: expected centre and width in HU")
+        if wrong:
+            raise UserError("\n".join(f"config.data.prepare.{line}" for line in wrong))
+
+    @staticmethod
+    def from_config(section: Mapping[str, Any]) -> "Preparation":
+        """From the section of a config or of a record. Raises UserError as the class does."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in section.items()}
+        if unknown := values.keys() - {f.name for f in dataclasses.fields(Preparation)}:
+            raise UserError(f"config.data.prepare has unknown keys: {', '.join(sorted(unknown))}")
+        return Preparation(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A prepared case: what a network sees, and where it lies in the source.
+
+    Attributes:
+        raw: (D, H, W, C), int16 or float32, cropped, resampled and clipped, not yet standardised.
+        label: uint8 (D, H, W), or None.
+        shift, scale: per channel; the network sees ``(raw - shift) * scale``.
+        masked: voxels that are 0 stay 0.
+        box: of the source array that was kept.
+        source: shape (D, H, W) of the source array.
+        spacing: mm along D, H, W of the prepared grid.
+    """
+
+    raw: np.ndarray
+    label: np.ndarray | None
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+    masked: bool
+    box: Box
+    source: tuple[int, ...]
+    spacing: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.raw.shape[:3]
+
+    def image(self, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """The standardised image float32, or a part of it."""
+        raw = np.asarray(self.raw[part])
+        out = (raw.astype(np.float32) - np.array(self.shift, np.float32)) * np.array(self.scale, np.float32)
+        if self.masked:
+            out[raw == 0] = 0
+        return np.ascontiguousarray(out)
+
+    def restore(self, scores: np.ndarray) -> np.ndarray:
+        """Scores ``(D, H, W, R)`` on the prepared grid to the source grid; outside the box they are 0."""
+        inside = resample(scores, tuple(b.stop - b.start for b in self.box))
+        if inside.shape[:3] == tuple(self.source):
+            return inside
+        out = np.zeros((*self.source, scores.shape[-1]), scores.dtype)
+        out[self.box] = inside
+        return out
+
+
+def prepare(case: Case, volume: Volume, settings: Preparation) -> Prepared:
+    """What a network sees of a case."""
+    image, label = volume.image, volume.label
+    box = nonzero_box(image) if settings.crop == "nonzero" else _whole(image.shape)
+    image, label = image[box], label if label is None else label[box]
+    shape = target_shape(image.shape[:3], volume.grid.spacing, settings)
+    spacing = tuple(s * n / m for s, n, m in zip(volume.grid.spacing, image.shape, shape, strict=False))
+    background = image == 0 if shape != image.shape[:3] and settings.normalise == "zscore_nonzero" else None
+    if shape != image.shape[:3]:
+        image = resample(image, shape)
+        label = label if label is None else nearest(label, shape)
+        if background is not None:  # interpolation spreads the brain's edge into the background
+            image[nearest(background, shape)] = 0
+    if settings.window and case.info.get("modality") == "CT":
+        centre, width = settings.window
+        image = np.clip(image, centre - width / 2, centre + width / 2)
+    shift, scale = _statistics(image, settings.normalise)
+    masked = settings.normalise == "zscore_nonzero"
+    return Prepared(_compact(image), label, shift, scale, masked, box, volume.image.shape[:3], spacing)
+
+
+def target_shape(shape: tuple[int, ...], spacing: tuple[float, ...], settings: Preparation) -> tuple[int, ...]:
+    """The shape after resampling of an array of ``shape`` with voxels of ``spacing``."""
+    if settings.size:
+        return (shape[0], *settings.size)
+    wanted = settings.spacing or (0.0, 0.0, 0.0)
+    return tuple(
+        max(round(n * s / w), 1) if w and abs(s - w) > 1e-3 * w else n
+        for n, s, w in zip(shape, spacing, wanted, strict=True)
+    )
+
+
+def _whole(shape: tuple[int, ...]) -> Box:
+    return slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2])
+
+
+def nonzero_box(image: np.ndarray) -> Box:
+    """The smallest box that holds every voxel of ``(D, H, W, C)`` that is not 0 in some channel (paper, Sect. 3.1.3).
+
+    An image of zeros gives the whole volume.
+    """
+    mask = np.any(image != 0, -1)
+    box = []
+    for axis in range(3):
+        profile = np.flatnonzero(mask.any(tuple(a for a in range(3) if a != axis)))
+        box.append(slice(int(profile[0]), int(profile[-1]) + 1) if profile.size else slice(0, mask.shape[axis]))
+    return box[0], box[1], box[2]
+
+
+def _statistics(image: np.ndarray, normalise: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shift and scale of every channel. A channel that is constant, or has no voxel to count, becomes 0."""
+    channels = np.moveaxis(image, -1, 0)
+    if normalise == "none":
+        return (0.0,) * len(channels), (1.0,) * len(channels)
+    shift, scale = [], []
+    for channel in channels:
+        values = channel[channel != 0] if normalise == "zscore_nonzero" else channel
+        std = float(values.std(dtype=np.float64)) if values.size else 0.0
+        shift.append(float(values.mean(dtype=np.float64)) if values.size else 0.0)
+        scale.append(1 / std if std > 0 else 0.0)
+    return tuple(shift), tuple(scale)
+
+
+def _compact(image: np.ndarray) -> np.ndarray:
+    """As int16 where that loses nothing."""
+    if image.size and abs(image).max() < 2**15:
+        whole = image.astype(np.int16)
+        if (whole == image).all():
+            return whole
+    return np.ascontiguousarray(image, np.float32)
+
+
+def resample(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Linear interpolation of ``(D, H, W, C)`` to another grid over the same extent, float32.
+
+    Axes that become coarser are smoothed first, by half of what a voxel grows, so that nothing aliases.
+    """
+    if image.shape[:3] == tuple(shape):
+        return image
+    factors = [m / n for n, m in zip(image.shape[:3], shape, strict=True)]
+    sigma = [max(1 / f - 1, 0) / 2 for f in factors]
+    planes = []
+    for channel in np.moveaxis(image.astype(np.float32, copy=False), -1, 0):
+        smooth = gaussian_filter(channel, sigma, mode="nearest") if any(sigma) else channel
+        planes.append(zoom(smooth, factors, order=1, mode="nearest", grid_mode=True))
+    return np.stack(planes, -1)
+
+
+def nearest(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Nearest-neighbour resampling of an array to ``shape`` (D, H, W), at the voxels' centres."""
+    for axis, (n, m) in enumerate(zip(label.shape[:3], shape, strict=True)):
+        if n != m:
+            label = np.take(label, [(2 * i + 1) * n // (2 * m) for i in range(m)], axis)
+    return np.ascontiguousarray(label)

@@ -1,0 +1,295 @@
+"""Finds everything wrong with a data set in one pass: names, headers, contents, and cases against one another."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xdim_jax.data import dicom, nifti
+from xdim_jax.data.case import Case, Dataset, Volume, load_case, scan_cases
+from xdim_jax.data.image import Source, where
+from xdim_jax.data.problem import ERROR, KINDS, WARNING, DataError, Problem
+
+_PLAUSIBLE_MM = (0.01, 50.0)
+_COMMON = 0.9  # share of cases that must hold a structure for its absence to be worth a warning
+_REVERSED_GAIN = 0.8  # of the intensities' spread inside the structures, when label slices are turned round
+_FEW = 3  # labelled slices, below which the order of label slices is not judged
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What one case holds: its problems, a digest of its image, and the structures in its label map."""
+
+    case: Case
+    problems: list[Problem]
+    digest: str
+    structures: frozenset[int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """The outcome for a data set."""
+
+    cases: int
+    problems: list[Problem]
+
+    @property
+    def errors(self) -> int:
+        return sum(p.severity == ERROR for p in self.problems)
+
+
+def verify(
+    dataset: Dataset,
+    root: Path,
+    *,
+    need_labels: bool = True,
+    jobs: int = 2,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Findings:
+    """All findings, by case. Each of ``jobs`` threads holds one case in memory.
+
+    Raises:
+        UserError: no such folder, or no case in it.
+    """
+    scan = scan_cases(dataset, root, need_labels=need_labels)
+    inspections = []
+    with concurrent.futures.ThreadPoolExecutor(max(jobs, 1)) as pool:
+        for inspection in pool.map(lambda case: inspect(case, dataset), scan.cases):
+            inspections.append(inspection)
+            progress(len(inspections), len(scan.cases))
+    problems = [*scan.problems, *(p for i in inspections for p in i.problems)]
+    problems += _twins(inspections) + _absences(inspections, dataset)
+    order = {kind: i for i, kind in enumerate(KINDS)}
+    problems.sort(key=lambda p: (p.severity, p.case_id, order[p.kind], str(p.path)))
+    return Findings(len(scan.cases), problems)
+
+
+def inspect(case: Case, dataset: Dataset) -> Inspection:
+    """Reads a case whole and looks at what it holds."""
+    headers = _headers(case)
+    if any(p.kind == "unreadable" for p in headers):
+        return Inspection(case, headers, "", None)
+    volume, problems = load_case(case)
+    known = {(p.kind, str(p.path)) for p in headers}
+    problems = headers + [p for p in problems if (p.kind, str(p.path)) not in known]
+    if volume is None:
+        return Inspection(case, problems, "", None)
+    problems += _spacing(case, volume) + _image(case, volume) + dataset.inspect(case, volume.image)
+    structures = None
+    if volume.label is not None:
+        structures = frozenset(np.unique(volume.label).tolist()) - {0}
+        problems += _label(case, volume, structures)
+    return Inspection(case, problems, _digest(volume.image), structures)
+
+
+def _digest(image: np.ndarray) -> str:
+    return hashlib.blake2b(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
+
+
+# -- headers ------------------------------------------------------------------------------------------------------
+
+
+def _headers(case: Case) -> list[Problem]:
+    problems = []
+    for source in case.images:
+        problems += _series_headers(source, case.case_id) if isinstance(source, tuple) else []
+    for path in [*case.images, case.label]:
+        if isinstance(path, Path) and path.name.endswith(nifti.SUFFIXES):
+            problems += _nifti_header(path, case.case_id)
+    return problems
+
+
+def _series_headers(files: Sequence[Path], case_id: str) -> list[Problem]:
+    slices, problems = [], []
+    for path in files:
+        try:
+            slices.append(dicom.read_header(path))
+        except DataError as error:
+            problems += [dataclasses.replace(p, case_id=case_id) for p in error.problems]
+    return problems or dicom.series_problems(slices, case_id)
+
+
+def _nifti_header(path: Path, case_id: str) -> list[Problem]:
+    """A header that says two things: programs that read the one and the other would disagree."""
+    import nibabel as nib
+
+    try:
+        header: Any = nib.load(path).header  # pyright: ignore[reportAttributeAccessIssue]
+        sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
+        zooms = np.array(header.get_zooms()[:3], np.float64)
+    except Exception:  # what cannot be read is found when the case is loaded
+        return []
+    problems = []
+    if sform is not None:
+        lengths = np.sqrt((sform[:3, :3] ** 2).sum(0))[: len(zooms)]
+        if not np.allclose(lengths, zooms, rtol=1e-2):
+            found = f"has voxel sizes {_sizes(zooms)} in pixdim and {_sizes(lengths)} in its sform"
+            step = "write it anew with the right one"
+            problems.append(Problem("spacing", path, found, "one voxel size", step, case_id, WARNING))
+        elif qform is not None:
+            corner = np.ones(4)
+            corner[: len(zooms)] = header.get_data_shape()[: len(zooms)]
+            shift = np.abs((sform - qform) @ corner)[:3].max() / max(lengths.min(), 1e-6)
+            if shift > 0.5:
+                found = f"has an sform and a qform that differ by {shift:.2f} voxels"
+                step = "write it anew with the right one; the sform is read here"
+                problems.append(Problem("affine", path, found, "one place in space", step, case_id, WARNING))
+    return problems
+
+
+def _sizes(values: Sequence[float] | np.ndarray) -> str:
+    return " x ".join(f"{v:.4g}" for v in values)
+
+
+def _spacing(case: Case, volume: Volume) -> list[Problem]:
+    spacing = volume.grid.spacing[1:] if volume.grid.flat or case.axes != "anatomical" else volume.grid.spacing
+    if all(_PLAUSIBLE_MM[0] <= s <= _PLAUSIBLE_MM[1] for s in spacing):
+        return []
+    found, step = f"has voxels of {_sizes(spacing[::-1])} mm", "restore its header; sizes are in mm"
+    expected = f"{_PLAUSIBLE_MM[0]} to {_PLAUSIBLE_MM[1]:g} mm"
+    return [Problem("implausible_spacing", where(case.images[0]), found, expected, step, case.case_id, WARNING)]
+
+
+# -- contents -----------------------------------------------------------------------------------------------------
+
+
+def _source(case: Case, channel: int) -> Source:
+    return case.images[channel] if len(case.images) > 1 else case.images[0]
+
+
+def _image(case: Case, volume: Volume) -> list[Problem]:
+    problems = []
+    for c, name in enumerate(case.channels):
+        channel, path = volume.image[..., c], where(_source(case, c))
+        if float(channel.min()) == float(channel.max()):
+            found, step = f"is {float(channel.min()):g} everywhere ({name})", "fetch it again"
+            problems.append(Problem("constant", path, found, "an image", step, case.case_id))
+            continue
+        flat = [bool(plane.min() == plane.max()) for plane in channel]
+        inside = [k for k, constant in enumerate(flat) if not constant]
+        if gaps := [k for k in range(min(inside, default=0), max(inside, default=0)) if flat[k]]:
+            found = f"has constant slices inside, of {len(channel)}: {_some(gaps)} ({name})"
+            step = "fetch it again, or leave it out"
+            problems.append(Problem("empty_slice", path, found, "an image in every slice", step, case.case_id, WARNING))
+        if same := [k for k in range(1, len(channel)) if not flat[k] and (channel[k] == channel[k - 1]).all()]:
+            found = f"has slices that equal the one before, of {len(channel)}: {_some(same)} ({name})"
+            step = "remove the copies, or fetch it again"
+            problems.append(Problem("duplicate_slice", path, found, "different slices", step, case.case_id, WARNING))
+    return problems
+
+
+def _some(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:6])) + (", ..." if len(numbers) > 6 else "")
+
+
+def _label(case: Case, volume: Volume, structures: frozenset[int]) -> list[Problem]:
+    assert case.label is not None and volume.label is not None
+    path = where(case.label)
+    if not structures:
+        found, step = "holds no structure", "check that it is the right file, or leave the case out"
+        expected = ", ".join(case.labels.structures[1:])
+        return [Problem("empty_label", path, found, expected, step, case.case_id, WARNING)]
+    if isinstance(case.label, tuple) and _seems_reversed(volume.image[..., 0], volume.label):
+        found = "fits the image better when its slices are taken in reverse order"
+        step = "pair masks and slices by rank of their names; rename the masks if they were exported backwards"
+        return [Problem("label_order", path, found, "masks in the order of the slices", step, case.case_id, WARNING)]
+    return []
+
+
+def _seems_reversed(image: np.ndarray, label: np.ndarray) -> bool:
+    """Whether the structures are more homogeneous under the label slices in reverse order.
+
+    An organ has about one intensity, so a mask on the wrong slice takes in its surroundings.
+    """
+    if np.count_nonzero(label.any((1, 2))) < _FEW:
+        return False
+
+    def spread(order: np.ndarray) -> float:
+        deviations = []
+        for index in np.unique(order)[1:]:
+            values = image[order == index]
+            low, high = np.percentile(values, [25, 75])
+            deviations.append((high - low + values.std()) * len(values))
+        return float(np.sum(deviations) / np.count_nonzero(order))
+
+    return spread(label[::-1]) < _REVERSED_GAIN * spread(label)
+
+
+# -- cases against one another ------------------------------------------------------------------------------------
+
+
+def _twins(inspections: Sequence[Inspection]) -> list[Problem]:
+    first: dict[str, Case] = {}
+    problems = []
+    for inspection in inspections:
+        case, digest = inspection.case, inspection.digest
+        if not digest:
+            continue
+        twin = first.setdefault(digest, case)
+        if twin is case:
+            continue
+        leak = twin.patient != case.patient
+        found = f"holds the same image as {twin.case_id}"
+        step = "keep one: in training and in validation they would leak" if leak else "keep one"
+        severity = ERROR if leak else WARNING
+        path = where(case.images[0])
+        problems.append(Problem("duplicate_content", path, found, "different images", step, case.case_id, severity))
+    return problems
+
+
+def _absences(inspections: Sequence[Inspection], dataset: Dataset) -> list[Problem]:
+    """Structures that nearly all cases of one kind of image have."""
+    if not dataset.same_structures:
+        return []
+    groups: dict[str, list[Inspection]] = defaultdict(list)
+    for inspection in inspections:
+        if inspection.structures:
+            groups[inspection.case.info.get("modality", "")].append(inspection)
+    problems = []
+    for group in groups.values():
+        for index, name in enumerate(dataset.labels.structures[1:], 1):
+            without = [i.case for i in group if i.structures is not None and index not in i.structures]
+            if not without or len(without) > (1 - _COMMON) * len(group):
+                continue
+            for case in without:
+                assert case.label is not None
+                found, step = f"holds no {name}, which {len(group) - len(without)} other cases hold", "look at it"
+                path = where(case.label)
+                problems.append(Problem("missing_structure", path, found, name, step, case.case_id, WARNING))
+    return problems
+
+
+# -- the table ----------------------------------------------------------------------------------------------------
+
+
+def format_findings(findings: Findings, root: Path) -> list[str]:
+    """One block of lines per finding, in columns, and a count by kind."""
+    rows: list[str] = []
+    if not findings.problems:
+        return [f"{findings.cases} cases, no problem found"]
+    width = max(len(p.kind) for p in findings.problems)
+    for p in findings.problems:
+        path = _relative(p.path, root)
+        rows.append(f"{p.severity:<8} {p.kind:<{width}}  {path} {p.found}")
+        rows.append(f"{'':<8} {'':<{width}}  expected {p.expected}; {p.suggestion}")
+    rows.append("")
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    for p in findings.problems:
+        counts[p.severity, p.kind] += 1
+    for (severity, kind), count in sorted(counts.items()):
+        rows.append(f"{severity:<8} {kind:<{width}}  {count:>5}  {KINDS[kind]}")
+    warnings = len(findings.problems) - findings.errors
+    rows.append(f"{findings.cases} readable cases, {findings.errors} errors, {warnings} warnings")
+    return rows
+
+
+def _relative(path: Path | str, root: Path) -> str:
+    try:
+        return str(Path(path).relative_to(root)) if Path(path) != root else str(path)
+    except ValueError:
+        return str(path)
