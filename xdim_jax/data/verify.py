@@ -159,7 +159,7 @@ def _spacing(case: Case, volume: Volume) -> list[Problem]:
 
 
 def _source(case: Case, channel: int) -> Source:
-    return case.images[channel] if len(case.images) > 1 else case.images[0]
+    return case.images[min(channel, len(case.images) - 1)]  # one file may hold all channels
 
 
 def _image(case: Case, volume: Volume) -> list[Problem]:
