@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from absl import flags
 
-from xdim_jax.data import brats, phantom
+from xdim_jax.data import phantom
 
 flags.FLAGS.mark_as_parsed()  # grain asks absl for its flags
 
-CONVENTION = brats.CONVENTIONS["brats2021"]
+CONVENTION = "brats2021"
 
 
 @pytest.fixture

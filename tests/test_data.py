@@ -1,4 +1,4 @@
-"""Files in the challenge's layouts: reading, orientation, preparation, folds, and the stream of patches."""
+"""BraTS on disk, NIfTI in any orientation, and folds."""
 
 import itertools
 import shutil
@@ -9,10 +9,14 @@ import pytest
 
 from tests.conftest import CONVENTION
 from xdim_jax import regions
-from xdim_jax.data import brats, nifti, phantom, pipeline, splits, transforms
+from xdim_jax.data import brats, nifti, phantom, splits
+from xdim_jax.data.case import Case, check_grids, list_cases, read_case, scan_cases
+from xdim_jax.data.image import read_volume
+from xdim_jax.data.labels import Labels
 from xdim_jax.errors import UserError
 
-NEW = brats.CONVENTIONS["brats2023"]
+BRATS_FILES = brats.get_convention("brats2021")
+BRATS, NEW = brats.dataset("brats2021"), brats.dataset("brats2023")
 
 
 def rewrite(path, function):
@@ -64,8 +68,8 @@ def test_phantoms_depend_on_seed_and_number_alone(phantoms, tmp_path):
 
 
 def test_every_fifth_phantom_has_no_enhancing_tumour(phantoms):
-    cases = brats.list_cases(phantoms, CONVENTION, need_labels=True)
-    has = [bool((brats.read_case(c).label == regions.ET).any()) for c in cases]
+    cases = list_cases(BRATS, phantoms, need_labels=True)
+    has = [bool((read_case(c).label == regions.ET).any()) for c in cases]
     assert has == [True, True, True, True, False, True]
 
 
@@ -83,29 +87,29 @@ def test_phantom_refuses_a_tiny_shape(tmp_path):
 
 
 def test_read_case_has_channels_in_order_and_axes_z_y_x(phantoms):
-    case = brats.list_cases(phantoms, CONVENTION, need_labels=True)[0]
-    volume = brats.read_case(case)
+    case = list_cases(BRATS, phantoms, need_labels=True)[0]
+    volume = read_case(case)
     t1ce = np.asarray(nib.load(part(phantoms, 0, "t1ce")).dataobj)
     assert volume.image.dtype == np.float32 and volume.image.shape == (64, 64, 64, 4)
     np.testing.assert_array_equal(volume.image[..., 2], t1ce.transpose(2, 1, 0))
     seg = np.asarray(nib.load(part(phantoms, 0, "seg")).dataobj).transpose(2, 1, 0)
     np.testing.assert_array_equal(volume.label == regions.ET, seg == 4)
-    np.testing.assert_array_equal(brats.encode_label(volume.label, CONVENTION), seg)
+    np.testing.assert_array_equal(BRATS.labels.encode(volume.label), seg)
 
 
 def test_2023_names_labels_and_patients(tmp_path):
-    phantom.write_brats(tmp_path, cases=1, convention=NEW, shape=(32, 32, 32))
+    phantom.write_brats(tmp_path, cases=1, convention="brats2023", shape=(32, 32, 32))
     shutil.copytree(tmp_path / "BraTS-GLI-00000-000", tmp_path / "BraTS-GLI-00000-001")
     for path in (tmp_path / "BraTS-GLI-00000-001").iterdir():
         path.rename(path.with_name(path.name.replace("-000-", "-001-")))
-    cases = brats.list_cases(tmp_path, NEW, need_labels=True)
+    cases = list_cases(NEW, tmp_path, need_labels=True)
     assert [c.case_id for c in cases] == ["BraTS-GLI-00000-000", "BraTS-GLI-00000-001"]
     assert {c.patient for c in cases} == {"BraTS-GLI-00000"}
     seg = np.asarray(nib.load(tmp_path / cases[0].case_id / "BraTS-GLI-00000-000-seg.nii.gz").dataobj)
     assert set(np.unique(seg)) == {0, 1, 2, 3}
-    np.testing.assert_array_equal(brats.read_case(cases[0]).label == regions.ET, seg.transpose(2, 1, 0) == 3)
+    np.testing.assert_array_equal(read_case(cases[0]).label == regions.ET, seg.transpose(2, 1, 0) == 3)
     with pytest.raises(UserError, match="convention=brats2023"):
-        brats.list_cases(tmp_path, CONVENTION, need_labels=True)
+        list_cases(BRATS, tmp_path, need_labels=True)
 
 
 def test_old_layouts(root):
@@ -116,20 +120,20 @@ def test_old_layouts(root):
     nib.save(image, part(nested, 0, "t1").with_suffix(""))
     part(nested, 0, "t1").unlink()
     part(nested, 1, "seg").rename(part(nested, 1, "seg").with_name("W39_1998.09.19_Segm.nii.gz"))
-    cases = brats.list_cases(nested.parent, CONVENTION, need_labels=True)
+    cases = list_cases(BRATS, nested.parent, need_labels=True)
     assert len(cases) == 2 and cases[0].images[1].name.endswith("_t1.nii")
     assert cases[1].label.name.startswith("W39")
-    assert len(brats.list_cases(root / "BraTS2021_00001", CONVENTION, need_labels=True)) == 1, "one case folder"
+    assert len(list_cases(BRATS, root / "BraTS2021_00001", need_labels=True)) == 1, "one case folder"
 
 
 def test_validation_cases_need_no_labels(root):
     part(root, 0, "seg").unlink()
-    assert brats.list_cases(root, CONVENTION, need_labels=False)[0].label is None
+    assert list_cases(BRATS, root, need_labels=False)[0].label is None
 
 
 def read_all(root):
-    for case in brats.list_cases(root, CONVENTION, need_labels=True):
-        brats.read_case(case)
+    for case in list_cases(BRATS, root, need_labels=True):
+        read_case(case)
 
 
 def truncate(path):
@@ -153,7 +157,7 @@ def shift(array, affine):
 FAULTS = {
     "truncated": (lambda r: truncate(part(r, 1, "t2")), ["BraTS2021_00001_t2.nii.gz", "truncated"]),
     "not nifti": (lambda r: part(r, 0, "t1").write_bytes(b"hello"), ["BraTS2021_00000_t1.nii.gz", "NIfTI"]),
-    "missing": (lambda r: part(r, 1, "t1ce").unlink(), ["BraTS2021_00001: missing BraTS2021_00001_t1ce.nii.gz"]),
+    "missing": (lambda r: part(r, 1, "t1ce").unlink(), ["BraTS2021_00001 is missing BraTS2021_00001_t1ce.nii.gz"]),
     "no label": (lambda r: part(r, 1, "seg").unlink(), ["missing BraTS2021_00001_seg.nii.gz"]),
     "shape": (
         lambda r: rewrite(part(r, 0, "t2"), lambda a, affine: (a[:-1], affine)),
@@ -192,7 +196,7 @@ def test_all_problems_of_all_cases_at_once(root):
     part(root, 0, "t1").unlink()
     part(root, 0, "t2").unlink()
     part(root, 1, "seg").unlink()
-    with pytest.raises(UserError, match="2 incomplete cases") as error:
+    with pytest.raises(UserError, match="3 incomplete or misplaced files") as error:
         read_all(root)
     for name in ("00000_t1.nii.gz", "00000_t2.nii.gz", "00001_seg.nii.gz"):
         assert name in str(error.value)
@@ -218,16 +222,16 @@ def test_headers_of_all_cases_are_compared_at_once(root):
     rewrite(part(root, 0, "t2"), lambda a, affine: (a[:-1], affine))
     rewrite(part(root, 1, "seg"), shift)
     with pytest.raises(UserError, match="2 files that do not fit") as error:
-        brats.check_grids(brats.list_cases(root, CONVENTION, need_labels=True))
+        check_grids(list_cases(BRATS, root, need_labels=True))
     assert "00000_t2" in str(error.value) and "00001_seg" in str(error.value)
 
 
 def test_folders_that_are_nearly_cases_are_not_passed_over(root):
     part(root, 0, "t1").parent.rename(root / "renamed")
     (root / "BraTS2021_00007").mkdir()
-    cases, problems = brats.scan_cases(root, CONVENTION, need_labels=True)
-    assert [c.case_id for c in cases] == ["BraTS2021_00001"]
-    assert set(problems) == {"renamed", "BraTS2021_00007"}
+    scan = scan_cases(BRATS, root, need_labels=True)
+    assert [c.case_id for c in scan.cases] == ["BraTS2021_00001"]
+    assert {p.case_id for p in scan.problems} == {"renamed", "BraTS2021_00007"}
 
 
 def test_one_case_in_two_places_is_refused(root):
@@ -238,15 +242,15 @@ def test_one_case_in_two_places_is_refused(root):
 
 def test_files_of_a_case_are_checked_by_their_names(root, tmp_path):
     paths = [part(root, 0, m) for m in ("flair", "t1", "t1ce", "t2")]
-    assert brats.case_from_files(paths, CONVENTION).case_id == "BraTS2021_00000"
+    assert brats.case_from_files(paths, BRATS_FILES).case_id == "BraTS2021_00000"
     with pytest.raises(UserError, match="is t2 by its name, where flair is expected"):
-        brats.case_from_files(paths[::-1], CONVENTION)
+        brats.case_from_files(paths[::-1], BRATS_FILES)
     with pytest.raises(UserError, match="different cases"):
-        brats.case_from_files([*paths[:3], part(root, 1, "t2")], CONVENTION)
+        brats.case_from_files([*paths[:3], part(root, 1, "t2")], BRATS_FILES)
     unnamed = [tmp_path / f"{n}.nii.gz" for n in "abcd"]
     for path, source in zip(unnamed, paths, strict=True):
         shutil.copy(source, path)
-    assert brats.case_from_files(unnamed, CONVENTION).case_id == "a"
+    assert brats.case_from_files(unnamed, BRATS_FILES).case_id == "a"
 
 
 def test_labels_as_floats_are_rounded(root):
@@ -271,7 +275,7 @@ def test_all_48_orientations_read_alike_and_write_back(codes, tmp_path):
     turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(codes))
     path = tmp_path / "in.nii.gz"
     nib.save(start.as_reoriented(turn), path)
-    array, grid = nifti.read_volume(path)
+    array, grid = read_volume(path)
     np.testing.assert_array_equal(array, lps.transpose(2, 1, 0))
     np.testing.assert_allclose(grid.spacing, (4, 3, 2))
     nifti.write_volume(tmp_path / "out.nii.gz", array, grid)
@@ -287,7 +291,7 @@ def test_written_label_maps_keep_the_header_but_not_its_scaling(tmp_path):
     image.header["cal_max"], image.header["descrip"] = 900, b"scanner 7"
     image.header.set_xyzt_units("mm")
     nib.save(image, tmp_path / "in.nii.gz")
-    _, grid = nifti.read_volume(tmp_path / "in.nii.gz")
+    _, grid = read_volume(tmp_path / "in.nii.gz")
     nifti.write_volume(tmp_path / "out.nii.gz", np.full((4, 4, 4), 4, np.uint8), grid)
     out = nib.load(tmp_path / "out.nii.gz")
     assert out.get_data_dtype() == np.uint8 and (np.asarray(out.dataobj) == 4).all()
@@ -295,46 +299,6 @@ def test_written_label_maps_keep_the_header_but_not_its_scaling(tmp_path):
     assert out.header["cal_max"] == 0
     with pytest.raises(ValueError, match="not on the grid"):
         nifti.write_volume(tmp_path / "out.nii.gz", np.zeros((4, 4, 3), np.uint8), grid)
-
-
-# -- preparation --------------------------------------------------------------------------------------------------
-
-
-def test_brain_box_and_zscore_by_hand():
-    image = np.zeros((5, 6, 7, 2), np.float32)
-    image[1, 2, 3], image[1, 2, 4], image[3, 2, 3] = (1, 0), (3, 0), (5, 7)
-    assert transforms.brain_box(image) == (slice(1, 4), slice(2, 3), slice(3, 5))
-    z = transforms.zscore_nonzero(image)
-    # 1, 3, 5: mean 3, sd sqrt(8/3)
-    np.testing.assert_allclose(z[[1, 1, 3], 2, [3, 4, 3], 0], np.array([-2, 0, 2]) / np.sqrt(8 / 3), rtol=1e-6)
-    assert np.count_nonzero(z[..., 0]) == 2 and not z[..., 1].any(), "background and constant channels stay 0"
-    zeros = np.zeros((4, 4, 4, 1), np.float32)
-    assert transforms.brain_box(zeros) == (slice(0, 4),) * 3
-    assert not transforms.zscore_nonzero(zeros).any()
-
-
-@pytest.mark.parametrize("size", [(4, 4, 4), (9, 3, 20)])
-def test_patches_hold_the_tumour_when_they_must(size, rng):
-    image = rng.normal(size=(10, 12, 14, 2)).astype(np.float32)
-    label = np.zeros((10, 12, 14), np.uint8)
-    label[0, 11, 7], label[9, 0, 0] = 1, 3
-    seen = set()
-    for _ in range(60):
-        x, y = transforms.random_patch(image, label, size, 1.0, rng)
-        assert x.shape == (*size, 2) and y.shape == size
-        assert y.any()
-        seen |= set(np.unique(y))
-    assert seen == {0, 1, 3}, "each tissue that is present is drawn"
-    empty = [transforms.random_patch(image, label, (2, 2, 2), 0.0, rng)[1].any() for _ in range(200)]
-    assert np.mean(empty) < 0.1, "without the preference a voxel in a thousand is rarely met"
-
-
-def test_patches_cut_image_and_label_at_one_place(rng):
-    label = rng.integers(0, 4, (8, 9, 10)).astype(np.uint8)
-    image = label[..., None].astype(np.float32)
-    for size in ((4, 4, 4), (12, 4, 11)):
-        x, y = transforms.random_patch(image, label, size, 0.5, rng)
-        np.testing.assert_array_equal(x[..., 0], y)
 
 
 # -- folds --------------------------------------------------------------------------------------------------------
@@ -351,7 +315,9 @@ def test_folds_part_patients_evenly_and_forget_the_order():
 
 
 def test_a_patient_is_on_one_side():
-    cases = [brats.Case(f"p{i // 3}-{i % 3}", f"p{i // 3}", (), None, NEW) for i in range(30)]
+    cases = [
+        Case(f"p{i // 3}-{i % 3}", f"p{i // 3}", (), ("x",), None, Labels("", ("", "a"), (0, 1))) for i in range(30)
+    ]
     validated = []
     for fold in range(5):
         train, validation = splits.split_cases(cases, fold=fold, folds=5, seed=0)
@@ -363,53 +329,3 @@ def test_a_patient_is_on_one_side():
         splits.split_cases(cases, fold=5, folds=5, seed=0)
     with pytest.raises(UserError, match="10 patients"):
         splits.split_cases(cases, fold=0, folds=11, seed=0)
-
-
-# -- stream -------------------------------------------------------------------------------------------------------
-
-
-def take(phantoms, count, **options):
-    cases = brats.list_cases(phantoms, CONVENTION, need_labels=True)
-    settings = {
-        "patch": (32, 32, 32), "tumour_probability": 0.5, "patches_per_case": 1, "batch": 2, "seed": 0,
-        "start_step": 0, "threads": 1,
-    } | options  # fmt: skip
-    return list(itertools.islice(pipeline.make_stream(cases, **settings), count))
-
-
-def same(a, b):
-    return all((x[k] == y[k]).all() for x, y in zip(a, b, strict=True) for k in x)
-
-
-def test_stream_is_a_function_of_seed_and_step(phantoms):
-    batches = take(phantoms, 5)
-    assert batches[0]["image"].shape == (2, 32, 32, 32, 4) and batches[0]["label"].dtype == np.uint8
-    assert same(batches, take(phantoms, 5, threads=4)), "any number of threads"
-    assert same(batches[3:], take(phantoms, 2, start_step=3)), "resumed"
-    assert not same(batches, take(phantoms, 5, seed=1))
-    assert not same(batches[:2], batches[3:]), "the second pass cuts other patches in another order"
-
-
-def test_processes_share_the_global_batch(phantoms):
-    whole = take(phantoms, 2, batch=4)
-    halves = [take(phantoms, 2, batch=4, process_index=i, process_count=2) for i in range(2)]
-    for step in range(2):
-        rows = np.concatenate([halves[i][step]["image"] for i in range(2)])
-        key = lambda x: x.reshape(len(x), -1).sum(1)  # noqa: E731
-        np.testing.assert_allclose(np.sort(key(rows)), np.sort(key(whole[step]["image"])), rtol=1e-5)
-
-
-def test_a_bad_file_stops_the_stream_with_its_name(root):
-    truncate(part(root, 0, "t2"))
-    cases = brats.list_cases(root, CONVENTION, need_labels=True)
-    stream = pipeline.make_stream(
-        cases, patch=(32, 32, 32), tumour_probability=0.5, patches_per_case=1, batch=1, seed=0, start_step=0, threads=2
-    )
-    with pytest.raises(UserError, match="BraTS2021_00000_t2"):
-        list(itertools.islice(stream, 3))
-
-
-def test_steps_per_epoch():
-    assert pipeline.steps_per_epoch(1000, 1, 1) == 1000
-    assert pipeline.steps_per_epoch(7, 2, 4) == 3
-    assert pipeline.steps_per_epoch(1, 1, 4) == 1

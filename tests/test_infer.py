@@ -1,12 +1,18 @@
 """Sliding windows against whole-volume answers that are known without them."""
 
+from pathlib import Path
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from xdim_jax import infer, regions
-from xdim_jax.data.brats import Volume
-from xdim_jax.data.nifti import Grid
+from xdim_jax.data.case import Case, Volume
+from xdim_jax.data.grid import Grid
+from xdim_jax.data.labels import Labels
+from xdim_jax.data.prepare import Preparation, prepare
 
 
 @pytest.mark.parametrize(
@@ -64,14 +70,32 @@ def test_windows_are_weighted_by_the_gaussian():
 def test_segment_puts_the_box_back_and_drops_small_et():
     image = np.zeros((6, 7, 8, 4), np.float32)
     image[2:5, 1:6, 3:7] = np.random.default_rng(0).normal(5, 1, (3, 5, 4, 4))
-    grid = Grid((8, 7, 6), np.eye(4), None)  # pyright: ignore[reportArgumentType]
+    case = Case("case", "case", (Path("a.nii"),), ("a", "b", "c", "d"), None, Labels("", ("", "x"), (0, 1)))
+    volume = Volume("case", image, None, Grid((8, 7, 6), np.eye(4)))
+    prepared = prepare(case, volume, Preparation(crop="nonzero", normalise="zscore_nonzero"))
     probs = np.zeros((3, 5, 4, 3), np.float32)
     probs[0, 0, 0] = (0.9, 0.9, 0.9)
     probs[2, 4, 3] = (0.6, 0.2, 0.1)
-    volume = Volume("case", image, None, grid)
     options = {"threshold": 0.5, "min_et": 0}
-    label = infer.segment(lambda weights, x: probs, None, volume, options)
+    label = infer.segment(lambda weights, x: probs, None, prepared, regions.BRATS, options)
     assert label.shape == (6, 7, 8) and np.count_nonzero(label) == 2
     assert label[2, 1, 3] == regions.ET and label[4, 5, 6] == regions.ED
-    label = infer.segment(lambda weights, x: probs, None, volume, options | {"min_et": 2})
+    label = infer.segment(lambda weights, x: probs, None, prepared, regions.BRATS, options | {"min_et": 2})
     assert label[2, 1, 3] == regions.NCR
+
+
+def test_a_2d_network_sees_every_slice_once_and_in_order(rng):
+    """Its answer for a slice depends on that slice alone, so blending must give it back at its place."""
+    image = rng.normal(size=(19, 32, 32, 1)).astype(np.float32)
+    seen = []
+
+    def forward(weights, x):
+        jax.debug.callback(lambda n: seen.append(int(n)), x.shape[0])
+        return jnp.broadcast_to(x.mean((1, 2), keepdims=True), x.shape)
+
+    config = ConfigDict({"data": {"patch": (32, 32)}, "predict": {"overlap": 0.5}})
+    probs = infer.make_network_predictor(config, forward)(None, image)
+    jax.effects_barrier()
+    expected = 1 / (1 + np.exp(-image.mean((1, 2), keepdims=True)))
+    np.testing.assert_allclose(probs, np.broadcast_to(expected, image.shape), atol=1e-6)
+    assert set(seen) == {8} and len(seen) <= 5, "in batches of slices"

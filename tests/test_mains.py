@@ -309,7 +309,7 @@ MISUSES = {
     "unknown flag": ([f"--config={RECIPE}", "--epochs=3"], ["unknown argument --epochs=3"]),
     "unknown recipe": (["--config=configs/dxnet.py"], ["configs/dxnet.py does not exist", "configs/brats_dxnet.py"]),
     "unknown variant": (["--config=configs/brats_dxnet.py:phantm"], ["'phantm'; known: phantom, released, fold="]),
-    "unknown convention": ([f"--config={RECIPE}", "--config.data.convention=brats"], ["known: brats2021, brats2023"]),
+    "unknown convention": ([f"--config={RECIPE}", "--config.data.convention=x"], ["known: brats2021, brats2023, "]),
     "patch": ([f"--config={RECIPE}", "--config.data.patch=64,70,64"], ["axis H is 70: level 1/4 would halve 35"]),
     "channels": ([f"--config={RECIPE}", "--config.model.in_channels=1"], ["config.model.in_channels=1: BraTS needs 4"]),
     "fold": ([f"--config={RECIPE}", "--config.data.fold=5"], ["config.data.fold=5"]),
@@ -321,6 +321,12 @@ MISUSES = {
     "not a recipe": (["--config=README.md"], ["README.md is not a Python file"]),
     "encoder": ([f"--config={RECIPE}", DATA, "--config.model.encoder.name=b9"], ["unknown encoder 'b9'; known: eff"]),
     "other convention": ([f"--config={RECIPE}", DATA, "--config.data.convention=brats2023"], ["convention=brats2021"]),
+    "unknown data set": ([f"--config={RECIPE}", "--config.data.dataset=brain"], ["known: brats, camus, chaos, nnunet"]),
+    "no list of splits": ([f"--config={RECIPE}", DATA, "--config.data.split=official"], ["without a list of splits"]),
+    "sampling": ([f"--config={RECIPE}", "--config.data.sampling=all"], ["sampling='all': known: patches, slices"]),
+    "preparation": ([f"--config={RECIPE}", "--config.data.prepare.crop=brain"], ["prepare.crop='brain': known: none"]),
+    "cut volumes": ([f"--config={RECIPE}", DATA, "--config.data.sampling=volumes"], ["larger than", "prepare.size"]),
+    "store in a file": ([f"--config={RECIPE}", DATA, "--config.data.store=/dev/null"], ["cannot write /dev/null/"]),
     "too few patients": ([f"--config={RECIPE}", DATA, "--config.data.folds=9"], ["6 patients cannot be split"]),
 }  # fmt: skip
 

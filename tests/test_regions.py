@@ -11,18 +11,44 @@ from xdim_jax import regions
 
 def test_encode_and_decode_are_inverse():
     label = np.arange(4, dtype=np.uint8).reshape(1, 2, 2)
-    masks = regions.encode(label)
+    masks = regions.BRATS.encode(label)
     # background, NCR, ED, ET as (WT, TC, ET)
     np.testing.assert_array_equal(masks.reshape(4, 3), [[0, 0, 0], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
-    np.testing.assert_array_equal(regions.decode(masks), label)
-    np.testing.assert_array_equal(regions.encode(jnp.asarray(label), jnp), masks)
+    np.testing.assert_array_equal(regions.BRATS.decode(masks), label)
+    np.testing.assert_array_equal(regions.BRATS.encode(jnp.asarray(label), jnp), masks)
 
 
 def test_decode_of_masks_that_are_not_nested():
     """ED is written first, then NCR, then ET: an inner region is kept even where the outer one is missing."""
     for wt, tc, et in itertools.product([False, True], repeat=3):
         expected = regions.ET if et else regions.NCR if tc else regions.ED if wt else 0
-        assert regions.decode(np.array([[[[wt, tc, et]]]])).item() == expected
+        assert regions.BRATS.decode(np.array([[[[wt, tc, et]]]])).item() == expected
+
+
+def test_regions_side_by_side_and_nested():
+    """CAMUS: the cavity lies inside LV_epi, the atrium beside it."""
+    camus = regions.Regions({"LV_endo": (1,), "LV_epi": (1, 2), "LA": (3,)})
+    label = np.arange(4, dtype=np.uint8)
+    np.testing.assert_array_equal(camus.encode(label), [[0, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1]])
+    np.testing.assert_array_equal(camus.decode(camus.encode(label)), label)
+    # endo, epi, LA: the higher of the two outer ones; an inner one is written over either
+    scores = [[0.1, 0.6, 0.7], [0.1, 0.8, 0.7], [0.9, 0.1, 0.7], [0.4, 0.4, 0.4]]
+    np.testing.assert_array_equal(camus.decode(np.array(scores)), [3, 2, 1, 0])
+    np.testing.assert_array_equal(camus.decode(np.array(scores), threshold=0.3), [3, 2, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        ({"a": (1, 2), "b": (2, 3)}, "overlap"),
+        ({"a": (1,), "b": (1,)}, "overlap"),
+        ({"a": (1, 2)}, "exactly one"),
+        ({"all": (1, 2), "a": (1,), "b": (2,)}, "exactly one"),
+    ],
+)
+def test_regions_that_cannot_be_told_apart_are_refused(sets, words):
+    with pytest.raises(ValueError, match=words):
+        regions.Regions(sets)
 
 
 @pytest.mark.parametrize(("minimum", "kept"), [(0, True), (3, True), (4, False)])

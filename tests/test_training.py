@@ -75,6 +75,7 @@ def make_run(tmp_path, **options):
         "recorder": log.open_recorder(tmp_path, 0, writes=True),
         "validate": lambda weights, stop: {"WT": 0.5, "TC": 0.5, "ET": 0.5},
         "stop": loop.StopRequest(),
+        "regions": ("WT", "TC", "ET"),
     }
     return loop.Run(config=settings | options.pop("config", {}), **(fields | options))
 
@@ -368,7 +369,7 @@ def test_eight_devices_compute_what_one_does():
     batch = {"image": rng.normal(size=(4, 64, 32, 32, 4)).astype(np.float32),
              "label": rng.integers(0, 4, (4, 64, 32, 32)).astype(np.uint8)}
     train = step.make_train_step(graphdef, loss.make_loss({"name": "dice_bce", "eps": 1e-5}),
-                                 lambda label: regions.encode(label, jnp), tx)
+                                 lambda label: regions.BRATS.encode(label, jnp), tx)
     results = []
     for data, space in ((1, 1), (2, 2)):
         devices = mesh.make_mesh(data, space, batch=4)

@@ -30,6 +30,7 @@ class Regions:
             for other, rest in items[:i]:
                 if labels == rest or (labels & rest and not (labels < rest or rest < labels)):
                     raise ValueError(f"regions {other} {sorted(rest)} and {name} {sorted(labels)} overlap")
+        for name, labels in items:
             inner = set().union(*(rest for _, rest in items if rest < labels))
             if len(labels - inner) != 1:
                 raise ValueError(

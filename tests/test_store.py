@@ -1,0 +1,418 @@
+"""Preparation by hand and against scipy's numbers, the store on disk, and the stream of samples."""
+
+import itertools
+import json
+import os
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from xdim_jax.data import brats, camus, phantom, pipeline, store
+from xdim_jax.data import prepare as preparation
+from xdim_jax.data.case import Case, Volume, list_cases, read_case
+from xdim_jax.data.grid import Grid
+from xdim_jax.data.labels import Labels
+from xdim_jax.data.prepare import Preparation, nearest, nonzero_box, prepare, resample
+from xdim_jax.errors import UserError
+
+BRATS = brats.dataset("brats2021")
+PAPER = Preparation(crop="nonzero", normalise="zscore_nonzero")
+LABELS = Labels("", ("", "a", "b", "c"), (0, 1, 2, 3))
+
+
+def made(image, label=None, spacing=(1.0, 1.0, 1.0), **info):
+    """A case and its volume from arrays (D, H, W, C), without files."""
+    affine = np.diag([*(-s for s in spacing[:0:-1]), spacing[0], 1.0])
+    grid = Grid(image.shape[2::-1], affine)
+    channels = tuple("abcd"[: image.shape[3]])
+    return Case("c", "c", (), channels, None, LABELS, info=info), Volume("c", image, label, grid)
+
+
+# -- preparation --------------------------------------------------------------------------------------------------
+
+
+def test_box_and_zscore_of_nonzero_voxels_by_hand():
+    image = np.zeros((5, 6, 7, 2), np.float32)
+    image[1, 2, 3], image[1, 2, 4], image[3, 2, 3] = (1, 0), (3, 0), (5, 7)
+    assert nonzero_box(image) == (slice(1, 4), slice(2, 3), slice(3, 5))
+    prepared = prepare(*made(image), PAPER)
+    assert prepared.box == (slice(1, 4), slice(2, 3), slice(3, 5)) and prepared.source == (5, 6, 7)
+    z = prepared.image()
+    # 1, 3, 5: mean 3, sd sqrt(8/3)
+    np.testing.assert_allclose(z[[0, 0, 2], 0, [0, 1, 0], 0], np.array([-2, 0, 2]) / np.sqrt(8 / 3), rtol=1e-6)
+    assert np.count_nonzero(z[..., 0]) == 2 and not z[..., 1].any(), "background and constant channels stay 0"
+    zeros = np.zeros((4, 4, 4, 1), np.float32)
+    assert nonzero_box(zeros) == (slice(0, 4),) * 3
+    assert not prepare(*made(zeros), PAPER).image().any()
+
+
+def test_zscore_of_all_voxels_by_hand():
+    image = np.array([0.0, 2.0, 4.0, 6.0], np.float32).reshape(1, 2, 2, 1)
+    z = prepare(*made(image), Preparation()).image()
+    np.testing.assert_allclose(z.ravel(), np.array([-3, -1, 1, 3]) / np.sqrt(5), rtol=1e-6)
+
+
+def test_the_ct_window_clips_ct_alone():
+    image = np.array([-1000.0, -100.0, 60.0, 3000.0], np.float32).reshape(1, 2, 2, 1)
+    window = Preparation(window=(60, 400), normalise="none")
+    ct = prepare(*made(image, modality="CT"), window).image().ravel()
+    mr = prepare(*made(image, modality="MR"), window).image().ravel()
+    assert ct.tolist() == [-140, -100, 60, 260] and mr.tolist() == image.ravel().tolist()
+
+
+def test_whole_numbers_are_kept_as_int16_and_nothing_is_lost(rng):
+    image = rng.integers(-1024, 3000, (4, 5, 6, 1)).astype(np.float32)
+    prepared = prepare(*made(image), Preparation(normalise="none"))
+    assert prepared.raw.dtype == np.int16
+    np.testing.assert_array_equal(prepared.image(), image)
+    assert prepare(*made(image + 0.5), Preparation()).raw.dtype == np.float32
+    assert prepare(*made(image * 100), Preparation()).raw.dtype == np.float32, "beyond int16"
+
+
+def test_a_part_has_the_bits_of_the_whole(rng):
+    image = rng.integers(0, 4, (6, 7, 8, 2)).astype(np.float32)
+    prepared = prepare(*made(image), PAPER)
+    part = (slice(1, 4), slice(2, 7), slice(0, 3))
+    np.testing.assert_array_equal(prepared.image(part), prepared.image()[part])
+
+
+def test_resampling_keeps_a_ramp_where_it_is():
+    """Linear interpolation of a linear image, at voxel centres: known without any resampler."""
+    x = np.arange(12.0, dtype=np.float32)
+    image = np.broadcast_to(x[None, None, :, None], (3, 4, 12, 1)).copy()
+    finer = resample(image, (3, 8, 24))
+    expected = (np.arange(24) + 0.5) / 2 - 0.5
+    np.testing.assert_allclose(finer[1, 3, 1:-1, 0], expected[1:-1], atol=1e-5)
+    coarser = resample(image, (3, 4, 6))
+    np.testing.assert_allclose(coarser[1, 2, 1:-1, 0], np.arange(6)[1:-1] * 2 + 0.5, atol=0.05)
+
+
+def test_downsampling_does_not_alias():
+    stripes = np.zeros((1, 64, 64, 1), np.float32)
+    stripes[:, :, ::2] = 1
+    inner = resample(stripes, (1, 64, 16))[:, :, 2:-2]
+    np.testing.assert_allclose(inner, 0.5, atol=0.1)
+
+
+def test_nearest_takes_the_voxel_under_the_centre():
+    label = np.arange(4, dtype=np.uint8).reshape(1, 1, 4)
+    assert nearest(label, (1, 1, 8)).ravel().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert nearest(label, (1, 1, 2)).ravel().tolist() == [1, 3]
+    assert nearest(label, (2, 1, 4)).tolist() == [[[0, 1, 2, 3]]] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape"),
+    [
+        ({"spacing": (0, 1.5, 1.5)}, (10, 40, 20)),
+        ({"spacing": (5.0, 0, 0)}, (12, 20, 10)),
+        ({"size": (64, 32)}, (10, 64, 32)),
+        ({"spacing": (6.0, 3.0005, 3.0)}, (10, 20, 10)),
+    ],
+)
+def test_target_shapes(settings, shape):
+    """10 slices of 20 x 10 pixels, 6 x 3 x 3 mm; a step below a thousandth is no reason to resample."""
+    case, volume = made(np.zeros((10, 20, 10, 1), np.float32), spacing=(6.0, 3.0, 3.0))
+    prepared = prepare(case, volume, Preparation(**settings))
+    assert prepared.shape == shape
+    np.testing.assert_allclose(np.multiply(prepared.spacing, shape), (60, 60, 30), rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"crop": "nonzero"}, {"spacing": (2.0, 2.0, 2.0)}, {"size": (48, 40)}])
+def test_restore_brings_labels_back_to_the_source_grid(settings):
+    """A smooth object survives there and back; its Dice would not, were it moved by a voxel."""
+    z, y, x = np.ogrid[:20, :36, :30]
+    ball = ((z - 9) / 6) ** 2 + ((y - 16) / 11) ** 2 + ((x - 14) / 9) ** 2 < 1
+    image = np.where(((z - 9) / 8) ** 2 + ((y - 16) / 14) ** 2 + ((x - 14) / 12) ** 2 < 1, 5, 0)[..., None]
+    case, volume = made(image.astype(np.float32), ball.astype(np.uint8), spacing=(3.0, 1.0, 1.0))
+    prepared = prepare(case, volume, Preparation(**settings))
+    back = prepared.restore((prepared.label == 1)[..., None].astype(np.float32))
+    assert back.shape == (20, 36, 30, 1)
+    found = back[..., 0] > 0.5
+    assert 2 * (found & ball).sum() / (found.sum() + ball.sum()) > (0.90 if settings.get("spacing") else 0.98)
+    if not settings.get("spacing") and not settings.get("size"):
+        np.testing.assert_array_equal(found, ball)
+
+
+def test_interpolation_does_not_smear_the_brain_into_its_background():
+    image = np.zeros((8, 8, 8, 1), np.float32)
+    image[:, :, 4:] = 100
+    prepared = prepare(*made(image), Preparation(spacing=(1.0, 1.0, 0.5), normalise="zscore_nonzero"))
+    assert not np.asarray(prepared.raw)[:, :, :8].any() and (np.asarray(prepared.raw)[:, :, 8:] > 50).all()
+
+
+def test_settings_that_cannot_work_are_named_at_once():
+    with pytest.raises(UserError) as error:
+        Preparation(crop="brain", spacing=(1.0,), size=(0, 5), window=(1.0, -2.0), normalise="minmax")
+    for words in ("crop='brain'", "spacing=(1.0,)", "size=(0, 5)", "window=(1.0, -2.0)", "normalise='minmax'"):
+        assert words in str(error.value)
+    with pytest.raises(UserError, match="both resample slices"):
+        Preparation(size=(64, 64), spacing=(1.0, 1.0, 1.0))
+    with pytest.raises(UserError, match="unknown keys: colour"):
+        Preparation.from_config({"colour": 1})
+
+
+# -- the store ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(phantoms, tmp_path):
+    """Three cases that a test may change."""
+    for case in sorted(phantoms.glob("BraTS*"))[:3]:
+        shutil.copytree(case, tmp_path / "data" / case.name)
+    return tmp_path / "data"
+
+
+def fill(root, **options):
+    lines = []
+    cases = list_cases(BRATS, root, need_labels=True)
+    entries = store.prepare_cases(
+        BRATS, cases, options.pop("settings", PAPER), root.parent / "store", say=lines.append, **options
+    )
+    return entries, lines
+
+
+def test_the_store_holds_what_preparation_gives(root):
+    entries, _ = fill(root)
+    for entry, case in zip(entries, list_cases(BRATS, root, need_labels=True), strict=True):
+        stored, direct = entry.load(), prepare(case, read_case(case), PAPER)
+        assert isinstance(stored.raw, np.memmap) and stored.raw.dtype == np.int16
+        np.testing.assert_array_equal(stored.image(), direct.image())
+        np.testing.assert_array_equal(stored.label, direct.label)
+        assert (stored.box, stored.source, stored.spacing) == (direct.box, direct.source, direct.spacing)
+        assert entry.shape == direct.shape and entry.patient == case.patient
+
+
+def test_the_size_is_said_first_and_a_second_run_prepares_nothing(root):
+    _, lines = fill(root)
+    assert "0 of 3 cases prepared" in lines[0] and "2 cases to prepare, about" in lines[1] and "free" in lines[1]
+    before = {p: p.stat().st_mtime_ns for p in (root.parent / "store").rglob("*")}
+    _, lines = fill(root)
+    assert "3 of 3 cases prepared" in lines[0] and len(lines) == 1
+    assert {p: p.stat().st_mtime_ns for p in (root.parent / "store").rglob("*")} == before
+
+
+def test_another_setting_is_another_store(root):
+    first, _ = fill(root)
+    second, lines = fill(root, settings=Preparation(crop="nonzero", normalise="zscore"))
+    assert "0 of 3" in lines[0] and first[0].folder != second[0].folder and first[0].folder.exists()
+
+
+def test_content_decides_and_not_the_date(root):
+    """A touched file is not prepared again; a changed one is, even of the same size and date."""
+    fill(root)
+    path = root / "BraTS2021_00001" / "BraTS2021_00001_t1.nii.gz"
+    os.utime(path, ns=(1, 1))
+    assert "3 of 3" in fill(root)[1][0]
+    path = root / "BraTS2021_00002" / "BraTS2021_00002_t1.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) * 2, image.affine), path)
+    entries, lines = fill(root)
+    assert "2 of 3" in lines[0]
+    case = list_cases(BRATS, root, need_labels=True)[2]
+    np.testing.assert_array_equal(entries[2].load().image(), prepare(case, read_case(case), PAPER).image())
+
+
+def test_an_interrupted_preparation_goes_on(root, monkeypatch):
+    original, calls = store.prepare, []
+
+    def killed(case, *rest):
+        calls.append(case.case_id)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(case, *rest)
+
+    monkeypatch.setattr(store, "prepare", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fill(root, jobs=1)
+    assert not any((root.parent / "store").rglob("*partial*"))
+    monkeypatch.setattr(store, "prepare", original)
+    done = len([*(root.parent / "store").glob("*/BraTS*")])
+    assert done in (1, 2), "the case that was whole, and one that another thread may have finished"
+    assert f"{done} of 3" in fill(root)[1][0]
+
+
+def test_every_bad_case_is_named_and_the_good_ones_are_prepared(root):
+    for n in (0, 2):
+        (root / f"BraTS2021_0000{n}" / f"BraTS2021_0000{n}_t2.nii.gz").write_bytes(b"hello")
+    with pytest.raises(UserError, match="2 problems") as error:
+        fill(root)
+    assert "BraTS2021_00000_t2" in str(error.value) and "BraTS2021_00002_t2" in str(error.value)
+    assert [p.name for p in (root.parent / "store").glob("*/BraTS*")] == ["BraTS2021_00001"]
+
+
+def test_damaged_entries_are_prepared_again(root):
+    entries, _ = fill(root)
+    (entries[0].folder / "case.json").write_text("{")
+    assert "2 of 3" in fill(root)[1][0]
+    (entries[1].folder / "image.npy").write_bytes(b"hello")
+    with pytest.raises(UserError, match=r"image.npy cannot be read .* prepare it again"):
+        entries[1].load()
+
+
+def test_too_little_room_is_said_before_it_is_used(root, monkeypatch):
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    with pytest.raises(UserError, match=r"2 cases left need about .* but only 0.00 GiB are free"):
+        fill(root)
+
+
+def test_voxels_of_every_structure_are_drawn_alike(root, rng):
+    entry = fill(root)[0][0]
+    label = np.asarray(entry.load().label)
+    drawn = [int(label[entry.voxel(rng)]) for _ in range(600)]
+    counts = np.bincount(drawn, minlength=4)
+    assert counts[0] == 0 and (counts[1:] > 150).all(), "a structure first, then one of its voxels"
+
+
+def test_cases_without_structures_have_no_voxel_to_draw(root, rng):
+    path = root / "BraTS2021_00000" / "BraTS2021_00000_seg.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.zeros_like(np.asarray(image.dataobj)), image.affine), path)
+    entry = fill(root)[0][0]
+    assert entry.voxel(rng) is None
+    assert pipeline.random_start(entry, (8, 8, 8), 1.0, rng)
+
+
+# -- the stream ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def entries(phantoms, tmp_path_factory):
+    cases = list_cases(BRATS, phantoms, need_labels=True)
+    return store.prepare_cases(BRATS, cases, PAPER, tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Prepared 2D images: four views of ED and ES of CAMUS, all of 64 x 96 pixels."""
+    root = tmp_path_factory.mktemp("camus")
+    phantom.write_camus(root, cases=1, shape=(96, 72), frames=5)
+    dataset = camus.dataset(instants=("ED", "ES", "half_sequence"))
+    cases = list_cases(dataset, root, need_labels=True)
+    return store.prepare_cases(dataset, cases, Preparation(size=(64, 96)), tmp_path_factory.mktemp("store"))
+
+
+def take(entries, count, **options):
+    settings = {
+        "sampling": "patches", "size": (32, 32, 32), "foreground": 0.5, "patches_per_case": 1, "batch": 2, "seed": 0,
+        "start_step": 0, "threads": 1,
+    } | options  # fmt: skip
+    return list(itertools.islice(pipeline.make_stream(entries, **settings), count))
+
+
+def same(a, b):
+    return all((x[k] == y[k]).all() for x, y in zip(a, b, strict=True) for k in x)
+
+
+def test_stream_is_a_function_of_seed_and_step(entries):
+    batches = take(entries, 5)
+    assert batches[0]["image"].shape == (2, 32, 32, 32, 4) and batches[0]["label"].dtype == np.uint8
+    assert batches[0]["key"].shape == (2, 2) and batches[0]["key"].dtype == np.uint32
+    assert same(batches, take(entries, 5, threads=4)), "any number of threads"
+    assert same(batches, take(entries, 5, threads=0)), "and none"
+    assert same(batches[3:], take(entries, 2, start_step=3)), "resumed"
+    assert not same(batches, take(entries, 5, seed=1))
+    assert not same(batches[:2], batches[3:]), "the second pass cuts other patches in another order"
+    keys = np.concatenate([b["key"] for b in batches])
+    assert len(np.unique(keys, axis=0)) == 10, "every sample has random bits of its own, in every epoch"
+
+
+def test_processes_share_the_global_batch(entries):
+    whole = take(entries, 2, batch=4)
+    halves = [take(entries, 2, batch=4, process_index=i, process_count=2) for i in range(2)]
+    for step in range(2):
+        rows = np.concatenate([halves[i][step]["key"] for i in range(2)])
+        assert sorted(rows.tolist()) == sorted(whole[step]["key"].tolist())
+
+
+@pytest.mark.parametrize("size", [(8, 8, 8), (9, 3, 40)])
+def test_patches_hold_a_structure_when_they_must(entries, size):
+    batches = take(entries, 12, size=size, foreground=1.0, batch=4)
+    assert all(label.any() for b in batches for label in b["label"])
+    assert set(np.unique([b["label"] for b in batches])) == {0, 1, 2, 3}, "each structure is drawn"
+
+
+def test_patches_are_cut_from_one_place_and_padded_with_zeros(entries):
+    """Every patch is found again, at one place, in image and label; what lies beyond the volume is 0."""
+    size = (16, 200, 24)
+    batch = take(entries, 1, size=size, batch=3)[0]
+    for image, label in zip(batch["image"], batch["label"], strict=True):
+        places = []
+        for entry in entries:
+            prepared = entry.load()
+            d, h, w = entry.shape
+            low = (200 - h) // 2
+            if image[:, :low].any() or image[:, low + h :].any():
+                continue
+            inner, inner_label = image[:, low : low + h], label[:, low : low + h]
+            for z, x in itertools.product(range(d - 15), range(w - 23)):
+                part = (slice(z, z + 16), slice(0, h), slice(x, x + 24))
+                if (prepared.label[part][0, :, 0] == inner_label[0, :, 0]).all() and (
+                    prepared.image(part) == inner
+                ).all():
+                    places.append((entry.case_id, z, x))
+                    np.testing.assert_array_equal(prepared.label[part], inner_label)
+        assert len(places) == 1
+
+
+def test_slices_visit_every_slice_once_in_an_epoch(entries):
+    few = entries[:2]
+    count = sum(e.shape[0] for e in few)
+    assert len(pipeline.records(few, "slices", 1)) == count
+    batches = take(few, count, sampling="slices", size=(1, 96, 96), flat=True, batch=1)
+    assert batches[0]["image"].shape == (1, 96, 96, 4) and batches[0]["label"].shape == (1, 96, 96)
+    sums = sorted(float(b["image"].astype(np.float64).sum()) for b in batches)
+    expected = sorted(float(plane.astype(np.float64).sum()) for e in few for plane in e.load().image())
+    np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_images_and_sequences_are_slices_too(images):
+    assert [e.shape[0] for e in images] == [1, 1, 5, 1, 1, 5]
+    batch = take(images, 1, sampling="slices", size=(1, 64, 96), flat=True, batch=14)[0]
+    assert batch["image"].shape == (14, 64, 96, 1)
+    np.testing.assert_allclose(batch["image"][..., 0].mean((1, 2)), 0, atol=0.2)
+
+
+def test_volumes_are_whole_and_padded_to_one_size(entries):
+    size = (64, 64, 64)
+    batch = take(entries, 1, sampling="volumes", size=size, batch=6)[0]
+    totals = sorted(np.count_nonzero(label) for label in batch["label"])
+    assert totals == sorted(np.count_nonzero(e.load().label) for e in entries)
+    with pytest.raises(UserError, match=r"larger than config.data.patch=\(16, 64, 64\)"):
+        pipeline.check_size(entries, "volumes", (16, 64, 64))
+    pipeline.check_size(entries, "slices", (1, 64, 64))
+
+
+def test_an_error_in_a_thread_is_raised_with_its_own_words(entries, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(entries[0].folder, folder)
+    (folder / "image.npy").unlink()
+    broken = store.Entry("x", "x", folder, entries[0].shape, entries[0].structures)
+    with pytest.raises(UserError, match="has no image.npy; remove it and prepare it again"):
+        take([broken], 3, threads=3)
+
+
+def test_steps_per_epoch():
+    assert pipeline.steps_per_epoch(1000, 1) == 1000
+    assert pipeline.steps_per_epoch(14, 4) == 3
+    assert pipeline.steps_per_epoch(1, 4) == 1
+
+
+def test_the_resampled_image_is_scipys(rng):
+    """Against an interpolation at coordinates written out here."""
+    image = rng.normal(size=(5, 9, 7, 2)).astype(np.float32)
+    out = preparation.resample(image, (5, 14, 11))
+    y, x = (np.arange(14) + 0.5) * 9 / 14 - 0.5, (np.arange(11) + 0.5) * 7 / 11 - 0.5
+    at = np.meshgrid(np.arange(5), y, x, indexing="ij")
+    for c in range(2):
+        expected = ndimage.map_coordinates(image[..., c], at, order=1, mode="nearest")
+        np.testing.assert_allclose(out[..., c], expected, atol=1e-5)
+
+
+def test_the_record_of_a_case_names_its_sources(root):
+    entry = fill(root)[0][0]
+    facts = json.loads((entry.folder / "case.json").read_text())
+    assert len(facts["sources"]) == 5 and facts["sources"][0].endswith("BraTS2021_00000_flair.nii.gz")
