@@ -37,16 +37,7 @@ def get_config(words: dict[str, int]) -> Any:
     )
     config.augment = ConfigDict()  # none (Sect. 3.1.3); what there is: xdim_jax/augment.py
     config.loss = ConfigDict({"name": "dice_bce", "eps": 1e-5})
-    config.optim = ConfigDict(
-        {
-            "name": "nadam",
-            "b1": 0.95,
-            "b2": 0.99,
-            "eps": 1e-8,  # optax's; released code: 1e-5
-            "lookahead": {"period": 6, "step_size": 0.5},
-            "schedule": {"name": "constant_then_cosine", "peak": 1e-3, "final": 1e-5, "constant_epochs": 40},
-        }
-    )
+    config.optim = common.nadam_lookahead(constant_epochs=40)
     config.train.epochs = 90
     config.train.validate_after_score = 0.85  # mean training Dice of an epoch, over the three regions
     config.predict = ConfigDict(

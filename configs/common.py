@@ -32,6 +32,25 @@ def data(words: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def nadam_lookahead(*, constant_epochs: int) -> Any:
+    """The optimiser and the schedule of the 3D networks (Sect. 3.1.3)."""
+    return ConfigDict(
+        {
+            "name": "nadam",
+            "b1": 0.95,
+            "b2": 0.99,
+            "eps": 1e-8,  # optax's; released code: 1e-5
+            "lookahead": {"period": 6, "step_size": 0.5},
+            "schedule": {
+                "name": "constant_then_cosine",
+                "peak": 1e-3,
+                "final": 1e-5,
+                "constant_epochs": constant_epochs,
+            },
+        }
+    )
+
+
 def get_config() -> Any:
     """Settings that no recipe of the paper prescribes."""
     config: Any = ConfigDict()

@@ -358,7 +358,7 @@ def test_other_mains_on_wrong_folders(run, trained, tmp_path):
     out = run("report", f"--workdir={trained}", f"--eval={tmp_path}", f"--out={tmp_path / 'r.html'}", code=2)
     assert f"{tmp_path}/summary.json does not exist" in out
     out = run("data", "phantom", "--dataset=brats", f"--root={tmp_path}", "--shape=64,64", code=2)
-    assert "--shape=64,64: expected three numbers" in out
+    assert "--shape=64,64: expected 3 numbers" in out
 
 
 # -- a full disk --------------------------------------------------------------------------------------------------

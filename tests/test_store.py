@@ -391,7 +391,7 @@ def test_an_error_in_a_thread_is_raised_with_its_own_words(entries, tmp_path):
     shutil.copytree(entries[0].folder, folder)
     (folder / "image.npy").unlink()
     broken = store.Entry("x", "x", folder, entries[0].shape, entries[0].structures)
-    with pytest.raises(UserError, match="has no image.npy; remove it and prepare it again"):
+    with pytest.raises(UserError, match=r"has no image\.npy; remove it and prepare it again"):
         take([broken], 3, threads=3)
 
 

@@ -24,7 +24,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "translate": {"p": 0.0, "share": 0.1},  # of the side, along every axis
     "shear": {"p": 0.0, "amount": 0.1},  # tangent of the angle, for every pair of axes
     "flip": {"p": 0.0, "axes": ()},  # each of these spatial axes, each with probability p
-    "elastic": {"p": 0.0, "cells": 6, "share": 0.02},  # random displacements at cells, of a share of the side (sd)
+    "elastic": {"p": 0.0, "cells": 5, "share": 0.015},  # displacements drawn at cells; sd: share of the side
     "blur": {"p": 0.0, "low": 0.5, "high": 1.5},  # standard deviation in voxels
     "noise": {"p": 0.0, "sd": 0.1},  # uniform from 0 to sd, in units of the standardised image
     "brightness": {"p": 0.0, "low": 0.75, "high": 1.25},  # factor, by channel

@@ -18,7 +18,7 @@ from ml_collections.config_flags import config_flags
 from xdim_jax.errors import UserError
 from xdim_jax.files import CONFIG_FILE, read_json, write_json
 
-NOT_RECIPES = ("__init__", "common", "networks", "brats")  # what the recipes in configs/ import
+NOT_RECIPES = ("__init__", "common", "networks", "brats", "own")  # what the recipes in configs/ import
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 

@@ -108,9 +108,11 @@ def inspect(case: Case, image: np.ndarray) -> list[Problem]:
 def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
     """The complete cases below ``root``, which may also be one case folder, and what is wrong with the others."""
     below = [p for p in [root, *root.glob("*/"), *root.glob("*/*/")] if not p.name.startswith(".")]
+    below = [p for p in below if "__MACOSX" not in p.parts]
     folders = sorted(p for p in below if _is_case(p))
     cases: dict[str, Case] = {}
     problems: list[Problem] = []
+    incomplete: list[Case] = []
     for folder in folders:
         case, missing = _find_files(folder, convention, need_labels)
         if case.case_id in cases:
@@ -119,6 +121,8 @@ def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
             problems.append(Problem("duplicate_case", folder, found, "one folder", "keep one", case.case_id))
         elif missing:
             problems += _missing(folder, convention, missing)
+            if case.images:
+                incomplete.append(case)
         else:
             cases[case.case_id] = case
             problems += _surplus(folder, case)
@@ -127,7 +131,7 @@ def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
             found = "is empty, or holds NIfTI files that are not named after it"
             step = f"rename it, or move it out of {root}"
             problems.append(Problem("extra_file", folder, found, convention.layout(), step, folder.name))
-    return Scan(list(cases.values()), problems)
+    return Scan(list(cases.values()), problems, incomplete=tuple(incomplete))
 
 
 def _looks_like_a_broken_case(folder: Path) -> bool:
@@ -152,8 +156,8 @@ def _find_files(folder: Path, convention: Convention, need_labels: bool) -> tupl
     if need_labels and label is None:
         missing.append("seg")
     patient = folder.name.rsplit("-", 1)[0] if convention.separator == "-" else folder.name  # drops the time point
-    paths = tuple(p for p in images.values() if p is not None)
-    return Case(folder.name, patient, paths, MODALITIES, label, convention.labels), missing
+    there = {name: p for name, p in zip(MODALITIES, images.values(), strict=True) if p is not None}
+    return Case(folder.name, patient, tuple(there.values()), tuple(there), label, convention.labels), missing
 
 
 def _missing(folder: Path, convention: Convention, missing: list[str]) -> list[Problem]:

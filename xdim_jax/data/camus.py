@@ -97,8 +97,9 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
     without_facts: list[str] = []
     for (group, patient), (folder, parts) in sorted(patients.items()):
         name = f"{group}_{patient}" if group else patient
+        alone = sum(other == folder for other, _ in patients.values()) == 1  # else a cfg file could be anyone's
         for view in views:
-            info, found = _facts(folder, view, name)
+            info, found = _facts(folder, view, name) if alone else ({}, [])
             problems += found
             if not info and any(v == view for v, _ in parts):
                 without_facts.append(f"{name} {view}")
@@ -121,7 +122,9 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
                 facts = {"view": view, "instant": instant, **({"group": group} if group else {}), **info}
                 if "gt" in paths or not need_labels:
                     label = paths.get("gt")
-                    cases.append(Case(case_id, name, (paths["image"],), ("ultrasound",), label, LABELS, axes, facts))
+                    cases.append(
+                        Case(case_id, name, (paths["image"],), ("ultrasound",), label, LABELS, axes, info=facts)
+                    )
     problems += _missing_views(root, incomplete, len(patients))
     if without_facts:
         found = f"has no Info_<view>.cfg for {len(without_facts)} views: {_shorten(without_facts)}"
@@ -136,11 +139,13 @@ def _find(root: Path) -> tuple[dict[tuple[str, str], tuple[Path, _Parts]], list[
     patients: dict[tuple[str, str], tuple[Path, _Parts]] = {}
     problems = []
     for path in sorted([*root.glob("*"), *root.glob("*/*"), *root.glob("*/*/*"), *root.glob("*/*/*/*")]):
-        if path.name.startswith(".") or not (match := _FILE.fullmatch(path.name)):
+        if path.name.startswith(".") or "__MACOSX" in path.parts or not (match := _FILE.fullmatch(path.name)):
             continue
         patient, view, instant, gt, _ = match.groups()
         group = "testing" if "testing" in path.relative_to(root).parts else ""
-        folder, parts = patients.setdefault((group, patient), (path.parent, {}))
+        folder, parts = patients.get((group, patient), (path.parent, {}))
+        home = path.parent if path.parent.name == patient else folder  # where the patient's cfg files lie
+        patients[group, patient] = home, parts
         files, role = parts.setdefault((view, instant), {}), "gt" if gt else "image"
         if role in files:
             found = f"and {files[role]} are both {path.name.split('.')[0]}"
@@ -159,10 +164,17 @@ def _facts(folder: Path, view: str, patient: str) -> tuple[dict[str, str], list[
         return {}, []
     info, problems = read_info(path), []
     for key in ("ED", "ES", "NbFrame"):
-        if key in info and not info[key].isdigit():
+        if key in info and info[key].removesuffix(".0").isdigit():
+            info[key] = info[key].removesuffix(".0")
+        elif key in info:
             found, step = f"has {key}: {info[key]!r}", "correct the line"
             problems.append(Problem("missing_info", path, found, "a number of a frame, from 1", step, patient, WARNING))
             del info[key]
+    frames = info.get("NbFrame")
+    for key in ("ED", "ES"):
+        if key in info and (int(info[key]) < 1 or (frames is not None and int(info[key]) > int(frames))):
+            found, step = f"has {key}: {info[key]} of {frames or 'unknown'} frames", "correct the line"
+            problems.append(Problem("missing_info", path, found, "a frame, counted from 1", step, patient, WARNING))
     if (q := info.get("ImageQuality")) is not None and q not in QUALITIES:
         found = f"has ImageQuality: {q!r}"
         problems.append(
@@ -213,7 +225,13 @@ def _splits(root: Path, patients: set[str]) -> tuple[tuple[dict[str, tuple[str, 
         match = re.fullmatch(r"sub[gG]roup(\d*)_(training|validation|testing)\.txt", path.name)
         if not match:
             continue
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            step = "write one patient a line"
+            problems.append(Problem("unreadable", path, f"cannot be read as text ({error})", "UTF-8 text", step))
+            continue
+        names = tuple(line.strip() for line in lines if line.strip())
         sides = folds.setdefault(int(match[1] or 0), {})
         sides[match[2]] = names
         if absent := sorted(set(names) - patients):

@@ -28,6 +28,7 @@ class Case:
         label: reference labels, on the grid of the first image; of PNG files, one for each of its slices.
         labels: what the values of the label files mean.
         axes: how file axes come into memory.
+        beside: other series that share the label; they must lie on the same grid, and only `verify` reads them.
         info: facts of the examination, e.g. view, instant, quality, modality.
     """
 
@@ -38,6 +39,7 @@ class Case:
     label: Source | None
     labels: Labels
     axes: Axes = "anatomical"
+    beside: tuple[Source, ...] = ()
     info: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -61,12 +63,14 @@ class Volume:
 class Scan:
     """What lies below a folder: the usable cases, what is wrong with the others, and the splits that come with them.
 
-    ``splits`` holds, for every official fold, side (training, validation, testing) to patients.
+    ``splits`` holds, for every official fold, side (training, validation, testing) to patients. ``incomplete`` are
+    cases that lack something, with the files that are there: `verify` looks into them all the same.
     """
 
     cases: list[Case]
     problems: list[Problem]
     splits: tuple[Mapping[str, tuple[str, ...]], ...] = ()
+    incomplete: tuple[Case, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,10 +223,10 @@ def load_case(case: Case) -> tuple[Volume | None, list[Problem]]:
         arrays.append(array)
         grids.append(grid)
     label = None
-    if case.label and grids:
-        label, found = _load_label(case, case.label, grids[0])
+    if case.label:
+        label, found = _load_label(case, case.label, grids[0] if grids else None)
         problems += found
-    if not grids or any(p.kind in ("shape", "unreadable", "slice_count") for p in errors(problems)):
+    if len(arrays) < len(case.images) or any(a.shape[:3] != arrays[0].shape[:3] for a in arrays):
         return None, problems
     image = np.concatenate(arrays, -1).astype(np.float32, copy=False)
     return Volume(case.case_id, image, label, grids[0]), problems
@@ -237,13 +241,15 @@ def read_label(case: Case) -> np.ndarray:
     return label
 
 
-def _load_label(case: Case, source: Source, grid: Grid) -> tuple[np.ndarray | None, list[Problem]]:
-    """Label indices on the grid of the image."""
+def _load_label(case: Case, source: Source, grid: Grid | None) -> tuple[np.ndarray | None, list[Problem]]:
+    """Label indices on the grid of the image, and everything wrong with them; without a grid, the latter alone."""
     path, problems = where(source), []
     try:
         if _is_masks(source):
             assert isinstance(source, tuple)
             values = load_masks(source)
+            if grid is None:
+                return None, label_problems(case.labels, path, values, case.labels.decode(values)[1], case.case_id)
             if values.shape != grid.shape:
                 found = f"holds {values.shape[2]} masks of {values.shape[1]} x {values.shape[0]} pixels"
                 expected = f"{grid.shape[2]} of {grid.shape[1]} x {grid.shape[0]}, one for each slice of the image"
@@ -252,7 +258,8 @@ def _load_label(case: Case, source: Source, grid: Grid) -> tuple[np.ndarray | No
             values = grid.to_memory(values)
         else:
             stored, label_grid = read_image(source, case.axes)
-            problems += compare_grids(path, label_grid, where(case.images[0]), grid, case.case_id)
+            if grid is not None:
+                problems += compare_grids(path, label_grid, where(case.images[0]), grid, case.case_id)
             if stored.shape[3] != 1:
                 shape = (*label_grid.shape, stored.shape[3])
                 problems.append(
@@ -261,10 +268,10 @@ def _load_label(case: Case, source: Source, grid: Grid) -> tuple[np.ndarray | No
             values = stored[..., 0]
     except DataError as error:
         return None, [dataclasses.replace(p, case_id=case.case_id) for p in error.problems]
-    if problems:
-        return None, problems
     label, unknown = case.labels.decode(values)
-    return label, label_problems(case.labels, path, values, unknown, case.case_id)
+    problems += label_problems(case.labels, path, values, unknown, case.case_id)
+    misplaced = grid is None or any(p.kind in ("shape", "slice_count") for p in problems)
+    return None if misplaced else label, problems
 
 
 def label_problems(

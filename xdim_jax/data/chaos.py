@@ -40,6 +40,7 @@ TASKS: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
     4: (("CT", "MR"), ORGANS),
     5: (("MR",), ORGANS),
 }
+_IMAGES = (".dcm", ".png", ".jpg", ".jpeg", ".gz", ".nii")
 PHASES = ("in", "out", "each", "both")
 LAYOUT = "<root>/{CT/<id>,MR/<id>/T1DUAL,MR/<id>/T2SPIR}/{DICOM_anon/...dcm,Ground/...png}"
 
@@ -56,8 +57,8 @@ def dataset(task: int = 5, phase: str = "in") -> Dataset:
     Raises:
         UserError: an unknown task or phase.
     """
-    if task not in TASKS:
-        raise UserError(f"config.data.task={task}: expected 1 to 5")
+    if not isinstance(task, int) or task not in TASKS:
+        raise UserError(f"config.data.task={task!r}: expected a number from 1 to 5")
     if phase not in PHASES:
         raise UserError(f"config.data.phase={phase!r}: known: {', '.join(PHASES)}")
     modalities, structures = TASKS[task]
@@ -90,8 +91,10 @@ def inspect(case: Case, image: np.ndarray) -> list[Problem]:
 def scan(root: Path, modalities: tuple[str, ...], mr_labels: Labels, phase: str, need_labels: bool) -> Scan:
     """The series below ``root``, which holds CT and MR, or holds Train_Sets and Test_Sets, which do."""
     cases: list[Case] = []
+    incomplete: list[Case] = []
     problems: list[Problem] = []
-    bases = [b for b in [root, *sorted(root.glob("*/"))] if (b / "CT").is_dir() or (b / "MR").is_dir()]
+    below = [b for b in sorted(root.glob("*/")) if b.name != "__MACOSX"]
+    bases = [b for b in [root, *below] if (b / "CT").is_dir() or (b / "MR").is_dir()]
     tests = [b for b in bases if b.name.lower().startswith("test")]
     if need_labels and len(bases) > len(tests):
         bases = [b for b in bases if b not in tests]
@@ -105,9 +108,9 @@ def scan(root: Path, modalities: tuple[str, ...], mr_labels: Labels, phase: str,
                     labels = mr_labels if modality == "MR" else CT_LABELS
                     name = patient if modality == "CT" else f"{patient}_{path.name}"
                     found, wrong = _series(path, name, patient, modality, labels, phase, need_labels)
-                    cases += found
+                    (incomplete if any(p.severity == ERROR for p in wrong) else cases).extend(found)
                     problems += wrong
-    return Scan(cases, problems)
+    return Scan(cases, problems, incomplete=tuple(incomplete))
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -154,7 +157,7 @@ def _series(
                 expected = "masks named after the in-phase slices"
                 problems.append(Problem("slice_name", mask, found, expected, step, name, WARNING))
                 break
-    if any(p.severity == ERROR for p in problems):
+    if not phases:
         return [], problems
     base = Case(name, patient, (), ("image",), masks or None, labels, info=info)
     return _choose(base, phases, phase), problems
@@ -166,11 +169,13 @@ def _choose(base: Case, phases: dict[str, tuple[Path, ...]], phase: str) -> list
     def case(*sources: Source, suffix: str = "", channels: tuple[str, ...] = ("image",)) -> Case:
         return dataclasses.replace(base, case_id=base.case_id + suffix, images=sources, channels=channels)
 
+    if len(phases) == 1 and "image" not in phases:  # one of two: for verify
+        return [case(*phases.values())]
     if "image" in phases:
         return [] if phase == "both" else [case(phases["image"])]
     choices: dict[str, Callable[[], list[Case]]] = {
-        "in": lambda: [case(phases["in"])],
-        "out": lambda: [case(phases["out"])],
+        "in": lambda: [dataclasses.replace(case(phases["in"]), beside=(phases["out"],))],
+        "out": lambda: [dataclasses.replace(case(phases["out"]), beside=(phases["in"],))],
         "each": lambda: [case(phases[p], suffix=f"_{p}") for p in ("in", "out")],
         "both": lambda: [case(phases["in"], phases["out"], channels=("in-phase", "out-phase"))],
     }
@@ -211,5 +216,5 @@ def _strangers(folder: Path, suffix: str, name: str) -> list[Problem]:
     return [
         Problem("extra_file", p, f"is no {suffix} file", f"{suffix} files alone", "move it away", name, WARNING)
         for p in sorted(folder.iterdir())
-        if p.is_file() and not p.name.startswith(".") and p.suffix.lower() != suffix
+        if p.suffix.lower() in _IMAGES and p.suffix.lower() != suffix and not p.name.startswith(".")
     ]

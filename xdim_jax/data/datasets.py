@@ -34,7 +34,7 @@ def get_dataset(data: Mapping[str, Any]) -> Dataset:
     Raises:
         UserError: unknown name, an option that is needed is missing, or one has a wrong value.
     """
-    name = data["dataset"]
+    name = data.get("dataset")
     if name not in DATASETS:
         raise UserError(f"config.data.dataset={name!r} is unknown; known: {', '.join(DATASETS)}")
     entry = DATASETS[name]

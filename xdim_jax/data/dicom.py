@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from xdim_jax.data.grid import Axes, Grid, make_grid
-from xdim_jax.data.problem import Problem, data_error
+from xdim_jax.data.problem import DataError, Problem, data_error
 
 _GAP = 0.1  # share of the usual step by which a step may differ
 
@@ -161,21 +161,27 @@ def series_grid(slices: Sequence[Slice], axes: Axes) -> Grid:
 
 def load(files: Sequence[Path], axes: Axes) -> tuple[np.ndarray, Grid]:
     """The stored values with slope and intercept applied, ``(x, y, z)`` in the given order, and the grid."""
-    data = [_read(path) for path in files]
-    grid = series_grid([_header(path, d) for path, d in zip(files, data, strict=True)], axes)
-    planes = []
-    for path, d in zip(files, data, strict=True):
+    data, planes, problems = [], [], []
+    for path in files:
         try:
-            planes.append(_rescaled(d))
-        except Exception as error:  # pydicom and its decoders raise many kinds for damaged pixels
-            raise unreadable(path, "DICOM", error) from error
+            data.append(_read(path))
+            planes.append(_rescaled(path, data[-1]))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise data_error(problems, "damaged slices")
+    grid = series_grid([_header(path, d) for path, d in zip(files, data, strict=True)], axes)
     return np.stack(planes, -1).swapaxes(0, 1), grid
 
 
-def _rescaled(data: Any) -> np.ndarray:
-    pixels = data.pixel_array
+def _rescaled(path: Path, data: Any) -> np.ndarray:
+    try:
+        pixels = data.pixel_array
+    except Exception as error:  # pydicom and its decoders raise many kinds for damaged pixels
+        raise unreadable(path, "DICOM", error) from error
     if pixels.ndim != 2:
-        raise ValueError(f"pixels of shape {pixels.shape}, expected one grey plane")
+        found = f"has pixels of shape {pixels.shape}"
+        raise data_error([Problem("shape", path, found, "one grey plane", "split it, or save it without colours")], "")
     slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
     if slope.is_integer() and intercept.is_integer():
         return pixels.astype(np.int32) * int(slope) + int(intercept)
@@ -184,29 +190,41 @@ def _rescaled(data: Any) -> np.ndarray:
 
 def load_masks(files: Sequence[Path]) -> np.ndarray:
     """Grey values of PNG files in the given order, uint8 ``(x, y, z)``; a mask of one bit gives 0 and 1."""
-    from PIL import Image
-
-    planes = []
+    planes: list[np.ndarray] = []
+    problems = []
     for path in files:
         try:
-            with Image.open(path) as image:
-                plane = np.asarray(image)
-        except Exception as error:
-            raise unreadable(path, "PNG", error) from error
-        if plane.ndim == 3 and (plane == plane[..., :1]).all():  # grey, saved as colours
-            plane = plane[..., 0]
-        if plane.ndim != 2:
-            found = f"has an array of shape {plane.shape}"
-            raise data_error([Problem("shape", path, found, "one grey plane", "save it without colours")], "")
+            plane = _read_mask(path)
+        except DataError as error:
+            problems += error.problems
+            continue
         if planes and plane.shape != planes[0].shape:
-            found = f"has {plane.shape[0]} x {plane.shape[1]} pixels, but {files[0].name} has "
+            found = f"has {plane.shape[0]} x {plane.shape[1]} pixels, but others have "
             found += f"{planes[0].shape[0]} x {planes[0].shape[1]}"
-            raise data_error([Problem("shape", path, found, "one size per series", "fetch the masks again")], "")
-        planes.append(plane.astype(np.uint8))
+            problems.append(Problem("shape", path, found, "one size per series", "fetch the masks again"))
+        planes.append(plane)
+    if problems:
+        raise data_error(problems, "damaged masks")
     return np.stack(planes, -1).swapaxes(0, 1)
 
 
-def unreadable(path: Path, form: str, error: Exception) -> Exception:
+def _read_mask(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            plane = np.asarray(image)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise unreadable(path, "PNG", error) from error
+    if plane.ndim == 3 and (plane == plane[..., :1]).all():  # grey, saved as colours
+        plane = plane[..., 0]
+    if plane.ndim != 2:
+        found = f"has an array of shape {plane.shape}"
+        raise data_error([Problem("shape", path, found, "one grey plane", "save it without colours")], "")
+    return np.minimum(plane, 255).astype(np.uint8)  # what is brighter is a structure too
+
+
+def unreadable(path: Path, form: str, error: Exception) -> DataError:
     """The error for a file that a library could not read."""
     size = f"{path.stat().st_size} bytes" if path.is_file() else "not a file"
     found = f"cannot be read as {form} ({type(error).__name__}: {error}); it is {size}"

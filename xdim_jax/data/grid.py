@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
-from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 from xdim_jax.data.problem import Problem, data_error
 
@@ -51,6 +51,12 @@ class Grid:
         lengths = np.sqrt((self.affine[:3, :3] ** 2).sum(0))
         x, y, z = lengths[np.argsort(self.turn[:, 0])]
         return float(z), float(y), float(x)
+
+    @property
+    def in_memory(self) -> tuple[tuple[int, ...], np.ndarray]:
+        """Shape (x, y, z) and affine of the array once its axes are turned."""
+        order = np.argsort(self.turn[:, 0])
+        return tuple(self.shape[i] for i in order), self.affine @ inv_ornt_aff(self.turn, self.shape)
 
     def to_memory(self, array: np.ndarray) -> np.ndarray:
         """``(x, y, z, ...)`` in the file's axes to ``(D, H, W, ...)``."""
@@ -91,9 +97,10 @@ def make_grid(path: Path, shape: tuple[int, ...], affine: np.ndarray, *, header:
 
 
 def compare_grids(path: Path, grid: Grid, first_path: Path, first: Grid, case_id: str = "") -> list[Problem]:
-    """What keeps two files from lying on one grid."""
+    """What keeps two files from lying on one grid, whatever the order of their axes."""
     name = first_path.name
-    if grid.shape != first.shape:
+    (shape, affine), (first_shape, first_affine) = grid.in_memory, first.in_memory
+    if shape != first_shape:
         found = f"has shape {_shape(grid)}, but {name} has {_shape(first)}"
         return [Problem("shape", path, found, "one shape per case", "resample it, or fetch the case again", case_id)]
     if not np.allclose(grid.spacing, first.spacing, rtol=1e-3):
@@ -101,8 +108,8 @@ def compare_grids(path: Path, grid: Grid, first_path: Path, first: Grid, case_id
         found = f"has voxels of {sizes[0]} mm, but {name} has {sizes[1]}"
         step = "restore its header, or resample it to the other's grid"
         return [Problem("spacing", path, found, "one voxel size per case", step, case_id)]
-    corners = np.stack(np.meshgrid(*[[0, n - 1] for n in grid.shape], [1], indexing="ij"), -1).reshape(-1, 4)
-    shift = np.abs(corners @ (np.linalg.solve(first.affine, grid.affine) - np.eye(4)).T).max()
+    corners = np.stack(np.meshgrid(*[[0, n - 1] for n in shape], [1], indexing="ij"), -1).reshape(-1, 4)
+    shift = np.abs(corners @ (np.linalg.solve(first_affine, affine) - np.eye(4)).T).max()
     if shift > _SHIFT_TOLERANCE:
         found = f"lies up to {shift:.2f} voxels away from {name} by its affine"
         expected = f"co-registered files (within {_SHIFT_TOLERANCE} voxels)"

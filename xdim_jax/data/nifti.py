@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 
 from xdim_jax.data.grid import Axes, Grid, make_grid
+from xdim_jax.data.problem import Problem, data_error
 from xdim_jax.files import atomic_path
 
 SUFFIXES = (".nii.gz", ".nii")
@@ -21,14 +22,33 @@ def load(path: Path, axes: Axes) -> tuple[np.ndarray, Grid]:
     data = path.read_bytes()
     if path.suffix == ".gz":
         data = gzip.decompress(data)
-    kind = nib.Nifti2Image if data[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Image
+    kind = nib.Nifti2Image if _is_second(data) else nib.Nifti1Image
+    _check_sizes(path, data)
     image: Any = kind.from_bytes(data)
     array = np.asanyarray(image.dataobj)
     return array, make_grid(path, image.shape, image.affine, header=image.header, axes=axes)
 
 
+def _is_second(data: bytes) -> bool:
+    return data[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
+
+
+def _check_sizes(path: Path, data: bytes) -> None:
+    """Raises DataError for a voxel size of zero that the affine is made of: nibabel would take it for 1 mm."""
+    kind = nib.Nifti2Header if _is_second(data) else nib.Nifti1Header
+    header: Any = kind(data[: kind.template_dtype.itemsize], check=False)
+    axes = min(max(int(header["dim"][0]), 1), 3)
+    sizes = np.abs(header["pixdim"][1 : axes + 1])
+    if header["sform_code"] <= 0 and not (sizes > 0).all():
+        found = f"has voxels of {' x '.join(f'{s:g}' for s in sizes)} mm"
+        step = "restore its pixdim or its sform"
+        raise data_error([Problem("no_geometry", path, found, "voxel sizes above zero", step)], "")
+
+
 def load_grid(path: Path, axes: Axes) -> Grid:
     """Reads the header alone."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        _check_sizes(path, file.read(nib.Nifti2Header.template_dtype.itemsize))
     image: Any = nib.load(path)
     return make_grid(path, image.shape, image.affine, header=image.header, axes=axes)
 

@@ -40,7 +40,8 @@ class Card:
     channels: tuple[str, ...]
     labels: Labels
     regions: Regions
-    listed: tuple[str, ...]  # training cases that it names
+    listed: tuple[str, ...] = ()  # training cases that it names
+    count: int | None = None  # of training cases, as it says
 
 
 def nnunet(root: Path | str) -> Dataset:
@@ -96,6 +97,9 @@ def read_card(path: Path) -> Card:
         raise refuse(f"names its labels {labels!r}", '"labels": {"background": 0, "name": 1, ...}', "name them")
     if all(str(key).isdigit() for key in labels):  # Decathlon and nnU-Net 1: value -> name
         labels = {name: int(value) for value, name in labels.items()}
+    if "ignore" in labels:
+        step = "give those voxels a label of their own, or leave the cases out"
+        raise refuse('has a label "ignore"', "labels to learn; voxels to pass over are not supported", step)
     try:
         sets = {str(n): tuple(v) if isinstance(v, list) else (int(v),) for n, v in labels.items()}
         values = sorted({int(v) for vs in sets.values() for v in vs} | {0})
@@ -104,9 +108,20 @@ def read_card(path: Path) -> Card:
         index = {value: i for i, value in enumerate(values)}
         regions = Regions({n: tuple(index[int(v)] for v in vs) for n, vs in sets.items() if vs != (0,)})
     except (TypeError, ValueError) as error:
-        raise refuse(f"has labels that cannot be used ({error})", "whole numbers", "correct them") from error
-    listed = tuple(_name(entry) for entry in data.get("training", []))
-    return Card(channels, Labels(path.parent.name, structures, tuple(values)), regions, listed)
+        raise refuse(
+            f"has labels that cannot be used ({error})",
+            "whole numbers, and regions that are nested or apart",
+            "correct them",
+        ) from error
+    entries = data.get("training") or []
+    if not isinstance(entries, list) or not all(
+        isinstance(e, str) or (isinstance(e, dict) and "image" in e) for e in entries
+    ):
+        raise refuse("has a list of training cases that cannot be read", '[{"image": ..., "label": ...}]', "correct it")
+    listed = tuple(_name(entry) for entry in entries)
+    count = data.get("numTraining")
+    labelled = Labels(path.parent.name, structures, tuple(values))
+    return Card(channels, labelled, regions, listed, count if isinstance(count, int) else None)
 
 
 def _name(entry: Any) -> str:
@@ -137,12 +152,15 @@ def _scan(root: Path, card: Card, need_labels: bool, one_file_per_channel: bool)
             if path not in seen:
                 found, step = "has no image in imagesTr", "add it, or move the label away"
                 problems.append(Problem("extra_file", path, found, "an image for each label", step, name, WARNING))
-    if not folders[0].samefile(root) and (absent := [n for n in card.listed if n not in cases]):
-        if absent := [n for n in absent if not any(p.case_id == n for p in problems)]:
-            shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
-            found, step = f"lists {len(absent)} cases that are not there: {shown}", "fetch them, or correct the list"
-            problems.append(Problem("missing_file", root / "dataset.json", found, "the files it lists", step))
-    splits, wrong = _splits(root, set(cases))
+    named = cases.keys() | {p.case_id for p in problems if p.severity == ERROR}
+    if folders[0] != root and (absent := [n for n in card.listed if n not in named]):
+        shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+        found, step = f"lists {len(absent)} cases that are not there: {shown}", "fetch them, or correct the list"
+        problems.append(Problem("missing_file", root / "dataset.json", found, "the files it lists", step))
+    elif need_labels and card.count is not None and card.count != len(named) and (root / "dataset.json").is_file():
+        found, step = f"says numTraining {card.count}, but {len(named)} cases are there", "correct the number"
+        problems.append(Problem("dataset_json", root / "dataset.json", found, "their number", step, "", WARNING))
+    splits, wrong = _splits(root, named)
     return Scan(list(cases.values()), problems + wrong, splits)
 
 
@@ -211,6 +229,6 @@ def read_description(value: Mapping[str, Any]) -> Card:
     """A card from what `xdim_jax.data.case.describe` wrote into a workdir. Raises UserError if it cannot be used."""
     try:
         labels = Labels.from_json(value["labels"])
-        return Card(tuple(value["channels"]), labels, Regions({k: tuple(v) for k, v in value["regions"].items()}), ())
+        return Card(tuple(value["channels"]), labels, Regions({k: tuple(v) for k, v in value["regions"].items()}))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the description of the training data cannot be used ({error})") from error

@@ -12,22 +12,23 @@ import numpy as np
 
 from xdim_jax.data import dicom, nifti
 from xdim_jax.data.case import Case, Dataset, Volume, load_case, scan_cases
-from xdim_jax.data.image import Source, where
+from xdim_jax.data.grid import compare_grids
+from xdim_jax.data.image import Source, files_of, read_grid, where
 from xdim_jax.data.problem import ERROR, KINDS, WARNING, DataError, Problem
 
 _PLAUSIBLE_MM = (0.01, 50.0)
-_COMMON = 0.9  # share of cases that must hold a structure for its absence to be worth a warning
+_RARE = 10  # a structure that one case of so many lacks, or fewer, is worth a warning
 _REVERSED_GAIN = 0.8  # of the intensities' spread inside the structures, when label slices are turned round
 _FEW = 3  # labelled slices, below which the order of label slices is not judged
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What one case holds: its problems, a digest of its image, and the structures in its label map."""
+    """What one case holds: its problems, a digest of each channel, and the structures in its label map."""
 
     case: Case
     problems: list[Problem]
-    digest: str
+    digests: tuple[str, ...]
     structures: frozenset[int] | None
 
 
@@ -59,10 +60,11 @@ def verify(
     scan = scan_cases(dataset, root, need_labels=need_labels)
     inspections = []
     with concurrent.futures.ThreadPoolExecutor(max(jobs, 1)) as pool:
-        for inspection in pool.map(lambda case: inspect(case, dataset), scan.cases):
+        cases = [*scan.cases, *scan.incomplete]
+        for inspection in pool.map(lambda case: inspect(case, dataset), cases):
             inspections.append(inspection)
-            progress(len(inspections), len(scan.cases))
-    problems = [*scan.problems, *(p for i in inspections for p in i.problems)]
+            progress(len(inspections), len(cases))
+    problems = _once([*scan.problems, *(p for i in inspections for p in i.problems)])
     problems += _twins(inspections) + _absences(inspections, dataset)
     order = {kind: i for i, kind in enumerate(KINDS)}
     problems.sort(key=lambda p: (p.severity, p.case_id, order[p.kind], str(p.path)))
@@ -71,24 +73,31 @@ def verify(
 
 def inspect(case: Case, dataset: Dataset) -> Inspection:
     """Reads a case whole and looks at what it holds."""
-    headers = _headers(case)
-    if any(p.kind == "unreadable" for p in headers):
-        return Inspection(case, headers, "", None)
     volume, problems = load_case(case)
-    known = {(p.kind, str(p.path)) for p in headers}
-    problems = headers + [p for p in problems if (p.kind, str(p.path)) not in known]
+    problems = _once(_headers(case) + problems)
     if volume is None:
-        return Inspection(case, problems, "", None)
+        return Inspection(case, problems, (), None)
     problems += _spacing(case, volume) + _image(case, volume) + dataset.inspect(case, volume.image)
     structures = None
     if volume.label is not None:
         structures = frozenset(np.unique(volume.label).tolist()) - {0}
-        problems += _label(case, volume, structures)
-    return Inspection(case, problems, _digest(volume.image), structures)
+        if not any(p.kind in ("label_scale", "label_value", "dtype") for p in problems):
+            problems += _label(case, volume, structures)
+    return Inspection(case, problems, tuple(map(_digest, np.moveaxis(volume.image, -1, 0))), structures)
 
 
-def _digest(image: np.ndarray) -> str:
-    return hashlib.blake2b(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
+def _once(problems: Sequence[Problem]) -> list[Problem]:
+    """What is found by header and by content alike, or in two cases that share files, is said once."""
+    return list(
+        {(p.kind, str(p.path), p.found if p.kind.startswith("missing") else ""): p for p in problems[::-1]}.values()
+    )[::-1]
+
+
+def _digest(channel: np.ndarray) -> str:
+    """Of what a channel holds; "" for one that is constant."""
+    if channel.min() == channel.max():
+        return ""
+    return hashlib.blake2b(repr(channel.shape).encode() + np.ascontiguousarray(channel).tobytes()).hexdigest()
 
 
 # -- headers ------------------------------------------------------------------------------------------------------
@@ -96,8 +105,16 @@ def _digest(image: np.ndarray) -> str:
 
 def _headers(case: Case) -> list[Problem]:
     problems = []
-    for source in case.images:
+    for source in (*case.images, *case.beside):
         problems += _series_headers(source, case.case_id) if isinstance(source, tuple) else []
+    for source in case.beside:
+        if len(files_of(source)) != len(files_of(case.images[0])):  # said by the listing
+            continue
+        try:
+            pair = [read_grid(s, case.axes) for s in (source, case.images[0])]
+        except DataError:  # said above
+            continue
+        problems += compare_grids(where(source), pair[0], where(case.images[0]), pair[1], case.case_id)
     for path in [*case.images, case.label]:
         if isinstance(path, Path) and path.name.endswith(nifti.SUFFIXES):
             problems += _nifti_header(path, case.case_id)
@@ -227,18 +244,19 @@ def _twins(inspections: Sequence[Inspection]) -> list[Problem]:
     first: dict[str, Case] = {}
     problems = []
     for inspection in inspections:
-        case, digest = inspection.case, inspection.digest
-        if not digest:
-            continue
-        twin = first.setdefault(digest, case)
-        if twin is case:
-            continue
-        leak = twin.patient != case.patient
-        found = f"holds the same image as {twin.case_id}"
-        step = "keep one: in training and in validation they would leak" if leak else "keep one"
-        severity = ERROR if leak else WARNING
-        path = where(case.images[0])
-        problems.append(Problem("duplicate_content", path, found, "different images", step, case.case_id, severity))
+        case = inspection.case
+        shared: dict[str, list[int]] = defaultdict(list)  # other case -> channels that it has too
+        for c, digest in enumerate(inspection.digests):
+            if digest and (twin := first.setdefault(digest, case)) is not case:
+                shared[twin.case_id].append(c)
+        for name, channels in shared.items():
+            twin = next(case for case in first.values() if case.case_id == name)
+            leak = twin.patient != case.patient
+            some = f" ({', '.join(case.channels[c] for c in channels)})" if len(channels) < len(case.channels) else ""
+            found = f"holds the same image as {name}{some}"
+            step = "keep one: in training and in validation they would leak" if leak else "keep one"
+            severity, path = ERROR if leak else WARNING, where(_source(case, channels[0]))
+            problems.append(Problem("duplicate_content", path, found, "different images", step, case.case_id, severity))
     return problems
 
 
@@ -254,7 +272,7 @@ def _absences(inspections: Sequence[Inspection], dataset: Dataset) -> list[Probl
     for group in groups.values():
         for index, name in enumerate(dataset.labels.structures[1:], 1):
             without = [i.case for i in group if i.structures is not None and index not in i.structures]
-            if not without or len(without) > (1 - _COMMON) * len(group):
+            if not without or len(without) * _RARE > len(group):
                 continue
             for case in without:
                 assert case.label is not None

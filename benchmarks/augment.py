@@ -1,0 +1,144 @@
+"""Time of augmenting one sample of 128^3 voxels and 4 channels: ours beside batchgeneratorsv2 (nnU-Net's library).
+
+    pip install batchgeneratorsv2        # or, into an environment of its own, and --peer-python=<its python>
+    python benchmarks/augment.py [--size=128] [--rounds=5] [--threads=2] [--json=FILE]
+
+The set is that of the paper's CHAOS experiments: scaling, rotation, translation, shearing, window, additive noise.
+Every transform is on in every sample, so the whole cost shows; the same is measured for nnU-Net's set (rotation,
+scaling, elastic, noise, blur, brightness, contrast, low resolution, gamma, flips). The peer has no shearing and no
+window: it does scaling and rotation in one resampling with translation by a random crop, and contrast in the place of
+window. Both interpolate the image linearly and take the nearest label. The two run in processes of their own, which
+take turns; the median over rounds counts.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+REPEATS = 3
+
+
+def ours(which: str, size: int) -> float:
+    """Seconds a sample, compiled."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from xdim_jax.augment import make_augment
+
+    sets = {
+        "paper": ("scale", "rotate", "translate", "shear", "window", "noise"),
+        "nnunet": (
+            "scale", "rotate", "elastic", "flip", "noise", "blur", "brightness", "contrast", "lowres", "gamma"
+        ),
+    }  # fmt: skip
+    section = {name: {"p": 1.0} for name in sets[which]}
+    if "flip" in section:
+        section["flip"]["axes"] = (0, 1, 2)
+    function = jax.jit(make_augment(section, 3))
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.standard_normal((1, size, size, size, 4), np.float32)),
+        "label": jnp.asarray(rng.integers(0, 4, (1, size, size, size), np.uint8)),
+    }
+    keys = [jnp.asarray(rng.integers(0, 2**32, (1, 2), np.uint32)) for _ in range(REPEATS + 1)]
+    jax.block_until_ready(function(batch | {"key": keys[0]}))
+    begin = time.perf_counter()
+    for key in keys[1:]:
+        jax.block_until_ready(function(batch | {"key": key}))
+    return (time.perf_counter() - begin) / REPEATS
+
+
+def peer(which: str, size: int) -> float:
+    """Seconds a sample of batchgeneratorsv2."""
+    import numpy as np
+    import torch
+    from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
+    from batchgeneratorsv2.transforms.intensity.contrast import ContrastTransform
+    from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
+    from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
+    from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+    from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
+    from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+    from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    angle = np.pi / 12
+    shared = {"p_rotation": 1.0, "rotation": (-angle, angle), "p_scaling": 1.0, "scaling": (0.8, 1.25)}
+    shared |= {"p_synchronize_scaling_across_axes": 1.0, "mode_seg": "nearest"}
+    contrast = ContrastTransform((0.75, 1.25), preserve_range=True, synchronize_channels=False)
+    noise = GaussianNoiseTransform((0, 0.01))
+    if which == "paper":
+        transforms = [SpatialTransform((size,) * 3, 0, random_crop=True, **shared), contrast, noise]
+    else:
+        transforms = [
+            SpatialTransform((size,) * 3, 0, random_crop=False, p_elastic_deform=1.0, **shared),
+            noise,
+            GaussianBlurTransform((0.5, 1.5)),
+            MultiplicativeBrightnessTransform((0.75, 1.25), synchronize_channels=False),
+            contrast,
+            SimulateLowResolutionTransform(
+                (0.5, 1.0), synchronize_channels=False, synchronize_axes=True, ignore_axes=None, allowed_channels=None
+            ),
+            GammaTransform((0.7, 1.5), p_invert_image=0, synchronize_channels=False, p_per_channel=1, p_retain_stats=0),
+            MirrorTransform((0, 1, 2)),
+        ]
+    torch.manual_seed(0)
+    image, label = torch.randn(4, size, size, size), torch.randint(0, 4, (1, size, size, size), dtype=torch.int16)
+
+    def run() -> None:
+        sample = {"image": image.clone(), "segmentation": label.clone()}
+        for transform in transforms:
+            sample = transform(**sample)
+
+    run()
+    begin = time.perf_counter()
+    for _ in range(REPEATS):
+        run()
+    return (time.perf_counter() - begin) / REPEATS
+
+
+def main() -> None:
+    """Runs the two in turns and prints a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has batchgeneratorsv2")
+    parser.add_argument("--json", help="write the numbers there")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # what a process of its own measures
+    options = parser.parse_args()
+    if options.only:
+        side, which = options.only.split(":")
+        print((ours if side == "ours" else peer)(which, options.size))
+        return
+    threads = str(options.threads)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+    environment |= {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
+    times: dict[str, list[float]] = {}
+    for _ in range(options.rounds):
+        for which in ("paper", "nnunet"):
+            for side, python in (("ours", sys.executable), ("peer", options.peer_python)):
+                command = ["taskset", "-c", f"0-{options.threads - 1}", python, __file__, f"--only={side}:{which}"]
+                done = subprocess.run(
+                    [*command, f"--size={options.size}"], env=environment, capture_output=True, text=True
+                )
+                if done.returncode:
+                    sys.exit(f"{side} failed:\n{done.stderr}")
+                times.setdefault(f"{side}:{which}", []).append(float(done.stdout.split()[-1]))
+    print(f"| set | xdim_jax, ms | batchgeneratorsv2, ms | ratio |   ({options.size}^3 x 4, {threads} threads)")
+    print("|---|---|---|---|")
+    for which in ("paper", "nnunet"):
+        a, b = (statistics.median(times[f"{side}:{which}"]) for side in ("ours", "peer"))
+        print(f"| {which} | {1000 * a:.0f} | {1000 * b:.0f} | {a / b:.2f} |")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"size": options.size, "threads": options.threads, "seconds": times}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Time and memory of preparing, and time of reading back: phantoms of full size.
+
+    python benchmarks/data.py [--cases=50] [--shape=240,240,155] [--jobs=2] [--root=FOLDER] [--json=FILE]
+
+Writes BraTS phantoms (kept in --root for the next time), prepares them as the BraTS recipes do, and streams patches of
+128^3 from the store. Peak memory is the largest resident set of a process that does nothing else, and what it holds
+before it begins is told apart.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import resource
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PATCHES = 40
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def write(root: Path, cases: int, shape: tuple[int, int, int], first: int) -> None:
+    """A share of the phantoms."""
+    from xdim_jax.data import brats, phantom
+
+    generation = brats.get_convention("brats2021")
+    for n in range(first, cases, 2):
+        target = root / f"BraTS2021_{n:05d}"
+        if not target.is_dir():
+            with tempfile.TemporaryDirectory(dir=root.parent) as folder:
+                (made,) = phantom.write_brats(
+                    Path(folder) / "one", cases=1, first=n, shape=shape, convention=generation.name
+                )
+                made.replace(target)
+
+
+def measure(root: Path, store: Path, jobs: int, task: str) -> dict[str, Any]:
+    """Runs in a process of its own: prepares, or streams."""
+    from xdim_jax.data import brats, pipeline
+    from xdim_jax.data.case import list_cases, read_case
+    from xdim_jax.data.prepare import Preparation, prepare
+    from xdim_jax.data.store import prepare_cases
+
+    dataset = brats.dataset("brats2021")
+    settings = Preparation(crop="nonzero", normalise="zscore_nonzero")
+    cases = list_cases(dataset, root, need_labels=True)
+    before, begin = _peak(), time.perf_counter()
+    if task == "prepare":
+        prepare_cases(dataset, cases, settings, store, jobs=jobs)
+        size = sum(p.stat().st_size for p in store.rglob("*.npy"))
+        return {
+            "seconds": time.perf_counter() - begin,
+            "before_gib": before,
+            "peak_gib": _peak(),
+            "store_gib": size / 2**30,
+        }
+    entries = prepare_cases(dataset, cases, settings, store, jobs=jobs)
+    found = time.perf_counter() - begin
+    options: dict[str, Any] = {"sampling": "patches", "size": (128, 128, 128), "foreground": 0.67, "batch": 1}
+    options |= {"patches_per_case": 1, "seed": 0, "start_step": 0, "threads": jobs}
+    begin = time.perf_counter()
+    for _ in itertools.islice(pipeline.make_stream(entries, **options), PATCHES):
+        pass
+    patches = (time.perf_counter() - begin) / PATCHES
+    begin = time.perf_counter()
+    for case in cases[:3]:
+        prepare(case, read_case(case), settings).image()
+    return {
+        "find_seconds": found,
+        "patch_seconds": patches,
+        "nifti_seconds": (time.perf_counter() - begin) / 3,
+        "peak_gib": _peak(),
+    }
+
+
+def main() -> None:
+    """Prints the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=50)
+    parser.add_argument("--shape", default="240,240,155")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()) / "xdim_jax_benchmark")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    x, y, z = map(int, options.shape.split(","))
+    root, store = options.root / "data", options.root / "store"
+    root.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=write, args=(root, options.cases, (x, y, z), first)) for first in (0, 1)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    shutil.rmtree(store, ignore_errors=True)
+    numbers = {}
+    for task in ("prepare", "stream"):
+        with context.Pool(1) as pool:
+            numbers[task] = pool.apply(measure, (root, store, options.jobs, task))
+    p, s = numbers["prepare"], numbers["stream"]
+    each = p["seconds"] / options.cases
+    patch, whole = 1000 * s["patch_seconds"], 1000 * s["nifti_seconds"]
+    print(f"{options.cases} cases of {x}x{y}x{z} x 4, {options.jobs} threads")
+    print(f"prepare   {each:.2f} s a case, store {p['store_gib']:.2f} GiB")
+    print(f"          peak memory {p['peak_gib']:.2f} GiB, of which {p['before_gib']:.2f} before it began")
+    print(f"start     {s['find_seconds']:.2f} s to find all prepared")
+    print(f"read      {patch:.0f} ms a patch of 128^3 x 4 from the store, {whole:.0f} ms a case from NIfTI")
+    print(f"          peak memory {s['peak_gib']:.2f} GiB")
+    if options.json:
+        options.json.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
