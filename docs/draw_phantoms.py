@@ -1,0 +1,89 @@
+"""Draws docs/phantoms.png: the synthetic cases of the three data sets, read as training reads them.
+
+python docs/draw_phantoms.py --out=docs/phantoms.png
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from xdim_jax.data import phantom
+from xdim_jax.data.case import Case, list_cases, read_case
+from xdim_jax.data.datasets import get_dataset
+from xdim_jax.files import atomic_path
+
+COLOURS = ("#d62728", "#2ca02c", "#ffd700", "#1f77b4")  # by label index, from 1
+OPACITY = 0.45
+
+
+def show(
+    axes, case: Case, title: str, *, channel: int = 0, height: float = 0.5, window=None, label: bool = False
+) -> None:
+    """One slice at a share of the depth, with its aspect; ``label`` lays the reference over it."""
+    volume = read_case(case)
+    assert volume.label is not None
+    k = int(height * (len(volume.image) - 1))
+    image = volume.image[k, ..., channel]
+    low, high = window or np.percentile(image, (1, 99.7))
+    rgb = np.repeat(np.clip((image - low) / (high - low), 0, 1)[..., None], 3, -1)
+    for index, colour in enumerate(COLOURS, 1):
+        if label:
+            value = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+            mask = volume.label[k] == index
+            rgb[mask] = (1 - OPACITY) * rgb[mask] + OPACITY * value
+    axes.imshow(rgb, aspect=volume.grid.spacing[1] / volume.grid.spacing[2])
+    axes.set_title(title, fontsize=9, color="white")
+    axes.set_axis_off()
+
+
+def main() -> None:
+    """Writes the phantoms into a temporary folder, and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    figure = Figure(figsize=(12, 8.4), layout="constrained", facecolor="black")
+    rows = figure.subplots(3, 5)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        phantom.write_camus(root / "camus", cases=1)
+        phantom.write_chaos(root / "chaos", cases=1)
+        phantom.write_brats(root / "brats", cases=1)
+        camus = {
+            c.case_id[12:]: c for c in list_cases(get_dataset({"dataset": "camus"}), root / "camus", need_labels=True)
+        }
+        for axes, (view, label) in zip(
+            rows[0],
+            (("2CH_ED", False), ("2CH_ED", True), ("4CH_ED", False), ("4CH_ED", True), ("4CH_ES", True)),
+            strict=True,
+        ):
+            show(axes, camus[view], f"CAMUS {view.replace('_', ' ')}", label=label)
+        data = {"dataset": "chaos", "task": 4, "phase": "each"}
+        chaos = {c.case_id: c for c in list_cases(get_dataset(data), root / "chaos", need_labels=True)}
+        for axes, (case, title, label) in zip(
+            rows[1],
+            (
+                ("CT_1", "CHAOS CT", True),
+                ("MR_1_T1DUAL_in", "MR T1 in-phase", False),
+                ("MR_1_T1DUAL_out", "MR T1 out-phase", False),
+                ("MR_1_T2SPIR", "MR T2-SPIR", False),
+                ("MR_1_T2SPIR", "MR T2-SPIR", True),
+            ),
+            strict=True,
+        ):
+            show(axes, chaos[case], title, height=0.42, window=(-160, 240) if case == "CT_1" else None, label=label)
+        data = {"dataset": "brats", "convention": "brats2021"}
+        (brats,) = list_cases(get_dataset(data), root / "brats", need_labels=True)
+        reference = read_case(brats).label
+        assert reference is not None
+        height = float(np.argmax((reference > 0).sum((1, 2)))) / (len(reference) - 1)
+        for c, (axes, title) in enumerate(zip(rows[2], ("FLAIR", "T1", "T1ce", "T2", "T1ce"), strict=True)):
+            show(axes, brats, f"BraTS {title}", channel=min(c, 3) if c < 4 else 2, height=height, label=c == 4)
+    with atomic_path(options.out) as temporary:
+        figure.savefig(temporary, dpi=72, facecolor="black", format="png")
+
+
+if __name__ == "__main__":
+    main()
