@@ -267,11 +267,13 @@ def test_nothing_on_is_no_function():
 
 def test_wrong_settings_are_named_at_once():
     section = {
+        "elastic": {"cells": 0}, "blur": {"high": 1000.0}, "cutout": {"share": 2.0},
         "rotat": {"p": 1.0}, "scale": {"p": 2.0, "low": 2.0}, "noise": {"size": 1.0}, "flip": {"p": 0.5, "axes": (2,)}
     }  # fmt: skip
     with pytest.raises(UserError) as error:
         augment.settings(section, 2)
-    for words in ("augment.rotat is unknown", "scale.p=2.0", "low <= high", "noise.size is unknown", "flip.axes=(2,)"):
+    for words in ("augment.rotat is unknown", "scale.p=2.0", "low <= high", "noise.size is unknown", "flip.axes=(2,)",
+        "elastic.cells=0", "blur.high=1000.0", "cutout.share=2.0"):  # fmt: skip
         assert words in str(error.value)
 
 

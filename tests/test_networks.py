@@ -50,7 +50,14 @@ NETWORKS = {
     "dxnet": 12_954_991 - HEAD_B0,
     "dsnet": 8_080_278 - HEAD_B0,
 }
-CONFIGS = {"brats_dxnet": 12_954_991 - HEAD_B0, "brats_dsnet": 8_080_278 - HEAD_B0}
+CONFIGS = {
+    "brats_dxnet": 12_954_991 - HEAD_B0,
+    "brats_dsnet": 8_080_278 - HEAD_B0,
+    # the data decide their channels; with those of BraTS. The total of Omnia-Net is of one input and four outputs:
+    # three inputs more of 16 filters of 3x3 at full resolution, and one output of 16 kernels of 3x3 and a bias less
+    "own_dxnet": 12_954_991 - HEAD_B0,
+    "own_omnianet": 6_258_128 - HEAD_B0 + 3 * 16 * 9 - (16 * 9 + 1),
+}
 
 
 def make_encoder(name="efficientnet_toy", *, channels=3, ndim=2, **options):
@@ -105,6 +112,9 @@ def test_released_networks_have_their_parameters(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recipes_have_the_papers_parameters(name):
     config = cli.load_config(f"configs/{name}.py", [])
+    for key, channels in (("in_channels", 4), ("out_channels", 3)):
+        assert config.model[key] == (0 if name.startswith("own") else channels)
+        config.model[key] = channels
     assert count(models.build_abstract(config.model)) == CONFIGS[name]
 
 

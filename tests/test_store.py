@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from xdim_jax.data import __main__ as data_main
 from xdim_jax.data import brats, camus, phantom, pipeline, store
 from xdim_jax.data import prepare as preparation
 from xdim_jax.data.case import Case, Volume, list_cases, read_case
@@ -416,3 +417,41 @@ def test_the_record_of_a_case_names_its_sources(root):
     entry = fill(root)[0][0]
     facts = json.loads((entry.folder / "case.json").read_text())
     assert len(facts["sources"]) == 5 and facts["sources"][0].endswith("BraTS2021_00000_flair.nii.gz")
+
+
+# -- the command line ---------------------------------------------------------------------------------------------
+
+
+def test_prepare_from_a_recipe_and_as_the_paper_does(root, tmp_path, capsys):
+    """Both make the same store for BraTS; CHAOS gets slices of 512 x 512 and CT its window."""
+    recipe = ["prepare", "--config=configs/brats_dxnet.py", f"--config.data.root={root}", f"--store={tmp_path / 's'}"]
+    assert data_main.main(recipe) == 0
+    assert "0 of 3 cases prepared" in capsys.readouterr().out
+    paper = ["prepare", "--dataset=brats", "--convention=brats2021", f"--root={root}", f"--store={tmp_path / 's'}"]
+    assert data_main.main(paper) == 0
+    assert "3 of 3 cases prepared" in capsys.readouterr().out
+    phantom.write_chaos(tmp_path / "chaos", cases=1, shape=(64, 64, 16))
+    assert data_main.main(["prepare", "--dataset=chaos", "--task=4", f"--root={tmp_path / 'chaos'}"]) == 0
+    (store_folder,) = (tmp_path / "chaos_prepared").iterdir()
+    ct = np.load(store_folder / "CT_1" / "image.npy")
+    assert ct.shape == (16, 512, 512, 1) and ct.min() == -140 and 200 < ct.max() <= 260
+    assert np.load(store_folder / "MR_1_T1DUAL" / "image.npy").shape == (6, 512, 512, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "either --config=<recipe>, or --dataset=<name>"),
+        (["--config=configs/brats_dxnet.py"], "--config.data.root=<folder of the data>"),
+        (["--dataset=camus"], "give --root=<folder of the data>"),
+        (["--dataset=camus", "--root=.", "--config.seed=1"], "--config.<key> goes with --config"),
+        (["--dataset=brats", "--root=."], "needs convention"),
+        (["--dataset=camus", "--root=.", "--task=1"], "--task is not an option of --dataset=camus"),
+        (["--dataset=camus", "--root=.", "--views=3CH"], "expected one or more of 2CH, 4CH"),
+        (["--dataset=chaos", "--root=/nowhere"], "/nowhere is not a folder"),
+    ],
+)
+def test_prepare_without_what_it_needs(arguments, words):
+    with pytest.raises(UserError) as error:
+        data_main.main(["prepare", *arguments])
+    assert words in str(error.value)

@@ -34,6 +34,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "window": {"p": 0.0, "level": 0.1, "low": 0.7, "high": 1.0},  # of the range: shift of the level, width
     "cutout": {"p": 0.0, "share": 0.25},  # of the side: a box of zeros
 }
+# smallest and largest value of a setting, where it has these names
+_LIMITS = {"degrees": (0, 180), "share": (0, 1), "amount": (0, 1), "cells": (2, 64), "sd": (0, 10), "level": (0, 0.5)}
+_LARGEST_BLUR = 10  # the filter's taps are unrolled
 _GEOMETRIC = ("scale", "rotate", "translate", "shear", "flip", "elastic")
 
 Batch = dict[str, jax.Array]
@@ -61,6 +64,15 @@ def settings(section: Mapping[str, Mapping[str, Any]], ndim: int) -> dict[str, d
             problems.append(f"config.augment.{name}.p={values['p']}: expected 0 to 1")
         if "low" in values and not 0 < values["low"] <= values["high"]:
             problems.append(f"config.augment.{name}: expected 0 < low <= high, found {values['low']}, {values['high']}")
+        for key, value in values.items():
+            if key in _LIMITS and not _LIMITS[key][0] <= value <= _LIMITS[key][1]:
+                problems.append(f"config.augment.{name}.{key}={value}: expected {_LIMITS[key][0]} to {_LIMITS[key][1]}")
+    if full["blur"]["high"] > _LARGEST_BLUR:
+        problems.append(f"config.augment.blur.high={full['blur']['high']}: expected at most {_LARGEST_BLUR} voxels")
+    if full["lowres"]["high"] > 1 or full["window"]["high"] > 1:
+        problems.append("config.augment.lowres.high and window.high are shares: expected at most 1")
+    if full["flip"]["p"] > 0 and not full["flip"]["axes"]:
+        problems.append("config.augment.flip has no axes: give the spatial axes to flip, e.g. axes=(2,)")
     if bad := [a for a in full["flip"]["axes"] if not 0 <= a < ndim]:
         problems.append(f"config.augment.flip.axes={tuple(full['flip']['axes'])}: {bad} is not among 0 to {ndim - 1}")
     if problems:

@@ -36,10 +36,18 @@ def main(argv: Sequence[str]) -> int:
     return _verify(options) if options.command == "verify" else _phantom(options)
 
 
-def _add_dataset(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    parser.add_argument("--dataset", choices=names, required=True)
-    parser.add_argument("--root", type=Path, required=True, help="folder of the data set")
+def _add_dataset(parser: argparse.ArgumentParser, names: Sequence[str], *, required: bool = True) -> None:
+    parser.add_argument("--dataset", choices=names, required=required)
+    parser.add_argument("--root", type=Path, required=required, help="folder of the data set")
     parser.add_argument("--convention", choices=sorted(brats.CONVENTIONS), help="of BraTS; never guessed")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--views", help=f"of CAMUS, with commas (default {','.join(camus.VIEWS)})")
+    parser.add_argument("--instants", help=f"of CAMUS (default {','.join(camus.INSTANTS)}; half_sequence)")
+    parser.add_argument("--quality", help=f"of CAMUS (default {','.join(camus.QUALITIES)})")
+    parser.add_argument("--task", type=int, choices=list(chaos.TASKS), help="of CHAOS (default 5; 4 reads CT and MR)")
+    parser.add_argument("--phase", choices=chaos.PHASES, help="of T1-DUAL (default in)")
 
 
 # -- verify -------------------------------------------------------------------------------------------------------
@@ -54,10 +62,7 @@ def _add_verify(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_dataset(parser, list(DATASETS))
-    parser.add_argument("--views", help=f"of CAMUS, with commas (default {','.join(camus.VIEWS)})")
-    parser.add_argument("--instants", help=f"of CAMUS (default {','.join(camus.INSTANTS)}; half_sequence)")
-    parser.add_argument("--task", type=int, choices=list(chaos.TASKS), help="of CHAOS (default 5; 4 reads CT and MR)")
-    parser.add_argument("--phase", choices=chaos.PHASES, help="of T1-DUAL (default in)")
+    _add_options(parser)
     parser.add_argument("--no-labels", action="store_true", help="the cases need no reference labels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there as well; - is the screen")
     parser.add_argument("--strict", action="store_true", help="warnings count as errors in the exit status")
@@ -90,26 +95,30 @@ def _verify(options: argparse.Namespace) -> int:
 def _section(options: argparse.Namespace) -> dict[str, Any]:
     """The flags as the ``data`` section of a config. Raises UserError for a flag that the data set does not have."""
     known = DATASETS[options.dataset].options
-    section: dict[str, Any] = {"dataset": options.dataset, "root": str(options.root)}
-    for key in ("convention", "views", "instants", "task", "phase"):
+    section: dict[str, Any] = {"dataset": options.dataset, "root": str(options.root or "")}
+    for key in ("convention", "views", "instants", "quality", "task", "phase"):
         value = getattr(options, key, None)
         if value is None:
             continue
         if key not in known:
             raise UserError(f"--{key} is not an option of --dataset={options.dataset}; it has: {', '.join(known)}")
-        section[key] = tuple(value.split(",")) if key in ("views", "instants") else value
+        section[key] = tuple(value.split(",")) if key in ("views", "instants", "quality") else value
     return section
 
 
 # -- prepare ------------------------------------------------------------------------------------------------------
 
 
-_PREPARE = """Crops, resamples and standardises every case as a recipe says, and writes the store of arrays that
-training reads. Training does the same where the store is missing; several runs share one store. Run again, it goes on
-where it was, and prepares only what is new or has changed.
+_PREPARE = """Crops, resamples and standardises every case, and writes the store of arrays that training reads.
+Training does the same where the store is missing; several runs share one store. Run again, it goes on where it was,
+and prepares only what is new or has changed.
 
-example:
+With --config: as a recipe says. With --dataset: as the paper does (BraTS: brain crop, z-score of non-zero voxels;
+CAMUS: z-score of each image; CHAOS: slices of 512x512, a window on CT, z-score).
+
+examples:
   python -m xdim_jax.data prepare --config=configs/brats_dxnet.py --config.data.root=/data/BraTS2021_Training_Data
+  python -m xdim_jax.data prepare --dataset=camus --root=/data/CAMUS_public --store=/scratch/camus
 """
 
 
@@ -120,19 +129,30 @@ def _add_prepare(commands: Any) -> None:
         description=_PREPARE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:WORDS]", help="a recipe; --config.<key>=<value> too")
+    parser.add_argument("--config", metavar="FILE[:WORDS]", help="a recipe; takes --config.<key>=<value> too")
+    _add_dataset(parser, list(DATASETS), required=False)
+    _add_options(parser)
+    parser.add_argument("--store", type=Path, help="folder to write to (default: <root>_prepared)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at once (default: all cores)")
 
 
 def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    data = cli.load_config(options.config, overrides).data
-    if not data.root:
-        raise UserError("give --config.data.root=<folder of the data>")
-    root = Path(data.root)
+    if bool(options.config) == bool(options.dataset):
+        raise UserError("give either --config=<recipe>, or --dataset=<name> and --root=<folder>")
+    if options.config:
+        data = cli.load_config(options.config, overrides).data
+        settings = Preparation.from_config(data.prepare)
+    else:
+        if overrides:
+            raise UserError(f"unknown arguments {' '.join(overrides)}; --config.<key> goes with --config")
+        data = _section(options)
+        settings = DATASETS[options.dataset].preparation
+    if not data["root"]:
+        raise UserError("give " + ("--config.data.root" if options.config else "--root") + "=<folder of the data>")
+    root = Path(data["root"])
     dataset = get_dataset(data)
     cases = list_cases(dataset, root, need_labels=True)
-    folder = Path(data.store) if data.store else default_folder(root)
-    settings = Preparation.from_config(data.prepare)
+    folder = Path(options.store or data.get("store", "") or default_folder(root))
     prepare_cases(dataset, cases, settings, folder, jobs=options.jobs, say=log.say, progress=log.bar("prepare"))
     key = store_key(dataset, settings)[0]
     size = sum(p.stat().st_size for p in (folder / key).rglob("*") if p.is_file())

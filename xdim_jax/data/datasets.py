@@ -6,23 +6,28 @@ from typing import Any
 
 from xdim_jax.data import brats, camus, chaos, nnunet
 from xdim_jax.data.case import Dataset
+from xdim_jax.data.prepare import Preparation
 from xdim_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """How a data set is made: ``make(**options)``, with the defaults of its options."""
+    """How a data set is made: ``make(**options)``, with the defaults of its options; and how the paper prepares it."""
 
     make: Callable[..., Dataset]
     options: Mapping[str, Any]
+    preparation: Preparation = Preparation()
 
 
 _REQUIRED = ""  # an option that has no default
 
 DATASETS = {
-    "brats": Entry(brats.dataset, {"convention": _REQUIRED}),
+    # brain crop, z-score of the non-zero voxels of each channel (Sect. 3.1.3)
+    "brats": Entry(brats.dataset, {"convention": _REQUIRED}, Preparation(crop="nonzero", normalise="zscore_nonzero")),
+    # z-score of each image (Sect. 3.1.1)
     "camus": Entry(camus.dataset, {"views": camus.VIEWS, "instants": camus.INSTANTS, "quality": camus.QUALITIES}),
-    "chaos": Entry(chaos.dataset, {"task": 5, "phase": "in"}),
+    # slices of 512 x 512 (Sect. 3.1.2). The paper names no window: that of abdominal soft tissue
+    "chaos": Entry(chaos.dataset, {"task": 5, "phase": "in"}, Preparation(size=(512, 512), window=(60.0, 400.0))),
     "nnunet": Entry(nnunet.nnunet, {"root": _REQUIRED}),
     "decathlon": Entry(nnunet.decathlon, {"root": _REQUIRED}),
 }
