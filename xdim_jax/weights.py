@@ -243,9 +243,10 @@ def adapt_encoder(
         found = found | {"in_channels": wanted["in_channels"]}
     if found["ndim"] < wanted["ndim"]:
         target = {**found, "ndim": wanted["ndim"], "depth": wanted.get("depth")}
-        check_leaves(arrays, module_leaves(abstract_encoder(found)), "the weights")
+        flat = abstract_encoder(found)
+        check_leaves(arrays, module_leaves(flat), "the weights")
         axis = (target["depth"] or {}).get("axis", 0)
-        arrays, inflated = inflate_arrays(arrays, abstract_encoder(found), abstract_encoder(target), inflation, axis)
+        arrays, inflated = inflate_arrays(arrays, flat, abstract_encoder(target), inflation, axis)
         done = {n: " then ".join(w for w in (done[n], inflated[n]) if w != "copied") or "copied" for n in arrays}
         found, unused = target, {}  # a head that came along is 2D
     if found["norm"] == "batch" and wanted["norm"] != "batch":
