@@ -140,6 +140,30 @@ def test_scale_grows_what_it_says():
     assert 0.49 < min(factors) < 0.8 and 1.1 < max(factors) < 1.51
 
 
+def test_factors_of_scale_are_as_often_above_one_as_below():
+    """Drawn on a logarithmic scale: growing to twice the size is as likely as shrinking to half."""
+    settings = on({"scale": {"p": 1.0, "low": 0.5, "high": 2.0}}, 2)
+    draw = jax.jit(lambda seed: augment.matrix(settings, keys_of(seed), 2)[0, 0])
+    factors = 1 / np.array([float(draw(s)) for s in range(200)])
+    assert 0.5 <= factors.min() < 0.56 and 1.8 < factors.max() <= 2.0
+    assert 0.4 < (factors > 1).mean() < 0.6
+
+
+def test_translation_is_a_share_of_each_side():
+    settings = on({"translate": {"p": 1.0, "share": 0.1}}, 2)
+    draw = jax.jit(lambda seed: jnp.stack([a[0, 0] for a in augment.coordinates(settings, keys_of(seed), (40, 400))]))
+    shifts = np.abs([draw(s) for s in range(100)]).max(0)
+    assert 3 < shifts[0] <= 4 and 30 < shifts[1] <= 40
+
+
+def test_elastic_leaves_some_samples_alone(rng):
+    image, label = sample(rng, 2)
+    moved = [
+        not np.allclose(one({"elastic": {"p": 0.5}}, seed, image, label)[0], image, atol=1e-4) for seed in range(20)
+    ]
+    assert 3 < sum(moved) < 17
+
+
 # -- intensities --------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from xdim_jax import cli, results
+from xdim_jax import cli, results, train
 from xdim_jax.errors import UserError
 
 REPO = Path(__file__).parent.parent
@@ -325,6 +325,7 @@ MISUSES = {
     "no list of splits": ([f"--config={RECIPE}", DATA, "--config.data.split=official"], ["without a list of splits"]),
     "sampling": ([f"--config={RECIPE}", "--config.data.sampling=all"], ["sampling='all': known: patches, slices"]),
     "preparation": ([f"--config={RECIPE}", "--config.data.prepare.crop=brain"], ["prepare.crop='brain': known: none"]),
+    "slices in 3D": ([f"--config={RECIPE}", "--config.data.sampling=slices"], ["sampling=slices: with a 3D patch"]),
     "cut volumes": ([f"--config={RECIPE}", DATA, "--config.data.sampling=volumes"], ["larger than", "prepare.size"]),
     "store in a file": ([f"--config={RECIPE}", DATA, "--config.data.store=/dev/null"], ["cannot write /dev/null/"]),
     "too few patients": ([f"--config={RECIPE}", DATA, "--config.data.folds=9"], ["6 patients cannot be split"]),
@@ -435,6 +436,19 @@ def test_variants_and_overrides(monkeypatch, tmp_path):
     assert cli.load_config("brats_dxnet", []).data.fold == 0
     with pytest.raises(UserError, match="unknown variant 'fold=x'"):
         cli.load_config("brats_dxnet:fold=x", [])
+
+
+def test_partly_drawn_cases_are_not_learnt_as_background(tmp_path):
+    """CHAOS task 4: kidneys and spleen are on CT, and not in its masks."""
+    arguments = ["--config.data.dataset=chaos", f"--config.data.root={tmp_path}"]
+    config = cli.load_config("configs/own_omnianet.py", arguments)
+    with config.unlocked():
+        config.data.task = 4
+    with pytest.raises(UserError, match="kidneys and spleen on CT are not drawn"):
+        train.check_config(config)
+    config.data.task = 5
+    train.check_config(config)
+    assert config.model.out_channels == 4, "from the data"
 
 
 def test_metrics_and_data_do_not_import_jax():

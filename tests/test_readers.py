@@ -21,7 +21,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, 
 from scipy.ndimage import binary_dilation, distance_transform_edt
 
 from xdim_jax.data import phantom
-from xdim_jax.data.case import list_cases, read_case, read_label, scan_cases
+from xdim_jax.data.case import encode_label, list_cases, read_case, read_label, scan_cases
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.image import read_grid, read_image, read_volume
 from xdim_jax.data.nifti import write_volume
@@ -1655,3 +1655,18 @@ def test_metaimage_phantoms_repeat_too(tmp_path):
     one, two = content(tmp_path / "one"), content(tmp_path / "two")
     files = {p for p in one if p.startswith("training")}
     assert files and all(one[p] == two[p] for p in files)
+
+
+def test_structures_that_a_case_has_not_are_written_as_background(chaos):
+    """A network of four organs on CT, of which the challenge asks for the liver alone."""
+    ct, mr = (
+        next(
+            c
+            for c in list_cases(get_dataset({"dataset": "chaos", "task": 4}), chaos, need_labels=True)
+            if m in c.case_id
+        )
+        for m in ("CT", "T2SPIR")
+    )
+    label = np.arange(5, dtype=np.uint8)
+    assert encode_label(ct, label).tolist() == [0, 63, 0, 0, 0]
+    assert encode_label(mr, label).tolist() == [0, 63, 126, 189, 252]

@@ -31,10 +31,12 @@ def test_regions_side_by_side_and_nested():
     label = np.arange(4, dtype=np.uint8)
     np.testing.assert_array_equal(camus.encode(label), [[0, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1]])
     np.testing.assert_array_equal(camus.decode(camus.encode(label)), label)
-    # endo, epi, LA: the higher of the two outer ones; an inner one is written over either
-    scores = [[0.1, 0.6, 0.7], [0.1, 0.8, 0.7], [0.9, 0.1, 0.7], [0.4, 0.4, 0.4]]
-    np.testing.assert_array_equal(camus.decode(np.array(scores)), [3, 2, 1, 0])
-    np.testing.assert_array_equal(camus.decode(np.array(scores), threshold=0.3), [3, 2, 1, 1])
+    # endo, epi, LA: of those that lie apart the higher one, with what lies inside it
+    scores = [[0.1, 0.6, 0.7], [0.1, 0.8, 0.7], [0.9, 0.1, 0.7], [0.6, 0.1, 0.7], [0.4, 0.4, 0.4]]
+    np.testing.assert_array_equal(camus.decode(np.array(scores)), [3, 2, 1, 3, 0])
+    np.testing.assert_array_equal(camus.decode(np.array(scores), threshold=0.3), [3, 2, 1, 3, 1])
+    # WT, TC, ET, RC: a resection cavity that is sure is not painted over by a core that is hardly there
+    assert regions.BRATS_2024.decode(np.array([0.2, 0.51, 0.1, 0.99])) == regions.RC
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """Preparation by hand and against scipy's numbers, the store on disk, and the stream of samples."""
 
+import dataclasses
 import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +17,7 @@ from xdim_jax.data import __main__ as data_main
 from xdim_jax.data import brats, camus, phantom, pipeline, store
 from xdim_jax.data import prepare as preparation
 from xdim_jax.data.case import Case, Volume, list_cases, read_case
+from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.grid import Grid
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.prepare import Preparation, nearest, nonzero_box, prepare, resample
@@ -71,6 +75,17 @@ def test_whole_numbers_are_kept_as_int16_and_nothing_is_lost(rng):
     np.testing.assert_array_equal(prepared.image(), image)
     assert prepare(*made(image + 0.5), Preparation()).raw.dtype == np.float32
     assert prepare(*made(image * 100), Preparation()).raw.dtype == np.float32, "beyond int16"
+
+
+def test_a_window_that_meets_no_ct_is_refused(root):
+    """In nnU-Net's format the channel's name tells; of two channels only CT is clipped."""
+    image = np.array([-1000.0, 3000.0], np.float32).repeat(4).reshape(1, 2, 2, 2)
+    case, volume = made(image)
+    case = dataclasses.replace(case, channels=("PET", "CT"))
+    raw = prepare(case, volume, Preparation(window=(60, 400), normalise="none")).image()
+    assert raw[..., 0].min() == -1000 and raw[..., 1].min() == -140 and raw[..., 1].max() == 260
+    with pytest.raises(UserError, match="none of the channels of BraTS is: flair, t1, t1ce, t2"):
+        fill(root, settings=Preparation(window=(60, 400)))
 
 
 def test_a_part_has_the_bits_of_the_whole(rng):
@@ -230,7 +245,17 @@ def test_an_interrupted_preparation_goes_on(root, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fill(root, jobs=1)
     assert not any((root.parent / "store").rglob("*partial*"))
+
+    def half_written(path, text):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(store, "prepare", original)
+    monkeypatch.setattr(store, "write_text", half_written)
+    before = set((root.parent / "store").glob("*/*"))
+    with pytest.raises(KeyboardInterrupt):
+        fill(root, jobs=1)
+    assert set((root.parent / "store").glob("*/*")) == before, "inside a case: nothing of it is left"
+    monkeypatch.undo()
     done = len([*(root.parent / "store").glob("*/BraTS*")])
     assert done in (1, 2), "the case that was whole, and one that another thread may have finished"
     assert f"{done} of 3" in fill(root)[1][0]
@@ -242,16 +267,89 @@ def test_every_bad_case_is_named_and_the_good_ones_are_prepared(root):
     with pytest.raises(UserError, match="2 problems") as error:
         fill(root)
     assert "BraTS2021_00000_t2" in str(error.value) and "BraTS2021_00002_t2" in str(error.value)
-    assert [p.name for p in (root.parent / "store").glob("*/BraTS*")] == ["BraTS2021_00001"]
+    assert [p.name[:-17] for p in (root.parent / "store").glob("*/BraTS*")] == ["BraTS2021_00001"]
 
 
 def test_damaged_entries_are_prepared_again(root):
     entries, _ = fill(root)
-    (entries[0].folder / "case.json").write_text("{")
+    whole = entries[1].load().image()
+    for name, content in (("case.json", b"{"), ("case.json", b"[]"), ("case.json", b"\xff\xfe"), ("image.npy", b"hi")):
+        (entries[1].folder / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"case.json is not|is damaged .* run the same command again"):
+            entries[1].load()
+        assert "2 of 3" in fill(root)[1][0]
+        np.testing.assert_array_equal(entries[1].load().image(), whole)
+    for name in ("voxels.npy", "label.npy"):
+        (entries[1].folder / name).unlink()
+        with pytest.raises(UserError, match="is damaged"):
+            entries[1].load(), entries[1].voxel(np.random.default_rng(0))
+        assert "2 of 3" in fill(root)[1][0]
+    shutil.rmtree(entries[1].folder)
+    entries[1].folder.write_text("a file where the entry was")
     assert "2 of 3" in fill(root)[1][0]
-    (entries[1].folder / "image.npy").write_bytes(b"hello")
-    with pytest.raises(UserError, match=r"image.npy cannot be read .* prepare it again"):
-        entries[1].load()
+    np.testing.assert_array_equal(entries[1].load().image(), whole)
+    assert not any((root.parent / "store").rglob("*partial*"))
+
+
+def test_an_entry_that_a_run_may_be_reading_is_never_replaced(tmp_path):
+    """In- and out-phase have one case id, one store and one key; switching between them must not change either."""
+    phantom.write_chaos(tmp_path / "chaos", cases=1, shape=(64, 64, 16))
+    loaded = {}
+    for phase in ("in", "out", "in"):
+        dataset = get_dataset({"dataset": "chaos", "task": 5, "phase": phase})
+        cases = list_cases(dataset, tmp_path / "chaos", need_labels=True)
+        lines = []
+        entries = store.prepare_cases(dataset, cases, Preparation(), tmp_path / "store", say=lines.append)
+        if phase in loaded:
+            assert "2 of 2 cases prepared" in lines[0] and entries[0] == loaded[phase][0]
+        loaded[phase] = entries[0], entries[0].load().image()
+    assert loaded["in"][0].case_id == loaded["out"][0].case_id == "MR_1_T1DUAL"
+    assert (loaded["in"][1] != loaded["out"][1]).any()
+    np.testing.assert_array_equal(loaded["in"][0].load().image(), loaded["in"][1])
+
+
+def test_other_labels_are_another_store(tmp_path):
+    phantom.write_chaos(tmp_path / "chaos", cases=1, shape=(64, 64, 16))
+    keys = {store.store_key(get_dataset({"dataset": "chaos", "task": t}), Preparation())[0] for t in (3, 5)}
+    assert len(keys) == 2
+    whole, fraction = (store.store_key(BRATS, Preparation(spacing=(n, n, n)))[0] for n in (1, 1.0))
+    assert whole == fraction
+
+
+def test_a_sequence_that_turns_out_to_be_reversed_is_prepared_again(tmp_path):
+    """Its files are the same; only the cfg beside them says now that ES comes first."""
+    phantom.write_camus(tmp_path / "camus", cases=1, shape=(96, 72), frames=4)
+    dataset = camus.dataset(views=("2CH",), instants=("half_sequence",))
+
+    def entry():
+        cases = list_cases(dataset, tmp_path / "camus", need_labels=True)
+        return store.prepare_cases(dataset, cases, Preparation(), tmp_path / "store")[0].load().image()
+
+    before = entry()
+    cfg = tmp_path / "camus" / "database_nifti" / "patient0001" / "Info_2CH.cfg"
+    cfg.write_text(cfg.read_text().replace("ED: 1", "ED: 4").replace("ES: 4", "ES: 1"))
+    np.testing.assert_array_equal(entry(), before[::-1])
+
+
+def test_several_processes_prepare_into_one_store(root):
+    """At once, from nothing: all end well, with one entry a case, and every array whole."""
+    code = """
+import sys; from pathlib import Path
+from xdim_jax.data import brats, store
+from xdim_jax.data.case import list_cases
+from xdim_jax.data.prepare import Preparation
+dataset, root = brats.dataset("brats2021"), Path(sys.argv[1])
+cases = list_cases(dataset, root, need_labels=True)
+settings = Preparation(crop="nonzero", normalise="zscore_nonzero")
+for entry in store.prepare_cases(dataset, cases, settings, root.parent / "store", jobs=2):
+    entry.load().image()
+"""
+    running = [subprocess.Popen([sys.executable, "-c", code, str(root)], stderr=subprocess.PIPE) for _ in range(3)]
+    for process in running:
+        assert process.communicate(timeout=120)[1] == b"" and process.returncode == 0
+    assert len(list((root.parent / "store").glob("*/*/case.json"))) == 3
+    assert not any((root.parent / "store").rglob("*partial*"))
+    assert "3 of 3" in fill(root)[1][0]
 
 
 def test_too_little_room_is_said_before_it_is_used(root, monkeypatch):
@@ -336,6 +434,14 @@ def test_patches_hold_a_structure_when_they_must(entries, size):
     assert set(np.unique([b["label"] for b in batches])) == {0, 1, 2, 3}, "each structure is drawn"
 
 
+def test_foreground_is_a_probability(entries):
+    """A patch of one voxel holds a structure when it must; else about as often as structures fill the volume."""
+    fill_share = np.mean([np.count_nonzero(e.load().label) / e.load().label.size for e in entries])
+    for wanted in (0.0, 0.5, 1.0):
+        batch = take(entries, 1, size=(1, 1, 1), foreground=wanted, batch=400, threads=2)[0]
+        assert abs(batch["label"].any((1, 2, 3)).mean() - (wanted + (1 - wanted) * fill_share)) < 0.08
+
+
 def test_patches_are_cut_from_one_place_and_padded_with_zeros(entries):
     """Every patch is found again, at one place, in image and label; what lies beyond the volume is 0."""
     size = (16, 200, 24)
@@ -392,7 +498,7 @@ def test_an_error_in_a_thread_is_raised_with_its_own_words(entries, tmp_path):
     shutil.copytree(entries[0].folder, folder)
     (folder / "image.npy").unlink()
     broken = store.Entry("x", "x", folder, entries[0].shape, entries[0].structures)
-    with pytest.raises(UserError, match=r"has no image\.npy; remove it and prepare it again"):
+    with pytest.raises(UserError, match=r"copy is damaged .*image\.npy"):
         take([broken], 3, threads=3)
 
 
@@ -432,10 +538,10 @@ def test_prepare_from_a_recipe_and_as_the_paper_does(root, tmp_path, capsys):
     assert "3 of 3 cases prepared" in capsys.readouterr().out
     phantom.write_chaos(tmp_path / "chaos", cases=1, shape=(64, 64, 16))
     assert data_main.main(["prepare", "--dataset=chaos", "--task=4", f"--root={tmp_path / 'chaos'}"]) == 0
-    (store_folder,) = (tmp_path / "chaos_prepared").iterdir()
-    ct = np.load(store_folder / "CT_1" / "image.npy")
+    arrays = {p.parent.name[:-17]: np.load(p) for p in (tmp_path / "chaos_prepared").glob("*/*/image.npy")}
+    ct = arrays["CT_1"]
     assert ct.shape == (16, 512, 512, 1) and ct.min() == -140 and 200 < ct.max() <= 260
-    assert np.load(store_folder / "MR_1_T1DUAL" / "image.npy").shape == (6, 512, 512, 1)
+    assert arrays["MR_1_T1DUAL"].shape == (6, 512, 512, 1)
 
 
 @pytest.mark.parametrize(
@@ -445,6 +551,7 @@ def test_prepare_from_a_recipe_and_as_the_paper_does(root, tmp_path, capsys):
         (["--config=configs/brats_dxnet.py"], "--config.data.root=<folder of the data>"),
         (["--dataset=camus"], "give --root=<folder of the data>"),
         (["--dataset=camus", "--root=.", "--config.seed=1"], "--config.<key> goes with --config"),
+        (["--config=configs/brats_dxnet.py", "--root=.", "--task=4"], "--root, --task goes with --dataset"),
         (["--dataset=brats", "--root=."], "needs convention"),
         (["--dataset=camus", "--root=.", "--task=1"], "--task is not an option of --dataset=camus"),
         (["--dataset=camus", "--root=.", "--views=3CH"], "expected one or more of 2CH, 4CH"),

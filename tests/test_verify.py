@@ -1501,8 +1501,29 @@ def test_instants_are_chosen_by_flag(copy):
     """What is not asked for is not judged."""
     root = copy("camus")
     FAULTS["identical frames"].damage(root)
-    assert main(arguments("camus", root, "--strict")) == 0
+    assert main(arguments("camus", root, "--instants=ED,ES", "--strict")) == 0
     assert main(arguments("camus", root, "--instants=ED,half_sequence", "--strict")) == 1
+    assert main(arguments("camus", root, "--strict")) == 1, "by default all instants are"
+
+
+@pytest.mark.parametrize("where", ["out-phase", "CT"])
+def test_no_file_is_passed_over_by_default(copy, where):
+    root = copy("chaos")
+    folder = root / ("CT/1/DICOM_anon" if where == "CT" else "MR/1/T1DUAL/DICOM_anon/OutPhase")
+    path = sorted(folder.iterdir())[2]
+    path.write_bytes(path.read_bytes()[:-500])
+    findings = verify(get_dataset({"dataset": "chaos", "task": 5}), root)
+    assert bool(findings.errors) == (where == "out-phase"), "the phases of a series belong together"
+    assert main(["verify", "--dataset=chaos", f"--root={root}"]) == 1
+
+
+def test_three_patients_in_two_folds_are_three_findings(copy):
+    root = copy("camus")
+    lists = root / "database_split"
+    (lists / "subgroup_testing.txt").write_text((lists / "subgroup_training.txt").read_text())
+    names = set((lists / "subgroup_training.txt").read_text().split())
+    found = verify(get_dataset({"dataset": "camus"}), root).problems
+    assert names and {p.case_id for p in found if p.kind == "patient_in_two_folds"} == names
 
 
 def test_labels_are_not_needed_when_the_user_says_so(copy):

@@ -1,5 +1,6 @@
 """Whole volumes from a network that takes patches: sliding windows with Gaussian weights, then labels."""
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,15 +39,19 @@ def window_starts(size: int, patch: int, overlap: float) -> list[int]:
 
 
 def make_volume_predictor(
-    forward: Callable[[Any, jax.Array], jax.Array], *, patch: tuple[int, int, int], overlap: float
+    forward: Callable[[Any, jax.Array], jax.Array],
+    *,
+    patch: tuple[int, int, int],
+    overlap: float | tuple[float, float, float],
 ) -> VolumePredictor:
     """Region probabilities of whole volumes.
 
     Args:
         forward: weights and ``(1, *patch, C)`` to logits ``(1, *patch, R)``; one shape, so compiled once.
         patch: window size; smaller volumes are padded with zeros.
-        overlap: share of a window that its neighbour covers, in [0, 1).
+        overlap: share of a window that its neighbour covers, in [0, 1); of all axes, or by axis.
     """
+    overlaps = overlap if isinstance(overlap, tuple) else (overlap,) * 3
     gauss = gaussian_weights(patch)[..., None]
 
     @jax.jit
@@ -68,7 +73,7 @@ def make_volume_predictor(
         padded = [-(-n // _BUCKET) * _BUCKET for n in image.shape[:3]]
         norm = np.zeros((*padded, 1), np.float32)
         total = None
-        starts = [window_starts(n, p, overlap) for n, p in zip(image.shape[:3], patch, strict=True)]
+        starts = [window_starts(n, p, o) for n, p, o in zip(image.shape[:3], patch, overlaps, strict=True)]
         for start in itertools.product(*starts):
             box = tuple(slice(s, s + p) for s, p in zip(start, patch, strict=True))
             part = window(weights, jnp.asarray(image[box]))
@@ -88,15 +93,26 @@ _SLICES = 8  # of a 2D network's batch: so many slices of a volume at once
 
 def make_network_predictor(config: Any, forward: Callable[[Any, jax.Array], jax.Array]) -> VolumePredictor:
     """The predictor of whole volumes for the network of a run's config, in 2D or 3D."""
-    patch = tuple(config.data.patch)
-    if len(patch) == 2:
-        forward, patch = by_slices(forward), (_SLICES, *patch)
-    return make_volume_predictor(forward, patch=patch, overlap=config.predict.overlap)
+    patch, overlap = tuple(config.data.patch), config.predict.overlap
+    if len(patch) == 3:
+        return make_volume_predictor(forward, patch=patch, overlap=overlap)
+    return _by_slices(forward, (patch[0], patch[1]), overlap)
 
 
-def by_slices(forward: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Array], jax.Array]:
-    """A 2D network as one that takes ``(1, D, H, W, C)``: slices become its batch, in order."""
-    return lambda weights, volume: forward(weights, volume[0])[None]
+def _by_slices(
+    forward: Callable[[Any, jax.Array], jax.Array], patch: tuple[int, int], overlap: float
+) -> VolumePredictor:
+    """A 2D network on volumes: slices become its batch, in order; a window is some slices deep."""
+
+    @functools.cache
+    def predictor(depth: int) -> VolumePredictor:
+        return make_volume_predictor(
+            lambda weights, volume: forward(weights, volume[0])[None],
+            patch=(depth, *patch),
+            overlap=(0.0, overlap, overlap),
+        )
+
+    return lambda weights, image: predictor(min(len(image), _SLICES))(weights, image)
 
 
 def segment(

@@ -15,7 +15,7 @@ import jax
 
 from xdim_jax import checkpoint, cli, infer, log, models, results
 from xdim_jax.data import brats
-from xdim_jax.data.case import case_from_files, read_case, scan_cases, without_label
+from xdim_jax.data.case import case_from_files, encode_label, read_case, scan_cases, without_label
 from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.image import where
 from xdim_jax.data.nifti import write_volume
@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
             continue
         prepared = prepare(case, volume, settings)
         label = infer.segment(predict, (params, stats), prepared, dataset.regions, config.predict)
-        write_volume(path, case.labels.encode(label), volume.grid)
+        write_volume(path, encode_label(case, label), volume.grid)
         log.say(f"case {number}/{len(cases)} {path}  {time.monotonic() - begin:.1f} s")
     if failures:
         log.warn(f"{len(failures)} of {total} cases failed: {', '.join(failures)}")

@@ -44,15 +44,20 @@ class Regions:
         return tuple(self.sets)
 
     @cached_property
-    def _levels(self) -> list[list[tuple[int, int]]]:
-        """By depth of nesting, outermost first: channel, and the label that only this region has."""
-        sets = [set(labels) for labels in self.sets.values()]
-        levels: dict[int, list[tuple[int, int]]] = {}
-        for channel, labels in enumerate(sets):
-            depth = sum(labels < other for other in sets)
-            inner = set().union(*(other for other in sets if other < labels))
-            levels.setdefault(depth, []).append((channel, (labels - inner).pop()))
-        return [levels[depth] for depth in sorted(levels)]
+    def _forest(self) -> list["_Node"]:
+        """Outermost regions, each with those inside it."""
+
+        def inside(outer: set[int] | None) -> list[_Node]:
+            below = [(c, set(v)) for c, v in enumerate(self.sets.values()) if outer is None or set(v) < outer]
+            nodes = []
+            for channel, labels in below:
+                if any(labels < other for _, other in below):
+                    continue
+                inner = set().union(*(other for _, other in below if other < labels))
+                nodes.append(_Node(channel, (labels - inner).pop(), inside(labels)))
+            return nodes
+
+        return inside(None)
 
     def encode(self, label: Any, xp: Any = np) -> Any:
         """Label map ``(..., D, H, W)`` to masks ``bool (..., D, H, W, R)``.
@@ -65,19 +70,36 @@ class Regions:
         """Scores ``(..., R)`` (probabilities, or masks) to a label map uint8.
 
         Outer regions are written first and inner ones over them, so regions that are not nested are made so (paper,
-        Sect. 3.1.3: ET is kept unaltered, NCR is extracted from TC and ED from WT). Among regions of one depth the
-        highest score wins, the first in a tie.
+        Sect. 3.1.3: ET is kept unaltered, NCR is extracted from TC and ED from WT). Between regions that lie apart
+        decides the highest score of each with all that lies inside it; the first wins a tie.
         """
         label = np.zeros(scores.shape[:-1], np.uint8)
-        for level in self._levels:
-            channels, values = zip(*level, strict=True)
-            if len(level) == 1:
-                label[scores[..., channels[0]] > threshold] = values[0]
-                continue
-            part = scores[..., list(channels)]
-            inside = part.max(-1) > threshold
-            label[inside] = np.array(values, np.uint8)[part[inside].argmax(-1)]
+
+        def write(nodes: list[_Node], where: np.ndarray | None) -> None:
+            best = np.argmax([scores[..., n.channels].max(-1) for n in nodes], 0) if len(nodes) > 1 else None
+            for i, node in enumerate(nodes):
+                here = where if best is None else best == i if where is None else where & (best == i)
+                inside = scores[..., node.channel] > threshold
+                label[inside if here is None else inside & here] = node.label
+                if node.inner:
+                    write(node.inner, here)
+
+        write(self._forest, None)
         return label
+
+
+@dataclasses.dataclass(frozen=True)
+class _Node:
+    """A region: its channel, the label that no region inside it has, and those regions."""
+
+    channel: int
+    label: int
+    inner: list["_Node"]
+
+    @property
+    def channels(self) -> list[int]:
+        """Its own and those of all regions inside it."""
+        return [self.channel, *(c for node in self.inner for c in node.channels)]
 
 
 # BraTS: indices of the tissues, and the regions; nested, each a part of the one before

@@ -18,7 +18,7 @@ from xdim_jax.data import case as data_case
 from xdim_jax.data import phantom, pipeline, store
 from xdim_jax.data.case import Case, Dataset
 from xdim_jax.data.datasets import get_dataset
-from xdim_jax.data.prepare import Preparation
+from xdim_jax.data.prepare import Preparation, check_preparation
 from xdim_jax.data.splits import check_fold, official_split, split_cases
 from xdim_jax.errors import UserError, join_problems
 from xdim_jax.files import DATA_FILE, read_json, write_json
@@ -98,7 +98,12 @@ def check_config(config: cli.Config) -> Dataset:
         config.model[key] = config.model[key] or expected
         if config.model[key] != expected:
             raise UserError(f"config.model.{key}={config.model[key]}: {dataset.name} needs {expected}")
-    Preparation.from_config(data.prepare)
+    if dataset.partly_drawn:
+        raise UserError(
+            f"{dataset.name}, config.data.task={data.get('task')}: {dataset.partly_drawn} are not drawn, so they would "
+            "be learnt as background; training on partly drawn cases is not there yet: train on tasks 1 and 5"
+        )
+    check_preparation(dataset, Preparation.from_config(data.prepare))
     make_augment(config.augment, models.spatial_axes(config.model))
     try:
         models.build_abstract(config.model)
@@ -116,6 +121,8 @@ def check_config(config: cli.Config) -> Dataset:
             continue
         if not low <= value <= high:
             problems.append(f"config.{key}={value}: expected {low:g} to {high:g}")
+    if data.sampling == "slices" and _size(data.patch)[0] != 1:
+        problems.append(f"config.data.sampling=slices: with a 3D patch, {tuple(data.patch)}, sample patches or volumes")
     for key, known in (("sampling", pipeline.SAMPLINGS), ("split", ("folds", "official"))):
         if data[key] not in known:
             problems.append(f"config.data.{key}={data[key]!r}: known: {', '.join(known)}")

@@ -70,7 +70,7 @@ def _add_verify(commands: Any) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    dataset = get_dataset(_section(options))
+    dataset = get_dataset({**DATASETS[options.dataset].everything, **_section(options)})
     to_screen = options.json == Path("-")
     progress = {} if to_screen else {"progress": log.bar("verify")}
     findings = verify(dataset, options.root, need_labels=not options.no_labels, jobs=options.jobs, **progress)
@@ -140,6 +140,9 @@ def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if bool(options.config) == bool(options.dataset):
         raise UserError("give either --config=<recipe>, or --dataset=<name> and --root=<folder>")
     if options.config:
+        flags = ("root", "convention", "views", "instants", "quality", "task", "phase")
+        if surplus := [f"--{key}" for key in flags if getattr(options, key) is not None]:
+            raise UserError(f"{', '.join(surplus)} goes with --dataset; with --config, write --config.data.<key>")
         data = cli.load_config(options.config, overrides).data
         settings = Preparation.from_config(data.prepare)
     else:
@@ -162,6 +165,8 @@ def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 # -- phantom ------------------------------------------------------------------------------------------------------
 
+_LARGEST = 1024  # side of a phantom
+
 
 def _add_phantom(commands: Any) -> None:
     parser = commands.add_parser("phantom", help="write synthetic cases", description=phantom.__doc__)
@@ -176,7 +181,7 @@ def _add_phantom(commands: Any) -> None:
         metavar="X,Y[,Z]",
         help="voxels (default: BraTS 240,240,155; CAMUS 549,389; CHAOS CT 512,512,80, from which MR follows)",
     )
-    parser.add_argument("--layout", choices=["nifti", "metaimage"], default="nifti", help="release of CAMUS")
+    parser.add_argument("--layout", choices=["nifti", "metaimage"], help="release of CAMUS (default nifti)")
     parser.add_argument("--noise", type=float, help="standard deviation, in units of signal (default 0.06)")
     parser.add_argument("--bias", type=float, help="standard deviation of the bias field (default 0.1)")
     parser.add_argument("--contrast", type=float, help="of tissues, 0 to 1 (default 1)")
@@ -185,6 +190,11 @@ def _add_phantom(commands: Any) -> None:
 def _phantom(options: argparse.Namespace) -> int:
     if options.cases < 1:
         raise UserError(f"--cases={options.cases}: expected 1 or more")
+    if options.seed < 0 or (options.first or 0) < 0:
+        raise UserError(f"--seed={options.seed}, --first={options.first}: expected 0 or more")
+    for flag, name in (("convention", "brats"), ("layout", "camus")):
+        if getattr(options, flag) is not None and options.dataset != name:
+            raise UserError(f"--{flag} is an option of --dataset={name}")
     chosen = {key: getattr(options, key) for key in ("noise", "bias", "contrast")}
     difficulty = phantom.Difficulty(**{key: value for key, value in chosen.items() if value is not None})
     shared: dict[str, Any] = {"cases": options.cases, "seed": options.seed, "difficulty": difficulty}
@@ -194,7 +204,7 @@ def _phantom(options: argparse.Namespace) -> int:
     if options.dataset == "brats":
         shared["convention"] = options.convention or "brats2021"
     elif options.dataset == "camus":
-        shared["layout"] = options.layout
+        shared["layout"] = options.layout or "nifti"
     phantom.WRITERS[options.dataset][0](options.root, **shared)
     return 0
 
@@ -204,8 +214,8 @@ def _shape(text: str, sides: int) -> tuple[int, ...]:
         shape = tuple(int(n) for n in text.split(","))
     except ValueError as error:
         raise UserError(f"--shape={text}: expected {sides} numbers with commas") from error
-    if len(shape) != sides:
-        raise UserError(f"--shape={text}: expected {sides} numbers with commas")
+    if len(shape) != sides or max(shape) > _LARGEST:
+        raise UserError(f"--shape={text}: expected {sides} numbers with commas, at most {_LARGEST}")
     return shape
 
 

@@ -151,7 +151,9 @@ def _find_files(folder: Path, convention: Convention, need_labels: bool) -> tupl
         return next((p for s in nifti.SUFFIXES if (p := folder / f"{stem}{s}").is_file()), None)
 
     images = {part: find(part) for part in convention.modalities}
-    label = find("seg") or next(iter(sorted(folder.glob("*_Segm.nii*"))), None)  # BraTS20_Training_355
+    label = find("seg") or next(
+        (p for p in sorted(folder.glob("*_Segm.nii*")) if not p.name.startswith(".")), None
+    )  # BraTS20_Training_355
     missing = [part for part, path in images.items() if path is None]
     if need_labels and label is None:
         missing.append("seg")

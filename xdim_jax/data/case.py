@@ -9,7 +9,7 @@ import numpy as np
 
 from xdim_jax.data.dicom import load_masks
 from xdim_jax.data.grid import Axes, Grid, compare_grids
-from xdim_jax.data.image import Source, files_of, read_grid, read_image, where
+from xdim_jax.data.image import Source, files_of, read_grid, read_image, strip, where
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.problem import ERROR, WARNING, DataError, Problem, data_error, errors
 from xdim_jax.errors import UserError
@@ -85,6 +85,8 @@ class Dataset:
         regions: what a network predicts and what is scored.
         scan: ``scan(root, need_labels)``.
         axes: how file axes come into memory.
+        holds_ct: some of its cases are CT, in HU; they say so in their info.
+        partly_drawn: which structures are not drawn in which cases, where that is so; such data cannot train yet.
         same_structures: every case is expected to hold every structure.
         inspect: ``inspect(case, image)`` finds intensities that do not look like the data set's images.
     """
@@ -96,6 +98,8 @@ class Dataset:
     regions: Regions
     scan: Callable[[Path, bool], Scan]
     axes: Axes = "anatomical"
+    holds_ct: bool = False
+    partly_drawn: str = ""
     same_structures: bool = True
     inspect: Callable[[Case, np.ndarray], list[Problem]] = lambda case, image: []
 
@@ -110,11 +114,12 @@ def scan_cases(dataset: Dataset, root: Path, *, need_labels: bool) -> Scan:
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; expected {dataset.layout}")
     scan = dataset.scan(root, need_labels)
-    if not scan.cases and not scan.problems:
+    if not scan.cases and not errors(scan.problems):
         found = sorted(p.name for p in root.iterdir() if not p.name.startswith("."))[:5]
         raise UserError(
             f"no {dataset.name} case below {root}: expected {dataset.layout}; found "
             + (f"{', '.join(found)}, ..." if found else "an empty folder")
+            + "".join(f"\n  - {problem}" for problem in scan.problems)
         )
     return scan
 
@@ -146,9 +151,13 @@ def case_from_files(paths: Sequence[Path], dataset: Dataset) -> Case:
         raise UserError(f"{len(paths)} files given; expected one per channel, in the order {order}")
     if absent := [str(p) for p in paths if not p.is_file()]:
         raise UserError(f"{', '.join(absent)}: no such file; expected one per channel, in the order {order}")
-    name = paths[0].name.split(".")[0]
-    axes = dataset.axes
-    return Case(name, name, tuple(paths), dataset.channels, None, dataset.labels, axes)
+    if dataset.holds_ct:
+        raise UserError(
+            f"{paths[0]} does not tell whether it is CT or MR; give a folder in the layout of {dataset.name}, "
+            f"{dataset.layout}"
+        )
+    name = (strip(paths[0].name) or paths[0].stem).removesuffix("_0000")  # nnU-Net's first channel
+    return Case(name, name, tuple(paths), dataset.channels, None, dataset.labels, dataset.axes)
 
 
 def without_label(case: Case) -> Case:
@@ -202,7 +211,7 @@ def load_case(case: Case) -> tuple[Volume | None, list[Problem]]:
     per_file = len(case.channels) // len(case.images)
     for source in case.images:
         try:
-            array, grid = read_image(source, case.axes)
+            array, grid = read_image(source, "stored" if grids and grids[0].flat else case.axes)
         except DataError as error:
             problems += [dataclasses.replace(p, case_id=case.case_id) for p in error.problems]
             continue
@@ -257,7 +266,7 @@ def _load_label(case: Case, source: Source, grid: Grid | None) -> tuple[np.ndarr
                 return None, [Problem(kind, path, found, expected, "fetch the masks again", case.case_id)]
             values = grid.to_memory(values)
         else:
-            stored, label_grid = read_image(source, case.axes)
+            stored, label_grid = read_image(source, "stored" if grid and grid.flat else case.axes)
             if grid is not None:
                 problems += compare_grids(path, label_grid, where(case.images[0]), grid, case.case_id)
             if stored.shape[3] != 1:
@@ -272,6 +281,15 @@ def _load_label(case: Case, source: Source, grid: Grid | None) -> tuple[np.ndarr
     problems += label_problems(case.labels, path, values, unknown, case.case_id)
     misplaced = grid is None or any(p.kind in ("shape", "slice_count") for p in problems)
     return None if misplaced else label, problems
+
+
+def encode_label(case: Case, label: np.ndarray) -> np.ndarray:
+    """Label indices to the values of the case's convention.
+
+    Structures that it does not have become background: of CHAOS's CT only the liver is asked for, whatever a network
+    that knows more finds there.
+    """
+    return case.labels.encode(np.where(label < len(case.labels.values), label, 0))
 
 
 def label_problems(

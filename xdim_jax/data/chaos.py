@@ -61,6 +61,8 @@ def dataset(task: int = 5, phase: str = "in") -> Dataset:
         raise UserError(f"config.data.task={task!r}: expected a number from 1 to 5")
     if phase not in PHASES:
         raise UserError(f"config.data.phase={phase!r}: known: {', '.join(PHASES)}")
+    if phase == "both" and TASKS[task][0] != ("MR",):
+        raise UserError(f"config.data.phase=both: two channels, which CT does not have; task {task} has CT")
     modalities, structures = TASKS[task]
     labels = MR_LABELS.select(structures)
     channels = ("in-phase", "out-phase") if phase == "both" else ("image",)
@@ -71,6 +73,8 @@ def dataset(task: int = 5, phase: str = "in") -> Dataset:
         labels,
         Regions({name: (index,) for index, name in enumerate(structures, 1)}),
         lambda root, need_labels: scan(root, modalities, labels, phase, need_labels),
+        holds_ct="CT" in modalities,
+        partly_drawn="kidneys and spleen on CT" if task == 4 else "",
         same_structures=modalities == ("MR",) or structures == ("liver",),
         inspect=inspect,
     )

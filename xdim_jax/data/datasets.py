@@ -17,6 +17,7 @@ class Entry:
     make: Callable[..., Dataset]
     options: Mapping[str, Any]
     preparation: Preparation = Preparation()
+    everything: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # options that leave no file out
 
 
 _REQUIRED = ""  # an option that has no default
@@ -25,9 +26,18 @@ DATASETS = {
     # brain crop, z-score of the non-zero voxels of each channel (Sect. 3.1.3)
     "brats": Entry(brats.dataset, {"convention": _REQUIRED}, Preparation(crop="nonzero", normalise="zscore_nonzero")),
     # z-score of each image (Sect. 3.1.1)
-    "camus": Entry(camus.dataset, {"views": camus.VIEWS, "instants": camus.INSTANTS, "quality": camus.QUALITIES}),
+    "camus": Entry(
+        camus.dataset,
+        {"views": camus.VIEWS, "instants": camus.INSTANTS, "quality": camus.QUALITIES},
+        everything={"instants": (*camus.INSTANTS, "half_sequence")},
+    ),
     # slices of 512 x 512 (Sect. 3.1.2). The paper names no window: that of abdominal soft tissue
-    "chaos": Entry(chaos.dataset, {"task": 5, "phase": "in"}, Preparation(size=(512, 512), window=(60.0, 400.0))),
+    "chaos": Entry(
+        chaos.dataset,
+        {"task": 5, "phase": "in"},
+        Preparation(size=(512, 512), window=(60.0, 400.0)),
+        {"task": 4, "phase": "each"},
+    ),
     "nnunet": Entry(nnunet.nnunet, {"root": _REQUIRED}),
     "decathlon": Entry(nnunet.decathlon, {"root": _REQUIRED}),
 }

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from xdim_jax.data.grid import Axes, Grid, make_grid
-from xdim_jax.data.problem import DataError, Problem, data_error
+from xdim_jax.data.problem import ERROR, WARNING, DataError, Problem, data_error, errors
 
-_GAP = 0.1  # share of the usual step by which a step may differ
+_UNEVEN, _GAP = 0.1, 0.5  # share of the usual step by which a step may differ: to be looked at; a slice is missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +129,11 @@ def _step_problems(slices: Sequence[Slice], case_id: str) -> list[Problem]:
             found = f"lies behind {slices[i].path.name}, against the direction of the series"
             do = "name the files in the order of their positions"
             problems.append(Problem("slice_order", where, found, "names in the order of positions", do, case_id))
-        elif abs(step) > (1 + _GAP) * usual or abs(step) < (1 - _GAP) * usual:
+        elif abs(abs(step) - usual) > _UNEVEN * usual:
             found = f"leaves {abs(step):.2f} mm between {pair}, where the usual step is {usual:.2f} mm"
             do = "fetch the missing slice, or resample the series"
-            problems.append(Problem("slice_gap", where, found, "equal steps", do, case_id))
+            severity = ERROR if abs(abs(step) - usual) > _GAP * usual else WARNING
+            problems.append(Problem("slice_gap", where, found, "equal steps", do, case_id, severity))
     return problems
 
 
@@ -143,8 +144,7 @@ def series_grid(slices: Sequence[Slice], axes: Axes) -> Grid:
         DataError: the headers do not fit together.
     """
     first, last = slices[0], slices[-1]
-    fatal = [p for p in series_problems(slices) if p.kind in ("shape", "no_geometry", "spacing", "affine")]
-    if fatal:
+    if fatal := errors(series_problems(slices)):
         raise data_error(fatal, "slices that do not fit together")
     assert first.position is not None and last.position is not None
     assert first.orientation is not None and first.spacing is not None

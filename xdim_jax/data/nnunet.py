@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from xdim_jax.data.case import Case, Dataset, Scan
-from xdim_jax.data.image import strip
+from xdim_jax.data.image import SUFFIXES, strip
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.problem import ERROR, WARNING, Problem, data_error
 from xdim_jax.errors import UserError
@@ -87,6 +87,9 @@ def read_card(path: Path) -> Card:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise refuse(f"is not JSON ({error})", "JSON", "correct it") from error
+    ending = data.get("file_ending", SUFFIXES[0]) if isinstance(data, dict) else SUFFIXES[0]
+    if ending not in SUFFIXES:
+        raise refuse(f"has the file_ending {ending!r}", ", ".join(SUFFIXES), "convert the images")
     named = data.get("channel_names", data.get("modality")) if isinstance(data, dict) else None
     if not isinstance(named, dict) or sorted(named, key=str) != sorted(map(str, range(len(named)))) or not named:
         expected = '"channel_names": {"0": ..., "1": ...}'
@@ -101,6 +104,10 @@ def read_card(path: Path) -> Card:
         step = "give those voxels a label of their own, or leave the cases out"
         raise refuse('has a label "ignore"', "labels to learn; voxels to pass over are not supported", step)
     try:
+        if any(
+            int(v) != v or not 0 <= v < 2**16 for vs in labels.values() for v in (vs if isinstance(vs, list) else [vs])
+        ):
+            raise ValueError("a value is negative, a fraction, or too large")
         sets = {str(n): tuple(v) if isinstance(v, list) else (int(v),) for n, v in labels.items()}
         values = sorted({int(v) for vs in sets.values() for v in vs} | {0})
         names = {vs[0]: n for n, vs in sets.items() if len(vs) == 1}
@@ -137,8 +144,14 @@ def _scan(root: Path, card: Card, need_labels: bool, one_file_per_channel: bool)
     problems: list[Problem] = []
     seen: set[Path] = set()
     for folder in [f for f in folders if f.is_dir()]:
-        labels = _by_name(folder.parent / "labelsTr") if folder.name == "imagesTr" else {}
-        for name, files in _group(folder, one_file_per_channel).items():
+        labels = dict(_images(folder.parent / "labelsTr")) if folder.name == "imagesTr" else {}
+        groups, twins = _group(folder, one_file_per_channel)
+        problems += twins
+        for name, files in groups.items():
+            if name in cases:
+                found, step = f"holds {name}, which imagesTr has too", "rename one of the two"
+                problems.append(Problem("duplicate_case", folder, found, "each case once", step, name))
+                continue
             images, wrong = _channels(folder, name, files, card, one_file_per_channel)
             label = labels.get(name)
             seen |= {label} if label else set()
@@ -164,23 +177,29 @@ def _scan(root: Path, card: Card, need_labels: bool, one_file_per_channel: bool)
     return Scan(list(cases.values()), problems + wrong, splits)
 
 
-def _by_name(folder: Path) -> dict[str, Path]:
+def _images(folder: Path) -> list[tuple[str, Path]]:
+    """Files by their names without suffix."""
     if not folder.is_dir():
-        return {}
+        return []
     found = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
-    return {name: p for p in found if (name := strip(p.name)) is not None}
+    return [(name, p) for p in found if (name := strip(p.name)) is not None]
 
 
-def _group(folder: Path, one_file_per_channel: bool) -> dict[str, dict[str, Path]]:
-    """Case to channel number to file."""
+def _group(folder: Path, one_file_per_channel: bool) -> tuple[dict[str, dict[str, Path]], list[Problem]]:
+    """Case to channel number to file, and files that are a second one of the same name."""
     groups: dict[str, dict[str, Path]] = {}
-    for name, path in _by_name(folder).items():
+    problems = []
+    for name, path in _images(folder):
         case, _, number = name.rpartition("_")
-        if one_file_per_channel and len(number) == _SUFFIX_DIGITS and number.isdigit() and case:
-            groups.setdefault(case, {})[number] = path
+        if not (one_file_per_channel and len(number) == _SUFFIX_DIGITS and number.isdigit() and case):
+            case, number = name, "" if one_file_per_channel else "0"
+        files = groups.setdefault(case, {})
+        if number in files:
+            found = f"and {files[number].name} are both {name}"
+            problems.append(Problem("duplicate_case", path, found, "one file", "keep one", case))
         else:
-            groups.setdefault(name, {})["" if one_file_per_channel else "0"] = path
-    return groups
+            files[number] = path
+    return groups, problems
 
 
 def _channels(

@@ -5,13 +5,14 @@ it is standardised when it is read, to the same bits as the whole.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, zoom
 
-from xdim_jax.data.case import Case, Volume
+from xdim_jax.data.case import Case, Dataset, Volume
 from xdim_jax.errors import UserError
 
 Box = tuple[slice, slice, slice]
@@ -47,9 +48,15 @@ class Preparation:
             wrong.append(f"crop={self.crop!r}: known: {', '.join(CROPS)}")
         if self.normalise not in NORMS:
             wrong.append(f"normalise={self.normalise!r}: known: {', '.join(NORMS)}")
-        if self.spacing and (len(self.spacing) != 3 or min(self.spacing) < 0):
-            wrong.append(f"spacing={self.spacing}: expected mm along D,H,W, 0 to keep an axis")
-        if self.size and (len(self.size) != 2 or min(self.size) < 1):
+        numbers = {"spacing": self.spacing, "size": self.size, "window": self.window}
+        for name, values in numbers.items():
+            if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+                raise UserError(f"config.data.prepare.{name}={values}: expected numbers")
+            kind = int if name == "size" else float  # 1 and 1.0 are one setting
+            object.__setattr__(self, name, tuple(kind(v) for v in values))
+        if self.spacing and (len(self.spacing) != 3 or any(v and not 0.01 <= v <= 100 for v in self.spacing)):
+            wrong.append(f"spacing={self.spacing}: expected 0.01 to 100 mm along D,H,W, 0 to keep an axis")
+        if self.size and (len(self.size) != 2 or not 1 <= min(self.size) <= max(self.size) <= 4096):
             wrong.append(f"size={self.size}: expected pixels H,W")
         if self.size and self.spacing and any(self.spacing[1:]):
             wrong.append(f"size={self.size} and spacing={self.spacing} both resample slices; give one of them")
@@ -125,12 +132,27 @@ def prepare(case: Case, volume: Volume, settings: Preparation) -> Prepared:
         label = label if label is None else nearest(label, shape)
         if background is not None:  # interpolation spreads the brain's edge into the background
             image[nearest(background, shape)] = 0
-    if settings.window and case.info.get("modality") == "CT":
+    if settings.window and (ct := _ct_channels(case.channels, case.info.get("modality", ""))):
         centre, width = settings.window
-        image = np.clip(image, centre - width / 2, centre + width / 2)
+        image = image.copy()
+        image[..., ct] = np.clip(image[..., ct], centre - width / 2, centre + width / 2)
     shift, scale = _statistics(image, settings.normalise)
     masked = settings.normalise == "zscore_nonzero"
     return Prepared(_compact(image), label, shift, scale, masked, box, volume.image.shape[:3], spacing)
+
+
+def _ct_channels(channels: Sequence[str], modality: str) -> list[int]:
+    """Channels in HU: all of a CT case, else those that are named CT (as nnU-Net has it)."""
+    return [i for i, name in enumerate(channels) if modality == "CT" or name.upper() == "CT"]
+
+
+def check_preparation(dataset: Dataset, settings: Preparation) -> None:
+    """Raises UserError if there is a window and no image that it would be for."""
+    if settings.window and not dataset.holds_ct and not _ct_channels(dataset.channels, ""):
+        raise UserError(
+            f"config.data.prepare.window={settings.window} is for CT, but none of the channels of {dataset.name} is: "
+            f"{', '.join(dataset.channels)}; name the channel CT in dataset.json, or leave the window out"
+        )
 
 
 def target_shape(shape: tuple[int, ...], spacing: tuple[float, ...], settings: Preparation) -> tuple[int, ...]:

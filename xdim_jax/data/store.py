@@ -1,15 +1,16 @@
 """Prepared cases on disk, memory-mapped: made once, read by every run.
 
-    <folder>/<key>/store.json                    the settings that the key stands for
-    <folder>/<key>/<case id>/image.npy           int16 or float32 (D, H, W, C), as `Prepared.raw`
-                            /label.npy           uint8 (D, H, W)
-                            /voxels.npy          int32: flat indices of labelled voxels, by structure
-                            /case.json           what the rest of `Prepared` holds, and the sources
+    <folder>/<key>/store.json                       the settings that the key stands for
+    <folder>/<key>/<case id>-<content>/image.npy    int16 or float32 (D, H, W, C), as `Prepared.raw`
+                                      /label.npy    uint8 (D, H, W)
+                                      /voxels.npy   int32: flat indices of labelled voxels, by structure
+                                      /case.json    what the rest of `Prepared` holds, and the sources
 
-The key is a digest of data set, label convention and preparation, so that other settings never meet. A case is prepared
-again when the content of its sources has changed; size and time of modification tell that nothing has, and where they
-differ a digest of the content decides. Cases are written whole or not at all, so an interrupted preparation goes on
-where it was, and several processes may prepare into one folder.
+The key is a digest of data set, label convention and preparation, and an entry is named after a digest of the case's
+source files, so other settings and other content never meet, and no entry that a run may be reading is ever replaced.
+Names, sizes and times of the sources tell that they have not changed; where those differ, their content is digested
+anew. Cases are written whole or not at all, so an interrupted preparation goes on where it was, and several processes
+may prepare into one folder. Entries of files that have changed since stay: remove the folder to free the room.
 """
 
 import concurrent.futures
@@ -18,17 +19,18 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from xdim_jax.data.case import Case, Dataset, read_case
-from xdim_jax.data.prepare import Preparation, Prepared, prepare
+from xdim_jax.data.prepare import Preparation, Prepared, check_preparation, prepare
 from xdim_jax.data.problem import DataError, Problem, data_error
 from xdim_jax.errors import UserError
-from xdim_jax.files import atomic_path, read_json, write_json, write_text
+from xdim_jax.files import read_json, write_error, write_json, write_text
 
 _VERSION = 1  # of the files' format and of what preparation computes
 _FILE = "case.json"
@@ -46,29 +48,20 @@ class Entry:
 
     def load(self) -> Prepared:
         """The case with its arrays memory-mapped. Raises UserError if its files are gone or damaged."""
-        facts = read_json(self.folder / _FILE)
-        box = tuple(slice(*b) for b in facts["box"])
-        arrays = {}
-        for name in ("image", "label"):
-            path = self.folder / f"{name}.npy"
-            try:
-                arrays[name] = np.load(path, mmap_mode="r") if path.exists() else None
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{path} cannot be read ({error}); remove {self.folder} and prepare it again"
-                ) from error
-        if arrays["image"] is None:
-            raise UserError(f"{self.folder} has no image.npy; remove it and prepare it again")
-        return Prepared(
-            arrays["image"],
-            arrays["label"],
-            tuple(facts["shift"]),
-            tuple(facts["scale"]),
-            facts["masked"],
-            (box[0], box[1], box[2]),
-            tuple(facts["source"]),
-            tuple(facts["spacing"]),
-        )
+        with self._reading():
+            facts = read_json(self.folder / _FILE)
+            box = tuple(slice(*b) for b in facts["box"])
+            label = self.folder / "label.npy"
+            return Prepared(
+                np.load(self.folder / "image.npy", mmap_mode="r"),
+                np.load(label, mmap_mode="r") if "label.npy" in facts["files"] else None,
+                tuple(facts["shift"]),
+                tuple(facts["scale"]),
+                facts["masked"],
+                (box[0], box[1], box[2]),
+                tuple(facts["source"]),
+                tuple(facts["spacing"]),
+            )
 
     def voxel(self, rng: np.random.Generator) -> tuple[int, ...] | None:
         """A random labelled voxel: a structure that is present first, then one of its voxels; None without any."""
@@ -77,8 +70,19 @@ class Entry:
             return None
         chosen = int(rng.integers(count))
         start, stop = self.structures[chosen][1], self.structures[chosen + 1][1]
-        voxels = np.load(self.folder / "voxels.npy", mmap_mode="r")
-        return tuple(int(i) for i in np.unravel_index(int(voxels[rng.integers(start, stop)]), self.shape))
+        with self._reading():
+            voxels = np.load(self.folder / "voxels.npy", mmap_mode="r")
+            return tuple(int(i) for i in np.unravel_index(int(voxels[rng.integers(start, stop)]), self.shape))
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:  # a UserError is a ValueError
+            raise UserError(
+                f"the prepared case {self.folder} is damaged ({type(error).__name__}: {error}); run the same command "
+                "again: it is prepared anew"
+            ) from error
 
 
 def store_key(dataset: Dataset, settings: Preparation) -> tuple[str, dict[str, Any]]:
@@ -95,8 +99,10 @@ def store_key(dataset: Dataset, settings: Preparation) -> tuple[str, dict[str, A
 
 
 def default_folder(root: Path) -> Path:
-    """Beside the data: ``<root>_prepared``."""
-    root = root.absolute()
+    """Beside the data: ``<root>_prepared``. Raises UserError for a root that has no name to put it beside."""
+    root = root.resolve()
+    if not root.name:
+        raise UserError(f"{root} has no folder beside it: give --config.data.store=<folder>, or --store")
     return root.with_name(f"{root.name}_prepared")
 
 
@@ -112,53 +118,57 @@ def prepare_cases(
 ) -> list[Entry]:
     """The entries of all cases; those that are missing or out of date are prepared first.
 
-    The size of what is to be written is estimated from the first case and said before the others begin. Each of
+    The size of what is to be written is estimated from one case and said before the others begin. Each of
     ``jobs`` threads holds one case in memory.
 
     Raises:
         DataError: every case that cannot be used, at once; the others are prepared.
         UserError: not enough room on the disk, or it cannot be written to.
     """
+    check_preparation(dataset, settings)
     key, facts = store_key(dataset, settings)
     base = Path(folder) / key
     if not (base / "store.json").is_file():
         write_json(base / "store.json", facts)
-    found = {case.case_id: _find(base, case) for case in cases}
-    todo = [case for case in cases if found[case.case_id] is None]
+    there = _list(base)
+    with concurrent.futures.ThreadPoolExecutor(max(jobs, 1)) as pool:
+        found = list(pool.map(lambda case: _find(base, case, there), cases))
+    todo = [i for i, entry in enumerate(found) if entry is None]
     say(f"store      {base}: {len(cases) - len(todo)} of {len(cases)} cases prepared")
-    if todo:
-        problems: list[Problem] = []
-        done = 0
+    problems: list[Problem] = []
 
-        def run(case: Case) -> Entry | DataError:
-            try:
-                return _write(base, case, settings)
-            except DataError as error:
-                return error
+    def run(i: int) -> Entry | DataError:
+        try:
+            return _write(base, cases[i], settings)
+        except DataError as error:
+            return error
 
-        def take(case: Case, outcome: Entry | DataError) -> None:
-            nonlocal done
-            done += 1
-            if isinstance(outcome, DataError):
-                problems.extend(outcome.problems)
-            else:
-                found[case.case_id] = outcome
-            progress(done, len(todo))
+    def take(i: int, outcome: Entry | DataError) -> None:
+        if isinstance(outcome, DataError):
+            problems.extend(outcome.problems)
+        else:
+            found[i] = outcome
+        progress(todo.index(i) + 1, len(todo))
 
-        outcome = run(todo[0])
-        take(todo[0], outcome)
-        if len(todo) > 1 and isinstance(outcome, Entry):
-            _announce(base, outcome, len(todo) - 1, say)
-        with concurrent.futures.ThreadPoolExecutor(max(jobs, 1)) as pool:
-            try:
-                for case, outcome in zip(todo[1:], pool.map(run, todo[1:]), strict=True):
-                    take(case, outcome)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        if problems:
-            raise data_error(problems, f"problems in {len(todo)} cases; the others are prepared")
-    return [entry for case in cases if (entry := found[case.case_id]) is not None]
+    rest = list(todo)
+    while rest:  # one whole case tells the size of the others
+        first = rest.pop(0)
+        outcome = run(first)
+        take(first, outcome)
+        if isinstance(outcome, Entry):
+            if rest:
+                _announce(base, outcome, len(rest), say)
+            break
+    with concurrent.futures.ThreadPoolExecutor(max(jobs, 1)) as pool:
+        try:
+            for i, outcome in zip(rest, pool.map(run, rest), strict=True):
+                take(i, outcome)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if problems:
+        raise data_error(problems, f"problems in {len(todo)} cases; the others are prepared")
+    return [entry for entry in found if entry is not None]
 
 
 def _announce(base: Path, first: Entry, others: int, say: Callable[[str], None]) -> None:
@@ -191,22 +201,46 @@ def _content(case: Case) -> str:
     return digest.hexdigest()
 
 
-def _find(base: Path, case: Case) -> Entry | None:
-    """The entry of a case if it is there and its sources have not changed."""
-    folder = base / case.case_id
-    if not (folder / _FILE).is_file():
+def _list(base: Path) -> dict[str, list[Path]]:
+    """Entries by case."""
+    there: dict[str, list[Path]] = {}
+    for path in sorted(base.glob("*/")):
+        there.setdefault(path.name.rpartition("-")[0], []).append(path)
+    return there
+
+
+def _find(base: Path, case: Case, there: dict[str, list[Path]]) -> Entry | None:
+    """The entry of a case that was made of these sources, if there is one and it is whole."""
+    facts = {path: found for path in there.get(case.case_id, []) if (found := _facts(path, case)) is not None}
+    if not facts:
         return None
     try:
-        facts = read_json(folder / _FILE)
         signature = _signature(case)
-        if facts["axes"] != case.axes or facts["patient"] != case.patient:
-            return None
-        if facts["signature"] != signature:
-            if facts["content"] != _content(case):
-                return None
-            write_json(folder / _FILE, facts | {"signature": signature})
-        return _entry(case, folder, facts)
-    except (UserError, KeyError, OSError):  # damaged, or a source is gone: preparing it says what is wrong
+        for path, found in facts.items():
+            if found["signature"] == signature:
+                return _entry(case, path, found)
+        path = _folder(base, case, _content(case))
+        if path in facts:
+            with contextlib.suppress(UserError):  # a store that one may only read serves as well
+                write_json(path / _FILE, facts[path] | {"signature": signature})
+            return _entry(case, path, facts[path])
+    except OSError:  # a source is gone: preparing it says which
+        return None
+    return None
+
+
+def _folder(base: Path, case: Case, content: str) -> Path:
+    return base / f"{case.case_id}-{content[:16]}"
+
+
+def _facts(folder: Path, case: Case) -> dict[str, Any] | None:
+    """What case.json says, if all files are there and as long as they were."""
+    try:
+        facts = read_json(folder / _FILE)
+        whole = all((folder / name).stat().st_size == size for name, size in facts["files"].items())
+        same = facts["axes"] == case.axes and facts["patient"] == case.patient
+        return facts if whole and same and facts["structures"] is not None else None
+    except (UserError, UnicodeDecodeError, KeyError, TypeError, AttributeError, OSError):
         return None
 
 
@@ -216,43 +250,76 @@ def _entry(case: Case, folder: Path, facts: dict[str, Any]) -> Entry:
 
 
 def _write(base: Path, case: Case, settings: Preparation) -> Entry:
-    folder = base / case.case_id
-    signature, content = _signature(case), _content(case)
+    try:
+        signature, content = _signature(case), _content(case)
+    except OSError as error:
+        path = Path(error.filename or case.files[0])
+        found = f"cannot be read ({error.strerror or error})"
+        raise data_error([Problem("unreadable", path, found, "a file", "fetch it again", case.case_id)], "") from error
+    folder = _folder(base, case, content)
+    if (facts := _facts(folder, case)) is not None:  # another process has prepared it meanwhile
+        return _entry(case, folder, facts)
     prepared = prepare(case, read_case(case), settings)
     voxels, structures = _voxels(prepared.label)
-    facts = {
-        "case_id": case.case_id,
-        "patient": case.patient,
-        "axes": case.axes,
-        "info": dict(case.info),
-        "sources": [str(p.absolute()) for p in case.files],
-        "signature": signature,
-        "content": content,
-        "shape": list(prepared.shape),
-        "spacing": list(prepared.spacing),
-        "source": list(prepared.source),
-        "box": [[b.start, b.stop] for b in prepared.box],
-        "shift": list(prepared.shift),
-        "scale": list(prepared.scale),
-        "masked": prepared.masked,
-        "structures": structures,
-    }
-    if folder.exists():  # of other sources
-        shutil.rmtree(folder)
-    try:
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            np.save(temporary / "image.npy", prepared.raw)
-            if prepared.label is not None:
-                np.save(temporary / "label.npy", prepared.label)
-            np.save(temporary / "voxels.npy", voxels)
-            write_text(temporary / _FILE, json.dumps(facts, indent=1))
-    except UserError:
-        with contextlib.suppress(Exception):  # another process has prepared the same case meanwhile
-            if (entry := _find(base, case)) is not None:
-                return entry
-        raise
+    arrays = {"image.npy": prepared.raw, "label.npy": prepared.label, "voxels.npy": voxels}
+    with _whole(folder, case) as temporary:
+        for name, array in arrays.items():
+            if array is not None:
+                np.save(temporary / name, array)
+        facts = {
+            "case_id": case.case_id,
+            "patient": case.patient,
+            "axes": case.axes,
+            "info": dict(case.info),
+            "sources": [str(p.absolute()) for p in case.files],
+            "signature": signature,
+            "content": content,
+            "files": {p.name: p.stat().st_size for p in temporary.iterdir()},
+            "shape": list(prepared.shape),
+            "spacing": list(prepared.spacing),
+            "source": list(prepared.source),
+            "box": [[b.start, b.stop] for b in prepared.box],
+            "shift": list(prepared.shift),
+            "scale": list(prepared.scale),
+            "masked": prepared.masked,
+            "structures": structures,
+        }
+        write_text(temporary / _FILE, json.dumps(facts, indent=1))
     return _entry(case, folder, facts)
+
+
+@contextlib.contextmanager
+def _whole(folder: Path, case: Case) -> Iterator[Path]:
+    """A folder to write, which takes its name when it is whole. Raises UserError where the system refuses to write."""
+    temporary = _aside(folder)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _take_place(temporary, folder, case)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(temporary: Path, folder: Path, case: Case) -> None:
+    """Another process may have been first with the same content: then that one stays. What is damaged goes."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if _facts(folder, case) is not None:
+            return
+        old = _aside(folder)
+        folder.rename(old)
+        temporary.rename(folder)
+        if old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink()
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{uuid.uuid4().hex[:8]}.partial.{folder.name}")
 
 
 def _voxels(label: np.ndarray | None) -> tuple[np.ndarray, list[list[int]]]:

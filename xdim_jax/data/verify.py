@@ -13,7 +13,7 @@ import numpy as np
 from xdim_jax.data import dicom, nifti
 from xdim_jax.data.case import Case, Dataset, Volume, load_case, scan_cases
 from xdim_jax.data.grid import compare_grids
-from xdim_jax.data.image import Source, files_of, read_grid, where
+from xdim_jax.data.image import Source, files_of, read_grid, read_image, where
 from xdim_jax.data.problem import ERROR, KINDS, WARNING, DataError, Problem
 
 _PLAUSIBLE_MM = (0.01, 50.0)
@@ -74,7 +74,7 @@ def verify(
 def inspect(case: Case, dataset: Dataset) -> Inspection:
     """Reads a case whole and looks at what it holds."""
     volume, problems = load_case(case)
-    problems = _once(_headers(case) + problems)
+    problems = _once([*_headers(case), *problems, *_beside(case)])
     if volume is None:
         return Inspection(case, problems, (), None)
     problems += _spacing(case, volume) + _image(case, volume) + dataset.inspect(case, volume.image)
@@ -87,10 +87,13 @@ def inspect(case: Case, dataset: Dataset) -> Inspection:
 
 
 def _once(problems: Sequence[Problem]) -> list[Problem]:
-    """What is found by header and by content alike, or in two cases that share files, is said once."""
-    return list(
-        {(p.kind, str(p.path), p.found if p.kind.startswith("missing") else ""): p for p in problems[::-1]}.values()
-    )[::-1]
+    """What header and content show alike, or two cases that share files, is said once: as it was found first."""
+
+    def key(p: Problem) -> tuple[str, ...]:
+        alone = p.kind in ("unreadable", "slice_count")  # one of them on a file is all there is to say
+        return (p.kind, str(p.path)) if alone else (p.kind, str(p.path), p.found)
+
+    return list({key(p): p for p in reversed(problems)}.values())[::-1]
 
 
 def _digest(channel: np.ndarray) -> str:
@@ -170,6 +173,20 @@ def _spacing(case: Case, volume: Volume) -> list[Problem]:
     found, step = f"has voxels of {_sizes(spacing[::-1])} mm", "restore its header; sizes are in mm"
     expected = f"{_PLAUSIBLE_MM[0]} to {_PLAUSIBLE_MM[1]:g} mm"
     return [Problem("implausible_spacing", where(case.images[0]), found, expected, step, case.case_id, WARNING)]
+
+
+def _beside(case: Case) -> list[Problem]:
+    """Series that share the label, looked at for themselves."""
+    problems = []
+    for source in case.beside:
+        try:
+            array, grid = read_image(source, case.axes)
+        except DataError as error:
+            problems += [dataclasses.replace(p, case_id=case.case_id) for p in error.problems]
+            continue
+        alone = dataclasses.replace(case, images=(source,), channels=case.channels[:1], beside=())
+        problems += _image(alone, Volume(case.case_id, array.astype(np.float32), None, grid))
+    return problems
 
 
 # -- contents -----------------------------------------------------------------------------------------------------

@@ -108,8 +108,6 @@ def write_brats(
     generation = get_convention(convention)
     settings = {
         "dataset": "brats",
-        "cases": cases,
-        "first": first,
         "shape": list(shape),
         "seed": seed,
         "convention": convention,

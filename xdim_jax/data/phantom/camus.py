@@ -171,7 +171,7 @@ def write_camus(
     if frames < 2:
         raise UserError(f"{frames} frames: a half sequence has at least two, ED and ES")
     difficulty = difficulty or Difficulty()
-    settings = {"dataset": "camus", "cases": cases, "first": first, "shape": list(shape), "seed": seed}
+    settings = {"dataset": "camus", "shape": list(shape), "seed": seed}
     settings |= {"layout": layout, "frames": frames} | dataclasses.asdict(difficulty)
     claim_folder(root, settings)
     names = [f"patient{n:04d}" for n in range(first, first + cases)]

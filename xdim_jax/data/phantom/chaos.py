@@ -117,7 +117,7 @@ def write_chaos(
         raise UserError(f"phantom shape {tuple(shape)}: expected x,y,z of at least {_SMALLEST}")
     mr_shape = (shape[0] // 2, shape[1] // 2, shape[2] * 3 // 8)
     difficulty = difficulty or Difficulty()
-    settings = {"dataset": "chaos", "cases": cases, "first": first, "shape": list(shape)}
+    settings = {"dataset": "chaos", "shape": list(shape)}
     settings |= {"seed": seed, "labels": labels} | dataclasses.asdict(difficulty)
     claim_folder(root, settings)
     folders = []

@@ -30,8 +30,8 @@ class Difficulty:
     contrast: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.noise < 0 or self.bias < 0 or not 0 <= self.contrast <= 1:
-            raise UserError(f"phantom difficulty {self}: expected noise and bias of 0 or more, contrast of 0 to 1")
+        if not (0 <= self.noise <= 10 and 0 <= self.bias <= 10 and 0 <= self.contrast <= 1):
+            raise UserError(f"phantom difficulty {self}: expected noise and bias of 0 to 10, contrast of 0 to 1")
 
 
 def smooth_field(shape: tuple[int, ...], rng: np.random.Generator, cells: int) -> np.ndarray:
