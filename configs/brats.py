@@ -35,7 +35,7 @@ def get_config(words: dict[str, int]) -> Any:
             "phantom": {"cases": 0, "held_out": 0, "shape": (240, 240, 155), "noise": 0.06, "bias": 0.1},
         }
     )
-    config.augment = ConfigDict()  # none (Sect. 3.1.3); what there is: xdim_jax/augment.py
+    config.augment = common.augmentation()  # none (Sect. 3.1.3)
     config.loss = ConfigDict({"name": "dice_bce", "eps": 1e-5})
     config.optim = common.nadam_lookahead(constant_epochs=40)
     config.train.epochs = 90

@@ -4,6 +4,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from xdim_jax.data.augmentation import DEFAULTS
+
 
 def parse(arg: str, flags: tuple[str, ...], numbers: tuple[str, ...] = ("fold",)) -> dict[str, int]:
     """``"phantom,fold=2"`` to ``{"phantom": 1, "fold": 2}``; other words raise ValueError."""
@@ -30,6 +32,17 @@ def data(words: dict[str, int]) -> dict[str, Any]:
         "threads": 4,
         "store": "",  # folder of the prepared cases; "": <root>_prepared, beside the data
     }
+
+
+def augmentation(**probabilities: float) -> Any:
+    """The ``augment`` section: every transform with its settings (see there), those named with their probability.
+
+    The keys and values come from the code that uses them, so that all are in the run's record and can be overridden.
+    """
+    table = {name: dict(values) for name, values in DEFAULTS.items()}
+    for name, p in probabilities.items():
+        table[name]["p"] = p
+    return ConfigDict(table)
 
 
 def nadam_lookahead(*, constant_epochs: int) -> Any:

@@ -25,20 +25,10 @@ def get_config(words: dict[str, int]) -> Any:
             **common.data(words),
         }
     )
-    # every transform and its settings: xdim_jax/augment.py
-    config.augment = ConfigDict(
-        {
-            "scale": {"p": 0.3},
-            "rotate": {"p": 0.3, "plane": True},
-            "translate": {"p": 0.3},
-            "noise": {"p": 0.3},
-            "brightness": {"p": 0.3},
-            "contrast": {"p": 0.3},
-            "gamma": {"p": 0.3},
-            "blur": {"p": 0.1},
-            "lowres": {"p": 0.1},
-        }
+    config.augment = common.augmentation(
+        scale=0.3, rotate=0.3, translate=0.3, noise=0.3, brightness=0.3, contrast=0.3, gamma=0.3, blur=0.1, lowres=0.1
     )
+    config.augment.rotate.plane = True  # slices are often thicker than wide: stay in their plane
     config.loss = ConfigDict({"name": "dice_bce", "eps": 1e-5})
     config.optim = common.nadam_lookahead(constant_epochs=50)
     config.train.epochs = 100

@@ -13,6 +13,7 @@ from flax import nnx
 from scipy import ndimage
 
 from xdim_jax import augment, loss, step
+from xdim_jax.data import augmentation
 from xdim_jax.errors import UserError
 
 AFFINE = {"scale": {"p": 1.0}, "rotate": {"p": 1.0, "degrees": 40.0}, "translate": {"p": 1.0}, "shear": {"p": 1.0}}
@@ -25,12 +26,12 @@ def sample(rng, ndim, channels=2):
 
 
 def on(section, ndim):
-    return {k: v for k, v in augment.settings(section, ndim).items() if v["p"] > 0}
+    return {k: v for k, v in augmentation.settings(section, ndim).items() if v["p"] > 0}
 
 
 def keys_of(seed):
     root = jax.random.wrap_key_data(jnp.asarray([0, seed], jnp.uint32))
-    return {name: jax.random.fold_in(root, i) for i, name in enumerate(augment.DEFAULTS)}
+    return {name: jax.random.fold_in(root, i) for i, name in enumerate(augmentation.DEFAULTS)}
 
 
 @functools.cache
@@ -234,7 +235,7 @@ def test_noise_gamma_brightness_and_contrast_by_hand(rng):
 
 
 def test_cutout_is_off_by_default_and_a_box_when_on(rng):
-    assert augment.DEFAULTS["cutout"]["p"] == 0
+    assert augmentation.DEFAULTS["cutout"]["p"] == 0
     image = np.ones((20, 20, 1), np.float32)
     got, _ = one({"cutout": {"p": 1.0, "share": 0.3}}, 0, image, np.zeros((20, 20), np.uint8))
     rows, columns = np.nonzero(got[..., 0] == 0)
@@ -244,7 +245,9 @@ def test_cutout_is_off_by_default_and_a_box_when_on(rng):
 # -- as a whole ---------------------------------------------------------------------------------------------------
 
 EVERYTHING = {
-    name: {"p": 0.5} | ({"axes": (0, 1)} if name == "flip" else {}) for name in augment.DEFAULTS if name != "cutout"
+    name: {"p": 0.5} | ({"axes": (0, 1)} if name == "flip" else {})
+    for name in augmentation.DEFAULTS
+    if name != "cutout"
 }
 
 
@@ -295,7 +298,7 @@ def test_wrong_settings_are_named_at_once():
         "rotat": {"p": 1.0}, "scale": {"p": 2.0, "low": 2.0}, "noise": {"size": 1.0}, "flip": {"p": 0.5, "axes": (2,)}
     }  # fmt: skip
     with pytest.raises(UserError) as error:
-        augment.settings(section, 2)
+        augmentation.settings(section, 2)
     for words in ("augment.rotat is unknown", "scale.p=2.0", "low <= high", "noise.size is unknown", "flip.axes=(2,)",
         "elastic.cells=0", "blur.high=1000.0", "cutout.share=2.0"):  # fmt: skip
         assert words in str(error.value)

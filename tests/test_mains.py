@@ -434,6 +434,7 @@ def test_variants_and_overrides(monkeypatch, tmp_path):
     )
     assert config.data.fold == 3 and tuple(config.data.patch) == (32, 64, 64) and config.seed == 7
     assert cli.load_config("brats_dxnet", []).data.fold == 0
+    assert cli.load_config("brats_dxnet", ["--config.augment.flip.p=0.5"]).augment.flip.p == 0.5
     with pytest.raises(UserError, match="unknown variant 'fold=x'"):
         cli.load_config("brats_dxnet:fold=x", [])
 
