@@ -327,7 +327,10 @@ MISUSES = {
     "preparation": ([f"--config={RECIPE}", "--config.data.prepare.crop=brain"], ["prepare.crop='brain': known: none"]),
     "slices in 3D": ([f"--config={RECIPE}", "--config.data.sampling=slices"], ["sampling=slices: with a 3D patch"]),
     "cut volumes": ([f"--config={RECIPE}", DATA, "--config.data.sampling=volumes"], ["larger than", "prepare.size"]),
-    "store in a file": ([f"--config={RECIPE}", DATA, "--config.data.store=/dev/null"], ["cannot write /dev/null/"]),
+    "store in a file": (
+        [f"--config={RECIPE}", DATA, "--config.data.store=/dev/null"],
+        ["cannot write /dev/null/", "--config.data.store=<folder>"],
+    ),
     "too few patients": ([f"--config={RECIPE}", DATA, "--config.data.folds=9"], ["6 patients cannot be split"]),
 }  # fmt: skip
 

@@ -8,7 +8,8 @@ from xdim_jax.errors import UserError
 # transform -> its settings, with values that are usual; p is the probability that a sample (or channel) gets it
 DEFAULTS: dict[str, dict[str, Any]] = {
     "scale": {"p": 0.0, "low": 0.8, "high": 1.25},  # factor of size, the same along all axes
-    "rotate": {"p": 0.0, "degrees": 15.0, "plane": False},  # about every axis; plane: in the slice plane alone
+    # about every axis, in voxels: where slices are thicker than wide, keep to their plane (plane)
+    "rotate": {"p": 0.0, "degrees": 15.0, "plane": False},
     "translate": {"p": 0.0, "share": 0.1},  # of the side, along every axis
     "shear": {"p": 0.0, "amount": 0.1},  # tangent of the angle, for every pair of axes
     "flip": {"p": 0.0, "axes": ()},  # each of these spatial axes, each with probability p

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,10 +33,9 @@ def files_of(source: Source) -> tuple[Path, ...]:
     return (source,) if isinstance(source, Path) else source
 
 
-def _format(path: Path) -> tuple[str, type | object]:
-    if path.name.endswith(metaimage.SUFFIXES):
-        return "MetaImage or NRRD", metaimage
-    return "NIfTI", nifti
+def _reader(path: Path) -> tuple[str, Any]:
+    """What the format is called, and the module that reads it, by the name."""
+    return ("MetaImage or NRRD", metaimage) if path.name.endswith(metaimage.SUFFIXES) else ("NIfTI", nifti)
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def _reading(source: Source) -> Iterator[None]:
         problem = Problem("unreadable", path, "does not exist", "a file", "fetch it again")
         raise data_error([problem], "") from error
     except Exception as error:  # nibabel, zlib, ITK and pydicom raise many kinds for damaged files
-        form = "DICOM" if isinstance(source, tuple) else _format(source)[0]
+        form = "DICOM" if isinstance(source, tuple) else _reader(source)[0]
         raise dicom.unreadable(where(source), form, error) from error
 
 
@@ -63,7 +63,7 @@ def read_grid(source: Source, axes: Axes = "anatomical") -> Grid:
         if isinstance(source, tuple):
             return dicom.series_grid([dicom.read_header(path) for path in source], axes)
         _exists(source)
-        return (metaimage if source.name.endswith(metaimage.SUFFIXES) else nifti).load_grid(source, axes)
+        return _reader(source)[1].load_grid(source, axes)
 
 
 def _exists(path: Path) -> None:
@@ -82,8 +82,7 @@ def read_image(source: Source, axes: Axes = "anatomical") -> tuple[np.ndarray, G
             array, grid = dicom.load(source, axes)
         else:
             _exists(source)
-            load = (metaimage if source.name.endswith(metaimage.SUFFIXES) else nifti).load
-            array, grid = load(source, axes)
+            array, grid = _reader(source)[1].load(source, axes)
     path = where(source)
     if array.dtype.kind not in "biuf":
         problem = Problem("dtype", path, f"holds {array.dtype} voxels", "real numbers", "convert the file")

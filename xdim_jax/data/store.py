@@ -34,6 +34,7 @@ from xdim_jax.files import read_json, write_error, write_json, write_text
 
 _VERSION = 1  # of the files' format and of what preparation computes
 _FILE = "case.json"
+_ELSEWHERE = "--config.data.store=<folder> puts prepared cases elsewhere"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,13 +130,17 @@ def prepare_cases(
     key, facts = store_key(dataset, settings)
     base = Path(folder) / key
     if not (base / "store.json").is_file():
-        write_json(base / "store.json", facts)
+        try:
+            write_json(base / "store.json", facts)
+        except UserError as error:
+            raise UserError(f"{error} ({_ELSEWHERE})") from error
     there = _list(base)
     with concurrent.futures.ThreadPoolExecutor(max(jobs, 1)) as pool:
         found = list(pool.map(lambda case: _find(base, case, there), cases))
     todo = [i for i, entry in enumerate(found) if entry is None]
     say(f"store      {base}: {len(cases) - len(todo)} of {len(cases)} cases prepared")
     problems: list[Problem] = []
+    done = 0
 
     def run(i: int) -> Entry | DataError:
         try:
@@ -144,11 +149,13 @@ def prepare_cases(
             return error
 
     def take(i: int, outcome: Entry | DataError) -> None:
+        nonlocal done
+        done += 1
         if isinstance(outcome, DataError):
             problems.extend(outcome.problems)
         else:
             found[i] = outcome
-        progress(todo.index(i) + 1, len(todo))
+        progress(done, len(todo))
 
     rest = list(todo)
     while rest:  # one whole case tells the size of the others
@@ -297,7 +304,7 @@ def _whole(folder: Path, case: Case) -> Iterator[Path]:
         yield temporary
         _take_place(temporary, folder, case)
     except OSError as error:
-        raise write_error(folder, error) from error
+        raise UserError(f"{write_error(folder, error)} ({_ELSEWHERE})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -249,8 +249,9 @@ def _save_metaimage(path: Path, array: np.ndarray, spacing: tuple[float, float])
 
 
 def _write_splits(root: Path, names: list[str], nifti: bool) -> None:
-    tenth = max(len(names) // 10, 1)
-    sides = {"training": names[: -2 * tenth], "validation": names[-2 * tenth : -tenth], "testing": names[-tenth:]}
+    tenth = max(len(names) // 10, min(len(names) // 3, 1))  # one or two patients all train
+    last = len(names) - tenth
+    sides = {"training": names[: last - tenth], "validation": names[last - tenth : last], "testing": names[last:]}
     if not nifti:  # ten folds, of which each tests another tenth
         for fold in range(10):
             turned = names[fold * tenth :] + names[: fold * tenth]
