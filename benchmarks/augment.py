@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 REPEATS = 3
 
@@ -117,8 +118,8 @@ def main() -> None:
         print((ours if side == "ours" else peer)(which, options.size))
         return
     threads = str(options.threads)
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
-    environment |= {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
+    here = str(Path(__file__).parent.parent)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": here}
     times: dict[str, list[float]] = {}
     for _ in range(options.rounds):
         for which in ("paper", "nnunet"):

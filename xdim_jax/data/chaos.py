@@ -128,8 +128,6 @@ def _series(
 ) -> tuple[list[Case], list[Problem]]:
     sequence = folder.name if modality == "MR" else "CT"
     info = {"modality": modality, "sequence": sequence}
-    if modality == "CT":
-        info["annotated"] = "liver"  # the other organs are there and not drawn
     if not folder.is_dir():
         found, step = f"is missing series {sequence}", "fetch the patient again, or go on without the series"
         return [], [Problem("missing_view", folder.parent, found, "T1DUAL and T2SPIR", step, name, WARNING)]

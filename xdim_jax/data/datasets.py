@@ -16,7 +16,7 @@ class Entry:
 
     make: Callable[..., Dataset]
     options: Mapping[str, Any]
-    preparation: Preparation = Preparation()
+    preparation: Preparation = dataclasses.field(default_factory=Preparation)
     everything: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # options that leave no file out
 
 
