@@ -537,6 +537,8 @@ def test_prepare_from_a_recipe_and_as_the_paper_does(root, tmp_path, capsys):
     assert data_main.main(paper) == 0
     assert "3 of 3 cases prepared" in capsys.readouterr().out
     phantom.write_chaos(tmp_path / "chaos", cases=1, shape=(64, 64, 16))
+    assert data_main.main(["prepare", "--dataset=chaos", "--task=5", f"--root={tmp_path / 'chaos'}"]) == 0
+    shutil.rmtree(tmp_path / "chaos_prepared")
     assert data_main.main(["prepare", "--dataset=chaos", "--task=4", f"--root={tmp_path / 'chaos'}"]) == 0
     arrays = {p.parent.name[:-17]: np.load(p) for p in (tmp_path / "chaos_prepared").glob("*/*/image.npy")}
     ct = arrays["CT_1"]

@@ -1,6 +1,7 @@
 """Data sets on disk: check them, prepare them for training, or write synthetic ones in their layouts."""
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -149,11 +150,14 @@ def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         if overrides:
             raise UserError(f"unknown arguments {' '.join(overrides)}; --config.<key> goes with --config")
         data = _section(options)
-        settings = DATASETS[options.dataset].preparation
+        settings = None
     if not data["root"]:
         raise UserError("give " + ("--config.data.root" if options.config else "--root") + "=<folder of the data>")
     root = Path(data["root"])
     dataset = get_dataset(data)
+    if settings is None:
+        settings = DATASETS[options.dataset].preparation
+        settings = settings if dataset.holds_ct else dataclasses.replace(settings, window=())
     cases = list_cases(dataset, root, need_labels=True)
     folder = Path(options.store or data.get("store", "") or default_folder(root))
     prepare_cases(dataset, cases, settings, folder, jobs=options.jobs, say=log.say, progress=log.bar("prepare"))

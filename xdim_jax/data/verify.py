@@ -319,7 +319,7 @@ def format_findings(findings: Findings, root: Path) -> list[str]:
     for (severity, kind), count in sorted(counts.items()):
         rows.append(f"{severity:<8} {kind:<{width}}  {count:>5}  {KINDS[kind]}")
     warnings = len(findings.problems) - findings.errors
-    rows.append(f"{findings.cases} readable cases, {findings.errors} errors, {warnings} warnings")
+    rows.append(f"{findings.cases} cases, {findings.errors} errors, {warnings} warnings")
     return rows
 
 
