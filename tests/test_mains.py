@@ -336,12 +336,21 @@ MISUSES = {
 
 
 @pytest.mark.parametrize("misuse", MISUSES)
-def test_misuse_of_train_is_one_clear_message(run, misuse, phantoms, tmp_path):
+def test_misuse_of_train_is_one_clear_message(misuse, phantoms, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDIM_JAX_CACHE", "off")
+    arguments, words = MISUSES[misuse]
+    with pytest.raises(UserError) as error:
+        train.main([*(a.format(phantoms=phantoms) for a in arguments), f"--workdir={tmp_path / 'run'}"])
+    for word in words:
+        assert word in str(error.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("misuse", ["typo", "several", "other convention"])
+def test_misuse_ends_the_process_with_its_message_alone(run, misuse, phantoms, tmp_path):
     arguments, words = MISUSES[misuse]
     out = run("train", *(a.format(phantoms=phantoms) for a in arguments), f"--workdir={tmp_path / 'run'}", code=2)
-    for word in words:
-        assert word in out
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert "error: " in out and all(word in out for word in words)
 
 
 def test_every_main_explains_itself(run):
