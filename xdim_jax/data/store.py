@@ -34,7 +34,7 @@ from xdim_jax.files import read_json, write_error, write_json, write_text
 
 _VERSION = 1  # of the files' format and of what preparation computes
 _FILE = "case.json"
-_ELSEWHERE = "--config.data.store=<folder> puts prepared cases elsewhere"
+_ELSEWHERE = "--config.data.store=<folder>, or prepare --store=<folder>, puts prepared cases elsewhere"
 
 
 @dataclasses.dataclass(frozen=True)
