@@ -555,6 +555,15 @@ def of_echo(part: str, damage: Callable[[Path], Any], kind: str, severity: str, 
     return Fault("camus", lambda r: damage(echo(r, 2, part)), kind, severity, f"{name}.nii.gz", case, **more)
 
 
+ATRIUM = Fault(
+    "camus10",
+    lambda r: edit(echo(r, 4, "2CH_ED_gt"), put(0, lambda a: a == 3)),
+    "missing_structure",
+    WARNING,
+    "patient0004_2CH_ED_gt.nii.gz",
+    "patient0004_2CH_ED",
+)
+
 CAMUS_FAULTS = {
     "missing view": Fault(
         "camus",
@@ -662,25 +671,10 @@ CAMUS_FAULTS = {
     "frames of image and label differ": of_echo(
         "2CH_half_sequence_gt", lambda p: edit(p, lambda a: a[..., :3]), "shape", ERROR, options=WITH_FRAMES
     ),
-    "atrium missing in one of ten": Fault(
-        "camus10",
-        lambda r: edit(echo(r, 4, "2CH_ED_gt"), put(0, lambda a: a == 3)),
-        "missing_structure",
-        WARNING,
-        "patient0004_2CH_ED_gt.nii.gz",
-        "patient0004_2CH_ED",
-        says=("left atrium", "9"),
-        options={"views": ("2CH",), "instants": ("ED",)},
+    "atrium missing in one of ten": dataclasses.replace(
+        ATRIUM, says=("left atrium", "9"), options={"views": ("2CH",), "instants": ("ED",)}
     ),
-    "atrium missing in one of forty": Fault(
-        "camus10",
-        lambda r: edit(echo(r, 4, "2CH_ED_gt"), put(0, lambda a: a == 3)),
-        "missing_structure",
-        WARNING,
-        "patient0004_2CH_ED_gt.nii.gz",
-        "patient0004_2CH_ED",
-        says=("left atrium", "39"),
-    ),
+    "atrium missing in one of forty": dataclasses.replace(ATRIUM, says=("left atrium", "39")),
     "patient in training and validation": Fault(
         "camus",
         lambda r: append(

@@ -16,7 +16,7 @@ import numpy as np
 
 from xdim_jax import cli, log, metrics, results
 from xdim_jax.data.image import read_volume
-from xdim_jax.errors import UserError, join_problems
+from xdim_jax.errors import UserError, join_problems, shorten
 from xdim_jax.files import write_json
 
 _SUFFIXES = (".nii.gz", ".nii")
@@ -62,11 +62,11 @@ def main(argv: Sequence[str]) -> int:
     if missing and options.missing == "error":
         raise UserError(
             f"{len(missing)} of {len(common)} references in {options.ref} have no prediction in {options.pred}: "
-            f"{_shorten(missing)}. Predict them, or give --missing=penalise to score them 0"
+            f"{shorten(missing)}. Predict them, or give --missing=penalise to score them 0"
         )
     surplus = sorted(predictions.keys() - references.keys())
     if surplus:
-        log.warn(f"{len(surplus)} predictions without a reference are left out: {_shorten(surplus)}")
+        log.warn(f"{len(surplus)} predictions without a reference are left out: {shorten(surplus)}")
 
     score = functools.partial(score_case, convention=options.convention)
     pairs = [(predictions.get(case), references[case]) for case in common]
@@ -97,10 +97,6 @@ def main(argv: Sequence[str]) -> int:
         log.say(line)
     log.say(f"done       {options.out / results.CASES_FILE} and {results.SUMMARY_FILE}")
     return 0
-
-
-def _shorten(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def find_labels(folder: Path) -> dict[str, Path]:
@@ -164,7 +160,7 @@ def score_case(pred: Path | None, ref: Path, convention: str) -> tuple[dict[str,
 def _unknown(values: np.ndarray, known: set[int]) -> str:
     found = np.unique(values).astype(np.float64)
     unknown = [v for v in found if min(abs(v - k) for k in known) > _LABEL_TOLERANCE or not np.isfinite(v)]
-    return _shorten([f"{v:g}" for v in unknown])
+    return shorten([f"{v:g}" for v in unknown])
 
 
 def command() -> NoReturn:

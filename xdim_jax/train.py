@@ -20,7 +20,7 @@ from xdim_jax.data.case import Case, Dataset
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.prepare import Preparation, check_preparation
 from xdim_jax.data.splits import check_fold, official_split, split_cases
-from xdim_jax.errors import UserError, join_problems
+from xdim_jax.errors import UserError, join_problems, shorten
 from xdim_jax.files import DATA_FILE, read_json, write_json
 from xdim_jax.loading import read_anywhere
 from xdim_jax.loop import InterruptedValidationError, Progress, Run, StopRequest, Validation, catch_signals, fit
@@ -196,7 +196,7 @@ def find_data(config: cli.Config, dataset: Dataset, workdir: Path, *, started: b
             if changed := sorted(set(before[side]) ^ set(split[side])):
                 raise UserError(
                     f"the {side} cases are not those that {workdir} began with ({len(changed)} differ: "
-                    f"{', '.join(changed[:5])}{', ...' if changed[5:] else ''}). Restore the data in {root} to go on, "
+                    f"{shorten(changed)}). Restore the data in {root} to go on, "
                     "or give another --workdir"
                 )
     write_json(path, split)

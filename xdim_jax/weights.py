@@ -23,7 +23,7 @@ from flax import nnx
 
 from xdim_jax import models
 from xdim_jax.encoders import get_family, make_encoder
-from xdim_jax.errors import UserError, join_problems
+from xdim_jax.errors import UserError, join_problems, shorten
 from xdim_jax.files import atomic_path
 from xdim_jax.inflate import Inflation, inflate_arrays
 from xdim_jax.layers import Depth
@@ -153,7 +153,7 @@ def check_leaves(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str,
 
 
 def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "") if names else "none"
+    return shorten(names, _SHOWN) or "none"
 
 
 # -- encoders -----------------------------------------------------------------------------------------------------

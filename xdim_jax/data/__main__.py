@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from xdim_jax import cli, log
 from xdim_jax.data import brats, camus, chaos, phantom
-from xdim_jax.data.case import list_cases
+from xdim_jax.data.case import Dataset, list_cases
 from xdim_jax.data.datasets import DATASETS, get_dataset
 from xdim_jax.data.prepare import Preparation
 from xdim_jax.data.problem import KINDS
@@ -18,6 +18,8 @@ from xdim_jax.data.store import default_folder, prepare_cases, store_key
 from xdim_jax.data.verify import format_findings, verify
 from xdim_jax.errors import UserError
 from xdim_jax.files import write_json
+
+_OPTIONS = ("convention", "views", "instants", "quality", "task", "phase")  # flags that are a data set's own
 
 
 def main(argv: Sequence[str]) -> int:
@@ -97,13 +99,13 @@ def _section(options: argparse.Namespace) -> dict[str, Any]:
     """The flags as the ``data`` section of a config. Raises UserError for a flag that the data set does not have."""
     known = DATASETS[options.dataset].options
     section: dict[str, Any] = {"dataset": options.dataset, "root": str(options.root or "")}
-    for key in ("convention", "views", "instants", "quality", "task", "phase"):
+    for key in _OPTIONS:
         value = getattr(options, key, None)
         if value is None:
             continue
         if key not in known:
             raise UserError(f"--{key} is not an option of --dataset={options.dataset}; it has: {', '.join(known)}")
-        section[key] = tuple(value.split(",")) if key in ("views", "instants", "quality") else value
+        section[key] = tuple(value.split(",")) if isinstance(known[key], tuple) else value
     return section
 
 
@@ -141,23 +143,18 @@ def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if bool(options.config) == bool(options.dataset):
         raise UserError("give either --config=<recipe>, or --dataset=<name> and --root=<folder>")
     if options.config:
-        flags = ("root", "convention", "views", "instants", "quality", "task", "phase")
-        if surplus := [f"--{key}" for key in flags if getattr(options, key) is not None]:
+        if surplus := [f"--{key}" for key in ("root", *_OPTIONS) if getattr(options, key) is not None]:
             raise UserError(f"{', '.join(surplus)} goes with --dataset; with --config, write --config.data.<key>")
         data = cli.load_config(options.config, overrides).data
-        settings = Preparation.from_config(data.prepare)
     else:
         if overrides:
             raise UserError(f"unknown arguments {' '.join(overrides)}; --config.<key> goes with --config")
         data = _section(options)
-        settings = None
     if not data["root"]:
         raise UserError("give " + ("--config.data.root" if options.config else "--root") + "=<folder of the data>")
     root = Path(data["root"])
     dataset = get_dataset(data)
-    if settings is None:
-        settings = DATASETS[options.dataset].preparation
-        settings = settings if dataset.holds_ct else dataclasses.replace(settings, window=())
+    settings = Preparation.from_config(data["prepare"]) if options.config else _papers(options.dataset, dataset)
     cases = list_cases(dataset, root, need_labels=True)
     folder = Path(options.store or data.get("store", "") or default_folder(root))
     prepare_cases(dataset, cases, settings, folder, jobs=options.jobs, say=log.say, progress=log.bar("prepare"))
@@ -165,6 +162,12 @@ def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     size = sum(p.stat().st_size for p in (folder / key).rglob("*") if p.is_file())
     log.say(f"done       {len(cases)} cases in {folder / key}, {size / 2**30:.2f} GiB")
     return 0
+
+
+def _papers(name: str, dataset: Dataset) -> Preparation:
+    """How the paper prepares a data set; a window is for CT."""
+    settings = DATASETS[name].preparation
+    return settings if dataset.holds_ct else dataclasses.replace(settings, window=())
 
 
 # -- phantom ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from xdim_jax.data.grid import Axes
 from xdim_jax.data.image import where
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.problem import ERROR, WARNING, Problem
-from xdim_jax.errors import UserError
+from xdim_jax.errors import UserError, shorten
 from xdim_jax.regions import Regions
 
 LABELS = Labels("CAMUS", ("background", "LV cavity", "myocardium", "left atrium"), (0, 1, 2, 3))
@@ -127,7 +127,7 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
                     )
     problems += _missing_views(root, incomplete, len(patients))
     if without_facts:
-        found = f"has no Info_<view>.cfg for {len(without_facts)} views: {_shorten(without_facts)}"
+        found = f"has no Info_<view>.cfg for {len(without_facts)} views: {shorten(without_facts)}"
         step = "go on without it: quality and the direction of half sequences are not known"
         problems.append(Problem("missing_info", root, found, "one beside each view", step, "", WARNING))
     splits, found = _splits(root, {f"{g}_{p}" if g else p for g, p in patients})
@@ -235,7 +235,7 @@ def _splits(root: Path, patients: set[str]) -> tuple[tuple[dict[str, tuple[str, 
         sides = folds.setdefault(int(match[1] or 0), {})
         sides[match[2]] = names
         if absent := sorted(set(names) - patients):
-            found = f"names {len(absent)} patients that are not there: {_shorten(absent)}"
+            found = f"names {len(absent)} patients that are not there: {shorten(absent)}"
             step = "fetch them, or correct the list"
             problems.append(Problem("missing_file", path, found, "patients of this copy", step, "", WARNING))
     for number, sides in folds.items():
@@ -249,10 +249,6 @@ def _splits(root: Path, patients: set[str]) -> tuple[tuple[dict[str, tuple[str, 
                     problems.append(Problem("patient_in_two_folds", where, found, "each patient once", step, name))
                 seen[name] = side
     return tuple(folds[k] for k in sorted(folds)), problems
-
-
-def _shorten(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _number(path: Path) -> int:

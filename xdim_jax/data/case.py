@@ -12,7 +12,7 @@ from xdim_jax.data.grid import Axes, Grid, compare_grids
 from xdim_jax.data.image import Source, files_of, read_grid, read_image, strip, where
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.problem import ERROR, WARNING, DataError, Problem, data_error, errors
-from xdim_jax.errors import UserError
+from xdim_jax.errors import UserError, shorten
 from xdim_jax.regions import Regions
 
 
@@ -213,7 +213,7 @@ def load_case(case: Case) -> tuple[Volume | None, list[Problem]]:
         try:
             array, grid = read_image(source, "stored" if grids and grids[0].flat else case.axes)
         except DataError as error:
-            problems += [dataclasses.replace(p, case_id=case.case_id) for p in error.problems]
+            problems += error.of_case(case.case_id)
             continue
         path = where(source)
         if array.shape[3] != per_file:
@@ -276,7 +276,7 @@ def _load_label(case: Case, source: Source, grid: Grid | None) -> tuple[np.ndarr
                 )
             values = stored[..., 0]
     except DataError as error:
-        return None, [dataclasses.replace(p, case_id=case.case_id) for p in error.problems]
+        return None, error.of_case(case.case_id)
     label, unknown = case.labels.decode(values)
     problems += label_problems(case.labels, path, values, unknown, case.case_id)
     misplaced = grid is None or any(p.kind in ("shape", "slice_count") for p in problems)
@@ -298,7 +298,7 @@ def label_problems(
     """What is wrong with the values of a label map."""
     if not unknown:
         return []
-    shown = ", ".join(f"{v:g}" for v in unknown[:6]) + (", ..." if len(unknown) > 6 else "")
+    shown = shorten([f"{v:g}" for v in unknown], 6)
     known = ", ".join(str(v) for v in labels.values)
     if labels.ranges:
         alone = not labels.decode(values)[0].any()

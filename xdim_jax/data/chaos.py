@@ -19,7 +19,7 @@ from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.dicom import files_in_order, read_header
 from xdim_jax.data.image import Source, where
 from xdim_jax.data.labels import Labels
-from xdim_jax.data.problem import ERROR, WARNING, DataError, Problem
+from xdim_jax.data.problem import ERROR, WARNING, DataError, Problem, errors
 from xdim_jax.errors import UserError
 from xdim_jax.regions import Regions
 
@@ -112,7 +112,7 @@ def scan(root: Path, modalities: tuple[str, ...], mr_labels: Labels, phase: str,
                     labels = mr_labels if modality == "MR" else CT_LABELS
                     name = patient if modality == "CT" else f"{patient}_{path.name}"
                     found, wrong = _series(path, name, patient, modality, labels, phase, need_labels)
-                    (incomplete if any(p.severity == ERROR for p in wrong) else cases).extend(found)
+                    (incomplete if errors(wrong) else cases).extend(found)
                     problems += wrong
     return Scan(cases, problems, incomplete=tuple(incomplete))
 
@@ -192,7 +192,7 @@ def _phases(dicom: Path, name: str) -> tuple[dict[str, tuple[Path, ...]], list[P
         try:
             echoes = {path: read_header(path).echo_time for path in merged}
         except DataError as error:
-            return {}, [dataclasses.replace(p, case_id=name) for p in error.problems]
+            return {}, error.of_case(name)
         times = sorted({t for t in echoes.values() if t is not None})
         if len(times) != 2:
             said = f"holds both phases with echo times {', '.join(f'{t:g}' for t in times) or 'unknown'}"

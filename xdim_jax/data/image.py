@@ -87,10 +87,7 @@ def read_image(source: Source, axes: Axes = "anatomical") -> tuple[np.ndarray, G
     if array.dtype.kind not in "biuf":
         problem = Problem("dtype", path, f"holds {array.dtype} voxels", "real numbers", "convert the file")
         raise data_error([problem], "")
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim == 3:
-        array = array[..., None]
+    array = array.reshape(array.shape + (1,) * (4 - array.ndim))
     if array.ndim != 4:
         problem = Problem("shape", path, f"has shape {array.shape}", "two to four axes", "split the file")
         raise data_error([problem], "")

@@ -24,8 +24,8 @@ from typing import Any
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.image import SUFFIXES, strip
 from xdim_jax.data.labels import Labels
-from xdim_jax.data.problem import ERROR, WARNING, Problem, data_error
-from xdim_jax.errors import UserError
+from xdim_jax.data.problem import WARNING, Problem, data_error, errors
+from xdim_jax.errors import UserError, shorten
 from xdim_jax.regions import Regions
 
 NNUNET_LAYOUT = "<root>/{dataset.json,imagesTr/<case>_0000.nii.gz,labelsTr/<case>.nii.gz}"
@@ -159,16 +159,18 @@ def _scan(root: Path, card: Card, need_labels: bool, one_file_per_channel: bool)
             if label is None and need_labels:
                 found, step = f"has no {name} in labelsTr", "add it, or move the image to imagesTs"
                 problems.append(Problem("missing_label", folder / name, found, "one label map per case", step, name))
-            elif not any(p.severity == ERROR for p in wrong):
+            elif not errors(wrong):
                 cases[name] = Case(name, name, images, card.channels, label, card.labels)
         for name, path in labels.items():
             if path not in seen:
                 found, step = "has no image in imagesTr", "add it, or move the label away"
                 problems.append(Problem("extra_file", path, found, "an image for each label", step, name, WARNING))
-    named = cases.keys() | {p.case_id for p in problems if p.severity == ERROR}
+    named = cases.keys() | {p.case_id for p in errors(problems)}
     if folders[0] != root and (absent := [n for n in card.listed if n not in named]):
-        shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
-        found, step = f"lists {len(absent)} cases that are not there: {shown}", "fetch them, or correct the list"
+        found, step = (
+            f"lists {len(absent)} cases that are not there: {shorten(absent)}",
+            "fetch them, or correct the list",
+        )
         problems.append(Problem("missing_file", root / "dataset.json", found, "the files it lists", step))
     elif need_labels and card.count is not None and card.count != len(named) and (root / "dataset.json").is_file():
         found, step = f"says numTraining {card.count}, but {len(named)} cases are there", "correct the number"
@@ -238,8 +240,7 @@ def _splits(root: Path, cases: set[str]) -> tuple[tuple[dict[str, tuple[str, ...
             found, step = f"lists {name} on both sides of fold {number}", "keep it on one side"
             problems.append(Problem("patient_in_two_folds", path, found, "each case once", step, name))
         if absent := sorted({n for names in sides.values() for n in names} - cases):
-            shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
-            found, step = f"names {len(absent)} cases that are not there: {shown}", "correct it"
+            found, step = f"names {len(absent)} cases that are not there: {shorten(absent)}", "correct it"
             problems.append(Problem("missing_file", path, found, "cases of this folder", step, "", WARNING))
     return splits, problems
 

@@ -79,6 +79,10 @@ class DataError(UserError):
         super().__init__(message)
         self.problems = problems
 
+    def of_case(self, case_id: str) -> list[Problem]:
+        """The findings with the case that they are of, which a reader of files does not know."""
+        return [dataclasses.replace(p, case_id=case_id) for p in self.problems]
+
 
 def data_error(problems: Iterable[Problem], summary: str) -> DataError:
     """One error that lists all findings."""

@@ -335,7 +335,7 @@ def _voxels(label: np.ndarray | None) -> tuple[np.ndarray, list[list[int]]]:
         return np.zeros(0, np.int32), [[-1, 0]]
     flat = label.ravel()
     parts, structures, start = [], [], 0
-    for index in np.unique(flat)[np.unique(flat) > 0].tolist():
+    for index in np.unique(flat[flat > 0]).tolist():
         places = np.flatnonzero(flat == index).astype(np.int32)
         parts.append(places)
         structures.append([index, start])

@@ -14,7 +14,8 @@ from xdim_jax.data import dicom, nifti
 from xdim_jax.data.case import Case, Dataset, Volume, load_case, scan_cases
 from xdim_jax.data.grid import compare_grids
 from xdim_jax.data.image import Source, files_of, read_grid, read_image, where
-from xdim_jax.data.problem import ERROR, KINDS, WARNING, DataError, Problem
+from xdim_jax.data.problem import ERROR, KINDS, WARNING, DataError, Problem, errors
+from xdim_jax.errors import shorten
 
 _PLAUSIBLE_MM = (0.01, 50.0)
 _RARE = 10  # a structure that one case of so many lacks, or fewer, is worth a warning
@@ -41,7 +42,7 @@ class Findings:
 
     @property
     def errors(self) -> int:
-        return sum(p.severity == ERROR for p in self.problems)
+        return len(errors(self.problems))
 
 
 def verify(
@@ -130,7 +131,7 @@ def _series_headers(files: Sequence[Path], case_id: str) -> list[Problem]:
         try:
             slices.append(dicom.read_header(path))
         except DataError as error:
-            problems += [dataclasses.replace(p, case_id=case_id) for p in error.problems]
+            problems += error.of_case(case_id)
     return problems or dicom.series_problems(slices, case_id)
 
 
@@ -182,7 +183,7 @@ def _beside(case: Case) -> list[Problem]:
         try:
             array, grid = read_image(source, case.axes)
         except DataError as error:
-            problems += [dataclasses.replace(p, case_id=case.case_id) for p in error.problems]
+            problems += error.of_case(case.case_id)
             continue
         alone = dataclasses.replace(case, images=(source,), channels=case.channels[:1], beside=())
         problems += _image(alone, Volume(case.case_id, array.astype(np.float32), None, grid))
@@ -207,18 +208,14 @@ def _image(case: Case, volume: Volume) -> list[Problem]:
         flat = [bool(plane.min() == plane.max()) for plane in channel]
         inside = [k for k, constant in enumerate(flat) if not constant]
         if gaps := [k for k in range(min(inside, default=0), max(inside, default=0)) if flat[k]]:
-            found = f"has constant slices inside, of {len(channel)}: {_some(gaps)} ({name})"
+            found = f"has constant slices inside, of {len(channel)}: {shorten(gaps, 6)} ({name})"
             step = "fetch it again, or leave it out"
             problems.append(Problem("empty_slice", path, found, "an image in every slice", step, case.case_id, WARNING))
         if same := [k for k in range(1, len(channel)) if not flat[k] and (channel[k] == channel[k - 1]).all()]:
-            found = f"has slices that equal the one before, of {len(channel)}: {_some(same)} ({name})"
+            found = f"has slices that equal the one before, of {len(channel)}: {shorten(same, 6)} ({name})"
             step = "remove the copies, or fetch it again"
             problems.append(Problem("duplicate_slice", path, found, "different slices", step, case.case_id, WARNING))
     return problems
-
-
-def _some(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:6])) + (", ..." if len(numbers) > 6 else "")
 
 
 def _label(case: Case, volume: Volume, structures: frozenset[int]) -> list[Problem]:
