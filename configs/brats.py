@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def parse(arg: str) -> dict[str, int]:
+def parse(arg: str) -> common.Words:
     """The words after the colon."""
-    return common.parse(arg, flags=("phantom", "released"))
+    return common.parse(arg, flags=("phantom", "released", "scratch"))
 
 
-def get_config(words: dict[str, int]) -> Any:
+def get_config(words: common.Words) -> Any:
     """Everything but the network."""
     config = common.get_config()
     config.data = ConfigDict(
@@ -36,7 +36,7 @@ def get_config(words: dict[str, int]) -> Any:
         }
     )
     config.augment = common.augmentation()  # none (Sect. 3.1.3)
-    config.loss = ConfigDict({"name": "dice_bce", "eps": 1e-5})
+    config.loss = common.dice_and_entropy()
     config.optim = common.nadam_lookahead(constant_epochs=40)
     config.train.epochs = 90
     config.train.validate_after_score = 0.85  # mean training Dice of an epoch, over the three regions

@@ -4,8 +4,9 @@
         --workdir=runs/dxnet
     python -m xdim_jax.train --config=configs/brats_dxnet.py:phantom --workdir=runs/demo      # no data needed, CPU
 
-Words after the colon: ``phantom`` (small phantoms, small patches, minutes on two CPU cores), ``fold=K`` (0 to 4),
-``released`` (the network as in the released code; see configs/networks.py).
+Words after the colon: ``phantom`` (small phantoms, small patches, minutes on two CPU cores; random weights),
+``fold=K`` (0 to 4) or ``fold=all``, ``scratch`` (random weights instead of noisy-student ones), ``released`` (the
+network as in the released code; see configs/networks.py).
 
 Hardware: one GPU of 16 GB (the paper used a Tesla P100), patch 128^3, batch 1. Time: the paper reports 1.5 s per image;
 1251 cases in 5 folds are 1000 steps an epoch, 90 epochs, so about 38 hours there. Not measured by us on a GPU yet.
@@ -17,7 +18,7 @@ The network is in configs/networks.py, data and training in configs/brats.py.
 
 from typing import Any
 
-from configs import brats, networks
+from configs import brats, common, networks
 
 
 def get_config(arg: str = "") -> Any:
@@ -25,6 +26,7 @@ def get_config(arg: str = "") -> Any:
     words = brats.parse(arg)
     config = brats.get_config(words)
     config.model = networks.dxnet(in_channels=4, out_channels=3, released="released" in words)  # there: 1, 5
+    common.pretrained(config, config.model.encoder, "b0", words)
     if "phantom" in words:
         brats.shrink(config, patch=(32, 64, 64), shape=(80, 96, 72), epochs=16)
         config.model.encoder.drop_path = 0.1

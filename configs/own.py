@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 
-def get_config(words: dict[str, int]) -> Any:
+def get_config(words: common.Words) -> Any:
     """Everything but the network, the patch and the sampling."""
     config = common.get_config()
     config.data = ConfigDict(
@@ -29,7 +29,7 @@ def get_config(words: dict[str, int]) -> Any:
         scale=0.3, rotate=0.3, translate=0.3, noise=0.3, brightness=0.3, contrast=0.3, gamma=0.3, blur=0.1, lowres=0.1
     )
     config.augment.rotate.plane = True  # slices are often thicker than wide: stay in their plane
-    config.loss = ConfigDict({"name": "dice_bce", "eps": 1e-5})
+    config.loss = common.dice_and_entropy()
     config.optim = common.nadam_lookahead(constant_epochs=50)
     config.train.epochs = 100
     config.train.validate_after_score = 0.5  # mean training Dice of an epoch

@@ -28,33 +28,6 @@ OPTIM = {
 }
 
 
-# -- loss ---------------------------------------------------------------------------------------------------------
-
-
-def test_dice_bce_by_hand():
-    """Two samples of two voxels, one channel; probabilities 0.5 and 0.9, 0.5 and 0.1; truth 1 1 and 0 0."""
-    logits = jnp.array([[0.0, math.log(9)], [0.0, -math.log(9)]]).reshape(2, 2, 1)
-    targets = jnp.array([[1, 1], [0, 0]], bool).reshape(2, 2, 1)
-    value, parts = loss.make_loss({"name": "dice_bce", "eps": 0.1})(logits, targets)
-    dice = 1 - (2 * 1.4 / (1.4 + 2 + 0.1) + 0) / 2
-    bce = -(math.log(0.5) + math.log(0.9)) / 2  # the same for both samples
-    assert float(parts["dice_loss"]) == pytest.approx(dice, rel=1e-6)
-    assert float(parts["bce_loss"]) == pytest.approx(bce, rel=1e-6)
-    assert float(value) == pytest.approx(dice + bce, rel=1e-6)
-
-
-def test_cross_entropy_is_finite_for_sure_and_wrong_logits():
-    value, grad = jax.value_and_grad(loss.binary_cross_entropy)(jnp.array([1e4, -1e4]), jnp.array([0.0, 0.0]))
-    assert float(value) == pytest.approx(5e3)
-    assert np.isfinite(grad).all()
-
-
-def test_hard_dice_counts_two_empty_masks_as_one():
-    logits = jnp.array([[1.0, 1.0, -1.0, -1.0], [-1.0] * 4]).reshape(2, 4, 1)
-    targets = jnp.array([[1, 0, 0, 0], [0, 0, 0, 0]], bool).reshape(2, 4, 1)
-    np.testing.assert_allclose(loss.hard_dice(logits, targets), [[2 / 3], [1.0]], rtol=1e-6)
-
-
 def make_run(tmp_path, **options):
     """A run whose step only counts; its training score is 0.25."""
 
@@ -141,69 +114,6 @@ def test_an_unreadable_file_does_not_lose_the_steps_before_it(tmp_path):
     state, progress = checkpoint.restore_latest(checkpoints, small_state(0.0, 0), print)
     checkpoint.close(checkpoints)
     assert int(state.step) == 6 and progress["score_steps"] == 2
-
-
-def test_unknown_names_list_the_known_ones():
-    with pytest.raises(UserError, match=r"dicee.*known: dice_bce"):
-        loss.make_loss({"name": "dicee"})
-    with pytest.raises(UserError, match=r"warmup.*known: constant_then_cosine"):
-        optim.make_schedule({"name": "warmup"}, epochs=1, per_epoch=1)
-    with pytest.raises(UserError, match=r"schedule.peak=-1"):
-        optim.make_schedule(OPTIM["schedule"] | {"peak": -1}, epochs=90, per_epoch=1)
-    with pytest.raises(UserError, match="sgd"):
-        optim.make_optimizer(OPTIM | {"name": "sgd"}, lambda count: 1e-3)
-
-
-# -- optimiser ----------------------------------------------------------------------------------------------------
-
-
-def test_schedule_is_the_papers():
-    """1e-3 to epoch 40, a cosine to 1e-5 at epoch 90; half way down it is the mean of the two."""
-    schedule = optim.make_schedule(OPTIM["schedule"], epochs=90, per_epoch=10)
-    assert [float(schedule(s)) for s in (0, 399, 400)] == pytest.approx([1e-3] * 3)
-    assert float(schedule(650)) == pytest.approx((1e-3 + 1e-5) / 2, rel=1e-5)
-    assert float(schedule(900)) == pytest.approx(1e-5, rel=1e-4)
-
-
-def test_lookahead_is_written_out_by_hand():
-    """Nadam with constant momentum as Dozat's (spec: architecture, section 9, row optax), slow weights each 6 steps."""
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(0)
-        w0, grads = rng.normal(size=3), rng.normal(size=(14, 3))
-        tx = optim.make_optimizer(OPTIM, lambda count: 0.1)
-        params = optim.init_params(OPTIM, {"w": jnp.asarray(w0)})
-        state = tx.init(params)
-        fast, slow, m, v = w0.copy(), w0.copy(), np.zeros(3), np.zeros(3)
-        for t, g in enumerate(grads, 1):
-            updates, state = tx.update({"w": jnp.asarray(g)}, state, params)
-            params = optax.apply_updates(params, updates)
-            m, v = 0.95 * m + 0.05 * g, 0.99 * v + 0.01 * g * g
-            direction = 0.95 * m / (1 - 0.95 ** (t + 1)) + 0.05 * g / (1 - 0.95**t)
-            fast = fast - 0.1 * direction / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
-            if t % 6 == 0:
-                slow = slow + 0.5 * (fast - slow)
-                fast = slow.copy()
-            np.testing.assert_allclose(optim.fast(params)["w"], fast, rtol=1e-9)
-            np.testing.assert_allclose(optim.slow(params)["w"], slow, rtol=1e-9)
-
-
-def test_the_optimiser_follows_the_schedule():
-    """A rate of zero from the second step on leaves the weights where the first step put them."""
-    config = OPTIM | {"lookahead": {"period": 0, "step_size": 0.5}}
-    tx = optim.make_optimizer(config, lambda count: jnp.where(count < 1, 0.1, 0.0))
-    params = {"w": jnp.ones(2)}
-    state, path = tx.init(params), []
-    for _ in range(3):
-        updates, state = tx.update({"w": jnp.ones(2)}, state, params)
-        params = optax.apply_updates(params, updates)
-        path.append(float(params["w"][0]))
-    assert path[0] < 1 and path[0] == path[1] == path[2]
-
-
-def test_without_lookahead_there_is_one_copy():
-    config = OPTIM | {"lookahead": {"period": 0, "step_size": 0.5}}
-    params = optim.init_params(config, {"w": jnp.ones(2)})
-    assert optim.fast(params) is optim.slow(params) is params
 
 
 # -- step ---------------------------------------------------------------------------------------------------------

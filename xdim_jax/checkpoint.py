@@ -26,6 +26,7 @@ from xdim_jax.step import TrainState
 KEPT = 2  # latest states: should the newest turn out damaged, the one before is whole
 LATEST_FOLDER, BEST_FOLDER = "checkpoints", "best"
 _SCORE = "dice"
+_PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what orbax has not finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Checkpoints:
     best: ocp.CheckpointManager
 
 
-def _quieten_orbax() -> None:
+def quieten_orbax() -> None:
     """orbax logs every save at INFO; and when one write fails, which it raises, every other array of that save
     complains as well: in the logs, of coroutines never awaited, and of a closed event loop."""
     for name in ("absl", "asyncio"):
@@ -55,9 +56,11 @@ def exist(workdir: Path) -> bool:
     return any(_newest(workdir / folder) for folder in (LATEST_FOLDER, BEST_FOLDER))
 
 
-def open_checkpoints(workdir: Path) -> Checkpoints:
-    """Opens (or makes) the checkpoint folders; half-written ones that a kill left behind are removed."""
-    _quieten_orbax()
+def open_checkpoints(workdir: Path, warn: Callable[[str], None] = lambda line: None) -> Checkpoints:
+    """Opens (or makes) the checkpoint folders; half-written ones that a kill left behind are removed with a warning."""
+    quieten_orbax()
+    for partial in sorted(workdir.glob(f"*/*{_PARTIAL}*")):
+        warn(f"{partial.parent.name}/{partial.name.partition('.')[0]} was not written to its end: not used, removed")
     score: Callable[[Any], float] = lambda metrics: metrics[_SCORE]  # noqa: E731
     return Checkpoints(
         _manager(workdir / LATEST_FOLDER, checkpoint_managers.LatestN(KEPT)),
@@ -126,7 +129,7 @@ def _guarded(manager: ocp.CheckpointManager, action: Callable[[], Any]) -> None:
         manager.check_for_errors()
     except Exception as error:
         folder = Path(manager.directory)
-        for partial in folder.glob("*.orbax-checkpoint-tmp*"):
+        for partial in folder.glob(f"*{_PARTIAL}*"):
             shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(folder).free / 2**20
         full = os.strerror(errno.ENOSPC)
@@ -180,7 +183,8 @@ def restore_latest(
 
 
 def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]:
-    """Weights to predict with: the best validation's, or, if none was kept yet, the latest state's slow weights.
+    """Weights to predict with: the best validation's, or, if none was kept yet, those of the latest state that would be
+    validated: the moving average, the slow weights, or the only ones.
 
     Args:
         params, stats: trees of the right shapes.
@@ -200,7 +204,7 @@ def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]
             f"{workdir} holds no finished checkpoint ({BEST_FOLDER}/<step> or {LATEST_FOLDER}/<step>): train first "
             f"with python -m xdim_jax.train --config=... --workdir={workdir}"
         )
-    _quieten_orbax()
+    quieten_orbax()
     try:
         return *_read(folder, {"params": params, "stats": stats}), source
     except (ValueError, KeyError, OSError) as error:
@@ -215,23 +219,28 @@ def _newest(folder: Path) -> Path | None:
 
 
 def _read(folder: Path, weights: dict[str, Any]) -> tuple[Any, Any]:
-    """Reads parameters (the slow ones of a LookAhead pair) and statistics, and nothing else of a state.
+    """Reads the parameters and statistics that are evaluated, and nothing else of a state.
 
     orbax leaves a leaf that the checkpoint lacks unfilled without a word, so names and shapes are compared first.
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         found = reader.metadata(folder.absolute()).item_metadata.tree
-        pair = set(found["params"]) == {"fast", "slow"}
+        average = bool(found.get("ema"))
+        pair = not average and set(found["params"]) == {"fast", "slow"}
+        inside = found["ema"] if average else found
+        inside = {k: inside.get(k, {}) for k in weights}
         if pair:
-            found["params"] = found["params"]["slow"]
-        if differences := _differences({k: found.get(k, {}) for k in weights}, weights):
+            inside["params"] = inside["params"]["slow"]
+        if differences := _differences(inside, weights):
             raise ValueError("; ".join(differences[:3]) + (f"; {len(differences)} in all" if differences[3:] else ""))
         target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
         if pair:
             target["params"] = {"slow": target["params"]}
+        target = {"ema": target} if average else target
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
         tree = reader.restore(folder.absolute(), args=args)
+    tree = tree["ema"] if average else tree
     return tree["params"]["slow"] if pair else tree["params"], tree["stats"]
 
 

@@ -109,7 +109,7 @@ def _find_config(name: str) -> Path:
 
 
 def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
-    known = [key for key, _ in _leaves(config)]
+    known = [key for key, _ in leaves(config)]
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not key.startswith("--config."):
@@ -123,14 +123,15 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
             raise UserError(f"--config.{key} is not a key of this config; {hint}")
 
 
-def _leaves(config: Config, prefix: str = "") -> list[tuple[str, Any]]:
-    leaves = []
+def leaves(config: Config, prefix: str = "") -> list[tuple[str, Any]]:
+    """Every key of a config, dotted, with its value."""
+    found = []
     for key, value in config.items():
         if isinstance(value, ConfigDict):
-            leaves += _leaves(value, f"{prefix}{key}.")
+            found += leaves(value, f"{prefix}{key}.")
         else:
-            leaves.append((f"{prefix}{key}", value))
-    return leaves
+            found.append((f"{prefix}{key}", value))
+    return found
 
 
 def claim_workdir(workdir: Path, config: Config, *, free: Sequence[str], started: bool) -> None:
@@ -141,7 +142,7 @@ def claim_workdir(workdir: Path, config: Config, *, free: Sequence[str], started
     """
     path = workdir / CONFIG_FILE
     if started:
-        found, wanted = dict(_leaves(read_config(workdir))), dict(_leaves(config))
+        found, wanted = dict(leaves(read_config(workdir))), dict(leaves(config))
         differing = [
             f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} asked for"
             for key in sorted(found.keys() | wanted.keys())

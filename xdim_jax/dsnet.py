@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from xdim_jax import ops
-from xdim_jax.layers import TORCH_GAIN, Conv, ConvTranspose, Style, check_choice
+from xdim_jax.layers import TORCH_GAIN, Conv, ConvTranspose, Style, check_choice, stage
 from xdim_jax.unet import DECODER_EPS, ConvNorm, UNet, side_problems
 
 PLANES = 3  # left of the depth: the channels of a colour image
@@ -140,13 +140,19 @@ class DSNet(nnx.Module):
             raise ValueError(f"a volume of {image.shape[1:-1]} does not fit DS-Net; {'; '.join(problems)}")
         x = self.conv1(image)
         skips = [x]
-        for block in (self.conv2, *self.enc):
-            x = block(x)
+        for name, block in zip(("conv2", "enc3", "enc4", "enc5"), (self.conv2, *self.enc), strict=True):
+            x = stage(self, name, block)(x)
             skips.append(x)
         x = skips.pop()
         batch, planes, height, width, images = x.shape
         # (B, D, H, W, C) -> (B, C, H, W, D) -> (B C, H, W, D): channels become samples, planes become colours
         return x.transpose(0, 4, 2, 3, 1).reshape(batch * images, height, width, planes), skips
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the parts whose activations can be computed again; ``inner.*`` are those of the 2D network."""
+        own = ("conv2", "enc3", "enc4", "enc5", "inner", "dec1", "dec2", "dec3", "dec4")
+        return (*own, *(f"inner.{name}" for name in self.inner.stages))
 
     def features(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array | None]:
         """The 2D encoder's five features of every image, ``(batch * images, H / 2^i, W / 2^i, channels)``."""
@@ -161,12 +167,12 @@ class DSNet(nnx.Module):
             ValueError: the depth is not 97 to 144, or H or W is not a multiple of 32.
         """
         images, skips = self._compress(image)
-        y = self.inner(images, rngs)
+        y = stage(self, "inner", self.inner)(images, rngs)
         # (B C, H, W, D) -> (B, C, H, W, D) -> (B, D, H, W, C)
         x = y.reshape(image.shape[0], -1, *y.shape[1:]).transpose(0, 4, 2, 3, 1)
         coarse = []
-        for i, (stage, skip) in enumerate(zip(self.dec, reversed(skips), strict=True)):
-            x = stage(x, skip)
+        for i, (expand, skip) in enumerate(zip(self.dec, reversed(skips), strict=True)):
+            x = stage(self, f"dec{i + 1}", expand)(x, skip)
             if levels and i < len(self.heads):
                 coarse.append(self.heads[i](x))
         logits = self.last(x)

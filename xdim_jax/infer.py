@@ -11,13 +11,13 @@ import numpy as np
 
 from xdim_jax import regions
 from xdim_jax.data.prepare import Prepared
-from xdim_jax.regions import Regions
+from xdim_jax.output import Output
 
 SIGMA = 1 / 8  # of the patch: a window's weight falls to 3e-4 at the middle of its faces (nnU-Net's choice)
 _FLOOR = 1e-3  # smallest weight, so that a corner seen by one window only is not divided by zero
 _BUCKET = 32  # accumulators are rounded up to it, so that few programs are compiled
 
-# weights, image (D, H, W, C) float32 -> probabilities (D, H, W, R) float32
+# weights, image (D, H, W, C) float32 -> probabilities (D, H, W, channels) float32
 VolumePredictor = Callable[[Any, np.ndarray], np.ndarray]
 
 
@@ -40,14 +40,16 @@ def window_starts(size: int, patch: int, overlap: float) -> list[int]:
 
 def make_volume_predictor(
     forward: Callable[[Any, jax.Array], jax.Array],
+    output: Output,
     *,
     patch: tuple[int, int, int],
     overlap: float | tuple[float, float, float],
 ) -> VolumePredictor:
-    """Region probabilities of whole volumes.
+    """Probabilities of whole volumes.
 
     Args:
-        forward: weights and ``(1, *patch, C)`` to logits ``(1, *patch, R)``; one shape, so compiled once.
+        forward: weights and ``(1, *patch, C)`` to logits ``(1, *patch, channels)``; one shape, so compiled once.
+        output: what the channels mean.
         patch: window size; smaller volumes are padded with zeros.
         overlap: share of a window that its neighbour covers, in [0, 1); of all axes, or by axis.
     """
@@ -56,7 +58,7 @@ def make_volume_predictor(
 
     @jax.jit
     def window(weights: Any, image: jax.Array) -> jax.Array:
-        return jax.nn.sigmoid(forward(weights, image[None])[0].astype(jnp.float32)) * gauss
+        return output.probabilities(forward(weights, image[None])[0]) * gauss
 
     def add(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
         index = (start[0], start[1], start[2], 0)
@@ -91,16 +93,18 @@ def make_volume_predictor(
 _SLICES = 8  # of a 2D network's batch: so many slices of a volume at once
 
 
-def make_network_predictor(config: Any, forward: Callable[[Any, jax.Array], jax.Array]) -> VolumePredictor:
+def make_network_predictor(
+    config: Any, forward: Callable[[Any, jax.Array], jax.Array], output: Output
+) -> VolumePredictor:
     """The predictor of whole volumes for the network of a run's config, in 2D or 3D."""
     patch, overlap = tuple(config.data.patch), config.predict.overlap
     if len(patch) == 3:
-        return make_volume_predictor(forward, patch=patch, overlap=overlap)
-    return _by_slices(forward, (patch[0], patch[1]), overlap)
+        return make_volume_predictor(forward, output, patch=patch, overlap=overlap)
+    return _by_slices(forward, output, (patch[0], patch[1]), overlap)
 
 
 def _by_slices(
-    forward: Callable[[Any, jax.Array], jax.Array], patch: tuple[int, int], overlap: float
+    forward: Callable[[Any, jax.Array], jax.Array], output: Output, patch: tuple[int, int], overlap: float
 ) -> VolumePredictor:
     """A 2D network on volumes: slices become its batch, in order; a window is some slices deep."""
 
@@ -108,6 +112,7 @@ def _by_slices(
     def predictor(depth: int) -> VolumePredictor:
         return make_volume_predictor(
             lambda weights, volume: forward(weights, volume[0])[None],
+            output,
             patch=(depth, *patch),
             overlap=(0.0, overlap, overlap),
         )
@@ -116,13 +121,13 @@ def _by_slices(
 
 
 def segment(
-    predict: VolumePredictor, weights: Any, prepared: Prepared, scored: Regions, config: Mapping[str, Any]
+    predict: VolumePredictor, weights: Any, prepared: Prepared, output: Output, config: Mapping[str, Any]
 ) -> np.ndarray:
     """Label indices uint8 (D, H, W) on the source grid.
 
-    Regions above ``config["threshold"]`` become labels by set algebra; where the config has ``min_et`` (BraTS), fewer
-    voxels of ET become NCR.
+    Probabilities become labels as `xdim_jax.output` says, at ``config["threshold"]``; where the config has ``min_et``
+    (BraTS), fewer voxels of ET become NCR.
     """
     scores = prepared.restore(predict(weights, prepared.image()))
-    label = scored.decode(scores, config["threshold"])
+    label = output.decode(scores, config["threshold"])
     return regions.drop_small_et(label, config["min_et"]) if config.get("min_et") else label

@@ -2,11 +2,16 @@
 
 Kernels are drawn with numpy when a network is built (an eager ``jax.random`` call per layer compiles a program
 per shape) and with ``jax.random`` under a transformation, so the two give different, equally distributed numbers.
+The dtype of the activations is that of the image: kernels and biases are cast to it where they are used, norms compute
+in float32 or better and return it.
 Modes follow Flax: ``model.train()`` and ``model.eval()`` set ``use_running_average`` and ``deterministic``.
 """
 
 import dataclasses
+import fnmatch
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +100,13 @@ class Style:
         return self.window(2, self.depth.strides[level])
 
 
+def stage(owner: nnx.Module, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call``, a part of ``owner``; if ``owner.remat`` names it, the backward pass computes its activations again."""
+    if not any(fnmatch.fnmatchcase(name, pattern) for pattern in getattr(owner, "remat", ())):
+        return call
+    return lambda *arguments: nnx.remat(lambda module, *rest: module(*rest))(call, *arguments)
+
+
 def draw_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], gain: float) -> jax.Array:
     """Normal values of standard deviation ``gain / sqrt(fan_in)``; ``shape`` ends in ``(in / groups, out)``."""
     key = rngs.params()
@@ -145,7 +157,8 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(filters)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        window = self.kernel.shape[:-2]
+        kernel = self.kernel[...].astype(x.dtype)
+        window = kernel.shape[:-2]
         if self.padding == "same":
             padding = ops.same_padding(x.shape[1:-1], window, self.strides)
         elif self.padding == "symmetric":
@@ -158,11 +171,11 @@ class Conv(nnx.Module):
                 x = jnp.pad(x, [padding[axis] if i == axis + 1 else (0, 0) for i in range(x.ndim)], mode="edge")
                 padding = tuple((0, 0) if i == axis else pair for i, pair in enumerate(padding))
             elif self.depth.padding == "renorm":
-                scale = _inverse_coverage(self.kernel[...], axis, x.shape[axis + 1], self.strides[axis], padding[axis])
-        y = ops.conv(x, self.kernel[...], strides=self.strides, padding=padding, groups=self.groups)
+                scale = _inverse_coverage(kernel, axis, x.shape[axis + 1], self.strides[axis], padding[axis])
+        y = ops.conv(x, kernel, strides=self.strides, padding=padding, groups=self.groups)
         if scale is not None:
             y = y * scale.reshape([n if i in (axis + 1, y.ndim - 1) else 1 for i, n in enumerate(y.shape)])
-        return y if self.bias is None else y + self.bias[...]
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 def _inverse_coverage(kernel: jax.Array, axis: int, n: int, stride: int, pad: tuple[int, int]) -> jax.Array:
@@ -200,8 +213,9 @@ class ConvTranspose(nnx.Module):
 
     def __call__(self, x: jax.Array, size: tuple[int, ...] | None = None) -> jax.Array:
         """``(batch, *spatial, in)`` to ``(batch, *size, out)``; see `xdim_jax.ops.conv_transpose`."""
-        y = ops.conv_transpose(x, self.kernel[...], strides=self.strides, crop=self.crop, size=size)
-        return y + self.bias[...]
+        kernel = self.kernel[...].astype(x.dtype)
+        y = ops.conv_transpose(x, kernel, strides=self.strides, crop=self.crop, size=size)
+        return y + self.bias[...].astype(y.dtype)
 
 
 class Dense(nnx.Module):
@@ -212,7 +226,7 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(filters))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return ops.pointwise(x, self.kernel[...]) + self.bias[...]
+        return ops.pointwise(x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
 
 
 class Norm(nnx.Module):
@@ -227,6 +241,7 @@ class Norm(nnx.Module):
         self.kind, self.eps, self.activation = style.norm, style.eps, activation
         self.momentum = 0.9
         self.use_running_average = False
+        self.axis: str | None = None  # of a pmap, whose devices share the statistics of the batch
         affine = style.norm != "instance_noaffine"
         self.scale = nnx.Param(jnp.ones(channels)) if affine else None
         self.bias = nnx.Param(jnp.zeros(channels)) if affine else None
@@ -235,8 +250,9 @@ class Norm(nnx.Module):
             self.var = nnx.BatchStat(jnp.ones(channels))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = jnp.ones(x.shape[-1], x.dtype) if self.scale is None else self.scale[...]
-        bias = jnp.zeros(x.shape[-1], x.dtype) if self.bias is None else self.bias[...]
+        kind = jnp.promote_types(x.dtype, jnp.float32)
+        scale = jnp.ones(x.shape[-1], kind) if self.scale is None else self.scale[...]
+        bias = jnp.zeros(x.shape[-1], kind) if self.bias is None else self.bias[...]
         spatial = tuple(range(1, x.ndim - 1))
         if self.kind != "batch":
             return ops.normalise(x, scale, bias, axes=spatial, eps=self.eps, activation=self.activation)[0]
@@ -244,8 +260,9 @@ class Norm(nnx.Module):
             factor = scale * jax.lax.rsqrt(self.var[...] + self.eps)
             shift = bias - self.mean[...] * factor
             return ops.activate(x * factor + shift, self.activation).astype(x.dtype)
-        y, mean, var = ops.normalise(x, scale, bias, axes=(0, *spatial), eps=self.eps, activation=self.activation)
-        count = x.size // x.shape[-1]
+        options: dict[str, Any] = {"axes": (0, *spatial), "eps": self.eps, "activation": self.activation}
+        y, mean, var = ops.normalise(x, scale, bias, **options, across=self.axis)
+        count = x.size // x.shape[-1] * (1 if self.axis is None else jax.lax.axis_size(self.axis))
         unbiased = var.reshape(-1) * (count / max(count - 1, 1))
         self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * mean.reshape(-1)
         self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * unbiased

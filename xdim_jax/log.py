@@ -1,4 +1,4 @@
-"""What a run tells: lines on the terminal, ``metrics.jsonl``, and TensorBoard scalars."""
+"""What a run tells: lines on the terminal, ``metrics.jsonl``, ``steps.jsonl``, TensorBoard, and other trackers."""
 
 import dataclasses
 import json
@@ -6,10 +6,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -17,6 +18,7 @@ from xdim_jax.errors import UserError
 from xdim_jax.files import atomic_path, write_error
 
 METRICS_FILE = "metrics.jsonl"
+STEPS_FILE = "steps.jsonl"  # every step's loss, norms, and digest of its batch, exactly: what verify_run compares
 
 
 def say(line: str) -> None:
@@ -63,15 +65,17 @@ def duration(seconds: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-    """Open files of a run's record; ``None`` members on processes that do not write."""
+    """Open files of a run's record, and further trackers; all empty on processes that do not write."""
 
-    jsonl: IO[str] | None
-    tensorboard: SummaryWriter | None
+    jsonl: IO[str] | None = None
+    steps: IO[str] | None = None
+    tensorboard: SummaryWriter | None = None
+    trackers: Sequence[Any] = ()  # see xdim_jax.trackers
 
 
-def read_records(workdir: Path) -> list[dict[str, Any]]:
+def read_records(workdir: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
     """The records of a run, oldest first; an unfinished last line (the run was killed) is left out."""
-    path = workdir / METRICS_FILE
+    path = workdir / file
     if not path.exists():
         return []
     records = []
@@ -80,50 +84,80 @@ def read_records(workdir: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except json.JSONDecodeError:
             break
-        if not isinstance(entry, dict) or not {"kind", "step"} <= entry.keys():
+        if not isinstance(entry, dict) or "step" not in entry:
             break
         records.append(entry)
     return records
 
 
-def open_recorder(workdir: Path, step: int, *, writes: bool) -> Recorder:
+def open_recorder(workdir: Path, step: int, *, writes: bool, trackers: Sequence[Any] = ()) -> Recorder:
     """Opens the record to go on after ``step``; what a killed run had written beyond it is dropped.
 
     Raises:
         UserError: the workdir cannot be written.
     """
     if not writes:
-        return Recorder(None, None)
-    kept = [r for r in read_records(workdir) if r["step"] <= step]
-    path = workdir / METRICS_FILE
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        return Recorder()
+    for name in (METRICS_FILE, STEPS_FILE):
+        kept = [r for r in read_records(workdir, name) if r["step"] <= step]
+        with atomic_path(workdir / name) as temporary:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
     try:
         tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-        return Recorder(open(path, "a", encoding="utf-8"), tensorboard)
+        metrics, steps = (open(workdir / n, "a", encoding="utf-8") for n in (METRICS_FILE, STEPS_FILE))  # noqa: SIM115
+        return Recorder(metrics, steps, tensorboard, trackers)
     except OSError as error:
         raise write_error(workdir / "tensorboard", error) from error
 
 
-def record(recorder: Recorder, kind: str, step: int, values: dict[str, float]) -> None:
+def record(recorder: Recorder, kind: str, step: int, values: Mapping[str, float]) -> None:
     """Appends one record and its scalars. Raises UserError if the disk refuses it."""
     if recorder.jsonl is None or recorder.tensorboard is None:
         return
     entry = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+    entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+    scalars = {f"{kind}/{name}": value for name, value in values.items() if math.isfinite(value)}
     try:
         recorder.jsonl.write(json.dumps(entry) + "\n")
         recorder.jsonl.flush()
         os.fsync(recorder.jsonl.fileno())
-        for name, value in values.items():
-            recorder.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        for name, value in scalars.items():
+            recorder.tensorboard.add_scalar(name, value, step)
         recorder.tensorboard.flush()
     except OSError as error:
         raise write_error(Path(recorder.jsonl.name), error) from error
+    for tracker in recorder.trackers:
+        tracker.scalars(step, scalars)
+
+
+def record_steps(recorder: Recorder, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Appends what `verify_run` compares. Raises UserError if the disk refuses it."""
+    if recorder.steps is None:
+        return
+    try:
+        recorder.steps.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        recorder.steps.flush()
+    except OSError as error:
+        raise write_error(Path(recorder.steps.name), error) from error
+
+
+def record_pictures(recorder: Recorder, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+    """Pictures uint8 (H, W, 3) by name. Raises UserError if the disk refuses them."""
+    if recorder.tensorboard is None:
+        return
+    try:
+        for name, picture in pictures.items():
+            recorder.tensorboard.add_image(f"validation/{name}", picture, step, dataformats="HWC")
+        recorder.tensorboard.flush()
+    except OSError as error:
+        raise write_error(Path(str(recorder.tensorboard.logdir)), error) from error
+    for tracker in recorder.trackers:
+        tracker.pictures(step, pictures)
 
 
 def close_recorder(recorder: Recorder) -> None:
     """Closes the files; losing the last buffered scalars to a full disk is not an error of its own."""
-    for file in (recorder.jsonl, recorder.tensorboard):
+    for file in (recorder.jsonl, recorder.steps, recorder.tensorboard, *recorder.trackers):
         try:
             if file is not None:
                 file.close()

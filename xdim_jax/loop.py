@@ -1,24 +1,33 @@
 """The training loop: steps, progress lines, checkpoints, validation, and leaving cleanly."""
 
+import collections
 import contextlib
 import dataclasses
 import math
-import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from xdim_jax import checkpoint, log, mesh
+from xdim_jax import checkpoint, log, mesh, validation
+from xdim_jax.data.pipeline import Activity
 from xdim_jax.errors import UserError
-from xdim_jax.log import Recorder, duration, record, say
-from xdim_jax.optim import Schedule, slow
-from xdim_jax.step import TrainState
+from xdim_jax.files import write_error
+from xdim_jax.log import Recorder, duration, say
+from xdim_jax.mesh import Devices
+from xdim_jax.optim import Schedule
+from xdim_jax.signals import StopRequest
+from xdim_jax.step import TrainState, evaluated
+from xdim_jax.validation import InterruptedValidationError, Validation
+from xdim_jax.watch import Watchdog
 
 _SHOWN_LOSSES = 5  # last losses in the message about a NaN
+_STOP, _SAVE = 2, 1  # what a process asks all others for
+_LAG = 2  # steps after which it is heard: by then the step is done, so that reading it waits for nothing
 
 
 @dataclasses.dataclass
@@ -26,22 +35,8 @@ class Progress:
     """What goes from step to step beside the state; saved with every checkpoint."""
 
     score_sum: list[float]  # hard Dice per region, summed over the steps of this epoch
-    score_steps: int = 0
+    score_steps: list[int]  # steps that had the region
     validates: bool = False  # the training score has passed train.validate_after_score
-
-
-@dataclasses.dataclass
-class StopRequest:
-    """The signal that asked the run to stop; 0: none."""
-
-    signal: int = 0
-
-
-class InterruptedValidationError(Exception):
-    """Raised inside a validation when a stop was asked for."""
-
-
-Validation = Callable[[Any, StopRequest], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,41 +48,24 @@ class Run:
     step: Callable[..., Any]
     key: jax.Array
     schedule: Schedule
-    mesh: Mesh
+    devices: Devices
     checkpoints: checkpoint.Checkpoints
     recorder: Recorder
     validate: Validation
     stop: StopRequest
-    regions: tuple[str, ...]  # names of the network's channels
+    regions: tuple[str, ...]  # names of what is scored
+    workdir: Path
+    activity: Activity = dataclasses.field(default_factory=Activity)
 
     @property
     def total(self) -> int:
         return self.per_epoch * self.config["epochs"]
 
 
-@contextlib.contextmanager
-def catch_signals() -> Iterator[StopRequest]:
-    """SIGTERM and Ctrl-C set the request instead of killing the process; a second Ctrl-C kills."""
-    stop = StopRequest()
-
-    def handle(number: int, _frame: Any) -> None:
-        if stop.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.signal = number
-        say(f"{signal.Signals(number).name}: saving after this step")
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def fit(
     run: Run, state: TrainState, progress: Progress, stream: Iterator[dict[str, Any]], *, validated: bool
 ) -> TrainState:
-    """Goes on from ``state`` to the last step, or to a stop request.
+    """Goes on from ``state`` to the last step, to a stop request, or until the score no longer rises.
 
     ``validated``: the validation that falls on the state's step, if any, is on record already.
 
@@ -97,30 +75,53 @@ def fit(
     start = int(state.step)
     if start and start % run.per_epoch == 0 and not validated and _due(run, progress, start):
         _validate(run, state)
-        if run.stop.signal:
-            return state
-    compiled, pending, losses = None, [], []
+    if run.stop.signal or _stale(run):
+        return state
+    with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(run.config["watchdog_seconds"], run.activity, say))
+        profile = stack.enter_context(_Profile(run, start))
+        return _steps(run, state, progress, stream, watchdog, profile)
+
+
+def _steps(
+    run: Run,
+    state: TrainState,
+    progress: Progress,
+    stream: Iterator[dict[str, Any]],
+    watchdog: Watchdog,
+    profile: "_Profile",
+) -> TrainState:
+    start = int(state.step)
+    compiled, pending, digests, losses = None, [], [], []
     saved = interval = time.monotonic()
+    asked = _Agreement(run)
     for done in range(start + 1, run.total + 1):
         try:
-            batch = mesh.put_batch(next(stream), run.mesh)
+            batch = watchdog.next(stream)
         except UserError:  # a file that cannot be read: the steps so far are not lost
             if done - 1 > start:
                 _take_scores(progress, jax.device_get(pending))
                 checkpoint.save_latest(run.checkpoints, state, dataclasses.asdict(progress))
             raise
+        digests.append(batch.pop("digest").tolist())
+        batch = run.devices.put_batch(batch | asked.say(len(digests[-1]), saved))
         if compiled is None:
             compiled = _compile(run, state, batch)
             saved = interval = time.monotonic()
+            run.stop.busy = True
+        profile.before(done)
         state, metrics = compiled(state, batch, run.key)
+        profile.after(done, metrics)
+        ask = asked.hear(metrics, saved)
         pending.append(metrics)
-        epoch_ends = done % run.per_epoch == 0
-        stopping = bool(run.stop.signal)
-        saving = epoch_ends or stopping or time.monotonic() - saved > 60 * run.config["checkpoint_minutes"]
+        epoch_ends, stopping = done % run.per_epoch == 0, ask >= _STOP
+        every = run.config["checkpoint_steps"]
+        saving = epoch_ends or ask > 0 or (every > 0 and done % every == 0)
         if not (saving or done % run.config["log_every"] == 0):
             continue
         values = jax.device_get(pending)
         losses = _check_finite(done, values, losses)
+        _record_steps(run, done, values, digests)
         _report(run, done, values, (time.monotonic() - interval) / len(values))
         _take_scores(progress, values)
         if epoch_ends:
@@ -130,28 +131,112 @@ def fit(
             saved = time.monotonic()
         if epoch_ends and _due(run, progress, done):
             _validate(run, state)
+            if _stale(run):
+                break
         # a signal that came after the save waits for the next step; past an epoch's end the step would hide from
         # the resumed run that this epoch's validation is missing
         if stopping or (epoch_ends and run.stop.signal):
             break
-        pending, interval = [], time.monotonic()
+        pending, digests, interval = [], [], time.monotonic()
     return state
 
 
+class _Agreement:
+    """What processes ask for: to save now, or to stop. All hear it at the same step.
+
+    A process that is alone hears itself at once. Several put it into the batch; the step gives back the largest of all
+    (see `xdim_jax.step.make_train_step`), which is read `_LAG` steps later.
+    """
+
+    def __init__(self, run: Run):
+        self._run, self._alone = run, jax.process_count() == 1
+        self._heard: collections.deque[Any] = collections.deque()
+
+    def _wish(self, saved: float) -> int:
+        if self._run.stop.signal:
+            return _STOP
+        return _SAVE if time.monotonic() - saved > 60 * self._run.config["checkpoint_minutes"] else 0
+
+    def say(self, samples: int, saved: float) -> dict[str, np.ndarray]:
+        """What goes into the batch."""
+        return {} if self._alone else {"ask": np.full(samples, self._wish(saved), np.int32)}
+
+    def hear(self, metrics: dict[str, Any], saved: float) -> int:
+        """What is asked for, after a step."""
+        if self._alone:
+            return self._wish(saved)
+        self._heard.append(metrics.pop("ask"))
+        if len(self._heard) <= _LAG:
+            return 0
+        ask = int(jax.device_get(self._heard.popleft()))
+        if ask == _SAVE:
+            self._heard.clear()  # the wishes on their way are the same one
+        return ask
+
+
+class _Profile:
+    """A profile of some steps, into ``<workdir>/profile``."""
+
+    def __init__(self, run: Run, start: int):
+        first = start + 1 + run.config["profile_start"]
+        self._first, self._last = first, first + run.config["profile_steps"] - 1
+        self._folder, self._open = run.workdir / "profile", False
+
+    def __enter__(self) -> "_Profile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def before(self, step: int) -> None:
+        """Begins with the first step."""
+        if step == self._first <= self._last:
+            jax.profiler.start_trace(str(self._folder))
+            self._open = True
+
+    def after(self, step: int, results: Any) -> None:
+        """Ends after the last one."""
+        if self._open and step == self._last:
+            jax.block_until_ready(results)
+            self._stop()
+            say(f"profile    of {self._last - self._first + 1} steps in {self._folder}: tensorboard, or Perfetto")
+
+    def _stop(self) -> None:
+        if self._open:
+            self._open = False
+            jax.profiler.stop_trace()
+
+
 def _compile(run: Run, state: TrainState, batch: dict[str, jax.Array]) -> Any:
+    """The step's program; compiled in a thread, so that a signal is heard meanwhile."""
     say("compile    train step ...")
     begin = time.monotonic()
-    shardings = (mesh.replicated(run.mesh),) * 2
-    step = jax.jit(run.step, donate_argnums=0, out_shardings=shardings)
-    compiled = step.lower(state, batch, run.key).compile()
+    lowered = run.devices.lower(run.step, state, batch, run.key)
+    outcome: list[Any] = []
+
+    def compile_it() -> None:
+        try:
+            outcome.append((lowered.compile(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=compile_it, name="compile", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    compiled, error = outcome[0]
+    if error is not None:
+        raise error
     say(f"compile    train step took {duration(time.monotonic() - begin)}")
     return compiled
 
 
-def _take_scores(progress: Progress, values: list[dict[str, Any]]) -> None:
+def _take_scores(progress: Progress, values: Sequence[Mapping[str, Any]]) -> None:
     for value in values:
-        progress.score_sum = [s + float(v) for s, v in zip(progress.score_sum, value["score"], strict=True)]
-    progress.score_steps += len(values)
+        scores = np.asarray(value["score"], np.float64)
+        known = np.isfinite(scores)
+        progress.score_sum = (np.asarray(progress.score_sum) + np.where(known, scores, 0)).tolist()
+        progress.score_steps = (np.asarray(progress.score_steps) + known).tolist()
 
 
 def _check_finite(done: int, values: list[dict[str, Any]], before: list[float]) -> list[float]:
@@ -163,35 +248,52 @@ def _check_finite(done: int, values: list[dict[str, Any]], before: list[float]) 
     return (before + new)[-_SHOWN_LOSSES:]
 
 
+def _record_steps(run: Run, done: int, values: list[dict[str, Any]], digests: list[list[int]]) -> None:
+    entries = []
+    for i, (value, digest) in enumerate(zip(values, digests, strict=True)):
+        numbers = {k: float(value[k]) for k in ("loss", "grad_norm", "update_norm")}
+        entries.append({"step": done - len(values) + i + 1, **numbers, "batch": digest})
+    log.record_steps(run.recorder, entries)
+
+
 def _report(run: Run, done: int, values: list[dict[str, Any]], seconds: float) -> None:
-    means = {k: np.mean([v[k] for v in values], 0) for k in values[0]}
-    scores = dict(zip(run.regions, means.pop("score").tolist(), strict=True))
+    scores = _mean_scores([v["score"] for v in values])
+    means = {k: float(np.mean([v[k] for v in values])) for k in values[0] if k != "score"}
     rate = float(run.schedule(done - 1))
     epoch = -(-done // run.per_epoch)
-    shown = " ".join(f"{name} {score:.3f}" for name, score in scores.items())
+    shown = " ".join(f"{name} {score:.3f}" for name, score in zip(run.regions, scores, strict=True))
     say(
-        f"step {done}/{run.total}  epoch {epoch}/{run.config['epochs']}  loss {float(means['loss']):.4f}  {shown}  "
+        f"step {done}/{run.total}  epoch {epoch}/{run.config['epochs']}  loss {means['loss']:.4f}  {shown}  "
         f"lr {rate:.2e}  {seconds:.2f} s/step  left {duration(seconds * (run.total - done))}"
     )
-    record(
+    log.record(
         run.recorder,
         "train",
         done,
-        {k: float(v) for k, v in means.items()}
-        | {f"score_{k}": v for k, v in scores.items()}
+        means
+        | {f"score_{k}": v for k, v in zip(run.regions, scores, strict=True)}
         | {"epoch": done / run.per_epoch, "learning_rate": rate, "seconds_per_step": seconds},
     )
 
 
+def _mean_scores(scores: Sequence[Any]) -> list[float]:
+    """Per region, over the steps that had it; NaN where none had."""
+    table = np.asarray(scores, np.float64)
+    known = np.isfinite(table)
+    count = known.sum(0)
+    return np.where(count > 0, np.where(known, table, 0).sum(0) / np.maximum(count, 1), np.nan).tolist()
+
+
 def _end_epoch(run: Run, done: int, progress: Progress) -> None:
-    scores = [s / progress.score_steps for s in progress.score_sum]
-    mean = sum(scores) / len(scores)
-    record(run.recorder, "epoch", done, {"epoch": done / run.per_epoch, "score": mean})
+    scores = [s / n for s, n in zip(progress.score_sum, progress.score_steps, strict=True) if n]
+    mean = sum(scores) / max(len(scores), 1)
+    log.record(run.recorder, "epoch", done, {"epoch": done / run.per_epoch, "score": mean})
     threshold = run.config["validate_after_score"]
     if not progress.validates and mean > threshold:
         progress.validates = True
-        say(f"epoch score {mean:.3f} has passed {threshold}: validation begins")
-    progress.score_sum, progress.score_steps = [0.0] * len(scores), 0
+        if threshold > 0:
+            say(f"epoch score {mean:.3f} has passed {threshold}: validation begins")
+    progress.score_sum, progress.score_steps = [0.0] * len(run.regions), [0] * len(run.regions)
 
 
 def _due(run: Run, progress: Progress, done: int) -> bool:
@@ -202,15 +304,34 @@ def _due(run: Run, progress: Progress, done: int) -> bool:
 
 def _validate(run: Run, state: TrainState) -> None:
     step, begin = int(state.step), time.monotonic()
-    weights = slow(state.params)
+    weights = evaluated(state)
     try:
-        scores = run.validate((weights, state.stats), run.stop)
+        scores, pictures = run.validate(weights, run.stop)
     except InterruptedValidationError:
         return
     dice = sum(scores.values()) / len(scores)
     if not math.isfinite(dice):
         raise UserError(f"the validation Dice at step {step} is {dice}; look at the validation cases in split.json")
-    checkpoint.save_best(run.checkpoints, step, weights, state.stats, dice)  # whole before it is on record
+    checkpoint.save_best(run.checkpoints, step, *weights, dice)  # whole before it is on record
     shown = " ".join(f"{name} {score:.3f}" for name, score in scores.items())
     say(f"validation at step {step}: Dice {dice:.3f} ({shown}), took {duration(time.monotonic() - begin)}")
-    record(run.recorder, "validation", step, {"dice": dice} | {f"dice_{k}": v for k, v in scores.items()})
+    if run.recorder.jsonl is not None:
+        try:
+            validation.keep_pictures(run.workdir, pictures)
+        except OSError as error:
+            raise write_error(run.workdir / validation.OVERLAYS, error) from error
+    log.record_pictures(run.recorder, step, pictures)
+    log.record(run.recorder, "validation", step, {"dice": dice} | {f"dice_{k}": v for k, v in scores.items()})
+
+
+def _stale(run: Run) -> bool:
+    """Whether ``train.patience`` validations have gone by without a better score; counted on the record."""
+    patience = run.config["patience"]
+    if not patience:
+        return False
+    scores = [r["dice"] for r in log.read_records(run.workdir) if r["kind"] == "validation"]
+    waited = len(scores) - 1 - int(np.argmax(scores)) if scores else 0
+    if mesh.gather(np.array(waited))[0] < patience:  # process 0 has written the record
+        return False
+    say(f"ends early: {patience} validations without a better Dice than {max(scores):.3f} (config.train.patience)")
+    return True

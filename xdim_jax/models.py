@@ -1,5 +1,6 @@
 """The paper's networks from the ``model`` section of a config: `build` makes one, `check_patch` checks a size."""
 
+import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 from flax import nnx
 
 from xdim_jax.dsnet import DSNet, volume_problems
+from xdim_jax.errors import UserError
 from xdim_jax.layers import LEVELS, Depth, Style
 from xdim_jax.unet import UNet, side_problems
 
@@ -30,6 +32,27 @@ def build(config: Mapping[str, Any], *, seed: int) -> nnx.Module:
 def build_abstract(config: Mapping[str, Any]) -> nnx.Module:
     """The same with shapes in place of arrays: what a weights file is compared with."""
     return nnx.eval_shape(lambda: build(config, seed=0))
+
+
+def set_remat(model: Any, names: str) -> None:
+    """Makes a network compute the activations of some stages again in the backward pass, for memory.
+
+    Args:
+        model: of `build`.
+        names: of its ``stages``, with commas; ``*`` stands for anything. ``"*"`` is all.
+
+    Raises:
+        UserError: a name that fits no stage.
+    """
+    patterns = tuple(name.strip() for name in names.split(",") if name.strip())
+    if unknown := [p for p in patterns if not any(fnmatch.fnmatchcase(s, p) for s in model.stages)]:
+        raise UserError(
+            f"config.train.remat={names}: {', '.join(unknown)} fits no stage of this network; it has: "
+            f"{', '.join(model.stages)}"
+        )
+    model.remat = patterns
+    if inner := getattr(model, "inner", None):
+        inner.remat = tuple(p.removeprefix("inner.") for p in patterns if p.startswith("inner.") or p == "*")
 
 
 def _builder(config: Mapping[str, Any]) -> Callable[..., nnx.Module]:
@@ -85,6 +108,26 @@ def check_patch(config: Mapping[str, Any], patch: Sequence[int]) -> None:
         raise ValueError(
             f"data.patch={tuple(patch)} leaves one voxel at the coarsest level, where a norm over space has "
             f"nothing to normalise; make at least one side {2 * max(patch)}"
+        )
+
+
+def check_space(config: Mapping[str, Any], patch: Sequence[int], space: int) -> None:
+    """Raises UserError unless the first axis of a patch can be spread over ``space`` devices at every level."""
+    if space == 1:
+        return
+    if config["name"] == "dsnet":
+        raise UserError(
+            f"config.mesh.space={space}: DS-Net folds the depth into colour channels; spread the batch instead "
+            "(mesh.space=1)"
+        )
+    strides = _level_strides(spatial_axes(config), plain(config.get("depth") or {}))
+    coarsest = patch[0] // math.prod(s[0] for s in strides)
+    if coarsest % space:
+        step = patch[0] // coarsest * space
+        low = max(patch[0] // step, 1) * step
+        raise UserError(
+            f"config.mesh.space={space} does not divide the {coarsest} planes that the coarsest level has of "
+            f"config.data.patch={tuple(patch)}; make the first side {low} or {low + step}"
         )
 
 

@@ -23,6 +23,7 @@ from xdim_jax.data.prepare import Preparation, prepare
 from xdim_jax.data.problem import ERROR
 from xdim_jax.errors import UserError
 from xdim_jax.files import DATA_FILE, read_json, write_json
+from xdim_jax.output import make_output
 from xdim_jax.step import make_forward, split_model
 
 
@@ -87,7 +88,8 @@ def main(argv: Sequence[str]) -> int:
     params, stats, source = checkpoint.load_weights(options.workdir, params, stats)
     log.say(f"weights    {options.workdir}, {source}")
     log.say(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
-    predict = infer.make_network_predictor(config, make_forward(graphdef))
+    output = make_output(config.output, dataset)
+    predict = infer.make_network_predictor(config, make_forward(graphdef), output)
     record = {
         "workdir": str(options.workdir.absolute()),
         "weights": source,
@@ -112,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
             log.warn(f"case {number}/{len(cases)} {case.case_id} left out: {error}")
             continue
         prepared = prepare(case, volume, settings)
-        label = infer.segment(predict, (params, stats), prepared, dataset.regions, config.predict)
+        label = infer.segment(predict, (params, stats), prepared, output, config.predict)
         write_volume(path, encode_label(case, label), volume.grid)
         log.say(f"case {number}/{len(cases)} {path}  {time.monotonic() - begin:.1f} s")
     if failures:

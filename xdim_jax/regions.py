@@ -6,8 +6,9 @@ region; regions may lie inside one another.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Regions:
         """In the order of the channels."""
         return tuple(self.sets)
 
-    @cached_property
+    @functools.cached_property
     def _forest(self) -> list["_Node"]:
         """Outermost regions, each with those inside it."""
 
@@ -64,7 +65,8 @@ class Regions:
 
         ``xp`` is the array library: numpy, or ``jax.numpy`` inside a jitted program.
         """
-        return xp.stack([xp.isin(label, xp.asarray(labels)) for labels in self.sets.values()], -1)
+        # comparisons, not isin, which flattens what may lie on several devices
+        return xp.stack([functools.reduce(operator.or_, (label == i for i in v)) for v in self.sets.values()], -1)
 
     def decode(self, scores: np.ndarray, threshold: float = 0.5) -> np.ndarray:
         """Scores ``(..., R)`` (probabilities, or masks) to a label map uint8.

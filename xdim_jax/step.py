@@ -9,20 +9,27 @@ import optax
 from flax import nnx
 
 from xdim_jax.loss import Loss, hard_dice
-from xdim_jax.optim import fast
+from xdim_jax.optim import ema_decay, fast, slow
+from xdim_jax.output import Output
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes. ``params`` is a LookAhead pair or a dict; ``stats`` the running statistics."""
+    """Everything that a step changes.
+
+    ``params`` is a LookAhead pair or a dict; ``stats`` the running statistics; ``ema`` the moving average of the fast
+    parameters and of the statistics, or an empty dict.
+    """
 
     step: jax.Array
     params: Any
     stats: Any
     opt_state: Any
+    ema: Any
 
 
-Targets = Callable[[jax.Array], jax.Array]
-Augment = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
+Batch = dict[str, jax.Array]
+Augment = Callable[[Batch], Batch]
+Step = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
@@ -31,48 +38,127 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], dict[s
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
 
-def init_state(params: Any, stats: Any, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
+def init_state(params: Any, stats: Any, tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
+    """The state before the first step; ``ema``: with a moving average."""
+    average = {"params": fast(params), "stats": stats} if ema else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params), average)
+
+
+def evaluated(state: TrainState) -> tuple[Any, Any]:
+    """Parameters and statistics to evaluate with: the moving average, or the slow weights."""
+    return (state.ema["params"], state.ema["stats"]) if state.ema else (slow(state.params), state.stats)
 
 
 def make_train_step(
     graphdef: nnx.GraphDef,
     loss: Loss,
-    targets: Targets,
+    output: Output,
     tx: optax.GradientTransformation,
     augment: Augment | None = None,
-) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    *,
+    dtype: Any = jnp.float32,
+    accumulate: int = 1,
+    ema: float = 0.0,
+    axis: str | None = None,
+) -> Step:
     """``step(state, batch, key) -> state, metrics``; randomness is ``fold_in(key, state.step)``.
 
-    ``augment`` changes the batch first; its randomness is in the batch.
+    Args:
+        graphdef: of the network, see `split_model`.
+        loss: of logits, the masks of ``output``, and ``batch["drawn"]`` if there is one.
+        output: what the channels mean.
+        tx: the optimiser.
+        augment: changes the batch first; its randomness is in the batch.
+        dtype: of the image, hence of all activations but norms, losses and logits, which are float32 or better.
+        accumulate: the batch is taken in so many parts, one after the other, and their gradients are averaged. The
+            result is that of the whole batch, but for batch norm, whose statistics are of a part.
+        ema: decay of the moving average, 0: none.
+        axis: name of the ``pmap`` axis over whose devices gradients, statistics and metrics are averaged.
 
-    Metrics: ``loss`` and its parts, ``grad_norm``, ``update_norm``, and ``score``: the hard Dice per channel,
-    averaged over samples.
+    Metrics: ``loss`` and its parts, ``grad_norm``, ``update_norm``, and ``score``: the hard Dice per region, averaged
+    over the samples whose reference shows it, NaN where none does. ``ask`` of a batch, one number per sample, comes
+    back as its maximum: what one process asks for, all learn at the same step.
     """
 
-    def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        batch = batch if augment is None else augment(batch)
-        masks = targets(batch["label"])
-        key = jax.random.fold_in(key, state.step)
+    def gradients(state: TrainState, stats: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict[str, Any], Any]:
+        masks = output.encode(batch["label"])
 
         def objective(params: Any) -> tuple[jax.Array, Any]:
-            model = nnx.merge(graphdef, params, state.stats)
+            model = nnx.merge(graphdef, params, stats)
             model.train()
-            logits, *coarse = model(batch["image"], rngs=nnx.Rngs(dropout=key), levels=True)
-            value, parts = loss(logits, masks)
+            image = batch["image"].astype(dtype) if dtype != jnp.float32 else batch["image"]
+            logits, *coarse = model(image, rngs=nnx.Rngs(dropout=key), levels=True)
+            drawn = batch.get("drawn")
+            value, parts = loss(logits, masks, drawn)
             if coarse:
-                value = _with_levels(value, [loss(c, resized(masks, c.shape[1:-1]))[0] for c in coarse])
-            metrics = {"loss": value, **parts, "score": jnp.mean(hard_dice(logits, masks), 0)}
+                losses = [loss(c, resized(masks, c.shape[1:-1]), drawn)[0] for c in coarse]
+                value = _with_levels(value, losses)
+            metrics = {"loss": value, **parts} | _scores(logits, batch)
             return value, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
         grads, (metrics, stats) = jax.grad(objective, has_aux=True)(fast(state.params))
+        return grads, metrics, stats
+
+    def _scores(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        """Per region: the sum of the Dice over samples whose reference shows it, and their number."""
+        dice = hard_dice(output.predicted_regions(logits), output.regions.encode(batch["label"], jnp))
+        shown = batch.get("drawn_regions", jnp.ones(dice.shape, bool))
+        return {"score": jnp.sum(dice * shown, 0), "scored": jnp.sum(shown, 0).astype(dice.dtype)}
+
+    def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch, ask = {k: v for k, v in batch.items() if k != "ask"}, batch.get("ask")
+        batch = batch if augment is None else augment(batch)
+        key = jax.random.fold_in(key, state.step)
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        if accumulate == 1:
+            grads, metrics, stats = gradients(state, state.stats, batch, key)
+        else:
+            grads, metrics, stats = _accumulated(gradients, state, batch, key, accumulate)
+        if axis is not None:
+            grads, metrics, stats = jax.lax.pmean((grads, metrics, stats), axis)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(fast(updates))}
-        return TrainState(state.step + 1, params, stats, opt_state), metrics
+        metrics["score"] = metrics["score"] / metrics.pop("scored")
+        if ask is not None:
+            metrics["ask"] = jnp.max(ask) if axis is None else jax.lax.pmax(jnp.max(ask), axis)
+        average = state.ema
+        if ema:
+            new, decay = {"params": fast(params), "stats": stats}, ema_decay(ema, state.step)
+            average = jax.tree.map(lambda a, b: (a + (1 - decay) * (b - a)).astype(a.dtype), average, new)
+        return TrainState(state.step + 1, params, stats, opt_state, average), metrics
 
     return step
+
+
+def _accumulated(
+    gradients: Callable[..., Any], state: TrainState, batch: Batch, key: jax.Array, parts: int
+) -> tuple[Any, dict[str, Any], Any]:
+    """The mean of the gradients and metrics of ``parts`` parts of the batch; statistics go from part to part.
+
+    Part i has every sample ``i + k * parts``, so that each part lies on all devices that the batch lies on.
+    """
+
+    def take(stats: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, Any]:
+        number, part = numbered
+        grads, metrics, stats = gradients(state, stats, part, jax.random.fold_in(key, number))
+        return stats, (grads, metrics)
+
+    def sums(carry: Any, numbered: Any) -> tuple[Any, None]:
+        stats, total = carry
+        stats, new = take(stats, numbered)
+        return (stats, jax.tree.map(jnp.add, total, new)), None
+
+    split = {k: jnp.moveaxis(v.reshape(len(v) // parts, parts, *v.shape[1:]), 1, 0) for k, v in batch.items()}
+    numbers = jnp.arange(parts)
+    zeros = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype),
+        jax.eval_shape(lambda: take(state.stats, jax.tree.map(lambda a: a[0], (numbers, split)))[1]),
+    )
+    (stats, total), _ = jax.lax.scan(sums, (state.stats, zeros), (numbers, split))
+    grads, metrics = jax.tree.map(lambda a: a / parts, total)
+    return grads, metrics, stats
 
 
 def _with_levels(value: jax.Array, coarse: list[jax.Array]) -> jax.Array:
@@ -89,12 +175,12 @@ def resized(masks: jax.Array, size: tuple[int, ...]) -> jax.Array:
     return masks
 
 
-def make_forward(graphdef: nnx.GraphDef) -> Callable[[tuple[Any, Any], jax.Array], jax.Array]:
-    """``forward((params, stats), image) -> logits`` in evaluation mode."""
+def make_forward(graphdef: nnx.GraphDef, dtype: Any = jnp.float32) -> Callable[[tuple[Any, Any], jax.Array], jax.Array]:
+    """``forward((params, stats), image) -> logits`` in evaluation mode, with activations of ``dtype``."""
 
     def forward(weights: tuple[Any, Any], image: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, *weights)
         model.eval()
-        return model(image)
+        return model(image.astype(dtype) if dtype != jnp.float32 else image)
 
     return forward

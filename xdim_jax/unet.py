@@ -9,7 +9,7 @@ from flax import nnx
 
 from xdim_jax import ops
 from xdim_jax.encoders import make_encoder
-from xdim_jax.layers import LEVELS, TORCH_GAIN, Conv, ConvTranspose, Depth, Norm, Style, check_choice
+from xdim_jax.layers import LEVELS, TORCH_GAIN, Conv, ConvTranspose, Depth, Norm, Style, check_choice, stage
 
 DECODER_EPS = 1e-5  # every norm outside the encoder (spec: architecture, section 1)
 ACTIVATIONS = ("relu", "silu")
@@ -131,6 +131,11 @@ class UNet(nnx.Module):
             [Conv(n, out_channels, 1, style=style, bias=True, gain=TORCH_GAIN, rngs=rngs) for n in coarse]
         )
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the parts whose activations can be computed again (see `xdim_jax.layers.stage`)."""
+        return ("encoder", *(f"decoder{i + 1}" for i in range(LEVELS)))
+
     def features(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array | None]:
         """The encoder's five features of an image, finest first."""
         return self._encode(image, rngs)[1:]
@@ -139,10 +144,11 @@ class UNet(nnx.Module):
         """The full-resolution feature (or None), and the encoder's five."""
         if problems := side_problems(image.shape[1:-1], self.level_strides):
             raise ValueError(f"an image of {image.shape[1:-1]} does not fit this network; {'; '.join(problems)}")
+        encode = stage(self, "encoder", self.encoder)
         if self.conv is None or self.norm is None:
-            return [None, *self.encoder(image, rngs)]
+            return [None, *encode(image, rngs)]
         x = self.norm(self.conv(image))
-        return [x, *self.encoder(x, rngs)]
+        return [x, *encode(x, rngs)]
 
     def __call__(self, image: jax.Array, rngs: nnx.Rngs | None = None, *, levels: bool = False) -> Any:
         """``(batch, *spatial, in_channels)`` to logits ``(batch, *spatial, out_channels)``.
@@ -154,8 +160,8 @@ class UNet(nnx.Module):
         """
         *skips, x = self._encode(image, rngs)
         coarse = []
-        for i, (stage, skip) in enumerate(zip(self.decoder, reversed(skips), strict=True)):
-            x = stage(x, skip)
+        for i, (decode, skip) in enumerate(zip(self.decoder, reversed(skips), strict=True)):
+            x = stage(self, f"decoder{i + 1}", decode)(x, skip)
             if levels and i < len(self.heads):
                 coarse.append(self.heads[i](x))
         logits = self.last(x)

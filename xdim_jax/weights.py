@@ -301,6 +301,7 @@ def load(
     inflation: Inflation | None = None,
     channel_rule: str = "cycle",
     accept: Sequence[str] = (),
+    require: bool = True,
 ) -> tuple[Any, Any, dict[str, str]]:
     """Puts weights into a network: those of an encoder into its encoder, those of a network into all of it.
 
@@ -310,9 +311,11 @@ def load(
         weights: of an encoder, or of a network with the same section (stochastic depth may differ).
         inflation, accept: see `adapt_encoder`; a 2D encoder is inflated for a 3D network.
         channel_rule: see `xdim_jax.stem`, used where the numbers of channels differ.
+        require: every array of the weights and of the network (or its encoder) must find its counterpart; else those
+            that do not are left out, and those of the network stay as they are.
 
     Returns:
-        params, stats, and what was done to each array.
+        params, stats, and what was done to each array, by its path in the network.
 
     Raises:
         UserError: the weights do not fit.
@@ -326,11 +329,18 @@ def load(
         )
     else:
         done = dict.fromkeys(weights.arrays, "copied")
-        if problems := _section_differences(weights.model, models.plain(config)):
+        problems = _section_differences(weights.model, models.plain(config))
+        if problems and require:
             raise join_problems(problems, "properties of the network differ from the weights'")
     arrays = {prefix + name: array for name, array in weights.arrays.items()}
+    done = {prefix + name: what for name, what in done.items()}
     wanted = {name: leaf for name, leaf in (named(params) | named(stats)).items() if name.startswith(prefix)}
-    check_leaves(arrays, wanted, "the weights")
+    if require:
+        check_leaves(arrays, wanted, "the weights")
+    for name in list(arrays):
+        if name not in wanted or tuple(arrays[name].shape) != tuple(wanted[name].shape):
+            done[name] = "left out: " + ("of another shape" if name in wanted else "not in the network")
+            del arrays[name]
     cast = {name: jnp.asarray(array, wanted[name].dtype) for name, array in arrays.items()}
     return replaced(params, cast), replaced(stats, cast), done
 

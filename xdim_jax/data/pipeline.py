@@ -7,7 +7,10 @@ Three ways of sampling, all of which give arrays of one size:
     volumes     every volume once in an epoch, whole: padded to a common size
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -89,6 +92,27 @@ def _sampler(
     return sample
 
 
+class Activity:
+    """What the reading threads are doing now."""
+
+    def __init__(self) -> None:
+        self._busy: dict[int, tuple[str, float]] = {}
+
+    def begin(self, what: str) -> None:
+        """The calling thread begins with something."""
+        self._busy[threading.get_ident()] = (what, time.monotonic())
+
+    def end(self) -> None:
+        """The calling thread is done with it."""
+        self._busy.pop(threading.get_ident(), None)
+
+    def lines(self) -> list[str]:
+        """One line per thread that is busy, longest first."""
+        now = time.monotonic()
+        busy = sorted(self._busy.copy().values(), key=lambda item: item[1])
+        return [f"reading {what} for {now - since:.0f} s" for what, since in busy]
+
+
 def make_stream(
     entries: Sequence[Entry],
     *,
@@ -103,11 +127,14 @@ def make_stream(
     threads: int,
     process_index: int = 0,
     process_count: int = 1,
+    facts: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    activity: Activity | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Batches from ``start_step`` on, without end.
 
     ``image`` f32 (B, D, H, W, C), ``label`` uint8 (B, D, H, W), ``key`` uint32 (B, 2): random bits of the sample, for
-    its augmentation. ``flat`` drops D, which must be 1.
+    its augmentation; ``digest`` uint32 (B,): CRC-32 of these three. ``flat`` drops D, which must be 1. ``facts`` are
+    further arrays by case id, which go with every sample of the case. ``activity`` is told what threads read.
 
     Every pass visits each record (see `records`) in a new order. ``batch`` counts all processes; each gets its share.
     A record's random numbers depend on the seed and its index in the stream, so batches are the same for any number
@@ -115,10 +142,25 @@ def make_stream(
     """
     sample = _sampler(sampling, size, foreground)
 
-    def load(record: tuple[Entry, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        key = rng.integers(0, 2**32, 2, np.uint32)
-        image, label = sample(record, rng)
-        return {"image": image[0] if flat else image, "label": label[0] if flat else label, "key": key}
+    def load(record: tuple[Entry, int], rng: np.random.Generator) -> dict[str, Any]:
+        entry, number = record
+        if activity:
+            activity.begin(f"case {entry.case_id}" + (f", slice {number}" if sampling == "slices" else ""))
+        try:
+            key = rng.integers(0, 2**32, 2, np.uint32)
+            image, label = sample(record, rng)
+            arrays: dict[str, Any] = {
+                "image": image[0] if flat else image,
+                "label": label[0] if flat else label,
+                "key": key,
+            }
+            digest = 0
+            for array in arrays.values():
+                digest = zlib.crc32(np.ascontiguousarray(array).data, digest)
+            return arrays | {"digest": np.uint32(digest)} | dict((facts or {}).get(entry.case_id, {}))
+        finally:
+            if activity:
+                activity.end()
 
     source = records(entries, sampling, patches_per_case)
     stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(load)

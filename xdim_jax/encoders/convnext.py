@@ -35,7 +35,7 @@ class Block(nnx.Module):
         self.drop_path = DropPath(drop_path)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        return x + self.drop_path(self.mlp(self.norm(self.conv_dw(x))) * self.gamma[...], rngs)
+        return x + self.drop_path(self.mlp(self.norm(self.conv_dw(x))) * self.gamma[...].astype(x.dtype), rngs)
 
 
 class Stage(nnx.Module):

@@ -1,10 +1,11 @@
 """Convolution: one entry that picks the form."""
 
 import jax
+import jax.numpy as jnp
 
 from xdim_jax.ops.dense import dense
 from xdim_jax.ops.depthwise import depthwise
-from xdim_jax.ops.form import active_form
+from xdim_jax.ops.form import active_form, forced_form
 from xdim_jax.ops.layout import Ints, Pairs, conv_reference
 
 
@@ -48,4 +49,6 @@ def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pairs, grou
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """1x1 convolution as one matrix product over all voxels."""
     channels, out = kernel.shape[-2:]
+    if forced_form() == "sharded":  # reshaping would join axes that lie on several devices with others
+        return jnp.tensordot(x, kernel.reshape(channels, out), 1)
     return (x.reshape(-1, channels) @ kernel.reshape(channels, out)).reshape(*x.shape[:-1], out)

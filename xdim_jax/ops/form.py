@@ -6,13 +6,15 @@ from collections.abc import Iterator
 
 import jax
 
-FORMS = ("auto", "fast", "reference")
+FORMS = ("auto", "fast", "reference", "sharded")
 _form: contextvars.ContextVar[str] = contextvars.ContextVar("form", default="auto")
 
 
 @contextlib.contextmanager
 def use_form(form: str) -> Iterator[None]:
-    """Forces ``"fast"`` or ``"reference"`` for programs traced inside the block (``"auto"``: by platform)."""
+    """Forces a form for programs traced inside the block: ``fast``, ``reference``, or ``sharded``, for arrays whose
+    spatial axes lie on several devices: ``reference``, but for what XLA could then only do by gathering whole arrays
+    (``auto``: by platform)."""
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
     token = _form.set(form)
@@ -27,7 +29,7 @@ def active_form() -> str:
     form = _form.get()
     if form == "auto":
         return "fast" if jax.default_backend() == "cpu" else "reference"
-    return form
+    return "reference" if form == "sharded" else form
 
 
 def forced_form() -> str:

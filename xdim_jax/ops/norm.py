@@ -25,7 +25,14 @@ def activate(x: jax.Array, activation: str | None) -> jax.Array:
 
 
 def normalise(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, *, axes: Ints, eps: float, activation: str | None
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    *,
+    axes: Ints,
+    eps: float,
+    activation: str | None,
+    across: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Standardises over ``axes``, scales, shifts and activates, keeping only ``x`` for the backward pass.
 
@@ -35,13 +42,14 @@ def normalise(
         axes: the spatial axes for instance norm; the batch axis too for batch norm.
         eps: added to the (biased) variance.
         activation: see `activate`.
+        across: name of a mapped axis (``pmap``) whose devices share the statistics.
 
     Returns:
         The result, and the mean and biased variance with ``axes`` kept as 1. The two statistics carry no
         gradient: they are for running averages.
     """
-    if active_form() == "reference":
-        mean, var = _moments(x, axes)
+    if active_form() == "reference" or across is not None:
+        mean, var = _moments(x, axes, across)
         z = (x - mean) * lax.rsqrt(var + eps) * scale + bias
         return activate(z, activation).astype(x.dtype), lax.stop_gradient(mean), lax.stop_gradient(var)
     return _normalise(x, scale, bias, axes, eps, activation)
@@ -53,10 +61,11 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, eps: float) -
     return ((x - mean) * lax.rsqrt(var + eps) * scale + bias).astype(x.dtype)
 
 
-def _moments(x: jax.Array, axes: Ints) -> tuple[jax.Array, jax.Array]:
+def _moments(x: jax.Array, axes: Ints, across: str | None = None) -> tuple[jax.Array, jax.Array]:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = jnp.mean(x, axes, keepdims=True)
-    return mean, jnp.mean(jnp.square(x - mean), axes, keepdims=True)
+    share = (lambda a: lax.pmean(a, across)) if across else (lambda a: a)
+    mean = share(jnp.mean(x, axes, keepdims=True))
+    return mean, share(jnp.mean(jnp.square(x - mean), axes, keepdims=True))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

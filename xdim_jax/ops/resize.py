@@ -45,7 +45,10 @@ def conv_transpose(
     if forced_form() == "reference":
         return _conv_transpose_reference(x, kernel, strides, crop, size)
     columns = jnp.moveaxis(kernel, ndim, 0).reshape(channels, -1)
-    y = (x.reshape(-1, channels) @ columns).reshape(*x.shape[:-1], *window, out)
+    if forced_form() == "sharded":  # reshaping would join axes that lie on several devices with others
+        y = jnp.tensordot(x, columns, 1).reshape(*x.shape[:-1], *window, out)
+    else:
+        y = (x.reshape(-1, channels) @ columns).reshape(*x.shape[:-1], *window, out)
     if (
         window == strides
         and not any(crop)

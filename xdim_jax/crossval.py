@@ -1,0 +1,77 @@
+"""Cross-validation: one run per fold, below one workdir, and what they come to together.
+
+    <workdir>/fold0/ ... fold4/      an ordinary run each
+    <workdir>/crossval.json          the best validation of every fold, their means and standard deviations
+
+Folds may be trained one after the other by one command (``:fold=all``), or as separate jobs
+(``:fold=2 --workdir=<workdir>/fold2``); ``:fold=all`` on the same workdir then trains what is missing, and sums up.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from xdim_jax import checkpoint, cli, log
+from xdim_jax.errors import UserError
+from xdim_jax.files import write_json
+
+CROSSVAL_FILE = "crossval.json"
+
+
+def train_folds(config: cli.Config, workdir: Path, train: Callable[[cli.Config, Path], int]) -> int:
+    """Trains every fold that is not done; returns the first exit status that is not 0.
+
+    Raises:
+        UserError: the config has no folds to go through, or the workdir is of a single run.
+    """
+    if config.data.split != "folds":
+        raise UserError(f"fold=all goes through config.data.folds, but config.data.split={config.data.split}")
+    if checkpoint.exist(workdir):
+        raise UserError(f"{workdir} is the workdir of a single run; give another for fold=all")
+    for fold in range(config.data.folds):
+        log.say(f"fold       {fold} of {config.data.folds}, {workdir / f'fold{fold}'}")
+        chosen = config.copy_and_resolve_references()
+        chosen.data.fold = fold
+        status = train(chosen, workdir / f"fold{fold}")
+        if status:
+            return status
+    if jax.process_index() == 0:
+        summary = summarise(workdir, config.data.folds)
+        write_json(workdir / CROSSVAL_FILE, summary)
+        for line in format_summary(summary):
+            log.say(line)
+    return 0
+
+
+def summarise(workdir: Path, folds: int) -> dict[str, Any]:
+    """The best validation of every fold, and mean and standard deviation (ddof 1) over folds.
+
+    Raises:
+        UserError: a fold has no validation on record.
+    """
+    best = {}
+    for fold in range(folds):
+        records = [r for r in log.read_records(workdir / f"fold{fold}") if r["kind"] == "validation"]
+        if not records:
+            raise UserError(f"{workdir / f'fold{fold}'} has no validation on record; train fold {fold} to its end")
+        chosen = max(records, key=lambda r: r["dice"])
+        best[f"fold{fold}"] = {k: v for k, v in chosen.items() if k == "step" or k.startswith("dice")}
+    keys = [k for k in best["fold0"] if k != "step"]
+    table = np.array([[scores[k] for k in keys] for scores in best.values()])
+    return {
+        "folds": best,
+        "mean": dict(zip(keys, table.mean(0).tolist(), strict=True)),
+        "sd": dict(zip(keys, table.std(0, ddof=1).tolist(), strict=True)),
+    }
+
+
+def format_summary(summary: dict[str, Any]) -> list[str]:
+    """The summary as aligned lines."""
+    keys = list(summary["mean"])
+    rows = [("", *keys), *((fold, *(f"{s[k]:.3f}" for k in keys)) for fold, s in summary["folds"].items())]
+    rows += [(name, *(f"{summary[name][k]:.3f}" for k in keys)) for name in ("mean", "sd")]
+    width = max(len(cell) for row in rows for cell in row)
+    return ["  ".join(f"{cell:>{width}}" for cell in row) for row in rows]

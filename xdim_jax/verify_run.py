@@ -1,0 +1,155 @@
+"""Compares two runs, bit for bit, and names the first step where they part.
+
+A run is a function of its config, its data and the devices: interrupted and resumed, it must end as it would have
+without. What is compared: the configs; of every step the loss, the norms of gradient and update, and the digest of
+every sample of the batch (image, label and the bits of its augmentation); and every array of the checkpoints that both
+have: parameters (both copies of LookAhead), running statistics, optimiser, moving average.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from xdim_jax import checkpoint, cli, log
+from xdim_jax.errors import UserError, shorten
+from xdim_jax.optim import leaf_name
+from xdim_jax.recipe import FREE_KEYS
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What differs between two runs; empty fields: nothing.
+
+    Attributes:
+        config: keys that differ, with both values.
+        step: the first step that differs, with what differs in it; 0: none.
+        what: the quantities of that step that differ.
+        steps: how many steps both have on record.
+        arrays: checkpoint ``<folder>/<step>`` to the arrays that differ.
+        checkpoints: those that both have.
+    """
+
+    config: list[str]
+    step: int
+    what: list[str]
+    steps: int
+    arrays: dict[str, list[str]]
+    checkpoints: list[str]
+
+    @property
+    def same(self) -> bool:
+        return not (self.config or self.step or self.arrays)
+
+
+def compare(a: Path, b: Path) -> Comparison:
+    """Compares the runs in two workdirs.
+
+    Raises:
+        UserError: one is not the workdir of a run, or they have nothing in common that could be compared.
+    """
+    configs = [dict(cli.leaves(cli.read_config(workdir))) for workdir in (a, b)]
+    keys = [k for k in sorted(configs[0].keys() | configs[1].keys()) if k not in FREE_KEYS]
+    values = [[_plain(c.get(k)) for k in keys] for c in configs]
+    config = [f"{k}: {x!r} and {y!r}" for k, x, y in zip(keys, *values, strict=True) if x != y]
+
+    steps = [{r["step"]: r for r in log.read_records(workdir, log.STEPS_FILE)} for workdir in (a, b)]
+    common = sorted(steps[0].keys() & steps[1].keys())
+    first, what = 0, []
+    for step in common:
+        differing = [k for k in steps[0][step] if steps[0][step][k] != steps[1][step].get(k)]
+        if differing:
+            first, what = step, [_shown(k, steps[0][step][k], steps[1][step].get(k)) for k in differing]
+            break
+
+    names = [
+        {f"{f}/{p.name}" for f in (checkpoint.LATEST_FOLDER, checkpoint.BEST_FOLDER) for p in (w / f).glob("[0-9]*")}
+        for w in (a, b)
+    ]
+    both = sorted((n for n in names[0] & names[1] if n.rpartition("/")[2].isdigit()), key=_order)
+    if not common and not both:
+        raise UserError(f"{a} and {b} have no step and no checkpoint in common; nothing can be compared")
+    arrays = {}
+    for name in both:
+        if differing := _differing(_arrays(a / name), _arrays(b / name)):
+            arrays[name] = differing
+    return Comparison(config, first, what, len(common), arrays, both)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _order(name: str) -> tuple[str, int]:
+    folder, _, step = name.partition("/")
+    return folder, int(step)
+
+
+def _shown(key: str, x: Any, y: Any) -> str:
+    if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
+        return f"{key}: samples {', '.join(str(i) for i, (p, q) in enumerate(zip(x, y, strict=True)) if p != q)}"
+    return f"{key}: {x!r} and {y!r}"
+
+
+def _arrays(folder: Path) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its path.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    checkpoint.quieten_orbax()
+    item = next((folder / name for name in ("state", "weights") if (folder / name).is_dir()), folder)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            metadata = reader.metadata(item.absolute()).item_metadata.tree
+            args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+            tree = reader.restore(item.absolute(), args=ocp.args.PyTreeRestore(restore_args=args))
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"the checkpoint {folder} cannot be read: {str(error).splitlines()[0][:300]}") from error
+    return {leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _differing(x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> list[str]:
+    """Names of arrays that only one has, or whose bits differ."""
+    names = sorted(x.keys() | y.keys())
+    return [n for n in names if n not in x or n not in y or not _same_bits(x[n], y[n])]
+
+
+def _same_bits(x: np.ndarray, y: np.ndarray) -> bool:
+    return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line, see ``--help``."""
+    parser = cli.make_parser(
+        "xdim_jax.verify_run", __doc__ or "", "exit status: 0 the same bits, 1 they differ, 2 unusable input"
+    )
+    parser.add_argument("a", type=Path, metavar="A", help="workdir of a run")
+    parser.add_argument("b", type=Path, metavar="B", help="workdir of another")
+    options = parser.parse_args(argv)
+    found = compare(options.a, options.b)
+    for line in found.config:
+        log.say(f"config     {line}")
+    if found.step:
+        log.say(f"steps      they part at step {found.step}: {'; '.join(found.what)}")
+    else:
+        log.say(f"steps      {found.steps} on record in both, all the same")
+    for name in found.checkpoints:
+        differing = found.arrays.get(name, [])
+        text = f"{len(differing)} arrays differ: {shorten(differing)}" if differing else "the same bits"
+        log.say(f"checkpoint {name}: {text}")
+    log.say("result     " + ("the same run" if found.same else "the runs differ"))
+    return 0 if found.same else 1
+
+
+def command() -> NoReturn:
+    """The console entry point."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    command()
