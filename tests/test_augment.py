@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 from scipy import ndimage
 
-from xdim_jax import augment, loss, step
+from configs import common
+from xdim_jax import augment, loss, output, regions, step
 from xdim_jax.data import augmentation
 from xdim_jax.errors import UserError
 
@@ -304,6 +305,9 @@ def test_wrong_settings_are_named_at_once():
         assert words in str(error.value)
 
 
+PLANE = output.Output("sigmoid", regions.Regions({"one": (1,)}), ("background", "one"))
+
+
 class Scale(nnx.Module):
     """The smallest network: one factor."""
 
@@ -318,7 +322,7 @@ def test_the_step_trains_on_what_augmentation_gives(rng):
     """A step with a function that blanks the labels is the step on blank labels."""
     graphdef, params, stats = step.split_model(Scale())
     tx = optax.sgd(0.1)
-    parts = graphdef, loss.make_loss({"name": "dice_bce", "eps": 1e-5}), lambda label: label[..., None] > 0, tx
+    parts = graphdef, loss.make_loss(common.dice_and_entropy(), "sigmoid", 1), PLANE, tx
     batch = {"image": rng.normal(size=(2, 8, 8, 1)).astype(np.float32), "label": np.ones((2, 8, 8), np.uint8)}
     blank = batch | {"label": np.zeros((2, 8, 8), np.uint8)}
 

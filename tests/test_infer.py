@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from xdim_jax import infer, regions
+from xdim_jax import infer, output, regions
 from xdim_jax.data.case import Case, Volume
 from xdim_jax.data.grid import Grid
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.prepare import Preparation, prepare
+
+BRATS = output.Output("sigmoid", regions.BRATS, regions.TISSUES)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def test_a_voxelwise_network_is_blended_to_its_whole_volume_answer(size, overlap
     """Every window gives the right probability at every voxel, so any weights must blend to it."""
     image = rng.normal(size=(*size, 2)).astype(np.float32)
     forward = lambda weights, x: jnp.stack([x[..., 0] * weights, x[..., 1]], -1)  # noqa: E731
-    predict = infer.make_volume_predictor(forward, patch=(32, 32, 32), overlap=overlap)
+    predict = infer.make_volume_predictor(forward, BRATS, patch=(32, 32, 32), overlap=overlap)
     probs = predict(jnp.float32(3.0), image)
     expected = 1 / (1 + np.exp(-image * np.array([3.0, 1.0])))
     np.testing.assert_allclose(probs, expected, atol=1e-6)
@@ -58,7 +60,9 @@ def test_windows_are_weighted_by_the_gaussian():
     """A network that answers with the position in its window: the blend is the weighted mean, written out."""
     ramp = jnp.arange(4.0).reshape(1, 4, 1, 1, 1)
     forward = lambda weights, x: jnp.broadcast_to(ramp, (1, 4, 4, 4, 1))  # noqa: E731
-    probs = infer.make_volume_predictor(forward, patch=(4, 4, 4), overlap=0.5)(None, np.zeros((6, 4, 4, 1), np.float32))
+    probs = infer.make_volume_predictor(forward, BRATS, patch=(4, 4, 4), overlap=0.5)(
+        None, np.zeros((6, 4, 4, 1), np.float32)
+    )
     gauss = infer.gaussian_weights((4, 1, 1))[:, 0, 0]
     sigmoid = 1 / (1 + np.exp(-np.arange(4.0)))
     # voxel 3 is at place 3 of window 0 and at place 1 of window 2
@@ -77,10 +81,10 @@ def test_segment_puts_the_box_back_and_drops_small_et():
     probs[0, 0, 0] = (0.9, 0.9, 0.9)
     probs[2, 4, 3] = (0.6, 0.2, 0.1)
     options = {"threshold": 0.5, "min_et": 0}
-    label = infer.segment(lambda weights, x: probs, None, prepared, regions.BRATS, options)
+    label = infer.segment(lambda weights, x: probs, None, prepared, BRATS, options)
     assert label.shape == (6, 7, 8) and np.count_nonzero(label) == 2
     assert label[2, 1, 3] == regions.ET and label[4, 5, 6] == regions.ED
-    label = infer.segment(lambda weights, x: probs, None, prepared, regions.BRATS, options | {"min_et": 2})
+    label = infer.segment(lambda weights, x: probs, None, prepared, BRATS, options | {"min_et": 2})
     assert label[2, 1, 3] == regions.NCR
 
 
@@ -94,11 +98,11 @@ def test_a_2d_network_sees_every_slice_once_and_in_order(rng):
         return jnp.broadcast_to(x.mean((1, 2), keepdims=True), x.shape)
 
     config = ConfigDict({"data": {"patch": (32, 32)}, "predict": {"overlap": 0.5}})
-    probs = infer.make_network_predictor(config, forward)(None, image)
+    probs = infer.make_network_predictor(config, forward, BRATS)(None, image)
     jax.effects_barrier()
     expected = 1 / (1 + np.exp(-image.mean((1, 2), keepdims=True)))
     np.testing.assert_allclose(probs, np.broadcast_to(expected, image.shape), atol=1e-6)
     assert seen == [8, 8, 8], "in batches of slices"
-    infer.make_network_predictor(config, forward)(None, image[:1])
+    infer.make_network_predictor(config, forward, BRATS)(None, image[:1])
     jax.effects_barrier()
     assert seen[3:] == [1], "a single image is not filled up"

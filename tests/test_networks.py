@@ -53,6 +53,8 @@ NETWORKS = {
 CONFIGS = {
     "brats_dxnet": 12_954_991 - HEAD_B0,
     "brats_dsnet": 8_080_278 - HEAD_B0,
+    "camus_omnianet": 6_258_128 - HEAD_B0,
+    "chaos_omnianet": 20_234_365 - 806_400,
     # the data decide their channels; with those of BraTS. The total of Omnia-Net is of one input and four outputs:
     # three inputs more of 16 filters of 3x3 at full resolution, and one output of 16 kernels of 3x3 and a bias less
     "own_dxnet": 12_954_991 - HEAD_B0,
@@ -112,9 +114,10 @@ def test_released_networks_have_their_parameters(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recipes_have_the_papers_parameters(name):
     config = cli.load_config(f"configs/{name}.py", [])
-    for key, channels in (("in_channels", 4), ("out_channels", 3)):
-        assert config.model[key] == (0 if name.startswith("own") else channels)
-        config.model[key] = channels
+    channels = {"camus": (1, 4), "chaos": (1, 5)}.get(name.partition("_")[0], (4, 3))
+    for key, number in zip(("in_channels", "out_channels"), channels, strict=True):
+        assert config.model[key] == (0 if name.startswith("own") else number)
+        config.model[key] = number
     assert count(models.build_abstract(config.model)) == CONFIGS[name]
 
 

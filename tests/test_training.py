@@ -1,11 +1,7 @@
-"""Loss, schedule, optimiser, step, devices, checkpoints and the record, each alone."""
+"""The step, the loop, checkpoints and the record, each alone."""
 
 import json
 import math
-import os
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +10,15 @@ import optax
 import pytest
 from flax import nnx
 
+from configs import common
 from tests.conftest import TOY_MODEL, toy_model
-from xdim_jax import checkpoint, log, loop, loss, mesh, models, optim, step
+from xdim_jax import checkpoint, log, loop, loss, mesh, models, optim, output, regions, signals, step, validation
 from xdim_jax.errors import UserError
 
-OPTIM = {
-    "name": "nadam",
-    "b1": 0.95,
-    "b2": 0.99,
-    "eps": 1e-8,
-    "lookahead": {"period": 6, "step_size": 0.5},
-    "schedule": {"name": "constant_then_cosine", "peak": 1e-3, "final": 1e-5, "constant_epochs": 40},
-}
+OPTIM = common.nadam_lookahead(constant_epochs=40).to_dict()
+LOSS = common.dice_and_entropy().to_dict()
+BRATS = output.Output("sigmoid", regions.BRATS, regions.TISSUES)
+PLANE = output.Output("sigmoid", regions.Regions({"one": (1,)}), ("background", "one"))
 
 
 def make_run(tmp_path, **options):
@@ -38,29 +31,35 @@ def make_run(tmp_path, **options):
     settings = {
         "epochs": 3, "checkpoint_minutes": 99.0, "log_every": 100, "validate_every": 1, "validate_after_score": 0
     }  # fmt: skip
+    settings = common.get_config().train.to_dict() | settings
     fields = {
         "per_epoch": 4,
         "step": count,
         "key": jax.random.key(0),
         "schedule": lambda at: 1e-3,
-        "mesh": mesh.make_mesh(1, 1, batch=1),
+        "devices": mesh.make_devices(1, 1, batch=1),
         "checkpoints": checkpoint.open_checkpoints(tmp_path),
         "recorder": log.open_recorder(tmp_path, 0, writes=True),
-        "validate": lambda weights, stop: {"WT": 0.5, "TC": 0.5, "ET": 0.5},
-        "stop": loop.StopRequest(),
+        "validate": lambda weights, stop: (dict.fromkeys(("WT", "TC", "ET"), 0.5), {}),
+        "stop": signals.StopRequest(),
         "regions": ("WT", "TC", "ET"),
+        "workdir": tmp_path,
     }
     return loop.Run(config=settings | options.pop("config", {}), **(fields | options))
 
 
+def blank_batch():
+    return {"image": np.zeros((1, 1, 1, 1, 1), np.float32), "digest": np.zeros(1, np.uint32)}
+
+
 def blank_batches():
     while True:
-        yield {"image": np.zeros((1, 1, 1, 1, 1), np.float32)}
+        yield blank_batch()
 
 
 def finish(run, stream, value=0.0):
     try:
-        loop.fit(run, small_state(value, 0), loop.Progress([0.0] * 3), stream, validated=False)
+        loop.fit(run, small_state(value, 0), loop.Progress([0.0] * 3, [0] * 3), stream, validated=False)
     finally:
         log.close_recorder(run.recorder)
         checkpoint.close(run.checkpoints)
@@ -78,7 +77,7 @@ def test_the_slow_weights_are_validated_and_kept(tmp_path):
 
     def validate(weights, stop):
         seen.append(np.asarray(weights[0]["w"]))
-        return {"WT": 0.5, "TC": 0.5, "ET": 0.5}
+        return {"WT": 0.5, "TC": 0.5, "ET": 0.5}, {}
 
     finish(make_run(tmp_path, validate=validate), blank_batches(), value=4.0)
     np.testing.assert_array_equal(seen, np.full((3, 4), 2.0))
@@ -97,7 +96,7 @@ def test_the_best_weights_are_whole_when_the_validation_is_on_record(tmp_path, m
             found.append(sorted(p.name for p in (tmp_path / "best").iterdir()))
         original(recorder, kind, step, values)
 
-    monkeypatch.setattr(loop, "record", look)
+    monkeypatch.setattr(log, "record", look)
     finish(make_run(tmp_path), blank_batches())
     assert found == [["4"]] * 3
 
@@ -105,7 +104,7 @@ def test_the_best_weights_are_whole_when_the_validation_is_on_record(tmp_path, m
 def test_an_unreadable_file_does_not_lose_the_steps_before_it(tmp_path):
     def stream():
         for _ in range(6):
-            yield {"image": np.zeros((1, 1, 1, 1, 1), np.float32)}
+            yield blank_batch()
         raise UserError("broken.nii.gz")
 
     with pytest.raises(UserError, match="broken"):
@@ -113,7 +112,7 @@ def test_an_unreadable_file_does_not_lose_the_steps_before_it(tmp_path):
     checkpoints = checkpoint.open_checkpoints(tmp_path)
     state, progress = checkpoint.restore_latest(checkpoints, small_state(0.0, 0), print)
     checkpoint.close(checkpoints)
-    assert int(state.step) == 6 and progress["score_steps"] == 2
+    assert int(state.step) == 6 and progress["score_steps"] == [2] * 3
 
 
 # -- step ---------------------------------------------------------------------------------------------------------
@@ -142,10 +141,10 @@ def test_step_follows_the_gradient_and_reports_the_score():
     graphdef, params, stats = step.split_model(Linear())
     tx = optax.sgd(0.1)
     train = step.make_train_step(
-        graphdef, lambda z, g: (jnp.mean((z - g) ** 2), {"part": jnp.sum(z)}), lambda label: label[..., None] > 0, tx
+        graphdef, lambda z, g, drawn: (jnp.mean((z - g) ** 2), {"part": jnp.sum(z)}), PLANE, tx
     )
     image = np.array([[1.0, 2.0], [3.0, 1.0]]).reshape(1, 2, 2)
-    batch = {"image": jnp.asarray(image), "label": jnp.array([[0, 2]])}
+    batch = {"image": jnp.asarray(image), "label": jnp.array([[0, 1]])}
     state, metrics = train(step.init_state(params, stats, tx), batch, jax.random.key(0))
     # logits 0 and 1.25 against 0 and 1: gradient = mean of 2 (z - g) x
     np.testing.assert_allclose(state.params["kernel"][:, 0], [0.5 - 0.1 * 0.75, -0.25 - 0.1 * 0.25], rtol=1e-6)
@@ -168,11 +167,11 @@ def test_deep_supervision_weighs_levels_by_halves():
     tx = optax.sgd(0.1)
     seen = []
 
-    def loss(z, g):
+    def loss(z, g, drawn):
         seen.append(g.shape)
         return jnp.mean(jnp.abs(z - g)), {}
 
-    train = step.make_train_step(graphdef, loss, lambda label: label[..., None] > 0, tx)
+    train = step.make_train_step(graphdef, loss, PLANE, tx)
     image = np.zeros((1, 4, 4, 2), np.float32)  # logits 0: the losses are the means of the masks
     label = np.zeros((1, 4, 4), np.int32)
     label[0, 1, 1] = label[0, 3, 3] = 1  # of the coarse grid's centres (1, 1), (1, 3), (3, 1), (3, 3)
@@ -186,8 +185,8 @@ def test_the_same_step_gives_the_same_bits_and_another_step_another_drop_path():
     train = jax.jit(
         step.make_train_step(
             graphdef,
-            loss.make_loss({"name": "dice_bce", "eps": 1e-5}),
-            lambda label: jnp.stack([label > 0] * 3, -1),
+            loss.make_loss(LOSS, "sigmoid", 3),
+            BRATS,
             tx,
         )
     )
@@ -207,96 +206,32 @@ def test_the_same_step_gives_the_same_bits_and_another_step_another_drop_path():
 @pytest.mark.parametrize(("asked_at", "log_every"), [(2, 100), (3, 2), (4, 100), (5, 2)])
 def test_wherever_a_stop_is_asked_for_no_step_is_lost(tmp_path, asked_at, log_every):
     """The signal comes while the batch of a step is waited for; epochs have 4 steps."""
-    stop = loop.StopRequest()
+    stop = signals.StopRequest()
 
     def stream():
         for at in range(1, 100):
             if at == asked_at:
                 stop.signal = 15
-            yield {"image": np.zeros((1, 1, 1, 1, 1), np.float32)}
+            yield blank_batch()
 
     validations = []
 
     def validate(weights, stop):
         validations.append(1)
         if stop.signal:
-            raise loop.InterruptedValidationError
-        return {"WT": 0.5, "TC": 0.5, "ET": 0.5}
+            raise validation.InterruptedValidationError
+        return {"WT": 0.5, "TC": 0.5, "ET": 0.5}, {}
 
     run = make_run(tmp_path, validate=validate, stop=stop, config={"log_every": log_every})
-    loop.fit(run, small_state(1.0, 0), loop.Progress([0.0] * 3), stream(), validated=False)
+    loop.fit(run, small_state(1.0, 0), loop.Progress([0.0] * 3, [0] * 3), stream(), validated=False)
     restored = checkpoint.restore_latest(run.checkpoints, small_state(0.0, 0), print)
     log.close_recorder(run.recorder)
     checkpoint.close(run.checkpoints)
     assert restored is not None and int(restored[0].step) == asked_at
     in_epoch = asked_at % 4
-    assert restored[1]["score_steps"] == in_epoch and restored[1]["score_sum"] == [0.25 * in_epoch] * 3
+    assert restored[1]["score_steps"] == [in_epoch] * 3 and restored[1]["score_sum"] == [0.25 * in_epoch] * 3
     assert len(validations) == (asked_at >= 4)
     assert [r["step"] for r in log.read_records(tmp_path) if r["kind"] == "validation"] == ([4] if asked_at > 4 else [])
-
-
-# -- devices ------------------------------------------------------------------------------------------------------
-
-
-def test_a_batch_that_does_not_divide_is_refused_with_the_numbers():
-    code = """
-    from xdim_jax import mesh
-    from xdim_jax.errors import UserError
-    for arguments in ((-1, 1, 6), (-1, 3, 8), (16, 1, 16)):
-        try:
-            mesh.make_mesh(arguments[0], arguments[1], batch=arguments[2])
-        except UserError as error:
-            print(error)
-    print(dict(mesh.make_mesh(-1, 2, batch=8).shape))
-    """
-    lines = run_on_eight_devices(code)
-    assert lines[0] == (
-        "config.data.batch=6 does not divide over 8 data-parallel devices in 1 processes; "
-        "set --config.data.batch=8 or --config.mesh.data=6"
-    )
-    assert "mesh.space=3 does not divide the 8 devices" in lines[1]
-    assert "16 x 1 devices; there are 8" in lines[2]
-    assert lines[3] == "{'data': 4, 'space': 2}"
-
-
-def run_on_eight_devices(code):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, check=True
-    )
-    return done.stdout.splitlines()
-
-
-def test_eight_devices_compute_what_one_does():
-    """Loss, gradient norm and score of a toy DX-Net: a batch over 2 devices, depth over 2, against one device."""
-    code = """
-    import jax, jax.numpy as jnp, numpy as np
-    from tests.test_training import make_state, OPTIM
-    from tests.conftest import toy_model
-    from xdim_jax import loss, mesh, regions, step, optim
-    graphdef, tx, state = make_state(toy_model(drop_path=0.0))
-    rng = np.random.default_rng(0)
-    batch = {"image": rng.normal(size=(4, 64, 32, 32, 4)).astype(np.float32),
-             "label": rng.integers(0, 4, (4, 64, 32, 32)).astype(np.uint8)}
-    train = step.make_train_step(graphdef, loss.make_loss({"name": "dice_bce", "eps": 1e-5}),
-                                 lambda label: regions.BRATS.encode(label, jnp), tx)
-    results = []
-    for data, space in ((1, 1), (2, 2)):
-        devices = mesh.make_mesh(data, space, batch=4)
-        placed = mesh.put_batch(batch, devices)
-        rep = mesh.replicated(devices)
-        at = mesh.put_replicated(state, devices)
-        _, metrics = jax.jit(train, out_shardings=(rep, rep))(at, placed, jax.random.key(0))
-        results.append(jax.device_get(metrics))
-    for other in results[1:]:
-        for name in results[0]:
-            print(name, float(np.abs(np.asarray(other[name]) / np.asarray(results[0][name]) - 1).max()))
-    """
-    lines = run_on_eight_devices(code)
-    assert len(lines) == 6
-    for line in lines:
-        name, difference = line.split()
-        assert float(difference) < (1e-2 if name == "score" else 1e-3), line
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -304,7 +239,7 @@ def test_eight_devices_compute_what_one_does():
 
 def small_state(value, at):
     params = optax.LookaheadParams(fast={"w": jnp.full(4, value)}, slow={"w": jnp.full(4, value / 2)})
-    return step.TrainState(jnp.int32(at), params, {"n": {"mean": jnp.full(2, value)}}, {"mu": jnp.zeros(4)})
+    return step.TrainState(jnp.int32(at), params, {"n": {"mean": jnp.full(2, value)}}, {"mu": jnp.zeros(4)}, {})
 
 
 def save_states(workdir, steps):

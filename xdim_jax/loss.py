@@ -28,7 +28,7 @@ def _spatial(x: jax.Array) -> tuple[int, ...]:
 
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """``-[g log y + (1 - g) log(1 - y)]`` with ``y = sigmoid(logits)``, elementwise."""
-    return jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    return jax.nn.softplus(logits) - logits * targets
 
 
 def soft_dice(probs: jax.Array, targets: jax.Array, eps: float, *, axes: tuple[int, ...]) -> jax.Array:
@@ -53,6 +53,13 @@ def merge_undrawn(logits: jax.Array, drawn: jax.Array) -> jax.Array:
     shown = drawn.reshape(drawn.shape[0], *(1,) * (logits.ndim - 2), -1)
     hidden = jnp.where(shown, _NEVER, logits).at[..., 0].set(logits[..., 0])
     return jnp.where(shown, logits, _NEVER).at[..., 0].set(jax.nn.logsumexp(hidden, axis=-1))
+
+
+def merge_undrawn_targets(targets: jax.Array, drawn: jax.Array) -> jax.Array:
+    """Softmax targets whose background (channel 0) has what channels that are not ``drawn`` may hold all the same."""
+    shown = drawn.reshape(drawn.shape[0], *(1,) * (targets.ndim - 2), -1)
+    hidden = jnp.sum(jnp.where(shown, 0, targets), -1)
+    return jnp.where(shown, targets, 0).at[..., 0].add(hidden)
 
 
 def make_loss(config: Mapping[str, Any], activation: str, channels: int) -> Loss:
@@ -91,10 +98,10 @@ def make_loss(config: Mapping[str, Any], activation: str, channels: int) -> Loss
     if name == "dice_ce" and not softmax:
         problems.append("config.loss.name=dice_ce is of config.output=softmax; sigmoids go with dice_bce")
     weights = np.asarray(config["weights"] or (1.0,) * channels, np.float32)
-    if weights.shape != (channels,) or not (weights >= 0).all() or not weights.any():
+    if weights.shape != (channels,) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
         problems.append(
             f"config.loss.weights={tuple(config['weights'])}: expected one number for each of the {channels} channels, "
-            "none negative and not all zero"
+            "none negative or infinite and not all zero"
         )
     if not config["eps"] > 0:
         problems.append(f"config.loss.eps={config['eps']}: expected a small positive number")
@@ -114,7 +121,7 @@ def make_loss(config: Mapping[str, Any], activation: str, channels: int) -> Loss
         if drawn is not None:
             taken = taken * drawn
             if softmax:
-                logits = merge_undrawn(logits, drawn)
+                logits, targets = merge_undrawn(logits, drawn), merge_undrawn_targets(targets, drawn)
         probs = jax.nn.softmax(logits) if softmax else jax.nn.sigmoid(logits)
         axes = _spatial(logits)
         if per_batch:
@@ -126,7 +133,8 @@ def make_loss(config: Mapping[str, Any], activation: str, channels: int) -> Loss
         dice_loss = 1 - _mean(dice, share)
         if name == "dice_ce":
             entropy = -jnp.sum(targets * jax.nn.log_softmax(logits) * weights, -1)
-            entropy = jnp.sum(entropy) / (len(logits) if summed else jnp.sum(targets * weights))
+            weight = len(logits) if summed else jnp.sum(targets * weights)
+            entropy = jnp.sum(entropy) / jnp.where(weight > 0, weight, 1)  # no voxel of a class that counts: zero
         else:
             entropy = binary_cross_entropy(against_the_rest(logits) if softmax else logits, targets)
             entropy = _mean((jnp.sum if summed else jnp.mean)(entropy, axes), taken)

@@ -46,6 +46,18 @@ class Devices:
         rows = NamedSharding(self.mesh, PartitionSpec(DATA))
         return {k: jax.make_array_from_process_local_data(images if v.ndim > 2 else rows, v) for k, v in batch.items()}
 
+    def abstract_batch(self, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+        """The global batch as `put_batch` lays it out, in shapes."""
+
+        def laid_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            if self.parallel == "pmap":
+                here = len(self.mesh.local_devices)
+                return jax.ShapeDtypeStruct((here, leaf.shape[0] // here, *leaf.shape[1:]), leaf.dtype)
+            axes = PartitionSpec(DATA, SPACE) if len(leaf.shape) > 2 else PartitionSpec(DATA)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, axes))
+
+        return {k: laid_out(v) for k, v in batch.items()}
+
     def put_state(self, tree: Any) -> Any:
         """A tree of arrays, copied to every device."""
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))

@@ -61,6 +61,17 @@ def _bounding_box(mask: np.ndarray, margin: int) -> tuple[slice, ...]:
     return tuple(box)
 
 
+def assd_mean(pred: np.ndarray, ref: np.ndarray, spacing: Sequence[float] | None = None) -> float:
+    """Mean of the two directed mean surface distances: the MAD of CAMUS (spec: challenges, section 1.2)."""
+    to_ref, to_pred = surface_distances(pred, ref, spacing)
+    return float(to_ref.mean() + to_pred.mean()) / 2
+
+
+def hausdorff(pred: np.ndarray, ref: np.ndarray, spacing: Sequence[float] | None = None) -> float:
+    """Largest of all surface distances, in both directions."""
+    return float(np.concatenate(surface_distances(pred, ref, spacing)).max())
+
+
 def hd95_pooled(pred: np.ndarray, ref: np.ndarray, spacing: Sequence[float] | None = None) -> float:
     """95th percentile (linear) of both directed lists of surface distances put together; image edge is outside."""
     return float(np.percentile(np.concatenate(surface_distances(pred, ref, spacing)), 95))

@@ -32,7 +32,7 @@ def _exponential(options: Mapping[str, Any], epochs: float, per_epoch: int) -> S
 
 
 def _polynomial(options: Mapping[str, Any], epochs: float, per_epoch: int) -> Schedule:
-    """``peak * (1 - t)^power`` down to ``final``; t is the share of the run that is done (nnU-Net's, power 0.9)."""
+    """``final + (peak - final) * (1 - t)^power``; t is the share of the run that is done (as nnU-Net's, power 0.9)."""
     steps = max(round(epochs * per_epoch), 1)
     return optax.polynomial_schedule(options["peak"], options["final"], options["power"], steps)
 
@@ -143,7 +143,7 @@ def rates_of(params: Any, rates: str) -> Any:
     words, problems = [], []
     names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for word in filter(None, (w.strip() for w in rates.split(","))):
-        pattern, _, value = word.rpartition("=")
+        pattern, _, value = (w.strip() for w in word.rpartition("="))
         try:
             factor = float(value)
         except ValueError:
@@ -174,6 +174,14 @@ def _scale_by_rates(rates: str) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def _without_frozen(rates: str) -> optax.GradientTransformation:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(lambda u, r: u if r else jnp.zeros_like(u), updates, rates_of(updates, rates)), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def _decayed(params: Any) -> Any:
     """Which leaves weight decay takes: kernels; neither biases nor the scales of norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: leaf_name(path).rpartition(".")[2] == "kernel", params)
@@ -187,7 +195,7 @@ DECAYS = ("decoupled", "l2")
 def make_optimizer(config: Mapping[str, Any], schedule: Schedule) -> optax.GradientTransformation:
     """One of the Nadams, inside LookAhead when ``lookahead.period`` is above 0.
 
-    In this order: the gradients are clipped to ``clip_norm`` (by their global norm; 0: not); weight decay of kind
+    In this order: gradients of frozen parts are dropped; the gradients are clipped to ``clip_norm`` (by their global norm; 0: not); weight decay of kind
     ``l2`` is added to them; Nadam; ``decoupled`` weight decay (Loshchilov and Hutter 2019); the factors of ``rates``
     (see `rates_of`); the learning rate. Weight decay takes kernels alone unless ``decay_all``.
 
@@ -203,12 +211,14 @@ def make_optimizer(config: Mapping[str, Any], schedule: Schedule) -> optax.Gradi
     mask = None if config["decay_all"] else _decayed
     decay = [optax.add_decayed_weights(config["weight_decay"], mask)] if config["weight_decay"] else []
     nadam = OPTIMIZERS[config["name"]](config["b1"], config["b2"], config["eps"], config["momentum_decay"])
+    rates = config["rates"]
     tx = optax.chain(
+        *([_without_frozen(rates)] if rates else []),
         *([optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []),
         *(decay if config["decay"] == "l2" else []),
         nadam,
         *(decay if config["decay"] == "decoupled" else []),
-        *([_scale_by_rates(config["rates"])] if config["rates"] else []),
+        *([_scale_by_rates(rates)] if rates else []),
         optax.scale_by_learning_rate(schedule),
     )
     ahead = config["lookahead"]

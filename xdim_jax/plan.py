@@ -1,0 +1,282 @@
+"""What a recipe needs: memory and floating-point operations of its step and of prediction, before anything runs.
+
+Every combination of the choices given is compiled for the devices that are here, with shapes in place of arrays, so
+neither data nor room for the arrays is needed. Memory is what the compiler reserves, per device: state, batch and
+temporaries. Operations are those of the mathematics, for all devices together; a multiply-add counts two.
+
+With --budget, each line says whether it fits; with --largest=patch or --largest=batch as well, the choices are not
+listed but searched for the largest that fits.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+
+from xdim_jax import cli, log, models, ops, optim
+from xdim_jax.data.case import Dataset
+from xdim_jax.errors import UserError
+from xdim_jax.files import write_json
+from xdim_jax.mesh import make_devices
+from xdim_jax.program import make_program
+from xdim_jax.recipe import check_config
+
+_UNITS = {"": 1, "B": 1, **{f"{k}B": 10 ** (3 * i) for i, k in enumerate("kMGT", 1)}}
+_UNITS |= {f"{k}iB": 2 ** (10 * i) for i, k in enumerate("KMGT", 1)}
+_STEP = 32  # sides that are tried are multiples of it
+_MOST = 1024  # largest side, and largest batch, that is tried
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a plan varies."""
+
+    patch: tuple[int, ...]
+    batch: int
+    precision: str
+    remat: str
+
+    @property
+    def voxels(self) -> int:
+        """In a batch."""
+        return math.prod(self.patch) * self.batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes per device, and operations of all devices."""
+
+    step_bytes: int
+    step_flops: float
+    predict_bytes: int
+    predict_flops: float
+
+
+def measure(config: cli.Config, dataset: Dataset, choice: Choice) -> Need:
+    """Compiles step and prediction of a config with a choice, on the devices that the config asks for.
+
+    Raises:
+        UserError: the choice does not fit the network, or the devices.
+    """
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data.patch = choice.patch
+    config.data.batch, config.train.precision, config.train.remat = choice.batch, choice.precision, choice.remat
+    try:
+        models.check_patch(config.model, choice.patch)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    mesh = config.mesh
+    devices = make_devices(
+        mesh.data, mesh.space, batch=choice.batch, parallel=mesh.parallel, accumulate=config.train.accumulate
+    )
+    models.check_space(config.model, choice.patch, devices.mesh.shape["space"])
+    program, params, stats = make_program(config, dataset, per_epoch=1, axis=devices.axis, abstract=True)
+    state = jax.eval_shape(program.init, params, stats)
+    shapes = {
+        "image": jax.ShapeDtypeStruct((choice.batch, *choice.patch, config.model.in_channels), jnp.float32),
+        "label": jax.ShapeDtypeStruct((choice.batch, *choice.patch), jnp.uint8),
+        "key": jax.ShapeDtypeStruct((choice.batch, 2), jnp.uint32),
+    }
+    if dataset.drawn is not None:
+        shapes["drawn"] = jax.ShapeDtypeStruct((choice.batch, len(program.output.channels)), jnp.bool_)
+        shapes["drawn_regions"] = jax.ShapeDtypeStruct((choice.batch, len(dataset.regions.names)), jnp.bool_)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    step = devices.lower(program.step, state, devices.abstract_batch(shapes), key).compile()
+
+    weights = (optim.slow(state.params), state.stats)
+    image = jax.ShapeDtypeStruct((1, *choice.patch, config.model.in_channels), jnp.float32)
+
+    def predict(weights: Any, image: jax.Array) -> jax.Array:
+        return program.output.probabilities(program.forward(weights, image))
+
+    one = make_program(config, dataset, per_epoch=1, abstract=True)[0]  # without the names of a pmap
+    return Need(
+        _bytes(step),
+        _flops(one.step, state, shapes, key),
+        _bytes(jax.jit(predict).lower(weights, image).compile()),
+        _flops(predict, weights, image),
+    )
+
+
+def _bytes(compiled: Any) -> int:
+    """Arguments, results that do not lie in arguments, temporaries and code, per device."""
+    m = compiled.memory_analysis()
+    results = m.output_size_in_bytes - m.alias_size_in_bytes
+    return m.argument_size_in_bytes + results + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+
+
+def _flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Of the plain form, which has no loops: a compiler's count takes the body of a loop once."""
+    with ops.use_form("reference"):
+        cost = jax.jit(lambda *a: function(*a)).lower(*arguments).cost_analysis()
+    return float((cost or {}).get("flops", math.nan))
+
+
+def parse_bytes(text: str) -> int:
+    """``16GiB``, ``80 GB``, ``500000000``. Raises UserError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise UserError(f"--budget={text}: expected a number with one of {', '.join(filter(None, _UNITS))}, e.g. 16GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def largest(
+    candidates: Sequence[Choice], fits: Callable[[Choice], bool], say: Callable[[str], None] = lambda line: None
+) -> Choice | None:
+    """The last candidate that fits, of candidates in rising order, by bisection; None if the first does not."""
+    low, high = -1, len(candidates)
+    at = 0  # upwards in doubling steps first: large programs take long to compile, and may not fit this machine
+    while low + 1 < high:
+        at = min(max(low + 1, at), high - 1)
+        ok = fits(candidates[at])
+        say(f"           {_name(candidates[at])}: {'fits' if ok else 'does not fit'}")
+        low, high = (at, high) if ok else (low, at)
+        at = 2 * at + 1 if high == len(candidates) else (low + high) // 2
+    return candidates[low] if low >= 0 else None
+
+
+def growing(config: cli.Config, start: Choice, what: str) -> list[Choice]:
+    """Legal choices in rising order: patches with equal sides (of DS-Net, equal sides in plane), or batches.
+
+    Raises:
+        UserError: no patch is legal.
+    """
+    if what == "batch":
+        rows = make_devices(config.mesh.data, config.mesh.space, batch=_MOST * jax.device_count()).mesh.shape["data"]
+        unit = rows * config.train.accumulate
+        return [dataclasses.replace(start, batch=unit * n) for n in range(1, _MOST // unit + 1)]
+    fixed = start.patch[:1] if config.model.name == "dsnet" else ()
+    choices = []
+    for side in range(_STEP, _MOST + 1, _STEP):
+        patch = (*fixed, *(side,) * (len(start.patch) - len(fixed)))
+        try:
+            models.check_patch(config.model, patch)
+            models.check_space(config.model, patch, config.mesh.space)
+        except ValueError:  # a UserError is one
+            continue
+        choices.append(dataclasses.replace(start, patch=patch))
+    if not choices:
+        raise UserError(f"no patch with equal sides up to {_MOST} fits {config.model.name}")
+    return choices
+
+
+def _name(choice: Choice) -> str:
+    patch = "x".join(map(str, choice.patch))
+    return f"patch {patch}, batch {choice.batch}, {choice.precision}, remat {choice.remat or 'none'}"
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line, see ``--help``."""
+    parser = _parser()
+    options, overrides = parser.parse_known_args(argv)
+    config = cli.load_config(options.config, overrides)
+    dataset = check_config(config, needs_data=False)
+    budget = parse_bytes(options.budget) if options.budget else None
+    if options.largest and budget is None:
+        raise UserError(f"--largest={options.largest} needs --budget=<memory of a device>, e.g. --budget=16GiB")
+    cli.cache_programs()
+    patches = [_numbers("--patch", text) for text in options.patch] or [tuple(config.data.patch)]
+    batches = _numbers("--batch", options.batch) if options.batch else (config.data.batch,)
+    precisions = options.precision.split(",") if options.precision else [config.train.precision]
+    remats = options.remat or [config.train.remat]
+    choices = [Choice(*c) for c in itertools.product(patches, batches, precisions, remats)]
+    device = jax.devices()[0]
+    log.say(f"devices    {jax.device_count()} x {device.device_kind} ({device.platform}): numbers are of its programs")
+    rows: list[tuple[Choice, Need]] = []
+    known: dict[Choice, Need] = {}
+
+    def need(choice: Choice) -> Need:
+        if choice not in known:
+            known[choice] = measure(config, dataset, choice)
+        return known[choice]
+
+    if options.largest and budget is not None:
+        for start in dict.fromkeys(_without(c, options.largest) for c in choices):
+            log.say(f"search     for the largest {options.largest} in {options.budget}")
+            found = largest(
+                growing(config, start, options.largest), lambda c: need(c).step_bytes <= budget, say=log.say
+            )
+            if found is None:
+                log.say(f"           nothing fits with {start.precision}, remat {start.remat or 'none'}")
+            else:
+                rows.append((found, need(found)))
+    else:
+        rows = [(choice, need(choice)) for choice in choices]
+    for line in format_rows(rows, budget):
+        log.say(line)
+    if budget is not None and not options.largest:
+        fitting = [c for c, n in rows if n.step_bytes <= budget]
+        best = max(fitting, key=lambda c: c.voxels, default=None)
+        log.say("largest    " + (_name(best) if best else "none of them fits") + f" (budget {options.budget})")
+    if options.json:
+        write_json(options.json, [dataclasses.asdict(c) | dataclasses.asdict(n) for c, n in rows])
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(
+        "xdim_jax.plan",
+        __doc__ or "",
+        "exit status: 0 done, 2 unusable input\n\nexamples:\n"
+        "  python -m xdim_jax.plan --config=configs/brats_dxnet.py --patch=96,96,96 --patch=128,128,128 \\\n"
+        "      --precision=float32,bfloat16 --budget=16GiB\n"
+        "  python -m xdim_jax.plan --config=configs/brats_dxnet.py --budget=16GiB --largest=patch",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:WORDS]", help="a recipe, e.g. configs/brats_dxnet.py")
+    parser.add_argument("--patch", action="append", default=[], metavar="D,H,W", help="may be given several times")
+    parser.add_argument("--batch", metavar="N,N,...", help="samples of all devices together")
+    parser.add_argument("--precision", metavar="P,P", help="of float32 and bfloat16")
+    parser.add_argument("--remat", action="append", metavar="STAGES", help="see config.train.remat; several times")
+    parser.add_argument("--budget", metavar="SIZE", help="memory of a device, e.g. 16GiB")
+    parser.add_argument("--largest", choices=("patch", "batch"), help="search for it within the budget")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    return parser
+
+
+def _without(choice: Choice, what: str) -> Choice:
+    """A choice of which only the rest counts."""
+    return dataclasses.replace(choice, batch=1) if what == "batch" else choice
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(word) for word in text.strip("()").split(",") if word.strip())
+    except ValueError as error:
+        raise UserError(f"{flag}={text}: expected whole numbers with commas between them") from error
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"{flag}={text}: expected whole numbers above 0 with commas between them")
+    return numbers
+
+
+def format_rows(rows: Sequence[tuple[Choice, Need]], budget: int | None) -> list[str]:
+    """A table as aligned lines."""
+    head = ("patch", "batch", "precision", "remat", "step memory", "step GFLOP", "predict memory", "predict GFLOP")
+    table = [(*head, *(["fits"] if budget else []))]
+    for c, n in rows:
+        cells = ("x".join(map(str, c.patch)), str(c.batch), c.precision, c.remat or "none", _gib(n.step_bytes))
+        rest = (f"{n.step_flops / 1e9:.1f}", _gib(n.predict_bytes), f"{n.predict_flops / 1e9:.1f}")
+        fits = [("yes" if n.step_bytes <= budget else "no")] if budget else []
+        table.append((*cells, *rest, *fits))
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in table]
+
+
+def command() -> NoReturn:
+    """The console entry point."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    command()
