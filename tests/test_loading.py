@@ -157,7 +157,7 @@ def test_an_encoder_goes_into_a_3d_network():
     stem = np.asarray(new["encoder"]["conv_stem"]["kernel"])
     np.testing.assert_allclose(stem[1, :, :, 7], encoder.arrays["conv_stem.kernel"][:, :, 1] * 3 / 8 / 3, rtol=1e-6)
     assert (new["last"]["kernel"] == params["last"]["kernel"]).all()
-    assert done["bn1.var"] == "dropped: instance norm"
+    assert done["encoder.bn1.var"] == "dropped: instance norm"
 
 
 @pytest.mark.parametrize(
@@ -284,9 +284,9 @@ def test_training_starts_from_ported_weights_and_its_workdir_is_a_model(tmp_path
     path = tmp_path / "enc.safetensors"
     write_weights(path, float32(make_encoder(eps=1e-5)))
     text = train(tmp_path / "run", f"--config.init.weights={path}", "--config.init.inflate=repeat")
-    assert f"weights from {path} (" in text and "channels by cycle then repeat" in text
+    assert f"weights    {path}: 100 % of encoder; arrays: 31 axis added, 1 channels by cycle then repeat" in text
     path.unlink()
-    assert "weights of the run so far" in train(
+    assert "weights    of the run so far" in train(
         tmp_path / "run", f"--config.init.weights={path}", "--config.init.inflate=repeat"
     )
     image = np.random.default_rng(0).normal(size=(1, 32, 32, 64, 4)).astype(np.float32)

@@ -171,10 +171,10 @@ def assert_same_end(a, b, at):
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     """The real command; the states are read here, without verify_run."""
     folder = tmp_path / "kills"
-    command = [sys.executable, "-m", "tests.kill_and_resume", "--kills=3", "--seed=1", f"--folder={folder}"]
+    command = [sys.executable, "-m", "tests.kill_and_resume", "--kills=2", "--seed=1", f"--folder={folder}"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 kills in" in done.stdout and "0 runs differ" in done.stdout
+    assert "2 kills in" in done.stdout and "0 runs differ" in done.stdout
     killed = sorted(folder.glob("killed*"))
     assert killed
     for workdir in killed:
@@ -270,7 +270,7 @@ if moment == "prepare":
     original = store.read_case
     def read_case(case):
         print("reading now", flush=True)
-        long()
+        time.sleep(600)
     store.read_case = read_case
 elif moment == "compile":
     class Lowered:
@@ -311,6 +311,7 @@ def test_a_signal_to_the_process_is_heard_at_every_moment(moment, line, number, 
             seen += text
             if text.startswith(line):
                 break
+        time.sleep(0.5 if moment != "steps" else 0)  # until it is in the middle of it
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
     finally:
@@ -536,9 +537,6 @@ def test_a_file_that_cannot_be_read_does_not_lose_the_steps_before_it(tmp_path):
     assert go_on(tmp_path) == 12
 
 
-@pytest.mark.xfail(
-    strict=True, reason="loop._steps saves after a reading error without _record_steps: the steps are never on record"
-)
 def test_the_steps_before_an_unreadable_file_are_on_record(tmp_path):
     with pytest.raises(UserError, match=r"broken\.nii\.gz"):
         go_on(tmp_path, broken_after([0.5] * 6))
@@ -546,9 +544,6 @@ def test_the_steps_before_an_unreadable_file_are_on_record(tmp_path):
     assert [r["step"] for r in lines_of(tmp_path / "steps.jsonl")] == list(range(1, 13))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="loop._steps saves after a reading error without _check_finite: a broken state is saved"
-)
 def test_a_state_that_a_nan_broke_is_not_saved_when_a_file_cannot_be_read(tmp_path):
     """The NaN is at step 5; states are looked at every 100 steps."""
     with contextlib.suppress(UserError):
@@ -768,7 +763,10 @@ class Mlflow(Wandb):
             self.calls.append(("start_run", run_id, run_name))
             return types.SimpleNamespace(info=types.SimpleNamespace(run_id=run_id or f"id{len(self.calls)}"))
 
-        names = ("set_tracking_uri", "set_experiment", "log_params", "log_metrics", "log_image", "end_run")
+        names = (
+            *("set_tracking_uri", "set_experiment", "get_experiment_by_name", "create_experiment"),
+            *("log_params", "log_metrics", "log_image", "end_run"),
+        )
         return types.SimpleNamespace(start_run=start_run, **{name: keep(name) for name in names})
 
 
@@ -853,7 +851,6 @@ def test_a_tracker_that_is_not_installed_names_its_extra(name, fakes, monkeypatc
         trackers.open_trackers(tracker_config(**{name: "x"}), tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="pyproject.toml has no extras wandb and mlflow, which the message names")
 def test_the_extras_that_the_message_names_exist():
     import tomllib
 
@@ -875,11 +872,10 @@ def test_trackers_are_online_where_the_environment_says_so(fakes, monkeypatch, t
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
     opened = trackers.open_trackers(tracker_config(wandb="x", mlflow="y"), tmp_path)
     assert len(opened) == 2 and fakes["wandb"].modes == ["online"]
-    assert fakes["mlflow"].named("set_tracking_uri")[0][1] == ("http://server:5000",)
+    assert not fakes["mlflow"].named("set_tracking_uri"), "mlflow reads the variable itself"
     assert trackers.open_trackers(tracker_config(), tmp_path) == []
 
 
-@pytest.mark.xfail(strict=True, reason="the id of wandb is the workdir's last name: a/fold0 and b/fold0 are one run")
 def test_runs_of_the_same_name_elsewhere_are_other_runs_of_wandb(fakes, tmp_path):
     for parent in ("a", "b"):
         (tmp_path / parent / "fold0").mkdir(parents=True)
@@ -1020,14 +1016,7 @@ UNUSABLE = {
 }
 
 
-_UNREADABLE = pytest.mark.xfail(
-    strict=True, reason="verify_run._arrays: orbax's metadata of a damaged checkpoint is None, an AttributeError"
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=_UNREADABLE if n in ("damaged", "emptied") else ()) for n in UNUSABLE]
-)
+@pytest.mark.parametrize("name", UNUSABLE)
 def test_unusable_folders_are_one_clear_message(name, tmp_path, monkeypatch, capsys):
     good, bad = unusable(name, tmp_path)
     for pair in ((good, bad), (bad, good)):
@@ -1152,9 +1141,6 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch):
     assert_says_what_to_do("tf_efficientnet_b0_ns")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="start.read_named takes timm's tag, .ns_jft_in1k, for a file's suffix: the hub is never asked"
-)
 def test_without_a_network_the_message_for_the_recipes_own_name_says_what_to_do(monkeypatch):
     no_network(monkeypatch)
     name = cli.load_config("configs/camus_omnianet.py", []).init.weights
@@ -1191,13 +1177,13 @@ def ported(tmp_path_factory):
     return state, folder
 
 
-def load_resnet(path, workdir, *options):
+def load_resnet(path, *options):
     """Puts a file into an Omnia-Net of zeros."""
     config = cli.load_config(RECIPE, [*RESNET, f"--config.init.weights={path}", *options])
     _, params, stats = step.split_model(models.build_abstract(config.model))
     zeros = [jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree) for tree in (params, stats)]
-    params, stats = start.initialise(config, *zeros, workdir)
-    return params, stats, json.loads((workdir / "pretrained.json").read_text())
+    params, stats, report = start.initialise(config, *zeros)
+    return params, stats, json.loads(json.dumps(report))
 
 
 def flat(tree, prefix=""):
@@ -1207,9 +1193,9 @@ def flat(tree, prefix=""):
     return found
 
 
-def test_a_ported_file_fills_the_encoder_and_the_report_says_how(ported, tmp_path, capsys):
+def test_a_ported_file_fills_the_encoder_and_the_report_says_how(ported, capsys):
     state, folder = ported
-    params, stats, report = load_resnet(folder / "resnet.safetensors", tmp_path)
+    params, stats, report = load_resnet(folder / "resnet.safetensors")
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert report["coverage"] == 1.0 and report["random"] == []
     assert report["source"]["sha256"] == digest and report["weights"] == str(folder / "resnet.safetensors")
@@ -1227,19 +1213,18 @@ def test_a_ported_file_fills_the_encoder_and_the_report_says_how(ported, tmp_pat
     np.testing.assert_array_equal(arrays["encoder.layer4.1.bn2.var"], state["layer4.1.bn2.running_var"])
     assert not any(a.any() for name, a in arrays.items() if name not in inside), "the decoder is as it was"
     out = capsys.readouterr().out
-    assert "100 % of the encoder" in out and digest in out
+    assert "100 % of encoder" in out and digest in out
 
 
-def test_a_file_that_lacks_an_array_fails_unless_it_may(ported, tmp_path, capsys):
+def test_a_file_that_lacks_an_array_fails_unless_it_may(ported, tmp_path):
     _, folder = ported
     whole = start.read_named(str(folder / "resnet.safetensors"))
     arrays = {n: a for n, a in whole.arrays.items() if n != "layer1.0.conv1.kernel"}
     path = tmp_path / "lacking.safetensors"
     write_weights(path, Weights(whole.kind, whole.model, arrays, whole.unused, whole.source))
     with pytest.raises(UserError, match=r"config\.init\.weights=.*\n?(.*\n)*.*encoder\.layer1\.0\.conv1\.kernel"):
-        load_resnet(path, tmp_path)
-    assert not (tmp_path / "pretrained.json").exists()
-    params, _, report = load_resnet(path, tmp_path, "--config.init.require=False")
+        load_resnet(path)
+    params, _, report = load_resnet(path, "--config.init.require=False")
     assert report["random"] == ["encoder.layer1.0.conv1.kernel"]
     assert "encoder.layer1.0.conv1.kernel" not in report["arrays"]
     # of ResNet-18 without its head, scalars: (all - 64 * 64 * 9) / all, with the stem of this network's channels

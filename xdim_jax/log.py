@@ -70,7 +70,7 @@ class Recorder:
     jsonl: IO[str] | None = None
     steps: IO[str] | None = None
     tensorboard: SummaryWriter | None = None
-    trackers: Sequence[Any] = ()  # see xdim_jax.trackers
+    trackers: list[Any] = dataclasses.field(default_factory=list)  # see xdim_jax.trackers
 
 
 def read_records(workdir: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ def open_recorder(workdir: Path, step: int, *, writes: bool, trackers: Sequence[
     try:
         tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         metrics, steps = (open(workdir / n, "a", encoding="utf-8") for n in (METRICS_FILE, STEPS_FILE))  # noqa: SIM115
-        return Recorder(metrics, steps, tensorboard, trackers)
+        return Recorder(metrics, steps, tensorboard, list(trackers))
     except OSError as error:
         raise write_error(workdir / "tensorboard", error) from error
 
@@ -126,8 +126,18 @@ def record(recorder: Recorder, kind: str, step: int, values: Mapping[str, float]
         recorder.tensorboard.flush()
     except OSError as error:
         raise write_error(Path(recorder.jsonl.name), error) from error
-    for tracker in recorder.trackers:
-        tracker.scalars(step, scalars)
+    _tell_trackers(recorder, lambda tracker: tracker.scalars(step, scalars))
+
+
+def _tell_trackers(recorder: Recorder, tell: Callable[[Any], None]) -> None:
+    """A tracker that fails (its server is gone, its disk full) is left out from then on; training goes on."""
+    for tracker in list(recorder.trackers):
+        try:
+            tell(tracker)
+        except Exception as error:
+            recorder.trackers.remove(tracker)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            warn(f"{type(tracker).__name__.strip('_').lower()} fails and is left out from now on: {reason}")
 
 
 def record_steps(recorder: Recorder, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -151,13 +161,13 @@ def record_pictures(recorder: Recorder, step: int, pictures: Mapping[str, np.nda
         recorder.tensorboard.flush()
     except OSError as error:
         raise write_error(Path(str(recorder.tensorboard.logdir)), error) from error
-    for tracker in recorder.trackers:
-        tracker.pictures(step, pictures)
+    _tell_trackers(recorder, lambda tracker: tracker.pictures(step, pictures))
 
 
 def close_recorder(recorder: Recorder) -> None:
     """Closes the files; losing the last buffered scalars to a full disk is not an error of its own."""
-    for file in (recorder.jsonl, recorder.steps, recorder.tensorboard, *recorder.trackers):
+    _tell_trackers(recorder, lambda tracker: tracker.close())
+    for file in (recorder.jsonl, recorder.steps, recorder.tensorboard):
         try:
             if file is not None:
                 file.close()

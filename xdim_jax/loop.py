@@ -75,7 +75,7 @@ def fit(
     start = int(state.step)
     if start and start % run.per_epoch == 0 and not validated and _due(run, progress, start):
         _validate(run, state)
-    if run.stop.signal or _stale(run):
+    if run.stop.signal or (start < run.total and _stale(run)):
         return state
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(run.config["watchdog_seconds"], run.activity, say))
@@ -100,7 +100,10 @@ def _steps(
             batch = watchdog.next(stream)
         except UserError:  # a file that cannot be read: the steps so far are not lost
             if done - 1 > start:
-                _take_scores(progress, jax.device_get(pending))
+                values = jax.device_get(pending)
+                _check_finite(done - 1, values, losses)
+                _record_steps(run, done - 1, values, digests)
+                _take_scores(progress, values)
                 checkpoint.save_latest(run.checkpoints, state, dataclasses.asdict(progress))
             raise
         digests.append(batch.pop("digest").tolist())
@@ -131,7 +134,7 @@ def _steps(
             saved = time.monotonic()
         if epoch_ends and _due(run, progress, done):
             _validate(run, state)
-            if _stale(run):
+            if done < run.total and _stale(run):
                 break
         # a signal that came after the save waits for the next step; past an epoch's end the step would hide from
         # the resumed run that this epoch's validation is missing

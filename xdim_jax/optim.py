@@ -195,9 +195,10 @@ DECAYS = ("decoupled", "l2")
 def make_optimizer(config: Mapping[str, Any], schedule: Schedule) -> optax.GradientTransformation:
     """One of the Nadams, inside LookAhead when ``lookahead.period`` is above 0.
 
-    In this order: gradients of frozen parts are dropped; the gradients are clipped to ``clip_norm`` (by their global norm; 0: not); weight decay of kind
-    ``l2`` is added to them; Nadam; ``decoupled`` weight decay (Loshchilov and Hutter 2019); the factors of ``rates``
-    (see `rates_of`); the learning rate. Weight decay takes kernels alone unless ``decay_all``.
+    In this order: gradients of frozen parts are dropped; the others are clipped to ``clip_norm`` (by their global norm;
+    0: not); weight decay of kind ``l2`` is added to them; Nadam; ``decoupled`` weight decay (Loshchilov and Hutter
+    2019); the factors of ``rates`` (see `rates_of`); the learning rate. Weight decay takes kernels alone unless
+    ``decay_all``.
 
     With LookAhead the parameters are a pair: see `init_params`, `fast` and `slow`.
 

@@ -263,7 +263,7 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
 def format_rows(rows: Sequence[tuple[Choice, Need]], budget: int | None) -> list[str]:
     """A table as aligned lines."""
     head = ("patch", "batch", "precision", "remat", "step memory", "step GFLOP", "predict memory", "predict GFLOP")
-    table = [(*head, *(["fits"] if budget else []))]
+    table: list[tuple[str, ...]] = [(*head, *(["fits"] if budget else []))]
     for c, n in rows:
         cells = ("x".join(map(str, c.patch)), str(c.batch), c.precision, c.remat or "none", _gib(n.step_bytes))
         rest = (f"{n.step_flops / 1e9:.1f}", _gib(n.predict_bytes), f"{n.predict_flops / 1e9:.1f}")

@@ -48,8 +48,32 @@ class Program:
         return init_state(optim.init_params(options, params), stats, self.tx, ema=bool(options.ema))
 
 
+def make_network(config: Any, *, axis: str | None = None, abstract: bool = False) -> tuple[Any, Any, Any]:
+    """The network of a config, split (see `xdim_jax.step.split_model`), as its training needs it.
+
+    Args:
+        config: of a recipe.
+        axis: of `xdim_jax.mesh.Devices`.
+        abstract: shapes in place of random weights.
+
+    Raises:
+        UserError: ``config.train.remat`` names a stage that the network does not have.
+    """
+    model = models.build_abstract(config.model) if abstract else models.build(config.model, seed=config.seed)
+    models.set_remat(model, config.train.remat)
+    if axis is not None:
+        _average_statistics_over(model, axis)
+    return split_model(model)
+
+
 def make_program(
-    config: Any, dataset: Dataset, *, per_epoch: int, axis: str | None = None, abstract: bool = False
+    config: Any,
+    dataset: Dataset,
+    *,
+    per_epoch: int,
+    axis: str | None = None,
+    abstract: bool = False,
+    network: tuple[Any, Any, Any] | None = None,
 ) -> tuple[Program, Any, Any]:
     """A program, and the parameters and running statistics of its network.
 
@@ -57,18 +81,14 @@ def make_program(
         config: of a recipe, as `xdim_jax.recipe.check_config` leaves it.
         dataset: what the network is trained on.
         per_epoch: steps in an epoch.
-        axis: of `xdim_jax.mesh.Devices`.
-        abstract: shapes in place of random weights.
+        axis, abstract: of `make_network`.
+        network: of `make_network`, where there is one already.
 
     Raises:
         UserError: choices that are unknown or do not go together.
     """
     output = make_output(config.output, dataset)
-    model = models.build_abstract(config.model) if abstract else models.build(config.model, seed=config.seed)
-    models.set_remat(model, config.train.remat)
-    if axis is not None:
-        _average_statistics_over(model, axis)
-    graphdef, params, stats = split_model(model)
+    graphdef, params, stats = network or make_network(config, axis=axis, abstract=abstract)
     schedule = optim.make_schedule(config.optim.schedule, epochs=config.train.epochs, per_epoch=per_epoch)
     tx = optim.make_optimizer(config.optim, schedule)
     optim.rates_of(params, config.optim.rates)  # raises for a pattern that fits nothing

@@ -3,12 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from xdim_jax import inflate, weights
 from xdim_jax.cli import Config
 from xdim_jax.errors import UserError
-from xdim_jax.files import write_json
 from xdim_jax.loading import read_anywhere
 from xdim_jax.log import say
 from xdim_jax.weights import Weights
@@ -23,7 +20,7 @@ def read_named(name: str) -> Weights:
         UserError: nothing usable there; without a network, it says what to do.
     """
     path = Path(name)
-    if path.exists() or path.suffix or "/" in name:
+    if path.exists() or path.suffix in (".safetensors", ".pth", ".pt") or "/" in name:
         return read_anywhere(path)
     from weight_port import timm_models  # needed for a name alone; it imports neither torch nor timm
 
@@ -38,8 +35,8 @@ def read_named(name: str) -> Weights:
         ) from error
 
 
-def initialise(config: Config, params: Any, stats: Any, workdir: Path | None) -> tuple[Any, Any]:
-    """The weights that the ``init`` section asks for; the workdir gets a report of what became of every array.
+def initialise(config: Config, params: Any, stats: Any) -> tuple[Any, Any, dict[str, Any] | None]:
+    """The weights that the ``init`` section asks for, and a report of what became of every array (none: random).
 
     Raises:
         UserError: the file cannot be had, or does not fit the network.
@@ -47,7 +44,7 @@ def initialise(config: Config, params: Any, stats: Any, workdir: Path | None) ->
     options = config.init
     if not options.weights:
         say("weights    random")
-        return params, stats
+        return params, stats, None
     accept = tuple(word for word in options.accept.split(",") if word)
     try:
         source = read_named(options.weights)
@@ -69,7 +66,7 @@ def initialise(config: Config, params: Any, stats: Any, workdir: Path | None) ->
     part = ""
     if chosen.kind == "encoder":
         prefix, _ = weights.encoder_section(config.model)
-        whole, part = {n: s for n, s in whole.items() if n.startswith(prefix)}, f" of the encoder, {prefix[:-1]}"
+        whole, part = {n: s for n, s in whole.items() if n.startswith(prefix)}, f" of {prefix[:-1]}"
     loaded = {n for n, what in done.items() if not what.startswith(("dropped", "left out"))} & whole.keys()
     share = sum(whole[n] for n in loaded) / sum(whole.values())
     kinds = {what: sum(w == what for w in done.values()) for what in sorted(set(done.values()))}
@@ -79,13 +76,11 @@ def initialise(config: Config, params: Any, stats: Any, workdir: Path | None) ->
     )
     if digest := source.source.get("sha256"):
         say(f"           sha256 {digest}")
-    if workdir is not None:
-        report = {
-            "weights": options.weights,
-            "source": source.source,
-            "coverage": float(np.float64(share)),
-            "random": sorted(whole.keys() - loaded),
-            "arrays": done,
-        }
-        write_json(workdir / REPORT_FILE, report)
-    return params, stats
+    report = {
+        "weights": options.weights,
+        "source": source.source,
+        "coverage": share,
+        "random": sorted(whole.keys() - loaded),
+        "arrays": done,
+    }
+    return params, stats, report

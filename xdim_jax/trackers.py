@@ -2,7 +2,8 @@
 
 import importlib
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from xdim_jax.cli import Config, leaves
 from xdim_jax.errors import UserError
+from xdim_jax.files import write_text
 
 
 class Tracker(Protocol):
@@ -29,10 +31,14 @@ class _Wandb:
     def __init__(self, project: str, workdir: Path, config: Config):
         wandb = _import("wandb", "wandb")
         os.environ.setdefault("WANDB_MODE", "offline")
-        name = workdir.absolute().name
         self._wandb = wandb
         self._run = wandb.init(
-            project=project, name=name, id=name, resume="allow", dir=str(workdir), config=config.to_dict()
+            project=project,
+            name=workdir.absolute().name,
+            id=_kept(workdir / "wandb_run", lambda: uuid.uuid4().hex[:8]),
+            resume="allow",
+            dir=str(workdir),
+            config=config.to_dict(),
         )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -50,14 +56,17 @@ class _Mlflow:
 
     def __init__(self, experiment: str, workdir: Path, config: Config):
         mlflow = _import("mlflow", "mlflow")
-        tracking = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workdir.absolute() / 'mlflow.db'}"
-        mlflow.set_tracking_uri(tracking)
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            mlflow.set_tracking_uri(f"sqlite:///{workdir.absolute() / 'mlflow.db'}")
+            if mlflow.get_experiment_by_name(experiment) is None:
+                mlflow.create_experiment(experiment, artifact_location=(workdir.absolute() / "mlartifacts").as_uri())
         mlflow.set_experiment(experiment)
         kept = workdir / "mlflow_run"
-        known = kept.read_text(encoding="ascii").strip() if kept.exists() else None
-        run = mlflow.start_run(run_id=known, run_name=workdir.absolute().name)
-        if known is None:
-            kept.write_text(run.info.run_id, encoding="ascii")
+        begun = kept.exists()
+        name = workdir.absolute().name
+        run = mlflow.start_run(run_id=kept.read_text(encoding="ascii").strip() if begun else None, run_name=name)
+        _kept(kept, lambda: run.info.run_id)
+        if not begun:
             mlflow.log_params({key: str(value) for key, value in leaves(config)})
         self._mlflow = mlflow
 
@@ -93,6 +102,13 @@ def open_trackers(config: Config, workdir: Path) -> list[Tracker]:
                 f"config.train.{key}={name}: cannot be opened: {reason}; go on without it: {key}=''"
             ) from error
     return opened
+
+
+def _kept(path: Path, make: Callable[[], str]) -> str:
+    """The word that a file of the workdir keeps; made and written the first time."""
+    if not path.exists():
+        write_text(path, make())
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _import(module: str, extra: str) -> Any:

@@ -12,13 +12,14 @@ from xdim_jax import checkpoint, cli, crossval, log, mesh, models
 from xdim_jax.cases import find_data
 from xdim_jax.data import pipeline
 from xdim_jax.data.case import Dataset
+from xdim_jax.files import write_json
 from xdim_jax.loop import Progress, Run, fit
 from xdim_jax.mesh import make_devices
 from xdim_jax.output import make_output
-from xdim_jax.program import make_program
+from xdim_jax.program import make_network, make_program
 from xdim_jax.recipe import ALL_FOLDS, FREE_KEYS, check_config, whole_size
 from xdim_jax.signals import REQUEUE, StopRequest, catch_signals
-from xdim_jax.start import initialise
+from xdim_jax.start import REPORT_FILE, initialise
 from xdim_jax.trackers import open_trackers
 from xdim_jax.validation import make_validation
 
@@ -77,22 +78,28 @@ def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest
         accumulate=config.train.accumulate,
     )
     models.check_space(config.model, config.data.patch, devices.mesh.shape["space"])
+    kind = jax.devices()[0].device_kind
+    say(f"devices    {jax.device_count()} x {kind} ({jax.default_backend()}) in {jax.process_count()} processes")
+    say(f"mesh       data {devices.mesh.shape['data']} x space {devices.mesh.shape['space']}, {devices.parallel}")
+    graphdef, params, stats = make_network(config, axis=devices.axis)
+    say(f"network    {config.model.name}, {models.count_parameters(params):,} parameters, {config.train.precision}")
     started = checkpoint.exist(workdir)
     mesh.barrier("looked")  # before the first process writes
+    report = None
+    if started:
+        say("weights    of the run so far")
+    else:
+        params, stats, report = initialise(config, params, stats)
     if first:
         cli.claim_workdir(workdir, config, free=FREE_KEYS, started=started)
+        if report is not None:
+            write_json(workdir / REPORT_FILE, report)
     output = make_output(config.output, dataset)
     found = find_data(config, dataset, output, workdir, started=started, first=first)
     count = len(pipeline.records(found.train, config.data.sampling, config.data.patches_per_case))
     per_epoch = pipeline.steps_per_epoch(count, config.data.batch)
-    program, params, stats = make_program(config, dataset, per_epoch=per_epoch, axis=devices.axis)
-
-    kind = jax.devices()[0].device_kind
-    say(f"devices    {jax.device_count()} x {kind} ({jax.default_backend()}) in {jax.process_count()} processes")
-    say(f"mesh       data {devices.mesh.shape['data']} x space {devices.mesh.shape['space']}, {devices.parallel}")
-    say(f"network    {config.model.name}, {models.count_parameters(params):,} parameters, {config.train.precision}")
-    if not started:
-        params, stats = initialise(config, params, stats, workdir if first else None)
+    network = (graphdef, params, stats)
+    program, params, stats = make_program(config, dataset, per_epoch=per_epoch, axis=devices.axis, network=network)
     say(
         f"data       {dataset.name}, {len(found.train)} training, {len(found.validation)} validation cases, "
         f"fold {config.data.fold}"

@@ -105,7 +105,10 @@ def _arrays(folder: Path) -> dict[str, np.ndarray]:
     item = next((folder / name for name in ("state", "weights") if (folder / name).is_dir()), folder)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            metadata = reader.metadata(item.absolute()).item_metadata.tree
+            metadata = reader.metadata(item.absolute()).item_metadata
+            if metadata is None:
+                raise ValueError("it holds no array")
+            metadata = metadata.tree
             args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
             tree = reader.restore(item.absolute(), args=ocp.args.PyTreeRestore(restore_args=args))
     except (ValueError, KeyError, OSError) as error:
