@@ -21,14 +21,24 @@ METRICS_FILE = "metrics.jsonl"
 STEPS_FILE = "steps.jsonl"  # every step's loss, norms, and digest of its batch, exactly: what verify_run compares
 
 
+_quiet = False
+
+
+def quieten() -> None:
+    """From now on this process says only warnings: of several processes, the first speaks."""
+    global _quiet
+    _quiet = True
+
+
 def say(line: str) -> None:
     """One line on the terminal, at once."""
-    print(line, flush=True)
+    if not _quiet:
+        print(line, flush=True)
 
 
 def warn(line: str) -> None:
     """A warning line."""
-    say(f"warning: {line}")
+    print(f"warning: {line}", flush=True)
 
 
 def bar(title: str) -> Callable[[int, int], None]:

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ def fit(
     start = int(state.step)
     if start and start % run.per_epoch == 0 and not validated and _due(run, progress, start):
         _validate(run, state)
-    if run.stop.signal or (start < run.total and _stale(run)):
+    if _stopped(run) or (start < run.total and _stale(run)):
         return state
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(run.config["watchdog_seconds"], run.activity, say))
@@ -138,10 +139,18 @@ def _steps(
                 break
         # a signal that came after the save waits for the next step; past an epoch's end the step would hide from
         # the resumed run that this epoch's validation is missing
-        if stopping or (epoch_ends and run.stop.signal):
+        if stopping or (epoch_ends and _stopped(run)):
             break
         pending, digests, interval = [], [], time.monotonic()
     return state
+
+
+def _stopped(run: Run) -> bool:
+    """Whether a signal has reached this process or another."""
+    if not mesh.agree(run.stop.signal > 0):
+        return False
+    run.stop.signal = run.stop.signal or signal.SIGTERM
+    return True
 
 
 class _Agreement:
@@ -174,6 +183,8 @@ class _Agreement:
         ask = int(jax.device_get(self._heard.popleft()))
         if ask == _SAVE:
             self._heard.clear()  # the wishes on their way are the same one
+        if ask == _STOP:
+            self._run.stop.signal = self._run.stop.signal or signal.SIGTERM
         return ask
 
 
@@ -253,7 +264,8 @@ def _check_finite(done: int, values: list[dict[str, Any]], before: list[float]) 
 
 def _record_steps(run: Run, done: int, values: list[dict[str, Any]], digests: list[list[int]]) -> None:
     entries = []
-    for i, (value, digest) in enumerate(zip(values, digests, strict=True)):
+    shares = mesh.gather(np.array(digests, np.int64))  # (processes, steps, samples of a process)
+    for i, (value, digest) in enumerate(zip(values, np.concatenate(shares, 1).tolist(), strict=True)):
         numbers = {k: float(value[k]) for k in ("loss", "grad_norm", "update_norm")}
         entries.append({"step": done - len(values) + i + 1, **numbers, "batch": digest})
     log.record_steps(run.recorder, entries)

@@ -59,8 +59,18 @@ class Devices:
         return {k: laid_out(v) for k, v in batch.items()}
 
     def put_state(self, tree: Any) -> Any:
-        """A tree of arrays, copied to every device."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        """A tree of arrays, copied to every device; every process has the same values."""
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+
+        def put(leaf: Any) -> jax.Array:
+            if jax.process_count() == 1:
+                return jax.device_put(leaf, replicated)
+            if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
+            values = np.asarray(leaf)
+            return jax.make_array_from_callback(values.shape, replicated, lambda index: values[index])
+
+        return jax.tree.map(put, tree)
 
     def lower(self, step: Callable[..., Any], state: Any, batch: Any, key: Any) -> Any:
         """``step(state, batch, key) -> state, metrics`` lowered for the devices; the state's memory is used again."""
@@ -106,17 +116,14 @@ def make_devices(data: int, space: int, *, batch: int, parallel: str = "jit", ac
     parts = rows * accumulate
     if batch % parts or batch % processes:
         many = f" in {accumulate} parts (config.train.accumulate)" if accumulate > 1 else ""
+        fewer = [d for d in range(1, rows) if batch % (d * accumulate) == 0] if processes == 1 else []
         raise UserError(
             f"config.data.batch={batch} does not divide over {rows} data-parallel devices in {processes} "
-            f"processes{many}; set --config.data.batch={parts * max(batch // parts, 1)} "
-            f"or --config.mesh.data={_divisor(batch, rows)}"
+            f"processes{many}; set --config.data.batch={parts * max(batch // parts, 1)}"
+            + (f" or --config.mesh.data={fewer[-1]}" if fewer else "")
         )
     grid = np.asarray(devices[: rows * space]).reshape(rows, space)
     return Devices(Mesh(grid, (DATA, SPACE), axis_types=(AxisType.Auto, AxisType.Auto)), parallel)
-
-
-def _divisor(batch: int, most: int) -> int:
-    return max(d for d in range(1, most + 1) if batch % d == 0)
 
 
 def local(tree: Any) -> Any:
@@ -164,6 +171,11 @@ def barrier(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def agree(flag: bool) -> bool:
+    """Whether any process has the flag set; every process must ask."""
+    return bool(gather(np.array(flag)).any())
 
 
 def gather(values: np.ndarray) -> np.ndarray:

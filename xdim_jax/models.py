@@ -52,7 +52,7 @@ def set_remat(model: Any, names: str) -> None:
         )
     model.remat = patterns
     if inner := getattr(model, "inner", None):
-        inner.remat = tuple(p.removeprefix("inner.") for p in patterns if p.startswith("inner.") or p == "*")
+        inner.remat = tuple(s for s in inner.stages if any(fnmatch.fnmatchcase(f"inner.{s}", p) for p in patterns))
 
 
 def _builder(config: Mapping[str, Any]) -> Callable[..., nnx.Module]:

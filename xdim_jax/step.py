@@ -70,8 +70,9 @@ def make_train_step(
         tx: the optimiser.
         augment: changes the batch first; its randomness is in the batch.
         dtype: of the image, hence of all activations but norms, losses and logits, which are float32 or better.
-        accumulate: the batch is taken in so many parts, one after the other, and their gradients are averaged. The
-            result is that of the whole batch, but for batch norm, whose statistics are of a part.
+        accumulate: the batch is taken in so many parts, one after the other, and their losses and gradients are
+            averaged. The result is that of the whole batch, but for what a loss or a norm takes over the batch: batch
+            norm, a Dice per batch, and means over channels that only some samples show.
         ema: decay of the moving average, 0: none.
         axis: name of the ``pmap`` axis over whose devices gradients, statistics and metrics are averaged.
 

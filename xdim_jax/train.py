@@ -56,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
     config = cli.load_config(options.config, overrides)
     with catch_signals() as stop:
         mesh.join_processes(options.coordinator, options.processes, options.process)
+        if jax.process_index():
+            log.quieten()
         dataset = check_config(config)
         cli.cache_programs()
         if config.data.fold == ALL_FOLDS:
@@ -68,7 +70,6 @@ def main(argv: Sequence[str]) -> int:
 def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest) -> int:
     """Runs the recipe to its end, or until a signal. Returns the exit status."""
     first = jax.process_index() == 0
-    say = log.say if first else lambda line: None
     options = config.mesh
     devices = make_devices(
         options.data,
@@ -79,15 +80,15 @@ def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest
     )
     models.check_space(config.model, config.data.patch, devices.mesh.shape["space"])
     kind = jax.devices()[0].device_kind
-    say(f"devices    {jax.device_count()} x {kind} ({jax.default_backend()}) in {jax.process_count()} processes")
-    say(f"mesh       data {devices.mesh.shape['data']} x space {devices.mesh.shape['space']}, {devices.parallel}")
+    log.say(f"devices    {jax.device_count()} x {kind} ({jax.default_backend()}) in {jax.process_count()} processes")
+    log.say(f"mesh       data {devices.mesh.shape['data']} x space {devices.mesh.shape['space']}, {devices.parallel}")
     graphdef, params, stats = make_network(config, axis=devices.axis)
-    say(f"network    {config.model.name}, {models.count_parameters(params):,} parameters, {config.train.precision}")
+    log.say(f"network    {config.model.name}, {models.count_parameters(params):,} parameters, {config.train.precision}")
     started = checkpoint.exist(workdir)
     mesh.barrier("looked")  # before the first process writes
     report = None
     if started:
-        say("weights    of the run so far")
+        log.say("weights    of the run so far")
     else:
         params, stats, report = initialise(config, params, stats)
     if first:
@@ -100,12 +101,12 @@ def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest
     per_epoch = pipeline.steps_per_epoch(count, config.data.batch)
     network = (graphdef, params, stats)
     program, params, stats = make_program(config, dataset, per_epoch=per_epoch, axis=devices.axis, network=network)
-    say(
+    log.say(
         f"data       {dataset.name}, {len(found.train)} training, {len(found.validation)} validation cases, "
         f"fold {config.data.fold}"
     )
-    say(f"steps      {config.train.epochs} epochs x {per_epoch} = {config.train.epochs * per_epoch}")
-    say(f"workdir    {workdir}")
+    log.say(f"steps      {config.train.epochs} epochs x {per_epoch} = {config.train.epochs * per_epoch}")
+    log.say(f"workdir    {workdir}")
 
     # copies that start as one array (LookAhead's two, the average) cannot be donated twice
     state = devices.put_state(jax.tree.map(jnp.copy, program.init(params, stats)))
@@ -116,7 +117,7 @@ def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest
     if restored:
         state, progress = restored[0], Progress(**restored[1])
     start = int(state.step)
-    say(f"resume     from step {start}" if restored else "resume     nothing to resume, starting at step 0")
+    log.say(f"resume     from step {start}" if restored else "resume     nothing to resume, starting at step 0")
 
     run = Run(
         config=config.train,
@@ -157,9 +158,11 @@ def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest
         checkpoint.close(checkpoints)
         stop.busy = False
     if stop.signal:
-        say(f"stopped    by {signal.Signals(stop.signal).name}, all saved; run the same command to go on")
+        log.say(f"stopped    by {signal.Signals(stop.signal).name}, all saved; run the same command to go on")
         return stop.status
-    say(f"done       predict with: python -m xdim_jax.predict --workdir={workdir} --input=<cases> --output=<folder>")
+    log.say(
+        f"done       predict with: python -m xdim_jax.predict --workdir={workdir} --input=<cases> --output=<folder>"
+    )
     return 0
 
 

@@ -42,9 +42,12 @@ def make_validation(
         weights = mesh.local(weights)
         scores = np.full((len(cases), len(names)), np.nan)
         pictures = {}
-        for number in range(jax.process_index(), len(cases), jax.process_count()):
-            if stop.signal:
+        for first in range(0, len(cases), jax.process_count()):
+            if mesh.agree(stop.signal > 0):
                 raise InterruptedValidationError
+            number = first + jax.process_index()
+            if number >= len(cases):
+                continue
             case, entry = cases[number]
             prepared = entry.load()
             label = infer.segment(predict, weights, prepared, program.output, config.predict)

@@ -37,6 +37,8 @@ def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pairs, grou
     window = kernel.shape[:ndim]
     if groups == 1 and set(window) == {1} and set(strides) == {1} and not any(map(any, padding)):
         return pointwise(x, kernel)
+    if forced_form() == "sharded" and groups > 1:
+        return _by_taps_of_first_axis(x, kernel, strides, padding, groups)
     if active_form() == "reference":
         return conv_reference(x, kernel, strides, padding, groups)
     if groups == 1:
@@ -44,6 +46,25 @@ def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pairs, grou
     if kernel.shape[-1] != channels:
         return conv_reference(x, kernel, strides, padding, groups)
     return depthwise(x, kernel, strides, padding)
+
+
+def _by_taps_of_first_axis(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs, groups: int) -> jax.Array:
+    """One convolution per tap along the first spatial axis, each of one plane.
+
+    Where that axis lies on several devices, XLA's partitioner (jaxlib 0.10.2) multiplies the input's gradient of a
+    depthwise convolution by the number of devices that share a batch, if the kernel reaches past a device's planes.
+    """
+    pads = [(0, 0), padding[0], *[(0, 0)] * (x.ndim - 2)]
+    padded = jnp.pad(x, pads)
+    taps, stride = kernel.shape[0], strides[0]
+    count = (padded.shape[1] - taps) // stride + 1
+    rest, total = ((0, 0), *padding[1:]), None
+    for tap in range(taps):
+        planes = jax.lax.slice_in_dim(padded, tap, tap + (count - 1) * stride + 1, stride, axis=1)
+        part = conv_reference(planes, kernel[tap : tap + 1], (1, *strides[1:]), rest, groups)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:

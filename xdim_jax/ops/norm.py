@@ -49,8 +49,9 @@ def normalise(
         gradient: they are for running averages.
     """
     if active_form() == "reference" or across is not None:
-        mean, var = _moments(x, axes, across)
-        z = (x - mean) * lax.rsqrt(var + eps) * scale + bias
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # once, so that its gradient is rounded once
+        mean, var = _moments(wide, axes, across)
+        z = (wide - mean) * lax.rsqrt(var + eps) * scale + bias
         return activate(z, activation).astype(x.dtype), lax.stop_gradient(mean), lax.stop_gradient(var)
     return _normalise(x, scale, bias, axes, eps, activation)
 

@@ -1,0 +1,120 @@
+"""What a recipe needs, before it runs."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from xdim_jax import cli, plan, recipe
+from xdim_jax.errors import UserError
+from xdim_jax.program import make_program
+
+# multiply-adds of one image (spec: architecture, section 6), counted there on PyTorch's modules: convolutions alone
+PUBLISHED = {
+    "camus_omnianet": ((256, 256), 3.21e9),
+    "chaos_omnianet": ((512, 512), 19.6e9),
+    "brats_dxnet": ((128, 128, 128), 124e9),
+    "brats_dsnet": ((128, 128, 128), 377e9),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_operations_of_a_prediction_are_those_published(name):
+    """XLA leaves out the products with padding, which PyTorch's count has; norms and activations come on top."""
+    patch, multiply_adds = PUBLISHED[name]
+    config = cli.load_config(f"configs/{name}.py:scratch", [])
+    dataset = recipe.check_config(config, needs_data=False)
+    program, params, stats = make_program(config, dataset, per_epoch=1, abstract=True)
+    image = jax.ShapeDtypeStruct((1, *patch, config.model.in_channels), jnp.float32)
+    flops = plan._flops(program.forward, (params, stats), image)
+    assert flops == pytest.approx(2 * multiply_adds, rel=0.04)
+
+
+TOY = [
+    "--config.model.encoder.name=efficientnet_toy",
+    "--config.model.filters=(8,8,8,8,8)",
+    "--config.model.encoder.drop_path=0.0",
+]
+RECIPE = "configs/camus_omnianet.py:scratch"
+
+
+@pytest.fixture
+def quick(monkeypatch, quick_compile):
+    monkeypatch.setenv("XDIM_JAX_CACHE", "off")
+
+
+@pytest.mark.slow
+def test_the_needs_of_a_step_grow_with_its_batch(quick, tmp_path):
+    """Twice the samples take twice the operations, and more memory."""
+    arguments = [f"--config={RECIPE}", *TOY, "--patch=64,64", "--batch=2,4"]
+    assert plan.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
+    small, large = json.loads((tmp_path / "plan.json").read_text())
+    assert (small["batch"], large["batch"]) == (2, 4) and small["patch"] == [64, 64]
+    assert large["step_flops"] == pytest.approx(2 * small["step_flops"], rel=0.05)
+    assert large["step_flops"] > 2.5 * large["predict_flops"] * 4, "three times the forward pass, but for the rest"
+    assert large["predict_flops"] == small["predict_flops"] and large["predict_bytes"] == small["predict_bytes"]
+    assert 1e6 < small["step_bytes"] < large["step_bytes"]
+
+
+def test_the_table_says_what_fits():
+    choices = [plan.Choice((64, 64), batch, "float32", "") for batch in (2, 4)]
+    rows = list(zip(choices, (plan.Need(2**30, 3e9, 2**20, 1e9), plan.Need(2**31, 6e9, 2**20, 1e9)), strict=True))
+    lines = plan.format_rows(rows, budget=2**30)
+    assert lines[1].split() == ["64x64", "2", "float32", "none", "1.00", "GiB", "3.0", "0.00", "GiB", "1.0", "yes"]
+    assert lines[2].endswith("no") and len({len(line) for line in lines}) == 1
+    assert "fits" not in plan.format_rows(rows, budget=None)[0]
+
+
+def fitting(limit, seen):
+    def fits(choice):
+        seen.append(choice)
+        return choice <= limit
+
+    return fits
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 1, 2, 3, 7, 30, 31, 32, 99])
+def test_the_largest_that_fits_is_found_in_few_steps(limit, monkeypatch):
+    monkeypatch.setattr(plan, "_name", str)
+    seen = []
+    found = plan.largest(list(range(32)), fitting(limit, seen))
+    assert found == (None if limit < 0 else min(limit, 31))
+    assert len(seen) == len(set(seen)) <= 10, "nothing is compiled twice"
+    assert max(seen) <= max(2 * limit + 2, 1), "nor anything far beyond what fits"
+
+
+def test_candidates_are_legal_and_rise():
+    config = cli.load_config("configs/brats_dsnet.py:scratch", [])
+    patches = [c.patch for c in plan.growing(config, plan.Choice((128, 128, 128), 1, "float32", ""), "patch")]
+    assert patches[:2] == [(128, 32, 32), (128, 64, 64)] and patches == sorted(patches)
+    batches = plan.growing(config, plan.Choice((128, 64, 64), 1, "float32", ""), "batch")
+    assert [c.batch for c in batches[:3]] == [1, 2, 3] and {c.patch for c in batches} == {(128, 64, 64)}
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("16GiB", 16 * 2**30), ("80 GB", 80 * 10**9), ("1.5MiB", 3 * 2**19), ("1000", 1000)]
+)
+def test_budgets(text, count):
+    assert plan.parse_bytes(text) == count
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--budget=16Gb"], ["--budget=16Gb: expected a number with one of", "16GiB"]),
+        (["--budget=0"], ["--budget=0"]),
+        (["--largest=patch"], ["--largest=patch needs --budget"]),
+        (["--patch=64"], ["data.patch has 1 axes"]),
+        (["--patch=64,x"], ["--patch=64,x: expected whole numbers"]),
+        (["--batch=0"], ["--batch=0: expected whole numbers above 0"]),
+        (["--patch=40,64"], ["axis H is 40"]),
+        (["--precision=half"], ["config.train.precision='half' is unknown; known: float32, bfloat16"]),
+        (["--remat=decoder9"], ["decoder9 fits no stage of this network; it has: encoder, decoder1"]),
+    ],
+)
+def test_misuse_is_one_clear_message(arguments, words, quick):
+    with pytest.raises(UserError) as error:
+        plan.main([f"--config={RECIPE}", *TOY, "--config.data.patch=(32,32)", "--config.data.batch=1", *arguments])
+    for word in words:
+        assert word in str(error.value)
