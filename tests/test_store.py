@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 
 import nibabel as nib
 import numpy as np
@@ -404,6 +405,24 @@ def take(entries, count, **options):
 
 def same(a, b):
     return all((x[k] == y[k]).all() for x, y in zip(a, b, strict=True) for k in x)
+
+
+def test_every_sample_has_a_digest_of_what_it_is_and_the_facts_of_its_case(entries):
+    facts = {entry.case_id: {"number": np.float32(i)} for i, entry in enumerate(entries)}
+    for batch in take(entries, 4, facts=facts):
+        for image, label, key, digest in zip(*(batch[k] for k in ("image", "label", "key", "digest")), strict=True):
+            assert digest == zlib.crc32(image.tobytes() + label.tobytes() + key.tobytes())
+        assert set(batch["number"].tolist()) <= set(range(len(entries)))
+    assert "number" not in take(entries, 1)[0]
+
+
+def test_readers_say_what_they_are_doing():
+    activity = pipeline.Activity()
+    assert activity.lines() == []
+    activity.begin("case a, slice 3")
+    assert activity.lines() == ["reading case a, slice 3 for 0 s"]
+    activity.end()
+    assert activity.lines() == []
 
 
 def test_stream_is_a_function_of_seed_and_step(entries):

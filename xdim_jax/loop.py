@@ -264,7 +264,7 @@ def _check_finite(done: int, values: list[dict[str, Any]], before: list[float]) 
 
 def _record_steps(run: Run, done: int, values: list[dict[str, Any]], digests: list[list[int]]) -> None:
     entries = []
-    shares = mesh.gather(np.array(digests, np.int64))  # (processes, steps, samples of a process)
+    shares = mesh.gather(np.array(digests, np.uint32))  # (processes, steps, samples of a process)
     for i, (value, digest) in enumerate(zip(values, np.concatenate(shares, 1).tolist(), strict=True)):
         numbers = {k: float(value[k]) for k in ("loss", "grad_norm", "update_norm")}
         entries.append({"step": done - len(values) + i + 1, **numbers, "batch": digest})

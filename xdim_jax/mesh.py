@@ -156,6 +156,7 @@ def join_processes(coordinator: str, count: int | None, index: int | None) -> No
         if not coordinator.rpartition(":")[2].isdigit() or ":" not in coordinator:
             raise UserError(f"--coordinator={coordinator}: expected host:port, e.g. node0:12345, or auto")
         known["coordinator_address"] = coordinator
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM; see xdim_jax.signals
     try:
         jax.distributed.initialize(**{k: v for k, v in known.items() if v is not None})
     except (RuntimeError, ValueError) as error:

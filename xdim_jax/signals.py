@@ -39,6 +39,17 @@ class StopRequest:
 def catch_signals() -> Iterator[StopRequest]:
     """Inside the block, signals set the request; a second Ctrl-C kills."""
     stop = StopRequest()
+    old = {number: signal.getsignal(number) for number in SIGNALS}
+    listen(stop)
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def listen(stop: StopRequest) -> None:
+    """Signals set the request from now on; again after a library has put a handler of its own there."""
 
     def handle(number: int, _frame: Any) -> None:
         if stop.signal and number == signal.SIGINT:
@@ -51,9 +62,5 @@ def catch_signals() -> Iterator[StopRequest]:
         sys.stdout.flush()
         os._exit(stop.status)
 
-    old = {number: signal.signal(number, handle) for number in SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    for number in SIGNALS:
+        signal.signal(number, handle)

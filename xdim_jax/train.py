@@ -18,7 +18,7 @@ from xdim_jax.mesh import make_devices
 from xdim_jax.output import make_output
 from xdim_jax.program import make_network, make_program
 from xdim_jax.recipe import ALL_FOLDS, FREE_KEYS, check_config, whole_size
-from xdim_jax.signals import REQUEUE, StopRequest, catch_signals
+from xdim_jax.signals import REQUEUE, StopRequest, catch_signals, listen
 from xdim_jax.start import REPORT_FILE, initialise
 from xdim_jax.trackers import open_trackers
 from xdim_jax.validation import make_validation
@@ -56,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
     config = cli.load_config(options.config, overrides)
     with catch_signals() as stop:
         mesh.join_processes(options.coordinator, options.processes, options.process)
+        listen(stop)  # JAX has a handler of its own where there are several processes
         if jax.process_index():
             log.quieten()
         dataset = check_config(config)
