@@ -5,8 +5,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from xdim_jax.data.augmentation import DEFAULTS
-
-ALL_FOLDS = -1  # value of data.fold: every fold, one after the other
+from xdim_jax.data.splits import ALL_FOLDS
 
 Words = dict[str, int]
 

@@ -11,7 +11,7 @@ from xdim_jax.data import pipeline
 from xdim_jax.data.case import Dataset
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.prepare import Preparation, check_preparation
-from xdim_jax.data.splits import check_fold
+from xdim_jax.data.splits import ALL_FOLDS, check_fold
 from xdim_jax.errors import UserError, join_problems
 from xdim_jax.output import make_output
 from xdim_jax.program import make_program
@@ -36,8 +36,6 @@ FREE_KEYS = (
         )
     ),
 )
-
-ALL_FOLDS = -1  # value of data.fold
 
 # smallest and largest value of a key, both allowed
 RANGES: dict[str, tuple[float, float]] = {

@@ -12,12 +12,13 @@ from xdim_jax import checkpoint, cli, crossval, log, mesh, models
 from xdim_jax.cases import find_data
 from xdim_jax.data import pipeline
 from xdim_jax.data.case import Dataset
+from xdim_jax.data.splits import ALL_FOLDS
 from xdim_jax.files import write_json
 from xdim_jax.loop import Progress, Run, fit
 from xdim_jax.mesh import make_devices
 from xdim_jax.output import make_output
 from xdim_jax.program import make_network, make_program
-from xdim_jax.recipe import ALL_FOLDS, FREE_KEYS, check_config, whole_size
+from xdim_jax.recipe import FREE_KEYS, check_config, whole_size
 from xdim_jax.signals import REQUEUE, StopRequest, catch_signals, listen
 from xdim_jax.start import REPORT_FILE, initialise
 from xdim_jax.trackers import open_trackers

@@ -7,6 +7,8 @@ from typing import TypeVar
 from xdim_jax.data.case import Case
 from xdim_jax.errors import UserError
 
+ALL_FOLDS = -1  # as the number of a fold: all of them, one after the other
+
 T = TypeVar("T")
 
 
