@@ -868,5 +868,5 @@ cli.run(train.main)
 """
     workdir = tmp_path / "run"
     processes = start_processes(camus, workdir, 2, "train.validate_every=1", "train.epochs=3", code=code)
-    end(processes, workdir, [75, 75], timeout=90)
+    end(processes, workdir, [75, 75])
     assert saved_steps(workdir)[-1] == log.read_records(workdir, log.STEPS_FILE)[-1]["step"] < 24
