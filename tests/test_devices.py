@@ -187,7 +187,7 @@ def compare_layouts(network, overrides, layouts, timeout=280):
 @pytest.mark.slow
 def test_omnianet_on_a_mesh_and_under_pmap_computes_what_one_device_does():
     """Batch norm; the samples, which differ greatly, lie on different devices: statistics are of the whole batch."""
-    compare_layouts("omnianet", ["data.batch=4"], [(2, 2, "jit"), (4, 1, "pmap")])
+    compare_layouts("omnianet", ["data.batch=4"], [(2, 2, "jit"), (1, 4, "jit"), (4, 1, "pmap")])
 
 
 @pytest.mark.slow
@@ -200,7 +200,6 @@ def test_two_lines_a_device_at_the_coarsest_level():
 @pytest.mark.parametrize(
     ("network", "overrides", "layouts"),
     [
-        ("omnianet", ["data.batch=8"], [(8, 1, "jit"), (1, 4, "jit"), (8, 1, "pmap")]),
         ("dxnet", ["data.batch=4", "model.deep_supervision=True"], [(2, 2, "jit"), (1, 4, "jit")]),
         ("dxnet", ["data.batch=4", "model.norm=batch"], [(2, 2, "jit"), (4, 1, "pmap")]),
     ],
@@ -678,16 +677,11 @@ def test_recomputing_all_of_omnianet_changes_no_number(plain, quick_compile):
 
 
 EVERY = [
-    *(
-        ("omnianet", ["data.patch=(32,32)", "model.encoder.drop_path=0.6"], n)
-        for n in ("encoder", "decoder*", "decoder5")
-    ),
+    *(("omnianet", ["data.patch=(32,32)", "model.encoder.drop_path=0.6"], n) for n in ("encoder", "decoder5")),
     ("dxnet", ["model.encoder.drop_path=0.6"], "*"),
     ("dxnet", ["model.norm=batch", "model.encoder.drop_path=0.6"], "*"),
     ("dxnet", ["model.deep_supervision=True"], "encoder,decoder1,decoder4"),
     ("dsnet", ["model.inner.encoder.drop_path=0.6"], "*"),
-    ("dsnet", ["model.inner.encoder.drop_path=0.6"], "conv2,enc3,enc5,dec1,dec4"),
-    ("dsnet", ["model.inner.encoder.drop_path=0.6"], "inner"),
     ("dsnet", ["model.inner.encoder.drop_path=0.6"], "inner.encoder,inner.decoder*"),
 ]
 
@@ -832,7 +826,7 @@ def test_two_processes_compute_what_one_does_and_one_of_them_writes(camus, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signalled", [(0, 1), (1,)])
+@pytest.mark.parametrize("signalled", [(0, 1)])
 def test_a_signal_to_any_process_stops_all_at_one_step(camus, tmp_path, signalled):
     workdir = tmp_path / "run"
     processes = start_processes(camus, workdir, 2)
