@@ -310,7 +310,7 @@ MISUSES = {
     "wrong type": ([f"--config={RECIPE}", "--config.train.epochs=many"], ["--config.train.epochs=many", "int"]),
     "unknown flag": ([f"--config={RECIPE}", "--epochs=3"], ["unknown argument --epochs=3"]),
     "unknown recipe": (["--config=configs/dxnet.py"], ["configs/dxnet.py does not exist", "configs/brats_dxnet.py"]),
-    "unknown variant": (["--config=configs/brats_dxnet.py:phantm"], ["'phantm'; known: phantom, released, scratch, fold="]),
+    "unknown variant": (["--config=configs/brats_dxnet.py:phantm"], ["'phantm'; known: phantom, released, scratch"]),
     "unknown convention": ([f"--config={RECIPE}", "--config.data.convention=x"], ["known: brats2021, brats2023, "]),
     "patch": ([f"--config={RECIPE}", "--config.data.patch=64,70,64"], ["axis H is 70: level 1/4 would halve 35"]),
     "channels": ([f"--config={RECIPE}", "--config.model.in_channels=1"], ["config.model.in_channels=1: BraTS needs 4"]),
