@@ -462,6 +462,7 @@ def keep_state(workdir, data):
     print(json.dumps("restored"))
 
 
+@pytest.mark.slow
 def test_a_state_saved_on_four_devices_is_restored_on_one_and_on_two(tmp_path):
     code = f"from tests import test_devices as t; t.keep_state({str(tmp_path)!r}, %d)"
     assert run_python(code % 4, devices=4) == "saved"
@@ -599,6 +600,7 @@ def is_float32(tree):
     return all(a.dtype == jnp.float32 and bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_for_activations_alone(plain, quick_compile):
     config, dataset, batch, _, expected = plain
     config = config.copy_and_resolve_references()
@@ -670,6 +672,7 @@ def check_remat(network, overrides, names, expected=None):
         assert difference < (1e-4 if name in ("grads", "grad_norm") else 1e-5), (name, difference)
 
 
+@pytest.mark.slow
 def test_recomputing_all_of_omnianet_changes_no_number(plain, quick_compile):
     """The recomputation draws the same stochastic depth, which here decides much of the result."""
     overrides = ["data.patch=(32,32)", "model.encoder.drop_path=0.6"]
