@@ -23,6 +23,18 @@ def quick_compile():
 
 
 @pytest.fixture
+def doubles():
+    """64-bit numbers, in JAX and in PyTorch."""
+    import torch
+
+    kind = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    with jax.enable_x64(True):
+        yield
+    torch.set_default_dtype(kind)
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 

@@ -74,15 +74,6 @@ def expected(logits, masks, drawn, activation, config):
     return dice_loss, sum(e for e, _ in categorical) / total
 
 
-@pytest.fixture
-def doubles():
-    kind = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with jax.enable_x64(True):
-        yield
-    torch.set_default_dtype(kind)
-
-
 # -- against PyTorch ----------------------------------------------------------------------------------------------
 
 

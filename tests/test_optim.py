@@ -29,15 +29,6 @@ def make_config(name="nadam", *, b1=0.9, b2=0.999, lookahead=0, rate=None, **key
     return config
 
 
-@pytest.fixture
-def doubles():
-    kind = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with jax.enable_x64(True):
-        yield
-    torch.set_default_dtype(kind)
-
-
 def weights_and_gradients(rng, steps=STEPS):
     """Two parts of a network; the gradients' sizes differ from step to step, so that clipping them shows."""
     shapes = {"encoder": {"kernel": (2, 3), "scale": (3,)}, "decoder": {"kernel": (3, 2), "bias": (2,)}}

@@ -261,6 +261,25 @@ def test_latest_state_comes_back_whole(tmp_path):
     np.testing.assert_array_equal(state.params.slow["w"], 1.5)
 
 
+def test_weights_are_saved_after_the_state_that_is_being_written(tmp_path, monkeypatch):
+    """Two saves at once meet at each other's barriers when there are several processes."""
+    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    save, under_way = checkpoints.best.save, []
+
+    def watched(*arguments, **options):
+        under_way.append(checkpoints.latest.is_saving_in_progress())
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(checkpoints.best, "save", watched)
+    state = small_state(1.0, 1)._replace(opt_state={"mu": jnp.zeros(10**7)})
+    checkpoint.save_latest(checkpoints, state, {})
+    assert checkpoints.latest.is_saving_in_progress(), "40 MB are not written at once"
+    checkpoint.save_best(checkpoints, 1, {"w": jnp.ones(2)}, {}, 0.5)
+    checkpoint.close(checkpoints)
+    assert under_way == [False]
+    assert [p.name for p in (tmp_path / "best").iterdir()] == ["1"]
+
+
 def damage(folder):
     files = [p for p in folder.rglob("*") if p.is_file() and p.parent.name == "d"]
     for path in files:

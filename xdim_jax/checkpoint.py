@@ -110,13 +110,16 @@ def save_latest(checkpoints: Checkpoints, state: TrainState, progress: dict[str,
 def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, score: float) -> None:
     """Saves the weights if no score so far is as good, and waits until they are whole.
 
-    The one before is removed after that, so the newest folder is the best whenever the process ends.
+    The one before is removed after that, so the newest folder is the best whenever the process ends. A state still
+    being written is waited for: orbax numbers its barriers over both managers, and with several processes two saves
+    at once may meet at the wrong one.
     """
     kept = checkpoints.best.best_step()
     if kept is not None and (checkpoints.best.metrics(kept) or {}).get(_SCORE, -1.0) >= score:
         return
     items = ocp.args.Composite(weights=ocp.args.StandardSave({"params": params, "stats": stats}))
     if step not in checkpoints.best.all_steps():
+        _guarded(checkpoints.latest, checkpoints.latest.wait_until_finished)
         save = lambda: checkpoints.best.save(step, args=items, metrics={_SCORE: score}, force=True)  # noqa: E731
         _guarded(checkpoints.best, save)
         _guarded(checkpoints.best, checkpoints.best.wait_until_finished)

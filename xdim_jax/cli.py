@@ -142,11 +142,9 @@ def claim_workdir(workdir: Path, config: Config, *, free: Sequence[str], started
     """
     path = workdir / CONFIG_FILE
     if started:
-        found, wanted = dict(leaves(read_config(workdir))), dict(leaves(config))
         differing = [
-            f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} asked for"
-            for key in sorted(found.keys() | wanted.keys())
-            if key not in free and _plain(found.get(key)) != _plain(wanted.get(key))
+            f"{key}: {found!r} there, {wanted!r} asked for"
+            for key, found, wanted in differences(read_config(workdir), config, free=free)
         ]
         if differing:
             raise UserError(
@@ -154,6 +152,13 @@ def claim_workdir(workdir: Path, config: Config, *, free: Sequence[str], started
                 "Differences:\n  " + "\n  ".join(differing)
             )
     write_json(path, config.to_dict())
+
+
+def differences(a: Config, b: Config, *, free: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Keys, but for the ``free`` ones, whose values differ between two configs, with both values; lists are tuples."""
+    x, y = dict(leaves(a)), dict(leaves(b))
+    keys = [key for key in sorted(x.keys() | y.keys()) if key not in free]
+    return [(k, x.get(k), y.get(k)) for k in keys if _plain(x.get(k)) != _plain(y.get(k))]
 
 
 def _plain(value: Any) -> Any:

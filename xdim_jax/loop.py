@@ -17,7 +17,6 @@ import numpy as np
 from xdim_jax import checkpoint, log, mesh, validation
 from xdim_jax.data.pipeline import Activity
 from xdim_jax.errors import UserError
-from xdim_jax.files import write_error
 from xdim_jax.log import Recorder, duration, say
 from xdim_jax.mesh import Devices
 from xdim_jax.optim import Schedule
@@ -331,10 +330,7 @@ def _validate(run: Run, state: TrainState) -> None:
     shown = " ".join(f"{name} {score:.3f}" for name, score in scores.items())
     say(f"validation at step {step}: Dice {dice:.3f} ({shown}), took {duration(time.monotonic() - begin)}")
     if run.recorder.jsonl is not None:
-        try:
-            validation.keep_pictures(run.workdir, pictures)
-        except OSError as error:
-            raise write_error(run.workdir / validation.OVERLAYS, error) from error
+        validation.keep_pictures(run.workdir, pictures)
     log.record_pictures(run.recorder, step, pictures)
     log.record(run.recorder, "validation", step, {"dice": dice} | {f"dice_{k}": v for k, v in scores.items()})
 

@@ -52,10 +52,8 @@ def compare(a: Path, b: Path) -> Comparison:
     Raises:
         UserError: one is not the workdir of a run, or they have nothing in common that could be compared.
     """
-    configs = [dict(cli.leaves(cli.read_config(workdir))) for workdir in (a, b)]
-    keys = [k for k in sorted(configs[0].keys() | configs[1].keys()) if k not in FREE_KEYS]
-    values = [[_plain(c.get(k)) for k in keys] for c in configs]
-    config = [f"{k}: {x!r} and {y!r}" for k, x, y in zip(keys, *values, strict=True) if x != y]
+    pairs = cli.differences(cli.read_config(a), cli.read_config(b), free=FREE_KEYS)
+    config = [f"{key}: {x!r} and {y!r}" for key, x, y in pairs]
 
     steps = [{r["step"]: r for r in log.read_records(workdir, log.STEPS_FILE)} for workdir in (a, b)]
     common = sorted(steps[0].keys() & steps[1].keys())
@@ -78,10 +76,6 @@ def compare(a: Path, b: Path) -> Comparison:
         if differing := _differing(_arrays(a / name), _arrays(b / name)):
             arrays[name] = differing
     return Comparison(config, first, what, len(common), arrays, both)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _order(name: str) -> tuple[str, int]:
