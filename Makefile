@@ -16,7 +16,7 @@ help:
 demo: $(VENV)/.package
 	$(BIN)/python -m xdim_jax.train --config=configs/brats_dxnet.py:phantom --workdir=$(RUN)
 	$(BIN)/python -m xdim_jax.predict --workdir=$(RUN) --input=$(RUN)/phantom/held_out --output=$(RUN)/pred
-	$(BIN)/python -m xdim_jax.evaluate --pred=$(RUN)/pred --ref=$(RUN)/phantom/held_out --out=$(RUN)/eval
+	$(BIN)/python -m xdim_jax.evaluate --rules=brats2022 --pred=$(RUN)/pred --ref=$(RUN)/phantom/held_out --out=$(RUN)/eval
 	$(BIN)/python -m xdim_jax.report --workdir=$(RUN) --eval=$(RUN)/eval --out=$(RUN)/report.html
 
 test: venv

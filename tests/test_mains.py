@@ -16,12 +16,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from xdim_jax import cli, recipe, results, train
+from xdim_jax import cli, recipe, train
 from xdim_jax.data.case import Case
 from xdim_jax.errors import UserError
+from xdim_jax.scoring import results
 
 REPO = Path(__file__).parent.parent
 RECIPE = "configs/brats_dxnet.py:phantom"
+RULES = "--rules=brats2022"
 TOY = [
     "--config.model.encoder.name=efficientnet_toy",
     "--config.model.filters=16,16,8,8,8",
@@ -71,7 +73,7 @@ def trained(run, tmp_path_factory):
     (workdir / "out.txt").write_text(out)
     held_out = workdir / "phantom" / "held_out"
     run("predict", f"--workdir={workdir}", "--input", held_out, f"--output={workdir / 'pred'}")
-    run("evaluate", f"--pred={workdir / 'pred'}", f"--ref={held_out}", f"--out={workdir / 'eval'}")
+    run("evaluate", RULES, f"--pred={workdir / 'pred'}", f"--ref={held_out}", f"--out={workdir / 'eval'}")
     run("report", f"--workdir={workdir}", f"--eval={workdir / 'eval'}", f"--out={workdir / 'report.html'}")
     return workdir
 
@@ -154,8 +156,9 @@ def test_cases_csv_and_summary_agree_with_the_files(trained):
     assert summary["structures"]["WT"]["dice"]["mean"] == pytest.approx(np.mean(values))
     assert summary["structures"]["WT"]["dice"]["sd"] == pytest.approx(np.std(values, ddof=1))
     assert summary["cases"] == 2 and summary["rules"] == "brats2022"
-    for record in ("eval/evaluate.json", "pred/predict.json"):
-        assert json.loads((trained / record).read_text())["convention"] == "brats2021"
+    assert json.loads((trained / "eval" / "evaluate.json").read_text())["cases"][name]["patient"] == name
+    assert json.loads((trained / "pred" / "predict.json").read_text())["convention"] == "brats2021"
+    assert "| DX-Net (paper, Table 6) | mean | 91.22 | 84.77 | 83.88 |" in (trained / "eval" / "tables.md").read_text()
 
 
 def test_report_is_one_file_with_its_pictures_inside(trained):
@@ -171,9 +174,8 @@ def test_report_is_one_file_with_its_pictures_inside(trained):
 
     Reader().feed(page)
     assert not links, "nothing is loaded from elsewhere"
-    assert len(images) == 3 and all(
-        i["src"].startswith("data:image/png;base64,") for i in images
-    )  # curves, best, worst
+    # box plots, best and worst of two cases, curves
+    assert len(images) == 4 and all(i["src"].startswith("data:image/png;base64,") for i in images)
     summary = json.loads((trained / "eval" / "summary.json").read_text())
     for structure in ("WT", "TC", "ET"):
         assert f"<td>{100 * summary['structures'][structure]['dice']['mean']:.2f}</td>" in page
@@ -209,15 +211,14 @@ def test_missing_predictions_are_an_error_or_the_worst_score(run, trained, tmp_p
     gone, kept = sorted((tmp_path / "pred").glob("*.nii.gz"))
     gone.unlink()
     ref = trained / "phantom" / "held_out"
-    arguments = (f"--pred={tmp_path / 'pred'}", f"--ref={ref}", f"--out={tmp_path / 'eval'}")
+    arguments = (RULES, f"--pred={tmp_path / 'pred'}", f"--ref={ref}", f"--out={tmp_path / 'eval'}")
     out = run("evaluate", *arguments, code=2)
     assert gone.name.removesuffix(".nii.gz") in out and "--missing=penalise" in out
     assert not (tmp_path / "eval").exists()
     kept.write_bytes(kept.read_bytes()[:100])
     run("evaluate", *arguments, "--missing=penalise")
-    scores = results.read_cases(tmp_path / "eval" / "cases.csv")
-    for regions in scores.values():
-        for metrics in regions.values():
+    for case in results.read_cases(tmp_path / "eval" / "cases.csv"):
+        for metrics in case.values.values():
             assert metrics == {"dice": 0, "hd95": 374, "sensitivity": 0, "specificity": 0}
     assert len(json.loads((tmp_path / "eval" / "summary.json").read_text())["unreadable"]) == 2
     run("report", f"--workdir={trained}", f"--eval={tmp_path / 'eval'}", f"--out={tmp_path / 'r.html'}")
@@ -231,11 +232,61 @@ def test_the_recorded_validation_is_what_predict_and_evaluate_give(run, trained,
     for case in split["validation"]:
         shutil.copytree(trained / "phantom" / "train" / case, tmp_path / "cases" / case)
     run("predict", f"--workdir={trained}", "--input", tmp_path / "cases", f"--output={tmp_path / 'pred'}")
-    run("evaluate", f"--pred={tmp_path / 'pred'}", f"--ref={tmp_path / 'cases'}", f"--out={tmp_path / 'eval'}")
+    run("evaluate", RULES, f"--pred={tmp_path / 'pred'}", f"--ref={tmp_path / 'cases'}", f"--out={tmp_path / 'eval'}")
     structures = json.loads((tmp_path / "eval" / "summary.json").read_text())["structures"]
     best = max(records(trained, "validation"), key=lambda r: r["dice"])
     for region in ("WT", "TC", "ET"):
         assert structures[region]["dice"]["mean"] == pytest.approx(best[f"dice_{region}"], abs=1e-9)
+
+    # the same in one command, on a copy of the run; then nothing is predicted anew
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    out = run("evaluate", f"--workdir={workdir}")
+    assert f"{split['validation'][0]}.nii.gz" in out
+    again = json.loads((workdir / "evaluation" / "summary.json").read_text())["structures"]
+    assert again == structures
+    assert ".nii.gz" not in run("evaluate", f"--workdir={workdir}")
+
+
+def test_what_is_there_already_is_skipped_and_other_settings_are_refused(run, trained, tmp_path):
+    held_out = trained / "phantom" / "held_out"
+    first, second = sorted(p.name for p in held_out.glob("BraTS*"))
+    arguments = ("predict", f"--workdir={trained}", "--input", held_out, f"--output={tmp_path}")
+    run(*arguments, "--shard=1/2")
+    assert {p.name for p in tmp_path.glob("*.nii.gz")} == {f"{second}.nii.gz"}
+    stamp = (tmp_path / f"{second}.nii.gz").stat().st_mtime_ns
+    out = run(*arguments)
+    assert "skipped    1 of 2 cases" in out and (tmp_path / f"{first}.nii.gz").is_file()
+    assert (tmp_path / f"{second}.nii.gz").stat().st_mtime_ns == stamp
+    out = run(*arguments, "--overlap=0.25", code=2)
+    assert "holds predictions made with other predict, settings" in out and "--overwrite" in out
+
+
+def test_an_ensemble_with_probabilities_and_uncertainty(run, trained, tmp_path):
+    """Two runs with the same weights: the probabilities of one; mirror images differ, so there is uncertainty."""
+    held_out = trained / "phantom" / "held_out"
+    case = sorted(held_out.glob("BraTS*"))[0]
+    shutil.copytree(trained, tmp_path / "twin", ignore=shutil.ignore_patterns("phantom", "checkpoints"))
+    want = ("--probabilities", "--uncertainty")
+    run("predict", "--workdir", trained, tmp_path / "twin", "--input", case, f"--output={tmp_path / 'two'}", *want)
+    alone = ("predict", f"--workdir={trained}", "--input", case)
+    out = run(*alone, f"--output={tmp_path / 'mirrored'}", *want, "--flips=W", "--threshold=WT=0.5,TC=0.5,ET=0.99")
+    assert "mirrored along W" in out
+
+    def read(folder, kind):
+        image = nib.load(tmp_path / folder / kind / f"{case.name}.nii")
+        source = nib.load(case / f"{case.name}_flair.nii.gz")
+        np.testing.assert_array_equal(image.affine, source.affine)
+        assert image.shape[:3] == source.shape
+        return np.asarray(image.dataobj)
+
+    two, label = read("two", "probabilities"), np.asarray(nib.load(tmp_path / "two" / f"{case.name}.nii.gz").dataobj)
+    plain = np.asarray(nib.load(trained / "pred" / f"{case.name}.nii.gz").dataobj)
+    np.testing.assert_array_equal(label, plain)
+    np.testing.assert_array_equal(two[..., 0] > 0.5, label > 0)  # WT
+    assert np.abs(read("two", "uncertainty")).max() < 1e-6
+    assert read("mirrored", "uncertainty").max() > 1e-6
+    assert not (np.asarray(nib.load(tmp_path / "mirrored" / f"{case.name}.nii.gz").dataobj) == 4).any()
 
 
 # -- stopping and going on ----------------------------------------------------------------------------------------
@@ -356,7 +407,7 @@ def test_misuse_ends_the_process_with_its_message_alone(run, misuse, phantoms, t
 
 
 def test_every_main_explains_itself(run):
-    for module in ("train", "predict", "evaluate", "report", "data"):
+    for module in ("train", "predict", "evaluate", "compare", "report", "data"):
         out = run(module, "--help")
         assert f"usage: python -m xdim_jax.{module}" in out and "exit status" in out
     assert "--root" in run("data", "phantom", "--help")
@@ -368,8 +419,9 @@ def test_other_mains_on_wrong_folders(run, trained, tmp_path):
     )
     out = run("predict", f"--workdir={trained}", "--input", tmp_path, f"--output={tmp_path / 'o'}", code=2)
     assert "no BraTS case below" in out and not (tmp_path / "o").exists()
-    out = run("evaluate", f"--pred={tmp_path}", f"--ref={trained / 'pred'}", f"--out={tmp_path / 'e'}", code=2)
+    out = run("evaluate", RULES, f"--pred={tmp_path}", f"--ref={trained / 'pred'}", f"--out={tmp_path / 'e'}", code=2)
     assert "no label map in" in out
+    assert "--rules and --out missing" in run("evaluate", f"--pred={tmp_path}", f"--ref={tmp_path}", code=2)
     out = run("report", f"--workdir={trained}", f"--eval={tmp_path}", f"--out={tmp_path / 'r.html'}", code=2)
     assert f"{tmp_path}/summary.json does not exist" in out
     out = run("data", "phantom", "--dataset=brats", f"--root={tmp_path}", "--shape=64,64", code=2)
@@ -472,7 +524,7 @@ def test_channels_that_do_not_fit_the_data_are_refused():
 
 def test_metrics_and_data_do_not_import_jax():
     """Judging and reading must work, and start fast, where jax is not wanted; torch and timm are never needed."""
-    code = "import sys, xdim_jax.evaluate, xdim_jax.metrics, xdim_jax.data.phantom; assert 'jax' not in sys.modules"
+    code = "import sys, xdim_jax.evaluate, xdim_jax.compare, xdim_jax.data.phantom; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
     code = "import sys; sys.modules['torch'] = sys.modules['timm'] = None; import xdim_jax.train, xdim_jax.predict"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)

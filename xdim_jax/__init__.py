@@ -4,13 +4,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xdim_jax.loading import Model, load_model
+    from xdim_jax.predictor import Predictor
 
 __version__ = "0.1.0"
-__all__ = ["Model", "__version__", "load_model"]
+__all__ = ["Model", "Predictor", "__version__", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """`load_model` and `Model` come with JAX, so they are imported when they are first asked for."""
+    """What comes with JAX is imported when it is first asked for."""
+    if name == "Predictor":
+        from xdim_jax import predictor
+
+        return predictor.Predictor
     if name in ("Model", "load_model"):
         from xdim_jax import loading
 

@@ -15,7 +15,7 @@ from xdim_jax.data.case import Case, Dataset
 from xdim_jax.data.prepare import Preparation
 from xdim_jax.data.splits import official_split, split_cases
 from xdim_jax.errors import UserError, shorten
-from xdim_jax.files import DATA_FILE, read_json, write_json
+from xdim_jax.files import DATA_FILE, SPLIT_FILE, read_json, write_json
 from xdim_jax.output import Output
 from xdim_jax.recipe import whole_size
 
@@ -90,7 +90,7 @@ def _prepare(dataset: Dataset, config: Config, root: Path, cases: list[Case]) ->
 
 def _keep_split(workdir: Path, root: Path, train: list[Case], validation: list[Case], *, started: bool) -> None:
     split = {"root": str(root), "train": [c.case_id for c in train], "validation": [c.case_id for c in validation]}
-    path = workdir / "split.json"
+    path = workdir / SPLIT_FILE
     if started and path.exists():
         before = read_json(path)
         for side in ("train", "validation"):

@@ -14,6 +14,7 @@ from xdim_jax.errors import UserError
 
 # in the workdir of a run: its resolved config, and what it was trained on (channels, labels, regions)
 CONFIG_FILE, DATA_FILE = "config.json", "data.json"
+SPLIT_FILE = "split.json"  # which cases it trains on and validates
 
 
 @contextlib.contextmanager
@@ -83,5 +84,5 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON ({error}); write it anew with the command that made it") from error

@@ -1,7 +1,8 @@
 """What the channels of a network mean: sigmoids of regions, or a softmax over labels."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +52,14 @@ class Output:
             return self.regions.encode(jnp.argmax(logits, -1), jnp)
         return logits > 0
 
-    def decode(self, scores: np.ndarray, threshold: float) -> np.ndarray:
-        """Probabilities ``(..., channels)`` to label indices uint8; with softmax there is no threshold."""
+    def decode(self, scores: Any, threshold: float | Mapping[str, float], xp: Any = np) -> Any:
+        """Probabilities ``(..., channels)`` to label indices uint8; with softmax there is no threshold.
+
+        ``xp`` is the array library: numpy, or ``jax.numpy`` inside a jitted program.
+        """
         if self.activation == "softmax":
-            return np.argmax(scores, -1).astype(np.uint8)
-        return self.regions.decode(scores, threshold)
+            return xp.argmax(scores, -1).astype(np.uint8)
+        return self.regions.decode(scores, threshold, xp)
 
     def drawn_channels(self, regions: Sequence[str]) -> np.ndarray:
         """Which channels a case can teach whose reference shows only some regions, bool ``(channels,)``.

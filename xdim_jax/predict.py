@@ -1,30 +1,53 @@
 """Segments cases with a trained network: images in, label maps out on the source grid.
 
-The input is a folder in the layout that the network was trained on (one BraTS case folder too; of nnU-Net's layout,
-any folder of images), or the files of one case, one per channel (BraTS: in the order flair t1 t1ce t2). Reference
-labels are not needed. Every case becomes <output>/<case id>.nii.gz with the affine, the header and the label values of
-its source.
+The input is a folder in the layout that the network was trained on (one BraTS case folder too; of nnU-Net's layout, any
+folder of images), a folder of DICOM slices, or the files of one case, one per channel (BraTS: in the order flair t1
+t1ce t2). Reference labels are not needed. Every case becomes <output>/<case id>.nii.gz with the affine, the header and
+the label values of its source; with --probabilities and --uncertainty, <output>/probabilities/<case id>.nii (float32,
+channels along the fourth axis) and <output>/uncertainty/<case id>.nii.
+
+Several --workdir, or that of a cross-validation, are an ensemble: probabilities are averaged. Cases that are there
+already, of the same networks and settings, are skipped.
 """
 
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from tqdm import tqdm
 
-from xdim_jax import checkpoint, cli, infer, log, models, results
+from xdim_jax import cli, log
 from xdim_jax.data import brats
-from xdim_jax.data.case import case_from_files, encode_label, read_case, scan_cases, without_label
-from xdim_jax.data.datasets import trained_dataset
-from xdim_jax.data.image import where
+from xdim_jax.data.case import (
+    Case,
+    Dataset,
+    Volume,
+    case_from_files,
+    encode_label,
+    read_case,
+    scan_cases,
+    without_label,
+)
+from xdim_jax.data.dicom import files_in_order
+from xdim_jax.data.image import files_of, strip, where
 from xdim_jax.data.nifti import write_volume
-from xdim_jax.data.prepare import Preparation, prepare
+from xdim_jax.data.prepare import Prepared
 from xdim_jax.data.problem import ERROR
-from xdim_jax.errors import UserError
-from xdim_jax.files import DATA_FILE, read_json, write_json
-from xdim_jax.output import make_output
-from xdim_jax.step import make_forward, split_model
+from xdim_jax.data.stream import stream_volume
+from xdim_jax.errors import UserError, shorten
+from xdim_jax.files import SPLIT_FILE, read_json, write_json
+from xdim_jax.predictor import PRESETS, Predictor, Settings
+from xdim_jax.program import PRECISIONS
+from xdim_jax.scoring import results
+from xdim_jax.scoring.rules import BESIDE
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,96 +57,326 @@ def main(argv: Sequence[str]) -> int:
         __doc__ or "",
         "exit status: 0 all cases done, 1 some cases failed (named; the others are done), 2 unusable input",
     )
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of the training run")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--workdir", required=True, type=Path, nargs="+", action="extend", help="of a run, or of several: an ensemble")
+    add(
         "--input",
         required=True,
         type=Path,
         nargs="+",
         action="extend",
-        help="folder of cases, one case folder, or one file per modality",
+        help="folder of cases, one case folder, folder of DICOM slices, or one file per modality",
     )
-    parser.add_argument(
-        "--output", required=True, type=Path, help="folder for the label maps; made if it does not exist"
-    )
-    parser.add_argument(
-        "--convention", choices=sorted(brats.CONVENTIONS), help="of BraTS input; default: the training data's"
-    )
-    parser.add_argument("--overlap", type=float, help="of neighbouring windows, 0 to below 1; default: the config's")
-    parser.add_argument("--min_et", type=int, help="smallest ET volume in voxels, 0: off; default: the config's")
+    add("--output", required=True, type=Path, help="folder for the label maps; made if it does not exist")
+    add("--overwrite", action="store_true", help="predict anew what is there, whatever it was made with")
+    add("--shard", default="", metavar="I/N", help="only every N-th case, from the I-th on (from 0): for several hosts")
+    add("--convention", choices=sorted(brats.CONVENTIONS), help="of BraTS input; default: the training data's")
+    add("--modality", choices=["CT", "MR"], default="", help="of files or DICOM slices, where training had both")
+    add("--preset", choices=PRESETS, default="default", help="fast: little overlap; best: more, and mirror images")
+    add("--overlap", type=float, help="of neighbouring windows, 0 to below 1; default: the preset's")
+    add("--flips", help="axes to mirror along, of D, H, W, e.g. D,W; none: empty; default: the preset's")
+    add("--precision", choices=sorted(PRECISIONS), default="", help="of activations; default: the config's")
+    add("--batch", type=int, default=0, help="windows at once; default: 1 on CPU, 4 elsewhere")
+    add("--threshold", default="", help="of probabilities: 0.4, or by region: WT=0.5,ET=0.4; default: the config's")
+    add("--min_et", type=int, help="BraTS: smallest ET volume in voxels, 0: off; default: the config's")
+    add("--largest", default="", help="regions of which only the largest connected part is kept, with commas; or all")
+    add("--probabilities", action="store_true", help="write them too: 4 bytes for every voxel and channel")
+    add("--uncertainty", action="store_true", help="write the variance over networks and mirror images")
     options = parser.parse_args(argv)
-    config = cli.read_config(options.workdir)
-    for key in ("overlap", "min_et"):
-        if getattr(options, key) is not None:
-            if key not in config.predict:
-                raise UserError(f"--{key} is not a setting of this run's data set, {config.data.dataset}")
-            config.predict[key] = getattr(options, key)
-    if not 0 <= config.predict.overlap < 1:
-        raise UserError(f"--overlap={config.predict.overlap}: expected 0 <= overlap < 1")
-    if config.predict.get("min_et", 0) < 0:
-        raise UserError(f"--min_et={config.predict.min_et}: expected 0 or more voxels")
-    data = config.data.to_dict()
-    if options.convention:
-        if "convention" not in data:
-            raise UserError(f"--convention is of BraTS, but the network was trained on {config.data.dataset}")
-        data["convention"] = options.convention
-    dataset = trained_dataset(data, read_json(options.workdir / DATA_FILE))
-    problems: dict[str, list[str]] = {}
-    if len(options.input) == 1 and not options.input[0].is_file():
-        scan = scan_cases(dataset, options.input[0], need_labels=False)
-        cases = scan.cases
-        for problem in scan.problems:
-            if problem.severity == ERROR:
-                problems.setdefault(problem.case_id or str(problem.path), []).append(str(problem))
-            else:
-                log.warn(str(problem))
-    elif data["dataset"] == "brats":
-        cases = [brats.case_from_files(options.input, brats.get_convention(data["convention"]))]
-    else:
-        cases = [case_from_files(options.input, dataset)]
-    settings = Preparation.from_config(data["prepare"])
     cli.cache_programs()
-
-    graphdef, params, stats = split_model(models.build(config.model, seed=0))
-    params, stats, source = checkpoint.load_weights(options.workdir, params, stats)
-    log.say(f"weights    {options.workdir}, {source}")
+    predictor = Predictor(options.workdir, read_settings(options), convention=options.convention or "")
+    cases, problems = find_cases(predictor.dataset, predictor.config, options)
+    for source in predictor.sources:
+        log.say(f"weights    {source}")
     log.say(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
-    output = make_output(config.output, dataset)
-    predict = infer.make_network_predictor(config, make_forward(graphdef), output)
-    record = {
-        "workdir": str(options.workdir.absolute()),
-        "weights": source,
-        "images": {case.case_id: [str(where(s).absolute()) for s in case.images] for case in cases},
-        "convention": dataset.labels.name,
-        "predict": config.predict.to_dict(),
-    }
-    write_json(options.output / results.PREDICT_FILE, record)
-
-    total, failures = len(cases) + len(problems), list(problems)
+    log.say(f"predict    {predictor.describe()}")
+    todo = claim_output(options.output, predictor, cases, overwrite=options.overwrite)
+    mine = _shard(cases, options.shard)
+    todo = [case for case in mine if case in todo]
+    failures, total = list(problems), len(mine) + len(problems)
     for case_id, messages in problems.items():
         log.warn(f"case {case_id} left out: {'; '.join(messages)}")
-        (options.output / f"{case_id}.nii.gz").unlink(missing_ok=True)  # of an earlier run
-    for number, case in enumerate(cases, 1):
-        begin = time.monotonic()
-        path = options.output / f"{case.case_id}.nii.gz"
-        try:
-            volume = read_case(without_label(case))
-        except UserError as error:
-            failures.append(case.case_id)
-            path.unlink(missing_ok=True)
-            log.warn(f"case {number}/{len(cases)} {case.case_id} left out: {error}")
-            continue
-        prepared = prepare(case, volume, settings)
-        label = infer.segment(predict, (params, stats), prepared, output, config.predict)
-        write_volume(path, encode_label(case, label), volume.grid)
-        log.say(f"case {number}/{len(cases)} {path}  {time.monotonic() - begin:.1f} s")
+        _remove(options.output, case_id)
+    for case in todo:
+        _remove(options.output, case.case_id)
+    if len(todo) < len(mine):
+        log.say(f"skipped    {len(mine) - len(todo)} of {len(mine)} cases, which are there already")
+    failures += predict_cases(predictor, todo, options.output)
     if failures:
         log.warn(f"{len(failures)} of {total} cases failed: {', '.join(failures)}")
         return 1
     log.say(
-        f"done       evaluate with: python -m xdim_jax.evaluate --pred={options.output} --ref=<labels> --out=<folder>"
+        f"done       evaluate with: python -m xdim_jax.evaluate --rules=... --pred={options.output} --ref=<labels> "
+        "--out=<folder>"
     )
     return 0
+
+
+# -- the command line ---------------------------------------------------------------------------------------------
+
+
+def read_settings(options: Any) -> Settings:
+    """From the flags. Raises UserError for values of another form."""
+    flips = None
+    if options.flips is not None:
+        names = [n.strip().upper() for n in options.flips.split(",") if n.strip()]
+        if set(names) - set("DHW"):
+            raise UserError(f"--flips={options.flips}: expected D, H and W with commas between them")
+        flips = tuple("DHW".index(n) for n in names)
+    threshold: float | dict[str, float] | None = None
+    try:
+        if "=" in options.threshold:
+            pairs = (word.split("=", 1) for word in options.threshold.split(","))
+            threshold = {name.strip(): float(value) for name, value in pairs}
+        elif options.threshold:
+            threshold = float(options.threshold)
+    except ValueError as error:
+        raise UserError(f"--threshold={options.threshold}: expected a number, or <region>=<number>,...") from error
+    return Settings(
+        options.preset,
+        options.overlap,
+        flips,
+        options.precision,
+        options.batch,
+        threshold,
+        options.min_et,
+        tuple(n.strip() for n in options.largest.split(",") if n.strip()),
+        options.probabilities,
+        options.uncertainty,
+    )
+
+
+def find_cases(dataset: Dataset, config: Any, options: Any) -> tuple[list[Case], dict[str, list[str]]]:
+    """The cases of ``--input``, and what is wrong with others by case id. Raises UserError where there is nothing."""
+    paths, problems = options.input, {}
+    if len(paths) > 1 or paths[0].is_file():
+        if config.data.dataset == "brats":
+            convention = brats.get_convention(options.convention or config.data.convention)
+            return [brats.case_from_files(paths, convention)], {}
+        return [case_from_files(paths, dataset, options.modality)], {}
+    folder = paths[0]
+    if slices := files_in_order(folder, ".dcm"):
+        return [case_from_files([slices], dataset, options.modality)], {}
+    if folder.is_dir() and len(dataset.channels) == 1 and (loose := _loose_images(dataset, folder)):
+        return [case_from_files([path], dataset, options.modality) for path in loose], {}
+    scan = scan_cases(dataset, folder, need_labels=False)
+    for problem in scan.problems:
+        if problem.severity == ERROR:
+            problems.setdefault(problem.case_id or str(problem.path), []).append(str(problem))
+        else:
+            log.warn(str(problem))
+    return scan.cases, problems
+
+
+def _loose_images(dataset: Dataset, folder: Path) -> list[Path]:
+    """The images of a folder that is not in the data set's layout."""
+    images = sorted(p for p in folder.iterdir() if p.is_file() and strip(p.name) and not p.name.startswith("."))
+    return images if images and not dataset.scan(folder, False).cases else []
+
+
+def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
+    """Predicts the validation cases of a run into a folder; those that are there, of the same weights, are skipped.
+
+    Returns:
+        where their references are, and their ids as scoring knows them.
+
+    Raises:
+        UserError: the data are not where they were, or a case cannot be predicted.
+    """
+    cli.cache_programs()
+    predictor = Predictor(workdir)
+    split = read_json(workdir / SPLIT_FILE)
+    root = Path(split["root"])
+    found = {c.case_id: c for c in scan_cases(predictor.dataset, root, need_labels=True).cases}
+    if absent := [name for name in split["validation"] if name not in found]:
+        raise UserError(
+            f"{root} lacks {len(absent)} of the run's {len(split['validation'])} validation cases: {shorten(absent)}"
+        )
+    cases = [found[name] for name in split["validation"]]
+    log.say(f"weights    {predictor.sources[0]}")
+    todo = claim_output(output, predictor, cases, replace=True)
+    if failures := predict_cases(predictor, todo, output):
+        raise UserError(f"{len(failures)} of {len(cases)} cases cannot be predicted: {shorten(failures)}")
+    labels = root / "labelsTr"  # of nnU-Net's layout, whose images are beside them
+    return labels if labels.is_dir() else root, {name.removesuffix("_in") for name in split["validation"]}
+
+
+def _shard(cases: list[Case], text: str) -> list[Case]:
+    if not text:
+        return cases
+    first, slash, step = text.partition("/")
+    if not slash or not first.isdigit() or not step.isdigit() or not int(first) < int(step):
+        raise UserError(f"--shard={text}: expected I/N with 0 <= I < N, e.g. 0/4")
+    return cases[int(first) :: int(step)]
+
+
+# -- what is there ------------------------------------------------------------------------------------------------
+
+
+def claim_output(
+    output: Path, predictor: Predictor, cases: Sequence[Case], *, overwrite: bool = False, replace: bool = False
+) -> list[Case]:
+    """Writes the record of what predicts what; returns the cases that are not there yet.
+
+    Args:
+        output: the folder.
+        predictor: what predicts.
+        cases: what is to be there.
+        overwrite: whatever is there counts for nothing.
+        replace: what other networks or settings made counts for nothing.
+
+    Raises:
+        UserError: the folder holds predictions of other networks or settings.
+    """
+    path = output / results.PREDICT_FILE
+    settings = {
+        "workdirs": [str(w.absolute()) for w in predictor.workdirs],
+        "weights": predictor.sources,
+        "convention": predictor.dataset.labels.name,
+        "predict": predictor.config.predict.to_dict(),
+        "settings": dataclasses.asdict(predictor.settings),
+    }
+    settings = json.loads(json.dumps(settings))
+    record: dict[str, Any] = {**settings, "images": {}, "digests": {}}
+    done: dict[str, str] = {}
+    if path.is_file() and not overwrite:
+        found = read_json(path)
+        other = [key for key in settings if found.get(key) != settings[key]]
+        if other and not replace and any((output / f"{case}.nii.gz").exists() for case in found.get("images", {})):
+            raise UserError(
+                f"{output} holds predictions made with other {', '.join(other)} ({results.PREDICT_FILE} says which); "
+                "give another --output, or --overwrite"
+            )
+        done = {} if other else dict(found.get("digests", {}))
+        record = record if other else found
+    for case in cases:
+        record["images"][case.case_id] = [str(where(s).absolute()) for s in case.images]
+        record["digests"][case.case_id] = _digest(case)
+    write_json(path, record)
+    wanted = [output / "{}.nii.gz"]
+    wanted += [output / name / "{}.nii" for name in BESIDE if getattr(predictor.settings, name)]
+    return [
+        case
+        for case in cases
+        if done.get(case.case_id) != _digest(case)
+        or not all(Path(str(p).format(case.case_id)).is_file() for p in wanted)
+    ]
+
+
+def _digest(case: Case) -> str:
+    """Of the names, sizes and times of a case's images."""
+    facts = [
+        (str(p.absolute()), s.st_size, s.st_mtime_ns) if (s := _stat(p)) else str(p)
+        for source in case.images
+        for p in files_of(source)
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _stat(path: Path) -> Any:
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _remove(output: Path, case_id: str) -> None:
+    """What an earlier run left of a case."""
+    (output / f"{case_id}.nii.gz").unlink(missing_ok=True)
+    for name in BESIDE:
+        (output / name / f"{case_id}.nii").unlink(missing_ok=True)
+
+
+# -- the work -----------------------------------------------------------------------------------------------------
+
+
+def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> list[str]:
+    """Predicts and writes cases; while one is predicted the next is read and the last is written.
+
+    Returns:
+        the cases that failed, each with a warning.
+    """
+    failures: list[str] = []
+    largest = 0
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as reader,
+        concurrent.futures.ThreadPoolExecutor(1) as writer,
+        tqdm(total=len(cases), unit="case", disable=None if len(cases) > 1 else True) as bar,
+    ):
+        ahead = reader.submit(_read, predictor, cases[0]) if cases else None
+        writing: list[concurrent.futures.Future[None]] = []
+        for number, case in enumerate(cases, 1):
+            begin = time.monotonic()
+            assert ahead is not None
+            reading, ahead = ahead, reader.submit(_read, predictor, cases[number]) if number < len(cases) else None
+            try:
+                prepared, volume = reading.result()
+                needed = memory_of(predictor, prepared, volume, several=len(cases) > 1)
+                if sum(needed) > 1.1 * largest:
+                    largest = sum(needed)
+                    sizes = [f"{n / 2**30:.1f} GiB" for n in needed]
+                    log.say(f"memory     about {sizes[0]} on the host, {sizes[1]} on the device")
+                _drain(writing)
+                with _sink(predictor, volume, output, case.case_id) as sink:
+                    label = predictor.segment(prepared, sink)
+                path = output / f"{case.case_id}.nii.gz"
+                writing.append(writer.submit(write_volume, path, encode_label(case, label), volume.grid))
+                log.say(f"case {number}/{len(cases)} {path}  {time.monotonic() - begin:.1f} s")
+            except (UserError, jax.errors.JaxRuntimeError) as error:
+                failures.append(case.case_id)
+                _remove(output, case.case_id)
+                log.warn(f"case {number}/{len(cases)} {case.case_id} left out: {_reason(error)}")
+            bar.update()
+        _drain(writing)
+    return failures
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    first = str(error).splitlines()[0][:200]
+    hint = "; give --batch=1, --precision=bfloat16 or --preset=fast" if "RESOURCE_EXHAUSTED" in first else ""
+    return f"the device refused: {first}{hint}"
+
+
+def _drain(writing: list[concurrent.futures.Future[None]]) -> None:
+    """Waits for files under way; a disk that refuses one refuses all."""
+    while writing:
+        writing.pop().result()
+
+
+def _read(predictor: Predictor, case: Case) -> tuple[Prepared, Volume]:
+    """A case as the networks see it; of the source only what writing needs is kept."""
+    volume = read_case(without_label(case))
+    prepared = predictor.prepare(case, volume)
+    return prepared, dataclasses.replace(volume, image=np.zeros((0, 0, 0, 0), np.float32))
+
+
+def memory_of(predictor: Predictor, prepared: Prepared, volume: Volume, *, several: bool) -> tuple[int, int]:
+    """Bytes that a case takes at its peak on the host (reading: the file, its float32 image and the prepared one; the
+    next case is read at the same time) and on the device."""
+    voxels = int(np.prod(prepared.source))
+    image = voxels * prepared.raw.shape[3] * 4
+    host = max(2 * image, image * several + prepared.raw.nbytes * (1 + several) + 2 * voxels)
+    return host, predictor.segmenter.device_bytes(predictor.weights, prepared)
+
+
+@contextlib.contextmanager
+def _sink(predictor: Predictor, volume: Volume, output: Path, case_id: str) -> Iterator[Any]:
+    """Writes probabilities and uncertainty as they come; None where neither is wanted."""
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for name in BESIDE:
+            if getattr(predictor.settings, name):
+                channels = len(predictor.names) if name == "probabilities" else 0
+                path = output / name / f"{case_id}.nii"
+                files[name] = stack.enter_context(stream_volume(path, volume.grid, channels))
+
+        def keep(rows: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
+            for name, part in values.items():
+                files[name][(rows, *box)] = part
+
+        yield keep if files else None
 
 
 def command() -> NoReturn:

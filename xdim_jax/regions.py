@@ -8,10 +8,11 @@ region; regions may lie inside one another.
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import label as connected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,15 @@ class Regions:
         """In the order of the channels."""
         return tuple(self.sets)
 
+    def around(self, name: str) -> int:
+        """The label that only the region has that this one lies in; 0 where it lies in none."""
+        inner = set(self.sets[name])
+        outer = [set(v) for v in self.sets.values() if inner < set(v)]
+        if not outer:
+            return 0
+        near = min(outer, key=len)
+        return (near - set().union(*(set(v) for v in self.sets.values() if set(v) < near))).pop()
+
     @functools.cached_property
     def _forest(self) -> list["_Node"]:
         """Outermost regions, each with those inside it."""
@@ -68,26 +78,27 @@ class Regions:
         # comparisons, not isin, which flattens what may lie on several devices
         return xp.stack([functools.reduce(operator.or_, (label == i for i in v)) for v in self.sets.values()], -1)
 
-    def decode(self, scores: np.ndarray, threshold: float = 0.5) -> np.ndarray:
-        """Scores ``(..., R)`` (probabilities, or masks) to a label map uint8.
+    def decode(self, scores: Any, threshold: float | Mapping[str, float] = 0.5, xp: Any = np) -> Any:
+        """Scores ``(..., R)`` (probabilities, or masks) to a label map uint8; ``threshold``: of all, or by region.
 
         Outer regions are written first and inner ones over them, so regions that are not nested are made so (paper,
         Sect. 3.1.3: ET is kept unaltered, NCR is extracted from TC and ED from WT). Between regions that lie apart
         decides the highest score of each with all that lies inside it; the first wins a tie.
         """
-        label = np.zeros(scores.shape[:-1], np.uint8)
+        limits = threshold if isinstance(threshold, Mapping) else dict.fromkeys(self.names, threshold)
 
-        def write(nodes: list[_Node], where: np.ndarray | None) -> None:
-            best = np.argmax([scores[..., n.channels].max(-1) for n in nodes], 0) if len(nodes) > 1 else None
+        def write(label: Any, nodes: list[_Node], where: Any) -> Any:
+            highest = [functools.reduce(xp.maximum, (scores[..., c] for c in n.channels)) for n in nodes]
+            best = xp.argmax(xp.stack(highest), 0) if len(nodes) > 1 else None
             for i, node in enumerate(nodes):
                 here = where if best is None else best == i if where is None else where & (best == i)
-                inside = scores[..., node.channel] > threshold
-                label[inside if here is None else inside & here] = node.label
+                inside = scores[..., node.channel] > limits[self.names[node.channel]]
+                label = xp.where(inside if here is None else inside & here, np.uint8(node.label), label)
                 if node.inner:
-                    write(node.inner, here)
+                    label = write(label, node.inner, here)
+            return label
 
-        write(self._forest, None)
-        return label
+        return write(xp.zeros(scores.shape[:-1], np.uint8), self._forest, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +120,22 @@ TISSUES = ("background", "NCR", "ED", "ET")
 NCR, ED, ET, RC = 1, 2, 3, 4  # RC: resection cavity, since 2024, part of no region above
 BRATS = Regions({"WT": (NCR, ED, ET), "TC": (NCR, ET), "ET": (ET,)})
 BRATS_2024 = Regions({**BRATS.sets, "RC": (RC,)})
+
+
+def keep_largest(label: np.ndarray, regions: Regions, names: Sequence[str]) -> np.ndarray:
+    """Keeps the largest 26-connected part of each named region; the others become what lies around the region: the own
+    label of the region that it lies in, or background."""
+    if not names:
+        return label
+    label = label.copy()
+    for name in sorted(names, key=lambda n: -len(regions.sets[n])):  # outer regions first
+        mask = regions.encode(label)[..., regions.names.index(name)]
+        found: Any = connected(mask, np.ones((3, 3, 3), bool))
+        parts, count = found
+        if count > 1:
+            largest = 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
+            label[mask & (parts != largest)] = regions.around(name)
+    return label
 
 
 def drop_small_et(label: np.ndarray, minimum: int) -> np.ndarray:

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from xdim_jax import infer, mesh, metrics
+from xdim_jax import infer, mesh
 from xdim_jax.data import case as data_case
 from xdim_jax.data import store
 from xdim_jax.data.case import Case, Dataset
 from xdim_jax.files import atomic_path
 from xdim_jax.program import Program
+from xdim_jax.scoring import masks
 from xdim_jax.signals import StopRequest
 
 OVERLAYS = "overlays"  # folder of the workdir
@@ -36,7 +37,7 @@ def make_validation(
     (CHAOS task 4) is left out. Several processes share the cases. The first ``overlays`` cases are drawn.
     """
     config, names = program.config, dataset.regions.names
-    predict = infer.make_network_predictor(config, program.forward, program.output)
+    segmenter = infer.make_segmenter(config, program.forward, program.output)
 
     def validate(weights: Any, stop: StopRequest) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         weights = mesh.local(weights)
@@ -50,14 +51,14 @@ def make_validation(
                 continue
             case, entry = cases[number]
             prepared = entry.load()
-            label = infer.segment(predict, weights, prepared, program.output, config.predict)
+            label = infer.segment(segmenter, weights, prepared, config.predict)
             volume = data_case.read_case(case) if number < overlays else None
             truth = data_case.read_label(case) if volume is None or volume.label is None else volume.label
             predicted, reference = dataset.regions.encode(label), dataset.regions.encode(truth)
             shown = names if dataset.drawn is None else dataset.drawn(case)
             for r, name in enumerate(names):
                 if name in shown:
-                    dice = metrics.dice(predicted[..., r], reference[..., r])
+                    dice = masks.dice(predicted[..., r], reference[..., r])
                     scores[number, r] = 1.0 if np.isnan(dice) else dice
             if volume is not None:
                 pictures[case.case_id] = draw(volume.image[..., 0], truth, label)

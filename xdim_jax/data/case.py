@@ -140,24 +140,26 @@ def usable_cases(scan: Scan, root: Path) -> list[Case]:
     return scan.cases
 
 
-def case_from_files(paths: Sequence[Path], dataset: Dataset) -> Case:
-    """A case from its files, one per channel in the data set's order, or one that holds all.
+def case_from_files(sources: Sequence[Source], dataset: Dataset, modality: str = "") -> Case:
+    """A case from its files (or series of slices), one per channel in the data set's order, or one that holds all.
 
     Raises:
-        UserError: another number of files, or a file that does not exist.
+        UserError: another number of files, a file that does not exist, or no modality where the data set has two.
     """
+    paths = [where(source) for source in sources]
     order = ", ".join(dataset.channels)
     if len(paths) not in (1, len(dataset.channels)):
         raise UserError(f"{len(paths)} files given; expected one per channel, in the order {order}")
-    if absent := [str(p) for p in paths if not p.is_file()]:
+    if absent := [str(p) for s in sources for p in files_of(s) if not p.is_file()]:
         raise UserError(f"{', '.join(absent)}: no such file; expected one per channel, in the order {order}")
-    if dataset.holds_ct:
+    if dataset.holds_ct and not modality:
         raise UserError(
-            f"{paths[0]} does not tell whether it is CT or MR; give a folder in the layout of {dataset.name}, "
-            f"{dataset.layout}"
+            f"{paths[0]} does not tell whether it is CT or MR; say so with --modality, or give a folder in the layout "
+            f"of {dataset.name}, {dataset.layout}"
         )
     name = (strip(paths[0].name) or paths[0].stem).removesuffix("_0000")  # nnU-Net's first channel
-    return Case(name, name, tuple(paths), dataset.channels, None, dataset.labels, dataset.axes)
+    info = {"modality": modality} if modality else {}
+    return Case(name, name, tuple(sources), dataset.channels, None, dataset.labels, dataset.axes, info=info)
 
 
 def without_label(case: Case) -> Case:

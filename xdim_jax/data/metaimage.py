@@ -1,4 +1,4 @@
-"""MetaImage and NRRD, read with SimpleITK."""
+"""MetaImage and NRRD, with SimpleITK: in; and MetaImage out."""
 
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,29 @@ def load_grid(path: Path, axes: Axes) -> Grid:
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
     return _grid(path, reader, axes)
+
+
+def write(path: Path, array: np.ndarray, grid: Grid) -> None:
+    """Writes a ``(D, H, W)`` array as MetaImage (``.mhd`` with its ``.raw`` beside it, or ``.mha``), uncompressed.
+
+    A grid of one slice is written as a 2D image.
+
+    Raises:
+        ValueError: the array is not of the grid's size.
+    """
+    import SimpleITK as sitk
+
+    volume = grid.to_file(array)
+    n = 2 if volume.ndim == 2 or volume.shape[2] == 1 else 3
+    image = sitk.GetImageFromArray(np.ascontiguousarray(volume.reshape(volume.shape[:n]).T))
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ grid.affine  # nibabel's frame is RAS, ITK's LPS
+    lengths = np.sqrt((affine[:3, :3] ** 2).sum(0))
+    image.SetSpacing([float(s) for s in lengths[:n]])
+    image.SetOrigin([float(v) for v in affine[:n, 3]])
+    direction = (affine[:3, :3] / lengths)[:n, :n]
+    if abs(np.linalg.det(direction)) > 0.5:  # else the plane is not that of the first two axes of space
+        image.SetDirection([float(v) for v in direction.ravel()])
+    sitk.WriteImage(image, str(path))
 
 
 def _grid(path: Path, image: Any, axes: Axes) -> Grid:

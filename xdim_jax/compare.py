@@ -1,0 +1,84 @@
+"""Compares two evaluations case by case: mean difference with its 95 % confidence interval (paired bootstrap over
+patients), and Wilcoxon's signed-rank test with Holm's correction over all structures and metrics shown.
+
+    python -m xdim_jax.compare eval_a eval_b --metrics=dice,hd95 --out=comparison.md
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from xdim_jax import cli, log
+from xdim_jax.errors import UserError
+from xdim_jax.files import write_json, write_text
+from xdim_jax.scoring import challenges, compare, results, tables
+from xdim_jax.scoring.results import number
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line, see ``--help``."""
+    parser = cli.make_parser("xdim_jax.compare", __doc__ or "", "exit status: 0 done, 2 unusable input")
+    parser.add_argument("a", type=Path, help="folder that xdim_jax.evaluate wrote")
+    parser.add_argument("b", type=Path, help="another one, of the same references")
+    parser.add_argument("--metrics", default="", help="with commas (default: all; fewer make a milder correction)")
+    parser.add_argument("--out", type=Path, help="Markdown file to write; beside it .tex and .json")
+    options = parser.parse_args(argv)
+    if options.out and options.out.suffix in (".json", ".tex"):
+        raise UserError(
+            f"--out={options.out}: expected a Markdown file, e.g. comparison.md; .tex and .json come beside it"
+        )
+    records = [results.read_record(folder) for folder in (options.a, options.b)]
+    settings = [{"rules": r["rules"]} | {k: r["options"].get(k) for k in challenges.OPTIONS} for r in records]
+    if apart := [k for k in settings[0] if settings[0][k] != settings[1][k]]:
+        shown = "; ".join(f"{k}: {settings[0][k]} and {settings[1][k]}" for k in apart)
+        raise UserError(f"{options.a} and {options.b} were scored differently ({shown}); evaluate both in the same way")
+    sides = [
+        results.read_cases(folder / results.CASES_FILE, {c: v["patient"] for c, v in record["cases"].items()})
+        for folder, record in zip((options.a, options.b), records, strict=True)
+    ]
+    wanted = tuple(m.strip() for m in options.metrics.split(",") if m.strip())
+    known = {m for side in sides for case in side for values in case.values.values() for m in values}
+    if unknown := set(wanted) - known:
+        raise UserError(
+            f"--metrics: {', '.join(sorted(unknown))} not in the results; they have {', '.join(sorted(known))}"
+        )
+    try:
+        found = compare.compare(sides[0], sides[1], wanted)
+    except ValueError as error:
+        raise UserError(f"{options.a} and {options.b}: {error}; evaluate both on the same references") from error
+    table = make_table(found, str(options.a), str(options.b))
+    for line in table.markdown().splitlines():
+        log.say(line)
+    if options.out:
+        write_text(options.out, table.markdown())
+        write_text(options.out.with_suffix(".tex"), table.latex())
+        record = {"a": str(options.a.absolute()), "b": str(options.b.absolute())}
+        write_json(options.out.with_suffix(".json"), record | {"differences": [dataclasses.asdict(d) for d in found]})
+    return 0
+
+
+def make_table(found: Sequence[compare.Difference], a: str, b: str) -> tables.Table:
+    """One row per structure and metric."""
+    header = ("", "metric", "cases", "A", "B", "B - A", "95 % interval", "p", "p (Holm)")
+    rows = []
+    for d in found:
+        digits = 3 if max(abs(d.a), abs(d.b)) <= 1 else 2
+        within = "-" if d.low is None else f"{number(d.low, digits)} to {number(d.high, digits)}"
+        ends = (number(d.a, digits), number(d.b, digits), f"{d.mean:+.{digits}f}", within, _p(d.p), _p(d.p_holm))
+        rows.append((d.structure, d.metric, str(d.cases), *ends))
+    return tables.Table(f"A: {a}, B: {b}", header, tuple(rows), f"Holm's correction is for {len(found)} tests.")
+
+
+def _p(value: float) -> str:
+    return "-" if math.isnan(value) else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def command() -> NoReturn:
+    """The console entry point."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,41 @@
+"""NIfTI files that are written part by part, so that the whole array is never in memory."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from xdim_jax.data.grid import Grid
+from xdim_jax.files import atomic_path
+
+_OFFSET = 352  # bytes before the voxels of a NIfTI-1 file without extensions
+
+
+@contextlib.contextmanager
+def stream_volume(path: Path, grid: Grid, channels: int = 0) -> Iterator[np.ndarray]:
+    """Gives a float32 array ``(D, H, W)``, with ``channels`` ``(D, H, W, channels)``, of zeros that lies in the file.
+
+    Args:
+        path: ``.nii``: compressed files cannot be written in parts.
+        grid: of the image.
+        channels: of a fourth axis in the file; 0: none.
+
+    Raises:
+        UserError: the file cannot be written; nothing is left of it.
+    """
+    shape = (*grid.shape, channels) if channels else tuple(grid.shape)
+    with atomic_path(path) as temporary:
+        template = nib.Nifti1Header() if grid.header is None else grid.header.copy()
+        template.set_data_dtype(np.float32)
+        image = nib.Nifti1Image(np.broadcast_to(np.float32(0), shape), grid.affine, template)
+        header = image.header
+        header.set_slope_inter(1, 0)
+        header["cal_min"] = header["cal_max"] = 0
+        header["vox_offset"], header["magic"] = _OFFSET, b"n+1"
+        temporary.write_bytes(header.binaryblock + bytes(_OFFSET - len(header.binaryblock)))
+        voxels = np.memmap(temporary, np.float32, "r+", _OFFSET, shape, order="F")
+        yield grid.to_memory(voxels)
+        voxels.flush()
+        del voxels

@@ -1,0 +1,184 @@
+"""Results in the form of the paper's tables, its row beside ours, as Markdown and LaTeX."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xdim_jax.scoring.results import number, percent
+from xdim_jax.scoring.rules import Column
+
+# paper, Table 2, CAMUS test set, Omnia-Net: Dice, MAD (mm), HD (mm)
+_TABLE_2 = {
+    ("ED", "LV_endo"): ("0.945", "1.5", "4.8"),
+    ("ED", "LV_epi"): ("0.956", "1.8", "5.4"),
+    ("ES", "LV_endo"): ("0.922", "1.6", "4.8"),
+    ("ES", "LV_epi"): ("0.951", "1.8", "5.9"),
+}
+# paper, Table 3, CAMUS test set, Omnia-Net: correlation
+_TABLE_3 = {"ef": "0.896", "edv": "0.980", "esv": "0.974"}
+# paper, Table 4, CHAOS test set: mean score, DICE, its score, RAVD (%), its score, ASSD (mm), ..., MSSD (mm), ...
+_TABLE_4 = {
+    "1": (
+        "73.62 ± 12.66", "0.96 ± 0.02", "96.08 ± 1.82", "2.78 ± 2.28", "50.10 ± 33.21",
+        "1.45 ± 1.61", "90.36 ± 10.76", "27.50 ± 23.28", "57.92 ± 25.43",
+    ),
+    "2": (
+        "82.98 ± 6.12", "0.98 ± 0.00", "98.08 ± 0.3", "1.48 ± 0.95", "70.31 ± 19.0",
+        "0.67 ± 0.12", "95.54 ± 0.79", "19.2 ± 12.69", "68.0 ± 21.14",
+    ),
+    "3": (
+        "72.88 ± 12.15", "0.95 ± 0.02", "95.29 ± 1.55", "3.12 ± 2.38", "46.16 ± 31.92",
+        "1.42 ± 0.96", "90.55 ± 6.37", "25.37 ± 17.17", "59.51 ± 23.54",
+    ),
+    "4": (
+        "61.80 ± 16.12", "0.90 ± 0.06", "85.45 ± 20.83", "7.6 ± 8.48", "25.29 ± 24.71",
+        "2.98 ± 2.81", "80.63 ± 18.24", "29.71 ± 21.22", "55.81 ± 26.5",
+    ),
+    "5": (
+        "69.32 ± 8.54", "0.93 ± 0.03", "91.76 ± 6.82", "7.67 ± 4.97", "22.38 ± 19.49",
+        "1.46 ± 1.5", "91.19 ± 6.45", "18.83 ± 11.11", "71.94 ± 12.14",
+    ),
+    "average": (
+        "72.12 ± 11.12", "0.94 ± 0.03", "93.33 ± 6.26", "4.53 ± 3.21", "42.85 ± 25.67",
+        "1.6 ± 1.4", "89.65 ± 8.52", "24.12 ± 17.09", "62.63 ± 21.75",
+    ),
+}  # fmt: skip
+# paper, Tables 5 and 6, BraTS 2022 validation set: Dice in percent of WT, TC, ET
+_TABLE_5_6 = {
+    "DS-Net (paper, Table 5)": {
+        "mean": ("91.69", "83.23", "81.75"),
+        "median": ("93.45", "93.10", "89.17"),
+        "25 % quartile": ("89.51", "83.89", "81.98"),
+        "75 % quartile": ("96.09", "96.34", "94.11"),
+    },
+    "DX-Net (paper, Table 6)": {
+        "mean": ("91.22", "84.77", "83.88"),
+        "median": ("94.15", "93.46", "89.74"),
+        "25 % quartile": ("90.08", "85.56", "83.49"),
+        "75 % quartile": ("96.46", "96.48", "94.92"),
+    },
+}
+_STATISTICS = {"mean": "mean", "median": "median", "25 % quartile": "q25", "75 % quartile": "q75"}
+_OURS, _PAPER = "this evaluation", "paper"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells as text; ``note`` says what the rows may be compared with."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """GitHub's tables."""
+        lines = [f"**{self.title}**", "", _line(self.header), _line(["---"] * len(self.header))]
+        lines += [_line(row) for row in self.rows]
+        return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
+
+    def latex(self) -> str:
+        """A table with booktabs' rules."""
+        lines = [
+            r"\begin{table}",
+            r"  \centering",
+            rf"  \caption{{{_escape(self.title)}. {_escape(self.note)}}}",
+            rf"  \begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}",
+            r"    \toprule",
+            *(f"    {' & '.join(map(_escape, row))} \\\\" for row in (self.header,)),
+            r"    \midrule",
+            *(f"    {' & '.join(map(_escape, row))} \\\\" for row in self.rows),
+            r"    \bottomrule",
+            r"  \end{tabular}",
+            r"\end{table}",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _escape(text: str) -> str:
+    known = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$"}
+    known |= {c: f"\\{c}" for c in "&%_#${}"}
+    return "".join(known.get(c, c) for c in text)
+
+
+def make_tables(summary: Mapping[str, Any], columns: Mapping[str, Column]) -> list[Table]:
+    """Every table that a summary has: the paper's for its challenges, then all metrics of all structures."""
+    paper = {"camus": _camus, "chaos": _chaos, "brats2022": _brats}.get(summary["rules"])
+    return [*(paper(summary) if paper else []), *_metrics(summary, columns)]
+
+
+def _camus(summary: Mapping[str, Any]) -> list[Table]:
+    note = "The paper's numbers are of the challenge's test set, both views together."
+    header, ours, theirs = ["", *[]], [_OURS], [f"{_PAPER}, Table 2"]
+    names = {"LV_endo": "LV endo", "LV_epi": "LV epi", "LA": "LA"}
+    for instant in ("ED", "ES"):
+        for structure, name in names.items():
+            values = summary["groups"].get(instant, {}).get(structure)
+            published = _TABLE_2.get((instant, structure), ("-",) * 3)
+            for k, (metric, title, digits) in enumerate((("dice", "Dice", 3), ("mad", "MAD", 2), ("hd", "HD", 2))):
+                header.append(f"{instant} {name} {title}")
+                ours.append(number(values[metric]["mean"], digits) if values else "-")
+                theirs.append(published[k])
+    tables = [
+        Table("CAMUS, segmentation (Table 2)", tuple(header), (tuple(theirs), tuple(ours)), f"{note} MAD, HD: mm.")
+    ]
+    volumes = summary["volumes"]
+    if volumes["patients"]:
+        rows = []
+        for name, title, unit in (("ef", "EF", "%"), ("edv", "EDV", "ml"), ("esv", "ESV", "ml")):
+            a = volumes["agreement"][name]
+            spread = f"{number(a['bias'], 1)} ± {number(a['sd'], 1)} {unit}"
+            rows.append((title, _TABLE_3[name], number(a["correlation"], 3), spread, f"{number(a['mae'], 1)} {unit}"))
+        header = ("", "correlation, paper", "correlation", "bias ± sd", "mean absolute error")
+        left = len(volumes["failed"]) + len(volumes["incomplete"])
+        counted = f"{volumes['patients']} patients; left out: {left}."
+        tables.append(Table("CAMUS, volumes (Table 3)", header, tuple(rows), f"{counted} {note}"))
+    return tables
+
+
+def _chaos(summary: Mapping[str, Any]) -> list[Table]:
+    metrics = ("score", "dice", "dice_score", "ravd", "ravd_score", "assd", "assd_score", "mssd", "mssd_score")
+    header = ("", "", "mean score", "DICE", "DICE score", "RAVD (%)", "RAVD score")
+    header += ("ASSD (mm)", "ASSD score", "MSSD (mm)", "MSSD score")
+    rows = []
+    for task, values in summary["tasks"].items():
+        cells = [f"{number(values[m]['mean'], 2)} ± {number(values[m]['sd'], 2)}" for m in metrics]
+        rows += [(f"task {task}", _PAPER, *_TABLE_4[task]), ("", f"{_OURS}, {values['cases']} cases", *cells)]
+    average = [number(summary["average"][m], 2) for m in metrics]
+    rows += [("average", _PAPER, *_TABLE_4["average"]), ("", f"{_OURS}, of {len(summary['tasks'])} tasks", *average)]
+    note = "The paper's numbers are of the challenge's test set. Mean ± sd over cases."
+    return [Table("CHAOS (Table 4)", header, tuple(rows), note)]
+
+
+def _brats(summary: Mapping[str, Any]) -> list[Table]:
+    names = ("WT", "TC", "ET")
+    rows: list[tuple[str, ...]] = [
+        (source, statistic, *cells) for source, table in _TABLE_5_6.items() for statistic, cells in table.items()
+    ]
+    for title, key in _STATISTICS.items():
+        rows.append((_OURS, title, *(percent(summary["structures"][n]["dice"][key]) for n in names)))
+    note = "Dice in percent. The paper's numbers are of the 219 cases of the BraTS 2022 validation set."
+    return [Table("BraTS (Tables 5 and 6)", ("", "", *names), tuple(rows), note)]
+
+
+def _metrics(summary: Mapping[str, Any], columns: Mapping[str, Column]) -> list[Table]:
+    """Mean, interval, sd, median and quartiles of every metric, over all cases and in every group."""
+    header = ("", "metric", "mean", "95 % interval", "sd", "median", "q25", "q75", "min", "max", "cases", "left out")
+    tables = []
+    for group, table in {"all cases": summary["structures"], **summary["groups"]}.items():
+        rows = []
+        for structure, metrics in table.items():
+            for metric, v in metrics.items():
+                c = columns.get(metric, Column(metric))
+                d = c.digits
+                unit = f", {c.unit}" if c.unit else ""
+                within = "-" if v["low"] is None else f"{number(v['low'], d)} to {number(v['high'], d)}"
+                cells = [number(v[k], d) for k in ("sd", "median", "q25", "q75", "min", "max")]
+                counts = (str(v["count"]), str(v["missing"]))
+                rows.append((structure, f"{c.title}{unit}", number(v["mean"], d), within, *cells, *counts))
+        tables.append(Table(f"{summary['title']}, {group}", header, tuple(rows)))
+    return tables

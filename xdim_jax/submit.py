@@ -1,0 +1,159 @@
+"""Packs predictions as a challenge wants them uploaded.
+
+    camus   patient0001_{2CH,4CH}_{ED,ES}.mhd and .raw (or .nii.gz), labels 1, 2, 3, in one folder
+    chaos   Task{n}/CT/<id>/Results/img000.png ..., Task{n}/MR/<id>/{T1DUAL,T2SPIR}/Results/..., greys 63, 126, 189,
+            252, slices in the order of the DICOM files' names; --task says for which tasks
+    brats   <case id>.nii.gz with the year's labels, on the grid of its image
+
+--pred is a folder that xdim_jax.predict wrote: its predict.json says where the images are, which every label map is
+compared with. Everything is checked before anything is written; --out becomes a folder, and with --zip also an archive.
+"""
+
+import functools
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from PIL import Image
+
+from xdim_jax import cli, log
+from xdim_jax.data import metaimage
+from xdim_jax.data.dicom import files_in_order
+from xdim_jax.data.grid import Grid, compare_grids
+from xdim_jax.data.image import Source, read_grid
+from xdim_jax.data.nifti import write_volume
+from xdim_jax.errors import UserError, join_problems, shorten
+from xdim_jax.files import atomic_path, read_json
+from xdim_jax.scoring import brats, camus, chaos
+from xdim_jax.scoring.results import PREDICT_FILE
+from xdim_jax.scoring.rules import Coding, LabelMap
+
+# writes the files of one case below a folder; returns how many
+Writer = Callable[[Path], int]
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line, see ``--help``."""
+    parser = cli.make_parser("xdim_jax.submit", __doc__ or "", "exit status: 0 done, 2 unusable input")
+    parser.add_argument("--challenge", required=True, choices=["camus", "chaos", "brats"])
+    parser.add_argument("--pred", required=True, type=Path, help="folder of predicted label maps")
+    parser.add_argument("--out", required=True, type=Path, help="folder to make; it must not exist")
+    parser.add_argument("--zip", action="store_true", help="also <out>.zip")
+    parser.add_argument("--task", choices=sorted(chaos.TASKS), action="append", help="chaos: again for more")
+    parser.add_argument("--format", choices=["mhd", "nii.gz"], default="mhd", help="camus (default %(default)s)")
+    parser.add_argument(
+        "--convention", choices=sorted(brats.CODINGS), help="brats: of the labels; default: that of the predictions"
+    )
+    options = parser.parse_args(argv)
+    if options.out.exists():
+        raise UserError(f"{options.out} exists already; give a folder that does not, or remove it")
+    if options.challenge == "chaos" and not options.task:
+        raise UserError("--challenge=chaos needs --task=1 to 5, again for more than one")
+    record = read_json(options.pred / PREDICT_FILE)
+    if options.challenge == "camus":
+        writers = pack_camus(options.pred, record["images"], options.format)
+    elif options.challenge == "chaos":
+        writers = pack_chaos(options.pred, record["images"], options.task)
+    else:
+        writers = pack_brats(options.pred, record["images"], options.convention or record["convention"])
+    with atomic_path(options.out) as folder:
+        folder.mkdir()
+        count = sum(write(folder) for write in writers)
+    log.say(f"packed     {options.out}: {count} files")
+    if options.zip:
+        with atomic_path(Path(f"{options.out}.zip")) as archive:
+            shutil.make_archive(str(archive.with_suffix("")), "zip", options.out)
+        log.say(f"archive    {options.out}.zip")
+    return 0
+
+
+def pack_camus(pred: Path, images: dict[str, list[str]], form: str) -> list[Writer]:
+    """One image per view and instant. Raises UserError with everything that is wrong."""
+    write = metaimage.write if form == "mhd" else write_volume
+    found = _checked(camus.find(pred), images, lambda m: camus.CODING)
+    return [functools.partial(_one_file, label_map, grid, f".{form}", write) for label_map, grid in found]
+
+
+def pack_brats(pred: Path, images: dict[str, list[str]], convention: str) -> list[Writer]:
+    """One file per case. Raises UserError with everything that is wrong."""
+    found = _checked(brats.find(pred), images, lambda m: brats.CODINGS[convention])
+    return [functools.partial(_one_file, label_map, grid, ".nii.gz", write_volume) for label_map, grid in found]
+
+
+def pack_chaos(pred: Path, images: dict[str, list[str]], tasks: Sequence[str]) -> list[Writer]:
+    """PNG files of every slice, in the order of the DICOM names. Raises UserError with everything that is wrong."""
+    coding = {"CT": chaos.CT, "MR": chaos.MR}
+    found = _checked(chaos.find_label_maps(pred), images, lambda m: coding[m.facts["modality"]])
+    kept = [
+        functools.partial(_slices, label_map, grid, task)
+        for task in sorted(set(tasks))
+        for label_map, grid in found
+        if label_map.facts["modality"] in chaos.TASKS[task][0]
+    ]
+    if not kept:
+        raise UserError(f"{pred}: none of its cases belongs to task {', '.join(tasks)}")
+    return kept
+
+
+def _checked(
+    maps: dict[str, LabelMap], images: dict[str, list[str]], coding: Callable[[LabelMap], Coding]
+) -> list[tuple[LabelMap, Grid]]:
+    """Label maps on the grid of their image, with values that the challenge knows; the grid is the image's."""
+    problems: list[str] = []
+    found = []
+    for case, label_map in sorted(maps.items()):
+        if case not in images:
+            problems.append(f"{label_map.path} is not in {PREDICT_FILE}; predict it anew")
+            continue
+        try:
+            values, grid = label_map.load()
+            coding(label_map).masks(values, label_map.path)
+            image_grid = read_grid(_source(Path(images[case][0])), label_map.axes)
+            problems += map(str, compare_grids(label_map.path, grid, Path(images[case][0]), image_grid, case))
+            found.append((label_map, image_grid))
+        except UserError as error:
+            problems.append(str(error))
+    if absent := sorted(images.keys() - maps.keys()):
+        problems.append(f"{len(absent)} cases of {PREDICT_FILE} have no label map: {shorten(absent)}; predict them")
+    if problems:
+        raise join_problems(problems, "problems, nothing was packed")
+    return found
+
+
+def _read(label_map: LabelMap) -> np.ndarray:
+    return np.rint(label_map.load()[0]).astype(np.uint8)
+
+
+def _one_file(
+    label_map: LabelMap, grid: Grid, suffix: str, write: Callable[[Path, np.ndarray, Grid], None], folder: Path
+) -> int:
+    write(folder / f"{label_map.case_id}{suffix}", _read(label_map), grid)
+    return 1
+
+
+def _slices(label_map: LabelMap, grid: Grid, task: str, folder: Path) -> int:
+    modality, number = label_map.case_id.split("_")[:2]
+    series = Path(modality, number) if modality == "CT" else Path(modality, number, label_map.facts["sequence"])
+    below = folder / f"Task{task}" / series / "Results"
+    below.mkdir(parents=True)
+    wanted = [value for organ in chaos.TASKS[task][1] for value in chaos.ORGANS[organ]]
+    label = _read(label_map)
+    greys = grid.to_file(np.where(np.isin(label, wanted), label, 0).astype(np.uint8))  # (x, y, slice by name)
+    for k in range(greys.shape[2]):
+        Image.fromarray(np.ascontiguousarray(greys[:, :, k].T)).save(below / f"img{k:03d}.png")
+    return greys.shape[2]
+
+
+def _source(path: Path) -> Source:
+    return files_in_order(path, ".dcm") if path.is_dir() else path
+
+
+def command() -> NoReturn:
+    """The console entry point."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    command()
