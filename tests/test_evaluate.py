@@ -929,6 +929,21 @@ def test_brats_2022_platform_rows(tmp_path):
     assert [rows[k] for k in ("mean", "sd", "median", "q25", "q75")] == pytest.approx(column[3:])
 
 
+def test_smallest_et_by_hand(tmp_path):
+    """False ET of 30 voxels, true ET of 200 that is found, and a case without: between 31 and 200 all have Dice 1."""
+    for name, predicted, true in (("a", 30, 0), ("b", 200, 200), ("c", 0, 0)):
+        for side, count in (("pred", predicted), ("ref", true)):
+            label = np.ones((8, 8, 8), np.uint8)
+            label.ravel()[:count] = 4
+            save(tmp_path / side / f"{name}.nii.gz", label, np.eye(4))
+    _, summary = run("brats2022", tmp_path / "pred", tmp_path / "ref", tmp_path / "out", "--tune_min_et")
+    tuned = summary["min_et"]
+    assert list(tuned["dice"]) == [str(t) for t in range(0, 751, 10)]
+    for t in range(0, 751, 10):
+        assert tuned["dice"][str(t)] == pytest.approx(2 / 3 if t <= 30 or t > 200 else 1)
+    assert tuned["best"] == 40
+
+
 @pytest.mark.parametrize("rules", ["brats2023", "brats2024"])
 def test_brats_of_later_years(tmp_path, rules):
     pred, ref, out = brats_tree(tmp_path, rules)

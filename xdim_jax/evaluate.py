@@ -15,13 +15,14 @@ compared). Compare two of them with python -m xdim_jax.compare.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -213,19 +214,17 @@ def _score(rules: Rules, maps: tuple[LabelMap, LabelMap | None], more: Sequence[
         return error
 
 
-class _pool:  # noqa: N801 (a context manager)
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]]:
     """``run(function, items)`` in processes, or here where one is enough."""
-
-    def __init__(self, workers: int):
-        context = multiprocessing.get_context("spawn")
-        self.executor = concurrent.futures.ProcessPoolExecutor(workers, context) if workers > 1 else None
-
-    def __enter__(self) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]:
-        return self.executor.map if self.executor else map
-
-    def __exit__(self, *error: object) -> None:
-        if self.executor:
-            self.executor.shutdown(cancel_futures=True)
+    if workers == 1:
+        yield map
+        return
+    executor = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
+        yield executor.map
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def describe(summary: dict[str, Any], rules: Rules) -> list[str]:
@@ -243,6 +242,11 @@ def describe(summary: dict[str, Any], rules: Rules) -> list[str]:
             lines.append(f"{name.upper()}: correlation {number(a['correlation'], 3)}, bias {number(a['bias'], 1)}")
     for task, values in summary.get("tasks", {}).items():
         lines.append(f"task {task}: score {number(values['score']['mean'], 2)} over {values['cases']} cases")
+    if tuned := summary.get("min_et"):
+        at, dice = tuned["best"], tuned["dice"]
+        lines.append(
+            f"smallest ET: {at} voxels give ET Dice {dice[str(at)]:.4f}, none {dice['0']:.4f} (predict --min_et)"
+        )
     counts = [
         f"{structure} {n} {where}"
         for structure, found in summary["empty"].items()

@@ -6,7 +6,7 @@ it is standardised when it is read, to the same bits as the whole.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -190,20 +190,36 @@ def _statistics(image: np.ndarray, normalise: str) -> tuple[tuple[float, ...], t
         return (0.0,) * len(channels), (1.0,) * len(channels)
     shift, scale = [], []
     for channel in channels:
-        values = channel[channel != 0] if normalise == "zscore_nonzero" else channel
-        std = float(values.std(dtype=np.float64)) if values.size else 0.0
-        shift.append(float(values.mean(dtype=np.float64)) if values.size else 0.0)
+        mean, std = _moments(channel, masked=normalise == "zscore_nonzero")
+        shift.append(mean)
         scale.append(1 / std if std > 0 else 0.0)
     return tuple(shift), tuple(scale)
 
 
+def _moments(channel: np.ndarray, *, masked: bool) -> tuple[float, float]:
+    """Mean and standard deviation in double precision, slice by slice: a volume may fill half of the memory."""
+
+    def planes() -> Iterator[np.ndarray]:
+        return (p[p != 0] if masked else p for p in channel)
+
+    count = sum(p.size for p in planes())
+    if not count:
+        return 0.0, 0.0
+    mean = sum(float(p.sum(dtype=np.float64)) for p in planes()) / count
+    square = sum(float(((p.astype(np.float64) - mean) ** 2).sum()) for p in planes())
+    return mean, math.sqrt(square / count)
+
+
 def _compact(image: np.ndarray) -> np.ndarray:
     """As int16 where that loses nothing."""
-    if image.size and abs(image).max() < 2**15:
-        whole = image.astype(np.int16)
-        if (whole == image).all():
-            return whole
-    return np.ascontiguousarray(image, np.float32)
+    whole = np.empty(image.shape, np.int16)
+    for plane, into in zip(image, whole, strict=True):
+        if plane.size and not -(2**15) < plane.min() <= plane.max() < 2**15:
+            return np.ascontiguousarray(image, np.float32)
+        into[:] = plane
+        if not (into == plane).all():
+            return np.ascontiguousarray(image, np.float32)
+    return whole
 
 
 def resample(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -169,19 +169,53 @@ def platform_2022(values: Sequence[float]) -> dict[str, float]:
     return rows
 
 
-def platform_table(
-    jobs: Sequence[Job], scored: Sequence[Scored], run: Callable[..., Any]
-) -> tuple[list[Scored], dict[str, Any]]:
+def platform_table(scored: Sequence[Scored]) -> dict[str, Any]:
     """`platform_2022` of every metric of every region."""
-    table = {
+    return {
         region: {m: platform_2022([s.values[region][m] for s in scored]) for m in UNREADABLE_2022}
         for region in scored[0].values
     }
-    return [], {"platform_2022": table}
 
 
-def rules(year: str, convention: str = "", cohort: str = "GLI", *, platform: bool = False) -> Rules:
-    """The rules of a year; the convention names the label values of the files."""
+GRID = range(0, 751, 10)  # voxels: nnU-Net's grid for the smallest ET (spec: section 3.4)
+
+
+def _et_of(coding: Coding, job: Job) -> tuple[int, float, float]:
+    """Voxels of predicted ET, and the Dice of ET with them and without."""
+    assert job.pred is not None
+    pred, ref = (coding.masks(m.load()[0], m.path)["ET"] for m in (job.pred, job.ref))
+    return int(np.count_nonzero(pred)), region_2022(pred, ref)["dice"], float(not ref.any())
+
+
+def tune_min_et(coding: Coding, jobs: Sequence[Job], run: Callable[..., Any]) -> dict[str, Any]:
+    """Mean Dice of ET over cases for every smallest ET volume, and the best of them (the smallest of equals)."""
+    found = list(run(functools.partial(_et_of, coding), [job for job in jobs if job.pred is not None]))
+    dice = {t: float(np.mean([without if n < t else usual for n, usual, without in found])) for t in GRID}
+    best = max(dice, key=lambda t: (dice[t], -t))
+    return {"best": best, "dice": {str(t): v for t, v in dice.items()}}
+
+
+def _whole(
+    jobs: Sequence[Job], scored: Sequence[Scored], run: Callable[..., Any], *, also: Sequence[str], coding: Coding
+) -> tuple[list[Scored], dict[str, Any]]:
+    extra: dict[str, Any] = {}
+    if "platform_2022" in also:
+        extra["platform_2022"] = platform_table(scored)
+    if "tune_min_et" in also:
+        usable = [job for job, result in zip(jobs, scored, strict=True) if not result.problem]
+        extra["min_et"] = tune_min_et(coding, usable, run)
+    return [], extra
+
+
+def rules(year: str, convention: str = "", cohort: str = "GLI", also: Sequence[str] = ()) -> Rules:
+    """The rules of a year.
+
+    Args:
+        year: brats2022, brats2023 or brats2024.
+        convention: label values of the files; empty: the year's.
+        cohort: of 2023.
+        also: of 2022, ``platform_2022`` and ``tune_min_et``: further entries of the summary.
+    """
     score, worst, columns, usual = {
         "brats2022": (score_2022, worst_2022, _COLUMNS, "brats2021"),
         "brats2023": (
@@ -204,7 +238,7 @@ def rules(year: str, convention: str = "", cohort: str = "GLI", *, platform: boo
         functools.partial(_same, coding),
         score,
         worst,
-        whole=platform_table if platform else None,
+        whole=functools.partial(_whole, also=tuple(also), coding=coding) if also else None,
     )
 
 

@@ -14,6 +14,7 @@ NAMES = ("camus", "chaos", "brats2022", "brats2023", "brats2024", "generic")
 _TAKEN_BY = {
     "convention": ("brats2022", "brats2023", "brats2024"),
     "platform_2022": ("brats2022",),
+    "tune_min_et": ("brats2022",),
     "cohort": ("brats2023",),
     "task": ("chaos",),
     "step": ("camus",),
@@ -39,6 +40,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         default=None,
         help="brats2022: also the platform's own sd, median and quartiles, which counted its mean as a case",
+    )
+    group.add_argument(
+        "--tune_min_et",
+        action="store_true",
+        default=None,
+        help="brats2022: also which smallest ET volume (0 to 750 voxels) would give the best mean Dice of ET; the "
+        "predictions must have been made with --min_et=0",
     )
     group.add_argument("--cohort", choices=sorted(COHORTS), help="brats2023: part of the challenge (default: GLI)")
     group.add_argument(
@@ -73,7 +81,8 @@ def make_rules(name: str, options: argparse.Namespace) -> Rules:
         if convention and convention not in brats.conventions(name):
             known = ", ".join(brats.conventions(name))
             raise UserError(f"--convention={convention}: the structures of {name} need one of {known}")
-        return brats.rules(name, convention, options.cohort or "GLI", platform=bool(options.platform_2022))
+        also = [name for name in ("platform_2022", "tune_min_et") if getattr(options, name)]
+        return brats.rules(name, convention, options.cohort or "GLI", also=also)
     if name == "chaos":
         return chaos.rules(tuple(sorted(set(options.task or ()))))
     if name == "camus":

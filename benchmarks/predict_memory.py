@@ -1,0 +1,98 @@
+"""Peak memory of predicting one large volume: 512 x 512 x 800 and 5 classes unless told otherwise.
+
+    python benchmarks/predict_memory.py [--shape=512,512,800] [--patch=64,128,128] [--json=FILE]
+
+Writes a CT-like NIfTI file of int16, predicts it as the product does with a network of toy width and random weights,
+and reports the largest resident set of the process beside the size of the float32 image. On a CPU the device's memory
+is the process's own, so that the bound holds for both together: twice the image and 1 GB.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+BOUND = 10**9
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="512,512,800", help="x,y,z")
+    parser.add_argument("--patch", default="64,128,128", help="D,H,W of a window")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    shape = tuple(map(int, options.shape.split(",")))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_data(folder / "data", shape)
+        found = predict(folder, options.patch)
+    image = int(np.prod(shape)) * 4
+    found |= {"shape": shape, "image": image, "bound": 2 * image + BOUND}
+    print(f"image       {image / 2**30:.2f} GiB as float32")
+    print(f"bound       {found['bound'] / 2**30:.2f} GiB: twice the image and 1 GB")
+    print(f"said before {sum(found['said']) / 2**30:.2f} GiB for host and device")
+    peak, before = found["peak"] / 2**30, found["before"] / 2**30
+    print(f"peak        {peak:.2f} GiB resident ({before:.2f} before), {found['seconds']:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2))
+    return 0 if found["peak"] <= found["bound"] else 1
+
+
+def write_data(root: Path, shape: tuple[int, ...]) -> None:
+    """One CT in nnU-Net's layout, with 4 structures and the background: 5 classes."""
+    (root / "imagesTr").mkdir(parents=True)
+    (root / "labelsTr").mkdir()
+    rng = np.random.default_rng(0)
+    volume = np.empty(shape, np.int16, order="F")
+    for z in range(shape[2]):
+        volume[:, :, z] = rng.integers(-1000, 1000, shape[:2], np.int16)
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), root / "imagesTr" / "a_0000.nii.gz")
+    labels = {"background": 0, "a": 1, "b": 2, "c": 3, "d": 4}
+    card = {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": 1, "file_ending": ".nii.gz"}
+    (root / "dataset.json").write_text(json.dumps(card))
+
+
+def predict(folder: Path, patch: str) -> dict:
+    """In this process, whose largest resident set is asked for at the end."""
+    from xdim_jax import checkpoint, cli, models, predict, predictor, step
+    from xdim_jax.data import case as data_case
+    from xdim_jax.data.datasets import get_dataset
+    from xdim_jax.files import CONFIG_FILE, DATA_FILE, write_json
+
+    cli.cache_programs()
+    config = cli.load_config("configs/own_dxnet.py:phantom", [])
+    with config.unlocked():
+        config.data.dataset, config.data.root = "nnunet", str(folder / "data")
+        config.data.patch = tuple(map(int, patch.split(",")))
+    dataset = get_dataset(config.data.to_dict())
+    config.model.in_channels, config.model.out_channels = 1, 5
+    workdir = folder / "run"
+    write_json(workdir / CONFIG_FILE, config.to_dict())
+    write_json(workdir / DATA_FILE, data_case.describe(dataset))
+    _, params, stats = step.split_model(models.build(config.model, seed=0))
+    checkpoints = checkpoint.open_checkpoints(workdir)
+    checkpoint.save_best(checkpoints, 1, params, stats, 0.5)
+    checkpoint.close(checkpoints)
+    del params, stats
+    ready = predictor.Predictor(workdir)
+    case = data_case.case_from_files([folder / "data" / "imagesTr" / "a_0000.nii.gz"], dataset)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    begin = time.monotonic()
+    said = []
+    original = predict.memory_of
+    predict.memory_of = lambda *a, **k: said.append(original(*a, **k)) or said[-1]
+    failures = predict.predict_cases(ready, [case], folder / "out")
+    assert not failures, failures
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak": peak, "before": before, "said": said[0], "seconds": time.monotonic() - begin}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
