@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from xdim_jax import cli, log
-from xdim_jax.errors import UserError
+from xdim_jax.errors import UserError, shorten
 from xdim_jax.files import write_json, write_text
 from xdim_jax.scoring import challenges, compare, results, tables
 from xdim_jax.scoring.results import number
+from xdim_jax.scoring.rules import Scored
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,6 +39,16 @@ def main(argv: Sequence[str]) -> int:
         results.read_cases(folder / results.CASES_FILE, {c: v["patient"] for c, v in record["cases"].items()})
         for folder, record in zip((options.a, options.b), records, strict=True)
     ]
+    sides = [_errors_of_volumes(side) for side in sides]
+    moved = [
+        case
+        for case, v in records[0]["cases"].items()
+        if case in records[1]["cases"] and v.get("ref") != records[1]["cases"][case].get("ref")
+    ]
+    if moved:
+        log.warn(
+            f"{len(moved)} cases were scored against references in other places ({shorten(moved)}): are they the same?"
+        )
     wanted = tuple(m.strip() for m in options.metrics.split(",") if m.strip())
     known = {m for side in sides for case in side for values in case.values.values() for m in values}
     if unknown := set(wanted) - known:
@@ -57,6 +68,21 @@ def main(argv: Sequence[str]) -> int:
         record = {"a": str(options.a.absolute()), "b": str(options.b.absolute())}
         write_json(options.out.with_suffix(".json"), record | {"differences": [dataclasses.asdict(d) for d in found]})
     return 0
+
+
+def _errors_of_volumes(cases: Sequence[Scored]) -> list[Scored]:
+    """Volumes and EF beside those of the reference (``edv``, ``edv_ref``) become errors (``edv_error``)."""
+    found = []
+    for case in cases:
+        values = {}
+        for structure, metrics in case.values.items():
+            pairs = {m for m in metrics if f"{m}_ref" in metrics}
+            references = {f"{m}_ref" for m in pairs}
+            kept = {m: v for m, v in metrics.items() if m not in pairs | references}
+            errors = {f"{m}_error": abs(metrics[m] - metrics[f"{m}_ref"]) for m in pairs if not m.endswith("_raw")}
+            values[structure] = kept | dict(sorted(errors.items()))
+        found.append(dataclasses.replace(case, values=values))
+    return found
 
 
 def make_table(found: Sequence[compare.Difference], a: str, b: str) -> tables.Table:

@@ -15,6 +15,7 @@ compared). Compare two of them with python -m xdim_jax.compare.
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import functools
@@ -28,7 +29,7 @@ from typing import Any, NoReturn
 
 from xdim_jax import cli, log
 from xdim_jax.errors import UserError, join_problems, shorten
-from xdim_jax.files import write_json, write_text
+from xdim_jax.files import read_json, write_json, write_text
 from xdim_jax.scoring import challenges, results, tables
 from xdim_jax.scoring.masks import METRICS
 from xdim_jax.scoring.results import number
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         default="",
         help=f"more metrics, with commas, in mm; for generic: all of them. Known: {', '.join(METRICS)}",
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--jobs", type=int, default=_cores(), help="processes (default: all cores)")
     challenges.add_options(parser)
     options = parser.parse_args(argv)
     options.metrics = challenges.parse_metrics(options.metrics)
@@ -63,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
     if absent := [f"--{name}" for name in ("rules", "pred", "ref", "out") if getattr(options, name) is None]:
         raise UserError(f"{' and '.join(absent)} missing: give --rules, --pred, --ref and --out, or --workdir")
     rules = challenges.make_rules(options.rules, options)
+    if options.tune_min_et:
+        _check_untouched(options.pred)
     jobs, surplus = rules.jobs(options.pred, options.ref)
     if wanted is not None:
         jobs = [job for job in jobs if job.ref.case_id in wanted]
@@ -94,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
         "pred": str(options.pred.absolute()),
         "ref": str(options.ref.absolute()),
         "rules": rules.name,
-        "options": {k: getattr(options, k) for k in (*challenges.OPTIONS, "metrics", "missing")},
+        "options": challenges.resolved(rules.name, options) | {"metrics": options.metrics, "missing": options.missing},
         "cases": _record(jobs),
     }
     write_json(options.out / results.EVALUATE_FILE, record)
@@ -122,6 +125,22 @@ def _validation(options: Any) -> set[str]:
     options.out = options.out or options.workdir / "evaluation"
     options.ref, cases = predict.predict_validation(options.workdir, options.pred)
     return cases
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_untouched(pred: Path) -> None:
+    """Raises UserError if small ET was removed from the predictions already."""
+    record = pred / results.PREDICT_FILE
+    minimum = read_json(record).get("predict", {}).get("min_et", 0) if record.is_file() else 0
+    if minimum:
+        raise UserError(
+            f"--tune_min_et: {record} says that ET below {minimum} voxels was removed; predict with --min_et=0 into "
+            "another folder first"
+        )
 
 
 def _record(jobs: Sequence[Job]) -> dict[str, Any]:
@@ -223,6 +242,8 @@ def _pool(workers: int) -> Iterator[Callable[[Callable[[Any], Any], Iterable[Any
     executor = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
         yield executor.map
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError("a scoring process was killed, perhaps for lack of memory; give fewer --jobs") from error
     finally:
         executor.shutdown(cancel_futures=True)
 

@@ -90,7 +90,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]]) -> list[Picture]:
         )
     dice_axes.set(xlabel="epoch", ylabel="Dice", title="Dice", ylim=(0, 1))
     dice_axes.legend(fontsize=8, loc="lower right", ncols=2)
-    alt = f"loss falls from {train[0]['loss']:.2f} to {train[-1]['loss']:.2f}"
+    alt = f"loss falls from {_number(train[0]['loss']):.2f} to {_number(train[-1]['loss']):.2f}"
     alt += f"; last validation Dice {validation[-1]['dice']:.3f}" if validation else ""
     caption = "Training: means over the logging interval, of what the network is given. Validation: whole images."
     return [encode(figure, alt, caption)]

@@ -95,6 +95,7 @@ class _Layout:
     before: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...]
     plane: tuple[int, int]  # H, W of the ring
+    batch: int  # windows at once
 
     @property
     def resized(self) -> bool:
@@ -125,10 +126,6 @@ class _Layout:
     def ring(self) -> int:
         """Rows that are held: a window's, and those above it that a target row may still need."""
         return _up(self.patch[0] + (self.taps[0].shape[1] if self.size[0] != self.target[0] else 0), 8)
-
-    @property
-    def windows(self) -> int:
-        return math.prod(len(s) for s in self.starts)
 
 
 class Segmenter:
@@ -180,7 +177,7 @@ class Segmenter:
             if "uncertainty" in want:
                 parts.append(jnp.maximum(total[1] / len(self.looks) - mean**2, 0).mean(-1, keepdims=True))
             part = jnp.concatenate([*parts, jnp.ones_like(mean[..., :1])], -1) * gauss
-            for b in range(windows.batch):
+            for b in range(part.shape[0]):
                 index = (starts[b, 0], starts[b, 1], starts[b, 2], 0)
                 old = jax.lax.dynamic_slice(ring, index, part.shape[1:])
                 ring = jax.lax.dynamic_update_slice(ring, old + part[b] * valid[b], index)
@@ -217,7 +214,8 @@ class Segmenter:
         padded = [max(n, p) for n, p in zip(size, patch, strict=True)]
         starts = [window_starts(n, p, o) for n, p, o in zip(padded, patch, self.windows.overlap, strict=True)]
         plane = (_up(padded[1], _BUCKET), _up(padded[2], _BUCKET))
-        return _Layout(size, target, patch, before, tuple(map(tuple, starts)), plane)
+        batch = min(self.windows.batch, len(starts[1]) * len(starts[2]))
+        return _Layout(size, target, patch, before, tuple(map(tuple, starts)), plane, batch)
 
     @property
     def channels(self) -> int:
@@ -241,7 +239,7 @@ class Segmenter:
         rows, taps = plan.taps
         top = done = 0  # first row of the ring; first target row that is not written yet
         for i, start in enumerate(plan.starts[0]):
-            for batch in _batches(itertools.product([start], *plan.starts[1:]), self.windows.batch):
+            for batch in _batches(itertools.product([start], *plan.starts[1:]), plan.batch):
                 ring = self._blend(weights, ring, prepared, plan, batch, top, gauss)
             last = i + 1 == len(plan.starts[0])
             complete = plan.patch[0] + start if last else plan.starts[0][i + 1]
@@ -273,7 +271,7 @@ class Segmenter:
     ) -> jax.Array:
         """Adds some windows to the ring."""
         count = len(batch)
-        batch = batch + batch[-1:] * (self.windows.batch - count)  # the last batch is filled up; weight 0
+        batch = batch + batch[-1:] * (plan.batch - count)  # the last batch is filled up; weight 0
         image = jnp.asarray(np.stack([_window(prepared, plan, start) for start in batch]))
         look, total = self._program(weights, image.shape), None
         for member, flips in self.looks:
@@ -294,14 +292,15 @@ class Segmenter:
     def device_bytes(self, weights: Any, prepared: Prepared) -> int:
         """What a volume takes on the device, by the compiler's count of the network's temporaries."""
         plan = self.layout(prepared)
-        shape = (self.windows.batch, *plan.patch, prepared.raw.shape[3])
+        shape = (plan.batch, *plan.patch, prepared.raw.shape[3])
         memory = self._program(weights, shape).memory_analysis()
         network = (
             memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes if memory else 0
         )
         ring = plan.ring * math.prod(plan.plane) * self.channels * 4
-        rows = _ROWS * self.channels * 4 * (math.prod(plan.plane) * plan.taps[0].shape[1] + 2 * math.prod(plan.out))
-        return network + ring + rows
+        rows = _ROWS * self.channels * 4 * (2 * math.prod(plan.plane) * plan.taps[0].shape[1] + 2 * math.prod(plan.out))
+        parts = 4 * plan.batch * math.prod(plan.patch) * self.channels * 4  # sums, their mean, and what is added
+        return network + ring + max(rows, parts)
 
 
 def _mirror(array: jax.Array, flips: jax.Array) -> jax.Array:
@@ -374,7 +373,7 @@ def make_segmenter(config: Any, forward: Forward, output: Output, **options: Any
         logits = forward(weights, slices)
         return logits.reshape(*volume.shape[:-1], logits.shape[-1])
 
-    windows = Windows((SLICES, *patch), (0.0, overlap, overlap), batch, flips, slices=True)
+    windows = Windows((SLICES * batch, *patch), (0.0, overlap, overlap), 1, flips, slices=True)
     return Segmenter(by_slices, output, windows, **options)
 
 
@@ -386,5 +385,9 @@ def all_flips(axes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
 def segment(segmenter: Segmenter, weights: Any, prepared: Prepared, config: Mapping[str, Any]) -> np.ndarray:
     """Label indices uint8 (D, H, W) on the source grid, after the rules for whole label maps: where the config has
     ``min_et`` (BraTS), fewer voxels of ET become NCR."""
-    label = segmenter(weights, prepared)
+    return finish_label(segmenter(weights, prepared), config)
+
+
+def finish_label(label: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    """The rules for whole label maps."""
     return regions.drop_small_et(label, config["min_et"]) if config.get("min_et") else label

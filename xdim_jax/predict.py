@@ -38,7 +38,7 @@ from xdim_jax.data.case import (
 )
 from xdim_jax.data.dicom import files_in_order
 from xdim_jax.data.image import files_of, strip, where
-from xdim_jax.data.nifti import write_volume
+from xdim_jax.data.nifti import read_note, write_volume
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.data.problem import ERROR
 from xdim_jax.data.stream import stream_volume
@@ -90,15 +90,13 @@ def main(argv: Sequence[str]) -> int:
         log.say(f"weights    {source}")
     log.say(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
     log.say(f"predict    {predictor.describe()}")
-    todo = claim_output(options.output, predictor, cases, overwrite=options.overwrite)
     mine = _shard(cases, options.shard)
-    todo = [case for case in mine if case in todo]
+    todo = claim_output(options.output, predictor, mine, cases, overwrite=options.overwrite)
     failures, total = list(problems), len(mine) + len(problems)
-    for case_id, messages in problems.items():
-        log.warn(f"case {case_id} left out: {'; '.join(messages)}")
-        _remove(options.output, case_id)
-    for case in todo:
-        _remove(options.output, case.case_id)
+    for name, messages in problems.items():
+        log.warn(f"case {name} left out: {'; '.join(messages)}")
+        if Path(name).name == name:  # not the path of a stray file
+            _remove(options.output, name)
     if len(todo) < len(mine):
         log.say(f"skipped    {len(mine) - len(todo)} of {len(mine)} cases, which are there already")
     failures += predict_cases(predictor, todo, options.output)
@@ -147,7 +145,11 @@ def read_settings(options: Any) -> Settings:
 
 
 def find_cases(dataset: Dataset, config: Any, options: Any) -> tuple[list[Case], dict[str, list[str]]]:
-    """The cases of ``--input``, and what is wrong with others by case id. Raises UserError where there is nothing."""
+    """The cases of ``--input``, and what is wrong with others by case id.
+
+    Raises:
+        UserError: there is nothing, or two images would have one name.
+    """
     paths, problems = options.input, {}
     if len(paths) > 1 or paths[0].is_file():
         if config.data.dataset == "brats":
@@ -158,14 +160,20 @@ def find_cases(dataset: Dataset, config: Any, options: Any) -> tuple[list[Case],
     if slices := files_in_order(folder, ".dcm"):
         return [case_from_files([slices], dataset, options.modality)], {}
     if folder.is_dir() and len(dataset.channels) == 1 and (loose := _loose_images(dataset, folder)):
-        return [case_from_files([path], dataset, options.modality) for path in loose], {}
+        found = [case_from_files([path], dataset, options.modality) for path in loose]
+        names = [case.case_id for case in found]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise UserError(
+                f"{folder}: several images would become {shorten([f'{n}.nii.gz' for n in twice])}; part them"
+            )
+        return found, {}
     scan = scan_cases(dataset, folder, need_labels=False)
     for problem in scan.problems:
-        if problem.severity == ERROR:
+        if problem.severity == ERROR and problem.kind != "patient_in_two_folds":
             problems.setdefault(problem.case_id or str(problem.path), []).append(str(problem))
         else:
             log.warn(str(problem))
-    return scan.cases, problems
+    return [case for case in scan.cases if case.case_id not in problems], problems
 
 
 def _loose_images(dataset: Dataset, folder: Path) -> list[Path]:
@@ -194,7 +202,7 @@ def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
         )
     cases = [found[name] for name in split["validation"]]
     log.say(f"weights    {predictor.sources[0]}")
-    todo = claim_output(output, predictor, cases, replace=True)
+    todo = claim_output(output, predictor, cases, cases, replace=True)
     if failures := predict_cases(predictor, todo, output):
         raise UserError(f"{len(failures)} of {len(cases)} cases cannot be predicted: {shorten(failures)}")
     labels = root / "labelsTr"  # of nnU-Net's layout, whose images are beside them
@@ -205,7 +213,7 @@ def _shard(cases: list[Case], text: str) -> list[Case]:
     if not text:
         return cases
     first, slash, step = text.partition("/")
-    if not slash or not first.isdigit() or not step.isdigit() or not int(first) < int(step):
+    if not slash or not text.isascii() or not first.isdigit() or not step.isdigit() or not int(first) < int(step):
         raise UserError(f"--shard={text}: expected I/N with 0 <= I < N, e.g. 0/4")
     return cases[int(first) :: int(step)]
 
@@ -214,63 +222,77 @@ def _shard(cases: list[Case], text: str) -> list[Case]:
 
 
 def claim_output(
-    output: Path, predictor: Predictor, cases: Sequence[Case], *, overwrite: bool = False, replace: bool = False
+    output: Path,
+    predictor: Predictor,
+    mine: Sequence[Case],
+    every: Sequence[Case],
+    *,
+    overwrite: bool = False,
+    replace: bool = False,
 ) -> list[Case]:
-    """Writes the record of what predicts what; returns the cases that are not there yet.
+    """Writes the record of what predicts what; returns the cases that are not there yet, whose old files are removed.
+
+    Every file says in its header what it was made of (see `note_of`), so that nothing stale is taken for done, however
+    an earlier run ended and whichever host made it.
 
     Args:
         output: the folder.
         predictor: what predicts.
-        cases: what is to be there.
+        mine: what this process is to predict.
+        every: what all processes are, for the record.
         overwrite: whatever is there counts for nothing.
         replace: what other networks or settings made counts for nothing.
 
     Raises:
         UserError: the folder holds predictions of other networks or settings.
     """
+    paths = {case.case_id: _files(output, predictor, case.case_id) for case in mine}
+    notes = {case.case_id: {read_note(path) for path in paths[case.case_id]} for case in mine}
+    ours = f"{_MARK} {predictor.digest} "
+    others = [
+        name for name, found in notes.items() if any(n.startswith(_MARK) and not n.startswith(ours) for n in found)
+    ]
+    if others and not (overwrite or replace):
+        raise UserError(
+            f"{output} holds predictions of other networks or settings ({shorten(others)}); give another --output, or "
+            "--overwrite"
+        )
+    todo = [case for case in mine if overwrite or notes[case.case_id] != {note_of(predictor, case)}]
     path = output / results.PREDICT_FILE
-    settings = {
+    known = read_json(path) if path.is_file() else {}
+    images = dict(known.get("images", {})) if isinstance(known, dict) else {}
+    record = {
         "workdirs": [str(w.absolute()) for w in predictor.workdirs],
         "weights": predictor.sources,
+        "digest": predictor.digest,
         "convention": predictor.dataset.labels.name,
         "predict": predictor.config.predict.to_dict(),
         "settings": dataclasses.asdict(predictor.settings),
+        "images": images | {c.case_id: [str(where(s).absolute()) for s in c.images] for c in every},
     }
-    settings = json.loads(json.dumps(settings))
-    record: dict[str, Any] = {**settings, "images": {}, "digests": {}}
-    done: dict[str, str] = {}
-    if path.is_file() and not overwrite:
-        found = read_json(path)
-        other = [key for key in settings if found.get(key) != settings[key]]
-        if other and not replace and any((output / f"{case}.nii.gz").exists() for case in found.get("images", {})):
-            raise UserError(
-                f"{output} holds predictions made with other {', '.join(other)} ({results.PREDICT_FILE} says which); "
-                "give another --output, or --overwrite"
-            )
-        done = {} if other else dict(found.get("digests", {}))
-        record = record if other else found
-    for case in cases:
-        record["images"][case.case_id] = [str(where(s).absolute()) for s in case.images]
-        record["digests"][case.case_id] = _digest(case)
     write_json(path, record)
-    wanted = [output / "{}.nii.gz"]
-    wanted += [output / name / "{}.nii" for name in BESIDE if getattr(predictor.settings, name)]
-    return [
-        case
-        for case in cases
-        if done.get(case.case_id) != _digest(case)
-        or not all(Path(str(p).format(case.case_id)).is_file() for p in wanted)
-    ]
+    for case in todo:
+        _remove(output, case.case_id)
+    return todo
 
 
-def _digest(case: Case) -> str:
-    """Of the names, sizes and times of a case's images."""
+_MARK = "xdim_jax"
+
+
+def note_of(predictor: Predictor, case: Case) -> str:
+    """What a prediction was made of: networks and settings, and names, sizes and times of the images."""
     facts = [
-        (str(p.absolute()), s.st_size, s.st_mtime_ns) if (s := _stat(p)) else str(p)
+        (p.name, s.st_size, s.st_mtime_ns) if (s := _stat(p)) else p.name
         for source in case.images
         for p in files_of(source)
     ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return f"{_MARK} {predictor.digest} {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+
+
+def _files(output: Path, predictor: Predictor, case_id: str) -> list[Path]:
+    """What is written for a case."""
+    wanted = [name for name in BESIDE if getattr(predictor.settings, name)]
+    return [output / f"{case_id}.nii.gz", *(output / name / f"{case_id}.nii" for name in wanted)]
 
 
 def _stat(path: Path) -> Any:
@@ -294,55 +316,68 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
     """Predicts and writes cases; while one is predicted the next is read and the last is written.
 
     Returns:
-        the cases that failed, each with a warning.
+        the cases that failed, each with a warning; whatever goes wrong with one does not stop the others.
     """
     failures: list[str] = []
-    largest = 0
+    said = 0
+
+    def failed(case: Case, error: Exception) -> None:
+        failures.append(case.case_id)
+        _remove(output, case.case_id)
+        log.warn(f"case {case.case_id} left out: {_reason(error)}")
+
+    def finish(writing: list[tuple[Case, concurrent.futures.Future[str]]]) -> None:
+        while writing:
+            case, future = writing.pop()
+            try:
+                log.say(future.result())
+            except Exception as error:  # the write of that case
+                failed(case, error)
+
     with (
         concurrent.futures.ThreadPoolExecutor(1) as reader,
         concurrent.futures.ThreadPoolExecutor(1) as writer,
         tqdm(total=len(cases), unit="case", disable=None if len(cases) > 1 else True) as bar,
     ):
         ahead = reader.submit(_read, predictor, cases[0]) if cases else None
-        writing: list[concurrent.futures.Future[None]] = []
+        writing: list[tuple[Case, concurrent.futures.Future[str]]] = []
         for number, case in enumerate(cases, 1):
             begin = time.monotonic()
             assert ahead is not None
             reading, ahead = ahead, reader.submit(_read, predictor, cases[number]) if number < len(cases) else None
             try:
                 prepared, volume = reading.result()
-                needed = memory_of(predictor, prepared, volume, several=len(cases) > 1)
-                if sum(needed) > 1.1 * largest:
-                    largest = sum(needed)
+                needed = memory_of(predictor, prepared, several=len(cases) > 1)
+                if sum(needed) > 1.1 * said:
+                    said = sum(needed)
                     sizes = [f"{n / 2**30:.1f} GiB" for n in needed]
                     log.say(f"memory     about {sizes[0]} on the host, {sizes[1]} on the device")
-                _drain(writing)
-                with _sink(predictor, volume, output, case.case_id) as sink:
+                note = note_of(predictor, case)
+                with _sink(predictor, volume, output, case.case_id, note) as sink:
                     label = predictor.segment(prepared, sink)
-                path = output / f"{case.case_id}.nii.gz"
-                writing.append(writer.submit(write_volume, path, encode_label(case, label), volume.grid))
-                log.say(f"case {number}/{len(cases)} {path}  {time.monotonic() - begin:.1f} s")
-            except (UserError, jax.errors.JaxRuntimeError) as error:
-                failures.append(case.case_id)
-                _remove(output, case.case_id)
-                log.warn(f"case {number}/{len(cases)} {case.case_id} left out: {_reason(error)}")
+                finish(writing)
+                title = f"case {number}/{len(cases)}"
+                writing.append((case, writer.submit(_write, output, case, label, volume, note, title, begin)))
+            except Exception as error:  # damaged files, memory, a device that refuses: of this case alone
+                failed(case, error)
             bar.update()
-        _drain(writing)
+        finish(writing)
     return failures
+
+
+def _write(output: Path, case: Case, label: np.ndarray, volume: Volume, note: str, title: str, begin: float) -> str:
+    path = output / f"{case.case_id}.nii.gz"
+    write_volume(path, encode_label(case, label), volume.grid, note)
+    return f"{title} {path}  {time.monotonic() - begin:.1f} s"
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
-    first = str(error).splitlines()[0][:200]
-    hint = "; give --batch=1, --precision=bfloat16 or --preset=fast" if "RESOURCE_EXHAUSTED" in first else ""
-    return f"the device refused: {first}{hint}"
-
-
-def _drain(writing: list[concurrent.futures.Future[None]]) -> None:
-    """Waits for files under way; a disk that refuses one refuses all."""
-    while writing:
-        writing.pop().result()
+    first = (str(error).splitlines() or [""])[0][:200]
+    full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first
+    hint = "; give --batch=1, --precision=bfloat16 or --preset=fast" if full else ""
+    return f"{type(error).__name__}: {first}{hint}"
 
 
 def _read(predictor: Predictor, case: Case) -> tuple[Prepared, Volume]:
@@ -352,7 +387,7 @@ def _read(predictor: Predictor, case: Case) -> tuple[Prepared, Volume]:
     return prepared, dataclasses.replace(volume, image=np.zeros((0, 0, 0, 0), np.float32))
 
 
-def memory_of(predictor: Predictor, prepared: Prepared, volume: Volume, *, several: bool) -> tuple[int, int]:
+def memory_of(predictor: Predictor, prepared: Prepared, *, several: bool) -> tuple[int, int]:
     """Bytes that a case takes at its peak on the host (reading: the file, its float32 image and the prepared one; the
     next case is read at the same time) and on the device."""
     voxels = int(np.prod(prepared.source))
@@ -362,7 +397,7 @@ def memory_of(predictor: Predictor, prepared: Prepared, volume: Volume, *, sever
 
 
 @contextlib.contextmanager
-def _sink(predictor: Predictor, volume: Volume, output: Path, case_id: str) -> Iterator[Any]:
+def _sink(predictor: Predictor, volume: Volume, output: Path, case_id: str, note: str) -> Iterator[Any]:
     """Writes probabilities and uncertainty as they come; None where neither is wanted."""
     with contextlib.ExitStack() as stack:
         files = {}
@@ -370,7 +405,7 @@ def _sink(predictor: Predictor, volume: Volume, output: Path, case_id: str) -> I
             if getattr(predictor.settings, name):
                 channels = len(predictor.names) if name == "probabilities" else 0
                 path = output / name / f"{case_id}.nii"
-                files[name] = stack.enter_context(stream_volume(path, volume.grid, channels))
+                files[name] = stack.enter_context(stream_volume(path, volume.grid, channels, note))
 
         def keep(rows: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
             for name, part in values.items():

@@ -1,6 +1,8 @@
 """Trained networks, alone or as an ensemble, ready to segment: from Python, and for ``python -m xdim_jax.predict``."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ def find_members(workdirs: Sequence[Path]) -> list[Path]:
     for workdir in workdirs:
         folds = sorted(workdir.glob(f"fold*/{CONFIG_FILE}"))
         found += [workdir] if (workdir / CONFIG_FILE).is_file() or not folds else [f.parent for f in folds]
-    return found
+    return list({folder.resolve(): folder for folder in found}.values())
 
 
 class Predictor:
@@ -106,6 +108,8 @@ class Predictor:
         **keywords: Any,
     ):
         several = [workdir] if isinstance(workdir, str | Path) else list(workdir)
+        if settings is not None and keywords:
+            raise UserError(f"settings and {', '.join(keywords)} were given: put them into the settings")
         self.workdirs = find_members([Path(w) for w in several])
         self.settings = settings or Settings(**keywords)
         configs = [cli.read_config(w) for w in self.workdirs]
@@ -121,6 +125,12 @@ class Predictor:
         self.weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members) if len(members) > 1 else members[0]
         want = {name for name in ("probabilities", "uncertainty") if getattr(self.settings, name)}
         self.flips = _flips(config, self.settings)
+        self.digest = _digest(config, members, threshold, self.settings, self.flips)
+        if self.settings.uncertainty and len(members) * 2 ** len(self.flips) == 1:
+            raise UserError(
+                "--uncertainty is the variance over networks and mirror images: give several --workdir, --flips, or "
+                "--preset=best for a run that was trained on mirror images"
+            )
         self.segmenter = infer.make_segmenter(
             config,
             make_forward(graphdef, PRECISIONS[self.settings.precision or config.train.precision]),
@@ -157,8 +167,7 @@ class Predictor:
         label = self.segmenter(self.weights, prepared, sink)
         sets = self.output.regions
         largest = sets.names if "all" in self.settings.largest else self.settings.largest
-        label = regions.keep_largest(label, sets, largest)
-        return regions.drop_small_et(label, self.config.predict.min_et) if self.config.predict.get("min_et") else label
+        return infer.finish_label(regions.keep_largest(label, sets, largest), self.config.predict)
 
     def predict_case(self, case: Case) -> Segmentation:
         """Reads and segments a case; arrays come as (D, H, W) in memory's orientation.
@@ -176,7 +185,7 @@ class Predictor:
         self,
         image: np.ndarray,
         axes: str = "zyxc",
-        spacing: Sequence[float] = (1.0, 1.0, 1.0),
+        spacing: Sequence[float] | None = None,
         *,
         affine: np.ndarray | None = None,
         modality: str = "",
@@ -187,7 +196,7 @@ class Predictor:
             image: any order of the axes ``z`` (to superior), ``y`` (to posterior; of 2D images: down), ``x`` (to the
                 patient's left; of 2D images: to the right) and ``c`` (channels, in the order of training).
             axes: names of the array's axes; without ``c`` there is one channel, without ``z`` one slice.
-            spacing: mm along z, y, x, in the order of ``axes``.
+            spacing: mm along z, y, x, in the order of ``axes``; None: 1 mm.
             affine: instead of ``spacing``: of an array with the axes ``xyz`` or ``xyzc`` as a file has them, to RAS+
                 mm; the array is turned as a file would be.
             modality: CT or MR, where training had both.
@@ -200,7 +209,8 @@ class Predictor:
             raise UserError(f"axes={axes!r}: expected y and x, and z and c where there are such axes, each once")
         if image.ndim != len(axes):
             raise UserError(f"image of shape {image.shape} has {image.ndim} axes, but axes={axes!r} names {len(axes)}")
-        if affine is None and (len(spacing) < len(spatial) or not all(s > 0 for s in spacing)):
+        spacing = tuple(spacing) if spacing is not None else (1.0,) * len(spatial)
+        if affine is None and (len(spacing) != len(spatial) or not all(s > 0 for s in spacing)):
             raise UserError(f"spacing={tuple(spacing)}: expected mm above 0 along {', '.join(spatial)}")
         array = image if "c" in axes else image[..., None]
         order = axes if "c" in axes else axes + "c"
@@ -212,11 +222,13 @@ class Predictor:
             raise UserError(
                 f"image of shape {image.shape} has {array.shape[order.index('c')]} channels; expected {known}"
             )
+        if not np.isfinite(image).all():
+            raise UserError(f"image holds {np.count_nonzero(~np.isfinite(image))} NaN or infinite values; repair it")
         if self.dataset.holds_ct and modality not in ("CT", "MR"):
             raise UserError(f"modality={modality!r}: expected CT or MR; the network was trained on both")
         array = array.transpose([order.index(a) for a in "xyzc"])
         if affine is None:
-            sizes = dict(zip(spatial, spacing, strict=False))
+            sizes = dict(zip(spatial, spacing, strict=True))
             affine = np.diag([-sizes["x"], -sizes["y"], sizes.get("z", 1.0), 1.0])  # LPS, as in memory
         grid = Grid(array.shape[:3], np.asarray(affine, np.float64), None, self.dataset.axes)
         info = {"modality": modality} if modality else {}
@@ -262,12 +274,33 @@ class _Whole(dict[str, np.ndarray]):
             self[name][(rows, *box)] = part
 
 
+def _digest(config: Any, members: Sequence[Any], threshold: Any, settings: Settings, flips: tuple[int, ...]) -> str:
+    """Of all that a prediction depends on, but the image: weights, network, preparation, settings."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(members):
+        digest.update(np.asarray(leaf).tobytes())
+    facts = {
+        "model": config.model.to_dict(),
+        "output": config.output,
+        "prepare": config.data.prepare.to_dict(),
+        "predict": config.predict.to_dict(),
+        "patch": list(config.data.patch),
+        "rest": [threshold, sorted(settings.largest), settings.precision or config.train.precision, flips],
+    }
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
 def _check_common(workdirs: Sequence[Path], configs: Sequence[Any]) -> None:
     problems = []
     for workdir, config in zip(workdirs[1:], configs[1:], strict=True):
         for key, a, b in cli.differences(configs[0], config, free=()):
             if any(key == name or key.startswith(f"{name}.") for name in _COMMON):
                 problems.append(f"{key}: {a!r} in {workdirs[0]}, {b!r} in {workdir}")
+    described = [read_json(w / DATA_FILE) for w in workdirs]
+    for workdir, other in zip(workdirs[1:], described[1:], strict=True):
+        if apart := [k for k in ("channels", "labels", "regions") if described[0].get(k) != other.get(k)]:
+            problems.append(f"{', '.join(apart)} of the data differ between {workdirs[0]} and {workdir}")
     if problems:
         raise UserError("the runs cannot be an ensemble:\n  - " + "\n  - ".join(problems))
 

@@ -129,12 +129,16 @@ def keep_largest(label: np.ndarray, regions: Regions, names: Sequence[str]) -> n
         return label
     label = label.copy()
     for name in sorted(names, key=lambda n: -len(regions.sets[n])):  # outer regions first
-        mask = regions.encode(label)[..., regions.names.index(name)]
-        found: Any = connected(mask, np.ones((3, 3, 3), bool))
+        mask = functools.reduce(operator.or_, (label == i for i in regions.sets[name]))
+        inside = [np.flatnonzero(mask.any(tuple(b for b in range(mask.ndim) if b != a))) for a in range(mask.ndim)]
+        if not inside[0].size:
+            continue
+        box = tuple(slice(int(i[0]), int(i[-1]) + 1) for i in inside)
+        found: Any = connected(mask[box], np.ones((3,) * mask.ndim, bool))
         parts, count = found
         if count > 1:
             largest = 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
-            label[mask & (parts != largest)] = regions.around(name)
+            label[box][mask[box] & (parts != largest)] = regions.around(name)
     return label
 
 

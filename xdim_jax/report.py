@@ -49,6 +49,10 @@ def main(argv: Sequence[str]) -> int:
     channels = read_json(options.workdir / DATA_FILE)["channels"] if options.workdir else []
     summary = read_json(options.eval / results.SUMMARY_FILE)
     compared = results.read_record(options.eval)
+    if not isinstance(summary, dict) or {"rules", "structures", "groups", "empty", "unreadable"} - summary.keys():
+        raise UserError(
+            f"{options.eval / results.SUMMARY_FILE} is no summary; write it with python -m xdim_jax.evaluate"
+        )
     patients = {case: v["patient"] for case, v in compared["cases"].items()}
     scored = results.read_cases(options.eval / results.CASES_FILE, patients)
     write_text(options.out, render(config, records, channels, summary, scored, compared))
@@ -84,6 +88,8 @@ def render(
     columns = dict(rules.columns) | {m: column(m) for m in options.metrics if m not in rules.columns}
     cases = [c for c in scored if c.case_id in compared["cases"]]
     chosen, left_out = choose_cases(cases, summary["unreadable"])
+    if not chosen:
+        left_out.append("No pictures: cases are chosen by Dice, which this evaluation does not have.")
     overlays, legend = [], {}
     jobs = _find_jobs(rules, compared, left_out) if chosen else {}
     for role, case in chosen.items():

@@ -51,13 +51,22 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{options.out} exists already; give a folder that does not, or remove it")
     if options.challenge == "chaos" and not options.task:
         raise UserError("--challenge=chaos needs --task=1 to 5, again for more than one")
+    if options.zip and Path(f"{options.out}.zip").exists():
+        raise UserError(f"{options.out}.zip exists already; remove it, or give another --out")
     record = read_json(options.pred / PREDICT_FILE)
+    if not isinstance(record, dict) or not isinstance(record.get("images"), dict):
+        raise UserError(f"{options.pred / PREDICT_FILE} has no images; predict with python -m xdim_jax.predict")
     if options.challenge == "camus":
         writers = pack_camus(options.pred, record["images"], options.format)
     elif options.challenge == "chaos":
         writers = pack_chaos(options.pred, record["images"], options.task)
     else:
-        writers = pack_brats(options.pred, record["images"], options.convention or record["convention"])
+        convention = options.convention or str(record.get("convention"))
+        if convention not in brats.CODINGS:
+            raise UserError(
+                f"{options.pred} was predicted in the labels of {convention}, which is no BraTS: --challenge?"
+            )
+        writers = pack_brats(options.pred, record["images"], convention)
     with atomic_path(options.out) as folder:
         folder.mkdir()
         count = sum(write(folder) for write in writers)
@@ -85,6 +94,8 @@ def pack_brats(pred: Path, images: dict[str, list[str]], convention: str) -> lis
 def pack_chaos(pred: Path, images: dict[str, list[str]], tasks: Sequence[str]) -> list[Writer]:
     """PNG files of every slice, in the order of the DICOM names. Raises UserError with everything that is wrong."""
     coding = {"CT": chaos.CT, "MR": chaos.MR}
+    # in- and out-phase share one result: the in-phase is taken
+    images = {name.removesuffix("_in"): files for name, files in images.items() if not name.endswith("_out")}
     found = _checked(chaos.find_label_maps(pred), images, lambda m: coding[m.facts["modality"]])
     kept = [
         functools.partial(_slices, label_map, grid, task)
@@ -129,7 +140,8 @@ def _read(label_map: LabelMap) -> np.ndarray:
 def _one_file(
     label_map: LabelMap, grid: Grid, suffix: str, write: Callable[[Path, np.ndarray, Grid], None], folder: Path
 ) -> int:
-    write(folder / f"{label_map.case_id}{suffix}", _read(label_map), grid)
+    # CAMUS numbers its test patients from 1 again
+    write(folder / f"{label_map.case_id.removeprefix('testing_')}{suffix}", _read(label_map), grid)
     return 1
 
 

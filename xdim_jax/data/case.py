@@ -157,7 +157,8 @@ def case_from_files(sources: Sequence[Source], dataset: Dataset, modality: str =
             f"{paths[0]} does not tell whether it is CT or MR; say so with --modality, or give a folder in the layout "
             f"of {dataset.name}, {dataset.layout}"
         )
-    name = (strip(paths[0].name) or paths[0].stem).removesuffix("_0000")  # nnU-Net's first channel
+    first = paths[0].absolute()  # of a series: its folder, whose name may hold dots
+    name = first.name if isinstance(sources[0], tuple) else (strip(first.name) or first.stem).removesuffix("_0000")
     info = {"modality": modality} if modality else {}
     return Case(name, name, tuple(sources), dataset.channels, None, dataset.labels, dataset.axes, info=info)
 

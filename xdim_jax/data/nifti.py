@@ -1,11 +1,13 @@
 """NIfTI in and out."""
 
 import gzip
+import zlib
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.spatialimages import HeaderDataError
 
 from xdim_jax.data.grid import Axes, Grid, make_grid
 from xdim_jax.data.problem import Problem, data_error
@@ -45,6 +47,24 @@ def _check_sizes(path: Path, data: bytes) -> None:
         raise data_error([Problem("no_geometry", path, found, "voxel sizes above zero", step)], "")
 
 
+def read_note(path: Path) -> str:
+    """The header's description; empty for files that are not there or cannot be read."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            header: Any = nib.Nifti1Header(file.read(nib.Nifti1Header.template_dtype.itemsize), check=False)
+        return bytes(header["descrip"].item()).decode("ascii")
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        UnicodeDecodeError,
+        zlib.error,
+        HeaderDataError,
+    ):
+        return ""
+
+
 def load_grid(path: Path, axes: Axes) -> Grid:
     """Reads the header alone."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -53,8 +73,10 @@ def load_grid(path: Path, axes: Axes) -> Grid:
     return make_grid(path, image.shape, image.affine, header=image.header, axes=axes)
 
 
-def write_volume(path: Path, array: np.ndarray, grid: Grid) -> None:
+def write_volume(path: Path, array: np.ndarray, grid: Grid, note: str = "") -> None:
     """Writes a ``(D, H, W)`` array on ``grid``, with its affine and, if it has one, header; whole or not at all.
+
+    ``note``: at most 79 letters, for the header's description; see `read_note`.
 
     Raises:
         ValueError: the array is not of the grid's size.
@@ -69,5 +91,8 @@ def write_volume(path: Path, array: np.ndarray, grid: Grid) -> None:
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0  # a display window for intensities hides labels
+    image = nib.Nifti1Image(volume, grid.affine, header)
+    if note:
+        image.header["descrip"] = note.encode("ascii")
     with atomic_path(path) as temporary:
-        nib.save(nib.Nifti1Image(volume, grid.affine, header), temporary)
+        nib.save(image, temporary)

@@ -135,7 +135,9 @@ def prepare(case: Case, volume: Volume, settings: Preparation) -> Prepared:
     if settings.window and (ct := _ct_channels(case.channels, case.info.get("modality", ""))):
         centre, width = settings.window
         image = image.copy()
-        image[..., ct] = np.clip(image[..., ct], centre - width / 2, centre + width / 2)
+        for plane in image:
+            for channel in ct:
+                np.clip(plane[..., channel], centre - width / 2, centre + width / 2, out=plane[..., channel])
     shift, scale = _statistics(image, settings.normalise)
     masked = settings.normalise == "zscore_nonzero"
     return Prepared(_compact(image), label, shift, scale, masked, box, volume.image.shape[:3], spacing)

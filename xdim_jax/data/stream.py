@@ -1,6 +1,9 @@
 """NIfTI files that are written part by part, so that the whole array is never in memory."""
 
 import contextlib
+import errno
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +17,14 @@ _OFFSET = 352  # bytes before the voxels of a NIfTI-1 file without extensions
 
 
 @contextlib.contextmanager
-def stream_volume(path: Path, grid: Grid, channels: int = 0) -> Iterator[np.ndarray]:
+def stream_volume(path: Path, grid: Grid, channels: int = 0, note: str = "") -> Iterator[np.ndarray]:
     """Gives a float32 array ``(D, H, W)``, with ``channels`` ``(D, H, W, channels)``, of zeros that lies in the file.
 
     Args:
         path: ``.nii``: compressed files cannot be written in parts.
         grid: of the image.
         channels: of a fourth axis in the file; 0: none.
+        note: for the header's description, at most 79 letters.
 
     Raises:
         UserError: the file cannot be written; nothing is left of it.
@@ -33,9 +37,22 @@ def stream_volume(path: Path, grid: Grid, channels: int = 0) -> Iterator[np.ndar
         header = image.header
         header.set_slope_inter(1, 0)
         header["cal_min"] = header["cal_max"] = 0
-        header["vox_offset"], header["magic"] = _OFFSET, b"n+1"
-        temporary.write_bytes(header.binaryblock + bytes(_OFFSET - len(header.binaryblock)))
+        header["vox_offset"], header["magic"], header["descrip"] = _OFFSET, b"n+1", note.encode("ascii")
+        with open(temporary, "wb") as file:
+            file.write(header.binaryblock + bytes(_OFFSET - len(header.binaryblock)))
+            _reserve(file.fileno(), _OFFSET + 4 * math.prod(shape))
         voxels = np.memmap(temporary, np.float32, "r+", _OFFSET, shape, order="F")
         yield grid.to_memory(voxels)
         voxels.flush()
         del voxels
+
+
+def _reserve(file: int, size: int) -> None:
+    """A full disk is told now, not by SIGBUS when voxels are written; not every system can."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except AttributeError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from xdim_jax.data.image import strip
+from xdim_jax.errors import UserError
 from xdim_jax.scoring import lesions
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair, measure, voxels
 from xdim_jax.scoring.rules import Coding, Column, Job, LabelMap, Masks, Rules, Scored, Values, find_files
@@ -190,6 +191,8 @@ def _et_of(coding: Coding, job: Job) -> tuple[int, float, float]:
 def tune_min_et(coding: Coding, jobs: Sequence[Job], run: Callable[..., Any]) -> dict[str, Any]:
     """Mean Dice of ET over cases for every smallest ET volume, and the best of them (the smallest of equals)."""
     found = list(run(functools.partial(_et_of, coding), [job for job in jobs if job.pred is not None]))
+    if not found:
+        raise UserError("--tune_min_et: no prediction can be used")
     dice = {t: float(np.mean([without if n < t else usual for n, usual, without in found])) for t in GRID}
     best = max(dice, key=lambda t: (dice[t], -t))
     return {"best": best, "dice": {str(t): v for t, v in dice.items()}}

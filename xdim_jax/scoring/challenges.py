@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from xdim_jax.errors import UserError
 from xdim_jax.scoring import brats, camus, chaos, generic, simpson
@@ -24,6 +25,16 @@ _TAKEN_BY = {
 }
 
 OPTIONS = tuple(_TAKEN_BY)
+_DEFAULTS = {"cohort": "GLI", "step": "largest", "contour": "official", "border": "outside"}
+
+
+def resolved(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The options that change what the rules measure, with the defaults of those that were not given."""
+    found = {k: getattr(options, k) for k in OPTIONS}
+    found |= {k: found[k] or v for k, v in _DEFAULTS.items() if name in _TAKEN_BY[k]}
+    if name.startswith("brats"):
+        found["convention"] = found["convention"] or {"brats2022": "brats2021"}.get(name, name)
+    return found
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,234 @@
+"""Networks from Python: arrays in any order of their axes, files of every kind, ensembles that do not go together."""
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+import xdim_jax
+from xdim_jax import checkpoint, cli, models, predict, step
+from xdim_jax.data import case as data_case
+from xdim_jax.data.datasets import trained_dataset
+from xdim_jax.data.image import read_volume
+from xdim_jax.data.labels import Labels
+from xdim_jax.errors import UserError
+from xdim_jax.files import CONFIG_FILE, DATA_FILE, write_json
+
+CHANNELS = ("T1", "T2")
+
+
+def make_workdir(folder, *, flat=False, channels=CHANNELS, seed=0, **changes):
+    """A run that never trained: its config, its data set's description, and random weights."""
+    config = cli.load_config(f"configs/own_{'omnianet' if flat else 'dxnet'}.py:phantom", [])
+    with config.unlocked():
+        config.data.dataset = "nnunet"
+        config.data.patch = (32, 32) if flat else (32, 32, 32)
+        config.model.in_channels, config.model.out_channels = len(channels), 3
+        for key, value in changes.items():
+            config.data.prepare[key] = value
+    labels = Labels("own", ("background", "organ", "lesion"), (0, 1, 2))
+    description = {
+        "dataset": "own",
+        "channels": list(channels),
+        "labels": labels.to_json(),
+        "regions": {"organ": [1], "lesion": [2]},
+    }
+    write_json(folder / CONFIG_FILE, config.to_dict())
+    write_json(folder / DATA_FILE, description)
+    trained_dataset(config.data.to_dict(), description)  # can be read
+    _, params, stats = step.split_model(models.build(config.model, seed=seed))
+    checkpoints = checkpoint.open_checkpoints(folder)
+    checkpoint.save_best(checkpoints, 1, params, stats, 0.5)
+    checkpoint.close(checkpoints)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("own") / "run")
+
+
+@pytest.fixture(scope="module")
+def predictor(workdir):
+    return xdim_jax.Predictor(workdir, probabilities=True, uncertainty=True, flips=(2,))
+
+
+@pytest.fixture(scope="module")
+def image():
+    """(z, y, x, c), not cubic."""
+    return np.random.default_rng(0).normal(100, 30, (20, 36, 28, 2)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def found(predictor, image):
+    return predictor.predict(image, spacing=(2.0, 1.0, 1.0))
+
+
+def test_an_array_gives_labels_probabilities_and_uncertainty(predictor, found, image):
+    assert found.label.shape == image.shape[:3] and found.label.dtype == np.uint8
+    assert found.probabilities.shape == (*image.shape[:3], 3) and found.names == ("background", "organ", "lesion")
+    np.testing.assert_allclose(found.probabilities.sum(-1), 1, atol=1e-5)
+    np.testing.assert_array_equal(found.probabilities.argmax(-1), found.label)
+    assert found.uncertainty.shape == image.shape[:3] and found.uncertainty.max() > 0
+    assert "mirrored along W" in predictor.describe() and "1 network" in predictor.describe()
+
+
+@pytest.mark.parametrize("axes", ["xyzc", "cyzx", "zcxy"])
+def test_the_order_of_axes_does_not_matter(axes, predictor, found, image):
+    order = ["zyxc".index(a) for a in axes]
+    spacing = [{"z": 2.0, "y": 1.0, "x": 1.0}[a] for a in axes if a != "c"]
+    other = predictor.predict(np.transpose(image, order), axes, spacing)
+    spatial = ["zyx".index(a) for a in axes if a != "c"]
+    np.testing.assert_array_equal(other.label, found.label.transpose(spatial))
+    np.testing.assert_allclose(other.probabilities, found.probabilities.transpose(*spatial, 3), atol=1e-5)
+    np.testing.assert_allclose(other.uncertainty, found.uncertainty.transpose(spatial), atol=1e-6)
+
+
+def test_a_file_is_predicted_as_its_array(predictor, found, image, tmp_path, workdir):
+    """Stored the other way round along two axes: labels come back on the file's own grid."""
+    flipped = image[::-1, :, ::-1].transpose(2, 1, 0, 3)  # x to the right, z to inferior
+    affine = np.diag([1.0, -1.0, -2.0, 1.0])
+    for c in range(2):
+        nib.save(nib.Nifti1Image(flipped[..., c], affine), tmp_path / f"a_{c:04d}.nii.gz")
+    files = [tmp_path / f"a_{c:04d}.nii.gz" for c in range(2)]
+    case = data_case.case_from_files(files, predictor.dataset)
+    np.testing.assert_array_equal(predictor.predict_case(case).label, found.label)
+    array = predictor.predict(flipped, "xyzc", affine=affine)
+    np.testing.assert_array_equal(array.label, found.label[::-1, :, ::-1].transpose(2, 1, 0))
+
+    status = predict.main(
+        [f"--workdir={workdir}", "--input", *map(str, files), f"--output={tmp_path / 'out'}", "--flips=W"]
+    )
+    assert status == 0
+    written = nib.load(tmp_path / "out" / "a.nii.gz")
+    np.testing.assert_array_equal(written.affine, affine)
+    np.testing.assert_array_equal(np.asarray(written.dataobj), array.label)
+
+
+def test_two_networks_are_the_mean_of_both(workdir, image, tmp_path):
+    other = make_workdir(tmp_path / "other", seed=7)
+    alone = [xdim_jax.Predictor(w, probabilities=True).predict(image) for w in (workdir, other)]
+    assert np.abs(alone[0].probabilities - alone[1].probabilities).max() > 1e-3
+    both = xdim_jax.Predictor([workdir, other], probabilities=True, uncertainty=True)
+    together = both.predict(image)
+    each = [a.probabilities for a in alone]
+    np.testing.assert_allclose(together.probabilities, np.mean(each, 0), atol=1e-5)
+    np.testing.assert_allclose(together.uncertainty, np.var(each, 0).mean(-1), atol=1e-5)
+    assert "2 networks" in both.describe()
+    (tmp_path / "folds").mkdir()
+    shutil.copytree(workdir, tmp_path / "folds" / "fold0")
+    shutil.copytree(other, tmp_path / "folds" / "fold1")
+    folds = xdim_jax.Predictor(tmp_path / "folds", probabilities=True).predict(image)
+    np.testing.assert_allclose(folds.probabilities, together.probabilities, atol=1e-6)
+
+
+def test_networks_that_do_not_go_together_are_refused(workdir, tmp_path):
+    other = make_workdir(tmp_path / "other", normalise="none")
+    with pytest.raises(
+        UserError, match=r"cannot be an ensemble.*\n.*data\.prepare\.normalise: 'zscore' in .*'none' in"
+    ):
+        xdim_jax.Predictor([workdir, other])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"preset": "quick"}, "--preset=quick: expected one of fast, default, best"),
+        ({"overlap": 1.0}, "--overlap=1.0: expected 0 <= overlap < 1"),
+        ({"precision": "float16"}, "--precision=float16"),
+        ({"min_et": 5}, "--min_et is not a setting"),
+        ({"largest": ("heart",)}, "--largest: heart unknown; the regions are organ, lesion"),
+        ({"threshold": 0.4}, "--threshold is for sigmoid outputs"),
+        ({"flips": (3,)}, "expected axes of 0 (D), 1 (H), 2 (W)"),
+        ({"batch": -1}, "--batch=-1"),
+    ],
+)
+def test_settings_that_cannot_be(keywords, words, workdir):
+    with pytest.raises(UserError) as error:
+        xdim_jax.Predictor(workdir, **keywords)
+    assert words in str(error.value)
+
+
+def test_arrays_that_do_not_fit(predictor, image):
+    for arguments, words in [
+        ((image, "zyx"), "has 4 axes, but axes='zyx' names 3"),
+        ((image, "zzxc"), "expected y and x"),
+        ((image[..., :1],), "has 1 channels; expected T1, T2"),
+        ((image, "zyxc", (1.0, 0.0, 1.0)), "expected mm above 0 along z, y, x"),
+    ]:
+        with pytest.raises(UserError) as error:
+            predictor.predict(*arguments)
+        assert words in str(error.value)
+
+
+# -- a 2D network on one slice, MetaImage, DICOM ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("flat") / "run", flat=True, channels=("CT",))
+
+
+def test_a_2d_network_on_a_picture_and_on_slices(flat):
+    predictor = xdim_jax.Predictor(flat, probabilities=True)
+    picture = np.random.default_rng(0).normal(0, 1, (40, 50)).astype(np.float32)
+    found = predictor.predict(picture, "yx", (1.0, 1.0))
+    assert found.label.shape == (40, 50) and found.probabilities.shape == (40, 50, 3)
+    turned = predictor.predict(picture.T, "xy", (1.0, 1.0))
+    np.testing.assert_array_equal(turned.label, found.label.T)
+
+
+def write_dicom(folder, volume, spacing):
+    """Axial slices (z, y, x) whose names run against their positions."""
+    folder.mkdir()
+    for k, plane in enumerate(volume):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = "1.2.840.10008.5.1.4.1.1.2", ExplicitVRLittleEndian
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        data = pydicom.Dataset()
+        data.file_meta = meta
+        data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+        data.Modality, data.SeriesInstanceUID = "CT", "1.2.3"
+        data.Rows, data.Columns = plane.shape
+        data.PixelSpacing, data.SliceThickness = [spacing[1], spacing[2]], spacing[0]
+        data.ImageOrientationPatient, data.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, float(k * spacing[0])]
+        data.BitsAllocated = data.BitsStored = 16
+        data.HighBit, data.PixelRepresentation, data.SamplesPerPixel = 15, 1, 1
+        data.PhotometricInterpretation, data.RescaleSlope, data.RescaleIntercept = "MONOCHROME2", 1, 0
+        data.PixelData = plane.astype("<i2").tobytes()
+        data.save_as(folder / f"{len(volume) - k:03d}.dcm", enforce_file_format=True)
+
+
+def test_dicom_metaimage_and_nifti_of_one_volume_give_one_segmentation(flat, tmp_path):
+    volume = np.random.default_rng(1).integers(-500, 500, (5, 40, 36)).astype(np.int16)
+    write_dicom(tmp_path / "series", volume, (2.0, 0.7, 0.7))
+    image = sitk.GetImageFromArray(volume)
+    image.SetSpacing((0.7, 0.7, 2.0))
+    sitk.WriteImage(image, str(tmp_path / "volume.mha"))
+    nib.save(nib.Nifti1Image(volume.transpose(2, 1, 0), np.diag([-0.7, -0.7, 2.0, 1.0])), tmp_path / "volume.nii.gz")
+    labels = {}
+    for name in ("series", "volume.mha", "volume.nii.gz"):
+        out = tmp_path / f"out_{name}"
+        assert predict.main([f"--workdir={flat}", f"--input={tmp_path / name}", f"--output={out}"]) == 0
+        (path,) = out.glob("*.nii.gz")
+        labels[name] = read_volume(path)[0]
+    assert labels["series"].shape == (5, 40, 36) and len(np.unique(labels["series"])) > 1
+    np.testing.assert_array_equal(labels["series"], labels["volume.nii.gz"])
+    np.testing.assert_array_equal(labels["volume.mha"], labels["volume.nii.gz"])
+    record = json.loads((tmp_path / "out_series" / "predict.json").read_text())
+    assert record["images"] == {"series": [str(tmp_path / "series")]}
+
+
+def test_a_folder_of_loose_images(flat, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        volume = np.random.default_rng(ord(name)).integers(0, 100, (36, 40, 3)).astype(np.int16)
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "in" / f"{name}.nii.gz")
+    assert predict.main([f"--workdir={flat}", f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}"]) == 0
+    assert {p.name for p in (tmp_path / "out").glob("*.nii.gz")} == {"a.nii.gz", "b.nii.gz"}
