@@ -67,10 +67,11 @@ def predict(folder: Path, patch: str) -> dict:
     from xdim_jax.files import CONFIG_FILE, DATA_FILE, write_json
 
     cli.cache_programs()
-    config = cli.load_config("configs/own_dxnet.py:phantom", [])
+    config = cli.load_config("configs/own_dxnet.py", [])
     with config.unlocked():
-        config.data.dataset, config.data.root = "nnunet", str(folder / "data")
+        config.data.dataset, config.data.root, config.output = "nnunet", str(folder / "data"), "softmax"
         config.data.patch = tuple(map(int, patch.split(",")))
+        config.model.encoder.name, config.model.filters = "efficientnet_toy", (16, 16, 8, 8, 8)
     dataset = get_dataset(config.data.to_dict())
     config.model.in_channels, config.model.out_channels = 1, 5
     workdir = folder / "run"
