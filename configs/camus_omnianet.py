@@ -7,7 +7,8 @@
 Words after the colon: ``phantom`` (small phantoms, minutes on two CPU cores; random weights), ``fold=K`` (0 to 4) or
 ``fold=all``, ``scratch`` (random weights instead of noisy-student ones).
 
-Said by the paper: every value that has no comment. Hardware: one GPU of 16 GB (the paper used a Tesla P100), or a CPU.
+Said by the paper: every value that has no comment. Hardware: one GPU of 16 GB (the paper used a Tesla P100), or a CPU:
+docs/results.md has measured results.
 Paper's score (Table 2, CAMUS test set), Dice / MAD in mm: LV_endo ED 0.945 / 1.5, ES 0.922 / 1.6; LV_epi ED 0.956 /
 1.8, ES 0.951 / 1.8.
 """
