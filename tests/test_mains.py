@@ -258,7 +258,7 @@ def test_what_is_there_already_is_skipped_and_other_settings_are_refused(run, tr
     out = run(*arguments)
     assert "skipped    1 of 2 cases" in out and (tmp_path / f"{first}.nii.gz").is_file()
     assert (tmp_path / f"{second}.nii.gz").stat().st_mtime_ns == stamp
-    out = run(*arguments, "--overlap=0.25", code=2)
+    out = run(*arguments, "--overlap=0.6", code=2)
     assert "holds predictions of other networks or settings" in out and "--overwrite" in out
     # a map whose image changed since is made anew, whatever the record says
     image = tmp_path / "in" / first / f"{first}_t2.nii.gz"
@@ -290,7 +290,7 @@ def test_an_ensemble_with_probabilities_and_uncertainty(run, trained, tmp_path):
     two, label = read("two", "probabilities"), np.asarray(nib.load(tmp_path / "two" / f"{case.name}.nii.gz").dataobj)
     plain = np.asarray(nib.load(trained / "pred" / f"{case.name}.nii.gz").dataobj)
     np.testing.assert_array_equal(label, plain)
-    np.testing.assert_array_equal(two[..., 0] > 0.5, label > 0)  # WT
+    np.testing.assert_array_equal((two > 0.5).any(-1), label > 0)
     assert np.abs(read("two", "uncertainty")).max() < 1e-6
     assert read("mirrored", "uncertainty").max() > 1e-6
     assert not (np.asarray(nib.load(tmp_path / "mirrored" / f"{case.name}.nii.gz").dataobj) == 4).any()
@@ -306,6 +306,7 @@ def wait_for_line(process, pattern):
     raise AssertionError(f"{pattern} never came: {process.stderr.read()}")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_killed_and_run_again_it_ends_with_the_same_bits(run, trained, tmp_path):
     """SIGKILL inside the second epoch, SIGTERM a little later: weights and record equal the run that was left alone."""

@@ -221,6 +221,7 @@ def test_dxnet_gives_logits_at_full_resolution():
     assert logits.shape == (2, 64, 32, 64, 3)
 
 
+@pytest.mark.slow
 def test_dxnet_is_the_same_function_in_both_forms():
     """float64, so that only the order of sums may differ: logits and every gradient, in training mode."""
     with jax.enable_x64(True):
