@@ -62,3 +62,20 @@ def test_small_et_becomes_necrosis(minimum, kept):
     assert np.count_nonzero(out == regions.NCR) == (0 if kept else 3)
     assert np.count_nonzero(out == regions.ED) == 1
     assert label.flat[0] == regions.ET, "the input is left as it was"
+
+
+def test_only_the_largest_part_of_a_region_is_kept():
+    """A stray ET within TC becomes NCR, a stray tumour background; parts that touch at a corner are one."""
+    label = np.zeros((1, 6, 9), np.uint8)
+    label[0, 0:4, 0:5] = regions.NCR
+    label[0, 0, 0] = regions.ET
+    label[0, 2:4, 3:5] = regions.ET
+    label[0, 4, 5] = regions.ED  # at the corner of the tumour
+    label[0, 5, 8] = regions.ED
+    kept = regions.keep_largest(label, regions.BRATS, ("ET", "WT"))
+    expected = label.copy()
+    expected[0, 0, 0], expected[0, 5, 8] = regions.NCR, 0
+    np.testing.assert_array_equal(kept, expected)
+    np.testing.assert_array_equal(regions.keep_largest(label, regions.BRATS, ()), label)
+    empty = np.zeros_like(label)
+    np.testing.assert_array_equal(regions.keep_largest(empty, regions.BRATS, ("ET",)), empty)

@@ -291,7 +291,7 @@ def note_of(predictor: Predictor, case: Case) -> str:
 
 def _files(output: Path, predictor: Predictor, case_id: str) -> list[Path]:
     """What is written for a case."""
-    wanted = [name for name in BESIDE if getattr(predictor.settings, name)]
+    wanted = sorted(predictor.segmenter.want)
     return [output / f"{case_id}.nii.gz", *(output / name / f"{case_id}.nii" for name in wanted)]
 
 
@@ -401,11 +401,10 @@ def _sink(predictor: Predictor, volume: Volume, output: Path, case_id: str, note
     """Writes probabilities and uncertainty as they come; None where neither is wanted."""
     with contextlib.ExitStack() as stack:
         files = {}
-        for name in BESIDE:
-            if getattr(predictor.settings, name):
-                channels = len(predictor.names) if name == "probabilities" else 0
-                path = output / name / f"{case_id}.nii"
-                files[name] = stack.enter_context(stream_volume(path, volume.grid, channels, note))
+        for name in sorted(predictor.segmenter.want):
+            channels = len(predictor.names) if name == "probabilities" else 0
+            path = output / name / f"{case_id}.nii"
+            files[name] = stack.enter_context(stream_volume(path, volume.grid, channels, note))
 
         def keep(rows: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
             for name, part in values.items():

@@ -20,6 +20,7 @@ from xdim_jax.errors import UserError
 from xdim_jax.files import CONFIG_FILE, DATA_FILE, read_json
 from xdim_jax.output import make_output
 from xdim_jax.program import PRECISIONS
+from xdim_jax.scoring.rules import BESIDE
 from xdim_jax.step import make_forward, split_model
 
 PRESETS = ("fast", "default", "best")
@@ -123,7 +124,6 @@ class Predictor:
         self.sources = [f"{w}, {source}" for w, (_, _, source) in zip(self.workdirs, loaded, strict=True)]
         members = [(p, s) for p, s, _ in loaded]
         self.weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members) if len(members) > 1 else members[0]
-        want = {name for name in ("probabilities", "uncertainty") if getattr(self.settings, name)}
         self.flips = _flips(config, self.settings)
         self.digest = _digest(config, members, threshold, self.settings, self.flips)
         if self.settings.uncertainty and len(members) * 2 ** len(self.flips) == 1:
@@ -139,7 +139,7 @@ class Predictor:
             flips=infer.all_flips(self.flips),
             threshold=threshold,
             members=len(members) if len(members) > 1 else 0,
-            want=frozenset(want),
+            want=frozenset(name for name in BESIDE if getattr(self.settings, name)),
         )
         self.preparation = Preparation.from_config(config.data.prepare.to_dict())
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import find_objects
 from scipy.ndimage import label as connected
 
 
@@ -130,10 +131,10 @@ def keep_largest(label: np.ndarray, regions: Regions, names: Sequence[str]) -> n
     label = label.copy()
     for name in sorted(names, key=lambda n: -len(regions.sets[n])):  # outer regions first
         mask = functools.reduce(operator.or_, (label == i for i in regions.sets[name]))
-        inside = [np.flatnonzero(mask.any(tuple(b for b in range(mask.ndim) if b != a))) for a in range(mask.ndim)]
-        if not inside[0].size:
+        boxes = find_objects(mask.view(np.uint8))
+        if not boxes:
             continue
-        box = tuple(slice(int(i[0]), int(i[-1]) + 1) for i in inside)
+        box = boxes[0]
         found: Any = connected(mask[box], np.ones((3,) * mask.ndim, bool))
         parts, count = found
         if count > 1:

@@ -16,8 +16,7 @@ import jinja2
 import numpy as np
 
 from xdim_jax import cli, figures, log
-from xdim_jax.data.dicom import files_in_order
-from xdim_jax.data.image import Source, read_image
+from xdim_jax.data.image import Source, read_image, source_at
 from xdim_jax.errors import UserError
 from xdim_jax.figures import View
 from xdim_jax.files import DATA_FILE, read_json, write_json, write_text
@@ -203,10 +202,7 @@ def _case_table(rules: Rules, cases: Sequence[Scored]) -> tuple[list[str], list[
 def choose_cases(cases: Sequence[Scored], unreadable: Sequence[str]) -> tuple[dict[str, Scored], list[str]]:
     """Best, 75 %, median, 25 % and worst case by mean Dice over the structures (fewer for fewer cases), and what was
     left out; of a case that counts for several tasks, the row with most structures."""
-    once: dict[str, Scored] = {}
-    for case in cases:
-        if case.case_id not in once or len(case.values) > len(once[case.case_id].values):
-            once[case.case_id] = case
+    once = results.each_once(cases)
     means: dict[str, float] = {}
     for name, case in once.items():
         dice = [d for v in case.values.values() if (d := _finite(v.get("dice"))) is not None]
@@ -259,9 +255,7 @@ def _image_sources(job: Job, pred: Path) -> list[Source]:
     """The images of a case: those that were predicted from; else those of the reference."""
     record = pred / results.PREDICT_FILE
     paths = read_json(record)["images"].get(job.ref.case_id, []) if record.is_file() else []
-    found: list[Source] = []
-    for path in map(Path, paths):
-        found.append(files_in_order(path, ".dcm") if path.is_dir() else path)
+    found = [source_at(Path(path)) for path in paths]
     if not found and job.ref.grid is not None:
         found.append(job.ref.grid)
     return found

@@ -20,9 +20,8 @@ from PIL import Image
 
 from xdim_jax import cli, log
 from xdim_jax.data import metaimage
-from xdim_jax.data.dicom import files_in_order
 from xdim_jax.data.grid import Grid, compare_grids
-from xdim_jax.data.image import Source, read_grid
+from xdim_jax.data.image import read_grid, source_at
 from xdim_jax.data.nifti import write_volume
 from xdim_jax.errors import UserError, join_problems, shorten
 from xdim_jax.files import atomic_path, read_json
@@ -121,7 +120,7 @@ def _checked(
         try:
             values, grid = label_map.load()
             coding(label_map).masks(values, label_map.path)
-            image_grid = read_grid(_source(Path(images[case][0])), label_map.axes)
+            image_grid = read_grid(source_at(Path(images[case][0])), label_map.axes)
             problems += map(str, compare_grids(label_map.path, grid, Path(images[case][0]), image_grid, case))
             found.append((label_map, image_grid))
         except UserError as error:
@@ -156,10 +155,6 @@ def _slices(label_map: LabelMap, grid: Grid, task: str, folder: Path) -> int:
     for k in range(greys.shape[2]):
         Image.fromarray(np.ascontiguousarray(greys[:, :, k].T)).save(below / f"img{k:03d}.png")
     return greys.shape[2]
-
-
-def _source(path: Path) -> Source:
-    return files_in_order(path, ".dcm") if path.is_dir() else path
 
 
 def command() -> NoReturn:

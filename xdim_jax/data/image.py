@@ -33,6 +33,11 @@ def files_of(source: Source) -> tuple[Path, ...]:
     return (source,) if isinstance(source, Path) else source
 
 
+def source_at(path: Path) -> Source:
+    """What `where` named: a file, or the series of DICOM slices in a folder."""
+    return dicom.files_in_order(path, ".dcm") if path.is_dir() else path
+
+
 def _reader(path: Path) -> tuple[str, Any]:
     """What the format is called, and the module that reads it, by the name."""
     return ("MetaImage or NRRD", metaimage) if path.name.endswith(metaimage.SUFFIXES) else ("NIfTI", nifti)

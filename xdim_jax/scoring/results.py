@@ -17,12 +17,9 @@ from xdim_jax.files import atomic_path, read_json
 from xdim_jax.scoring.rules import Rules, Scored, Values
 
 CASES_FILE, SUMMARY_FILE, EVALUATE_FILE, PREDICT_FILE = "cases.csv", "summary.json", "evaluate.json", "predict.json"
-
 TABLES_FILES = ("tables.md", "tables.tex")
 _FIRST, _LAST = ["case_id"], ["structure", "metric", "value"]
 DRAWS = 5000  # of the bootstrap
-
-
 _AGAIN = "write it with python -m xdim_jax.evaluate"
 
 
@@ -138,6 +135,15 @@ def table_of(scored: Sequence[Scored]) -> dict[str, dict[str, dict[str, float | 
     return table
 
 
+def each_once(scored: Sequence[Scored]) -> dict[str, Scored]:
+    """By case id; of a case that counts for several tasks, the one with most structures."""
+    once: dict[str, Scored] = {}
+    for case in scored:
+        if case.case_id not in once or len(case.values) > len(once[case.case_id].values):
+            once[case.case_id] = case
+    return once
+
+
 def summarise(rules: Rules, scored: Sequence[Scored], extra: Mapping[str, Any]) -> dict[str, Any]:
     """Statistics over all cases and over the rules' groups, and how often which masks are empty.
 
@@ -146,10 +152,7 @@ def summarise(rules: Rules, scored: Sequence[Scored], extra: Mapping[str, Any]) 
         scored: a case may occur several times, once for each task; over all cases it counts once.
         extra: what the rules compute of all cases together.
     """
-    once: dict[str, Scored] = {}
-    for case in scored:
-        if case.case_id not in once or len(case.values) > len(once[case.case_id].values):
-            once[case.case_id] = case
+    once = each_once(scored)
     groups: dict[str, list[Scored]] = {}
     for case in scored:
         for group in rules.groups(case.facts):
