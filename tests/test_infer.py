@@ -168,8 +168,10 @@ def test_an_ensemble_and_mirror_images_are_the_mean_of_their_members(rng):
 def test_the_ring_holds_a_slab_and_not_the_volume():
     """Ten times deeper, the device holds as much."""
     segmenter = make(voxelwise, (16, 16, 16))
-    sizes = [segmenter.device_bytes(jnp.float32(1.0), whole(np.zeros((d, 40, 40, 2), np.float32))) for d in (40, 400)]
+    volumes = [((d, 40, 40), (d, 40, 40)) for d in (40, 400)]
+    sizes = [segmenter.device_bytes(jnp.float32(1.0), [volume], 2) for volume in volumes]
     assert sizes[0] == sizes[1] < 400 * 40 * 40 * 3 * 4
+    assert segmenter.device_bytes(jnp.float32(1.0), volumes, 2) == sizes[0]
 
 
 def test_segment_puts_the_box_back_and_drops_small_et():

@@ -17,3 +17,8 @@ def join_problems(problems: list[str], summary: str) -> UserError:
 def shorten(names: Sequence[object], most: int = 5) -> str:
     """The first names of a list, with commas, and dots for the others."""
     return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
+
+
+def gib(count: float) -> str:
+    """Bytes, as a message has them."""
+    return f"{count / 2**30:.2f} GiB"

@@ -184,10 +184,15 @@ class Segmenter:
             return ring
 
         def finish(ring: jax.Array, rows: jax.Array, taps: jax.Array, planes: Any) -> dict[str, jax.Array]:
-            found = jnp.take(ring, rows, axis=0)  # (rows, taps, H, W, channels + 1)
-            norm = found[..., -1:]
-            found = jnp.where(norm > 0, found[..., :-1] / jnp.where(norm > 0, norm, 1), 0)
-            found = (found * taps[..., None, None, None]).sum(1)
+            def tap(t: jax.Array | int, total: jax.Array | float) -> jax.Array:
+                part = jnp.take(ring, rows[:, t], axis=0)  # (rows, H, W, channels + 1)
+                norm = part[..., -1:]
+                part = jnp.where(norm > 0, part[..., :-1] / jnp.where(norm > 0, norm, 1), 0)
+                return total + part * taps[:, t, None, None, None]
+
+            found = tap(0, 0.0)
+            if rows.shape[1] > 1:
+                found = jax.lax.fori_loop(1, rows.shape[1], tap, found)
             if planes is not None:
                 exact = jax.lax.Precision.HIGHEST
                 found = jnp.einsum("kyxc,Yy->kYxc", found, planes[0], precision=exact)
@@ -205,11 +210,10 @@ class Segmenter:
         self._add, self._finish = jax.jit(add, donate_argnums=0), jax.jit(finish)
         self._shift = jax.jit(_shift, donate_argnums=0)
 
-    def layout(self, prepared: Prepared) -> _Layout:
-        """Sizes for a volume."""
-        size, patch = prepared.shape, self.windows.patch
+    def layout(self, size: tuple[int, ...], target: tuple[int, ...]) -> _Layout:
+        """Sizes for a volume of ``size``, and of ``target`` on the source grid."""
+        patch = self.windows.patch
         patch = (min(size[0], patch[0]) if self.windows.slices else patch[0], patch[1], patch[2])
-        target = tuple(b.stop - b.start for b in prepared.box)
         before = tuple(max(p - n, 0) // 2 for n, p in zip(size, patch, strict=True))  # centred, as in training
         padded = [max(n, p) for n, p in zip(size, patch, strict=True)]
         starts = [window_starts(n, p, o) for n, p, o in zip(padded, patch, self.windows.overlap, strict=True)]
@@ -224,7 +228,7 @@ class Segmenter:
 
     def __call__(self, weights: Any, prepared: Prepared, sink: Sink | None = None) -> np.ndarray:
         """Label indices uint8 (D, H, W) on the source grid; 0 outside the box that was kept."""
-        plan = self.layout(prepared)
+        plan = self.layout(prepared.shape, tuple(b.stop - b.start for b in prepared.box))
         label = np.zeros(prepared.source, np.uint8)
         inside = label[prepared.box]
         gauss = jnp.asarray(self.gauss if plan.patch == self.windows.patch else gaussian_weights(plan.patch)[..., None])
@@ -289,17 +293,24 @@ class Segmenter:
             self._programs[shape] = self._look.lower(weights, image, member, flips).compile()
         return self._programs[shape]
 
-    def device_bytes(self, weights: Any, prepared: Prepared) -> int:
-        """What a volume takes on the device, by the compiler's count of the network's temporaries."""
-        plan = self.layout(prepared)
-        shape = (plan.batch, *plan.patch, prepared.raw.shape[3])
-        memory = self._program(weights, shape).memory_analysis()
+    def device_bytes(self, weights: Any, volumes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], image: int) -> int:
+        """What some volumes take on the device, one after the other, by the compiler's count of the network's
+        temporaries.
+
+        Args:
+            weights: of the network.
+            volumes: of each its size as prepared, and on the source grid.
+            image: channels of the images.
+        """
+        plans = [self.layout(*sizes) for sizes in volumes]
+        largest = max(plans, key=lambda p: p.batch * math.prod(p.patch))
+        memory = self._program(weights, (largest.batch, *largest.patch, image)).memory_analysis()
         network = (
             memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes if memory else 0
         )
-        ring = plan.ring * math.prod(plan.plane) * self.channels * 4
-        rows = _ROWS * self.channels * 4 * (2 * math.prod(plan.plane) * plan.taps[0].shape[1] + 2 * math.prod(plan.out))
-        parts = 4 * plan.batch * math.prod(plan.patch) * self.channels * 4  # sums, their mean, and what is added
+        ring = max(plan.ring * math.prod(plan.plane) for plan in plans) * self.channels * 4
+        rows = _ROWS * self.channels * 4 * max(3 * math.prod(p.plane) + 2 * math.prod(p.out) for p in plans)
+        parts = 4 * largest.batch * math.prod(largest.patch) * self.channels * 4  # sums, their mean, what is added
         return network + ring + max(rows, parts)
 
 

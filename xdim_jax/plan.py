@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from xdim_jax import cli, log, models, ops, optim
 from xdim_jax.data.case import Dataset
-from xdim_jax.errors import UserError
+from xdim_jax.errors import UserError, gib
 from xdim_jax.files import write_json
 from xdim_jax.mesh import make_devices
 from xdim_jax.program import make_program
@@ -173,10 +173,6 @@ def _name(choice: Choice) -> str:
     return f"patch {patch}, batch {choice.batch}, {choice.precision}, remat {choice.remat or 'none'}"
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
-
-
 def main(argv: Sequence[str]) -> int:
     """The command line, see ``--help``."""
     parser = _parser()
@@ -265,8 +261,8 @@ def format_rows(rows: Sequence[tuple[Choice, Need]], budget: int | None) -> list
     head = ("patch", "batch", "precision", "remat", "step memory", "step GFLOP", "predict memory", "predict GFLOP")
     table: list[tuple[str, ...]] = [(*head, *(["fits"] if budget else []))]
     for c, n in rows:
-        cells = ("x".join(map(str, c.patch)), str(c.batch), c.precision, c.remat or "none", _gib(n.step_bytes))
-        rest = (f"{n.step_flops / 1e9:.1f}", _gib(n.predict_bytes), f"{n.predict_flops / 1e9:.1f}")
+        cells = ("x".join(map(str, c.patch)), str(c.batch), c.precision, c.remat or "none", gib(n.step_bytes))
+        rest = (f"{n.step_flops / 1e9:.1f}", gib(n.predict_bytes), f"{n.predict_flops / 1e9:.1f}")
         fits = [("yes" if n.step_bytes <= budget else "no")] if budget else []
         table.append((*cells, *rest, *fits))
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]

@@ -24,23 +24,19 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from xdim_jax import cli, log
+from xdim_jax import cli, log, memory
 from xdim_jax.data import brats
 from xdim_jax.data.case import (
     Case,
-    Dataset,
     Volume,
-    case_from_files,
     encode_label,
     read_case,
     scan_cases,
     without_label,
 )
-from xdim_jax.data.dicom import files_in_order
-from xdim_jax.data.image import files_of, strip, where
+from xdim_jax.data.image import files_of, where
 from xdim_jax.data.nifti import read_note, write_volume
 from xdim_jax.data.prepare import Prepared
-from xdim_jax.data.problem import ERROR
 from xdim_jax.data.stream import stream_volume
 from xdim_jax.errors import UserError, shorten
 from xdim_jax.files import SPLIT_FILE, read_json, write_json
@@ -85,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     cli.cache_programs()
     predictor = Predictor(options.workdir, read_settings(options), convention=options.convention or "")
-    cases, problems = find_cases(predictor.dataset, predictor.config, options)
+    cases, problems = predictor.find_cases(options.input, modality=options.modality)
     for source in predictor.sources:
         log.say(f"weights    {source}")
     log.say(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
@@ -142,44 +138,6 @@ def read_settings(options: Any) -> Settings:
         options.probabilities,
         options.uncertainty,
     )
-
-
-def find_cases(dataset: Dataset, config: Any, options: Any) -> tuple[list[Case], dict[str, list[str]]]:
-    """The cases of ``--input``, and what is wrong with others by case id.
-
-    Raises:
-        UserError: there is nothing, or two images would have one name.
-    """
-    paths, problems = options.input, {}
-    if len(paths) > 1 or paths[0].is_file():
-        if config.data.dataset == "brats":
-            convention = brats.get_convention(options.convention or config.data.convention)
-            return [brats.case_from_files(paths, convention)], {}
-        return [case_from_files(paths, dataset, options.modality)], {}
-    folder = paths[0]
-    if slices := files_in_order(folder, ".dcm"):
-        return [case_from_files([slices], dataset, options.modality)], {}
-    if folder.is_dir() and len(dataset.channels) == 1 and (loose := _loose_images(dataset, folder)):
-        found = [case_from_files([path], dataset, options.modality) for path in loose]
-        names = [case.case_id for case in found]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise UserError(
-                f"{folder}: several images would become {shorten([f'{n}.nii.gz' for n in twice])}; part them"
-            )
-        return found, {}
-    scan = scan_cases(dataset, folder, need_labels=False)
-    for problem in scan.problems:
-        if problem.severity == ERROR and problem.kind != "patient_in_two_folds":
-            problems.setdefault(problem.case_id or str(problem.path), []).append(str(problem))
-        else:
-            log.warn(str(problem))
-    return [case for case in scan.cases if case.case_id not in problems], problems
-
-
-def _loose_images(dataset: Dataset, folder: Path) -> list[Path]:
-    """The images of a folder that is not in the data set's layout."""
-    images = sorted(p for p in folder.iterdir() if p.is_file() and strip(p.name) and not p.name.startswith("."))
-    return images if images and not dataset.scan(folder, False).cases else []
 
 
 def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
@@ -319,7 +277,7 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
         the cases that failed, each with a warning; whatever goes wrong with one does not stop the others.
     """
     failures: list[str] = []
-    said = 0
+    memory.say_needs(predictor, cases)
 
     def failed(case: Case, error: Exception) -> None:
         failures.append(case.case_id)
@@ -347,11 +305,6 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
             reading, ahead = ahead, reader.submit(_read, predictor, cases[number]) if number < len(cases) else None
             try:
                 prepared, volume = reading.result()
-                needed = memory_of(predictor, prepared, several=len(cases) > 1)
-                if sum(needed) > 1.1 * said:
-                    said = sum(needed)
-                    sizes = [f"{n / 2**30:.1f} GiB" for n in needed]
-                    log.say(f"memory     about {sizes[0]} on the host, {sizes[1]} on the device")
                 note = note_of(predictor, case)
                 with _sink(predictor, volume, output, case.case_id, note) as sink:
                     label = predictor.segment(prepared, sink)
@@ -387,15 +340,6 @@ def _read(predictor: Predictor, case: Case) -> tuple[Prepared, Volume]:
     return prepared, dataclasses.replace(volume, image=np.zeros((0, 0, 0, 0), np.float32))
 
 
-def memory_of(predictor: Predictor, prepared: Prepared, *, several: bool) -> tuple[int, int]:
-    """Bytes that a case takes at its peak on the host (reading: the file, its float32 image and the prepared one; the
-    next case is read at the same time) and on the device."""
-    voxels = int(np.prod(prepared.source))
-    image = voxels * prepared.raw.shape[3] * 4
-    host = max(2 * image, image * several + prepared.raw.nbytes * (1 + several) + 2 * voxels)
-    return host, predictor.segmenter.device_bytes(predictor.weights, prepared)
-
-
 @contextlib.contextmanager
 def _sink(predictor: Predictor, volume: Volume, output: Path, case_id: str, note: str) -> Iterator[Any]:
     """Writes probabilities and uncertainty as they come; None where neither is wanted."""
@@ -408,7 +352,7 @@ def _sink(predictor: Predictor, volume: Volume, output: Path, case_id: str, note
 
         def keep(rows: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
             for name, part in values.items():
-                files[name][(rows, *box)] = part
+                files[name]((rows, *box), part)
 
         yield keep if files else None
 

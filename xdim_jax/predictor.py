@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xdim_jax import checkpoint, cli, infer, models, regions
+from xdim_jax import checkpoint, cli, infer, inputs, models, regions
 from xdim_jax.data.case import Case, Dataset, Volume, encode_label, read_case, without_label
 from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.grid import Grid
+from xdim_jax.data.nifti import SUFFIXES, write_volume
 from xdim_jax.data.prepare import Preparation, Prepared, prepare
-from xdim_jax.errors import UserError
+from xdim_jax.errors import UserError, shorten
 from xdim_jax.files import CONFIG_FILE, DATA_FILE, read_json
 from xdim_jax.output import make_output
 from xdim_jax.program import PRECISIONS
@@ -57,22 +58,43 @@ class Settings:
     probabilities: bool = False
     uncertainty: bool = False
 
+    def __post_init__(self) -> None:
+        """One name or axis may be given for several."""
+        if isinstance(self.largest, str):
+            object.__setattr__(self, "largest", (self.largest,) if self.largest else ())
+        if isinstance(self.flips, int):
+            object.__setattr__(self, "flips", (self.flips,))
+
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation:
-    """What a network makes of an image, with the image's axes.
+    """What a network makes of an image: of an array with the array's axes, of files as (D, H, W).
 
     Attributes:
         label: values of the data set's convention.
         names: of ``probabilities``' last axis: regions, or labels.
         probabilities: float32 with a last axis of channels, or None.
         uncertainty: variance of the probabilities over networks and mirror images, mean over channels; or None.
+        grid: of files: where the voxels lie.
     """
 
     label: np.ndarray
     names: tuple[str, ...]
     probabilities: np.ndarray | None
     uncertainty: np.ndarray | None
+    grid: Grid | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Writes the label map as NIfTI on the grid of the image, with its affine and header.
+
+        Raises:
+            UserError: it was made of an array, whose place is not known; or the file cannot be written.
+        """
+        if self.grid is None:
+            raise UserError(f"{path}: made of an array, whose place in space is not known; predict a file, or save it")
+        if not str(path).endswith(SUFFIXES):
+            raise UserError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
+        write_volume(Path(path), self.label, self.grid)
 
 
 def find_members(workdirs: Sequence[Path]) -> list[Path]:
@@ -112,7 +134,7 @@ class Predictor:
         if settings is not None and keywords:
             raise UserError(f"settings and {', '.join(keywords)} were given: put them into the settings")
         self.workdirs = find_members([Path(w) for w in several])
-        self.settings = settings or Settings(**keywords)
+        self.settings, self.convention = settings or Settings(**keywords), convention
         configs = [cli.read_config(w) for w in self.workdirs]
         _check_common(self.workdirs, configs)
         self.config = config = configs[0]
@@ -179,21 +201,39 @@ class Predictor:
         prepared = self.prepare(case, volume)
         found = _Whole(prepared)
         values = encode_label(case, self.segment(prepared, found))
-        return Segmentation(values, self.names, found.get("probabilities"), found.get("uncertainty"))
+        return Segmentation(values, self.names, found.get("probabilities"), found.get("uncertainty"), volume.grid)
+
+    def find_cases(
+        self, paths: str | Path | Sequence[str | Path], modality: str = ""
+    ) -> tuple[list[Case], dict[str, list[str]]]:
+        """The cases of a path, or of the files of one case, and what is wrong with others; see `inputs.find_cases`."""
+        several = [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
+        convention = self.config.data.get("convention", "") if self.config.data.dataset == "brats" else ""
+        return inputs.find_cases(self.dataset, several, convention=self.convention or convention, modality=modality)
+
+    def _only_case(self, paths: str | Path | Sequence[str | Path], modality: str) -> Case:
+        cases, problems = self.find_cases(paths, modality)
+        if problems:
+            raise UserError("\n".join(line for lines in problems.values() for line in lines))
+        if len(cases) != 1:
+            ids = shorten([case.case_id for case in cases])
+            raise UserError(f"{paths} holds {len(cases)} cases ({ids}): give one, or predict_case each of find_cases()")
+        return cases[0]
 
     def predict(
         self,
-        image: np.ndarray,
+        image: np.ndarray | str | Path | Sequence[str | Path],
         axes: str = "zyxc",
         spacing: Sequence[float] | None = None,
         *,
         affine: np.ndarray | None = None,
         modality: str = "",
     ) -> Segmentation:
-        """Segments an array.
+        """Segments an array, or one case on disk.
 
         Args:
-            image: any order of the axes ``z`` (to superior), ``y`` (to posterior; of 2D images: down), ``x`` (to the
+            image: a file, the files of one case (one per channel), a case folder or one of DICOM slices; or an array in
+                any order of the axes ``z`` (to superior), ``y`` (to posterior; of 2D images: down), ``x`` (to the
                 patient's left; of 2D images: to the right) and ``c`` (channels, in the order of training).
             axes: names of the array's axes; without ``c`` there is one channel, without ``z`` one slice.
             spacing: mm along z, y, x, in the order of ``axes``; None: 1 mm.
@@ -202,8 +242,10 @@ class Predictor:
             modality: CT or MR, where training had both.
 
         Raises:
-            UserError: axes, spacing or channels that do not fit.
+            UserError: axes, spacing or channels that do not fit; files that cannot be read, or several cases.
         """
+        if not isinstance(image, np.ndarray):
+            return self.predict_case(self._only_case(image, modality))
         spatial = [a for a in axes if a != "c"]
         if len(set(axes)) != len(axes) or not {"y", "x"} <= set(axes) <= set("zyxc"):
             raise UserError(f"axes={axes!r}: expected y and x, and z and c where there are such axes, each once")

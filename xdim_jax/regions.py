@@ -138,7 +138,8 @@ def keep_largest(label: np.ndarray, regions: Regions, names: Sequence[str]) -> n
         found: Any = connected(mask[box], np.ones((3,) * mask.ndim, bool))
         parts, count = found
         if count > 1:
-            largest = 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
+            sizes = sum(np.bincount(plane.ravel(), minlength=count + 1) for plane in parts)
+            largest = 1 + int(np.argmax(np.asarray(sizes)[1:]))
             label[box][mask[box] & (parts != largest)] = regions.around(name)
     return label
 

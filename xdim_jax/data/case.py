@@ -209,10 +209,11 @@ def read_case(case: Case) -> Volume:
 def load_case(case: Case) -> tuple[Volume | None, list[Problem]]:
     """The case as far as it can be read, and everything wrong with it; None where arrays do not fit together."""
     problems: list[Problem] = []
-    arrays: list[np.ndarray] = []
+    image: np.ndarray | None = None
     grids: list[Grid] = []
+    whole = True
     per_file = len(case.channels) // len(case.images)
-    for source in case.images:
+    for k, source in enumerate(case.images):
         try:
             array, grid = read_image(source, "stored" if grids and grids[0].flat else case.axes)
         except DataError as error:
@@ -228,19 +229,24 @@ def load_case(case: Case) -> tuple[Volume | None, list[Problem]]:
             continue
         if grids:
             problems += compare_grids(path, grid, where(case.images[0]), grids[0], case.case_id)
-        if not np.isfinite(array).all():
-            count = np.count_nonzero(~np.isfinite(array))
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+            if image is None and len(case.images) == 1:
+                image = array = array.astype(np.float32, copy=False)
+            else:  # file by file into one array, so that there is never a second one of all channels
+                image = np.empty((*array.shape[:3], len(case.channels)), np.float32) if image is None else image
+                whole = whole and image.shape[:3] == array.shape[:3]
+                if image.shape[:3] == array.shape[:3]:
+                    image[..., k * per_file : (k + 1) * per_file] = array
+        if count := sum(plane.size - np.count_nonzero(np.isfinite(plane)) for plane in array):
             found, expected = f"holds {count} NaN or infinite voxels", "finite intensities"
             problems.append(Problem("not_finite", path, found, expected, "repair the file", case.case_id))
-        arrays.append(array)
         grids.append(grid)
     label = None
     if case.label:
         label, found = _load_label(case, case.label, grids[0] if grids else None)
         problems += found
-    if len(arrays) < len(case.images) or any(a.shape[:3] != arrays[0].shape[:3] for a in arrays):
+    if image is None or len(grids) < len(case.images) or not whole:
         return None, problems
-    image = np.concatenate(arrays, -1).astype(np.float32, copy=False)
     return Volume(case.case_id, image, label, grids[0]), problems
 
 

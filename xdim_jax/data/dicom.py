@@ -161,17 +161,24 @@ def series_grid(slices: Sequence[Slice], axes: Axes) -> Grid:
 
 def load(files: Sequence[Path], axes: Axes) -> tuple[np.ndarray, Grid]:
     """The stored values with slope and intercept applied, ``(x, y, z)`` in the given order, and the grid."""
-    data, planes, problems = [], [], []
+    headers, planes, problems = [], [], []
     for path in files:
         try:
-            data.append(_read(path))
-            planes.append(_rescaled(path, data[-1]))
+            data = _read(path)
+            planes.append(_rescaled(path, data))
+            headers.append(_header(path, data))  # of the slice as it was read nothing else is kept
         except DataError as error:
             problems += error.problems
     if problems:
         raise data_error(problems, "damaged slices")
-    grid = series_grid([_header(path, d) for path, d in zip(files, data, strict=True)], axes)
-    return np.stack(planes, -1).swapaxes(0, 1), grid
+    grid = series_grid(headers, axes)
+    array = np.empty((len(planes), *planes[0].shape), np.result_type(*planes))
+    for k in range(len(planes)):
+        array[k], planes[k] = planes[k], planes[k][:0]
+    return array.transpose(2, 1, 0), grid
+
+
+VOXEL_TYPE = np.dtype(np.float32), 4  # as `load` returns them, or int32; and bytes per voxel that it takes
 
 
 def _rescaled(path: Path, data: Any) -> np.ndarray:

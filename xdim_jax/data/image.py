@@ -71,6 +71,19 @@ def read_grid(source: Source, axes: Axes = "anatomical") -> Grid:
         return _reader(source)[1].load_grid(source, axes)
 
 
+def voxel_type(source: Source) -> tuple[np.dtype, int]:
+    """Of the array that `read_image` returns, and the bytes per voxel that it takes at its peak; from the header.
+
+    Raises:
+        DataError: as `read_grid` does.
+    """
+    if isinstance(source, tuple):
+        return dicom.VOXEL_TYPE
+    with _reading(source):
+        _exists(source)
+        return _reader(source)[1].voxel_type(source)
+
+
 def _exists(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(2, "no such file", str(path))

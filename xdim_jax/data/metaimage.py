@@ -31,6 +31,17 @@ def load_grid(path: Path, axes: Axes) -> Grid:
     return _grid(path, reader, axes)
 
 
+def voxel_type(path: Path) -> tuple[np.dtype, int]:
+    """Of the array that `load` returns, and the bytes per voxel that it takes: ITK's image is copied."""
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    dtype = sitk.GetArrayViewFromImage(sitk.Image([1] * 2, reader.GetPixelID())).dtype
+    return dtype, 2 * dtype.itemsize
+
+
 def write(path: Path, array: np.ndarray, grid: Grid) -> None:
     """Writes a ``(D, H, W)`` array as MetaImage (``.mhd`` with its ``.raw`` beside it, or ``.mha``), uncompressed.
 

@@ -14,55 +14,111 @@ from xdim_jax.files import atomic_path
 
 SUFFIXES = (".nii.gz", ".nii")
 _DESCRIPTION = slice(148, 228)  # bytes of a NIfTI-1 header
+_CHUNK = 2**20  # voxels that are scaled, and bytes that are skipped, at once
 
 
 def load(path: Path, axes: Axes) -> tuple[np.ndarray, Grid]:
-    """The array in the file's axes, scaled, and its grid; the whole file is read.
+    """The array in the file's axes, scaled, and its grid; float32 where values are scaled or stored as float64.
 
-    gzip's checksum at the end is looked at, which nibabel alone does not reach: it stops at the last voxel.
+    Voxels are read into the array that is returned, with no second copy, and the whole file is read: gzip's checksum,
+    behind the last voxel, is looked at, which nibabel alone does not reach.
     """
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        data = gzip.decompress(data)
-    kind = nib.Nifti2Image if _is_second(data) else nib.Nifti1Image
-    _check_sizes(path, data)
-    image: Any = kind.from_bytes(data)
-    array = np.asanyarray(image.dataobj)
-    return array, make_grid(path, image.shape, image.affine, header=image.header, axes=axes)
+    with _open(path) as file:
+        header = _read_header(path, file)
+        array = _read_voxels(file, header)
+        while file.read(_CHUNK):
+            pass
+    return array, _grid(path, header, axes)
 
 
-def _is_second(data: bytes) -> bool:
-    return data[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
+def load_grid(path: Path, axes: Axes) -> Grid:
+    """Reads the header alone."""
+    with _open(path) as file:
+        return _grid(path, _read_header(path, file), axes)
 
 
-def _check_sizes(path: Path, data: bytes) -> None:
-    """Raises DataError for a voxel size of zero that the affine is made of: nibabel would take it for 1 mm."""
-    kind = nib.Nifti2Header if _is_second(data) else nib.Nifti1Header
-    header: Any = kind(data[: kind.template_dtype.itemsize], check=False)
-    axes = min(max(int(header["dim"][0]), 1), 3)
-    sizes = np.abs(header["pixdim"][1 : axes + 1])
-    if header["sform_code"] <= 0 and not (sizes > 0).all():
+def voxel_type(path: Path) -> tuple[np.dtype, int]:
+    """Of the array that `load` returns, and the bytes per voxel that it takes; reads the header alone."""
+    with _open(path) as file:
+        dtype, _, _ = _scaling(_read_header(path, file))
+    return dtype, dtype.itemsize
+
+
+def _open(path: Path) -> Any:
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+
+
+def _grid(path: Path, header: Any, axes: Axes) -> Grid:
+    return make_grid(path, header.get_data_shape(), header.get_best_affine(), header=header, axes=axes)
+
+
+def _read_header(path: Path, file: Any) -> Any:
+    """Leaves the file at the first voxel.
+
+    Raises:
+        DataError: a voxel size of zero that the affine is made of: nibabel would take it for 1 mm.
+    """
+    data = file.read(nib.Nifti2Header.template_dtype.itemsize)
+    second = data[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
+    size = (nib.Nifti2Header if second else nib.Nifti1Header).template_dtype.itemsize
+    raw: Any = (nib.Nifti2Header if second else nib.Nifti1Header)(data[:size], check=False)
+    axes = min(max(int(raw["dim"][0]), 1), 3)
+    sizes = np.abs(raw["pixdim"][1 : axes + 1])
+    if raw["sform_code"] <= 0 and not (sizes > 0).all():
         found = f"has voxels of {' x '.join(f'{s:g}' for s in sizes)} mm"
         step = "restore its pixdim or its sform"
         raise data_error([Problem("no_geometry", path, found, "voxel sizes above zero", step)], "")
+    file.seek(0)
+    header = (nib.Nifti2Header if second else nib.Nifti1Header).from_fileobj(file)
+    file.seek(header.get_data_offset())
+    return header
+
+
+def _scaling(header: Any) -> tuple[np.dtype, float, float]:
+    """Of the array that is made: its type, slope and intercept."""
+    dtype = header.get_data_dtype()
+    slope, inter = header.get_slope_inter()
+    slope, inter = 1.0 if slope is None else slope, inter or 0.0
+    real = dtype.kind in "iuf"
+    change = real and ((slope, inter) != (1.0, 0.0) or (dtype.kind == "f" and dtype.itemsize > 4))
+    return np.dtype(np.float32) if change else dtype, slope, inter
+
+
+def _read_voxels(file: Any, header: Any) -> np.ndarray:
+    stored = header.get_data_dtype()
+    dtype, slope, inter = _scaling(header)
+    array = np.empty(header.get_data_shape(), dtype, order="F")
+    flat = array.reshape(-1, order="F")
+    if dtype == stored:
+        _fill(file, flat)
+        return array
+    part = np.empty(min(_CHUNK, flat.size), stored)
+    with np.errstate(over="ignore"):  # beyond float32: infinite, which readers of images refuse
+        for i in range(0, flat.size, _CHUNK):
+            into = flat[i : i + _CHUNK]
+            _fill(file, part[: into.size])
+            into[:] = part[: into.size] * np.float64(slope) + inter
+    return array
+
+
+def _fill(file: Any, array: np.ndarray) -> None:
+    """Raises EOFError where the file ends first."""
+    view: Any = array.view(np.uint8)
+    left = memoryview(view)
+    while left:
+        if not (count := file.readinto(left[: 16 * _CHUNK])):
+            raise EOFError(f"ends {left.nbytes} bytes before the last voxel")
+        left = left[count:]
 
 
 def read_note(path: Path) -> str:
     """The description in the header of a NIfTI-1 file; empty for files that are not there or cannot be read."""
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        with _open(path) as file:
             header = file.read(_DESCRIPTION.stop)
     except (OSError, EOFError, zlib.error):
         return ""
     return header[_DESCRIPTION].split(b"\0")[0].decode("ascii", "replace")
-
-
-def load_grid(path: Path, axes: Axes) -> Grid:
-    """Reads the header alone."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        _check_sizes(path, file.read(nib.Nifti2Header.template_dtype.itemsize))
-    image: Any = nib.load(path)
-    return make_grid(path, image.shape, image.affine, header=image.header, axes=axes)
 
 
 def write_volume(path: Path, array: np.ndarray, grid: Grid, note: str = "") -> None:

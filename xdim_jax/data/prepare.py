@@ -13,6 +13,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, zoom
 
 from xdim_jax.data.case import Case, Dataset, Volume
+from xdim_jax.data.grid import Grid
 from xdim_jax.errors import UserError
 
 Box = tuple[slice, slice, slice]
@@ -132,15 +133,50 @@ def prepare(case: Case, volume: Volume, settings: Preparation) -> Prepared:
         label = label if label is None else nearest(label, shape)
         if background is not None:  # interpolation spreads the brain's edge into the background
             image[nearest(background, shape)] = 0
+    limits = None
     if settings.window and (ct := _ct_channels(case.channels, case.info.get("modality", ""))):
         centre, width = settings.window
-        image = image.copy()
-        for plane in image:
-            for channel in ct:
-                np.clip(plane[..., channel], centre - width / 2, centre + width / 2, out=plane[..., channel])
-    shift, scale = _statistics(image, settings.normalise)
+        limits = [(-np.inf, np.inf)] * image.shape[3]
+        for channel in ct:
+            limits[channel] = (centre - width / 2, centre + width / 2)
+    raw = _compact(image, limits)
+    shift, scale = _statistics(raw, settings.normalise)
     masked = settings.normalise == "zscore_nonzero"
-    return Prepared(_compact(image), label, shift, scale, masked, box, volume.image.shape[:3], spacing)
+    return Prepared(raw, label, shift, scale, masked, box, volume.image.shape[:3], spacing)
+
+
+def needed_bytes(
+    stored: Sequence[tuple[np.dtype, int]], channels: int, grid: Grid, settings: Preparation
+) -> tuple[int, int]:
+    """Memory that reading and preparing a case takes at the most, by the headers of its files.
+
+    Args:
+        stored: for every image file what `image.voxel_type` says of it.
+        channels: of the image.
+        grid: of the source.
+        settings: how it is prepared.
+
+    Returns:
+        the bytes at the peak, and those of the prepared case that stays.
+    """
+    source = grid.in_memory[0][::-1]
+    shape = target_shape(source, grid.spacing, settings)
+    n, m = math.prod(source), math.prod(shape)
+    image = 4 * channels * n
+    one = len(stored) == 1
+    reading = max(
+        n * channels // len(stored) * peak + (0 if one and dtype == np.float32 else image) for dtype, peak in stored
+    )
+    short = shape == source and all(d.kind in "iu" and np.can_cast(d, np.int16) for d, _ in stored)
+    kept = (2 if short else 4) * channels * m
+    preparing = image + kept
+    if settings.crop == "nonzero":
+        preparing = max(preparing + n, image + 3 * n)
+    if shape != source:
+        smooth = 4 * n * any(t < s for s, t in zip(source, shape, strict=True))
+        masks = 3 * channels * max(n, m) if settings.normalise == "zscore_nonzero" else 0  # of zeros, and resampling it
+        preparing = image + 4 * channels * m + masks + max(smooth, kept)
+    return max(reading, preparing), kept
 
 
 def _ct_channels(channels: Sequence[str], modality: str) -> list[int]:
@@ -177,7 +213,9 @@ def nonzero_box(image: np.ndarray) -> Box:
 
     An image of zeros gives the whole volume.
     """
-    mask = np.any(image != 0, -1)
+    mask = np.empty(image.shape[:3], bool)
+    for plane, into in zip(image, mask, strict=True):
+        np.any(plane != 0, -1, out=into)
     box = []
     for axis in range(3):
         profile = np.flatnonzero(mask.any(tuple(a for a in range(3) if a != axis)))
@@ -212,16 +250,29 @@ def _moments(channel: np.ndarray, *, masked: bool) -> tuple[float, float]:
     return mean, math.sqrt(square / count)
 
 
-def _compact(image: np.ndarray) -> np.ndarray:
-    """As int16 where that loses nothing."""
+def _compact(image: np.ndarray, limits: Sequence[tuple[float, float]] | None) -> np.ndarray:
+    """Clipped to the limits of every channel, as int16 where that loses nothing; the image itself is left alone."""
+    low, high = np.array(limits, np.float32).T if limits else (None, None)
+
+    def planes() -> Iterator[np.ndarray]:
+        return (p if low is None else np.clip(p, low, high) for p in image)
+
     whole = np.empty(image.shape, np.int16)
-    for plane, into in zip(image, whole, strict=True):
-        if plane.size and not -(2**15) < plane.min() <= plane.max() < 2**15:
-            return np.ascontiguousarray(image, np.float32)
+    for plane, into in zip(planes(), whole, strict=True):
+        fits = not plane.size or -(2**15) < plane.min() <= plane.max() < 2**15
+        if fits:
+            into[:] = plane
+        if not fits or not (into == plane).all():
+            break
+    else:
+        return whole
+    del whole
+    if low is None:
+        return np.ascontiguousarray(image, np.float32)
+    clipped = np.empty(image.shape, np.float32)
+    for plane, into in zip(planes(), clipped, strict=True):
         into[:] = plane
-        if not (into == plane).all():
-            return np.ascontiguousarray(image, np.float32)
-    return whole
+    return clipped
 
 
 def resample(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -233,11 +284,11 @@ def resample(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return image
     factors = [m / n for n, m in zip(image.shape[:3], shape, strict=True)]
     sigma = [max(1 / f - 1, 0) / 2 for f in factors]
-    planes = []
-    for channel in np.moveaxis(image.astype(np.float32, copy=False), -1, 0):
+    out = np.empty((*shape, image.shape[3]), np.float32)
+    for k, channel in enumerate(np.moveaxis(image.astype(np.float32, copy=False), -1, 0)):
         smooth = gaussian_filter(channel, sigma, mode="nearest") if any(sigma) else channel
-        planes.append(zoom(smooth, factors, order=1, mode="nearest", grid_mode=True))
-    return np.stack(planes, -1)
+        zoom(smooth, factors, out[..., k], order=1, mode="nearest", grid_mode=True)
+    return out
 
 
 def nearest(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -29,7 +29,7 @@ import numpy as np
 from xdim_jax.data.case import Case, Dataset, read_case
 from xdim_jax.data.prepare import Preparation, Prepared, check_preparation, prepare
 from xdim_jax.data.problem import DataError, Problem, data_error
-from xdim_jax.errors import UserError
+from xdim_jax.errors import UserError, gib
 from xdim_jax.files import read_json, write_error, write_json, write_text
 
 _VERSION = 1  # of the files' format and of what preparation computes
@@ -181,16 +181,12 @@ def prepare_cases(
 def _announce(base: Path, first: Entry, others: int, say: Callable[[str], None]) -> None:
     size = sum(p.stat().st_size for p in first.folder.iterdir())
     free = shutil.disk_usage(base).free
-    say(f"store      {others} cases to prepare, about {_gib(size * others)}; {_gib(free)} free")
+    say(f"store      {others} cases to prepare, about {gib(size * others)}; {gib(free)} free")
     if size * others > free:
         raise UserError(
-            f"{base}: the {others} cases left need about {_gib(size * others)}, but only {_gib(free)} are free; make "
+            f"{base}: the {others} cases left need about {gib(size * others)}, but only {gib(free)} are free; make "
             "room, or choose another folder with --config.data.store=<folder>, and run the same command again"
         )
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def _signature(case: Case) -> list[list[Any]]:

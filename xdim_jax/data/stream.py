@@ -3,8 +3,9 @@
 import contextlib
 import errno
 import math
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -13,12 +14,14 @@ import numpy as np
 from xdim_jax.data.grid import Grid
 from xdim_jax.files import atomic_path
 
+Write = Callable[[tuple[slice, ...], np.ndarray], None]
 _OFFSET = 352  # bytes before the voxels of a NIfTI-1 file without extensions
 
 
 @contextlib.contextmanager
-def stream_volume(path: Path, grid: Grid, channels: int = 0, note: str = "") -> Iterator[np.ndarray]:
-    """Gives a float32 array ``(D, H, W)``, with ``channels`` ``(D, H, W, channels)``, of zeros that lies in the file.
+def stream_volume(path: Path, grid: Grid, channels: int = 0, note: str = "") -> Iterator[Write]:
+    """Makes a file of zeros, float32; gives ``write(index, values)`` into its array ``(D, H, W)``, with ``channels``
+    ``(D, H, W, channels)``.
 
     Args:
         path: ``.nii``: compressed files cannot be written in parts.
@@ -41,10 +44,17 @@ def stream_volume(path: Path, grid: Grid, channels: int = 0, note: str = "") -> 
         with open(temporary, "wb") as file:
             file.write(header.binaryblock + bytes(_OFFSET - len(header.binaryblock)))
             _reserve(file.fileno(), _OFFSET + 4 * math.prod(shape))
-        voxels = np.memmap(temporary, np.float32, "r+", _OFFSET, shape, order="F")
-        yield grid.to_memory(voxels)
-        voxels.flush()
-        del voxels
+        with open(temporary, "r+b") as file:
+            pages = mmap.mmap(file.fileno(), 0)
+        voxels = grid.to_memory(np.ndarray(shape, np.float32, pages, _OFFSET, order="F"))
+
+        def write(index: tuple[slice, ...], values: np.ndarray) -> None:
+            voxels[index] = values
+            if hasattr(mmap, "MADV_DONTNEED"):  # written pages stay with the system and are no longer the process's
+                pages.madvise(mmap.MADV_DONTNEED)
+
+        yield write
+        pages.flush()
 
 
 def _reserve(file: int, size: int) -> None:
