@@ -86,7 +86,7 @@ def predict(folder: Path, patch: str) -> dict:
     case = data_case.case_from_files([folder / "data" / "imagesTr" / "a_0000.nii.gz"], dataset)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begin = time.monotonic()
-    said = memory.say_needs(ready, [case])
+    said = memory.held() + sum(memory.needs(ready, [case]))
     failures = predict.predict_cases(ready, [case], folder / "out")
     assert not failures, failures
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,7 +12,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 import xdim_jax
-from xdim_jax import checkpoint, cli, models, predict, step
+from xdim_jax import checkpoint, cli, memory, models, predict, step
 from xdim_jax.data import case as data_case
 from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.image import read_volume
@@ -234,3 +234,82 @@ def test_a_folder_of_loose_images(flat, tmp_path):
         nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "in" / f"{name}.nii.gz")
     assert predict.main([f"--workdir={flat}", f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}"]) == 0
     assert {p.name for p in (tmp_path / "out").glob("*.nii.gz")} == {"a.nii.gz", "b.nii.gz"}
+
+
+def test_paths_from_python(flat, predictor, found, image, tmp_path):
+    """A file, the files of one case, a folder of slices; saved on the image's own grid."""
+    affine = np.diag([-1.0, -1.0, 2.0, 1.0])
+    files = [tmp_path / f"a_{c:04d}.nii.gz" for c in range(2)]
+    for c, path in enumerate(files):
+        nib.save(nib.Nifti1Image(image[..., c].transpose(2, 1, 0), affine), path)
+    of_files = predictor.predict([str(path) for path in files])
+    np.testing.assert_array_equal(of_files.label, found.label)
+    of_files.save(tmp_path / "saved.nii.gz")
+    saved = nib.load(tmp_path / "saved.nii.gz")
+    np.testing.assert_array_equal(saved.affine, affine)
+    np.testing.assert_array_equal(np.asarray(saved.dataobj), found.label.transpose(2, 1, 0))
+    with pytest.raises(UserError, match=r"made of an array"):
+        found.save(tmp_path / "no.nii.gz")
+    with pytest.raises(UserError, match=r"ends in .nii.gz or .nii"):
+        of_files.save(tmp_path / "no.png")
+
+    volume = np.random.default_rng(1).integers(-500, 500, (5, 40, 36)).astype(np.int16)
+    write_dicom(tmp_path / "series", volume, (2.0, 0.7, 0.7))
+    by_slice = xdim_jax.Predictor(flat)
+    expected = by_slice.predict(volume.astype(np.float32), "zyx", (2.0, 0.7, 0.7)).label
+    np.testing.assert_array_equal(by_slice.predict(tmp_path / "series").label, expected)
+
+    (tmp_path / "two").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(files[0], tmp_path / "two" / f"{name}.nii.gz")
+    cases, problems = by_slice.find_cases(tmp_path / "two")
+    assert [c.case_id for c in cases] == ["a", "b"] and not problems
+    with pytest.raises(UserError, match=r"holds 2 cases \(a, b\)"):
+        by_slice.predict(tmp_path / "two")
+    with pytest.raises(UserError, match=r"no such file|is not a folder"):
+        by_slice.predict(tmp_path / "absent")
+
+
+def test_one_axis_and_one_region_for_several(workdir, image):
+    one = xdim_jax.Predictor(workdir, flips=2, largest="all")
+    assert one.settings.flips == (2,) and one.settings.largest == ("all",)
+    assert one.digest == xdim_jax.Predictor(workdir, flips=(2,), largest=("all",)).digest
+
+
+def test_memory_is_said_before_and_grows_with_the_largest(flat, tmp_path, capsys):
+    ready = xdim_jax.Predictor(flat)
+    sizes = []
+    for name, side in (("small", 64), ("large", 128)):
+        nib.save(nib.Nifti1Image(np.zeros((side, side, 10), np.int16), np.eye(4)), tmp_path / f"{name}.nii.gz")
+        sizes.append(memory.needs(ready, [data_case.case_from_files([tmp_path / f"{name}.nii.gz"], ready.dataset)]))
+    (tmp_path / "broken.nii.gz").write_bytes(b"no image")
+    cases, _ = ready.find_cases(tmp_path)
+    host, device = memory.needs(ready, cases)
+    assert sizes[0][0] == 64 * 64 * 10 * 6, "int16 as read and float32; float32 and the int16 that stays"
+    assert sizes[1][0] == 4 * sizes[0][0] and device == sizes[1][1] > sizes[0][1]
+    # the next is read while one is predicted and the last is written
+    assert host == 128 * 128 * 10 * (6 + 2 + 4 + 4)
+    assert memory.needs(ready, cases[:1]) == (0, 0), "broken"
+    assert memory.say_needs(ready, cases) > host + device
+    assert "memory     at most" in capsys.readouterr().out
+
+
+def test_weights_that_a_run_replaces_meanwhile_are_read_again(workdir, tmp_path, monkeypatch):
+    """The folder goes away while it is read, as when a better validation is saved: the new one is taken."""
+    run = shutil.copytree(workdir, tmp_path / "run")
+    read = checkpoint._read
+
+    def replaced(folder, weights):
+        if folder.parent.name == "1":
+            folder.parent.rename(run / "best" / "7")
+        return read(folder, weights)
+
+    monkeypatch.setattr(checkpoint, "_read", replaced)
+    assert xdim_jax.Predictor(run).sources == [f"{run}, best validation, step 7"]
+
+    def damaged(folder, weights):
+        raise OSError("bad sector")
+
+    monkeypatch.setattr(checkpoint, "_read", damaged)
+    with pytest.raises(UserError, match="or is damaged: bad sector"):
+        xdim_jax.Predictor(run)

@@ -36,10 +36,12 @@ from xdim_jax import (
     checkpoint,
     cli,
     crossval,
+    evaluate,
     log,
     loop,
     mesh,
     models,
+    predictor,
     recipe,
     start,
     step,
@@ -49,7 +51,7 @@ from xdim_jax import (
     verify_run,
     watch,
 )
-from xdim_jax.data import phantom, pipeline
+from xdim_jax.data import nifti, phantom, pipeline
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.errors import UserError
 from xdim_jax.weights import Weights, write_weights
@@ -1046,6 +1048,15 @@ def test_every_fold_is_trained_and_summed_up(small, data, tmp_path):
         assert found["sd"][key] == pytest.approx(abs(a - b) / math.sqrt(2), abs=1e-12)
         assert [found["folds"][f"fold{i}"][key] for i in (0, 1)] == [a, b]
     assert [found["folds"][f"fold{i}"]["step"] for i in (0, 1)] == [r["step"] for r in best]
+
+    # every case is predicted by the fold that did not train on it
+    assert evaluate.main([f"--workdir={workdir}", "--jobs=1"]) == 0
+    record = json.loads((workdir / "evaluation" / "evaluate.json").read_text())
+    assert set(record["cases"]) == {*splits[0]["validation"], *splits[1]["validation"]} and len(record["cases"]) == 16
+    for i in (0, 1):
+        digest = predictor.Predictor(workdir / f"fold{i}").digest
+        for name in splits[i]["validation"]:
+            assert digest in nifti.read_note(workdir / "predictions" / f"{name}.nii.gz")
 
     kept = arrays_of(workdir / "fold1" / "checkpoints" / "6" / "state")
     shutil.rmtree(workdir / "fold1")

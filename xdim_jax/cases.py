@@ -89,7 +89,8 @@ def _prepare(dataset: Dataset, config: Config, root: Path, cases: list[Case]) ->
 
 
 def _keep_split(workdir: Path, root: Path, train: list[Case], validation: list[Case], *, started: bool) -> None:
-    split = {"root": str(root), "train": [c.case_id for c in train], "validation": [c.case_id for c in validation]}
+    sides = {"train": train, "validation": validation}
+    split = {"root": str(root.absolute())} | {side: [case.case_id for case in cases] for side, cases in sides.items()}
     path = workdir / SPLIT_FILE
     if started and path.exists():
         before = read_json(path)

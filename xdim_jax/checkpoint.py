@@ -25,6 +25,7 @@ from xdim_jax.step import TrainState
 
 KEPT = 2  # latest states: should the newest turn out damaged, the one before is whole
 LATEST_FOLDER, BEST_FOLDER = "checkpoints", "best"
+_TRIES = 5  # to read weights that a run may replace at any time
 _SCORE = "dice"
 _PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what orbax has not finished
 
@@ -198,22 +199,26 @@ def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]
     Raises:
         UserError: the workdir has no checkpoint, or it does not fit the network.
     """
-    if best := _newest(workdir / BEST_FOLDER):
-        folder, source = best / "weights", f"best validation, step {best.name}"
-    elif latest := _newest(workdir / LATEST_FOLDER):
-        folder, source = latest / "state", f"latest state, step {latest.name}"
-    else:
-        raise UserError(
-            f"{workdir} holds no finished checkpoint ({BEST_FOLDER}/<step> or {LATEST_FOLDER}/<step>): train first "
-            f"with python -m xdim_jax.train --config=... --workdir={workdir}"
-        )
     quieten_orbax()
-    try:
-        return *_read(folder, {"params": params, "stats": stats}), source
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(
-            f"{folder} does not fit the network of {workdir}/{CONFIG_FILE}, or is damaged: {_first_line(error)}"
-        ) from error
+    for _ in range(_TRIES):
+        if best := _newest(workdir / BEST_FOLDER):
+            folder, source = best / "weights", f"best validation, step {best.name}"
+        elif latest := _newest(workdir / LATEST_FOLDER):
+            folder, source = latest / "state", f"latest state, step {latest.name}"
+        else:
+            raise UserError(
+                f"{workdir} holds no finished checkpoint ({BEST_FOLDER}/<step> or {LATEST_FOLDER}/<step>): train first "
+                f"with python -m xdim_jax.train --config=... --workdir={workdir}"
+            )
+        try:
+            return *_read(folder, {"params": params, "stats": stats}), source
+        except (ValueError, KeyError, OSError) as error:
+            if not folder.exists():  # a run that goes on put newer weights in its place
+                continue
+            raise UserError(
+                f"{folder} does not fit the network of {workdir}/{CONFIG_FILE}, or is damaged: {_first_line(error)}"
+            ) from error
+    raise UserError(f"{workdir}: a run replaced its weights {_TRIES} times while they were read; try again later")
 
 
 def _newest(folder: Path) -> Path | None:
@@ -227,7 +232,10 @@ def _read(folder: Path, weights: dict[str, Any]) -> tuple[Any, Any]:
     orbax leaves a leaf that the checkpoint lacks unfilled without a word, so names and shapes are compared first.
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        found = reader.metadata(folder.absolute()).item_metadata.tree
+        described = reader.metadata(folder.absolute()).item_metadata
+        if described is None:
+            raise FileNotFoundError(errno.ENOENT, "no checkpoint", str(folder))
+        found = described.tree
         average = bool(found.get("ema"))
         pair = not average and set(found["params"]) == {"fast", "slow"}
         inside = found["ema"] if average else found

@@ -42,7 +42,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rules", choices=challenges.NAMES, help="of which challenge")
     parser.add_argument("--pred", type=Path, help="folder of predicted label maps")
     parser.add_argument("--ref", type=Path, help="folder of references, also the data set itself")
-    parser.add_argument("--workdir", type=Path, help="of a run: its validation cases, instead of --pred and --ref")
+    parser.add_argument(
+        "--workdir", type=Path, help="of a run or a cross-validation: its validation cases, instead of --pred and --ref"
+    )
     parser.add_argument("--out", type=Path, help="folder for the results; made if it does not exist")
     parser.add_argument(
         "--missing",
@@ -112,8 +114,9 @@ def _validation(options: Any) -> set[str]:
     if options.pred or options.ref:
         raise UserError("--workdir stands for --pred and --ref: give one or the other")
     from xdim_jax import predict  # with JAX, which scoring does without
+    from xdim_jax.predictor import find_members
 
-    config = cli.read_config(options.workdir)
+    config = cli.read_config(find_members([options.workdir])[0])
     data = config.data.to_dict()
     usual = {"camus": "camus", "chaos": "chaos", "brats": f"brats{data.get('convention', '')[-4:]}"}
     options.rules = options.rules or usual.get(data["dataset"], "generic").replace("brats2021", "brats2022")

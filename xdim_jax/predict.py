@@ -40,7 +40,7 @@ from xdim_jax.data.prepare import Prepared
 from xdim_jax.data.stream import stream_volume
 from xdim_jax.errors import UserError, shorten
 from xdim_jax.files import SPLIT_FILE, read_json, write_json
-from xdim_jax.predictor import PRESETS, Predictor, Settings
+from xdim_jax.predictor import PRESETS, Predictor, Settings, find_members
 from xdim_jax.program import PRECISIONS
 from xdim_jax.scoring import results
 from xdim_jax.scoring.rules import BESIDE
@@ -143,16 +143,35 @@ def read_settings(options: Any) -> Settings:
 def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
     """Predicts the validation cases of a run into a folder; those that are there, of the same weights, are skipped.
 
+    Of a cross-validation, each fold predicts the cases that it did not train on.
+
     Returns:
-        where their references are, and their ids as scoring knows them.
+        where the references are, and their ids as scoring knows them.
 
     Raises:
-        UserError: the data are not where they were, or a case cannot be predicted.
+        UserError: the data are not where they were, a case cannot be predicted, or folds lie apart or share cases.
     """
     cli.cache_programs()
-    predictor = Predictor(workdir)
-    split = read_json(workdir / SPLIT_FILE)
-    root = Path(split["root"])
+    members = find_members([workdir])
+    splits = {member: read_json(member / SPLIT_FILE) for member in members}
+    roots = {split["root"] for split in splits.values()}
+    names = [name for split in splits.values() for name in split["validation"]]
+    if len(roots) > 1 or len(set(names)) < len(names):
+        what = (
+            "validate on the same cases"
+            if len(roots) == 1
+            else f"have their data in several places: {shorten(sorted(roots))}"
+        )
+        raise UserError(f"the folds of {workdir} {what}; give the workdir of one")
+    for member, split in splits.items():
+        _predict_fold(member, split, output)
+    root = Path(*roots)
+    labels = root / "labelsTr"  # of nnU-Net's layout, whose images are beside them
+    return labels if labels.is_dir() else root, {name.removesuffix("_in") for name in names}
+
+
+def _predict_fold(workdir: Path, split: Mapping[str, Any], output: Path) -> None:
+    predictor, root = Predictor(workdir), Path(split["root"])
     found = {c.case_id: c for c in scan_cases(predictor.dataset, root, need_labels=True).cases}
     if absent := [name for name in split["validation"] if name not in found]:
         raise UserError(
@@ -163,8 +182,6 @@ def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
     todo = claim_output(output, predictor, cases, cases, replace=True)
     if failures := predict_cases(predictor, todo, output):
         raise UserError(f"{len(failures)} of {len(cases)} cases cannot be predicted: {shorten(failures)}")
-    labels = root / "labelsTr"  # of nnU-Net's layout, whose images are beside them
-    return labels if labels.is_dir() else root, {name.removesuffix("_in") for name in split["validation"]}
 
 
 def _shard(cases: list[Case], text: str) -> list[Case]:

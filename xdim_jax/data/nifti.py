@@ -14,7 +14,7 @@ from xdim_jax.files import atomic_path
 
 SUFFIXES = (".nii.gz", ".nii")
 _DESCRIPTION = slice(148, 228)  # bytes of a NIfTI-1 header
-_CHUNK = 2**20  # voxels that are scaled, and bytes that are skipped, at once
+_CHUNK = 2**17  # voxels that are scaled, and bytes that are skipped, at once
 
 
 def load(path: Path, axes: Axes) -> tuple[np.ndarray, Grid]:
@@ -106,7 +106,7 @@ def _fill(file: Any, array: np.ndarray) -> None:
     view: Any = array.view(np.uint8)
     left = memoryview(view)
     while left:
-        if not (count := file.readinto(left[: 16 * _CHUNK])):
+        if not (count := file.readinto(left[: 64 * _CHUNK])):
             raise EOFError(f"ends {left.nbytes} bytes before the last voxel")
         left = left[count:]
 

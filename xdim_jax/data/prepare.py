@@ -167,7 +167,8 @@ def needed_bytes(
     reading = max(
         n * channels // len(stored) * peak + (0 if one and dtype == np.float32 else image) for dtype, peak in stored
     )
-    short = shape == source and all(d.kind in "iu" and np.can_cast(d, np.int16) for d, _ in stored)
+    whole = not settings.window or all((settings.window[0] + s * settings.window[1] / 2).is_integer() for s in (-1, 1))
+    short = shape == source and whole and all(d.kind in "iu" and np.can_cast(d, np.int16) for d, _ in stored)
     kept = (2 if short else 4) * channels * m
     preparing = image + kept
     if settings.crop == "nonzero":
@@ -252,27 +253,28 @@ def _moments(channel: np.ndarray, *, masked: bool) -> tuple[float, float]:
 
 def _compact(image: np.ndarray, limits: Sequence[tuple[float, float]] | None) -> np.ndarray:
     """Clipped to the limits of every channel, as int16 where that loses nothing; the image itself is left alone."""
-    low, high = np.array(limits, np.float32).T if limits else (None, None)
-
-    def planes() -> Iterator[np.ndarray]:
-        return (p if low is None else np.clip(p, low, high) for p in image)
-
-    whole = np.empty(image.shape, np.int16)
-    for plane, into in zip(planes(), whole, strict=True):
-        fits = not plane.size or -(2**15) < plane.min() <= plane.max() < 2**15
-        if fits:
-            into[:] = plane
-        if not fits or not (into == plane).all():
-            break
-    else:
+    bounds = np.array(limits, np.float32).T if limits else None
+    whole = _clipped(image, bounds, np.int16)
+    if whole is not None:
         return whole
-    del whole
-    if low is None:
+    if bounds is None:
         return np.ascontiguousarray(image, np.float32)
-    clipped = np.empty(image.shape, np.float32)
-    for plane, into in zip(planes(), clipped, strict=True):
-        into[:] = plane
+    clipped = _clipped(image, bounds, np.float32)
+    assert clipped is not None
     return clipped
+
+
+def _clipped(image: np.ndarray, bounds: np.ndarray | None, dtype: Any) -> np.ndarray | None:
+    """A copy of another type, plane by plane; None where that has not all values."""
+    out = np.empty(image.shape, dtype)
+    for plane, into in zip(image, out, strict=True):
+        values = plane if bounds is None else np.clip(plane, *bounds)
+        if dtype == np.int16 and values.size and not -(2**15) < values.min() <= values.max() < 2**15:
+            return None
+        into[:] = values
+        if not (into == values).all():
+            return None
+    return out
 
 
 def resample(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -286,8 +288,10 @@ def resample(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     sigma = [max(1 / f - 1, 0) / 2 for f in factors]
     out = np.empty((*shape, image.shape[3]), np.float32)
     for k, channel in enumerate(np.moveaxis(image.astype(np.float32, copy=False), -1, 0)):
-        smooth = gaussian_filter(channel, sigma, mode="nearest") if any(sigma) else channel
-        zoom(smooth, factors, out[..., k], order=1, mode="nearest", grid_mode=True)
+        if any(sigma):
+            channel = channel.copy()
+            gaussian_filter(channel, sigma, output=channel, mode="nearest")
+        zoom(channel, factors, out[..., k], order=1, mode="nearest", grid_mode=True)
     return out
 
 
