@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import html.parser
+import importlib.metadata
 import json
 import os
 import re
@@ -180,6 +181,9 @@ def test_report_is_one_file_with_its_pictures_inside(trained):
     for structure in ("WT", "TC", "ET"):
         assert f"<td>{100 * summary['structures'][structure]['dice']['mean']:.2f}</td>" in page
     assert "91.22" in page and "Synthetic cases" in page
+    (start,) = json.loads((trained / "environment.json").read_text())
+    assert start["step"] == 0 and start["packages"]["jax"] == importlib.metadata.version("jax")
+    assert "environment of training</dt>" in page and f"{start['devices']}; " in page
 
 
 def test_a_case_can_be_given_as_its_files(run, trained, tmp_path):

@@ -256,8 +256,8 @@ def _cuts(ref: np.ndarray, pred: np.ndarray, planes: str) -> list[tuple[int, int
         return [(0, 0)]
     shown = ref > 0 if ref.any() else pred > 0
     if planes == "slices":
-        wrong = np.argmax((ref != pred).sum((1, 2)))
-        return [(0, int(i)) for i in dict.fromkeys((int(np.argmax(shown.sum((1, 2)))), int(wrong)))]
+        largest, errors = int(np.argmax(shown.sum((1, 2)))), (ref != pred).sum((1, 2))
+        return [(0, i) for i in dict.fromkeys((largest, int(np.argmax(errors)) if errors.any() else largest))]
     found = []
     for axis in (0, 2, 1):
         others = tuple(a for a in range(3) if a != axis)

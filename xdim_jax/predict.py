@@ -20,11 +20,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
-from xdim_jax import cli, log, memory
+from xdim_jax import cli, environment, log, memory
 from xdim_jax.data import brats
 from xdim_jax.data.case import (
     Case,
@@ -84,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     cases, problems = predictor.find_cases(options.input, modality=options.modality)
     for source in predictor.sources:
         log.say(f"weights    {source}")
-    log.say(f"devices    {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})")
+    log.say(f"devices    {environment.devices()}")
     log.say(f"predict    {predictor.describe()}")
     mine = _shard(cases, options.shard)
     todo = claim_output(options.output, predictor, mine, cases, overwrite=options.overwrite)
@@ -243,6 +242,7 @@ def claim_output(
         "convention": predictor.dataset.labels.name,
         "predict": predictor.config.predict.to_dict(),
         "settings": dataclasses.asdict(predictor.settings),
+        "environment": environment.describe(),
         "images": images | {c.case_id: [str(where(s).absolute()) for s in c.images] for c in every},
     }
     write_json(path, record)

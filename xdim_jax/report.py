@@ -4,9 +4,7 @@ The tables stand beside the paper's; cases are the best, the 75th percentile, th
 worst by mean Dice. Without --workdir there are no curves.
 """
 
-import importlib.metadata
 import json
-import platform
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any, NoReturn
 import jinja2
 import numpy as np
 
-from xdim_jax import cli, figures, log
+from xdim_jax import cli, environment, figures, log
 from xdim_jax.data.image import Source, read_image, source_at
 from xdim_jax.errors import UserError
 from xdim_jax.figures import View
@@ -27,6 +25,7 @@ from xdim_jax.scoring.rules import Job, Rules, Scored, coding_of, column
 ROLES = (("Best", 1.0), ("75th percentile", 0.75), ("Median", 0.5), ("25th percentile", 0.25), ("Worst", 0.0))
 # channels that are shown, of those an image may have: the paper's Fig. 12
 _SHOWN = {"brats": ("t2", "t1ce")}
+_LONG = 12  # rows of a table of all metrics, beyond which it is folded away where the paper's tables stand before it
 _THREE_PLANES = ("brats", "nnunet", "decathlon", "")
 
 
@@ -52,9 +51,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f"{options.eval / results.SUMMARY_FILE} is no summary; write it with python -m xdim_jax.evaluate"
         )
+    environments = _environments(options.workdir, Path(compared["pred"]))
     patients = {case: v["patient"] for case, v in compared["cases"].items()}
     scored = results.read_cases(options.eval / results.CASES_FILE, patients)
-    write_text(options.out, render(config, records, channels, summary, scored, compared))
+    write_text(options.out, render(config, records, channels, summary, scored, compared, environments))
     sources = {k: str(v.absolute()) for k, v in vars(options).items() if v is not None}
     write_json(options.out.with_name(f"{options.out.stem}.report.json"), sources)
     log.say(f"report     {options.out.absolute()}")
@@ -70,6 +70,7 @@ def render(
     summary: Mapping[str, Any],
     scored: Sequence[Scored],
     compared: Mapping[str, Any],
+    environments: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """The page.
 
@@ -80,6 +81,7 @@ def render(
         summary: of the evaluation.
         scored: all rows of the evaluation.
         compared: what ``evaluate.json`` holds; images and label maps are read from the files that it names.
+        environments: what trained and predicted ran on.
     """
     options = Namespace(**dict.fromkeys(challenges.OPTIONS) | compared["options"] | {"ref": compared["ref"]})
     options.metrics = tuple(compared["options"].get("metrics", ()))
@@ -107,6 +109,9 @@ def render(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("xdim_jax", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    made = tables.make_tables(summary, columns)
+    first = len(made) - len(tables.metric_tables(summary, columns))  # behind the paper's; a long one is folded away
+    opened = first + (not first or len(made[first].rows) <= _LONG)
     phantom = config is not None and not config["data"]["root"]
     name = f"{config['model']['name']} on {config['data']['dataset']}" if config else f"Evaluation by {rules.title}"
     return environment.get_template("report.html.j2").render(
@@ -114,8 +119,9 @@ def render(
         lead="Synthetic cases: these scores show that the program works, not how well it segments patients."
         if phantom
         else f"{compared['pred']} against {compared['ref']}",
-        facts=_facts(config, records, compared, summary),
-        tables=[(table, [_is_paper(row) for row in table.rows]) for table in tables.make_tables(summary, columns)],
+        facts=_facts(config, records, compared, summary, environments),
+        tables=[(t, [_is_paper(row) for row in t.rows]) for t in made[:opened]],
+        further=[(t, [_is_paper(row) for row in t.rows]) for t in made[opened:]],
         unreadable=summary["unreadable"],
         empty=[
             (s, counts["pred"], counts["ref"], counts["both"])
@@ -157,6 +163,7 @@ def _facts(
     records: Sequence[Mapping[str, Any]],
     compared: Mapping[str, Any],
     summary: Mapping[str, Any],
+    environments: Mapping[str, Mapping[str, Any]],
 ) -> list[tuple[str, str]]:
     facts = [
         ("predictions", compared["pred"]),
@@ -174,8 +181,23 @@ def _facts(
         facts.append(("training", f"{last['step']} steps, {last['epoch']:.0f} epochs, {seconds:.2f} s a step"))
     if best:
         facts.append(("best validation", f"Dice {best['dice']:.3f} at step {best['step']}"))
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "flax", "optax", "numpy"))
-    return [*facts, ("written with", f"{versions}; Python {platform.python_version()}")]
+    return [*facts, *((f"environment of {what}", _environment(entry)) for what, entry in environments.items())]
+
+
+def _environment(entry: Mapping[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in entry["packages"].items())
+    return f"{entry['devices']}; {entry['machine']}; Python {entry['python']}, {packages}; {entry['time']}"
+
+
+def _environments(workdir: Path | None, pred: Path) -> dict[str, Mapping[str, Any]]:
+    """What trained (the last start of a run) and what predicted, where these left a record."""
+    found: dict[str, Mapping[str, Any]] = {}
+    if workdir and (starts := environment.read_starts(workdir)):
+        several = f", last of {len(starts)} starts" if len(starts) > 1 else ""
+        found[f"training{several}"] = starts[-1]
+    if (record := pred / results.PREDICT_FILE).is_file() and (entry := read_json(record).get("environment")):
+        found["prediction"] = entry
+    return found
 
 
 def _box_groups(rules: Rules, cases: Sequence[Scored]) -> dict[str, list[Scored]]:

@@ -8,7 +8,7 @@ from typing import NoReturn
 import jax
 import jax.numpy as jnp
 
-from xdim_jax import checkpoint, cli, crossval, log, mesh, models
+from xdim_jax import checkpoint, cli, crossval, environment, log, mesh, models
 from xdim_jax.cases import find_data
 from xdim_jax.data import pipeline
 from xdim_jax.data.case import Dataset
@@ -30,8 +30,8 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.make_parser(
         "xdim_jax.train",
         (__doc__ or "")
-        + "\n\nWrites to the workdir: config.json, split.json, data.json, pretrained.json, metrics.jsonl, "
-        "steps.jsonl,\ntensorboard/, overlays/, checkpoints/, best/.",
+        + "\n\nWrites to the workdir: config.json, split.json, data.json, pretrained.json, environment.json, "
+        "metrics.jsonl,\nsteps.jsonl, tensorboard/, overlays/, checkpoints/, best/.",
         "any value of the config can be overridden: --config.<key>=<value>, e.g. --config.data.root=/data/BraTS\n"
         f"exit status: 0 done, 2 unusable input; with everything saved, {REQUEUE} stopped by SIGTERM or SIGUSR1\n"
         "(requeue: run the same command again), 130 by Ctrl-C\n\n"
@@ -81,8 +81,7 @@ def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest
         accumulate=config.train.accumulate,
     )
     models.check_space(config.model, config.data.patch, devices.mesh.shape["space"])
-    kind = jax.devices()[0].device_kind
-    log.say(f"devices    {jax.device_count()} x {kind} ({jax.default_backend()}) in {jax.process_count()} processes")
+    log.say(f"devices    {environment.devices()} in {jax.process_count()} processes")
     log.say(f"mesh       data {devices.mesh.shape['data']} x space {devices.mesh.shape['space']}, {devices.parallel}")
     graphdef, params, stats = make_network(config, axis=devices.axis)
     log.say(f"network    {config.model.name}, {models.count_parameters(params):,} parameters, {config.train.precision}")
@@ -119,6 +118,8 @@ def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest
     if restored:
         state, progress = restored[0], Progress(**restored[1])
     start = int(state.step)
+    if first:
+        environment.record_start(workdir, start)
     log.say(f"resume     from step {start}" if restored else "resume     nothing to resume, starting at step 0")
 
     run = Run(

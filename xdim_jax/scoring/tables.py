@@ -108,7 +108,7 @@ def _escape(text: str) -> str:
 def make_tables(summary: Mapping[str, Any], columns: Mapping[str, Column]) -> list[Table]:
     """Every table that a summary has: the paper's for its challenges, then all metrics of all structures."""
     paper = {"camus": _camus, "chaos": _chaos, "brats2022": _brats}.get(summary["rules"])
-    return [*(paper(summary) if paper else []), *_metrics(summary, columns)]
+    return [*(paper(summary) if paper else []), *metric_tables(summary, columns)]
 
 
 def _camus(summary: Mapping[str, Any]) -> list[Table]:
@@ -149,7 +149,7 @@ def _chaos(summary: Mapping[str, Any]) -> list[Table]:
         cells = [f"{number(values[m]['mean'], 2)} ± {number(values[m]['sd'], 2)}" for m in metrics]
         rows += [(f"task {task}", _PAPER, *_TABLE_4[task]), ("", f"{_OURS}, {values['cases']} cases", *cells)]
     average = [number(summary["average"][m], 2) for m in metrics]
-    rows += [("average", _PAPER, *_TABLE_4["average"]), ("", f"{_OURS}, of {len(summary['tasks'])} tasks", *average)]
+    rows += [("average", _PAPER, *_TABLE_4["average"]), ("", f"{_OURS}, {len(summary['tasks'])} of 5 tasks", *average)]
     note = "The paper's numbers are of the challenge's test set. Mean ± sd over cases."
     return [Table("CHAOS (Table 4)", header, tuple(rows), note)]
 
@@ -165,11 +165,12 @@ def _brats(summary: Mapping[str, Any]) -> list[Table]:
     return [Table("BraTS (Tables 5 and 6)", ("", "", *names), tuple(rows), note)]
 
 
-def _metrics(summary: Mapping[str, Any], columns: Mapping[str, Column]) -> list[Table]:
+def metric_tables(summary: Mapping[str, Any], columns: Mapping[str, Column]) -> list[Table]:
     """Mean, interval, sd, median and quartiles of every metric, over all cases and in every group."""
     header = ("", "metric", "mean", "95 % interval", "sd", "median", "q25", "q75", "min", "max", "cases", "left out")
     tables = []
-    for group, table in {"all cases": summary["structures"], **summary["groups"]}.items():
+    groups = {g: t for g, t in summary["groups"].items() if t != summary["structures"]}  # one of all cases is no news
+    for group, table in {"all cases": summary["structures"], **groups}.items():
         rows = []
         for structure, metrics in table.items():
             for metric, v in metrics.items():

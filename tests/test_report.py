@@ -1,0 +1,166 @@
+"""Reports of the three challenges and of own data, opened in a browser: nothing is missing, nothing sticks out."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from xdim_jax import environment, evaluate, report
+from xdim_jax.data import phantom
+from xdim_jax.data.case import encode_label, list_cases, read_grid, read_label
+from xdim_jax.data.datasets import get_dataset
+from xdim_jax.data.image import where
+from xdim_jax.data.nifti import write_volume
+from xdim_jax.files import write_json
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell"))), None
+)
+CONFIGS = {
+    "camus": {"dataset": "camus"},
+    "chaos": {"dataset": "chaos", "task": 5},
+    "brats": {"dataset": "brats", "convention": "brats2021"},
+    "nnunet": {"dataset": "nnunet"},
+}
+RULES = {
+    "camus": ["--rules=camus"],
+    "chaos": ["--rules=chaos", "--task=5"],
+    "brats": ["--rules=brats2022"],
+    "nnunet": ["--rules=generic"],
+}
+FIGURES = {  # box plots; agreement of volumes; five cases
+    "camus": 1 + 1 + 5,
+    "chaos": 1 + 5,
+    "brats": 1 + 5,
+    "nnunet": 1 + 5,
+}
+
+
+def write_own(root):
+    """Two channels of a ball in a box, in nnU-Net's layout."""
+    rng = np.random.default_rng(0)
+    for folder in ("imagesTr", "labelsTr"):
+        (root / folder).mkdir(parents=True)
+    place = np.meshgrid(*(np.arange(n) - n / 2 for n in (48, 40, 24)), indexing="ij")
+    for k in range(5):
+        ball = sum(p**2 for p in place) < (8 + k) ** 2
+        label = np.where(ball & (place[0] > 2), 2, ball).astype(np.uint8)
+        for c in range(2):
+            image = (100 * label * (c + 1) + rng.normal(0, 20, label.shape)).astype(np.int16)
+            nib.save(nib.Nifti1Image(image, np.diag([1, 1, 2, 1])), root / "imagesTr" / f"case{k}_{c:04d}.nii.gz")
+        nib.save(nib.Nifti1Image(label, np.diag([1, 1, 2, 1])), root / "labelsTr" / f"case{k}.nii.gz")
+    card = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "organ": 1, "lesion": 2}}
+    write_json(root / "dataset.json", card | {"numTraining": 5, "file_ending": ".nii.gz"})
+
+
+def write_data(name, root):
+    if name == "camus":
+        phantom.write_camus(root, cases=3, shape=(96, 80))
+    elif name == "chaos":
+        phantom.write_chaos(root / "Train_Sets", cases=3, shape=(64, 64, 16))
+    elif name == "brats":
+        phantom.write_brats(root, cases=5, shape=(48, 56, 40))
+    else:
+        write_own(root)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def made(request, tmp_path_factory):
+    """The name, and a folder with data, predictions (references that are shifted more from case to case), report."""
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    root = folder / "data"
+    write_data(name, root)
+    dataset = get_dataset({**CONFIGS[name], "root": str(root)})
+    images = {}
+    for k, case in enumerate(list_cases(dataset, root, need_labels=True)):
+        label = np.roll(read_label(case), (k // 2, k % 4), (1, 2))
+        grid = read_grid(case.images[0], case.axes)
+        write_volume(folder / "pred" / f"{case.case_id}.nii.gz", encode_label(case, label), grid)
+        images[case.case_id] = [str(where(source)) for source in case.images]
+    write_json(folder / "pred" / "predict.json", {"images": images, "environment": environment.describe()})
+    ref = root / "labelsTr" if name == "nnunet" else root
+    arguments = [*RULES[name], f"--pred={folder / 'pred'}", f"--ref={ref}", f"--out={folder / 'eval'}", "--jobs=1"]
+    assert evaluate.main(arguments) == 0
+    assert report.main([f"--eval={folder / 'eval'}", f"--out={folder / 'report.html'}"]) == 0
+    return name, folder
+
+
+def test_a_report_says_what_it_shows(made):
+    name, folder = made
+    page = (folder / "report.html").read_text()
+    assert page.count("<img ") == FIGURES[name]
+    for role in ("Best", "75th percentile", "Median", "25th percentile", "Worst"):
+        assert f"{role}: " in page
+    assert "environment of prediction" in page and f"Python {environment.describe()['python']}" in page
+    assert "No --workdir was given: no curves and no config." in page
+    if name in ("camus", "chaos", "brats"):
+        assert "(paper)" in page or "paper" in page
+
+
+PROBE = """<script>window.onload = () => {
+  const page = document.documentElement;
+  const wide = [...document.querySelectorAll("body *")].filter(
+    e => !e.closest(".wide, pre") && e.getBoundingClientRect().right > page.clientWidth + 1).map(e => e.outerHTML.slice(0, 80));
+  const found = {
+    images: [...document.images].map(i => [i.complete, i.naturalWidth, i.naturalHeight]),
+    overflow: page.scrollWidth - page.clientWidth, wide,
+    loaded: performance.getEntriesByType("resource").map(r => r.name).filter(n => !n.startsWith("data:")),
+    height: page.scrollHeight, headings: [...document.querySelectorAll("h2")].map(h => h.innerText),
+  };
+  document.body.innerHTML = "<pre id=found></pre>";
+  document.getElementById("found").textContent = JSON.stringify(found);
+}</script></body>"""  # noqa: E501
+
+
+def browse(tmp_path, *arguments):
+    """Headless, with no way to any other host."""
+    command = [
+        CHROMIUM,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+    ]
+    command += [
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        *map(str, arguments),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome on the PATH, e.g. apt install chromium")
+@pytest.mark.parametrize("width", [1280, 420])
+def test_a_browser_shows_all_of_it(made, width, tmp_path):
+    name, folder = made
+    page = (folder / "report.html").read_text()
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.replace("</body>", PROBE))
+    dom = browse(tmp_path, f"--window-size={width},900", "--virtual-time-budget=10000", "--dump-dom", probed.as_uri())
+    found = json.loads(dom[dom.index('<pre id="found">') + len('<pre id="found">') : dom.index("</pre>")])
+    assert len(found["images"]) == FIGURES[name]
+    assert all(complete and wide >= 300 and high >= 80 for complete, wide, high in found["images"])
+    assert found["overflow"] <= 0 and not found["wide"], "wider than the window"
+    assert not found["loaded"], "nothing comes from elsewhere"
+    assert {"Scores", "Cases", "Training", "Every case"} <= set(found["headings"])
+
+    out = os.environ.get("XDIM_SCREENSHOTS")
+    picture = (tmp_path if out is None else folder.parent / out) / f"{name}_{width}.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    browse(
+        tmp_path,
+        f"--window-size={width},{found['height']}",
+        f"--screenshot={picture}",
+        (folder / "report.html").as_uri(),
+    )
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    assert pixels.shape[1] == width
+    assert (pixels.std(2) > 20).mean() > 0.002, "some colour"
+    blank = (pixels.reshape(len(pixels), -1) == pixels[0, 0, 0]).all(1)
+    assert blank.mean() < 0.6, "mostly empty"
