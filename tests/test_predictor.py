@@ -313,3 +313,16 @@ def test_weights_that_a_run_replaces_meanwhile_are_read_again(workdir, tmp_path,
     monkeypatch.setattr(checkpoint, "_read", damaged)
     with pytest.raises(UserError, match="or is damaged: bad sector"):
         xdim_jax.Predictor(run)
+
+
+def test_what_a_killed_run_left_half_written_is_removed(flat, tmp_path):
+    volume = np.random.default_rng(1).integers(0, 100, (36, 40, 3)).astype(np.int16)
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "a.nii.gz")
+    out = tmp_path / "out"
+    (out / "uncertainty").mkdir(parents=True)
+    left = [out / ".0a1b2c3d.partial.a.nii.gz", out / "uncertainty" / ".0a1b2c3d.partial.a.nii"]
+    other = out / ".0a1b2c3d.partial.ab.nii.gz"  # of another case, which another host may be writing
+    for path in (*left, other):
+        path.write_bytes(b"half")
+    assert predict.main([f"--workdir={flat}", f"--input={tmp_path / 'a.nii.gz'}", f"--output={out}"]) == 0
+    assert not any(path.exists() for path in left) and other.exists()

@@ -118,3 +118,26 @@ def test_misuse_is_told_and_nothing_is_written(perfect, tmp_path):
         submit.main(["--challenge=chaos", f"--pred={perfect['chaos'] / 'pred'}", f"--out={tmp_path / 'x'}"])
     with pytest.raises(UserError, match=r"predict\.json does not exist"):
         submit.main(["--challenge=camus", f"--pred={tmp_path}", f"--out={tmp_path / 'x'}"])
+
+
+@pytest.mark.parametrize(("name", "mark"), [("camus", "testing_"), ("chaos", "test_")])
+def test_test_patients_have_numbers_of_their_own(name, mark, perfect, tmp_path, capsys):
+    """Training patients of the same numbers were predicted too, and wrongly: they are not what is uploaded."""
+    root, pred = perfect[name], tmp_path / "pred"
+    pred.mkdir()
+    record = json.loads((root / "pred" / "predict.json").read_text())
+    images = {}
+    for case, files in record["images"].items():
+        image = nib.load(root / "pred" / f"{case}.nii.gz")
+        nib.save(image, pred / f"{mark}{case}.nii.gz")
+        empty = np.zeros_like(np.asarray(image.dataobj))
+        nib.save(nib.Nifti1Image(empty, image.affine, image.header), pred / f"{case}.nii.gz")
+        images |= {case: files, f"{mark}{case}": files}
+    (pred / "predict.json").write_text(json.dumps(record | {"images": images}))
+    tasks = ["--task=4"] if name == "chaos" else []
+    submit.main([f"--challenge={name}", f"--pred={pred}", f"--out={tmp_path / 'up'}", *tasks])
+    assert f"{len(record['images'])} cases are not of the test set and left out" in capsys.readouterr().out
+    summary = scores(RULES[name], tmp_path / "up", root / "data", tmp_path / "eval", *tasks)
+    assert all(metrics["dice"]["mean"] == 1.0 for metrics in summary["structures"].values())
+    (expected,) = [case for case in record["images"] if case.startswith(("CT_1", "patient0001_2CH_ED"))]
+    assert any(p.name.startswith("img") or p.name == f"{expected}.mhd" for p in (tmp_path / "up").rglob("*"))

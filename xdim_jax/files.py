@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
@@ -38,6 +39,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+def partial_files(path: Path) -> list[Path]:
+    """What `atomic_path` left beside ``path`` where the process was killed."""
+    return list(path.parent.glob(f".{'[0-9a-f]' * 8}.partial.{glob.escape(path.name)}"))
 
 
 def write_error(path: Path, error: OSError) -> UserError:

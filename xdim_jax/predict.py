@@ -38,7 +38,7 @@ from xdim_jax.data.nifti import read_note, write_volume
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.data.stream import stream_volume
 from xdim_jax.errors import UserError, shorten
-from xdim_jax.files import SPLIT_FILE, read_json, write_json
+from xdim_jax.files import SPLIT_FILE, partial_files, read_json, write_json
 from xdim_jax.predictor import PRESETS, Predictor, Settings, find_members
 from xdim_jax.program import PRECISIONS
 from xdim_jax.scoring import results
@@ -278,10 +278,11 @@ def _stat(path: Path) -> Any:
 
 
 def _remove(output: Path, case_id: str) -> None:
-    """What an earlier run left of a case."""
-    (output / f"{case_id}.nii.gz").unlink(missing_ok=True)
-    for name in BESIDE:
-        (output / name / f"{case_id}.nii").unlink(missing_ok=True)
+    """What an earlier run left of a case, also one that was killed while it wrote."""
+    for path in (output / f"{case_id}.nii.gz", *(output / name / f"{case_id}.nii" for name in BESIDE)):
+        path.unlink(missing_ok=True)
+        for partial in partial_files(path):
+            partial.unlink(missing_ok=True)
 
 
 # -- the work -----------------------------------------------------------------------------------------------------

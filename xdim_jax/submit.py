@@ -80,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
 def pack_camus(pred: Path, images: dict[str, list[str]], form: str) -> list[Writer]:
     """One image per view and instant. Raises UserError with everything that is wrong."""
     write = metaimage.write if form == "mhd" else write_volume
-    found = _checked(camus.find(pred), images, lambda m: camus.CODING)
+    maps, images = _tests_alone(camus.find(pred), images, camus.TESTING)
+    found = _checked(maps, images, lambda m: camus.CODING)
     return [functools.partial(_one_file, label_map, grid, f".{form}", write) for label_map, grid in found]
 
 
@@ -95,7 +96,8 @@ def pack_chaos(pred: Path, images: dict[str, list[str]], tasks: Sequence[str]) -
     coding = {"CT": chaos.CT, "MR": chaos.MR}
     # in- and out-phase share one result: the in-phase is taken
     images = {name.removesuffix("_in"): files for name, files in images.items() if not name.endswith("_out")}
-    found = _checked(chaos.find_label_maps(pred), images, lambda m: coding[m.facts["modality"]])
+    maps, images = _tests_alone(chaos.find_label_maps(pred), images, chaos.TESTING)
+    found = _checked(maps, images, lambda m: coding[m.facts["modality"]])
     kept = [
         functools.partial(_slices, label_map, grid, task)
         for task in sorted(set(tasks))
@@ -105,6 +107,20 @@ def pack_chaos(pred: Path, images: dict[str, list[str]], tasks: Sequence[str]) -
     if not kept:
         raise UserError(f"{pred}: none of its cases belongs to task {', '.join(tasks)}")
     return kept
+
+
+def _tests_alone(
+    maps: dict[str, LabelMap], images: dict[str, list[str]], mark: str
+) -> tuple[dict[str, LabelMap], dict[str, list[str]]]:
+    """Test patients have numbers of their own: where training patients were predicted too, those are left out."""
+    if others := [name for name in images if not name.startswith(mark)]:
+        if len(others) == len(images):
+            return maps, images
+        log.warn(f"{len(others)} cases are not of the test set and left out: {shorten(others)}")
+    return (
+        {name: m for name, m in maps.items() if name.startswith(mark)},
+        {name: files for name, files in images.items() if name.startswith(mark)},
+    )
 
 
 def _checked(
@@ -139,13 +155,12 @@ def _read(label_map: LabelMap) -> np.ndarray:
 def _one_file(
     label_map: LabelMap, grid: Grid, suffix: str, write: Callable[[Path, np.ndarray, Grid], None], folder: Path
 ) -> int:
-    # CAMUS numbers its test patients from 1 again
-    write(folder / f"{label_map.case_id.removeprefix('testing_')}{suffix}", _read(label_map), grid)
+    write(folder / f"{label_map.case_id.removeprefix(camus.TESTING)}{suffix}", _read(label_map), grid)
     return 1
 
 
 def _slices(label_map: LabelMap, grid: Grid, task: str, folder: Path) -> int:
-    modality, number = label_map.case_id.split("_")[:2]
+    modality, number = label_map.case_id.removeprefix(chaos.TESTING).split("_")[:2]
     series = Path(modality, number) if modality == "CT" else Path(modality, number, label_map.facts["sequence"])
     below = folder / f"Task{task}" / series / "Results"
     below.mkdir(parents=True)

@@ -30,6 +30,7 @@ MR_LABELS = Labels(
     (0, 63, 126, 189, 252),
     ((55, 70), (110, 135), (175, 200), (240, 255)),
 )
+TESTING = "test_"  # before the ids of Test_Sets, which has numbers of its own, where Train_Sets is beside it
 CT_LABELS = Labels("CHAOS CT", ("background", "liver"), (0, 63), ((0, 255),))  # any grey; results have 63
 
 # task -> modalities and structures
@@ -103,7 +104,7 @@ def scan(root: Path, modalities: tuple[str, ...], mr_labels: Labels, phase: str,
     if need_labels and len(bases) > len(tests):
         bases = [b for b in bases if b not in tests]
     for base in bases:
-        group = "test_" if base in tests and len(bases) > 1 else ""
+        group = TESTING if base in tests and len(bases) > 1 else ""
         for modality in modalities:
             for folder in _numbered(base / modality):
                 patient = f"{group}{modality}_{folder.name}"

@@ -17,7 +17,8 @@ from xdim_jax.scoring.rules import Coding, Column, Job, LabelMap, Masks, Rules, 
 CODING = Coding("CAMUS", {"LV_endo": (1,), "LV_epi": (1, 2), "LA": (3,)})
 CAVITY = "LV_endo"
 LAYOUT = "patient0001_{2CH,4CH}_{ED,ES}[_gt].{nii.gz,mhd,...}, in one folder or one for each patient"
-_NAME = re.compile(r"(testing_)?(patient\d+)_([24]CH)_(ED|ES)(_gt)?")
+TESTING = "testing_"  # before patients of the older release's testing folder, which are numbered anew
+_NAME = re.compile(rf"({TESTING})?(patient\d+)_([24]CH)_(ED|ES)(_gt)?")
 _COLUMNS = {"dice": Column("Dice"), "mad": Column("MAD", "mm", 2, False), "hd": Column("HD", "mm", 2, False)}
 
 
@@ -35,7 +36,7 @@ def find(folder: Path) -> dict[str, LabelMap]:
         if m is None or (marked and not m[5]):
             return None
         testing = bool(m[1]) or "testing" in path.relative_to(folder).parts  # numbered anew in the older release
-        patient = f"testing_{m[2]}" if testing else m[2]
+        patient = f"{TESTING}{m[2]}" if testing else m[2]
         case = f"{patient}_{m[3]}_{m[4]}"
         facts[case] = {"patient": patient, "view": m[3], "instant": m[4]}
         return case

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from xdim_jax.data.case import list_cases
-from xdim_jax.data.chaos import dataset
+from xdim_jax.data.chaos import TESTING, dataset
 from xdim_jax.data.dicom import files_in_order
 from xdim_jax.data.image import strip
 from xdim_jax.errors import UserError
@@ -112,16 +112,16 @@ def find_label_maps(folder: Path) -> dict[str, LabelMap]:
 def _named(path: Path) -> str | None:
     """In- and out-phase share one reference; where both are predicted, the in-phase counts."""
     stem = (strip(path.name) or "").removesuffix("_seg").removesuffix("_in")
-    return stem if re.fullmatch(r"CT_\d+|MR_\d+_(T1DUAL|T2SPIR)", stem) else None
+    return stem if re.fullmatch(rf"({TESTING})?(CT_\d+|MR_\d+_(T1DUAL|T2SPIR))", stem) else None
 
 
 def _facts(case: str) -> dict[str, str]:
-    parts = case.split("_")
+    parts = case.removeprefix(TESTING).split("_")
     return {"modality": parts[0], "sequence": parts[2] if parts[0] == "MR" else "CT"}
 
 
 def _patient(case: str) -> str:
-    return "_".join(case.split("_")[:2])
+    return "_".join(case.split("_")[: 3 if case.startswith(TESTING) else 2])
 
 
 def _find_results(folder: Path, references: Mapping[str, LabelMap]) -> dict[str, LabelMap]:
