@@ -1,0 +1,212 @@
+"""Our networks beside PyTorch twins of the same mathematics: time, memory, compilation.
+
+    python benchmarks/compare.py [--networks=dxnet:64,omnia_b0:256] [--phases=infer,train] [--sides=ours,torch,torch-cl]
+                                 [--threads=2] [--rounds=5] [--precision=float32] [--out=FOLDER]
+
+Each side is a process of its own (benchmarks/sides.py) and the processes take turns, so that a slow minute of the
+machine is everybody's. What counts is the median over rounds against the faster layout of PyTorch: with one thread the
+processor time of the process, pinned to one core; with more the wall time, which says something on a quiet machine
+only (the load average is in the result). Sides: ``ours``; ``naive``, the same network on XLA's own operations;
+``torch``; ``torch-cl``, channels last; ``torch-compile`` and ``torch-cl-compile``.
+
+Writes results.json, results.md and, where there are several sizes of a network, scaling.png to --out.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.sides import find_case
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT = "dxnet:64,dxnet:96,dxnet:128,dsnet:64,omnia_b0:256,omnia_b4:512"
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--networks", default=DEFAULT, help="name:side[@batch], with commas; default: %(default)s")
+    add("--phases", default="infer,train", help="infer, train, and predict: a whole volume, of dxnet:128 alone")
+    add("--sides", default="ours,torch,torch-cl")
+    add("--threads", type=int, default=2)
+    add("--rounds", type=int, default=5)
+    add("--precision", default="float32", choices=["float32", "bfloat16"])
+    add("--remat", default="", help="of ours: stages whose activations are computed again")
+    add("--out", type=Path, default=Path("runs/compare"))
+    options = parser.parse_args()
+    cases, phases = options.networks.split(","), options.phases.split(",")
+    for case in cases:
+        find_case(case)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for case, phase in itertools.product(cases, phases):
+        rows.append(compare(case, phase, options))
+        print(line(rows[-1]), flush=True)
+        write(options, rows)
+    return 0
+
+
+def compare(case: str, phase: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All sides of a case, in turns."""
+    metric = "cpu" if options.threads == 1 else "wall"
+    before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as cache:
+        sides = {name: Side(name, case, phase, cache, options) for name in options.sides.split(",")}
+        try:
+            facts = {name: side.read() for name, side in sides.items()}
+            times: dict[str, list[float]] = {name: [] for name in sides}
+            for _ in range(options.rounds):
+                for name, side in sides.items():
+                    times[name].append(side.ask("run")[metric])
+            peaks = {name: side.ask("quit")["peak"] for name, side in sides.items()}
+        finally:
+            for side in sides.values():
+                side.close()
+        again = {}
+        if "ours" in sides and "compile_s" in facts["ours"]:  # the same program from the cache
+            second = Side("ours", case, phase, cache, options)
+            again = second.read()
+            second.close()
+    median = {name: statistics.median(values) for name, values in times.items()}
+    peers = [name for name in sides if name.startswith("torch")]
+    best = min(peers, key=lambda n: median[n], default=None)
+    return {
+        "case": case,
+        "phase": phase,
+        "metric": metric,
+        "median": median,
+        "times": times,
+        "best_peer": best,
+        "ratio": {name: median[name] / median[best] for name in sides if best and not name.startswith("torch")},
+        "peak": peaks,
+        "facts": facts,
+        "cached": {k: again[k] for k in ("lower_s", "compile_s") if k in again},
+        "load": [before, os.getloadavg()[0]],
+    }
+
+
+class Side:
+    """A process of benchmarks/sides.py."""
+
+    def __init__(self, name: str, case: str, phase: str, cache: str, options: argparse.Namespace):
+        command = [sys.executable, str(ROOT / "benchmarks" / "sides.py"), f"--side={name}", f"--case={case}"]
+        command += [f"--phase={phase}", f"--threads={options.threads}", f"--precision={options.precision}"]
+        command += [f"--remat={options.remat}"]
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"XDG_CACHE_HOME": cache, "PYTHONPATH": paths}
+        self.title = f"{name} {case} {phase}"
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+        )
+
+    def read(self) -> dict[str, Any]:
+        """Its next answer."""
+        assert self.process.stdout is not None
+        while text := self.process.stdout.readline():
+            if text.startswith("{"):
+                return json.loads(text)
+        raise SystemExit(f"{self.title} ended with status {self.process.wait()}")
+
+    def ask(self, word: str) -> dict[str, Any]:
+        """Sends a command and reads the answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.kill()
+        self.process.wait()
+
+
+def line(row: dict[str, Any]) -> str:
+    """A result in a line."""
+    times = ", ".join(
+        f"{name} {1000 * m:.0f} ms ({1000 * min(row['times'][name]):.0f} to {1000 * max(row['times'][name]):.0f})"
+        for name, m in row["median"].items()
+    )
+    ratios = ", ".join(f"{name} / {row['best_peer']} {r:.2f}" for name, r in row["ratio"].items())
+    peaks = ", ".join(f"{name} {p / 2**30:.2f}" for name, p in row["peak"].items())
+    return f"{row['case']:14} {row['phase']:7} {times} | {ratios} | peak GiB {peaks} | load {row['load'][0]:.1f}"
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """JSON, a Markdown table, and the plot."""
+    facts = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.platform()}",
+        "threads": options.threads,
+        "precision": options.precision,
+    }
+    (options.out / "results.json").write_text(json.dumps({**facts, "rows": rows}, indent=2))
+    lines = [f"{k}: {v}  " for k, v in facts.items()]
+    lines += ["", "| network | phase | side | median ms | spread | to best PyTorch | peak GiB | compile s (cached) |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        for name, median in row["median"].items():
+            values = row["times"][name]
+            ratio = f"{row['ratio'][name]:.2f}" if name in row["ratio"] else ""
+            compiled = f"{row['facts'][name]['compile_s']:.1f}" if "compile_s" in row["facts"][name] else ""
+            compiled += f" ({row['cached']['compile_s']:.1f})" if name == "ours" and row["cached"] else ""
+            cells = [row["case"], row["phase"], name, f"{1000 * median:.0f}"]
+            cells += [f"{1000 * min(values):.0f} to {1000 * max(values):.0f}", ratio]
+            lines.append("| " + " | ".join([*cells, f"{row['peak'][name] / 2**30:.2f}", compiled]) + " |")
+    (options.out / "results.md").write_text("\n".join(lines) + "\n")
+    draw(options.out / "scaling.png", rows)
+
+
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Time over voxels, of networks that were measured at several sizes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for network, phase in dict.fromkeys((r["case"].partition(":")[0], r["phase"]) for r in rows):
+        found = [r for r in rows if r["case"].startswith(f"{network}:") and r["phase"] == phase]
+        if len(found) < 2:
+            continue
+        for name in found[0]["median"]:
+            points = sorted((voxels(r["case"]), r["median"][name]) for r in found if name in r["median"])
+            axes.plot(*zip(*points, strict=True), marker="o", label=f"{network} {phase}, {name}")
+    if not axes.lines:
+        return
+    axes.set(xscale="log", yscale="log", xlabel="voxels in a batch", ylabel="seconds")
+    low, high = axes.get_xlim()
+    first = axes.lines[0].get_xydata()[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+    axes.plot([low, high], [first[1] * v / first[0] for v in (low, high)], color="#8a929b", ls=":", label="linear")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def voxels(name: str) -> int:
+    """In a batch of a case."""
+    case = find_case(name)
+    count = case.batch
+    for n in case.patch:
+        count *= n
+    return count
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((li.partition(": ")[2] for li in lines if li.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,326 @@
+"""One side of a comparison, in a process of its own: a network of ours or its PyTorch twin, and the same work.
+
+Started by benchmarks/compare.py; reads commands from standard input (``run``, ``quit``) and answers each with a line of
+JSON. The two sides compute the same: networks of the parity tests, float32 or bfloat16 activations, stochastic depth
+and augmentation off; a training step is the loss (soft Dice and cross-entropy), its gradient, Nadam and LookAhead.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network and the size of its batch.
+
+    Attributes:
+        recipe: of ours.
+        patch: spatial size.
+        batch: samples.
+        out: channels of the logits.
+    """
+
+    recipe: str
+    patch: tuple[int, ...]
+    batch: int
+    channels: int
+    out: int
+
+    @property
+    def softmax(self) -> bool:
+        """2D recipes have one label per pixel, 3D ones nested regions."""
+        return len(self.patch) == 2
+
+
+def find_case(name: str) -> Case:
+    """``omnia_b0:256``, ``omnia_b4:512``, ``dsnet:64`` (128 x 64 x 64), ``dxnet:128``; ``@N`` at the end is a batch."""
+    name, _, batch = name.partition("@")
+    network, _, side = name.partition(":")
+    n = int(side)
+    if network == "omnia_b0":
+        return Case("camus_omnianet", (n, n), int(batch or 8), 1, 4)
+    if network == "omnia_b4":
+        return Case("chaos_omnianet", (n, n), int(batch or 2), 1, 5)
+    if network == "dsnet":
+        return Case("brats_dsnet", (128, n, n), int(batch or 1), 4, 3)
+    if network == "dxnet":
+        return Case("brats_dxnet", (n, n, n), int(batch or 1), 4, 3)
+    raise SystemExit(f"unknown network {network}: expected omnia_b0, omnia_b4, dsnet or dxnet")
+
+
+def make_data(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Image, channels last, and labels: indices of tissues or classes."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(case.batch, *case.patch, case.channels)).astype(np.float32)
+    return image, rng.integers(0, 4, (case.batch, *case.patch)).astype(np.uint8)
+
+
+# -- ours ---------------------------------------------------------------------------------------------------------
+
+
+def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
+    """What is timed, and facts; compiled."""
+    from xdim_jax import cli
+
+    if options.side == "ours":
+        cli.cache_programs()
+        cli._restart_with_huge_pages()  # as every main of the package does
+    import jax
+    import jax.numpy as jnp
+
+    from xdim_jax import ops
+    from xdim_jax.program import make_program
+
+    config = cli.load_config(f"configs/{case.recipe}.py:scratch", [])
+    with config.unlocked():
+        config.data.root, config.data.patch, config.data.batch = "unused", case.patch, case.batch
+        config.model.get("inner", config.model).encoder.drop_path = 0.0
+        config.train.precision, config.train.remat = options.precision, options.remat
+        config.loss.name = "dice_ce" if case.softmax else "dice_bce"
+        for section in config.augment.values():
+            section.p = 0.0
+    dataset = _dataset(config)
+    form = "reference" if options.side == "naive" else "auto"
+    with ops.use_form(form):
+        program, params, stats = make_program(config, dataset, per_epoch=100)
+        image, label = make_data(case)
+        facts: dict[str, Any] = {"versions": {"jax": jax.__version__}, "device": jax.devices()[0].device_kind}
+        if phase == "predict":
+            return _ours_predict(config, program, params, stats, facts)
+        image = jnp.asarray(image)
+        begin = time.perf_counter()
+        if phase == "infer":
+            run = jax.jit(program.forward).lower((params, stats), image)
+        else:
+            state = jax.jit(program.init)(params, stats)
+            state = jax.tree.map(jnp.copy, state)
+            batch, key = {"image": image, "label": jnp.asarray(label)}, jax.random.key(0)
+            run = jax.jit(program.step, donate_argnums=0).lower(state, batch, key)
+        lowered = time.perf_counter()
+        run = run.compile(compiler_options=json.loads(options.xla))
+    memory = run.memory_analysis()
+    facts |= {
+        "lower_s": lowered - begin,
+        "compile_s": time.perf_counter() - lowered,
+        "temporaries": memory.temp_size_in_bytes if memory else None,
+    }
+    if options.hlo:
+        Path(options.hlo).write_text(run.as_text())
+    if phase == "infer":
+        weights = (params, stats)
+        del params, stats
+        return lambda: jax.block_until_ready(run(weights, image)), facts
+    holder = [state]
+    del params, stats, state
+
+    def step() -> None:
+        holder[0], metrics = run(holder[0], batch, key)
+        float(metrics["loss"])
+        jax.block_until_ready(holder[0])
+
+    return step, facts
+
+
+def _ours_predict(config: Any, program: Any, params: Any, stats: Any, facts: dict[str, Any]) -> Any:
+    """A BraTS volume as a predictor sees it."""
+    import jax
+
+    from xdim_jax import infer
+    from xdim_jax.data.prepare import Prepared
+
+    size = VOLUME
+    raw = np.random.default_rng(0).normal(size=(*size, 4)).astype(np.float32)
+    box = tuple(slice(0, n) for n in size)
+    prepared = Prepared(raw, None, (0.0,) * 4, (1.0,) * 4, False, box, size, (1.0,) * 3)  # pyright: ignore
+    segmenter = infer.make_segmenter(config, program.forward, program.output)
+    weights = (params, stats)
+    begin = time.perf_counter()
+    segmenter.device_bytes(weights, [(size, size)], 4)
+    facts["compile_s"] = time.perf_counter() - begin
+    del jax
+    return lambda: segmenter(weights, prepared) and None if False else _drop(segmenter(weights, prepared)), facts
+
+
+def _drop(_: Any) -> None:
+    return None
+
+
+def _dataset(config: Any) -> Any:
+    from xdim_jax.data.datasets import get_dataset
+
+    return get_dataset(config.data.to_dict())
+
+
+VOLUME = (155, 240, 240)
+
+
+# -- PyTorch ------------------------------------------------------------------------------------------------------
+
+
+def make_torch(case: Case, phase: str, options: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
+    """The twin. ``torch``: contiguous; ``torch-cl``: channels last; ``-compile``: through ``torch.compile``."""
+    import torch
+    import torch.nn.functional as F
+
+    from tests import twins
+
+    torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    if case.recipe == "brats_dsnet":
+        net = twins.DS("b0", 4, 3)
+    elif case.recipe == "brats_dxnet":
+        net = twins.dxnet("b0", 4, 3)
+    else:
+        net = twins.omnianet("b4" if case.recipe.startswith("chaos") else "b0", 1, case.out)
+    image, label = make_data(case)
+    x = torch.from_numpy(np.moveaxis(image, -1, 1).copy()).to(device)
+    last = "-cl" in options.side
+    layout = (torch.channels_last if x.ndim == 4 else torch.channels_last_3d) if last else torch.contiguous_format
+    net = net.to(device)
+    for module in net.modules():  # a network of 2D and 3D parts has a layout for each
+        for parameter in module.parameters(recurse=False):
+            if last and parameter.ndim in (4, 5):
+                form = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
+                parameter.data = parameter.data.contiguous(memory_format=form)
+    x = x.contiguous(memory_format=layout)
+    y = torch.from_numpy(label.astype(np.int64)).to(device)
+    if not case.softmax:  # WT, TC, ET of the tissues NCR, ED, ET
+        y = torch.stack([y > 0, (y == 1) | (y == 3), y == 3], 1).float()
+    forward = torch.compile(net) if "compile" in options.side else net
+    facts: dict[str, Any] = {"versions": {"torch": torch.__version__}, "device": _device_name(torch, device)}
+    half = options.precision == "bfloat16"
+
+    def cast() -> Any:
+        return torch.autocast(device, torch.bfloat16, enabled=half)
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    if phase != "train":
+        net.eval()
+
+        def infer(x: Any = x) -> Any:
+            with torch.inference_mode(), cast():
+                return forward(x)
+
+        if phase == "predict":
+            return _torch_predict(torch, infer, device), facts
+
+        def once() -> None:
+            infer()
+            wait()
+
+        return once, facts
+    net.train()
+    optimiser = torch.optim.NAdam(net.parameters(), lr=1e-3, betas=(0.95, 0.99))
+    slow = [p.detach().clone() for p in net.parameters()]
+    count = [0]
+
+    def loss_of(logits: Any) -> Any:
+        logits = logits.float()
+        axes = tuple(range(2, logits.ndim))
+        if case.softmax:
+            probabilities, entropy = logits.softmax(1), F.cross_entropy(logits, y)
+            target = F.one_hot(y, case.out).movedim(-1, 1).float()
+        else:
+            probabilities, target = logits.sigmoid(), y
+            entropy = F.binary_cross_entropy_with_logits(logits, y)
+        overlap = (probabilities * target).sum(axes)
+        dice = 2 * overlap / (probabilities.sum(axes) + target.sum(axes) + 1e-5)
+        return 1 - dice.mean() + entropy
+
+    def step() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        with cast():
+            logits = forward(x)
+        loss = loss_of(logits)
+        loss.backward()
+        optimiser.step()
+        count[0] += 1
+        if count[0] % 6 == 0:  # LookAhead
+            with torch.no_grad():
+                fast = list(net.parameters())
+                torch._foreach_lerp_(slow, [p.detach() for p in fast], 0.5)
+                torch._foreach_copy_([p.detach() for p in fast], slow)
+        loss.item()
+        wait()
+
+    return step, facts
+
+
+def _device_name(torch: Any, device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def _torch_predict(torch: Any, infer: Callable[[Any], Any], device: str) -> Callable[[], None]:
+    """Windows of 128^3 that overlap by half, with Gaussian weights, blended in one array; as is usual in PyTorch."""
+    from xdim_jax.infer import gaussian_weights, window_starts
+
+    volume = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 4, *VOLUME)).astype(np.float32))
+    gauss = torch.from_numpy(gaussian_weights((128,) * 3)).to(device)
+    starts = [window_starts(n, 128, 0.5) for n in VOLUME]
+
+    def run() -> None:
+        total = torch.zeros(3, *VOLUME, device=device)
+        norm = torch.zeros(VOLUME, device=device)
+        for z in starts[0]:
+            for y in starts[1]:
+                for x in starts[2]:
+                    part = (slice(z, z + 128), slice(y, y + 128), slice(x, x + 128))
+                    p = infer(volume[(slice(None), slice(None), *part)].to(device))[0].float().sigmoid()
+                    total[(slice(None), *part)] += p * gauss
+                    norm[part] += gauss
+        found = (total / norm > 0.5).cpu()
+        del found
+
+    return run
+
+
+# -- the protocol -------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser()
+    for name in ("side", "case", "phase"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--remat", default="")
+    parser.add_argument("--xla", default="{}", help="compiler options of ours, JSON")
+    parser.add_argument("--hlo", default="", help="file for the compiled program")
+    options = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):  # XLA has a thread for each core that it may use
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    make = make_torch if options.side.startswith("torch") else make_ours
+    run, facts = make(find_case(options.case), options.phase, options)
+    begin = time.perf_counter()
+    run()
+    facts["first_s"] = time.perf_counter() - begin
+    if options.phase != "predict":
+        run()
+    print(json.dumps(facts), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "quit":
+            break
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        print(json.dumps({"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}), flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"peak": peak * (1 if sys.platform == "darwin" else 1024)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
