@@ -1,5 +1,6 @@
 """What is said before a prediction about memory holds: measured by the allocations of Python and numpy."""
 
+import gzip
 import math
 import tracemalloc
 from pathlib import Path
@@ -28,6 +29,8 @@ def nifti(folder: Path, dtype, slope=1.0, channels=1, name="a.nii.gz"):
     rng = np.random.default_rng(0)
     values = rng.integers(0, 100, (*SHAPE, channels) if channels > 1 else SHAPE).astype(dtype)
     values[:20] = 0
+    if dtype == np.int16:
+        values[0, 0, 0] = -(2**15)  # what scanners pad with
     image = nib.Nifti1Image(values, np.diag([1.0, 1.0, 2.0, 1.0]))
     image.header.set_slope_inter(slope, 0)
     nib.save(image, folder / name)
@@ -57,6 +60,7 @@ SOURCES = {
     "DICOM": lambda f: [series(f)],
 }
 SETTINGS = {
+    "finer and coarser": Preparation(spacing=(0.4, 3, 3), normalise="zscore_nonzero"),
     "as stored": Preparation(),
     "cropped": Preparation(crop="nonzero", normalise="zscore_nonzero"),
     "coarser": Preparation(spacing=(4, 2, 2)),
@@ -167,3 +171,37 @@ def test_values_beyond_float32_are_named_as_infinite(tmp_path):
     nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii.gz")
     with pytest.raises(DataError, match="holds 1 NaN or infinite"):
         read_case(Case("a", "a", (tmp_path / "a.nii.gz",), ("CT",), None, LABELS))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": [3, 30000, 30000, 30000, 1, 1, 1, 1]}, "says 30000 x 30000 x 30000 voxels, but has"),
+        ({"dim": [1, 5, 1, 1, 1, 1, 1, 1]}, "has shape 5"),
+        ({"dim": [3, 5, 0, 7, 1, 1, 1, 1]}, "has shape 5 x 0 x 7"),
+        ({"dim": [3, 5, -6, 7, 1, 1, 1, 1]}, r"has shape 5 x -6 x 7|negative dimensions"),
+    ],
+)
+def test_sizes_that_cannot_be(change, message, tmp_path):
+    path = made(tmp_path, "plain")
+    image = nib.load(path)
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    header = nib.Nifti1Header(bytes(raw[:348]), check=False)
+    for field, value in change.items():
+        header[field] = value
+    raw[:348] = header.binaryblock
+    path.write_bytes(gzip.compress(bytes(raw)))
+    assert image.shape == (5, 6, 7)
+    for read in (read_grid, read_image):
+        with pytest.raises(DataError, match=message):
+            read(path)
+
+
+def test_values_beyond_float32_are_named_in_one_of_several_files(tmp_path):
+    for k in range(2):
+        values = np.ones((4, 5, 6))
+        values[1, 2, 3] = 1e300 * k
+        sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / f"{k}.mha"))
+    case = Case("a", "a", tuple(tmp_path / f"{k}.mha" for k in range(2)), ("T1", "T2"), None, LABELS)
+    with pytest.raises(DataError, match=r"1.mha holds 1 NaN or infinite"):
+        read_case(case)

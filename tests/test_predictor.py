@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pydicom
@@ -266,8 +267,15 @@ def test_paths_from_python(flat, predictor, found, image, tmp_path):
     assert [c.case_id for c in cases] == ["a", "b"] and not problems
     with pytest.raises(UserError, match=r"holds 2 cases \(a, b\)"):
         by_slice.predict(tmp_path / "two")
-    with pytest.raises(UserError, match=r"no such file|is not a folder"):
+    with pytest.raises(UserError, match="absent: no such file or folder"):
         by_slice.predict(tmp_path / "absent")
+    with pytest.raises(UserError, match="files have their own"):
+        by_slice.predict(tmp_path / "series", spacing=(9, 9, 9))
+    for nothing in ([], None, "abc"[:0]):
+        with pytest.raises(UserError, match=r"image|no such file|holds"):
+            by_slice.predict(nothing)
+    of_device = by_slice.predict(jnp.asarray(volume, jnp.float32), "zyx", (2.0, 0.7, 0.7))
+    np.testing.assert_array_equal(of_device.label, expected)
 
 
 def test_one_axis_and_one_region_for_several(workdir, image):
@@ -307,6 +315,18 @@ def test_weights_that_a_run_replaces_meanwhile_are_read_again(workdir, tmp_path,
     monkeypatch.setattr(checkpoint, "_read", replaced)
     assert xdim_jax.Predictor(run).sources == [f"{run}, best validation, step 7"]
 
+    def half_gone(folder, weights):
+        """Files go before folders do."""
+        if folder.parent.name == "7":
+            shutil.copytree(folder.parent, run / "best" / "9")
+            for file in folder.rglob("*"):
+                if file.is_file():
+                    file.unlink()
+        return read(folder, weights)
+
+    monkeypatch.setattr(checkpoint, "_read", half_gone)
+    assert xdim_jax.Predictor(run).sources == [f"{run}, best validation, step 9"]
+
     def damaged(folder, weights):
         raise OSError("bad sector")
 
@@ -326,3 +346,30 @@ def test_what_a_killed_run_left_half_written_is_removed(flat, tmp_path):
         path.write_bytes(b"half")
     assert predict.main([f"--workdir={flat}", f"--input={tmp_path / 'a.nii.gz'}", f"--output={out}"]) == 0
     assert not any(path.exists() for path in left) and other.exists()
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_probabilities_of_files_of_either_byte_order(order, flat, tmp_path):
+    volume = np.random.default_rng(1).integers(0, 100, (36, 40, 3)).astype(f"{order}i2")
+    image = nib.Nifti1Image(volume, np.eye(4), nib.Nifti1Header(endianness=order))
+    nib.save(image, tmp_path / "a.nii.gz")
+    assert nib.load(tmp_path / "a.nii.gz").header.endianness == order
+    out = tmp_path / "out"
+    assert (
+        predict.main([f"--workdir={flat}", f"--input={tmp_path / 'a.nii.gz'}", f"--output={out}", "--probabilities"])
+        == 0
+    )
+    found = nib.load(out / "probabilities" / "a.nii").get_fdata()
+    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
+
+
+def test_a_bad_case_does_not_keep_the_memory_from_being_said(flat, tmp_path, monkeypatch, capsys):
+    ready = xdim_jax.Predictor(flat)
+
+    def full(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: no room")
+
+    monkeypatch.setattr(ready.segmenter, "device_bytes", full)
+    nib.save(nib.Nifti1Image(np.zeros((36, 40, 3), np.int16), np.eye(4)), tmp_path / "a.nii.gz")
+    assert predict.predict_cases(ready, ready.find_cases(tmp_path / "a.nii.gz")[0], tmp_path / "out") == []
+    assert "what prediction will take cannot be told: RuntimeError" in capsys.readouterr().out

@@ -837,3 +837,16 @@ def test_compare_interval_draws_patients():
     second = [Scored(f"c{i}", f"p{i // 5}", {}, {"WT": {"dice": float(i >= 5)}}, {}) for i in range(10)]
     (found,) = compare.compare(first, second)
     assert (found.low, found.high, found.mean) == (0, 1, 0.5)
+
+
+def test_a_mask_that_fills_the_image_has_the_distances_of_a_map(monkeypatch):
+    """Faces of a box lie about equally near to many voxels: there a map is made, and gives the same."""
+    place = np.meshgrid(*(np.arange(n) - n / 2 for n in (40, 50, 60)), indexing="ij", sparse=True)
+    ball, full = sum(p**2 for p in place) < 100, np.ones((40, 50, 60), bool)
+    grid = masks.Geometry(full.shape, (0.7, 1.1, 2.3))
+    found = []
+    for seconds in (0.0, 1e9):  # always a map, never one
+        monkeypatch.setattr(masks, "_MAP_SECONDS", seconds)
+        found.append(masks.surface_distances(full, ball, grid))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -213,7 +213,8 @@ def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]
         try:
             return *_read(folder, {"params": params, "stats": stats}), source
         except (ValueError, KeyError, OSError) as error:
-            if not folder.exists():  # a run that goes on put newer weights in its place
+            now = _newest(workdir / BEST_FOLDER) or _newest(workdir / LATEST_FOLDER)
+            if now != folder.parent:  # a run that goes on put newer weights in its place
                 continue
             raise UserError(
                 f"{folder} does not fit the network of {workdir}/{CONFIG_FILE}, or is damaged: {_first_line(error)}"

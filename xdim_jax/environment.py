@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from xdim_jax.errors import UserError
 from xdim_jax.files import read_json, write_json
 
 FILE = "environment.json"  # in the workdir of a run: one entry for every start
@@ -51,5 +52,9 @@ def record_start(workdir: Path, step: int) -> None:
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:
-    """The entries of a run's file; none for a run without one."""
-    return read_json(workdir / FILE) if (workdir / FILE).is_file() else []
+    """The entries of a run's file; none for a run without one, or with one that is damaged."""
+    try:
+        entries = read_json(workdir / FILE)
+    except (OSError, UserError):
+        return []
+    return [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []

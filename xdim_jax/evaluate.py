@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 from xdim_jax import cli, log
 from xdim_jax.errors import UserError, join_problems, shorten
-from xdim_jax.files import read_json, write_json, write_text
+from xdim_jax.files import find_members, read_json, write_json, write_text
 from xdim_jax.scoring import challenges, results, tables
 from xdim_jax.scoring.masks import METRICS
 from xdim_jax.scoring.results import number
@@ -114,7 +114,6 @@ def _validation(options: Any) -> set[str]:
     if options.pred or options.ref:
         raise UserError("--workdir stands for --pred and --ref: give one or the other")
     from xdim_jax import predict  # with JAX, which scoring does without
-    from xdim_jax.predictor import find_members
 
     config = cli.read_config(find_members([options.workdir])[0])
     data = config.data.to_dict()

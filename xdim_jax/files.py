@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,15 @@ def _remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):  # below a file there is nothing to remove
             path.unlink(missing_ok=True)
+
+
+def find_members(workdirs: Sequence[Path]) -> list[Path]:
+    """Workdirs of runs; that of a cross-validation stands for its folds."""
+    found: list[Path] = []
+    for workdir in workdirs:
+        folds = sorted(workdir.glob(f"fold*/{CONFIG_FILE}"))
+        found += [workdir] if (workdir / CONFIG_FILE).is_file() or not folds else [f.parent for f in folds]
+    return list({folder.resolve(): folder for folder in found}.values())
 
 
 def write_text(path: Path, text: str) -> None:

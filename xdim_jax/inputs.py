@@ -33,6 +33,8 @@ def find_cases(
             return [brats.case_from_files(paths, brats.get_convention(convention))], {}
         return [case_from_files(paths, dataset, modality)], {}
     folder = paths[0]
+    if not folder.exists():
+        raise UserError(f"{folder}: no such file or folder; expected an image, a folder of DICOM slices, or of cases")
     if slices := files_in_order(folder, ".dcm"):
         return [case_from_files([slices], dataset, modality)], {}
     if folder.is_dir() and len(dataset.channels) == 1 and (loose := _loose_images(dataset, folder)):

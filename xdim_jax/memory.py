@@ -21,7 +21,11 @@ def say_needs(predictor: Predictor, cases: Sequence[Case]) -> int:
 
     On a CPU the process has the device's part too.
     """
-    host, device = needs(predictor, cases)
+    try:
+        host, device = needs(predictor, cases)
+    except Exception as error:  # a device without room for the program: told of the case that asks for it
+        log.warn(f"what prediction will take cannot be told: {type(error).__name__}")
+        return 0
     if not device:
         return 0
     shared = jax.default_backend() == "cpu"
@@ -37,7 +41,7 @@ def needs(predictor: Predictor, cases: Sequence[Case]) -> tuple[int, int]:
 
     While a case is predicted the next one is read, and the labels of the last are written.
     """
-    reading = kept = voxels = 0
+    reading = kept = voxels = beside = 0
     volumes = []
     for case in cases:
         try:
@@ -48,11 +52,14 @@ def needs(predictor: Predictor, cases: Sequence[Case]) -> tuple[int, int]:
         source = grid.in_memory[0][::-1]
         peak, stays = needed_bytes(stored, len(case.channels), grid, predictor.preparation)
         reading, kept, voxels = max(reading, peak), max(kept, stays), max(voxels, math.prod(source))
+        if predictor.segmenter.want and grid.turn[-1, 0] != 2:  # rows of such a file lie on all of its pages
+            beside = max(beside, 4 * math.prod(source) * (predictor.segmenter.channels - 1))
         volumes.append((target_shape(source, grid.spacing, predictor.preparation), source))
     if not volumes:
         return 0, 0
     device = predictor.segmenter.device_bytes(predictor.weights, volumes, len(predictor.dataset.channels))
-    labels = (11 if predictor.settings.largest else 4) * voxels  # the map, and masks that post-processing makes of it
+    # the map, and masks that post-processing makes of it; and what is written beside it
+    labels = (11 if predictor.settings.largest else 4) * voxels + beside
     if len(volumes) == 1:
         return max(reading, kept + labels), device
     return reading + kept + labels + 4 * voxels, device

@@ -38,8 +38,8 @@ from xdim_jax.data.nifti import read_note, write_volume
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.data.stream import stream_volume
 from xdim_jax.errors import UserError, shorten
-from xdim_jax.files import SPLIT_FILE, partial_files, read_json, write_json
-from xdim_jax.predictor import PRESETS, Predictor, Settings, find_members
+from xdim_jax.files import SPLIT_FILE, find_members, partial_files, read_json, write_json
+from xdim_jax.predictor import PRESETS, Predictor, Settings
 from xdim_jax.program import PRECISIONS
 from xdim_jax.scoring import results
 from xdim_jax.scoring.rules import BESIDE
@@ -162,25 +162,28 @@ def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
             else f"have their data in several places: {shorten(sorted(roots))}"
         )
         raise UserError(f"the folds of {workdir} {what}; give the workdir of one")
-    for member, split in splits.items():
-        _predict_fold(member, split, output)
+    configured = cli.read_config(members[0]).data.get("folds", 0)
+    if len(members) > 1 and len(members) < configured:
+        log.warn(f"{workdir} has {len(members)} of {configured} folds: cases of the others are not scored")
     root = Path(*roots)
+    work = [(predictor := Predictor(member), _cases_of(predictor, root, split)) for member, split in splits.items()]
+    for predictor, cases in work:
+        log.say(f"weights    {predictor.sources[0]}")
+        todo = claim_output(output, predictor, cases, cases, replace=True)
+        if failures := predict_cases(predictor, todo, output):
+            raise UserError(f"{len(failures)} of {len(cases)} cases cannot be predicted: {shorten(failures)}")
     labels = root / "labelsTr"  # of nnU-Net's layout, whose images are beside them
     return labels if labels.is_dir() else root, {name.removesuffix("_in") for name in names}
 
 
-def _predict_fold(workdir: Path, split: Mapping[str, Any], output: Path) -> None:
-    predictor, root = Predictor(workdir), Path(split["root"])
+def _cases_of(predictor: Predictor, root: Path, split: Mapping[str, Any]) -> list[Case]:
+    """The validation cases of a split."""
     found = {c.case_id: c for c in scan_cases(predictor.dataset, root, need_labels=True).cases}
     if absent := [name for name in split["validation"] if name not in found]:
         raise UserError(
             f"{root} lacks {len(absent)} of the run's {len(split['validation'])} validation cases: {shorten(absent)}"
         )
-    cases = [found[name] for name in split["validation"]]
-    log.say(f"weights    {predictor.sources[0]}")
-    todo = claim_output(output, predictor, cases, cases, replace=True)
-    if failures := predict_cases(predictor, todo, output):
-        raise UserError(f"{len(failures)} of {len(cases)} cases cannot be predicted: {shorten(failures)}")
+    return [found[name] for name in split["validation"]]
 
 
 def _shard(cases: list[Case], text: str) -> list[Case]:
@@ -234,7 +237,7 @@ def claim_output(
     todo = [case for case in mine if overwrite or notes[case.case_id] != {note_of(predictor, case)}]
     path = output / results.PREDICT_FILE
     known = read_json(path) if path.is_file() else {}
-    images = dict(known.get("images", {})) if isinstance(known, dict) else {}
+    images, made_by = (dict(known.get(k, {})) if isinstance(known, dict) else {} for k in ("images", "made_by"))
     record = {
         "workdirs": [str(w.absolute()) for w in predictor.workdirs],
         "weights": predictor.sources,
@@ -243,6 +246,7 @@ def claim_output(
         "predict": predictor.config.predict.to_dict(),
         "settings": dataclasses.asdict(predictor.settings),
         "environment": environment.describe(),
+        "made_by": made_by | {c.case_id: predictor.sources for c in every},
         "images": images | {c.case_id: [str(where(s).absolute()) for s in c.images] for c in every},
     }
     write_json(path, record)

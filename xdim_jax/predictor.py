@@ -18,7 +18,7 @@ from xdim_jax.data.grid import Grid
 from xdim_jax.data.nifti import SUFFIXES, write_volume
 from xdim_jax.data.prepare import Preparation, Prepared, prepare
 from xdim_jax.errors import UserError, shorten
-from xdim_jax.files import CONFIG_FILE, DATA_FILE, read_json
+from xdim_jax.files import DATA_FILE, find_members, read_json
 from xdim_jax.output import make_output
 from xdim_jax.program import PRECISIONS
 from xdim_jax.scoring.rules import BESIDE
@@ -95,19 +95,6 @@ class Segmentation:
         if not str(path).endswith(SUFFIXES):
             raise UserError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
         write_volume(Path(path), self.label, self.grid)
-
-
-def find_members(workdirs: Sequence[Path]) -> list[Path]:
-    """Workdirs of runs; that of a cross-validation stands for its folds.
-
-    Raises:
-        UserError: a folder is neither.
-    """
-    found: list[Path] = []
-    for workdir in workdirs:
-        folds = sorted(workdir.glob(f"fold*/{CONFIG_FILE}"))
-        found += [workdir] if (workdir / CONFIG_FILE).is_file() or not folds else [f.parent for f in folds]
-    return list({folder.resolve(): folder for folder in found}.values())
 
 
 class Predictor:
@@ -222,7 +209,7 @@ class Predictor:
 
     def predict(
         self,
-        image: np.ndarray | str | Path | Sequence[str | Path],
+        image: Any,
         axes: str = "zyxc",
         spacing: Sequence[float] | None = None,
         *,
@@ -244,8 +231,14 @@ class Predictor:
         Raises:
             UserError: axes, spacing or channels that do not fit; files that cannot be read, or several cases.
         """
-        if not isinstance(image, np.ndarray):
+        several = isinstance(image, list | tuple) and image and all(isinstance(p, str | Path) for p in image)
+        if isinstance(image, str | Path) or several:
+            if axes != "zyxc" or spacing is not None or affine is not None:
+                raise UserError(f"{image}: axes, spacing and affine are of arrays; files have their own")
             return self.predict_case(self._only_case(image, modality))
+        image = np.asarray(image)
+        if image.dtype.kind not in "biuf":
+            raise UserError(f"image holds {image.dtype}: expected an array of real numbers, or paths of images")
         spatial = [a for a in axes if a != "c"]
         if len(set(axes)) != len(axes) or not {"y", "x"} <= set(axes) <= set("zyxc"):
             raise UserError(f"axes={axes!r}: expected y and x, and z and c where there are such axes, each once")

@@ -17,7 +17,7 @@ from xdim_jax import cli, environment, figures, log
 from xdim_jax.data.image import Source, read_image, source_at
 from xdim_jax.errors import UserError
 from xdim_jax.figures import View
-from xdim_jax.files import DATA_FILE, read_json, write_json, write_text
+from xdim_jax.files import DATA_FILE, find_members, read_json, write_json, write_text
 from xdim_jax.scoring import challenges, results, tables
 from xdim_jax.scoring.results import number
 from xdim_jax.scoring.rules import Job, Rules, Scored, coding_of, column
@@ -42,16 +42,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--eval", required=True, type=Path, help="folder that xdim_jax.evaluate wrote")
     parser.add_argument("--out", required=True, type=Path, help="the HTML file to write")
     options = parser.parse_args(argv)
-    config = cli.read_config(options.workdir).to_dict() if options.workdir else None
-    records = log.read_records(options.workdir) if options.workdir else []
-    channels = read_json(options.workdir / DATA_FILE)["channels"] if options.workdir else []
+    members = find_members([options.workdir]) if options.workdir else []
+    config = cli.read_config(members[0]).to_dict() if members else None
+    records = log.read_records(members[0]) if len(members) == 1 else []
+    channels = read_json(members[0] / DATA_FILE)["channels"] if members else []
     summary = read_json(options.eval / results.SUMMARY_FILE)
     compared = results.read_record(options.eval)
     if not isinstance(summary, dict) or {"rules", "structures", "groups", "empty", "unreadable"} - summary.keys():
         raise UserError(
             f"{options.eval / results.SUMMARY_FILE} is no summary; write it with python -m xdim_jax.evaluate"
         )
-    environments = _environments(options.workdir, Path(compared["pred"]))
+    environments = _environments(members[0] if members else None, Path(compared["pred"]))
     patients = {case: v["patient"] for case, v in compared["cases"].items()}
     scored = results.read_cases(options.eval / results.CASES_FILE, patients)
     write_text(options.out, render(config, records, channels, summary, scored, compared, environments))
@@ -105,6 +106,8 @@ def render(
         legend |= {figures.SHOWN.get(name, name): colour for name, colour in colours.items()}
     if not config:
         left_out.append("No --workdir was given: no curves and no config.")
+    elif not records:
+        left_out.append("No curves: there is no training record, or one for each fold; report a fold by itself.")
     volumes = [values for c in scored for structure, values in c.values.items() if structure == "LV volume"]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("xdim_jax", "."), autoescape=True, undefined=jinja2.StrictUndefined
@@ -195,7 +198,12 @@ def _environments(workdir: Path | None, pred: Path) -> dict[str, Mapping[str, An
     if workdir and (starts := environment.read_starts(workdir)):
         several = f", last of {len(starts)} starts" if len(starts) > 1 else ""
         found[f"training{several}"] = starts[-1]
-    if (record := pred / results.PREDICT_FILE).is_file() and (entry := read_json(record).get("environment")):
+    record = pred / results.PREDICT_FILE
+    try:
+        entry = read_json(record).get("environment") if record.is_file() else None
+    except (UserError, AttributeError):
+        entry = None  # told where its images are looked for
+    if isinstance(entry, dict):
         found["prediction"] = entry
     return found
 

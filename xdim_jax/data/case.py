@@ -236,7 +236,9 @@ def load_case(case: Case) -> tuple[Volume | None, list[Problem]]:
                 image = np.empty((*array.shape[:3], len(case.channels)), np.float32) if image is None else image
                 whole = whole and image.shape[:3] == array.shape[:3]
                 if image.shape[:3] == array.shape[:3]:
-                    image[..., k * per_file : (k + 1) * per_file] = array
+                    place = image[..., k * per_file : (k + 1) * per_file]
+                    place[:] = array
+                    array = place
         if count := sum(plane.size - np.count_nonzero(np.isfinite(plane)) for plane in array):
             found, expected = f"holds {count} NaN or infinite voxels", "finite intensities"
             problems.append(Problem("not_finite", path, found, expected, "repair the file", case.case_id))

@@ -172,13 +172,14 @@ def load(files: Sequence[Path], axes: Axes) -> tuple[np.ndarray, Grid]:
     if problems:
         raise data_error(problems, "damaged slices")
     grid = series_grid(headers, axes)
-    array = np.empty((len(planes), *planes[0].shape), np.result_type(*planes))
-    for k in range(len(planes)):
-        array[k], planes[k] = planes[k], planes[k][:0]
+    real = any(plane.dtype.kind == "f" for plane in planes)
+    array = np.empty((len(planes), *planes[0].shape), np.float32 if real else np.int32)
+    for k in range(len(array)):
+        array[k] = planes.pop(0)  # a plane is freed as soon as it is copied
     return array.transpose(2, 1, 0), grid
 
 
-VOXEL_TYPE = np.dtype(np.float32), 4  # as `load` returns them, or int32; and bytes per voxel that it takes
+VOXEL_TYPE = np.dtype(np.int32), 4  # as `load` returns them, or float32; and bytes per voxel that it takes
 
 
 def _rescaled(path: Path, data: Any) -> np.ndarray:

@@ -78,8 +78,12 @@ def make_grid(path: Path, shape: tuple[int, ...], affine: np.ndarray, *, header:
     """A grid of a file with two or more axes.
 
     Raises:
-        DataError: a voxel size of zero, or an affine that is not finite or without volume.
+        DataError: an empty or missing axis, a voxel size of zero, or an affine that is not finite or without volume.
     """
+    if len(shape) < 2 or min(shape) < 1:
+        found = f"has {'no axes' if not shape else 'shape ' + ' x '.join(map(str, shape))}"
+        problem = Problem("shape", path, found, "two to four axes of at least one voxel", "fetch the file again")
+        raise data_error([problem], "")
     flat = len(shape) == 2
     affine = np.asarray(affine, np.float64)
     usable = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-12

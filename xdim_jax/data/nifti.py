@@ -1,6 +1,7 @@
 """NIfTI in and out."""
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from xdim_jax.files import atomic_path
 
 SUFFIXES = (".nii.gz", ".nii")
 _DESCRIPTION = slice(148, 228)  # bytes of a NIfTI-1 header
+_DENSEST = 1032  # bytes that gzip can put into one
 _CHUNK = 2**17  # voxels that are scaled, and bytes that are skipped, at once
 
 
@@ -70,6 +72,10 @@ def _read_header(path: Path, file: Any) -> Any:
         raise data_error([Problem("no_geometry", path, found, "voxel sizes above zero", step)], "")
     file.seek(0)
     header = (nib.Nifti2Header if second else nib.Nifti1Header).from_fileobj(file)
+    size, stored = path.stat().st_size, math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+    if stored > _DENSEST * size:
+        found = f"says {' x '.join(map(str, header.get_data_shape()))} voxels, but has {size} bytes"
+        raise data_error([Problem("unreadable", path, found, "as many voxels as it says", "fetch the file again")], "")
     file.seek(header.get_data_offset())
     return header
 

@@ -269,7 +269,7 @@ def _clipped(image: np.ndarray, bounds: np.ndarray | None, dtype: Any) -> np.nda
     out = np.empty(image.shape, dtype)
     for plane, into in zip(image, out, strict=True):
         values = plane if bounds is None else np.clip(plane, *bounds)
-        if dtype == np.int16 and values.size and not -(2**15) < values.min() <= values.max() < 2**15:
+        if dtype == np.int16 and values.size and not -(2**15) <= values.min() <= values.max() < 2**15:
             return None
         into[:] = values
         if not (into == values).all():
@@ -297,7 +297,8 @@ def resample(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def nearest(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Nearest-neighbour resampling of an array to ``shape`` (D, H, W), at the voxels' centres."""
-    for axis, (n, m) in enumerate(zip(label.shape[:3], shape, strict=True)):
+    sizes = sorted(zip(label.shape[:3], shape, range(3), strict=True), key=lambda s: s[1] / s[0])
+    for n, m, axis in sizes:  # what becomes smaller first, so that nothing between is larger than both ends
         if n != m:
             label = np.take(label, [(2 * i + 1) * n // (2 * m) for i in range(m)], axis)
     return np.ascontiguousarray(label)

@@ -46,7 +46,8 @@ def stream_volume(path: Path, grid: Grid, channels: int = 0, note: str = "") -> 
             _reserve(file.fileno(), _OFFSET + 4 * math.prod(shape))
         with open(temporary, "r+b") as file:
             pages = mmap.mmap(file.fileno(), 0)
-        voxels = grid.to_memory(np.ndarray(shape, np.float32, pages, _OFFSET, order="F"))
+        stored = np.dtype(np.float32).newbyteorder(header.endianness)
+        voxels = grid.to_memory(np.ndarray(shape, stored, pages, _OFFSET, order="F"))
 
         def write(index: tuple[slice, ...], values: np.ndarray) -> None:
             voxels[index] = values

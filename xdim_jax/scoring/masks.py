@@ -7,14 +7,17 @@ without its erosion by the cross (4 neighbours in 2D, 6 in 3D); all surfaces but
 import dataclasses
 import functools
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import binary_erosion, generate_binary_structure
+from scipy.ndimage import binary_erosion, distance_transform_edt, generate_binary_structure
 from scipy.spatial import KDTree
 
+_TRIED = 50  # queries of a tree, for their time
+_MAP_SECONDS = 2e-7  # for each voxel of a distance map
 _SKEW = 1e-3  # largest cosine between two axes that count as perpendicular
 
 
@@ -80,17 +83,30 @@ def surface_distances(
     surface_p, surface_g = surface(pred[box], border=border), surface(ref[box], border=border)
     if not surface_p.any() or not surface_g.any():
         return np.zeros(0), np.zeros(0)
-    p, g = np.argwhere(surface_p), np.argwhere(surface_g)
-    return _to_nearest(p, g, geometry), _to_nearest(g, p, geometry)
+    return _to_nearest(surface_p, surface_g, geometry), _to_nearest(surface_g, surface_p, geometry)
 
 
-def _to_nearest(points: np.ndarray, others: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Distances from every voxel of a list to the nearest of another; of whole steps, so that voxels that lie equally
-    far apart have equal distances. A tree of surface voxels beats a distance map of the box 1.3 to 16 times."""
+def _to_nearest(surface: np.ndarray, other: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Distances from every voxel of a surface to the nearest of another; of whole steps, so that voxels that lie
+    equally far apart have equal distances.
+
+    A tree of surface voxels is mostly much faster than a distance map of the box, but slower where many are about
+    equally near, as the faces of a mask that fills the image are: some voxels are tried first.
+    """
+    points, others = np.argwhere(surface), np.argwhere(other)
     step = geometry.axes if geometry.skewed and geometry.axes is not None else np.diag(geometry.spacing)
-    tree = KDTree(others @ step.T, balanced_tree=False, compact_nodes=False)
-    nearest = tree.query(points @ step.T)[1]
-    return np.linalg.norm((points - others[nearest]) @ step.T, axis=1)
+    tree, places = KDTree(others @ step.T, balanced_tree=False, compact_nodes=False), points @ step.T
+    begin = time.perf_counter()
+    tree.query(places[:: -(-len(points) // _TRIED)])
+    seconds = (time.perf_counter() - begin) * len(points) / _TRIED
+    if seconds < _MAP_SECONDS * surface.size or geometry.skewed:
+        nearest = others[tree.query(places)[1]]
+    else:
+        index: Any = distance_transform_edt(
+            ~other, sampling=geometry.spacing, return_distances=False, return_indices=True
+        )
+        nearest = index[:, surface].T
+    return np.linalg.norm((points - nearest) @ step.T, axis=1)
 
 
 def bounding_box(mask: np.ndarray, margin: int) -> tuple[slice, ...]:
