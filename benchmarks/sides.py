@@ -107,7 +107,9 @@ def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Call
             batch, key = {"image": image, "label": jnp.asarray(label)}, jax.random.key(0)
             run = jax.jit(program.step, donate_argnums=0).lower(state, batch, key)
         lowered = time.perf_counter()
-        run = run.compile(compiler_options=json.loads(options.xla))
+        run = run.compile(
+            compiler_options=(ops.compiler_options() if options.side == "ours" else {}) | json.loads(options.xla)
+        )
     memory = run.memory_analysis()
     facts |= {
         "lower_s": lowered - begin,

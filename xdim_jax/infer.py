@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xdim_jax import regions
+from xdim_jax import ops, regions
 from xdim_jax.data.prepare import Prepared, resample
 from xdim_jax.output import Output
 
@@ -205,7 +205,8 @@ class Segmenter:
                 values["uncertainty"] = found[..., channels]
             return values
 
-        self._look, self._sums = jax.jit(look), jax.jit(sums, donate_argnums=0)
+        self._look = jax.jit(look, compiler_options=ops.compiler_options())
+        self._sums = jax.jit(sums, donate_argnums=0)
         self._programs: dict[tuple[int, ...], Any] = {}
         self._add, self._finish = jax.jit(add, donate_argnums=0), jax.jit(finish)
         self._shift = jax.jit(_shift, donate_argnums=0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from xdim_jax import checkpoint, models
+from xdim_jax import checkpoint, models, ops
 from xdim_jax.cli import read_config
 from xdim_jax.errors import UserError
 from xdim_jax.files import CONFIG_FILE
@@ -39,8 +39,11 @@ class Model:
     def __init__(self, config: dict[str, Any], graphdef: Any, params: Any, stats: Any, source: str, *, encoder: bool):
         self.config, self.params, self.stats, self.source = config, params, stats, source
         self._graphdef, self._encoder = graphdef, encoder
-        self._logits = jax.jit(functools.partial(self._apply, "__call__"))
-        self._features = jax.jit(functools.partial(self._apply, "__call__" if encoder else "features"))
+        self._logits = jax.jit(functools.partial(self._apply, "__call__"), compiler_options=ops.compiler_options())
+        self._features = jax.jit(
+            functools.partial(self._apply, "__call__" if encoder else "features"),
+            compiler_options=ops.compiler_options(),
+        )
 
     def _apply(self, method: str, params: Any, stats: Any, image: jax.Array) -> Any:
         model = nnx.merge(self._graphdef, params, stats)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from xdim_jax import checkpoint, log, mesh, validation
+from xdim_jax import checkpoint, log, mesh, ops, validation
 from xdim_jax.data.pipeline import Activity
 from xdim_jax.errors import UserError
 from xdim_jax.log import Recorder, duration, say
@@ -229,7 +229,7 @@ def _compile(run: Run, state: TrainState, batch: dict[str, jax.Array]) -> Any:
 
     def compile_it() -> None:
         try:
-            outcome.append((lowered.compile(), None))
+            outcome.append((lowered.compile(compiler_options=ops.compiler_options()), None))
         except BaseException as error:
             outcome.append((None, error))
 

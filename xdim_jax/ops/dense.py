@@ -1,6 +1,7 @@
 """Dense convolution from stride-1 2D convolutions and matrix products."""
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax import lax
 
 from xdim_jax.ops.layout import Ints, Pairs, conv_reference, largest_divisor, split_axes
 
+_MANY = 3  # times as many channels out as in
 _SLAB_BYTES = 8 << 20  # columns of the weight gradient that stay in the last-level cache
 
 
@@ -65,18 +67,32 @@ def _space_to_depth(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pai
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense_unit(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
-    """Dense convolution of stride 1. 3D: one 2D convolution that gives all depth taps at once, then their sum."""
+    """Dense convolution of stride 1.
+
+    3D: one 2D convolution of all planes that gives the depth taps as channels, then the sum of these, each moved by
+    its tap; where that is much more than what comes in, planes are first put beside one another as channels.
+    """
     if x.ndim == 4:
         return conv_reference(x, kernel, (1, 1), padding)
     batch, depth, height, width, channels = x.shape
     taps, out = kernel.shape[0], kernel.shape[-1]
+    if taps == 1 or out >= _MANY * channels:
+        x, columns = _fold_depth(x, kernel, 1, padding[0])
+        y = conv_reference(x.reshape(-1, height, width, x.shape[-1]), columns, (1, 1), padding[1:])
+        return y.reshape(batch, -1, *y.shape[1:])
     planes = x.reshape(batch * depth, height, width, channels)
     columns = kernel.transpose(1, 2, 3, 0, 4).reshape(*kernel.shape[1:4], taps * out)
     y = conv_reference(planes, columns, (1, 1), padding[1:])
     y = y.reshape(batch, depth, *y.shape[1:3], taps, out)
-    y = jnp.pad(y, [(0, 0), padding[0]] + [(0, 0)] * 4)
-    depth_out = y.shape[1] - taps + 1
-    return sum((y[:, a : a + depth_out, :, :, a] for a in range(1, taps)), y[:, :depth_out, :, :, 0])
+    depth_out = depth + sum(padding[0]) - taps + 1
+    moved = [_moved(y[..., a, :], padding[0][0] - a, depth_out) for a in reversed(range(taps))]
+    return functools.reduce(operator.add, moved)
+
+
+def _moved(x: jax.Array, by: int, size: int) -> jax.Array:
+    """Planes moved along depth, cut to ``size`` and filled up with zeros: fused into the sum that takes them."""
+    pads = [(0, 0, 0), (by, size - by - x.shape[1], 0), *[(0, 0, 0)] * (x.ndim - 2)]
+    return lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
 def _dense_unit_fwd(x, kernel, padding):
