@@ -4,7 +4,7 @@
                                  [--threads=2] [--rounds=5] [--precision=float32] [--out=FOLDER]
 
 Each side is a process of its own (benchmarks/sides.py) and the processes take turns, so that a slow minute of the
-machine is everybody's. What counts is the median over rounds against the faster layout of PyTorch: with one thread the
+machine is everybody's; of a turn's two runs the second counts. What counts is the median over rounds against the faster layout of PyTorch: with one thread the
 processor time of the process, pinned to one core; with more the wall time, which says something on a quiet machine
 only (the load average is in the result). Sides: ``ours``; ``naive``, the same network on XLA's own operations;
 ``torch``; ``torch-cl``, channels last; ``torch-compile`` and ``torch-cl-compile``.
@@ -69,6 +69,7 @@ def compare(case: str, phase: str, options: argparse.Namespace) -> dict[str, Any
             times: dict[str, list[float]] = {name: [] for name in sides}
             for _ in range(options.rounds):
                 for name, side in sides.items():
+                    side.ask("run")  # brings memory that an idle process lost back, and does not count
                     times[name].append(side.ask("run")[metric])
             peaks = {name: side.ask("quit")["peak"] for name, side in sides.items()}
         finally:

@@ -149,6 +149,7 @@ def get_config() -> Any:
             "precision": "float32",  # of activations; bfloat16: weights, norms, losses stay float32
             "accumulate": 1,  # parts of a batch that are taken one after the other, where memory is short
             "remat": "",  # stages whose activations are computed again in the backward pass, e.g. "decoder5,encoder"
+            "ops": "auto",  # form of the operations: by platform; fast, reference: for debugging (xdim_jax/ops)
             "validate_after_score": 0.0,  # mean training Dice of an epoch over the regions, before validation begins
             "validate_every": 1,  # epochs, once validation has begun
             "patience": 0,  # validations without a better score before the run ends; 0: all epochs

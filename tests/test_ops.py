@@ -209,3 +209,44 @@ def test_forms_are_a_closed_set():
     with ops.use_form("reference"):
         assert ops.active_form() == "reference"
     assert ops.active_form() == "fast"  # these tests run on CPU
+
+
+def test_a_form_stays_with_its_function(rng):
+    """Traced inside another form, a function that was given one keeps it; auto takes that of its surroundings."""
+    x, w = jnp.asarray(rng.normal(size=(1, 4, 4, 4, 2))), jnp.asarray(rng.normal(size=(3, 3, 3, 1, 2)))
+
+    def depthwise(x, w):
+        return ops.conv(x, w, strides=(1, 1, 1), padding=((1, 1),) * 3, groups=2)
+
+    def native(form, around):
+        with ops.use_form(around):
+            text = jax.jit(ops.in_form(form, depthwise)).lower(x, w).as_text("hlo")
+        return "feature_group_count=2" in text
+
+    assert native("reference", "fast") and native("auto", "reference") and native("reference", "auto")
+    assert not native("fast", "reference") and not native("auto", "fast") and not native("auto", "auto")
+    with pytest.raises(ValueError, match="fastest"):
+        ops.in_form("fastest", depthwise)
+    assert ops.describe_forms().startswith("fast (cpu): ") and ops.describe_forms("reference").startswith(
+        "reference (f"
+    )
+
+
+def test_programs_with_our_compiler_options_compute_the_same(rng):
+    """On CPU there are some, and a compiler that does not know them is not asked twice."""
+    x, w = rng.normal(size=(1, 6, 8, 8, 4)), rng.normal(size=(3, 3, 3, 4, 8))
+    assert ops.compiler_options()
+
+    def conv(x, w):
+        return ops.conv(x, w, strides=(1, 1, 1), padding=((1, 1),) * 3).sum((1, 2, 3))
+
+    plain, ours = jax.jit(conv)(x, w), jax.jit(conv, compiler_options=ops.compiler_options())(x, w)
+    np.testing.assert_allclose(ours, plain, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("channels", "filters"), [(8, 2), (2, 8), (4, 4)])
+@pytest.mark.parametrize("padding", [((1, 1),) * 3, ((0, 0), (1, 1), (1, 1)), ((2, 0), (0, 2), (1, 1))])
+def test_depth_taps_as_outputs_and_as_inputs(channels, filters, padding, rng):
+    """More channels out than in, and fewer: the two ways of a dense 3D convolution, with every kind of padding."""
+    x, w = rng.normal(size=(2, 5, 6, 7, channels)), rng.normal(size=(3, 3, 3, channels, filters))
+    assert both_forms(lambda x, w: ops.conv(x, w, strides=(1, 1, 1), padding=padding), x, w) < 1e-12

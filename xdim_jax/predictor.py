@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xdim_jax import checkpoint, cli, infer, inputs, models, regions
+from xdim_jax import checkpoint, cli, infer, inputs, models, ops, regions
 from xdim_jax.data.case import Case, Dataset, Volume, encode_label, read_case, without_label
 from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.grid import Grid
@@ -140,9 +140,10 @@ class Predictor:
                 "--uncertainty is the variance over networks and mirror images: give several --workdir, --flips, or "
                 "--preset=best for a run that was trained on mirror images"
             )
+        precision = PRECISIONS[self.settings.precision or config.train.precision]
         self.segmenter = infer.make_segmenter(
             config,
-            make_forward(graphdef, PRECISIONS[self.settings.precision or config.train.precision]),
+            ops.in_form(config.train.get("ops", "auto"), make_forward(graphdef, precision)),
             self.output,
             batch=self.settings.batch or (1 if jax.default_backend() == "cpu" else 4),
             flips=infer.all_flips(self.flips),

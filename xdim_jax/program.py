@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from xdim_jax import models, optim
+from xdim_jax import models, ops, optim
 from xdim_jax.augment import make_augment
 from xdim_jax.data.case import Dataset
 from xdim_jax.errors import UserError
@@ -104,7 +104,7 @@ def make_program(
         ema=config.optim.ema,
         axis=axis,
     )
-    forward = make_forward(graphdef, dtype)
+    step, forward = (ops.in_form(config.train.ops, f) for f in (step, make_forward(graphdef, dtype)))
     return Program(graphdef, output, schedule, tx, step, forward, config), params, stats
 
 

@@ -78,6 +78,9 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+OPERATIONS = ("auto", "fast", "reference")  # forms that can be asked for, see xdim_jax/ops
+
+
 def check_config(config: Config, *, needs_data: bool = True) -> Dataset:
     """Finds what cannot work before anything is read or compiled, and fills in what the data decide.
 
@@ -120,6 +123,12 @@ def check_config(config: Config, *, needs_data: bool = True) -> Dataset:
     for key, known in (("inflate", inflate.RULES), ("channels", channel_rules), ("part", ("all", "encoder"))):
         if config.init[key] not in known:
             problems.append(f"config.init.{key}={config.init[key]!r}: known: {', '.join(known)}")
+    if config.train.ops not in OPERATIONS:
+        problems.append(f"config.train.ops={config.train.ops!r}: known: {', '.join(OPERATIONS)}")
+    elif config.train.ops != "auto" and config.mesh.space > 1:
+        problems.append(
+            f"config.train.ops={config.train.ops}: volumes spread by mesh.space={config.mesh.space} need auto"
+        )
     if problems:
         raise join_problems(problems, "values out of range")
     try:

@@ -8,7 +8,7 @@ from typing import NoReturn
 import jax
 import jax.numpy as jnp
 
-from xdim_jax import checkpoint, cli, crossval, environment, log, mesh, models
+from xdim_jax import checkpoint, cli, crossval, environment, log, mesh, models, ops
 from xdim_jax.cases import find_data
 from xdim_jax.data import pipeline
 from xdim_jax.data.case import Dataset
@@ -85,6 +85,8 @@ def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest
     log.say(f"mesh       data {devices.mesh.shape['data']} x space {devices.mesh.shape['space']}, {devices.parallel}")
     graphdef, params, stats = make_network(config, axis=devices.axis)
     log.say(f"network    {config.model.name}, {models.count_parameters(params):,} parameters, {config.train.precision}")
+    form = "sharded" if devices.mesh.shape["space"] > 1 else config.train.ops
+    log.say(f"operations {ops.describe_forms(form)}")
     started = checkpoint.exist(workdir)
     mesh.barrier("looked")  # before the first process writes
     report = None

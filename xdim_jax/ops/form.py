@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +24,31 @@ def use_form(form: str) -> Iterator[None]:
         yield
     finally:
         _form.reset(token)
+
+
+def in_form(form: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function traced in a form; ``auto`` leaves the choice to where it is called."""
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+    if form == "auto":
+        return function
+
+    @functools.wraps(function)
+    def traced(*arguments: Any, **options: Any) -> Any:
+        with use_form(form):
+            return function(*arguments, **options)
+
+    return traced
+
+
+def describe_forms(form: str = "auto") -> str:
+    """What the operations of a program are traced to on this platform, in a line."""
+    with use_form(form):
+        fast = active_form() == "fast"
+    convolution = "2D convolutions, depthwise as shifted sums" if fast else "the platform's convolutions"
+    library = ", Eigen's threads" if compiler_options() else ""
+    kind = "forced" if form != "auto" else jax.default_backend()
+    return f"{active_form() if form == 'auto' else form} ({kind}): {convolution}{library}; others as matrix products"
 
 
 def active_form() -> str:
