@@ -4,10 +4,10 @@
                                  [--threads=2] [--rounds=5] [--precision=float32] [--out=FOLDER]
 
 Each side is a process of its own (benchmarks/sides.py) and the processes take turns, so that a slow minute of the
-machine is everybody's; of a turn's two runs the second counts. What counts is the median over rounds against the faster layout of PyTorch: with one thread the
-processor time of the process, pinned to one core; with more the wall time, which says something on a quiet machine
-only (the load average is in the result). Sides: ``ours``; ``naive``, the same network on XLA's own operations;
-``torch``; ``torch-cl``, channels last; ``torch-compile`` and ``torch-cl-compile``.
+machine is everybody's; of a turn's two runs the second counts. What counts is the median over rounds against the faster
+layout of PyTorch: with one thread the processor time of the process, pinned to one core; with more the wall time, which
+says something on a quiet machine only (the load average is in the result). Sides: ``ours``; ``naive``, the same network
+on XLA's own operations; ``torch``; ``torch-cl``, channels last; ``torch-compile`` and ``torch-cl-compile``.
 
 Writes results.json, results.md and, where there are several sizes of a network, scaling.png to --out.
 """
