@@ -277,6 +277,7 @@ def train(workdir, *arguments, code=0):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_training_starts_from_ported_weights_and_its_workdir_is_a_model(tmp_path):
     """An encoder into training; the run resumes without the file; its workdir loads; and goes back to a file."""
     from weight_port.__main__ import main as port

@@ -229,6 +229,7 @@ def test_missing_predictions_are_an_error_or_the_worst_score(run, trained, tmp_p
     assert "Scored as unreadable" in (tmp_path / "r.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_recorded_validation_is_what_predict_and_evaluate_give(run, trained, tmp_path):
     """The best weights, on the validation cases of the split, scored by the other main: the same Dice."""
     split = json.loads((trained / "split.json").read_text())
@@ -252,6 +253,7 @@ def test_the_recorded_validation_is_what_predict_and_evaluate_give(run, trained,
     assert ".nii.gz" not in run("evaluate", f"--workdir={workdir}")
 
 
+@pytest.mark.slow
 def test_what_is_there_already_is_skipped_and_other_settings_are_refused(run, trained, tmp_path):
     held_out = trained / "phantom" / "held_out"
     first, second = sorted(p.name for p in held_out.glob("BraTS*"))

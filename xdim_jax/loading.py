@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from xdim_jax import checkpoint, models, ops
 from xdim_jax.cli import read_config
@@ -39,11 +40,10 @@ class Model:
     def __init__(self, config: dict[str, Any], graphdef: Any, params: Any, stats: Any, source: str, *, encoder: bool):
         self.config, self.params, self.stats, self.source = config, params, stats, source
         self._graphdef, self._encoder = graphdef, encoder
-        self._logits = jax.jit(functools.partial(self._apply, "__call__"), compiler_options=ops.compiler_options())
-        self._features = jax.jit(
-            functools.partial(self._apply, "__call__" if encoder else "features"),
-            compiler_options=ops.compiler_options(),
-        )
+        methods = ("__call__", "__call__" if encoder else "features")
+        functions = [functools.partial(self._apply, method) for method in methods]
+        self._inner = [jax.jit(f) for f in functions]  # of another program, which has the compiler's options
+        self._outer = [jax.jit(f, compiler_options=ops.compiler_options()) for f in functions]
 
     def _apply(self, method: str, params: Any, stats: Any, image: jax.Array) -> Any:
         model = nnx.merge(self._graphdef, params, stats)
@@ -60,7 +60,7 @@ class Model:
             raise ValueError(
                 f"{self.source} holds the encoder {self.config['name']}, which has no logits: use features"
             )
-        return self._logits(self.params, self.stats, self._checked(image))
+        return self._run(0, image)
 
     def features(self, image: Any) -> list[jax.Array | None]:
         """The encoder's five features of a float image, finest first; None where an encoder has none.
@@ -68,7 +68,12 @@ class Model:
         Raises:
             ValueError: as for a call.
         """
-        return self._features(self.params, self.stats, self._checked(image))
+        return self._run(1, image)
+
+    def _run(self, which: int, image: Any) -> Any:
+        image = self._checked(image)
+        function = (self._inner if isinstance(image, Tracer) else self._outer)[which]
+        return function(self.params, self.stats, image)
 
     def _checked(self, image: Any) -> jax.Array:
         image = jnp.asarray(image)
