@@ -16,6 +16,7 @@ import argparse
 import datetime
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -195,10 +196,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 def voxels(name: str) -> int:
     """In a batch of a case."""
     case = find_case(name)
-    count = case.batch
-    for n in case.patch:
-        count *= n
-    return count
+    return case.batch * math.prod(case.patch)
 
 
 def _processor() -> str:

@@ -112,9 +112,9 @@ def render(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("xdim_jax", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    made = tables.make_tables(summary, columns)
-    first = len(made) - len(tables.metric_tables(summary, columns))  # behind the paper's; a long one is folded away
-    opened = first + (not first or len(made[first].rows) <= _LONG)
+    opened, further = tables.paper_tables(summary), tables.metric_tables(summary, columns)
+    if not opened or len(further[0].rows) <= _LONG:  # behind the paper's a long one is folded away
+        opened.append(further.pop(0))
     phantom = config is not None and not config["data"]["root"]
     name = f"{config['model']['name']} on {config['data']['dataset']}" if config else f"Evaluation by {rules.title}"
     return environment.get_template("report.html.j2").render(
@@ -123,8 +123,8 @@ def render(
         if phantom
         else f"{compared['pred']} against {compared['ref']}",
         facts=_facts(config, records, compared, summary, environments),
-        tables=[(t, [_is_paper(row) for row in t.rows]) for t in made[:opened]],
-        further=[(t, [_is_paper(row) for row in t.rows]) for t in made[opened:]],
+        tables=[(t, [_is_paper(row) for row in t.rows]) for t in opened],
+        further=[(t, [_is_paper(row) for row in t.rows]) for t in further],
         unreadable=summary["unreadable"],
         empty=[
             (s, counts["pred"], counts["ref"], counts["both"])

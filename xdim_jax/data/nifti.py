@@ -61,9 +61,8 @@ def _read_header(path: Path, file: Any) -> Any:
         DataError: a voxel size of zero that the affine is made of: nibabel would take it for 1 mm.
     """
     data = file.read(nib.Nifti2Header.template_dtype.itemsize)
-    second = data[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
-    size = (nib.Nifti2Header if second else nib.Nifti1Header).template_dtype.itemsize
-    raw: Any = (nib.Nifti2Header if second else nib.Nifti1Header)(data[:size], check=False)
+    kind: Any = nib.Nifti2Header if data[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Header
+    raw = kind(data[: kind.template_dtype.itemsize], check=False)
     axes = min(max(int(raw["dim"][0]), 1), 3)
     sizes = np.abs(raw["pixdim"][1 : axes + 1])
     if raw["sform_code"] <= 0 and not (sizes > 0).all():
@@ -71,7 +70,7 @@ def _read_header(path: Path, file: Any) -> Any:
         step = "restore its pixdim or its sform"
         raise data_error([Problem("no_geometry", path, found, "voxel sizes above zero", step)], "")
     file.seek(0)
-    header = (nib.Nifti2Header if second else nib.Nifti1Header).from_fileobj(file)
+    header = kind.from_fileobj(file)
     size, stored = path.stat().st_size, math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
     if stored > _DENSEST * size:
         found = f"says {' x '.join(map(str, header.get_data_shape()))} voxels, but has {size} bytes"

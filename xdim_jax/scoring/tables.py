@@ -107,8 +107,13 @@ def _escape(text: str) -> str:
 
 def make_tables(summary: Mapping[str, Any], columns: Mapping[str, Column]) -> list[Table]:
     """Every table that a summary has: the paper's for its challenges, then all metrics of all structures."""
-    paper = {"camus": _camus, "chaos": _chaos, "brats2022": _brats}.get(summary["rules"])
-    return [*(paper(summary) if paper else []), *metric_tables(summary, columns)]
+    return [*paper_tables(summary), *metric_tables(summary, columns)]
+
+
+def paper_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """The paper's of the challenge, with its rows beside ours; none for other rules."""
+    make = {"camus": _camus, "chaos": _chaos, "brats2022": _brats}.get(summary["rules"])
+    return make(summary) if make else []
 
 
 def _camus(summary: Mapping[str, Any]) -> list[Table]:
