@@ -818,8 +818,8 @@ def test_two_processes_compute_what_one_does_and_one_of_them_writes(camus, tmp_p
     end(start_processes(camus, both, 2, *options), both, [0, 0])
     one, two = (log.read_records(w, log.STEPS_FILE) for w in (alone, both))
     assert [r["step"] for r in two] == [r["step"] for r in one] == list(range(1, 17))
-    # later steps drift apart: batch norm over a few values makes much of rounding
-    np.testing.assert_allclose([r["loss"] for r in two[:4]], [r["loss"] for r in one[:4]], rtol=1e-4)
+    # step 3 tells of two updates; later steps drift apart: batch norm over a few values makes much of rounding
+    np.testing.assert_allclose([r["loss"] for r in two[:3]], [r["loss"] for r in one[:3]], rtol=1e-4)
     np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], rtol=0.02)
     kinds = [(r["kind"], r["step"]) for r in log.read_records(both)]
     assert len(kinds) == len(set(kinds)) and kinds == [(r["kind"], r["step"]) for r in log.read_records(alone)]
