@@ -107,9 +107,10 @@ def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Call
             batch, key = {"image": image, "label": jnp.asarray(label)}, jax.random.key(0)
             run = jax.jit(program.step, donate_argnums=0).lower(state, batch, key)
         lowered = time.perf_counter()
-        run = run.compile(
-            compiler_options=(ops.compiler_options() if options.side == "ours" else {}) | json.loads(options.xla)
-        )
+        if options.side == "ours" and not json.loads(options.xla):
+            run = ops.compile_program(run)
+        else:
+            run = run.compile(compiler_options=json.loads(options.xla))
     memory = run.memory_analysis()
     facts |= {
         "lower_s": lowered - begin,
@@ -299,7 +300,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--remat", default="")
-    parser.add_argument("--xla", default="{}", help="compiler options of ours, JSON")
+    parser.add_argument("--xla", default="{}", help="compiler options in place of ours, JSON")
     parser.add_argument("--hlo", default="", help="file for the compiled program")
     options = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):  # XLA has a thread for each core that it may use

@@ -205,7 +205,7 @@ class Segmenter:
                 values["uncertainty"] = found[..., channels]
             return values
 
-        self._look = jax.jit(look, compiler_options=ops.compiler_options())
+        self._look = jax.jit(look)
         self._sums = jax.jit(sums, donate_argnums=0)
         self._programs: dict[tuple[int, ...], Any] = {}
         self._add, self._finish = jax.jit(add, donate_argnums=0), jax.jit(finish)
@@ -291,7 +291,7 @@ class Segmenter:
         if shape not in self._programs:
             image, flips = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((3,), jnp.bool_)
             member = jax.ShapeDtypeStruct((), jnp.int32)
-            self._programs[shape] = self._look.lower(weights, image, member, flips).compile()
+            self._programs[shape] = ops.compile_program(self._look.lower(weights, image, member, flips))
         return self._programs[shape]
 
     def device_bytes(self, weights: Any, volumes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], image: int) -> int:

@@ -229,7 +229,7 @@ def _compile(run: Run, state: TrainState, batch: dict[str, jax.Array]) -> Any:
 
     def compile_it() -> None:
         try:
-            outcome.append((lowered.compile(compiler_options=ops.compiler_options()), None))
+            outcome.append((ops.compile_program(lowered), None))
         except BaseException as error:
             outcome.append((None, error))
 

@@ -89,8 +89,7 @@ def measure(config: cli.Config, dataset: Dataset, choice: Choice) -> Need:
         shapes["drawn"] = jax.ShapeDtypeStruct((choice.batch, len(program.output.channels)), jnp.bool_)
         shapes["drawn_regions"] = jax.ShapeDtypeStruct((choice.batch, len(dataset.regions.names)), jnp.bool_)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    step = devices.lower(program.step, state, devices.abstract_batch(shapes), key)
-    step = step.compile(compiler_options=ops.compiler_options())
+    step = ops.compile_program(devices.lower(program.step, state, devices.abstract_batch(shapes), key))
 
     weights = (optim.slow(state.params), state.stats)
     image = jax.ShapeDtypeStruct((1, *choice.patch, config.model.in_channels), jnp.float32)
@@ -102,7 +101,7 @@ def measure(config: cli.Config, dataset: Dataset, choice: Choice) -> Need:
     return Need(
         _bytes(step),
         _flops(one.step, state, shapes, key),
-        _bytes(jax.jit(predict, compiler_options=ops.compiler_options()).lower(weights, image).compile()),
+        _bytes(ops.compile_program(jax.jit(predict).lower(weights, image))),
         _flops(predict, weights, image),
     )
 

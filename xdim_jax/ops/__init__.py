@@ -13,7 +13,7 @@ pooling have one form.
 """
 
 from xdim_jax.ops.convolution import conv, pointwise
-from xdim_jax.ops.form import FORMS, active_form, compiler_options, describe_forms, in_form, use_form
+from xdim_jax.ops.form import FORMS, active_form, compile_program, compiler_options, describe_forms, in_form, use_form
 from xdim_jax.ops.layout import Ints, Pairs, conv_reference, same_padding, symmetric_padding
 from xdim_jax.ops.norm import activate, layer_norm, normalise
 from xdim_jax.ops.resize import conv_transpose, max_pool, upsample
@@ -24,6 +24,7 @@ __all__ = [
     "Pairs",
     "activate",
     "active_form",
+    "compile_program",
     "compiler_options",
     "conv",
     "conv_reference",
