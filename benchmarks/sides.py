@@ -71,28 +71,19 @@ def make_data(case: Case) -> tuple[np.ndarray, np.ndarray]:
 def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
     """What is timed, and facts; compiled."""
     from xdim_jax import cli
+    from xdim_jax.process import prefer_huge_pages
 
     if options.side == "ours":
         cli.cache_programs()
-        cli._restart_with_huge_pages()  # as every main of the package does
+        prefer_huge_pages()  # as the mains of the package do
     import jax
     import jax.numpy as jnp
 
     from xdim_jax import ops
-    from xdim_jax.program import make_program
 
-    config = cli.load_config(f"configs/{case.recipe}.py:scratch", [])
-    with config.unlocked():
-        config.data.root, config.data.patch, config.data.batch = "unused", case.patch, case.batch
-        config.model.get("inner", config.model).encoder.drop_path = 0.0
-        config.train.precision, config.train.remat = options.precision, options.remat
-        config.loss.name = "dice_ce" if case.softmax else "dice_bce"
-        for section in config.augment.values():
-            section.p = 0.0
-    dataset = _dataset(config)
     form = "reference" if options.side == "naive" else "auto"
     with ops.use_form(form):
-        program, params, stats = make_program(config, dataset, per_epoch=100)
+        config, program, params, stats = make_our_program(case, options.precision, options.remat)
         image, label = make_data(case)
         facts: dict[str, Any] = {"versions": {"jax": jax.__version__}, "device": jax.devices()[0].device_kind}
         if phase == "predict":
@@ -134,6 +125,23 @@ def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Call
     return step, facts
 
 
+def make_our_program(case: Case, precision: str, remat: str = "") -> tuple[Any, Any, Any, Any]:
+    """The recipe with what both sides do, its program, parameters and statistics."""
+    from xdim_jax import cli
+    from xdim_jax.data.datasets import get_dataset
+    from xdim_jax.program import make_program
+
+    config = cli.load_config(f"configs/{case.recipe}.py:scratch", [])
+    with config.unlocked():
+        config.data.root, config.data.patch, config.data.batch = "unused", case.patch, case.batch
+        config.model.get("inner", config.model).encoder.drop_path = 0.0
+        config.train.precision, config.train.remat = precision, remat
+        config.loss.name = "dice_ce" if case.softmax else "dice_bce"
+        for section in config.augment.values():
+            section.p = 0.0
+    return config, *make_program(config, get_dataset(config.data.to_dict()), per_epoch=100)
+
+
 def _ours_predict(config: Any, program: Any, params: Any, stats: Any, facts: dict[str, Any]) -> Any:
     """A BraTS volume as a predictor sees it."""
 
@@ -154,12 +162,6 @@ def _ours_predict(config: Any, program: Any, params: Any, stats: Any, facts: dic
         segmenter(weights, prepared)
 
     return run, facts
-
-
-def _dataset(config: Any) -> Any:
-    from xdim_jax.data.datasets import get_dataset
-
-    return get_dataset(config.data.to_dict())
 
 
 VOLUME = (155, 240, 240)

@@ -17,7 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from xdim_jax import cli, recipe, train
+from xdim_jax import cli, process, recipe, train
 from xdim_jax.data.case import Case
 from xdim_jax.errors import UserError
 from xdim_jax.scoring import results
@@ -537,9 +537,38 @@ def test_channels_that_do_not_fit_the_data_are_refused():
         recipe.check_config(config)
 
 
-def test_metrics_and_data_do_not_import_jax():
+def test_metrics_and_data_do_not_import_jax(tmp_path):
     """Judging and reading must work, and start fast, where jax is not wanted; torch and timm are never needed."""
     code = "import sys, xdim_jax.evaluate, xdim_jax.compare, xdim_jax.data.phantom; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
     code = "import sys; sys.modules['torch'] = sys.modules['timm'] = None; import xdim_jax.train, xdim_jax.predict"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
+    code = (
+        "import sys, xdim_jax.train, xdim_jax.predict; from xdim_jax import log; log.open_recorder(log.Path('.'), 0, "
+    )
+    code = code.replace("log.Path('.')", "log.Path(sys.argv[1])") + "writes=True); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=REPO)
+
+
+def test_a_command_starts_anew_on_huge_pages_once(monkeypatch):
+    """Where the kernel gives them to those who ask; never for --help, and not where there is an accelerator."""
+    started = []
+    monkeypatch.setattr(process.os, "execv", lambda program, arguments: started.append(arguments))
+    monkeypatch.setattr(process.Path, "is_file", lambda path: True)
+    monkeypatch.setattr(process.Path, "exists", lambda path: False)
+    monkeypatch.setattr(process.Path, "read_text", lambda path, encoding: "always [madvise] never")
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "xdim_jax.train", "--config=a"])
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    process.prefer_huge_pages()
+    assert not started
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config=a"])
+    process.prefer_huge_pages()
+    assert started == [[sys.executable, "-m", "xdim_jax.train", "--config=a"]]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
+    process.prefer_huge_pages()
+    assert len(started) == 1
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.setattr(process.Path, "exists", lambda path: str(path) == "/dev/nvidiactl")
+    process.prefer_huge_pages()
+    assert len(started) == 1

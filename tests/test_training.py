@@ -137,6 +137,16 @@ class Linear(nnx.Module):
         return [logits] if levels else logits
 
 
+def test_the_norm_is_that_of_all_arrays(rng):
+    tree = {"a": rng.normal(size=(3, 4)), "b": [rng.normal(size=(100, 100)), rng.normal(size=())]}
+    expected = np.linalg.norm(np.concatenate([np.ravel(x) for x in (tree["a"], *tree["b"])]))
+    for part in (tree, {"a": tree["a"]}, {"b": tree["b"][:1]}):
+        leaves = jax.tree.leaves(part)
+        found = step._norm(jax.tree.map(jnp.asarray, part))
+        assert float(found) == pytest.approx(np.sqrt(sum((x**2).sum() for x in leaves)), rel=1e-6)
+    assert float(step._norm(jax.tree.map(jnp.asarray, tree))) == pytest.approx(expected, rel=1e-6)
+
+
 def test_step_follows_the_gradient_and_reports_the_score():
     graphdef, params, stats = step.split_model(Linear())
     tx = optax.sgd(0.1)

@@ -23,13 +23,8 @@ NOT_RECIPES = ("__init__", "common", "networks", "brats", "own")  # what the rec
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 
 
-def run(main: Callable[[Sequence[str]], int], *, computes: bool = False) -> NoReturn:
-    """Runs a main on the command line's arguments and exits: 0 done, 2 with one message for unusable input.
-
-    ``computes``: it runs jitted programs, so the process first takes the settings that make them fast.
-    """
-    if computes and not {"-h", "--help"} & set(sys.argv):
-        _restart_with_huge_pages()
+def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Runs a main on the command line's arguments and exits: 0 done, 2 with one message for unusable input."""
     try:
         code = main(sys.argv[1:])
     except UserError as error:
@@ -192,29 +187,6 @@ def cache_programs() -> None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "xdim_jax" / "xla" / _processor_key()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _restart_with_huge_pages() -> None:
-    """On CPU, starts this command anew with glibc's allocator on huge pages, unless it runs so already.
-
-    XLA asks for all temporaries anew at every step, and in pages of 4 KiB the kernel spends a tenth of a step handing
-    them out. glibc reads the setting before the program starts, hence the restart (about a second). It has no effect
-    where the kernel gives huge pages always or never.
-    """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    setting = "glibc.malloc.hugetlb=1"
-    mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    accelerators = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
-    if (
-        "glibc.malloc.hugetlb" in tunables
-        or not mode.is_file()
-        or "[madvise]" not in mode.read_text(encoding="ascii")
-        or any(Path(p).exists() for p in accelerators)
-    ):
-        return
-    os.environ["GLIBC_TUNABLES"] = f"{tunables}:{setting}" if tunables else setting
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _processor_key() -> str:

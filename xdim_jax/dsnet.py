@@ -138,7 +138,8 @@ class DSNet(nnx.Module):
         """The 2D images ``(batch * images, H, W, 3)`` and the four skips, finest first."""
         if problems := volume_problems(image.shape[1:-1], self.inner.level_strides):
             raise ValueError(f"a volume of {image.shape[1:-1]} does not fit DS-Net; {'; '.join(problems)}")
-        x = self.conv1(image)
+        with jax.named_scope("conv1"):
+            x = self.conv1(image)
         skips = [x]
         for name, block in zip(("conv2", "enc3", "enc4", "enc5"), (self.conv2, *self.enc), strict=True):
             x = stage(self, name, block)(x)
@@ -153,6 +154,13 @@ class DSNet(nnx.Module):
         """Names of the parts whose activations can be computed again; ``inner.*`` are those of the 2D network."""
         own = ("conv2", "enc3", "enc4", "enc5", "inner", "dec1", "dec2", "dec3", "dec4")
         return (*own, *(f"inner.{name}" for name in self.inner.stages))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names that operations have in profiles: the stages, and what lies before and behind them."""
+        own = [name for name in self.stages if not name.startswith("inner")]
+        inner = [f"inner.{name}" for name in self.inner.parts]
+        return ("conv1", *own[:4], *inner, *own[4:], "last")
 
     def features(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array | None]:
         """The 2D encoder's five features of every image, ``(batch * images, H / 2^i, W / 2^i, channels)``."""
@@ -175,7 +183,8 @@ class DSNet(nnx.Module):
             x = stage(self, f"dec{i + 1}", expand)(x, skip)
             if levels and i < len(self.heads):
                 coarse.append(self.heads[i](x))
-        logits = self.last(x)
+        with jax.named_scope("last"):
+            logits = self.last(x)
         return [logits, *reversed(coarse)] if levels else logits
 
 

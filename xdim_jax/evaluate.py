@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 from xdim_jax import cli, log
 from xdim_jax.errors import UserError, join_problems, shorten
 from xdim_jax.files import find_members, read_json, write_json, write_text
+from xdim_jax.process import prefer_huge_pages
 from xdim_jax.scoring import challenges, results, tables
 from xdim_jax.scoring.masks import METRICS
 from xdim_jax.scoring.results import number
@@ -285,7 +286,9 @@ def describe(summary: dict[str, Any], rules: Rules) -> list[str]:
 
 def command() -> NoReturn:
     """The console entry point."""
-    cli.run(main, computes=any(word.startswith("--workdir") for word in sys.argv))
+    if any(word.startswith("--workdir") for word in sys.argv):  # which predicts
+        prefer_huge_pages()
+    cli.run(main)
 
 
 if __name__ == "__main__":

@@ -101,10 +101,17 @@ class Style:
 
 
 def stage(owner: nnx.Module, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call``, a part of ``owner``; if ``owner.remat`` names it, the backward pass computes its activations again."""
-    if not any(fnmatch.fnmatchcase(name, pattern) for pattern in getattr(owner, "remat", ())):
-        return call
-    return lambda *arguments: nnx.remat(lambda module, *rest: module(*rest))(call, *arguments)
+    """``call``, a part of ``owner``, known by its name in profiles; if ``owner.remat`` names it, the backward pass
+    computes its activations again."""
+    again = any(fnmatch.fnmatchcase(name, pattern) for pattern in getattr(owner, "remat", ()))
+
+    def named(*arguments: Any) -> Any:
+        with jax.named_scope(name):
+            if again:
+                return nnx.remat(lambda module, *rest: module(*rest))(call, *arguments)
+            return call(*arguments)
+
+    return named
 
 
 def draw_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], gain: float) -> jax.Array:
@@ -115,6 +122,11 @@ def draw_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], gain: float) -> jax.Arra
         return std * jax.random.normal(key, shape)
     seed = np.asarray(jax.random.key_data(key)).ravel().tolist()
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(std))
+
+
+def filled(value: float, size: int) -> jax.Array:
+    """``(size,)`` of one value: from numpy, for which nothing is compiled."""
+    return jnp.asarray(np.full(size, value, jnp.result_type(float)))
 
 
 class Conv(nnx.Module):
@@ -154,7 +166,7 @@ class Conv(nnx.Module):
         self.groups = channels if depthwise else 1
         self.norm = norm
         self.kernel = nnx.Param(draw_kernel(rngs, (*window, channels // self.groups, filters), gain))
-        self.bias = nnx.Param(jnp.zeros(filters)) if bias else None
+        self.bias = nnx.Param(filled(0, filters)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
@@ -209,7 +221,7 @@ class ConvTranspose(nnx.Module):
         overlap = math.prod(k / s for k, s in zip(kernel, self.strides, strict=True))  # taps that meet in an output
         gain = HE_GAIN * math.sqrt(math.prod(kernel) / overlap)
         self.kernel = nnx.Param(draw_kernel(rngs, (*kernel, channels, filters), gain))
-        self.bias = nnx.Param(jnp.zeros(filters))
+        self.bias = nnx.Param(filled(0, filters))
 
     def __call__(self, x: jax.Array, size: tuple[int, ...] | None = None) -> jax.Array:
         """``(batch, *spatial, in)`` to ``(batch, *size, out)``; see `xdim_jax.ops.conv_transpose`."""
@@ -223,7 +235,7 @@ class Dense(nnx.Module):
 
     def __init__(self, channels: int, filters: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(draw_kernel(rngs, (channels, filters), HE_GAIN))
-        self.bias = nnx.Param(jnp.zeros(filters))
+        self.bias = nnx.Param(filled(0, filters))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return ops.pointwise(x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
@@ -243,11 +255,11 @@ class Norm(nnx.Module):
         self.use_running_average = False
         self.axis: str | None = None  # of a pmap, whose devices share the statistics of the batch
         affine = style.norm != "instance_noaffine"
-        self.scale = nnx.Param(jnp.ones(channels)) if affine else None
-        self.bias = nnx.Param(jnp.zeros(channels)) if affine else None
+        self.scale = nnx.Param(filled(1, channels)) if affine else None
+        self.bias = nnx.Param(filled(0, channels)) if affine else None
         if style.norm == "batch":
-            self.mean = nnx.BatchStat(jnp.zeros(channels))
-            self.var = nnx.BatchStat(jnp.ones(channels))
+            self.mean = nnx.BatchStat(filled(0, channels))
+            self.var = nnx.BatchStat(filled(1, channels))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kind = jnp.promote_types(x.dtype, jnp.float32)
@@ -274,8 +286,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, channels: int, eps: float):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
+        self.scale = nnx.Param(filled(1, channels))
+        self.bias = nnx.Param(filled(0, channels))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return ops.layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)

@@ -8,14 +8,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from xdim_jax.errors import UserError
 from xdim_jax.files import atomic_path, write_error
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 STEPS_FILE = "steps.jsonl"  # every step's loss, norms, and digest of its batch, exactly: what verify_run compares
@@ -79,7 +81,7 @@ class Recorder:
 
     jsonl: IO[str] | None = None
     steps: IO[str] | None = None
-    tensorboard: SummaryWriter | None = None
+    tensorboard: "SummaryWriter | None" = None
     trackers: list[Any] = dataclasses.field(default_factory=list)  # see xdim_jax.trackers
 
 
@@ -113,11 +115,24 @@ def open_recorder(workdir: Path, step: int, *, writes: bool, trackers: Sequence[
         with atomic_path(workdir / name) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
     try:
-        tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        tensorboard = _tensorboard()(str(workdir / "tensorboard"), purge_step=step + 1)
         metrics, steps = (open(workdir / n, "a", encoding="utf-8") for n in (METRICS_FILE, STEPS_FILE))  # noqa: SIM115
         return Recorder(metrics, steps, tensorboard, list(trackers))
     except OSError as error:
         raise write_error(workdir / "tensorboard", error) from error
+
+
+def _tensorboard() -> "type[SummaryWriter]":
+    """The writer of tensorboardX, which would import torch where it is installed: that takes seconds, for nothing."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def record(recorder: Recorder, kind: str, step: int, values: Mapping[str, float]) -> None:

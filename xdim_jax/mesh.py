@@ -7,6 +7,7 @@ and statistics by name of the axis; it has the axis ``data`` alone.
 
 import contextlib
 import dataclasses
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -59,15 +60,18 @@ class Devices:
         return {k: laid_out(v) for k, v in batch.items()}
 
     def put_state(self, tree: Any) -> Any:
-        """A tree of arrays, copied to every device; every process has the same values."""
+        """A tree of arrays, copied to every device; every process has the same values.
+
+        No two results are one array, as LookAhead's two weights are at first: those could not be donated both.
+        """
         replicated = NamedSharding(self.mesh, PartitionSpec())
 
         def put(leaf: Any) -> jax.Array:
             if jax.process_count() == 1:
-                return jax.device_put(leaf, replicated)
+                return jax.device_put(leaf, replicated, may_alias=False)
             if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
-            values = np.asarray(leaf)
+            values = np.array(leaf)
             return jax.make_array_from_callback(values.shape, replicated, lambda index: values[index])
 
         return jax.tree.map(put, tree)
@@ -82,8 +86,14 @@ class Devices:
         else:
             replicated = NamedSharding(self.mesh, PartitionSpec())
             program = jax.jit(step, donate_argnums=0, out_shardings=(replicated, replicated))
-        with ops.use_form("sharded") if self.mesh.shape[SPACE] > 1 else contextlib.nullcontext():
-            return program.lower(state, batch, key)
+        collects = gc.isenabled()
+        gc.disable()  # a third of the time that tracing takes: it makes much, and leaves little to collect
+        try:
+            with ops.use_form("sharded") if self.mesh.shape[SPACE] > 1 else contextlib.nullcontext():
+                return program.lower(state, batch, key)
+        finally:
+            if collects:
+                gc.enable()
 
 
 def make_devices(data: int, space: int, *, batch: int, parallel: str = "jit", accumulate: int = 1) -> Devices:

@@ -4,6 +4,9 @@ Every combination of the choices given is compiled for the devices that are here
 neither data nor room for the arrays is needed. Memory is what the compiler reserves, per device: state, batch and
 temporaries. Operations are those of the mathematics, for all devices together; a multiply-add counts two.
 
+With --parts, a table follows for each choice of what the parts of the network do in a step: operations, and the bytes
+that its convolutions and matrix products bring in and out at the least (see `xdim_jax.roofline`).
+
 With --budget, each line says whether it fits; with --largest=patch or --largest=batch as well, the choices are not
 listed but searched for the largest that fits.
 """
@@ -25,8 +28,9 @@ from xdim_jax.data.case import Dataset
 from xdim_jax.errors import UserError, gib
 from xdim_jax.files import write_json
 from xdim_jax.mesh import make_devices
-from xdim_jax.program import make_program
+from xdim_jax.program import Program, make_program
 from xdim_jax.recipe import check_config
+from xdim_jax.roofline import Product, find_products
 
 _UNITS = {"": 1, "B": 1, **{f"{k}B": 10 ** (3 * i) for i, k in enumerate("kMGT", 1)}}
 _UNITS |= {f"{k}iB": 2 ** (10 * i) for i, k in enumerate("KMGT", 1)}
@@ -65,10 +69,7 @@ def measure(config: cli.Config, dataset: Dataset, choice: Choice) -> Need:
     Raises:
         UserError: the choice does not fit the network, or the devices.
     """
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.data.patch = choice.patch
-    config.data.batch, config.train.precision, config.train.remat = choice.batch, choice.precision, choice.remat
+    config = _chosen(config, choice)
     try:
         models.check_patch(config.model, choice.patch)
     except ValueError as error:
@@ -79,16 +80,7 @@ def measure(config: cli.Config, dataset: Dataset, choice: Choice) -> Need:
     )
     models.check_space(config.model, choice.patch, devices.mesh.shape["space"])
     program, params, stats = make_program(config, dataset, per_epoch=1, axis=devices.axis, abstract=True)
-    state = jax.eval_shape(program.init, params, stats)
-    shapes = {
-        "image": jax.ShapeDtypeStruct((choice.batch, *choice.patch, config.model.in_channels), jnp.float32),
-        "label": jax.ShapeDtypeStruct((choice.batch, *choice.patch), jnp.uint8),
-        "key": jax.ShapeDtypeStruct((choice.batch, 2), jnp.uint32),
-    }
-    if dataset.drawn is not None:
-        shapes["drawn"] = jax.ShapeDtypeStruct((choice.batch, len(program.output.channels)), jnp.bool_)
-        shapes["drawn_regions"] = jax.ShapeDtypeStruct((choice.batch, len(dataset.regions.names)), jnp.bool_)
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    state, shapes, key = _arguments(config, dataset, program, params, stats)
     step = ops.compile_program(devices.lower(program.step, state, devices.abstract_batch(shapes), key))
 
     weights = (optim.slow(state.params), state.stats)
@@ -104,6 +96,52 @@ def measure(config: cli.Config, dataset: Dataset, choice: Choice) -> Need:
         _bytes(ops.compile_program(jax.jit(predict).lower(weights, image))),
         _flops(predict, weights, image),
     )
+
+
+def _arguments(config: cli.Config, dataset: Dataset, program: Program, params: Any, stats: Any) -> tuple[Any, Any, Any]:
+    """State, batch and key of a step, as shapes."""
+    batch, patch = config.data.batch, config.data.patch
+    shapes = {
+        "image": jax.ShapeDtypeStruct((batch, *patch, config.model.in_channels), jnp.float32),
+        "label": jax.ShapeDtypeStruct((batch, *patch), jnp.uint8),
+        "key": jax.ShapeDtypeStruct((batch, 2), jnp.uint32),
+    }
+    if dataset.drawn is not None:
+        shapes["drawn"] = jax.ShapeDtypeStruct((batch, len(program.output.channels)), jnp.bool_)
+        shapes["drawn_regions"] = jax.ShapeDtypeStruct((batch, len(dataset.regions.names)), jnp.bool_)
+    return jax.eval_shape(program.init, params, stats), shapes, jax.eval_shape(lambda: jax.random.key(0))
+
+
+def step_products(config: cli.Config, dataset: Dataset, choice: Choice) -> tuple[list[Product], tuple[str, ...]]:
+    """The convolutions and matrix products of a step on one device, and the parts of the network in order."""
+    config = _chosen(config, choice)
+    program, params, stats = make_program(config, dataset, per_epoch=1, abstract=True)
+    parts = models.build_abstract(config.model).parts
+    return find_products(program.step, *_arguments(config, dataset, program, params, stats), parts=parts), parts
+
+
+def format_parts(products: Sequence[Product], parts: Sequence[str]) -> list[str]:
+    """A table as aligned lines: of each part, forward and backward, what is done and moved."""
+    rows = [("part", "forward GFLOP", "GB", "backward GFLOP", "GB", "share of GFLOP")]
+    total = sum(p.flops for p in products)
+    for part in (*parts, "", None):
+        found = [p for p in products if part is None or p.part == part]
+        if not found:
+            continue
+        cells = [{"": "others", None: "all"}.get(part, str(part))]
+        for backward in (False, True):
+            half = [p for p in found if p.backward == backward]
+            cells += [f"{sum(p.flops for p in half) / 1e9:.1f}", f"{sum(p.bytes for p in half) / 1e9:.2f}"]
+        rows.append((*cells, f"{100 * sum(p.flops for p in found) / total:.1f} %"))
+    return _aligned(rows)
+
+
+def _chosen(config: cli.Config, choice: Choice) -> cli.Config:
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data.patch = choice.patch
+    config.data.batch, config.train.precision, config.train.remat = choice.batch, choice.precision, choice.remat
+    return config
 
 
 def _bytes(compiled: Any) -> int:
@@ -212,6 +250,10 @@ def main(argv: Sequence[str]) -> int:
         rows = [(choice, need(choice)) for choice in choices]
     for line in format_rows(rows, budget):
         log.say(line)
+    for choice, _ in rows if options.parts else ():
+        log.say(f"parts      {_name(choice)}")
+        for line in format_parts(*step_products(config, dataset, choice)):
+            log.say(line)
     if budget is not None and not options.largest:
         fitting = [c for c, n in rows if n.step_bytes <= budget]
         best = max(fitting, key=lambda c: c.voxels, default=None)
@@ -237,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--remat", action="append", metavar="STAGES", help="see config.train.remat; several times")
     parser.add_argument("--budget", metavar="SIZE", help="memory of a device, e.g. 16GiB")
     parser.add_argument("--largest", choices=("patch", "batch"), help="search for it within the budget")
+    parser.add_argument("--parts", action="store_true", help="what the parts of the network do in a step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     return parser
 
@@ -265,6 +308,10 @@ def format_rows(rows: Sequence[tuple[Choice, Need]], budget: int | None) -> list
         rest = (f"{n.step_flops / 1e9:.1f}", gib(n.predict_bytes), f"{n.predict_flops / 1e9:.1f}")
         fits = [("yes" if n.step_bytes <= budget else "no")] if budget else []
         table.append((*cells, *rest, *fits))
+    return _aligned(table)
+
+
+def _aligned(table: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in table]
 

@@ -10,6 +10,11 @@ Several --workdir, or that of a cross-validation, are an ensemble: probabilities
 already, of the same networks and settings, are skipped.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds and would be done twice
+    from xdim_jax.process import prefer_huge_pages
+
+    prefer_huge_pages()
+
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -381,7 +386,7 @@ def _sink(predictor: Predictor, volume: Volume, output: Path, case_id: str, note
 
 def command() -> NoReturn:
     """The console entry point."""
-    cli.run(main, computes=True)
+    cli.run(main)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """Trains a network from a config; run again with the same arguments, it resumes."""
 
+if __name__ == "__main__":  # before the imports, which take seconds and would be done twice
+    from xdim_jax.process import prefer_huge_pages
+
+    prefer_huge_pages()
+
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import jax
-import jax.numpy as jnp
 
 from xdim_jax import checkpoint, cli, crossval, environment, log, mesh, models, ops
 from xdim_jax.cases import find_data
@@ -111,8 +115,7 @@ def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest
     log.say(f"steps      {config.train.epochs} epochs x {per_epoch} = {config.train.epochs * per_epoch}")
     log.say(f"workdir    {workdir}")
 
-    # copies that start as one array (LookAhead's two, the average) cannot be donated twice
-    state = devices.put_state(jax.tree.map(jnp.copy, program.init(params, stats)))
+    state = devices.put_state(jax.jit(program.init)(params, stats))
     regions = len(dataset.regions.names)
     progress = Progress([0.0] * regions, [0] * regions)
     checkpoints = checkpoint.open_checkpoints(workdir, log.warn)
@@ -177,7 +180,7 @@ def _validated(workdir: Path, step: int) -> bool:
 
 def command() -> NoReturn:
     """The console entry point."""
-    cli.run(main, computes=True)
+    cli.run(main)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,11 @@ class UNet(nnx.Module):
         """Names of the parts whose activations can be computed again (see `xdim_jax.layers.stage`)."""
         return ("encoder", *(f"decoder{i + 1}" for i in range(LEVELS)))
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names that operations have in profiles: the stages, and what lies before and behind them."""
+        return ("conv", *self.stages, "last")
+
     def features(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array | None]:
         """The encoder's five features of an image, finest first."""
         return self._encode(image, rngs)[1:]
@@ -147,7 +152,8 @@ class UNet(nnx.Module):
         encode = stage(self, "encoder", self.encoder)
         if self.conv is None or self.norm is None:
             return [None, *encode(image, rngs)]
-        x = self.norm(self.conv(image))
+        with jax.named_scope("conv"):
+            x = self.norm(self.conv(image))
         return [x, *encode(x, rngs)]
 
     def __call__(self, image: jax.Array, rngs: nnx.Rngs | None = None, *, levels: bool = False) -> Any:
@@ -164,7 +170,8 @@ class UNet(nnx.Module):
             x = stage(self, f"decoder{i + 1}", decode)(x, skip)
             if levels and i < len(self.heads):
                 coarse.append(self.heads[i](x))
-        logits = self.last(x)
+        with jax.named_scope("last"):
+            logits = self.last(x)
         return [logits, *reversed(coarse)] if levels else logits
 
 

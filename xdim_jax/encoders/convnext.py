@@ -1,12 +1,11 @@
 """The ConvNeXt encoder (Liu et al. 2022), tiny, in 2D and 3D from one code. Its weights were trained with eps 1e-6."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from xdim_jax import ops
 from xdim_jax.encoders.family import Family
-from xdim_jax.layers import Conv, Dense, DropPath, LayerNorm, Style
+from xdim_jax.layers import Conv, Dense, DropPath, LayerNorm, Style, filled
 
 REPEATS = {"convnext_tiny": (3, 3, 9, 3)}
 WIDTHS = (96, 192, 384, 768)
@@ -31,7 +30,7 @@ class Block(nnx.Module):
         self.conv_dw = Conv(channels, channels, 7, style=style, depthwise=True, bias=True, norm="norm", rngs=rngs)
         self.norm = LayerNorm(channels, style.eps)
         self.mlp = Mlp(channels, rngs)
-        self.gamma = nnx.Param(jnp.full(channels, LAYER_SCALE))
+        self.gamma = nnx.Param(filled(LAYER_SCALE, channels))
         self.drop_path = DropPath(drop_path)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:

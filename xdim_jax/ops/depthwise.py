@@ -49,14 +49,21 @@ def _phases(x: jax.Array, window: Ints, strides: Ints, padding: Pairs) -> tuple[
 
 def _tap(phases: jax.Array, tap: Ints, strides: Ints, out: Ints) -> jax.Array:
     """The values that kernel tap ``tap`` meets, one per output voxel."""
-    index = [slice(a // s, a // s + n) for a, s, n in zip(tap, strides, out, strict=True)]
-    return phases[(slice(None), *index, *(a % s for a, s in zip(tap, strides, strict=True)))]
+    start = [a // s for a, s in zip(tap, strides, strict=True)]
+    phase = [a % s for a, s in zip(tap, strides, strict=True)]
+    batch, channels = phases.shape[0], phases.shape[-1]
+    stop = [batch, *(a + n for a, n in zip(start, out, strict=True)), *(a + 1 for a in phase), channels]
+    return lax.reshape(lax.slice(phases, [0, *start, *phase, 0], stop), (batch, *out, channels))
 
 
 def _tap_sum(phases: jax.Array, taps: jax.Array, strides: Ints, out: Ints, first: range) -> jax.Array:
-    total = jnp.zeros((), phases.dtype)
+    total, shape = None, (phases.shape[0], *out, phases.shape[-1])  # lax: jnp's checks of each tap take seconds in all
     for tap in _indices(first, *map(range, taps.shape[1:-1])):
-        total = total + _tap(phases, tap, strides, out) * taps[tap]
+        weight = lax.slice(taps, [*tap, 0], [*(a + 1 for a in tap), taps.shape[-1]])
+        weight = lax.broadcast_in_dim(lax.reshape(weight, taps.shape[-1:]), shape, (len(shape) - 1,))
+        part = lax.mul(_tap(phases, tap, strides, out), weight)
+        total = part if total is None else lax.add(total, part)
+    assert total is not None
     return total
 
 

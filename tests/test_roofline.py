@@ -1,0 +1,83 @@
+"""What the products of a program do, counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xdim_jax import cli, ops, plan, recipe
+from xdim_jax.roofline import Product, find_products, is_backward, part_of
+
+
+def shape(*size, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(size, dtype)
+
+
+def test_a_strided_convolution_and_its_gradients():
+    """16 output voxels of 2 x 4 x 4 taps, 3 channels in, 5 out; both gradients do the same products."""
+    x, w = shape(1, 4, 8, 8, 3), shape(2, 4, 4, 3, 5)
+
+    def loss(x, w):
+        with jax.named_scope("stem"):
+            y = ops.conv(x, w, strides=(2, 4, 4), padding=((0, 0),) * 3)
+        return y.sum()
+
+    forward, *gradients = find_products(jax.value_and_grad(loss, (0, 1)), x, w, parts=("stem",))
+    voxels, taps = 2 * 2 * 2, 2 * 4 * 4
+    sizes = 4 * np.array([4 * 8 * 8 * 3, taps * 3 * 5, voxels * 5])
+    assert forward == Product("stem", False, 2 * voxels * 5 * taps * 3, sizes.sum())
+    assert len(gradients) == 2 and all(p.part == "stem" and p.backward for p in gradients)
+    assert [p.bytes for p in gradients] == [sizes.sum()] * 2
+    # the gradient of the weights is of as many; that of the input meets padding too, at most all of its taps
+    assert min(p.flops for p in gradients) == pytest.approx(forward.flops, rel=0.5)
+
+
+def test_depthwise_products_and_matrices():
+    x, w = shape(2, 6, 6, 8, dtype=jnp.bfloat16), shape(3, 3, 1, 8, dtype=jnp.bfloat16)
+    (found,) = find_products(
+        lambda x, w: ops.conv(x, w, strides=(1, 1), padding=((1, 1),) * 2, groups=8), x, w, parts=()
+    )
+    assert found == Product("", False, 2 * 2 * 6 * 6 * 8 * 9, 2 * (2 * 2 * 6 * 6 * 8 + 9 * 8))
+    (found,) = find_products(jnp.matmul, shape(4, 5, 6), shape(4, 6, 7), parts=())
+    assert found == Product("", False, 2 * 4 * 5 * 6 * 7, 4 * 4 * (30 + 42 + 35))
+    (found,) = find_products(lambda x: jax.lax.map(lambda a: a @ a, x), shape(10, 3, 3), parts=())
+    assert found.flops == 10 * 2 * 27, "a loop's body counts as often as it runs"
+
+
+def test_the_least_time_is_of_operations_or_of_bytes():
+    assert Product("", False, 100.0, 10).seconds(flops=10.0, bandwidth=10.0) == 10.0
+    assert Product("", False, 100.0, 10).seconds(flops=1e9, bandwidth=10.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "backward"),
+    [
+        ("jit(step)/jvp(decoder5)/conv_general_dilated", "decoder5", False),
+        ("jit(step)/transpose(jvp(inner))/decoder5/dot_general", "inner.decoder5", True),
+        ("jit(step)/jvp(inner)/inner/encoder/add", "inner.encoder", False),
+        ("jit(step)/rematted_computation/encoder/mul", "encoder", True),
+        ("jit(step)/add", "", False),
+    ],
+)
+def test_parts_in_names(name, part, backward):
+    assert part_of(name, ("encoder", "decoder5", "inner.encoder", "inner.decoder5")) == part
+    assert is_backward(name) == backward
+
+
+@pytest.mark.parametrize("remat", ["", "decoder*"])
+@pytest.mark.parametrize("name", ["brats_dxnet", "brats_dsnet"])
+def test_every_product_of_a_step_is_in_a_part(name, remat):
+    """Forward as published (spec: architecture, section 6), 124 and 377 G multiply-adds at 128^3; backward twice it, but
+    for the image's gradient; computing a part again adds its forward products to the backward ones."""
+    config = cli.load_config(f"configs/{name}.py:scratch", [])
+    remat = remat.replace("decoder", "dec") if name == "brats_dsnet" else remat
+    choice = plan.Choice((128, 128, 128), 1, "float32", remat)
+    products, parts = plan.step_products(config, recipe.check_config(config, needs_data=False), choice)
+    forward = sum(p.flops for p in products if not p.backward)
+    backward = sum(p.flops for p in products if p.backward)
+    assert forward == pytest.approx(2 * (124e9 if name == "brats_dxnet" else 377e9), rel=0.01)
+    again = sum(p.flops for p in products if not p.backward and p.part.startswith("dec")) if remat else 0
+    assert backward == pytest.approx(2 * forward + again, rel=0.04)
+    assert {p.part for p in products} == set(parts) - {"inner.conv"} and len(products) > 250
+    lines = plan.format_parts(products, parts)
+    assert lines[-1].split()[0] == "all" and lines[-1].endswith("100.0 %") and len({len(line) for line in lines}) == 1
