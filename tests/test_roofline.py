@@ -67,8 +67,8 @@ def test_parts_in_names(name, part, backward):
 @pytest.mark.parametrize("remat", ["", "decoder*"])
 @pytest.mark.parametrize("name", ["brats_dxnet", "brats_dsnet"])
 def test_every_product_of_a_step_is_in_a_part(name, remat):
-    """Forward as published (spec: architecture, section 6), 124 and 377 G multiply-adds at 128^3; backward twice it, but
-    for the image's gradient; computing a part again adds its forward products to the backward ones."""
+    """Forward as published (spec: architecture, section 6): 124 and 377 G multiply-adds at 128^3. Backward twice that,
+    but for the image's gradient; computing a part again adds its forward products."""
     config = cli.load_config(f"configs/{name}.py:scratch", [])
     remat = remat.replace("decoder", "dec") if name == "brats_dsnet" else remat
     choice = plan.Choice((128, 128, 128), 1, "float32", remat)
