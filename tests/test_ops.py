@@ -182,6 +182,15 @@ def test_normalise_keeps_digits_of_a_large_mean(rng):
     assert abs(float(jnp.std(y)) - 1) < 1e-3
 
 
+def test_squeeze_and_excitation_by_hand():
+    """Means of 2 and 4 over the voxels; a gate of log 3 lets through three quarters."""
+    x = jnp.array([[[1.0, 2.0], [3.0, 6.0]]])
+    seen = []
+    y = ops.squeeze_excite(x, lambda m: seen.append(m) or jnp.full_like(m, np.log(3)), axes=(1,))
+    np.testing.assert_allclose(seen[0], [[[2.0, 4.0]]])
+    np.testing.assert_allclose(y, 0.75 * x, rtol=1e-6)
+
+
 def test_same_padding_by_hand():
     # 224 at stride 2: k 3 needs 1 pixel, after; k 5 needs 3; odd 65 with k 3 needs 2
     assert ops.same_padding((224, 224, 65), (3, 5, 3), (2, 2, 2)) == ((0, 1), (1, 2), (1, 1))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import gpu
 from xdim_jax import cli, ops, plan, recipe
 from xdim_jax.roofline import Product, find_products, is_backward, part_of
 
@@ -81,3 +82,20 @@ def test_every_product_of_a_step_is_in_a_part(name, remat):
     assert {p.part for p in products} == set(parts) - {"inner.conv"} and len(products) > 250
     lines = plan.format_parts(products, parts)
     assert lines[-1].split()[0] == "all" and lines[-1].endswith("100.0 %") and len({len(line) for line in lines}) == 1
+
+
+def test_a_profile_tells_the_parts(tmp_path):
+    """Operations of a profile are found again in the program, under the name of their part."""
+
+    def f(x):
+        with jax.named_scope("decoder5"):
+            return jnp.tanh(x @ x)
+
+    x = jnp.ones((300, 300))
+    program = jax.jit(f).lower(x).compile()
+    with jax.profiler.trace(str(tmp_path)):
+        jax.block_until_ready(program(x))
+    times = gpu.operation_times(next(tmp_path.rglob("*.xplane.pb")))
+    names = gpu.operation_names(program.as_text())
+    found = {name: times[name] for name in names if name in times and part_of(names[name], ("decoder5",)) == "decoder5"}
+    assert found and all(0 < seconds < 10 for seconds in found.values())

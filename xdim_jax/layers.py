@@ -303,8 +303,7 @@ class SqueezeExcite(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         axes = tuple(1 + axis for axis in range(x.ndim - 2) if axis != self.per_slice)
-        hidden = ops.activate(self.conv_reduce(jnp.mean(x, axes, keepdims=True)), "silu")
-        return x * jax.nn.sigmoid(self.conv_expand(hidden))
+        return ops.squeeze_excite(x, lambda m: self.conv_expand(ops.activate(self.conv_reduce(m), "silu")), axes=axes)
 
 
 class DropPath(nnx.Module):

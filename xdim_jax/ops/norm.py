@@ -1,7 +1,8 @@
-"""Normalisation with the activation that follows it."""
+"""Normalisation with the activation that follows it, and what scales channels by their means."""
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,17 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, eps: float) -
     """Standardises every voxel over its channels, scales and shifts (Ba et al. 2016)."""
     mean, var = _moments(x, (x.ndim - 1,))
     return ((x - mean) * lax.rsqrt(var + eps) * scale + bias).astype(x.dtype)
+
+
+def squeeze_excite(x: jax.Array, gate: Callable[[jax.Array], jax.Array], *, axes: Ints) -> jax.Array:
+    """Scales every channel by a gate that is computed from the channels' means (Hu et al. 2018).
+
+    Args:
+        x: ``(batch, *spatial, channels)``.
+        gate: of the means, ``x`` with ``axes`` as 1, to logits of that shape.
+        axes: that the means are taken over.
+    """
+    return x * lax.logistic(gate(jnp.mean(x, axes, keepdims=True)))
 
 
 def _moments(x: jax.Array, axes: Ints, across: str | None = None) -> tuple[jax.Array, jax.Array]:

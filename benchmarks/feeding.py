@@ -1,0 +1,116 @@
+"""Does a training step wait for its input? Steps fed from the store beside steps on one constant batch, in turns.
+
+    python benchmarks/feeding.py [--case=dxnet:64] [--cases=6] [--steps=10] [--rounds=5] [--threads=2] [--root=FOLDER]
+
+Phantoms of full size are written and prepared as the recipe does, and read with its sampling; its augmentation is part
+of the step. Blocks of steps take turns: fed by the stream, as training is, and on a batch that is there already. The
+stream alone is measured too: what it gives a second, beside what steps take.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from xdim_jax.process import prefer_huge_pages
+
+if __name__ == "__main__":
+    prefer_huge_pages()
+
+import jax
+
+from benchmarks import sides
+from xdim_jax import cases, cli, models, ops, recipe
+from xdim_jax.data import pipeline
+from xdim_jax.mesh import make_devices
+from xdim_jax.output import make_output
+from xdim_jax.program import make_program
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--case", default="dxnet:64", help="as in benchmarks/compare.py")
+    add("--cases", type=int, default=6, help="phantoms; a fifth of them is for validation")
+    add("--steps", type=int, default=10, help="in a block")
+    add("--rounds", type=int, default=5)
+    add("--threads", type=int, default=2, help="that read")
+    add("--precision", default="float32", choices=["float32", "bfloat16"])
+    add("--root", type=Path, default=Path(tempfile.gettempdir()) / "xdim_jax_feeding")
+    options = parser.parse_args()
+    cli.cache_programs()
+    config = configure(options)
+    dataset = recipe.check_config(config)
+    output = make_output(config.output, dataset)
+    found = cases.find_data(config, dataset, output, options.root, started=False, first=True)
+    devices = make_devices(-1, 1, batch=config.data.batch)
+    program, params, stats = make_program(config, dataset, per_epoch=100)
+    state = devices.put_state(jax.jit(program.init)(params, stats))
+    key = devices.put_state(jax.random.key(0))
+    stream = pipeline.make_stream(
+        found.train,
+        sampling=config.data.sampling,
+        size=recipe.whole_size(config.data.patch),
+        flat=models.spatial_axes(config.model) == 2,
+        foreground=config.data.foreground,
+        patches_per_case=config.data.patches_per_case,
+        batch=config.data.batch,
+        seed=0,
+        start_step=0,
+        threads=options.threads,
+        facts=found.facts,
+    )
+    begin = time.perf_counter()
+    for batch in itertools.islice(stream, 2 * options.steps):
+        constant = put(devices, batch)
+    alone = (time.perf_counter() - begin) / (2 * options.steps)
+    step = ops.compile_program(devices.lower(program.step, state, constant, key))
+    times: dict[str, list[float]] = {"constant": [], "fed": []}
+    for turn in range(options.rounds + 1):
+        for kind, values in times.items():
+            begin = time.perf_counter()
+            for _ in range(options.steps):
+                batch = constant if kind == "constant" else put(devices, next(stream))
+                state, metrics = step(state, batch, key)
+            float(metrics["loss"])
+            if turn:  # the first brings caches and threads to life
+                values.append((time.perf_counter() - begin) / options.steps)
+    fed, still = statistics.median(times["fed"]), statistics.median(times["constant"])
+    print(
+        f"{options.case}, batch {config.data.batch}, {jax.devices()[0].device_kind}, {options.threads} reading threads"
+    )
+    for kind, values in times.items():
+        middle, low, high = (1000 * f(values) for f in (statistics.median, min, max))
+        print(f"{kind:9} {middle:.1f} ms a step ({low:.1f} to {high:.1f})")
+    print(f"ratio     {fed / still:.3f}")
+    given, taken = config.data.batch / alone, config.data.batch / still
+    print(
+        f"stream    {1000 * alone:.1f} ms a batch alone: {given:.0f} samples a second, of which steps take {taken:.1f}"
+    )
+
+
+def configure(options: argparse.Namespace) -> Any:
+    """The recipe of a case, on phantoms of full size, with its own augmentation."""
+    case = sides.find_case(options.case)
+    config = cli.load_config(f"configs/{case.recipe}.py:scratch", [])
+    with config.unlocked():
+        config.data.patch = case.patch
+    config.data.batch, config.data.phantom.cases = case.batch, options.cases
+    config.train.precision, config.train.accumulate = options.precision, 1
+    return config
+
+
+def put(devices: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of the stream on the devices."""
+    return devices.put_batch({k: v for k, v in batch.items() if k != "digest"})
+
+
+if __name__ == "__main__":
+    main()
