@@ -116,6 +116,7 @@ def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest
     log.say(f"workdir    {workdir}")
 
     state = devices.put_state(jax.jit(program.init)(params, stats))
+    del network, params, stats  # the state has copies
     regions = len(dataset.regions.names)
     progress = Progress([0.0] * regions, [0] * regions)
     checkpoints = checkpoint.open_checkpoints(workdir, log.warn)

@@ -1,0 +1,64 @@
+"""Stands in for training, and a worker that trains with it: quick enough for many workers on two cores.
+
+python -m tests.sweep_worker train --config=C --workdir=W --config.x=0.3       five epochs of a toy
+python -m tests.sweep_worker work STORAGE ROOT TRIALS [PRUNER]
+"""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+from xdim_jax.signals import REQUEUE, catch_signals
+from xdim_jax.sweeps import study as studies
+from xdim_jax.sweeps.worker import Job, work
+
+EPOCHS = 5
+
+
+def train(argv):
+    """Dice rises to 1 - |x - 0.5|; every epoch is kept, and one that was is not done again. x above 0.9 fails."""
+    values = dict(word.removeprefix("--").split("=", 1) for word in argv)
+    workdir, x = Path(values["workdir"]), float(values["config.x"])
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+    state = workdir / "checkpoint"
+    done = int(state.read_text()) if state.is_file() else 0
+    if x > 0.9:
+        print("error: the learning rate is too high")
+        return 2
+    for epoch in range(done + 1, EPOCHS + 1):
+        time.sleep(0.15)
+        with open(workdir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"kind": "validation", "step": epoch, "dice": (1 - abs(x - 0.5)) * epoch / EPOCHS}))
+            file.write("\n")
+        with open(workdir / "epochs", "a") as file:
+            file.write(f"{epoch}\n")
+        state.write_text(str(epoch))
+        if stopped:
+            return REQUEUE
+    return 0
+
+
+def suggest(trial):
+    """One number."""
+    trial.suggest_float("x", 0.0, 1.0)
+
+
+def main(argv):
+    """Trains, or works."""
+    if argv[0] == "train":
+        return train(argv[1:])
+    storage, root, trials, *pruner = argv[1:]
+    study = studies.open_study(
+        studies.open_storage(storage), "toy", pruner=studies.make_pruner(*(pruner or ["none"]), warmup=1)
+    )
+    command = (sys.executable, "-m", "tests.sweep_worker", "train")
+    with catch_signals() as stop:
+        stop.busy = True
+        return work(study, Job("C", (), suggest, Path(root), int(trials), command), stop, beat=0.3, grace=3.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

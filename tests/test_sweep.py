@@ -1,0 +1,435 @@
+"""Sweeps: spaces that fit a config, and a study from which no trial is lost."""
+
+import collections
+import concurrent.futures
+import contextlib
+import getpass
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+from tests.sweep_worker import EPOCHS
+from xdim_jax import sweep
+from xdim_jax.errors import UserError
+from xdim_jax.sweeps import page, space, worker
+from xdim_jax.sweeps import study as studies
+
+REPO = Path(__file__).resolve().parents[1]
+CAMUS = "configs/camus_omnianet.py:phantom"
+
+# -- spaces -------------------------------------------------------------------------------------------------------
+
+
+def conditional(trial):
+    trial.suggest_float("rate", 1e-4, 1e-2, log=True)
+    if trial.suggest_categorical("kind", ["a", "b", "c"]) == "b":
+        trial.suggest_int("only_b", 2, 8, step=2)
+        if trial.suggest_categorical("inner", [False, True]):
+            trial.suggest_categorical("deep", ["x", "y"])
+
+
+def test_every_branch_is_looked_at_at_both_ends():
+    branches, found = space.explore(conditional)
+    assert list(found) == ["rate", "kind", "only_b", "inner", "deep"]
+    assert {b["rate"] for b in branches} == {1e-4, 1e-2}
+    assert {b["kind"] for b in branches} == {"a", "b", "c"} and all(
+        "only_b" not in b for b in branches if b["kind"] != "b"
+    )
+    assert {b.get("only_b") for b in branches} == {None, 2, 8}
+    assert {(b.get("inner"), b.get("deep")) for b in branches} == {
+        (None, None),
+        (False, None),
+        (True, "x"),
+        (True, "y"),
+    }
+
+
+def test_products_of_choices_are_not_gone_through():
+    def suggest(trial):
+        for i in range(30):
+            trial.suggest_categorical(f"c{i}", ["a", "b", "c"])
+
+    assert len(space.explore(suggest)[0]) == 2 * (1 + 30 * 2)
+
+
+def test_a_branch_that_opens_at_the_high_end_of_a_range_is_seen():
+    def suggest(trial):
+        if trial.suggest_float("x", 0, 1) > 0.5:
+            trial.suggest_categorical("y", ["a", "b"])
+
+    assert {b.get("y") for b in space.explore(suggest)[0]} == {None, "a", "b"}
+
+
+def write_space(folder, *lines):
+    path = folder / "space.py"
+    path.write_text("def suggest(trial):\n" + "".join(f"    {line}\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("trial.suggest_float('optim.schedule.paek', 0, 1)", ["optim.schedule.paek", "did you mean", "schedule.peak"]),
+        ("trial.suggest_float('train.epochs', 1, 2)", ["train.epochs", "1.0"]),
+        ("trial.suggest_categorical('optim.name', ['nadam', 'adam'])", ["optim.name=adam", "known: nadam"]),
+        (
+            "trial.suggest_categorical('data.patch', [(64, 64)])",
+            ["a choice is text or a number", "write a tuple as text"],
+        ),
+        ("trial.suggest_categorical('data.patch', ['(64,64)', '(60,64)'])", ["(60,64)", "axis H is 60"]),
+        ("trial.suggest_float('optim.b1', 1, 0)", ["ValueError"]),
+        ("pass", ["asks for nothing"]),
+        ("trial.suggest_normal('optim.b1', 0, 1)", ["AttributeError", "suggest_normal"]),
+    ],
+)
+def test_a_space_that_does_not_fit_is_refused_before_anything_starts(line, words, tmp_path):
+    path = write_space(tmp_path, line)
+    with pytest.raises(UserError) as error:
+        sweep.main([f"--config={CAMUS}", f"--space={path}", "--trials=2", f"--workdir={tmp_path / 'sweep'}"])
+    assert all(word in str(error.value) for word in [str(path), *words]), str(error.value)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_all_problems_of_a_space_are_told_at_once(tmp_path):
+    path = write_space(
+        tmp_path, "trial.suggest_float('optim.b3', 0, 1)", "trial.suggest_categorical('los.name', ['a'])"
+    )
+    with pytest.raises(UserError, match=r"(?s)optim\.b3.*los\.name|los\.name.*optim\.b3"):
+        space.check_space(space.load_space(path)[0], path, CAMUS, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("optimiser", "configs/camus_omnianet.py:scratch"),
+        ("optimiser", "configs/brats_dsnet.py:scratch"),
+        ("dxnet", "configs/brats_dxnet.py:phantom"),
+    ],
+)
+def test_spaces_that_ship_fit_their_recipes(name, config):
+    path = Path(f"configs/sweeps/{name}.py")
+    assert len(space.check_space(space.load_space(path)[0], path, config, [])) >= 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--space=none.py"], ["none.py does not exist", "configs/sweeps/optimiser.py"]),
+        (["--trials=0"], ["--trials=0"]),
+        (["--grace=0"], ["--grace=0"]),
+        (["--config=nothing.py"], ["nothing.py does not exist"]),
+        (["--sampler=grid"], ["optim.schedule.peak is a range without steps"]),
+        (["--storage=mydb://x/y"], ["--storage=mydb://x/y cannot be opened"]),
+        (["--storage=postgresql://localhost:1/none"], ["postgresql://localhost:1/none cannot be opened"]),
+        (["--config.optim.b4=1"], ["config.optim.b4 is not a key", "optim.b"]),
+    ],
+)
+def test_misuse_is_one_clear_message(arguments, words, tmp_path):
+    usual = [f"--config={CAMUS}", "--space=configs/sweeps/optimiser.py", "--trials=2", f"--workdir={tmp_path}"]
+    with pytest.raises(UserError) as error:
+        sweep.main([*usual, *arguments])
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_report_without_a_study_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"study\.journal does not exist"):
+        sweep.main(["report", f"--workdir={tmp_path}", f"--out={tmp_path / 'a.html'}"])
+    studies.open_study(studies.open_storage(str(tmp_path / "study.journal")), "mine")
+    with pytest.raises(UserError, match="--study=other is not in this storage; studies there: mine"):
+        sweep.main(["report", f"--workdir={tmp_path}", "--study=other", f"--out={tmp_path / 'a.html'}"])
+
+
+# -- studies ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["journal", "sqlite"])
+def storage(request, tmp_path):
+    return str(tmp_path / "s.journal") if request.param == "journal" else f"sqlite:///{tmp_path / 's.db'}"
+
+
+def open_toy(storage, **options):
+    return studies.open_study(studies.open_storage(storage), "toy", **options)
+
+
+def test_workers_that_ask_at_once_stay_within_the_limit(storage):
+    study = open_toy(storage)
+
+    def ask(_):
+        return studies.take(open_toy(storage), 5)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        taken = [t for t in pool.map(ask, range(12)) if t is not None]
+    assert sorted(studies.origin_of(t) for t in taken) == sorted(studies.by_origin(study)) and len(taken) == 5
+    assert studies.take(study, 5) is None
+
+
+def test_a_trial_whose_worker_is_silent_goes_on_once_under_its_number(storage):
+    study = open_toy(storage)
+    dead = studies.take(study, 1)
+    x = dead.suggest_float("x", 0, 1)
+    assert studies.revive(study, grace=60) == [] and studies.take(study, 1) is None
+    time.sleep(0.3)
+    assert studies.revive(study, grace=0.2) == [0] and studies.revive(open_toy(storage), grace=0.2) == []
+    assert studies.lost(study, dead)
+    again = studies.take(study, 1)
+    assert studies.origin_of(again) == 0 and again.number == 1 and again.suggest_float("x", 0, 1) == x
+    assert not studies.finish(study, dead, "COMPLETE", 0.5), "it is the dead one's no longer"
+    assert studies.finish(study, again, "COMPLETE", 0.7)
+    assert studies.revive(study, grace=0.0) == [] and studies.take(study, 1) is None
+    (trials,) = studies.by_origin(study).values()
+    assert studies.settled(trials) and studies.outcome(trials).value == 0.7
+
+
+def test_a_trial_that_two_workers_queue_is_run_by_one(storage):
+    study = open_toy(storage)
+    dead = studies.take(study, 1)
+    studies.finish(study, dead, "FAIL")
+    for _ in range(2):  # as if both had looked before either queued
+        study.enqueue_trial({}, user_attrs={"origin": 0})
+    first = studies.take(study, 1)
+    assert studies.origin_of(first) == 0 and studies.take(study, 1) is None
+    studies.finish(study, first, "COMPLETE", 0.5)
+    assert studies.revive(study) == [] and [len(t) for t in studies.by_origin(study).values()] == [2]
+
+
+def test_a_trial_that_fails_by_itself_is_not_tried_again_and_one_that_dies_often_neither(storage):
+    study = open_toy(storage)
+    studies.finish(study, studies.take(study, 2), "FAIL", error="the loss is not finite")
+    assert studies.revive(study) == []
+    for _ in range(studies.ATTEMPTS):
+        studies.finish(study, studies.take(study, 2), "FAIL")
+        studies.revive(study)
+    assert studies.take(study, 2) is None and all(map(studies.settled, studies.by_origin(study).values()))
+
+
+def test_workers_of_one_study_mean_the_same(storage):
+    study = open_toy(storage)
+    studies.agree(study, {"config": "a.py", "space": "x"})
+    studies.agree(open_toy(storage), {"config": "a.py"})
+    with pytest.raises(UserError, match=r"another config: 'a\.py' there, 'b\.py' here"):
+        studies.agree(study, {"config": "b.py"})
+
+
+def test_a_grid_is_what_the_space_spans(tmp_path):
+    def suggest(trial):
+        trial.suggest_categorical("a", ["x", "y"])
+        trial.suggest_float("b", 0, 1, step=0.5)
+        trial.suggest_int("c", 1, 2)
+
+    study = open_toy(
+        str(tmp_path / "s.journal"), sampler=studies.make_sampler("grid", space.explore(suggest)[1], seed=0)
+    )
+    seen = set()
+    for _ in range(12):
+        trial = studies.take(study, 12)
+        suggest(trial)
+        seen.add(tuple(trial.params.values()))
+        studies.finish(study, trial, "COMPLETE", 0.0)
+    assert seen == {(a, b, c) for a in "xy" for b in (0.0, 0.5, 1.0) for c in (1, 2)}
+
+
+# -- workers ------------------------------------------------------------------------------------------------------
+
+
+def start(storage, root, trials, *pruner):
+    arguments = ["work", storage, str(root), str(trials), *pruner]
+    return subprocess.Popen([sys.executable, "-m", "tests.sweep_worker", *arguments], cwd=REPO)
+
+
+@contextlib.contextmanager
+def workers(storage, root, trials, count):
+    found = [start(storage, root, trials) for _ in range(count)]
+    try:
+        yield found
+    finally:
+        for process in found:
+            process.kill()
+            process.wait()
+
+
+def wait_until(true, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)
+
+
+def running(root, least=1):
+    """Workdirs in the middle of training."""
+    states = [int(p.read_text() or 0) for p in Path(root).glob("trial*/checkpoint")]
+    return sum(1 <= s < EPOCHS - 1 for s in states) >= least
+
+
+def check_all_ended_once(storage, root, trials):
+    groups = studies.by_origin(open_toy(storage))
+    assert len(groups) == trials and all(map(studies.settled, groups.values()))
+    for origin, attempts in groups.items():
+        last = studies.outcome(attempts)
+        if "error" in last.user_attrs:
+            assert last.params["x"] > 0.9 and "too high" in last.user_attrs["error"]
+            continue
+        assert [t.state.name for t in attempts].count("COMPLETE") == 1
+        assert len({t.params["x"] for t in attempts if t.params}) == 1, "one origin, one setting"
+        assert last.value == pytest.approx(1 - abs(last.params["x"] - 0.5))
+        epochs = (worker.workdir_of(root, origin) / "epochs").read_text().split()
+        # each epoch once; one that died between its record and its checkpoint is done again
+        counts = collections.Counter(map(int, epochs))
+        assert set(counts) == set(range(1, EPOCHS + 1)) and sum(counts.values()) - EPOCHS <= len(attempts) - 1
+
+
+def test_a_killed_worker_of_two_loses_no_trial(tmp_path):
+    storage, root = str(tmp_path / "s.journal"), tmp_path / "trials"
+    with workers(storage, root, 5, 2) as (first, second):
+        wait_until(lambda: running(root, 2))
+        first.send_signal(signal.SIGKILL)
+        assert second.wait(90) == 0
+    check_all_ended_once(storage, root, 5)
+    assert any(len(t) > 1 for t in studies.by_origin(open_toy(storage)).values()), "a trial was taken over"
+
+
+def test_a_worker_that_is_asked_to_stop_gives_its_trial_back(tmp_path):
+    storage, root = str(tmp_path / "s.journal"), tmp_path / "trials"
+    with workers(storage, root, 1, 1) as (first,):
+        wait_until(lambda: running(root))
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(30) == 75
+    (trials,) = studies.by_origin(open_toy(storage)).values()
+    assert not studies.settled(trials) and trials[-1].state.name == "FAIL"
+    assert start(storage, root, 1).wait(60) == 0
+    check_all_ended_once(storage, root, 1)
+
+
+def test_trials_that_lag_behind_are_pruned(tmp_path):
+    storage, root = str(tmp_path / "s.journal"), tmp_path / "trials"
+    study = open_toy(storage)
+    for dice in (0.9, 0.92, 0.94, 0.95, 0.96):  # the pruner wants five to compare with
+        trial = studies.take(study, 6)
+        trial.suggest_float("x", 0, 1)
+        for epoch in range(1, EPOCHS + 1):
+            trial.report(dice, epoch)
+        studies.finish(study, trial, "COMPLETE", dice)
+    study.enqueue_trial({"x": 0.05})
+    assert start(storage, root, 6, "median").wait(60) == 0
+    last = study.get_trials()[-1]
+    assert last.state.name == "PRUNED" and 2 <= len(last.intermediate_values) < EPOCHS
+    assert (root / "trial0005" / "epochs").read_text().split()[-1] != str(EPOCHS)
+
+
+POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
+
+
+@pytest.fixture
+def postgres(tmp_path_factory):
+    """A server of the test's own, on a socket and a port that are free."""
+    if not POSTGRES or not shutil.which("runuser"):
+        pytest.skip("PostgreSQL is not installed (Debian: postgresql)")
+    from tests.test_devices import free_port
+
+    base = Path("/tmp") / f"xdim_jax_postgres_{os.getpid()}"
+    port, programs = free_port(), POSTGRES[-1]
+    base.mkdir()
+    user = ["runuser", "-u", "postgres", "--"] if getpass.getuser() == "root" else []
+    if user:
+        shutil.chown(base, "postgres")
+    data = base / "data"
+
+    def call(*command):
+        subprocess.run([*user, *map(str, command)], check=True, cwd=base, capture_output=True)
+
+    call(programs / "initdb", "-D", data, "-A", "trust", "-U", "sweeper")
+    options = f"-p {port} -k {base} -c listen_addresses=localhost -c fsync=off"
+    call(programs / "pg_ctl", "-D", data, "-w", "-l", base / "log", "-o", options, "start")
+    try:
+        call(programs / "createdb", "-h", "localhost", "-p", port, "-U", "sweeper", "sweeps")
+        yield f"postgresql://sweeper@localhost:{port}/sweeps"
+    finally:
+        call(programs / "pg_ctl", "-D", data, "-m", "immediate", "stop")
+        shutil.rmtree(base)
+
+
+def test_eight_workers_on_postgresql_three_of_them_killed(postgres, tmp_path):
+    root = tmp_path / "trials"
+    with workers(postgres, root, 20, 8) as found:
+        wait_until(lambda: running(root, 3), 120)
+        for process in found[:3]:
+            process.send_signal(signal.SIGKILL)
+        assert [process.wait(200) for process in found[3:]] == [0] * 5
+    check_all_ended_once(postgres, root, 20)
+
+
+# -- the page -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_every_trial_from_best_to_worst(tmp_path):
+    study = open_toy(str(tmp_path / "s.journal"))
+    studies.agree(
+        study, {"config": "configs/a.py", "overrides": ["--config.seed=1"], "space": "def suggest(trial): ..."}
+    )
+    for i in range(12):
+        trial = studies.take(study, 14)
+        rate = trial.suggest_float("optim.schedule.peak", 1e-4, 1e-2, log=True)
+        kind = trial.suggest_categorical("optim.name", ["nadam", "nadam_torch"])
+        if kind == "nadam_torch":
+            trial.suggest_float("optim.momentum_decay", 1e-3, 1e-2)
+        dice = 0.9 - 10 * rate
+        for epoch in range(1, 6):
+            trial.report(dice * epoch / 5, epoch)
+        if i == 3:
+            studies.finish(study, trial, "FAIL", error="failed with status 2: <b>too hot</b>")
+        elif i == 4:
+            studies.finish(study, trial, "PRUNED")
+        else:
+            studies.finish(study, trial, "COMPLETE", dice)
+    out = tmp_path / "sweep.html"
+    assert sweep.main(["report", f"--storage={tmp_path / 's.journal'}", "--study=toy", f"--out={out}"]) == 0
+    text = out.read_text()
+    assert text.count("<figure>") == 3 and text.count("data:image/png") == 3
+    assert "10 complete" in text and "1 fail" in text and "1 pruned" in text
+    assert "&lt;b&gt;too hot" in text and "<b>too" not in text
+    places = [text.index(f"<th>trial{origin:04d}</th>") for origin, _ in page._standing(study)]
+    assert places == sorted(places)
+    best = max((t for t in study.get_trials() if t.state.name == "COMPLETE"), key=lambda t: t.value)
+    assert f"Best: trial{studies.origin_of(best):04d}, Dice {best.value:.4f}" in text
+
+
+def test_the_page_of_a_study_that_has_just_begun(tmp_path):
+    study = open_toy(str(tmp_path / "s.journal"))
+    studies.take(study, 3).suggest_float("x", 0, 1)
+    text = page.render(study)
+    assert "No trial has ended yet" in text and "1 running" in text and "fewer than 4 trials" in text
+    assert optuna.logging.get_verbosity() >= optuna.logging.WARNING
+
+
+# -- real training ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_sweep_of_real_runs(tmp_path):
+    """Two trials of a toy on CAMUS phantoms: each is an ordinary workdir, and the page tells which is better."""
+    from xdim_jax import log
+
+    path = write_space(tmp_path, "trial.suggest_categorical('optim.schedule.peak', [1e-9, 3e-3])")
+    arguments = [f"--config={CAMUS}", f"--space={path}", "--trials=2", "--sampler=grid"]
+    toy = ["model.encoder.name=efficientnet_toy", "model.filters=(8,8,8,8,8)", "data.patch=(32,32)", "train.epochs=3"]
+    toy += ["data.phantom.cases=5", "data.phantom.held_out=0", "train.validate_every=1"]
+    command = [sys.executable, "-m", "xdim_jax.sweep", *arguments, f"--workdir={tmp_path / 'sweep'}"]
+    command += [f"--config.{word}" for word in toy]
+    subprocess.run(command, cwd=REPO, check=True, timeout=250)
+    subprocess.run(command, cwd=REPO, check=True, timeout=60)  # nothing is left to do
+    study = studies.open_study(studies.open_storage(str(tmp_path / "sweep" / "study.journal")), "sweep", create=False)
+    assert [t.state.name for t in study.get_trials()] == ["COMPLETE"] * 2
+    assert study.best_trial.params == {"optim.schedule.peak": 3e-3}
+    for trial in study.get_trials():
+        workdir = tmp_path / "sweep" / f"trial{trial.number:04d}"
+        scores = [r["dice"] for r in log.read_records(workdir) if r["kind"] == "validation"]
+        assert trial.value == max(scores) and (workdir / "best").is_dir() and len(scores) == 3
+    out = tmp_path / "sweep.html"
+    subprocess.run([*command[:3], "report", f"--workdir={tmp_path / 'sweep'}", f"--out={out}"], cwd=REPO, check=True)
+    assert "Best: trial" in out.read_text()

@@ -1,0 +1,1 @@
+"""Searches over configs: a space, a study that any number of workers share, and the page that shows it."""

@@ -1,0 +1,144 @@
+"""A worker: takes trials of a study, trains each as a process of its own, and tells the study how it went."""
+
+import ctypes
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xdim_jax import log
+from xdim_jax.signals import REQUEUE, StopRequest
+from xdim_jax.sweeps import study as studies
+from xdim_jax.sweeps.space import Suggest, overrides_of
+
+LOG_FILE = "train.log"  # of a trial's workdir: what training said
+_LINES = 3  # of it, in the error of a trial that failed
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all trials share.
+
+    Attributes:
+        config: ``FILE[:WORDS]``.
+        overrides: ``--config.<key>=<value>``, before those of the trial.
+        suggest: draws a trial's parameters.
+        root: the trials' workdirs lie below it.
+        trials: that the study is to have.
+        command: that trains, before its flags.
+    """
+
+    config: str
+    overrides: Sequence[str]
+    suggest: Suggest
+    root: Path
+    trials: int
+    command: Sequence[str] = (sys.executable, "-m", "xdim_jax.train")
+
+
+def workdir_of(root: Path, origin: int) -> Path:
+    """The workdir of a trial."""
+    return root / f"trial{origin:04d}"
+
+
+def work(
+    study: Any,
+    job: Job,
+    stop: StopRequest,
+    *,
+    beat: float = studies.BEAT,
+    grace: float = studies.GRACE,
+    wait: bool = True,
+) -> int:
+    """Trains trials until the study has all of them; returns the exit status.
+
+    With ``wait`` it stays until those of other workers have ended, so that a trial whose worker dies is not lost.
+    """
+    while not stop.signal:
+        for origin in studies.revive(study, grace):
+            log.say(f"trial {origin}: its worker is gone; it goes on from its last checkpoint")
+        trial = studies.take(study, job.trials)
+        if trial is not None:
+            with studies.Beat(study, trial, beat):
+                _train(study, trial, job, stop, beat)
+            continue
+        if not wait or all(map(studies.settled, studies.by_origin(study).values())):
+            break
+        _sleep(min(beat, 2.0), stop)
+    return stop.status if stop.signal else 0
+
+
+def _sleep(seconds: float, stop: StopRequest) -> None:
+    end = time.monotonic() + seconds
+    while not stop.signal and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+def _train(study: Any, trial: Any, job: Job, stop: StopRequest, beat: float) -> None:
+    origin = studies.origin_of(trial)
+    job.suggest(trial)
+    workdir = workdir_of(job.root, origin)
+    shown = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.params.items())
+    log.say(f"trial {origin}: {shown}")
+    workdir.mkdir(parents=True, exist_ok=True)
+    command = [*job.command, f"--config={job.config}", f"--workdir={workdir}"]
+    with open(workdir / LOG_FILE, "ab") as output:
+        child = subprocess.Popen(
+            [*command, *job.overrides, *overrides_of(trial.params)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,
+        )
+    told, looked, pruned, asked = 0, time.monotonic(), False, False
+    while child.poll() is None:
+        time.sleep(0.2)
+        told, before = _report(trial, workdir, told), told
+        pruned = pruned or (not asked and told > before and trial.should_prune())
+        gone = False
+        if time.monotonic() - looked > beat:
+            looked, gone = time.monotonic(), studies.lost(study, trial)
+        if not asked and (stop.signal or pruned or gone):
+            child.send_signal(signal.SIGTERM)  # it saves, and ends
+            asked = True
+    _report(trial, workdir, told)
+    _tell(study, trial, workdir, child.returncode, pruned=pruned, stopped=bool(stop.signal))
+
+
+def _die_with_parent() -> None:
+    """In the child: a worker that is killed takes its training along, which else went on beside its successor."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # of Linux
+    if prctl is not None:
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _report(trial: Any, workdir: Path, told: int) -> int:
+    """Tells the study of validations that are new; returns how many it knows."""
+    scores = validations(workdir)
+    for number in range(told, len(scores)):
+        trial.report(scores[number], number + 1)
+    return len(scores)
+
+
+def validations(workdir: Path) -> list[float]:
+    """The Dice of every validation so far."""
+    return [r["dice"] for r in log.read_records(workdir) if r["kind"] == "validation"]
+
+
+def _tell(study: Any, trial: Any, workdir: Path, status: int, *, pruned: bool, stopped: bool) -> None:
+    origin, scores = studies.origin_of(trial), validations(workdir)
+    if status == 0 and scores:
+        mine = studies.finish(study, trial, "COMPLETE", max(scores))
+        text = f"Dice {max(scores):.4f}"
+    elif pruned:
+        mine, text = studies.finish(study, trial, "PRUNED"), f"pruned after {len(scores)} validations"
+    elif stopped or status == REQUEUE or status < 0:  # it can go on from its checkpoint, here or elsewhere
+        mine, text = studies.finish(study, trial, "FAIL"), "given back"
+    else:
+        lines = [line for line in (workdir / LOG_FILE).read_text(errors="replace").splitlines() if line.strip()]
+        text = f"failed with status {status}: " + " / ".join(lines[-_LINES:])
+        mine = studies.finish(study, trial, "FAIL", error=text)
+    log.say(f"trial {origin}: {text if mine else 'taken over by another worker'}")
