@@ -34,6 +34,12 @@ def build_abstract(config: Mapping[str, Any]) -> nnx.Module:
     return nnx.eval_shape(lambda: build(config, seed=0))
 
 
+def parts_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names that the operations of a network have in profiles, in order; see `xdim_jax.roofline`."""
+    network: Any = build_abstract(config)
+    return network.parts
+
+
 def set_remat(model: Any, names: str) -> None:
     """Makes a network compute the activations of some stages again in the backward pass, for memory.
 

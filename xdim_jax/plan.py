@@ -116,13 +116,13 @@ def step_products(config: cli.Config, dataset: Dataset, choice: Choice) -> tuple
     """The convolutions and matrix products of a step on one device, and the parts of the network in order."""
     config = _chosen(config, choice)
     program, params, stats = make_program(config, dataset, per_epoch=1, abstract=True)
-    parts = models.build_abstract(config.model).parts
+    parts = models.parts_of(config.model)
     return find_products(program.step, *_arguments(config, dataset, program, params, stats), parts=parts), parts
 
 
 def format_parts(products: Sequence[Product], parts: Sequence[str]) -> list[str]:
     """A table as aligned lines: of each part, forward and backward, what is done and moved."""
-    rows = [("part", "forward GFLOP", "GB", "backward GFLOP", "GB", "share of GFLOP")]
+    rows: list[tuple[str, ...]] = [("part", "forward GFLOP", "GB", "backward GFLOP", "GB", "share of GFLOP")]
     total = sum(p.flops for p in products)
     for part in (*parts, "", None):
         found = [p for p in products if part is None or p.part == part]

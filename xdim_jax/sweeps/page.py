@@ -7,7 +7,9 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from xdim_jax import cli, figures, log
 from xdim_jax.errors import UserError
@@ -119,7 +121,7 @@ def draw_curves(trials: Sequence[tuple[int, Any]]) -> Picture:
         style: dict[str, Any] = {"color": f"C{rank}", "label": f"trial{origin:04d}", "lw": 2} if rank < 5 else {}
         axes.plot(steps, values, **({"color": "#b6bdc5", "lw": 1} | style), marker="o", ms=3)
     axes.set(xlabel="validation", ylabel="Dice")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="lower right")
     best = _score(trials[0][1]) or math.nan
@@ -156,8 +158,6 @@ def draw_parallel(trials: Sequence[tuple[int, Any]], names: Sequence[str]) -> Pi
     columns = [*names, "Dice"]
     figure = Figure(figsize=(max(8.0, 1.7 * len(columns)), 4.6), layout="constrained")
     axes = figure.subplots()
-    from matplotlib import colormaps
-
     scores = np.array([trial.value for _, trial in trials])
     low, high = scores.min(), scores.max()
     heights = np.full((len(trials), len(columns)), np.nan)
