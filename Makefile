@@ -29,6 +29,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/shellcheck launch/*.sh
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -135,7 +135,7 @@ def draw_importance(study: Any, left_out: list[str]) -> list[Picture]:
     optuna = studies.import_optuna()
     try:
         found = optuna.importance.get_param_importances(
-            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(baseline_quantile=0.25)
+            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
         )
     except (ValueError, RuntimeError) as error:
         left_out.append(f"What matters: {error}")
@@ -166,9 +166,9 @@ def draw_parallel(trials: Sequence[tuple[int, Any]], names: Sequence[str]) -> Pi
         log_scale = any(getattr(trial.distributions.get(name), "log", False) for _, trial in trials)
         heights[:, c], marks = _place(values, log_scale)
         for height, mark in marks:
-            axes.annotate(
-                mark, (c, height), fontsize=7, ha="left", va="center", xytext=(3, 0), textcoords="offset points"
-            )
+            place: dict[str, Any] = {"ha": "left", "va": "center", "xytext": (3, 0), "textcoords": "offset points"}
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+            axes.annotate(mark, (c, height), fontsize=7, bbox=box, zorder=3, **place)
     for row, score in sorted(zip(heights, scores, strict=True), key=lambda pair: pair[1]):
         share = (score - low) / (high - low) if high > low else 1.0
         axes.plot(row, color=colormaps[_COLOURS](share), lw=1 + share, alpha=0.8, marker="o", ms=3)

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Workers of a sweep as a SLURM job array, one GPU each:
+#
+#     sbatch --array=0-7 launch/slurm_sweep.sh [--config.<key>=<value> ...]
+#
+# All of them run the same command and share one study, so any number may come and go: more can be submitted later, and
+# the trial of one that is preempted goes on elsewhere. Set the four lines below.
+#SBATCH --job-name=xdim-sweep
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-task=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.out
+set -euo pipefail
+
+CONFIG=${CONFIG:-configs/brats_dxnet.py}
+SPACE=${SPACE:-configs/sweeps/dxnet.py}
+WORKDIR=${WORKDIR:-runs/sweep}
+TRIALS=${TRIALS:-200}
+
+command=(python -m xdim_jax.sweep "--config=$CONFIG" "--space=$SPACE" "--trials=$TRIALS" "--workdir=$WORKDIR")
+status=0
+srun "${command[@]}" "$@" || status=$?
+if [ "$status" -eq 75 ]; then # its trial is given back: this worker may come again
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
