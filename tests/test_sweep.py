@@ -268,7 +268,8 @@ def running(root, least=1):
 
 
 def check_all_ended_once(storage, root, trials):
-    groups = studies.by_origin(open_toy(storage))
+    storage = studies.open_storage(storage) if isinstance(storage, str) else storage
+    groups = studies.by_origin(studies.open_study(storage, "toy"))
     assert len(groups) == trials and all(map(studies.settled, groups.values()))
     for origin, attempts in groups.items():
         last = studies.outcome(attempts)
@@ -354,6 +355,7 @@ def postgres(tmp_path_factory):
         shutil.rmtree(base)
 
 
+@pytest.mark.slow
 def test_eight_workers_on_postgresql_three_of_them_killed(postgres, tmp_path):
     root = tmp_path / "trials"
     with workers(postgres, root, 20, 8) as found:
@@ -361,7 +363,10 @@ def test_eight_workers_on_postgresql_three_of_them_killed(postgres, tmp_path):
         for process in found[:3]:
             process.send_signal(signal.SIGKILL)
         assert [process.wait(200) for process in found[3:]] == [0] * 5
-    check_all_ended_once(postgres, root, 20)
+    storage = studies.open_storage(postgres)
+    check_all_ended_once(storage, root, 20)
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 # -- the page -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ workdir, so that training goes on from its last checkpoint. Of an origin one tri
 """
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Sequence
@@ -45,20 +46,26 @@ def open_storage(text: str) -> Any:
         UserError: it cannot be opened.
     """
     optuna = import_optuna()
-    try:
-        if "://" not in text:
-            Path(text).parent.mkdir(parents=True, exist_ok=True)
-            return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(text))
-        url = text.replace("postgresql://", "postgresql+psycopg://", 1)
-        # workers of one sqlite file wait for each other; a database that was away is asked anew
-        options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-        return optuna.storages.RDBStorage(url, engine_kwargs=options)
-    except Exception as error:  # whatever the database's driver raises
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"--storage={text} cannot be opened: {reason}; give a path for a journal file, or "
-            "<dialect>://<user>:<password>@<host>/<database> (PostgreSQL: pip install 'psycopg[binary]')"
-        ) from error
+    url = text.replace("postgresql://", "postgresql+psycopg://", 1)
+    # workers of one sqlite file wait for each other; a connection that a database has closed is opened anew
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    attempt = 0
+    while True:
+        try:
+            if "://" not in text:
+                Path(text).parent.mkdir(parents=True, exist_ok=True)
+                return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(text))
+            return optuna.storages.RDBStorage(url, engine_kwargs=options)
+        except Exception as error:  # whatever the database's driver raises
+            attempt += 1
+            if "exists" in str(error) and attempt < 10:  # several first workers make the tables at once
+                time.sleep(random.uniform(0.1, 1.0))
+                continue
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"--storage={text} cannot be opened: {reason}; give a path for a journal file, or "
+                "<dialect>://<user>:<password>@<host>/<database> (PostgreSQL: pip install 'psycopg[binary]')"
+            ) from error
 
 
 def grid_size(sampler: Any) -> int | None:
