@@ -261,10 +261,13 @@ def wait_until(true, seconds=60.0):
         time.sleep(0.05)
 
 
-def running(root, least=1):
-    """Workdirs in the middle of training."""
-    states = [int(p.read_text() or 0) for p in Path(root).glob("trial*/checkpoint")]
-    return sum(1 <= s < EPOCHS - 1 for s in states) >= least
+@contextlib.contextmanager
+def held(root, count):
+    """So many trials are in the middle of training."""
+    root.mkdir()
+    (root / "hold").touch()
+    yield lambda: wait_until(lambda: len(list(root.glob("trial*/checkpoint"))) >= count, 120)
+    (root / "hold").unlink()
 
 
 def check_all_ended_once(storage, root, trials):
@@ -288,19 +291,21 @@ def check_all_ended_once(storage, root, trials):
 def test_a_killed_worker_of_two_loses_no_trial(tmp_path):
     storage, root = str(tmp_path / "s.journal"), tmp_path / "trials"
     with workers(storage, root, 5, 2) as (first, second):
-        wait_until(lambda: running(root, 2))
-        first.send_signal(signal.SIGKILL)
-        assert second.wait(90) == 0
+        with held(root, 2) as wait:
+            wait()
+            first.send_signal(signal.SIGKILL)
+        assert second.wait(120) == 0
     check_all_ended_once(storage, root, 5)
     assert any(len(t) > 1 for t in studies.by_origin(open_toy(storage)).values()), "a trial was taken over"
 
 
 def test_a_worker_that_is_asked_to_stop_gives_its_trial_back(tmp_path):
     storage, root = str(tmp_path / "s.journal"), tmp_path / "trials"
-    with workers(storage, root, 1, 1) as (first,):
-        wait_until(lambda: running(root))
+    open_toy(storage).enqueue_trial({"x": 0.3})
+    with workers(storage, root, 1, 1) as (first,), held(root, 1) as wait:
+        wait()
         first.send_signal(signal.SIGTERM)
-        assert first.wait(30) == 75
+        assert first.wait(60) == 75
     (trials,) = studies.by_origin(open_toy(storage)).values()
     assert not studies.settled(trials) and trials[-1].state.name == "FAIL"
     assert start(storage, root, 1).wait(60) == 0
@@ -317,9 +322,10 @@ def test_trials_that_lag_behind_are_pruned(tmp_path):
             trial.report(dice, epoch)
         studies.finish(study, trial, "COMPLETE", dice)
     study.enqueue_trial({"x": 0.05})
-    assert start(storage, root, 6, "median").wait(60) == 0
+    with held(root, 1):  # it waits after its first epoch, until it is pruned
+        assert start(storage, root, 6, "median").wait(60) == 0
     last = study.get_trials()[-1]
-    assert last.state.name == "PRUNED" and 2 <= len(last.intermediate_values) < EPOCHS
+    assert last.state.name == "PRUNED" and 1 <= len(last.intermediate_values) < EPOCHS
     assert (root / "trial0005" / "epochs").read_text().split()[-1] != str(EPOCHS)
 
 
@@ -359,9 +365,10 @@ def postgres(tmp_path_factory):
 def test_eight_workers_on_postgresql_three_of_them_killed(postgres, tmp_path):
     root = tmp_path / "trials"
     with workers(postgres, root, 20, 8) as found:
-        wait_until(lambda: running(root, 3), 120)
-        for process in found[:3]:
-            process.send_signal(signal.SIGKILL)
+        with held(root, 8) as wait:
+            wait()
+            for process in found[:3]:
+                process.send_signal(signal.SIGKILL)
         assert [process.wait(200) for process in found[3:]] == [0] * 5
     storage = studies.open_storage(postgres)
     check_all_ended_once(storage, root, 20)
@@ -422,8 +429,13 @@ def test_a_sweep_of_real_runs(tmp_path):
 
     path = write_space(tmp_path, "trial.suggest_categorical('optim.schedule.peak', [1e-9, 3e-3])")
     arguments = [f"--config={CAMUS}", f"--space={path}", "--trials=2", "--sampler=grid"]
-    toy = ["model.encoder.name=efficientnet_toy", "model.filters=(8,8,8,8,8)", "data.patch=(32,32)", "train.epochs=3"]
-    toy += ["data.phantom.cases=5", "data.phantom.held_out=0", "train.validate_every=1"]
+    toy = [
+        "model.encoder.name=efficientnet_toy",
+        "model.filters=(8,8,8,8,8)",
+        "data.patch=(32,32)",
+        "data.prepare.size=(32,32)",
+    ]
+    toy += ["train.epochs=3", "data.phantom.cases=5", "data.phantom.held_out=0", "train.validate_every=1"]
     command = [sys.executable, "-m", "xdim_jax.sweep", *arguments, f"--workdir={tmp_path / 'sweep'}"]
     command += [f"--config.{word}" for word in toy]
     subprocess.run(command, cwd=REPO, check=True, timeout=250)
