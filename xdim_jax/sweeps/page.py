@@ -36,28 +36,24 @@ def main(argv: Sequence[str]) -> int:
     study = studies.open_study(studies.open_storage(text), options.study, create=False)
     write_text(options.out, render(study))
     log.say(f"report     {options.out.absolute()}")
-    best = _ended(study)[:1]
+    best = _ended(_standing(studies.by_origin(study)))[:1]
     for origin, trial in best:
         log.say(f"best       trial {origin}: Dice {trial.value:.4f}, {_settings(trial.params)}")
     return 0
 
 
 def _settings(params: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={_shown(value)}" for name, value in params.items())
+    return ", ".join(f"{name}={studies.shown(value)}" for name, value in params.items())
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _standing(study: Any) -> list[tuple[int, Any]]:
+def _standing(groups: dict[int, list[Any]]) -> list[tuple[int, Any]]:
     """Of every origin, the trial that tells how it stands; best first, those without a Dice last."""
-    found = [(origin, studies.outcome(trials)) for origin, trials in studies.by_origin(study).items()]
+    found = [(origin, studies.outcome(trials)) for origin, trials in groups.items()]
     return sorted(found, key=lambda item: (-(_score(item[1]) or -math.inf), item[0]))
 
 
-def _ended(study: Any) -> list[tuple[int, Any]]:
-    return [(origin, trial) for origin, trial in _standing(study) if trial.state.name == "COMPLETE"]
+def _ended(standing: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    return [(origin, trial) for origin, trial in standing if trial.state.name == "COMPLETE"]
 
 
 def _score(trial: Any) -> float | None:
@@ -69,18 +65,20 @@ def _score(trial: Any) -> float | None:
 
 def render(study: Any) -> str:
     """The page."""
-    standing, ended = _standing(study), _ended(study)
+    groups = studies.by_origin(study)
+    standing = _standing(groups)
+    ended = _ended(standing)
     names = list(dict.fromkeys(name for _, trial in standing for name in trial.params))
     rows, failed, left_out = [], [], []
     for origin, trial in standing:
         score = _score(trial)
-        attempts = len(studies.by_origin(study)[origin])
+        attempts = len(groups[origin])
         minutes = (trial.datetime_complete - trial.datetime_start).total_seconds() / 60 if trial.duration else None
-        cells = [f"trial{origin:04d}", trial.state.name.lower(), "-" if score is None else f"{score:.4f}"]
+        cells = [studies.name_of(origin), trial.state.name.lower(), "-" if score is None else f"{score:.4f}"]
         cells += ["-" if minutes is None else f"{minutes:.1f}", str(attempts)]
-        rows.append([*cells, *(_shown(trial.params.get(name, "-")) for name in names)])
+        rows.append([*cells, *(studies.shown(trial.params.get(name, "-")) for name in names)])
         if error := trial.user_attrs.get("error"):
-            failed.append(f"trial{origin:04d}: {error}")
+            failed.append(f"{studies.name_of(origin)}: {error}")
     pictures: list[tuple[str, Picture]] = []
     curves = [(origin, trial) for origin, trial in standing if trial.intermediate_values]
     if curves:
@@ -98,7 +96,7 @@ def render(study: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("xdim_jax", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    best = f"Best: trial{ended[0][0]:04d}, Dice {ended[0][1].value:.4f}" if ended else "No trial has ended yet."
+    best = f"Best: {studies.name_of(ended[0][0])}, Dice {ended[0][1].value:.4f}" if ended else "No trial has ended yet."
     return environment.get_template("sweep.html.j2").render(
         title=f"Sweep {study.study_name}",
         lead=best,
@@ -118,7 +116,7 @@ def draw_curves(trials: Sequence[tuple[int, Any]]) -> Picture:
     axes = figure.subplots()
     for rank, (origin, trial) in reversed(list(enumerate(trials))):
         steps, values = zip(*sorted(trial.intermediate_values.items()), strict=True)
-        style: dict[str, Any] = {"color": f"C{rank}", "label": f"trial{origin:04d}", "lw": 2} if rank < 5 else {}
+        style: dict[str, Any] = {"color": f"C{rank}", "label": studies.name_of(origin), "lw": 2} if rank < 5 else {}
         axes.plot(steps, values, **({"color": "#b6bdc5", "lw": 1} | style), marker="o", ms=3)
     axes.set(xlabel="validation", ylabel="Dice")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -188,7 +186,7 @@ def _place(values: Sequence[Any], log_scale: bool) -> tuple[np.ndarray, list[tup
         low, high = turn(min(known)), turn(max(known))
         span = high - low or 1.0
         heights = np.array([np.nan if v is None else (turn(v) - low) / span for v in values])
-        return heights, [(0.0, _shown(min(known))), ((high - low) / span, _shown(max(known)))]
+        return heights, [(0.0, studies.shown(min(known))), ((high - low) / span, studies.shown(max(known)))]
     words = sorted({str(v) for v in known})
     at = {word: i / max(len(words) - 1, 1) for i, word in enumerate(words)}
     return np.array([np.nan if v is None else at[str(v)] for v in values]), [(h, w) for w, h in at.items()]

@@ -156,6 +156,16 @@ def origin_of(trial: Any) -> int:
     return trial.user_attrs.get(_ORIGIN, trial.number)
 
 
+def name_of(origin: int) -> str:
+    """Of a trial, and of its workdir."""
+    return f"trial{origin:04d}"
+
+
+def shown(value: Any) -> str:
+    """A parameter's value in a line or a table."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def by_origin(study: Any) -> dict[int, list[Any]]:
     """Trials, but for those that were one too many, in order."""
     groups: dict[int, list[Any]] = {}

@@ -42,7 +42,7 @@ class Job:
 
 def workdir_of(root: Path, origin: int) -> Path:
     """The workdir of a trial."""
-    return root / f"trial{origin:04d}"
+    return root / studies.name_of(origin)
 
 
 def work(
@@ -82,8 +82,8 @@ def _train(study: Any, trial: Any, job: Job, stop: StopRequest, beat: float) -> 
     origin = studies.origin_of(trial)
     job.suggest(trial)
     workdir = workdir_of(job.root, origin)
-    shown = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.params.items())
-    log.say(f"trial {origin}: {shown}")
+    settings = " ".join(f"{name}={studies.shown(value)}" for name, value in trial.params.items())
+    log.say(f"trial {origin}: {settings}")
     workdir.mkdir(parents=True, exist_ok=True)
     command = [*job.command, f"--config={job.config}", f"--workdir={workdir}"]
     with open(workdir / LOG_FILE, "ab") as output:
