@@ -1,4 +1,4 @@
-"""The pictures of a report: curves, box plots, agreement of volumes, and cases with their errors."""
+"""The pages and pictures of a report: curves, box plots, agreement of volumes, and cases with their errors."""
 
 import base64
 import dataclasses
@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -42,6 +43,14 @@ def encode(figure: Figure, alt: str, caption: str) -> Picture:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, facecolor=figure.get_facecolor())
     return Picture(base64.b64encode(buffer.getvalue()).decode("ascii"), alt, caption)
+
+
+def fill(template: str, **values: Any) -> str:
+    """A page, from its template in this package."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("xdim_jax", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(template).render(**values)
 
 
 def colour_of(structures: Sequence[str]) -> dict[str, str]:

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jinja2
 import numpy as np
 
 from xdim_jax import cli, environment, figures, log
@@ -109,15 +108,13 @@ def render(
     elif not records:
         left_out.append("No curves: there is no training record, or one for each fold; report a fold by itself.")
     volumes = [values for c in scored for structure, values in c.values.items() if structure == "LV volume"]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("xdim_jax", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     opened, further = tables.paper_tables(summary), tables.metric_tables(summary, columns)
     if not opened or len(further[0].rows) <= _LONG:  # behind the paper's a long one is folded away
         opened.append(further.pop(0))
     phantom = config is not None and not config["data"]["root"]
     name = f"{config['model']['name']} on {config['data']['dataset']}" if config else f"Evaluation by {rules.title}"
-    return environment.get_template("report.html.j2").render(
+    return figures.fill(
+        "report.html.j2",
         title=name + (" phantoms" if phantom else ""),
         lead="Synthetic cases: these scores show that the program works, not how well it segments patients."
         if phantom

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -93,11 +92,9 @@ def render(study: Any) -> str:
     if overrides := study.user_attrs.get("overrides"):
         facts.append(("overrides", " ".join(overrides)))
     facts.append(("trials", ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)) or "none"))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("xdim_jax", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     best = f"Best: {studies.name_of(ended[0][0])}, Dice {ended[0][1].value:.4f}" if ended else "No trial has ended yet."
-    return environment.get_template("sweep.html.j2").render(
+    return figures.fill(
+        "sweep.html.j2",
         title=f"Sweep {study.study_name}",
         lead=best,
         facts=facts,
