@@ -1106,7 +1106,7 @@ def test_the_summary_of_records_made_by_hand(tmp_path):
         crossval.summarise(tmp_path, 4)
 
 
-def test_a_fold_that_is_stopped_stops_all(tmp_path):
+def test_a_fold_that_is_stopped_stops_all(tmp_path, monkeypatch):
     config = cli.load_config(f"{RECIPE},fold=all", [])
     begun = []
 
@@ -1114,7 +1114,13 @@ def test_a_fold_that_is_stopped_stops_all(tmp_path):
         begun.append((chosen.data.fold, workdir.name))
         return 75 if chosen.data.fold == 1 else 0
 
-    assert crossval.train_folds(config, tmp_path, one) == 75
+    def train_one(chosen, dataset, workdir, stop):
+        return one(chosen, workdir)
+
+    monkeypatch.setattr(train, "train", train_one)
+    monkeypatch.setattr(train, "check_config", lambda chosen: None)
+    every = lambda runs: train.train_all(runs, loop.StopRequest(), 0, "auto")  # noqa: E731
+    assert crossval.train_folds(config, tmp_path, every) == 75
     assert begun == [(0, "fold0"), (1, "fold1")] and not (tmp_path / "crossval.json").exists()
     assert config.data.fold == -1, "the config given is as it was"
 

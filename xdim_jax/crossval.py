@@ -21,8 +21,11 @@ from xdim_jax.files import write_json
 CROSSVAL_FILE = "crossval.json"
 
 
-def train_folds(config: cli.Config, workdir: Path, train: Callable[[cli.Config, Path], int]) -> int:
-    """Trains every fold that is not done; returns the first exit status that is not 0.
+Runs = list[tuple[cli.Config, Path]]
+
+
+def train_folds(config: cli.Config, workdir: Path, train: Callable[[Runs], int]) -> int:
+    """Trains every fold that is not done, and sums up; returns the exit status of ``train`` if it is not 0.
 
     Raises:
         UserError: the config has no folds to go through, or the workdir is of a single run.
@@ -31,13 +34,13 @@ def train_folds(config: cli.Config, workdir: Path, train: Callable[[cli.Config, 
         raise UserError(f"fold=all goes through config.data.folds, but config.data.split={config.data.split}")
     if checkpoint.exist(workdir):
         raise UserError(f"{workdir} is the workdir of a single run; give another for fold=all")
+    runs = []
     for fold in range(config.data.folds):
-        log.say(f"fold       {fold} of {config.data.folds}, {workdir / f'fold{fold}'}")
         chosen = config.copy_and_resolve_references()
         chosen.data.fold = fold
-        status = train(chosen, workdir / f"fold{fold}")
-        if status:
-            return status
+        runs.append((chosen, workdir / f"fold{fold}"))
+    if status := train(runs):
+        return status
     if jax.process_index() == 0:
         summary = summarise(workdir, config.data.folds)
         write_json(workdir / CROSSVAL_FILE, summary)

@@ -1,12 +1,14 @@
 """What a run tells: lines on the terminal, ``metrics.jsonl``, ``steps.jsonl``, TensorBoard, and other trackers."""
 
+import contextlib
+import contextvars
 import dataclasses
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "train.log"  # what a run said that had no terminal of its own
 STEPS_FILE = "steps.jsonl"  # every step's loss, norms, and digest of its batch, exactly: what verify_run compares
 
 
@@ -32,15 +35,28 @@ def quieten() -> None:
     _quiet = True
 
 
+_file: contextvars.ContextVar[IO[str] | None] = contextvars.ContextVar("file", default=None)
+
+
+@contextlib.contextmanager
+def into(file: IO[str]) -> Iterator[None]:
+    """Inside the block, what this thread says goes into a file: of one run of several in a process."""
+    token = _file.set(file)
+    try:
+        yield
+    finally:
+        _file.reset(token)
+
+
 def say(line: str) -> None:
     """One line on the terminal, at once."""
     if not _quiet:
-        print(line, flush=True)
+        print(line, file=_file.get(), flush=True)
 
 
 def warn(line: str) -> None:
     """A warning line."""
-    print(f"warning: {line}", flush=True)
+    print(f"warning: {line}", file=_file.get(), flush=True)
 
 
 def bar(title: str) -> Callable[[int, int], None]:

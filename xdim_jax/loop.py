@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import threading
@@ -72,76 +73,143 @@ def fit(
     Raises:
         UserError: the loss is not finite; the data cannot be read; a checkpoint cannot be written.
     """
-    start = int(state.step)
-    if start and start % run.per_epoch == 0 and not validated and _due(run, progress, start):
-        _validate(run, state)
-    if _stopped(run) or (start < run.total and _stale(run)):
-        return state
-    with contextlib.ExitStack() as stack:
-        watchdog = stack.enter_context(Watchdog(run.config["watchdog_seconds"], run.activity, say))
-        profile = stack.enter_context(_Profile(run, start))
-        return _steps(run, state, progress, stream, watchdog, profile)
+    course = Course(run, int(state.step), progress)
+    course.resume(state, validated=validated)
+    if course.goes_on:
+        with contextlib.ExitStack() as stack:
+            watchdog = stack.enter_context(Watchdog(run.config["watchdog_seconds"], run.activity, say))
+            profile = stack.enter_context(_Profile(run, course.done))
+            state = _steps(course, state, stream, watchdog, profile)
+    return state
 
 
 def _steps(
-    run: Run,
-    state: TrainState,
-    progress: Progress,
-    stream: Iterator[dict[str, Any]],
-    watchdog: Watchdog,
-    profile: "_Profile",
+    course: "Course", state: TrainState, stream: Iterator[dict[str, Any]], watchdog: Watchdog, profile: "_Profile"
 ) -> TrainState:
-    start = int(state.step)
-    compiled, pending, digests, losses = None, [], [], []
-    saved = interval = time.monotonic()
-    asked = _Agreement(run)
-    for done in range(start + 1, run.total + 1):
-        try:
-            batch = watchdog.next(stream)
-        except UserError:  # a file that cannot be read: the steps so far are not lost
-            if done - 1 > start:
-                values = jax.device_get(pending)
-                _check_finite(done - 1, values, losses)
-                _record_steps(run, done - 1, values, digests)
-                _take_scores(progress, values)
-                checkpoint.save_latest(run.checkpoints, state, dataclasses.asdict(progress))
-            raise
-        digests.append(batch.pop("digest").tolist())
-        batch = run.devices.put_batch(batch | asked.say(len(digests[-1]), saved))
+    run, compiled = course.run, None
+    while course.goes_on:
+        batch = run.devices.put_batch(course.read(functools.partial(watchdog.next, stream), state))
         if compiled is None:
-            compiled = _compile(run, state, batch)
-            saved = interval = time.monotonic()
-            run.stop.busy = True
-        profile.before(done)
+            compiled = compile_step(run.devices.lower, run.step, state, batch, run.key)
+            course.begin()
+        profile.before(course.done + 1)
         state, metrics = compiled(state, batch, run.key)
-        profile.after(done, metrics)
-        ask = asked.hear(metrics, saved)
-        pending.append(metrics)
+        profile.after(course.done + 1, metrics)
+        course.take(metrics, state)
+    return state
+
+
+Pick = Callable[[Any], TrainState]
+
+
+class Course:
+    """What surrounds the steps of one run: the record, checkpoints, validation, and when it ends.
+
+    The steps themselves are taken by whoever holds the program: for every one of them, `read` and then `take`.
+
+    Args:
+        run: what does not change.
+        start: steps that are done.
+        progress: of the run so far.
+        slot: where the run's metrics lie along a first axis, if steps are those of several runs at once.
+        pick: takes the run's own state out of what `read` and `take` are given.
+
+    Attributes:
+        done: steps.
+        goes_on: whether there is a further step to take.
+    """
+
+    def __init__(self, run: Run, start: int, progress: Progress, *, slot: int | None = None, pick: Pick | None = None):
+        self.run, self.progress = run, progress
+        self._slot, self._pick = slot, pick
+        self.done, self.goes_on = start, start < run.total
+        self._start = start
+        self._pending: list[Any] = []  # metrics that were not looked at yet
+        self._digests: list[list[int]] = []
+        self._losses: list[float] = []
+        self._agreement = _Agreement(run)
+        self._saved = self._interval = time.monotonic()
+
+    def resume(self, state: Any, *, validated: bool) -> None:
+        """Before the first step: validates where the run before was stopped in between, and looks whether to go on."""
+        run = self.run
+        if self.done and self.done % run.per_epoch == 0 and not validated and _due(run, self.progress, self.done):
+            _validate(run, self._own(state))
+        if _stopped(run) or (self.goes_on and _stale(run)):
+            self.goes_on = False
+
+    def begin(self) -> None:
+        """From now on there is something to lose: the program is compiled."""
+        self._saved = self._interval = time.monotonic()
+        self.run.stop.busy = True
+
+    def read(self, next_batch: Callable[[], dict[str, Any]], state: Any) -> dict[str, np.ndarray]:
+        """The batch of the next step, with this process's wishes.
+
+        Raises:
+            UserError: a file cannot be read; ``state``, of the steps so far, is saved.
+        """
+        try:
+            batch = next_batch()
+        except UserError:
+            if self.done > self._start:
+                values = self._values()
+                _check_finite(self.done, values, self._losses)
+                _record_steps(self.run, self.done, values, self._digests)
+                _take_scores(self.progress, values)
+                self._save(state)
+            raise
+        self._digests.append(batch["digest"].tolist())
+        wishes = self._agreement.say(len(self._digests[-1]), self._saved)
+        return {k: v for k, v in batch.items() if k != "digest"} | wishes
+
+    def take(self, metrics: dict[str, Any], state: Any) -> None:
+        """After a step: what it gave, and the state that it left.
+
+        Raises:
+            UserError: the loss is not finite; a checkpoint cannot be written.
+        """
+        run = self.run
+        self.done = done = self.done + 1
+        ask = self._agreement.hear(metrics, self._saved)
+        self._pending.append(metrics)
         epoch_ends, stopping = done % run.per_epoch == 0, ask >= _STOP
         every = run.config["checkpoint_steps"]
         saving = epoch_ends or ask > 0 or (every > 0 and done % every == 0)
+        self.goes_on = done < run.total
         if not (saving or done % run.config["log_every"] == 0):
-            continue
-        values = jax.device_get(pending)
-        losses = _check_finite(done, values, losses)
-        _record_steps(run, done, values, digests)
-        _report(run, done, values, (time.monotonic() - interval) / len(values))
-        _take_scores(progress, values)
+            return
+        values = self._values()
+        self._losses = _check_finite(done, values, self._losses)
+        _record_steps(run, done, values, self._digests)
+        _report(run, done, values, (time.monotonic() - self._interval) / len(values))
+        _take_scores(self.progress, values)
         if epoch_ends:
-            _end_epoch(run, done, progress)
+            _end_epoch(run, done, self.progress)
         if saving:
-            checkpoint.save_latest(run.checkpoints, state, dataclasses.asdict(progress))
-            saved = time.monotonic()
-        if epoch_ends and _due(run, progress, done):
-            _validate(run, state)
+            self._save(state)
+            self._saved = time.monotonic()
+        if epoch_ends and _due(run, self.progress, done):
+            _validate(run, self._own(state))
             if done < run.total and _stale(run):
-                break
+                self.goes_on = False
+                return
         # a signal that came after the save waits for the next step; past an epoch's end the step would hide from
         # the resumed run that this epoch's validation is missing
         if stopping or (epoch_ends and _stopped(run)):
-            break
-        pending, digests, interval = [], [], time.monotonic()
-    return state
+            self.goes_on = False
+            return
+        self._pending, self._digests, self._interval = [], [], time.monotonic()
+
+    def _values(self) -> list[dict[str, Any]]:
+        values = jax.device_get(self._pending)
+        return values if self._slot is None else [{k: v[self._slot] for k, v in value.items()} for value in values]
+
+    def _own(self, state: Any) -> TrainState:
+        return state if self._pick is None else self._pick(state)
+
+    def _save(self, state: Any) -> None:
+        checkpoint.save_latest(self.run.checkpoints, self._own(state), dataclasses.asdict(self.progress))
 
 
 def _stopped(run: Run) -> bool:
@@ -220,11 +288,11 @@ class _Profile:
             jax.profiler.stop_trace()
 
 
-def _compile(run: Run, state: TrainState, batch: dict[str, jax.Array]) -> Any:
-    """The step's program; compiled in a thread, so that a signal is heard meanwhile."""
+def compile_step(lower: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``lower(*arguments)`` gives, compiled: in a thread, so that a signal is heard meanwhile."""
     say("compile    train step ...")
     begin = time.monotonic()
-    lowered = run.devices.lower(run.step, state, batch, run.key)
+    lowered = lower(*arguments)
     outcome: list[Any] = []
 
     def compile_it() -> None:

@@ -31,7 +31,7 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.softplus(logits) - logits * targets
 
 
-def soft_dice(probs: jax.Array, targets: jax.Array, eps: float, *, axes: tuple[int, ...]) -> jax.Array:
+def soft_dice(probs: jax.Array, targets: jax.Array, eps: float | jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
     """``2 sum(y g) / (sum y + sum g + eps)`` over ``axes``."""
     overlap = jnp.sum(probs * targets, axes)
     return 2 * overlap / (jnp.sum(probs, axes) + jnp.sum(targets, axes) + eps)
@@ -97,17 +97,21 @@ def make_loss(config: Mapping[str, Any], activation: str, channels: int) -> Loss
     ]
     if name == "dice_ce" and not softmax:
         problems.append("config.loss.name=dice_ce is of config.output=softmax; sigmoids go with dice_bce")
-    weights = np.asarray(config["weights"] or (1.0,) * channels, np.float32)
-    if weights.shape != (channels,) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+    eps, weights = config["eps"], config["weights"]
+    if isinstance(weights, jax.Array):  # of several runs at once, whose own configs were looked at
+        chosen = np.ones(weights.shape)
+    else:
+        chosen = weights = np.asarray(weights or (1.0,) * channels, np.float32)
+    if chosen.shape != (channels,) or not (np.isfinite(chosen) & (chosen >= 0)).all() or not chosen.any():
         problems.append(
             f"config.loss.weights={tuple(config['weights'])}: expected one number for each of the {channels} channels, "
             "none negative or infinite and not all zero"
         )
-    if not config["eps"] > 0:
-        problems.append(f"config.loss.eps={config['eps']}: expected a small positive number")
+    if not isinstance(eps, jax.Array) and not eps > 0:
+        problems.append(f"config.loss.eps={eps}: expected a small positive number")
     if problems:
         raise UserError("\n  ".join(problems))
-    eps, per_batch, summed = config["eps"], config["dice"] == "batch", config["cross_entropy"] == "sum"
+    per_batch, summed = config["dice"] == "batch", config["cross_entropy"] == "sum"
     counted = np.ones(channels, np.float32)
     if softmax and not config["background"]:
         counted[0] = 0

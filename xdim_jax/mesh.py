@@ -7,7 +7,6 @@ and statistics by name of the axis; it has the axis ``data`` alone.
 
 import contextlib
 import dataclasses
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -86,14 +85,8 @@ class Devices:
         else:
             replicated = NamedSharding(self.mesh, PartitionSpec())
             program = jax.jit(step, donate_argnums=0, out_shardings=(replicated, replicated))
-        collects = gc.isenabled()
-        gc.disable()  # a third of the time that tracing takes: it makes much, and leaves little to collect
-        try:
-            with ops.use_form("sharded") if self.mesh.shape[SPACE] > 1 else contextlib.nullcontext():
-                return program.lower(state, batch, key)
-        finally:
-            if collects:
-                gc.enable()
+        with ops.uncollected(), ops.use_form("sharded") if self.mesh.shape[SPACE] > 1 else contextlib.nullcontext():
+            return program.lower(state, batch, key)
 
 
 def make_devices(data: int, space: int, *, batch: int, parallel: str = "jit", accumulate: int = 1) -> Devices:

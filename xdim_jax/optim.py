@@ -192,6 +192,11 @@ def _decayed(params: Any) -> Any:
 DECAYS = ("decoupled", "l2")
 
 
+def is_on(value: Any) -> bool:
+    """Whether a value that is off at zero is on. One that only the program knows (of several runs at once) is."""
+    return isinstance(value, jax.Array) or value != 0
+
+
 def make_optimizer(config: Mapping[str, Any], schedule: Schedule) -> optax.GradientTransformation:
     """One of the Nadams, inside LookAhead when ``lookahead.period`` is above 0.
 
@@ -210,12 +215,12 @@ def make_optimizer(config: Mapping[str, Any], schedule: Schedule) -> optax.Gradi
     if config["decay"] not in DECAYS:
         raise UserError(f"config.optim.decay={config['decay']!r} is unknown; known: {', '.join(DECAYS)}")
     mask = None if config["decay_all"] else _decayed
-    decay = [optax.add_decayed_weights(config["weight_decay"], mask)] if config["weight_decay"] else []
+    decay = [optax.add_decayed_weights(config["weight_decay"], mask)] if is_on(config["weight_decay"]) else []
     nadam = OPTIMIZERS[config["name"]](config["b1"], config["b2"], config["eps"], config["momentum_decay"])
     rates = config["rates"]
     tx = optax.chain(
         *([_without_frozen(rates)] if rates else []),
-        *([optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []),
+        *([optax.clip_by_global_norm(config["clip_norm"])] if is_on(config["clip_norm"]) else []),
         *(decay if config["decay"] == "l2" else []),
         nadam,
         *(decay if config["decay"] == "decoupled" else []),
@@ -241,7 +246,7 @@ def slow(params: Any) -> Any:
     return params.slow if isinstance(params, optax.LookaheadParams) else params
 
 
-def ema_decay(decay: float, step: jax.Array) -> jax.Array:
+def ema_decay(decay: float | jax.Array, step: jax.Array) -> jax.Array:
     """Decay of the moving average after ``step`` steps: short at first, ``(1 + t) / (10 + t)``, then ``decay``."""
     t = step.astype(jnp.float32)
     return jnp.minimum(decay, (1 + t) / (10 + t))

@@ -44,3 +44,11 @@ def predict() -> NoReturn:
     from xdim_jax.predict import command
 
     command()
+
+
+def sweep() -> NoReturn:
+    """The console entry point of ``xdim-sweep``."""
+    prefer_huge_pages()
+    from xdim_jax.sweep import command
+
+    command()

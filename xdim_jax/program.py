@@ -1,11 +1,12 @@
 """From a config to what is compiled: the network, what its channels mean, the optimiser and the training step."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from xdim_jax import models, ops, optim
@@ -28,7 +29,6 @@ class Program:
         graphdef: of the network.
         output: what its channels mean.
         schedule: step to learning rate.
-        tx: the optimiser.
         step: see `xdim_jax.step.make_train_step`.
         forward: ``forward((params, stats), image)`` to logits, in evaluation mode.
         config: the whole config.
@@ -37,7 +37,6 @@ class Program:
     graphdef: Any
     output: Output
     schedule: optim.Schedule
-    tx: optax.GradientTransformation
     step: Step
     forward: Any
     config: Any
@@ -45,7 +44,8 @@ class Program:
     def init(self, params: Any, stats: Any) -> TrainState:
         """The state before the first step."""
         options = self.config.optim
-        return init_state(optim.init_params(options, params), stats, self.tx, ema=bool(options.ema))
+        tx = optim.make_optimizer(options, self.schedule)
+        return init_state(optim.init_params(options, params), stats, tx, ema=bool(options.ema))
 
 
 def make_network(config: Any, *, axis: str | None = None, abstract: bool = False) -> tuple[Any, Any, Any]:
@@ -90,22 +90,47 @@ def make_program(
     output = make_output(config.output, dataset)
     graphdef, params, stats = network or make_network(config, axis=axis, abstract=abstract)
     schedule = optim.make_schedule(config.optim.schedule, epochs=config.train.epochs, per_epoch=per_epoch)
-    tx = optim.make_optimizer(config.optim, schedule)
     optim.rates_of(params, config.optim.rates)  # raises for a pattern that fits nothing
-    dtype = precision(config.train)
+    step = make_step(config, graphdef, output, schedule, axis=axis)
+    forward = ops.in_form(config.train.ops, make_forward(graphdef, precision(config.train)))
+    return Program(graphdef, output, schedule, step, forward, config), params, stats
+
+
+def make_step(
+    config: Any,
+    graphdef: Any,
+    output: Output,
+    schedule: optim.Schedule,
+    *,
+    axis: str | None = None,
+    values: Mapping[str, jax.Array] | None = None,
+) -> Step:
+    """The training step of a config.
+
+    Args:
+        config: of a recipe.
+        graphdef: of the network.
+        output: what its channels mean.
+        schedule: step to learning rate.
+        axis: of `make_network`.
+        values: in place of those of the config, by dotted key of ``optim`` or ``loss``; they may be traced.
+    """
+    sections = {name: config[name].to_dict() for name in ("optim", "loss")}
+    for key, value in (values or {}).items():
+        *path, last = key.split(".")
+        functools.reduce(lambda section, name: section[name], path, sections)[last] = value
     step = make_train_step(
         graphdef,
-        make_loss(config.loss, output.activation, len(output.channels)),
+        make_loss(sections["loss"], output.activation, len(output.channels)),
         output,
-        tx,
+        optim.make_optimizer(sections["optim"], schedule),
         make_augment(config.augment, models.spatial_axes(config.model)),
-        dtype=dtype,
+        dtype=precision(config.train),
         accumulate=config.train.accumulate,
-        ema=config.optim.ema,
+        ema=sections["optim"]["ema"],
         axis=axis,
     )
-    step, forward = (ops.in_form(config.train.ops, f) for f in (step, make_forward(graphdef, dtype)))
-    return Program(graphdef, output, schedule, tx, step, forward, config), params, stats
+    return ops.in_form(config.train.ops, step)
 
 
 def precision(train: Mapping[str, Any]) -> Any:

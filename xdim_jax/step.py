@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from xdim_jax.loss import Loss, hard_dice
-from xdim_jax.optim import ema_decay, fast, slow
+from xdim_jax.optim import ema_decay, fast, is_on, slow
 from xdim_jax.output import Output
 
 _SMALL = 4096  # numbers
@@ -60,7 +60,7 @@ def make_train_step(
     *,
     dtype: Any = jnp.float32,
     accumulate: int = 1,
-    ema: float = 0.0,
+    ema: float | jax.Array = 0.0,
     axis: str | None = None,
 ) -> Step:
     """``step(state, batch, key) -> state, metrics``; randomness is ``fold_in(key, state.step)``.
@@ -127,7 +127,7 @@ def make_train_step(
         if ask is not None:
             metrics["ask"] = jnp.max(ask) if axis is None else jax.lax.pmax(jnp.max(ask), axis)
         average = state.ema
-        if ema:
+        if is_on(ema):
             new, decay = {"params": fast(params), "stats": stats}, ema_decay(ema, state.step)
             average = jax.tree.map(lambda a, b: (a + (1 - decay) * (b - a)).astype(a.dtype), average, new)
         return TrainState(state.step + 1, params, stats, opt_state, average), metrics

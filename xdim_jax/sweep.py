@@ -10,14 +10,21 @@ The space is a Python file with a function suggest(trial) of optuna's suggest_* 
         trial.suggest_categorical("model.activation", ["relu", "silu"])
 """
 
+if __name__ == "__main__":  # see xdim_jax/train.py: a pack trains in this process
+    from xdim_jax.process import prefer_huge_pages
+
+    prefer_huge_pages()
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from xdim_jax import cli, log
 from xdim_jax.errors import UserError
+from xdim_jax.pack import LAYOUTS, check_packable
 from xdim_jax.signals import REQUEUE, catch_signals
 from xdim_jax.sweeps import study as studies
+from xdim_jax.sweeps.packed import PackedWorker
 from xdim_jax.sweeps.space import check_space, load_space
 from xdim_jax.sweeps.worker import Job, work
 
@@ -48,14 +55,26 @@ def main(argv: Sequence[str]) -> int:
     add("--pruner-warmup", type=int, default=1, metavar="N", help="validations before a trial may be pruned")
     add("--seed", type=int, help="of the sampler of this worker")
     add("--grace", type=float, default=studies.GRACE, metavar="S", help="seconds after which a silent worker is dead")
+    add(
+        "--pack",
+        type=int,
+        default=0,
+        metavar="K",
+        help="train up to K trials of one shape in one program; 0: each alone",
+    )
+    add("--layout", choices=LAYOUTS, default="auto", help="of a pack: see xdim_jax/pack.py; default: %(default)s")
     add("--no-wait", action="store_true", help="end when there is nothing to take, not when all trials have ended")
     options, overrides = parser.parse_known_args(argv)
     if options.trials < 1:
         raise UserError(f"--trials={options.trials}: expected a number above 0")
+    if options.pack < 0:
+        raise UserError(f"--pack={options.pack}: expected 0, or a number of trials")
     if options.grace <= 0:
         raise UserError(f"--grace={options.grace}: expected seconds above 0")
     suggest, text = load_space(options.space)
     distributions = check_space(suggest, options.space, options.config, overrides)
+    if options.pack:
+        check_packable(cli.load_config(options.config, overrides), options.pack, options.layout)
     sampler = studies.make_sampler(options.sampler, distributions, options.seed)
     size = studies.grid_size(sampler)
     if size is not None and size < options.trials:
@@ -74,7 +93,14 @@ def main(argv: Sequence[str]) -> int:
     with catch_signals() as stop:
         stop.busy = True
         beat = min(studies.BEAT, options.grace / 4)
-        status = work(study, job, stop, beat=beat, grace=options.grace, wait=not options.no_wait)
+        if options.pack:
+            cli.cache_programs()
+            packed = PackedWorker(
+                study, job, stop, slots=options.pack, layout=options.layout, beat=beat, grace=options.grace
+            )
+            status = packed.work(wait=not options.no_wait)
+        else:
+            status = work(study, job, stop, beat=beat, grace=options.grace, wait=not options.no_wait)
     if not status:
         log.say(f"report     python -m xdim_jax.sweep report --workdir={options.workdir} --out=<file>.html")
     return status

@@ -13,7 +13,6 @@ from xdim_jax.data import case as data_case
 from xdim_jax.data import store
 from xdim_jax.data.case import Case, Dataset
 from xdim_jax.files import atomic_path
-from xdim_jax.program import Program
 from xdim_jax.scoring import masks
 from xdim_jax.signals import StopRequest
 
@@ -29,15 +28,20 @@ Validation = Callable[[Any, StopRequest], tuple[dict[str, float], dict[str, np.n
 
 
 def make_validation(
-    program: Program, dataset: Dataset, cases: Sequence[tuple[Case, store.Entry]], *, overlays: int
+    segmenter: infer.Segmenter,
+    options: Any,
+    dataset: Dataset,
+    cases: Sequence[tuple[Case, store.Entry]],
+    *,
+    overlays: int,
 ) -> Validation:
     """Validation of whole images on their own grid: mean Dice per region over the cases, after post-processing.
 
     A region that is empty in both maps counts 1, as on the BraTS platform; one that a case's reference does not show
-    (CHAOS task 4) is left out. Several processes share the cases. The first ``overlays`` cases are drawn.
+    (CHAOS task 4) is left out. Several processes share the cases. The first ``overlays`` cases are drawn. ``options``
+    is the ``predict`` section of a config.
     """
-    config, names = program.config, dataset.regions.names
-    segmenter = infer.make_segmenter(config, program.forward, program.output)
+    names = dataset.regions.names
 
     def validate(weights: Any, stop: StopRequest) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         weights = mesh.local(weights)
@@ -51,7 +55,7 @@ def make_validation(
                 continue
             case, entry = cases[number]
             prepared = entry.load()
-            label = infer.segment(segmenter, weights, prepared, config.predict)
+            label = infer.segment(segmenter, weights, prepared, options)
             volume = data_case.read_case(case) if number < overlays else None
             truth = data_case.read_label(case) if volume is None or volume.label is None else volume.label
             predicted, reference = dataset.regions.encode(label), dataset.regions.encode(truth)

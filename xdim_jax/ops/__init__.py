@@ -13,7 +13,16 @@ pooling have one form.
 """
 
 from xdim_jax.ops.convolution import conv, pointwise
-from xdim_jax.ops.form import FORMS, active_form, compile_program, compiler_options, describe_forms, in_form, use_form
+from xdim_jax.ops.form import (
+    FORMS,
+    active_form,
+    compile_program,
+    compiler_options,
+    describe_forms,
+    in_form,
+    uncollected,
+    use_form,
+)
 from xdim_jax.ops.layout import Ints, Pairs, conv_reference, same_padding, symmetric_padding
 from xdim_jax.ops.norm import activate, layer_norm, normalise, squeeze_excite
 from xdim_jax.ops.resize import conv_transpose, max_pool, upsample
@@ -38,6 +47,7 @@ __all__ = [
     "same_padding",
     "squeeze_excite",
     "symmetric_padding",
+    "uncollected",
     "upsample",
     "use_form",
 ]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from xdim_jax import log
+from xdim_jax.log import LOG_FILE
 from xdim_jax.signals import REQUEUE, StopRequest
 from xdim_jax.sweeps import study as studies
 from xdim_jax.sweeps.space import Suggest, overrides_of
 
-LOG_FILE = "train.log"  # of a trial's workdir: what training said
 _LINES = 3  # of it, in the error of a trial that failed
 
 
@@ -59,17 +59,28 @@ def work(
     With ``wait`` it stays until those of other workers have ended, so that a trial whose worker dies is not lost.
     """
     while not stop.signal:
-        for origin in studies.revive(study, grace):
-            log.say(f"trial {origin}: its worker is gone; it goes on from its last checkpoint")
+        revive(study, grace)
         trial = studies.take(study, job.trials)
         if trial is not None:
             with studies.Beat(study, trial, beat):
                 _train(study, trial, job, stop, beat)
-            continue
-        if not wait or all(map(studies.settled, studies.by_origin(study).values())):
+        elif not stay(study, stop, wait=wait, seconds=min(beat, 2.0)):
             break
-        _sleep(min(beat, 2.0), stop)
     return stop.status if stop.signal else 0
+
+
+def revive(study: Any, grace: float) -> None:
+    """Queues the trials of workers that are dead, and says so."""
+    for origin in studies.revive(study, grace):
+        log.say(f"trial {origin}: its worker is gone; it goes on from its last checkpoint")
+
+
+def stay(study: Any, stop: StopRequest, *, wait: bool, seconds: float) -> bool:
+    """Whether a worker that finds nothing to take stays; it then has waited for a while."""
+    if not wait or all(map(studies.settled, studies.by_origin(study).values())):
+        return False
+    _sleep(seconds, stop)
+    return True
 
 
 def _sleep(seconds: float, stop: StopRequest) -> None:
@@ -78,12 +89,16 @@ def _sleep(seconds: float, stop: StopRequest) -> None:
         time.sleep(0.1)
 
 
-def _train(study: Any, trial: Any, job: Job, stop: StopRequest, beat: float) -> None:
-    origin = studies.origin_of(trial)
+def draw(trial: Any, job: Job) -> None:
+    """A trial's parameters."""
     job.suggest(trial)
-    workdir = workdir_of(job.root, origin)
     settings = " ".join(f"{name}={studies.shown(value)}" for name, value in trial.params.items())
-    log.say(f"trial {origin}: {settings}")
+    log.say(f"trial {studies.origin_of(trial)}: {settings}")
+
+
+def _train(study: Any, trial: Any, job: Job, stop: StopRequest, beat: float) -> None:
+    draw(trial, job)
+    workdir = workdir_of(job.root, studies.origin_of(trial))
     workdir.mkdir(parents=True, exist_ok=True)
     command = [*job.command, f"--config={job.config}", f"--workdir={workdir}"]
     with open(workdir / LOG_FILE, "ab") as output:
@@ -96,7 +111,7 @@ def _train(study: Any, trial: Any, job: Job, stop: StopRequest, beat: float) -> 
     told, looked, pruned, asked = 0, time.monotonic(), False, False
     while child.poll() is None:
         time.sleep(0.2)
-        told, before = _report(trial, workdir, told), told
+        told, before = report(trial, workdir, told), told
         pruned = pruned or (not asked and told > before and trial.should_prune())
         gone = False
         if time.monotonic() - looked > beat:
@@ -104,8 +119,8 @@ def _train(study: Any, trial: Any, job: Job, stop: StopRequest, beat: float) -> 
         if not asked and (stop.signal or pruned or gone):
             child.send_signal(signal.SIGTERM)  # it saves, and ends
             asked = True
-    _report(trial, workdir, told)
-    _tell(study, trial, workdir, child.returncode, pruned=pruned, stopped=bool(stop.signal))
+    report(trial, workdir, told)
+    tell(study, trial, workdir, child.returncode, pruned=pruned, stopped=bool(stop.signal))
 
 
 def _die_with_parent() -> None:
@@ -115,7 +130,7 @@ def _die_with_parent() -> None:
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _report(trial: Any, workdir: Path, told: int) -> int:
+def report(trial: Any, workdir: Path, told: int) -> int:
     """Tells the study of validations that are new; returns how many it knows."""
     scores = validations(workdir)
     for number in range(told, len(scores)):
@@ -128,7 +143,10 @@ def validations(workdir: Path) -> list[float]:
     return [r["dice"] for r in log.read_records(workdir) if r["kind"] == "validation"]
 
 
-def _tell(study: Any, trial: Any, workdir: Path, status: int, *, pruned: bool, stopped: bool) -> None:
+def tell(
+    study: Any, trial: Any, workdir: Path, status: int, *, pruned: bool, stopped: bool = False, error: str = ""
+) -> None:
+    """How a trial's training ended, by its exit status and its record; the log's last lines, where no error is said."""
     origin, scores = studies.origin_of(trial), validations(workdir)
     if status == 0 and scores:
         mine = studies.finish(study, trial, "COMPLETE", max(scores))
@@ -138,7 +156,11 @@ def _tell(study: Any, trial: Any, workdir: Path, status: int, *, pruned: bool, s
     elif stopped or status == REQUEUE or status < 0:  # it can go on from its checkpoint, here or elsewhere
         mine, text = studies.finish(study, trial, "FAIL"), "given back"
     else:
-        lines = [line for line in (workdir / LOG_FILE).read_text(errors="replace").splitlines() if line.strip()]
-        text = f"failed with status {status}: " + " / ".join(lines[-_LINES:])
+        text = f"failed with status {status}: {error or _last_lines(workdir / LOG_FILE)}"
         mine = studies.finish(study, trial, "FAIL", error=text)
     log.say(f"trial {origin}: {text if mine else 'taken over by another worker'}")
+
+
+def _last_lines(path: Path) -> str:
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return " / ".join(lines[-_LINES:])
