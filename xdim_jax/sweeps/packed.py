@@ -67,7 +67,9 @@ class PackedWorker:
                 self._fill()
                 if self._pack is not None and any(held.member for held in self._held):
                     self._advance(self._pack)  # after a signal, one more step, which saves
-                elif self._stop.signal or not worker.stay(self._study, self._stop, wait=wait, seconds=min(self._beat, 2.0)):
+                elif self._stop.signal or not worker.stay(
+                    self._study, self._stop, wait=wait, seconds=min(self._beat, 2.0)
+                ):
                     break
                 else:
                     self._asks = 0.0
