@@ -19,7 +19,7 @@ from flax import nnx
 from xdim_jax import checkpoint, cli, layers, log, models, ops, pack, signals, sweep, train
 from xdim_jax.data import phantom
 from xdim_jax.errors import UserError
-from xdim_jax.sweeps import packed, worker
+from xdim_jax.sweeps import dry, packed, worker
 from xdim_jax.sweeps import study as studies
 
 REPO = Path(__file__).resolve().parents[1]
@@ -445,3 +445,62 @@ def test_sweeps_that_cannot_be_packed(words, message, data, tmp_path):
     with pytest.raises(UserError, match=message):
         sweep.main([*command, *words, *overrides(data, {})])
     assert not (tmp_path / "sweep").exists()
+
+
+# -- dry runs -----------------------------------------------------------------------------------------------------
+
+
+def test_every_program_of_a_space_is_found_once():
+    """Of two choices and what the second opens; ranges that no program holds make none."""
+
+    def suggest(trial):
+        trial.suggest_float("optim.schedule.peak", 1e-4, 1e-2)
+        trial.suggest_categorical("data.fold", [0, 1])
+        trial.suggest_categorical("loss.eps", [1e-5, 1e-3])
+        trial.suggest_categorical("optim.lookahead.period", [0, 6])
+        if trial.suggest_categorical("optim.name", ["nadam", "nadam_torch"]) == "nadam_torch":
+            trial.suggest_categorical("optim.clip_norm", [0.0, 1.0])
+
+    found = dry.distinct(suggest, RECIPE, SHAPES)
+    keys = ("optim.lookahead.period", "optim.name", "optim.clip_norm")
+    expected = [(p, *rest) for p in (0, 6) for rest in (("nadam", None), ("nadam_torch", 0.0), ("nadam_torch", 1.0))]
+    assert sorted((tuple(p.get(k) for k in keys) for p, _ in found.values()), key=str) == expected
+
+    def many(trial):
+        for key in ("rotate", "noise", "flip", "scale", "gamma", "blur", "shear", "cutout"):
+            trial.suggest_categorical(f"augment.{key}.p", [0.0, 0.5])
+
+    with pytest.raises(UserError, match=r"more than 200 programs; fix some of: augment\.blur\.p"):
+        dry.distinct(many, RECIPE, SHAPES)
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_a_dry_run_refuses_what_does_not_fit(slots, data, tmp_path, capsys):
+    space = tmp_path / "space.py"
+    space.write_text(
+        "def suggest(trial):\n"
+        "    trial.suggest_categorical('data.batch', [2, 64])\n"
+        "    trial.suggest_float('optim.b1', 0.8, 0.9)\n"
+    )
+    command = [f"--config={RECIPE}", f"--space={space}", "--trials=4", f"--workdir={tmp_path / 'sweep'}", "--dry-run"]
+    command += [*overrides(data, {}), f"--pack={slots}"]
+    assert sweep.main(command) == 0
+    out = capsys.readouterr().out
+    assert "programs   2," in out and "data.batch=2" in out and "data.batch=64" in out and "does not fit" not in out
+    with pytest.raises(UserError) as caught:
+        sweep.main([*command, "--budget=10MiB"])
+    assert "1 of 2 programs need more than 0.01 GiB" in str(caught.value) and "data.batch=64: " in str(caught.value)
+    assert "data.batch=2:" not in str(caught.value)
+    assert ("a smaller --pack" in str(caught.value)) == (slots == 2)
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("layout", ["scan", "vmap"])
+def test_what_a_pack_takes_is_told_by_its_own_program(layout, data):
+    """State and batches of twice as many runs are twice as much."""
+    config = load(data, OWN[0])
+    dataset = pack.check_config(config)
+    two, four = (pack.step_bytes(config, dataset, slots, layout) for slots in (2, 4))
+    batch = 4 * 4 * (32 * 32 * 5 + 8)  # float image, uint8 label, key
+    assert four - two > 2 * batch / 4
+    assert two < four < 2.5 * two

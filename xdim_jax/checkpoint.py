@@ -6,6 +6,7 @@
 
 import dataclasses
 import errno
+import json
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -32,10 +34,15 @@ _PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what orbax has not finished
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    """The two managers of a workdir; close with `close`."""
+    """The two managers of a workdir; close with `close`.
 
-    latest: ocp.CheckpointManager
-    best: ocp.CheckpointManager
+    All processes of a run save together, into one folder. Where each has a disk of its own, process 0 does it ``alone``
+    (every process holds the whole state); the others have no managers.
+    """
+
+    latest: ocp.CheckpointManager | None
+    best: ocp.CheckpointManager | None
+    alone: bool = False
 
 
 def quieten_orbax() -> None:
@@ -57,23 +64,37 @@ def exist(workdir: Path) -> bool:
     return any(_newest(workdir / folder) for folder in (LATEST_FOLDER, BEST_FOLDER))
 
 
-def open_checkpoints(workdir: Path, warn: Callable[[str], None] = lambda line: None) -> Checkpoints:
-    """Opens (or makes) the checkpoint folders; half-written ones that a kill left behind are removed with a warning."""
+def open_checkpoints(
+    workdir: Path, warn: Callable[[str], None] = lambda line: None, *, alone: bool = False
+) -> Checkpoints:
+    """Opens (or makes) the checkpoint folders; half-written ones that a kill left behind are removed with a warning.
+
+    ``alone``: see `Checkpoints`; of no effect where there is one process.
+    """
     quieten_orbax()
+    alone = alone and jax.process_count() > 1
+    if alone and jax.process_index():
+        return Checkpoints(None, None, alone)
     for partial in sorted(workdir.glob(f"*/*{_PARTIAL}*")):
         warn(f"{partial.parent.name}/{partial.name.partition('.')[0]} was not written to its end: not used, removed")
     score: Callable[[Any], float] = lambda metrics: metrics[_SCORE]  # noqa: E731
+    extra: dict[str, Any] = {}
+    if alone:
+        extra["multiprocessing_options"] = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    best = checkpoint_managers.BestN(get_metric_fn=score, n=1, reverse=False)
     return Checkpoints(
-        _manager(workdir / LATEST_FOLDER, checkpoint_managers.LatestN(KEPT)),
-        _manager(
-            workdir / BEST_FOLDER, checkpoint_managers.BestN(get_metric_fn=score, n=1, reverse=False), best_fn=score
-        ),
+        _manager(workdir / LATEST_FOLDER, checkpoint_managers.LatestN(KEPT), **extra),
+        _manager(workdir / BEST_FOLDER, best, best_fn=score, **extra),
+        alone,
     )
 
 
 def _manager(folder: Path, policy: Any, **extra: Any) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True, **extra)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy, cleanup_tmp_directories=True, create=False, **extra
+    )
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         return ocp.CheckpointManager(folder.absolute(), options=options)
     except OSError as error:
         raise UserError(f"cannot write checkpoints in {folder}: {error}; choose another --workdir") from error
@@ -86,7 +107,7 @@ def close(checkpoints: Checkpoints) -> None:
         UserError: a save under way failed.
     """
     errors = []
-    for manager in (checkpoints.latest, checkpoints.best):
+    for manager in (m for m in (checkpoints.latest, checkpoints.best) if m is not None):
         try:
             _guarded(manager, manager.wait_until_finished)
         except UserError as error:
@@ -102,10 +123,14 @@ def save_latest(checkpoints: Checkpoints, state: TrainState, progress: dict[str,
     Raises:
         UserError: this save, or the one before it, could not be written.
     """
+    manager = checkpoints.latest
+    if manager is None:
+        return
     step = int(state.step)
+    state = _held(state) if checkpoints.alone else state
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
-    if step not in checkpoints.latest.all_steps():
-        _guarded(checkpoints.latest, lambda: checkpoints.latest.save(step, args=items, force=True))
+    if step not in manager.all_steps():
+        _guarded(manager, lambda: manager.save(step, args=items, force=True))
 
 
 def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, score: float) -> None:
@@ -115,15 +140,23 @@ def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, scor
     being written is waited for: orbax numbers its barriers over both managers, and with several processes two saves
     at once may meet at the wrong one.
     """
-    kept = checkpoints.best.best_step()
-    if kept is not None and (checkpoints.best.metrics(kept) or {}).get(_SCORE, -1.0) >= score:
+    latest, best = checkpoints.latest, checkpoints.best
+    if latest is None or best is None:
         return
-    items = ocp.args.Composite(weights=ocp.args.StandardSave({"params": params, "stats": stats}))
-    if step not in checkpoints.best.all_steps():
-        _guarded(checkpoints.latest, checkpoints.latest.wait_until_finished)
-        save = lambda: checkpoints.best.save(step, args=items, metrics={_SCORE: score}, force=True)  # noqa: E731
-        _guarded(checkpoints.best, save)
-        _guarded(checkpoints.best, checkpoints.best.wait_until_finished)
+    kept = best.best_step()
+    if kept is not None and (best.metrics(kept) or {}).get(_SCORE, -1.0) >= score:
+        return
+    weights = {"params": params, "stats": stats}
+    items = ocp.args.Composite(weights=ocp.args.StandardSave(_held(weights) if checkpoints.alone else weights))
+    if step not in best.all_steps():
+        _guarded(latest, latest.wait_until_finished)
+        _guarded(best, lambda: best.save(step, args=items, metrics={_SCORE: score}, force=True))
+        _guarded(best, best.wait_until_finished)
+
+
+def _held(tree: Any) -> Any:
+    """The arrays of this process, of trees that every process holds whole."""
+    return jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), tree)
 
 
 def _guarded(manager: ocp.CheckpointManager, action: Callable[[], Any]) -> None:
@@ -160,8 +193,35 @@ def restore_latest(
     Raises:
         UserError: there are checkpoints, but none can be read.
     """
-    manager = checkpoints.latest
+    if checkpoints.alone:
+        return _restore_for_all(checkpoints, like, warn)
+    assert checkpoints.latest is not None
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
+    return _restore(checkpoints.latest, target, warn)
+
+
+def _restore_for_all(
+    checkpoints: Checkpoints, like: TrainState, warn: Callable[[str], None]
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """Process 0 reads, and tells the others."""
+    from jax.experimental import multihost_utils
+
+    found = None
+    if checkpoints.latest is not None:
+        found = _restore(checkpoints.latest, _held(like), warn)
+    text = json.dumps(found[1]).encode() if found else b""
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    if not length:
+        return None
+    text = multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(length, b" "), np.uint8))
+    state = multihost_utils.broadcast_one_to_all(found[0] if found else _held(like))
+    put = lambda a, old: jax.make_array_from_callback(old.shape, old.sharding, lambda i: np.asarray(a)[i])  # noqa: E731
+    return jax.tree.map(put, state, like), json.loads(bytes(np.asarray(text)))
+
+
+def _restore(
+    manager: ocp.CheckpointManager, target: Any, warn: Callable[[str], None]
+) -> tuple[Any, dict[str, Any]] | None:
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())

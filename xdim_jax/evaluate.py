@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from xdim_jax import cli, log
+from xdim_jax import bucket, cli, log
 from xdim_jax.errors import UserError, join_problems, shorten
 from xdim_jax.files import find_members, read_json, write_json, write_text
 from xdim_jax.process import prefer_huge_pages
@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--pred", type=Path, help="folder of predicted label maps")
     parser.add_argument("--ref", type=Path, help="folder of references, also the data set itself")
     parser.add_argument(
-        "--workdir", type=Path, help="of a run or a cross-validation: its validation cases, instead of --pred and --ref"
+        "--workdir",
+        help="of a run or a cross-validation (gs://, s3:// too): its validation cases, for --pred and --ref",
     )
     parser.add_argument("--out", type=Path, help="folder for the results; made if it does not exist")
     parser.add_argument(
@@ -63,6 +64,13 @@ def main(argv: Sequence[str]) -> int:
     challenges.add_options(parser)
     options = parser.parse_args(argv)
     options.metrics = challenges.parse_metrics(options.metrics)
+    if not options.workdir:
+        return _evaluate(options)
+    with bucket.workdir(options.workdir) as options.workdir:
+        return _evaluate(options)
+
+
+def _evaluate(options: Any) -> int:
     wanted = _validation(options) if options.workdir else None
     if absent := [f"--{name}" for name in ("rules", "pred", "ref", "out") if getattr(options, name) is None]:
         raise UserError(f"{' and '.join(absent)} missing: give --rules, --pred, --ref and --out, or --workdir")

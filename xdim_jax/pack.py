@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xdim_jax import cli, log, mesh, ops, program, setup
+from xdim_jax.data.case import Dataset
 from xdim_jax.errors import UserError
 from xdim_jax.loop import Course, compile_step
 from xdim_jax.output import make_output
@@ -155,12 +156,12 @@ class Pack:
     def __init__(self, config: cli.Config, slots: int, layout: str, stop: StopRequest):
         check_packable(config, slots, layout)
         dataset = check_config(config)
-        self._config, self.slots, self.stop = config, slots, stop
+        self.slots, self.stop = slots, stop
         self.signature = signature(config)
         self.layout, count = choose_layout(layout, slots)
         self.members: list[Member | None] = [None] * slots
         self._channels = len(make_output(config.output, dataset).channels)
-        self._mesh = Mesh(np.asarray(jax.local_devices()[:count]), (_TRIAL,), axis_types=(AxisType.Auto,))
+        self._mesh = _devices(count)
         self._stacked = NamedSharding(self._mesh, PartitionSpec(_TRIAL))
         self._lone = mesh.make_devices(1, 1, batch=config.data.batch, accumulate=config.train.accumulate)
         self._shared: setup.Shared | None = None
@@ -250,19 +251,16 @@ class Pack:
         ready = setup.prepare(config, dataset, workdir, self.stop, self._lone, shared=self._shared)
         self._shared = ready.shared
         self._program = self._program or ready.program
-        leaves = dict(cli.leaves(config))
-        values = {key: leaves[key] for key in STACKED_KEYS if leaves[key] != 0}
-        values["loss.weights"] = leaves["loss.weights"] or (1.0,) * self._channels
         steps = jnp.arange(ready.run.total)
         rates = jnp.broadcast_to(jax.jit(jax.vmap(ready.run.schedule))(steps), steps.shape)
-        read = {k: v for k, v in leaves.items() if k.startswith("data.") or k in ("seed", "output")}
+        read = {k: v for k, v in cli.leaves(config) if k.startswith("data.") or k in ("seed", "output")}
         done = int(ready.state.step)
         return Member(
             workdir=workdir,
             slot=slot,
             ready=ready,
             course=Course(ready.run, done, ready.progress, slot=slot, pick=functools.partial(self._pick, slot)),
-            values={key: np.asarray(value, np.float32) for key, value in values.items()},
+            values=_values(config, self._channels),
             rates=np.asarray(rates),
             group=(repr(sorted(read.items())), self._steps - done),
             file=file,
@@ -309,23 +307,53 @@ class Pack:
 
     def _lower(self, *arguments: Any) -> Any:
         assert self._program is not None
-        graphdef, output = self._program.graphdef, self._program.output
+        return _lower(self._program, self.layout, self._mesh, *arguments)
 
-        def one(state: TrainState, batch: Any, key: jax.Array, values: dict[str, jax.Array]) -> Any:
-            own = {k: v for k, v in values.items() if k != "rate"}
-            step = program.make_step(self._config, graphdef, output, lambda _: values["rate"], values=own)
-            return step(state, batch, key)
 
-        def every(states: Any, batches: Any, keys: Any, values: Any, active: jax.Array) -> Any:
-            if self.layout == "vmap":
-                return jax.vmap(one)(states, batches, keys, values)
-            return _one_after_the_other(one, active, states, (batches, keys, values))
+def _lower(one_program: program.Program, layout: str, devices: Mesh, *arguments: Any) -> Any:
+    """The step of a pack, lowered: of states, batches, keys, values and which places go on."""
 
-        spec = PartitionSpec(_TRIAL)
-        if self._mesh.size > 1:
-            every = jax.shard_map(every, mesh=self._mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        with ops.uncollected():
-            return jax.jit(every, donate_argnums=0, out_shardings=self._stacked).lower(*arguments)
+    def one(state: TrainState, batch: Any, key: jax.Array, values: dict[str, jax.Array]) -> Any:
+        own = {k: v for k, v in values.items() if k != "rate"}
+        config, graphdef, output = one_program.config, one_program.graphdef, one_program.output
+        step = program.make_step(config, graphdef, output, lambda _: values["rate"], values=own)
+        return step(state, batch, key)
+
+    def every(states: Any, batches: Any, keys: Any, values: Any, active: jax.Array) -> Any:
+        if layout == "vmap":
+            return jax.vmap(one)(states, batches, keys, values)
+        return _one_after_the_other(one, active, states, (batches, keys, values))
+
+    spec = PartitionSpec(_TRIAL)
+    if devices.size > 1:
+        every = jax.shard_map(every, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False)
+    with ops.uncollected():
+        return jax.jit(every, donate_argnums=0, out_shardings=NamedSharding(devices, spec)).lower(*arguments)
+
+
+def step_bytes(config: cli.Config, dataset: Dataset, slots: int, layout: str) -> int:
+    """What the step of a pack takes on each of its devices, by the compiler."""
+    layout, count = choose_layout(layout, slots)
+    devices = _devices(count)
+    made, params, stats = program.make_program(config, dataset, per_epoch=1, abstract=True)
+    values = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in _values(config, len(made.output.channels)).items()}
+    values["rate"] = jax.ShapeDtypeStruct((), jnp.float32)
+    one = (*program.step_arguments(made, dataset, params, stats), values, jax.ShapeDtypeStruct((), jnp.bool_))
+    stacked = NamedSharding(devices, PartitionSpec(_TRIAL))
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct((slots, *a.shape), a.dtype, sharding=stacked), one)
+    return program.needed_bytes(ops.compile_program(_lower(made, layout, devices, *arguments)))
+
+
+def _devices(count: int) -> Mesh:
+    return Mesh(np.asarray(jax.local_devices()[:count]), (_TRIAL,), axis_types=(AxisType.Auto,))
+
+
+def _values(config: cli.Config, channels: int) -> dict[str, np.ndarray]:
+    """The numbers that a run of a pack has for itself."""
+    leaves = dict(cli.leaves(config))
+    values = {key: leaves[key] for key in STACKED_KEYS if leaves[key] != 0}
+    values["loss.weights"] = leaves["loss.weights"] or (1.0,) * channels
+    return {key: np.asarray(value, np.float32) for key, value in values.items()}
 
 
 def train_all(runs: Sequence[tuple[cli.Config, Path]], slots: int, layout: str, stop: StopRequest) -> None:

@@ -28,7 +28,7 @@ from xdim_jax.data.case import Dataset
 from xdim_jax.errors import UserError, gib
 from xdim_jax.files import write_json
 from xdim_jax.mesh import make_devices
-from xdim_jax.program import Program, make_program
+from xdim_jax.program import make_program, needed_bytes, step_arguments
 from xdim_jax.recipe import check_config
 from xdim_jax.roofline import Product, find_products
 
@@ -80,7 +80,7 @@ def measure(config: cli.Config, dataset: Dataset, choice: Choice) -> Need:
     )
     models.check_space(config.model, choice.patch, devices.mesh.shape["space"])
     program, params, stats = make_program(config, dataset, per_epoch=1, axis=devices.axis, abstract=True)
-    state, shapes, key = _arguments(config, dataset, program, params, stats)
+    state, shapes, key = step_arguments(program, dataset, params, stats)
     step = ops.compile_program(devices.lower(program.step, state, devices.abstract_batch(shapes), key))
 
     weights = (optim.slow(state.params), state.stats)
@@ -91,25 +91,11 @@ def measure(config: cli.Config, dataset: Dataset, choice: Choice) -> Need:
 
     one = make_program(config, dataset, per_epoch=1, abstract=True)[0]  # without the names of a pmap
     return Need(
-        _bytes(step),
+        needed_bytes(step),
         _flops(one.step, state, shapes, key),
-        _bytes(ops.compile_program(jax.jit(predict).lower(weights, image))),
+        needed_bytes(ops.compile_program(jax.jit(predict).lower(weights, image))),
         _flops(predict, weights, image),
     )
-
-
-def _arguments(config: cli.Config, dataset: Dataset, program: Program, params: Any, stats: Any) -> tuple[Any, Any, Any]:
-    """State, batch and key of a step, as shapes."""
-    batch, patch = config.data.batch, config.data.patch
-    shapes = {
-        "image": jax.ShapeDtypeStruct((batch, *patch, config.model.in_channels), jnp.float32),
-        "label": jax.ShapeDtypeStruct((batch, *patch), jnp.uint8),
-        "key": jax.ShapeDtypeStruct((batch, 2), jnp.uint32),
-    }
-    if dataset.drawn is not None:
-        shapes["drawn"] = jax.ShapeDtypeStruct((batch, len(program.output.channels)), jnp.bool_)
-        shapes["drawn_regions"] = jax.ShapeDtypeStruct((batch, len(dataset.regions.names)), jnp.bool_)
-    return jax.eval_shape(program.init, params, stats), shapes, jax.eval_shape(lambda: jax.random.key(0))
 
 
 def step_products(config: cli.Config, dataset: Dataset, choice: Choice) -> tuple[list[Product], tuple[str, ...]]:
@@ -117,7 +103,7 @@ def step_products(config: cli.Config, dataset: Dataset, choice: Choice) -> tuple
     config = _chosen(config, choice)
     program, params, stats = make_program(config, dataset, per_epoch=1, abstract=True)
     parts = models.parts_of(config.model)
-    return find_products(program.step, *_arguments(config, dataset, program, params, stats), parts=parts), parts
+    return find_products(program.step, *step_arguments(program, dataset, params, stats), parts=parts), parts
 
 
 def format_parts(products: Sequence[Product], parts: Sequence[str]) -> list[str]:
@@ -142,13 +128,6 @@ def _chosen(config: cli.Config, choice: Choice) -> cli.Config:
         config.data.patch = choice.patch
     config.data.batch, config.train.precision, config.train.remat = choice.batch, choice.precision, choice.remat
     return config
-
-
-def _bytes(compiled: Any) -> int:
-    """Arguments, results that do not lie in arguments, temporaries and code, per device."""
-    m = compiled.memory_analysis()
-    results = m.output_size_in_bytes - m.alias_size_in_bytes
-    return m.argument_size_in_bytes + results + m.temp_size_in_bytes + m.generated_code_size_in_bytes
 
 
 def _flops(function: Callable[..., Any], *arguments: Any) -> float:

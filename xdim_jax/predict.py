@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from xdim_jax import cli, environment, log, memory
+from xdim_jax import bucket, cli, environment, log, memory
 from xdim_jax.data import brats
 from xdim_jax.data.case import (
     Case,
@@ -58,7 +58,13 @@ def main(argv: Sequence[str]) -> int:
         "exit status: 0 all cases done, 1 some cases failed (named; the others are done), 2 unusable input",
     )
     add = parser.add_argument
-    add("--workdir", required=True, type=Path, nargs="+", action="extend", help="of a run, or of several: an ensemble")
+    add(
+        "--workdir",
+        required=True,
+        nargs="+",
+        action="extend",
+        help="of a run (gs://, s3:// too), or of several: an ensemble",
+    )
     add(
         "--input",
         required=True,
@@ -84,7 +90,9 @@ def main(argv: Sequence[str]) -> int:
     add("--uncertainty", action="store_true", help="write the variance over networks and mirror images")
     options = parser.parse_args(argv)
     cli.cache_programs()
-    predictor = Predictor(options.workdir, read_settings(options), convention=options.convention or "")
+    predictor = Predictor(
+        [bucket.fetch(w) for w in options.workdir], read_settings(options), convention=options.convention or ""
+    )
     cases, problems = predictor.find_cases(options.input, modality=options.modality)
     for source in predictor.sources:
         log.say(f"weights    {source}")

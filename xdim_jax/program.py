@@ -144,3 +144,24 @@ def _average_statistics_over(model: nnx.Module, axis: str) -> None:
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Norm):
             module.axis = axis
+
+
+def step_arguments(program: Program, dataset: Dataset, params: Any, stats: Any) -> tuple[Any, Any, Any]:
+    """State, batch and key of a training step, as shapes."""
+    data = program.config.data
+    shapes = {
+        "image": jax.ShapeDtypeStruct((data.batch, *data.patch, program.config.model.in_channels), jnp.float32),
+        "label": jax.ShapeDtypeStruct((data.batch, *data.patch), jnp.uint8),
+        "key": jax.ShapeDtypeStruct((data.batch, 2), jnp.uint32),
+    }
+    if dataset.drawn is not None:
+        shapes["drawn"] = jax.ShapeDtypeStruct((data.batch, len(program.output.channels)), jnp.bool_)
+        shapes["drawn_regions"] = jax.ShapeDtypeStruct((data.batch, len(dataset.regions.names)), jnp.bool_)
+    return jax.eval_shape(program.init, params, stats), shapes, jax.eval_shape(lambda: jax.random.key(0))
+
+
+def needed_bytes(compiled: Any) -> int:
+    """Arguments, results that do not lie in arguments, temporaries and code, per device."""
+    m = compiled.memory_analysis()
+    results = m.output_size_in_bytes - m.alias_size_in_bytes
+    return m.argument_size_in_bytes + results + m.temp_size_in_bytes + m.generated_code_size_in_bytes

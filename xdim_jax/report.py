@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from xdim_jax import cli, environment, figures, log
+from xdim_jax import bucket, cli, environment, figures, log
 from xdim_jax.data.image import Source, read_image, source_at
 from xdim_jax.errors import UserError
 from xdim_jax.figures import View
@@ -37,11 +37,11 @@ def describe_network(model: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str]) -> int:
     """The command line, see ``--help``."""
     parser = cli.make_parser("xdim_jax.report", __doc__ or "", "exit status: 0 done, 2 unusable input")
-    parser.add_argument("--workdir", type=Path, help="folder of the training run")
+    parser.add_argument("--workdir", help="folder of the training run, or gs://, s3://")
     parser.add_argument("--eval", required=True, type=Path, help="folder that xdim_jax.evaluate wrote")
     parser.add_argument("--out", required=True, type=Path, help="the HTML file to write")
     options = parser.parse_args(argv)
-    members = find_members([options.workdir]) if options.workdir else []
+    members = find_members([bucket.fetch(options.workdir)]) if options.workdir else []
     config = cli.read_config(members[0]).to_dict() if members else None
     records = log.read_records(members[0]) if len(members) == 1 else []
     channels = read_json(members[0] / DATA_FILE)["channels"] if members else []
@@ -55,7 +55,9 @@ def main(argv: Sequence[str]) -> int:
     patients = {case: v["patient"] for case, v in compared["cases"].items()}
     scored = results.read_cases(options.eval / results.CASES_FILE, patients)
     write_text(options.out, render(config, records, channels, summary, scored, compared, environments))
-    sources = {k: str(v.absolute()) for k, v in vars(options).items() if v is not None}
+    sources = {
+        k: str(v if bucket.is_address(v) else Path(v).absolute()) for k, v in vars(options).items() if v is not None
+    }
     write_json(options.out.with_name(f"{options.out.stem}.report.json"), sources)
     log.say(f"report     {options.out.absolute()}")
     for structure, metrics in summary["structures"].items():

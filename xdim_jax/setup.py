@@ -72,6 +72,7 @@ def prepare(
     devices: Devices,
     *,
     shared: Shared | None = None,
+    own_disks: bool = False,
 ) -> Ready:
     """Makes a run, or takes up one that the workdir holds; close it with `Ready.close`.
 
@@ -82,6 +83,7 @@ def prepare(
         stop: heard by the loop.
         devices: that hold the state.
         shared: of another run whose program is the same.
+        own_disks: each process has a workdir of its own, and process 0's is the one that is kept.
 
     Raises:
         UserError: weights or data cannot be used, or the workdir is of another config or cannot be written.
@@ -119,7 +121,7 @@ def prepare(
     del network, params, stats  # the state has copies
     regions = len(dataset.regions.names)
     progress = Progress([0.0] * regions, [0] * regions)
-    checkpoints = checkpoint.open_checkpoints(workdir, log.warn)
+    checkpoints = checkpoint.open_checkpoints(workdir, log.warn, alone=own_disks)
     restored = checkpoint.restore_latest(checkpoints, state, log.warn)
     if restored:
         state, progress = restored[0], Progress(**restored[1])

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from xdim_jax import inflate, weights
+from xdim_jax import bucket, inflate, weights
 from xdim_jax.cli import Config
 from xdim_jax.errors import UserError
 from xdim_jax.loading import read_anywhere
@@ -19,6 +19,8 @@ def read_named(name: str) -> Weights:
     Raises:
         UserError: nothing usable there; without a network, it says what to do.
     """
+    if bucket.is_address(name):
+        return read_anywhere(bucket.fetch(name))
     path = Path(name)
     if path.exists() or path.suffix in (".safetensors", ".pth", ".pt") or "/" in name:
         return read_anywhere(path)

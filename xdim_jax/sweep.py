@@ -19,11 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from xdim_jax import cli, log
+from xdim_jax import bucket, cli, log
 from xdim_jax.errors import UserError
 from xdim_jax.pack import LAYOUTS, check_packable
+from xdim_jax.plan import parse_bytes
 from xdim_jax.signals import REQUEUE, catch_signals
 from xdim_jax.sweeps import study as studies
+from xdim_jax.sweeps.dry import rehearse
 from xdim_jax.sweeps.packed import PackedWorker
 from xdim_jax.sweeps.space import check_space, load_space
 from xdim_jax.sweeps.worker import Job, work
@@ -48,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     add("--config", required=True, metavar="FILE[:WORDS]", help="a recipe; --config.<key>=<value> overrides it")
     add("--space", required=True, type=Path, metavar="FILE", help="what is varied")
     add("--trials", required=True, type=int, metavar="N", help="trials of the study, of all workers together")
-    add("--workdir", required=True, type=Path, help="folder of the trials; all workers must see it")
+    add("--workdir", required=True, help="folder of the trials, or gs://, s3://; all workers must see it")
     add_study_arguments(parser)
     add("--sampler", choices=studies.SAMPLERS, default="tpe", help="default: %(default)s")
     add("--pruner", choices=studies.PRUNERS, default="none", help="ends trials that lag behind; default: %(default)s")
@@ -63,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
         help="train up to K trials of one shape in one program; 0: each alone",
     )
     add("--layout", choices=LAYOUTS, default="auto", help="of a pack: see xdim_jax/pack.py; default: %(default)s")
+    add("--dry-run", action="store_true", help="compile every program that the space asks for, and say whether it fits")
+    add("--budget", metavar="SIZE", help="of a dry run: memory of a device, e.g. 16GiB; default: this one's")
     add("--no-wait", action="store_true", help="end when there is nothing to take, not when all trials have ended")
     options, overrides = parser.parse_known_args(argv)
     if options.trials < 1:
@@ -75,6 +79,11 @@ def main(argv: Sequence[str]) -> int:
     distributions = check_space(suggest, options.space, options.config, overrides)
     if options.pack:
         check_packable(cli.load_config(options.config, overrides), options.pack, options.layout)
+    if options.dry_run:
+        cli.cache_programs()
+        budget = parse_bytes(options.budget) if options.budget else None
+        rehearse(suggest, options.config, overrides, slots=options.pack, layout=options.layout, budget=budget)
+        return 0
     sampler = studies.make_sampler(options.sampler, distributions, options.seed)
     size = studies.grid_size(sampler)
     if size is not None and size < options.trials:
@@ -120,7 +129,13 @@ def add_study_arguments(parser: object) -> None:
 
 def storage_of(options: object) -> str:
     """What --storage says, or its default."""
-    return options.storage or str(options.workdir / "study.journal")  # pyright: ignore[reportAttributeAccessIssue]
+    storage, workdir = options.storage, options.workdir  # pyright: ignore[reportAttributeAccessIssue]
+    if not storage and bucket.is_address(workdir):
+        raise UserError(
+            f"--workdir={workdir}: a study does not fit into a bucket; give --storage=postgresql://..., or the path of "
+            "a journal file that all workers see"
+        )
+    return storage or str(Path(workdir) / "study.journal")
 
 
 def command() -> NoReturn:

@@ -5,6 +5,7 @@ if __name__ == "__main__":  # before the imports, which take seconds and would b
 
     prefer_huge_pages()
 
+import functools
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import NoReturn
 
 import jax
 
-from xdim_jax import cli, crossval, environment, log, mesh, models, ops, pack, setup
+from xdim_jax import bucket, cli, crossval, environment, log, mesh, models, ops, pack, setup
 from xdim_jax.data.case import Dataset
 from xdim_jax.data.splits import ALL_FOLDS
 from xdim_jax.errors import UserError
@@ -40,7 +41,9 @@ def main(argv: Sequence[str]) -> int:
         "      --config.data.root=/data/CAMUS_public",
     )
     parser.add_argument("--config", required=True, metavar="FILE[:WORDS]", help="a recipe, e.g. configs/brats_dxnet.py")
-    parser.add_argument("--workdir", required=True, type=Path, help="folder of the run; made if it does not exist")
+    parser.add_argument(
+        "--workdir", required=True, help="folder of the run, made if it does not exist; or gs://, s3://"
+    )
     group = parser.add_argument_group("several processes", "each process of a run gets the same command")
     group.add_argument(
         "--coordinator",
@@ -70,11 +73,12 @@ def main(argv: Sequence[str]) -> int:
         if options.pack:
             pack.check_packable(config, options.pack, options.layout)
         cli.cache_programs()
-        if config.data.fold == ALL_FOLDS:
-            return crossval.train_folds(
-                config, options.workdir, lambda runs: train_all(runs, stop, options.pack, options.layout)
-            )
-        return train(config, dataset, options.workdir, stop)
+        with bucket.workdir(options.workdir, writes=not jax.process_index()) as workdir:
+            mesh.barrier("fetched")  # by all, before the first changes what is there
+            if config.data.fold == ALL_FOLDS:
+                every = functools.partial(train_all, stop=stop, slots=options.pack, layout=options.layout)
+                return crossval.train_folds(config, workdir, every)
+            return train(config, dataset, workdir, stop, own_disks=bucket.is_address(options.workdir))
 
 
 def train_all(runs: crossval.Runs, stop: StopRequest, slots: int, layout: str) -> int:
@@ -89,8 +93,8 @@ def train_all(runs: crossval.Runs, stop: StopRequest, slots: int, layout: str) -
     return 0
 
 
-def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest) -> int:
-    """Runs the recipe to its end, or until a signal. Returns the exit status."""
+def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest, *, own_disks: bool = False) -> int:
+    """Runs the recipe to its end, or until a signal; see `xdim_jax.setup.prepare`. Returns the exit status."""
     options = config.mesh
     devices = make_devices(
         options.data,
@@ -104,7 +108,7 @@ def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest
     log.say(f"mesh       data {devices.mesh.shape['data']} x space {devices.mesh.shape['space']}, {devices.parallel}")
     form = "sharded" if devices.mesh.shape["space"] > 1 else config.train.ops
     log.say(f"operations {ops.describe_forms(form)}")
-    ready = setup.prepare(config, dataset, workdir, stop, devices)
+    ready = setup.prepare(config, dataset, workdir, stop, devices, own_disks=own_disks)
     try:
         fit(ready.run, ready.state, ready.progress, ready.open_stream(), validated=ready.validated)
     finally:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xdim_jax import cli, log
+from xdim_jax import bucket, cli, log
 from xdim_jax.errors import UserError
 from xdim_jax.pack import Member, Pack
 from xdim_jax.recipe import check_config
@@ -23,7 +23,7 @@ class _Held:
 
     trial: Any
     config: cli.Config
-    beat: contextlib.ExitStack
+    beat: contextlib.ExitStack  # its signs of life, and what follows its workdir into a bucket
     member: Member | None = None
     told: int = 0  # validations that the study knows
     looked: float = dataclasses.field(default_factory=time.monotonic)  # when it was last seen to be ours
@@ -96,7 +96,9 @@ class PackedWorker:
                     if len(self._held) > 1:
                         return  # until the pack is empty
                     self._pack = Pack(held.config, self._slots, self._layout, self._stop)
-                held.member = self._pack.add(held.config, self._workdir(held))
+                address = worker.address_of(self._job.root, studies.origin_of(held.trial))
+                workdir = held.beat.enter_context(bucket.workdir(address))
+                held.member = self._pack.add(held.config, workdir)
 
     def _hold(self, trial: Any) -> _Held:
         beat = contextlib.ExitStack()
@@ -153,7 +155,10 @@ class PackedWorker:
                 self._pack.remove(held.member)
             except UserError as failure:  # its last checkpoint could not be written
                 status, error = status or 2, error or str(failure)
-        held.beat.close()
+        try:
+            held.beat.close()
+        except UserError as failure:  # what it wrote could not follow
+            status, error = status or 2, error or str(failure)
         worker.tell(self._study, held.trial, self._workdir(held), status, pruned=pruned, error=error)
 
     def _workdir(self, held: _Held) -> Path:

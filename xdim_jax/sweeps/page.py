@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     from xdim_jax.sweep import add_study_arguments, storage_of
 
     parser = cli.make_parser("xdim_jax.sweep report", __doc__ or "", "exit status: 0 done, 2 unusable input")
-    parser.add_argument("--workdir", type=Path, default=Path(), help="folder of the trials, where the storage is in it")
+    parser.add_argument("--workdir", default=".", help="folder of the trials, where the storage is in it")
     add_study_arguments(parser)
     parser.add_argument("--out", required=True, type=Path, help="the HTML file to write")
     options = parser.parse_args(argv)

@@ -115,6 +115,21 @@ def explore(suggest: Suggest) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return branches, found
 
 
+def settings(suggest: Suggest, picks: Params, names: set[str]) -> Iterator[dict[str, Any]]:
+    """Both ends of every combination of the choices of these names; other choices are as picked, or the first."""
+    low = _Probe(picks, high=False)
+    suggest(low)
+    is_open = next((n for n in low.found if n in names and n not in picks), None)
+    if is_open is not None:
+        for choice in low.found[is_open].choices:
+            yield from settings(suggest, {**picks, is_open: choice}, names)
+        return
+    yield low.params
+    high = _Probe(picks, high=True)
+    suggest(high)
+    yield high.params
+
+
 def overrides_of(params: Params) -> list[str]:
     """The arguments of a main."""
     return [f"--config.{name}={value}" for name, value in params.items()]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xdim_jax import log
+from xdim_jax import bucket, log
 from xdim_jax.log import LOG_FILE
 from xdim_jax.signals import REQUEUE, StopRequest
 from xdim_jax.sweeps import study as studies
@@ -27,7 +27,7 @@ class Job:
         config: ``FILE[:WORDS]``.
         overrides: ``--config.<key>=<value>``, before those of the trial.
         suggest: draws a trial's parameters.
-        root: the trials' workdirs lie below it.
+        root: the trials' workdirs lie below it; a folder, or gs://, s3://.
         trials: that the study is to have.
         command: that trains, before its flags.
     """
@@ -35,14 +35,20 @@ class Job:
     config: str
     overrides: Sequence[str]
     suggest: Suggest
-    root: Path
+    root: str | Path
     trials: int
     command: Sequence[str] = (sys.executable, "-m", "xdim_jax.train")
 
 
-def workdir_of(root: Path, origin: int) -> Path:
-    """The workdir of a trial."""
-    return root / studies.name_of(origin)
+def address_of(root: str | Path, origin: int) -> str:
+    """The workdir of a trial: a path, or an address in a bucket."""
+    return f"{root}/{studies.name_of(origin)}"
+
+
+def workdir_of(root: str | Path, origin: int) -> Path:
+    """The folder of this machine that is, or stands for, the workdir of a trial."""
+    address = address_of(root, origin)
+    return bucket.local_folder(address) if bucket.is_address(address) else Path(address)
 
 
 def work(
@@ -100,7 +106,8 @@ def _train(study: Any, trial: Any, job: Job, stop: StopRequest, beat: float) -> 
     draw(trial, job)
     workdir = workdir_of(job.root, studies.origin_of(trial))
     workdir.mkdir(parents=True, exist_ok=True)
-    command = [*job.command, f"--config={job.config}", f"--workdir={workdir}"]
+    address = address_of(job.root, studies.origin_of(trial))
+    command = [*job.command, f"--config={job.config}", f"--workdir={address}"]
     with open(workdir / LOG_FILE, "ab") as output:
         child = subprocess.Popen(
             [*command, *job.overrides, *overrides_of(trial.params)],
