@@ -30,6 +30,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/shellcheck launch/*.sh
+	$(BIN)/hadolint launch/Dockerfile
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -8,12 +8,18 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
+import numpy as np
 import pytest
 
 from tests import test_pack as packs
 from tests.test_pack import OWN, RECIPE, alone, assert_same, data, overrides, shrunk  # noqa: F401  (two fixtures)
-from xdim_jax import bucket, checkpoint, log, step, sweep, train
+from xdim_jax import bucket, checkpoint, log, recipe, step, sweep, train
+from xdim_jax.data import case as data_case
+from xdim_jax.data import shelves
+from xdim_jax.data.prepare import Preparation
+from xdim_jax.data.store import prepare_cases
 from xdim_jax.errors import UserError
 
 
@@ -28,6 +34,20 @@ def gcs():
     """``gs://`` on a server that keeps objects in memory."""
     server = pytest.importorskip("gcp_storage_emulator.server")
     port = free_port()
+    # it takes one connection at a time, but two clients hold theirs open; its store takes one request at a time
+    http = types.SimpleNamespace(**{n: getattr(server.server, n) for n in dir(server.server)})
+    http.HTTPServer = http.ThreadingHTTPServer
+    lock, handle = threading.Lock(), server.Router.handle
+
+    def one_by_one(self, method):
+        with lock:
+            handle(self, method)
+
+    def end_headers(self):
+        self.send_header("x-goog-generation", "1")  # which the store sends, and tensorstore wants
+        http.BaseHTTPRequestHandler.end_headers(self)
+
+    server.server, server.Router.handle, server.RequestHandler.end_headers = http, one_by_one, end_headers
     running = server.create_server("localhost", port, in_memory=True, default_bucket="bucket")
     running.start()
     with pytest.MonkeyPatch.context() as patch:
@@ -219,13 +239,86 @@ def test_addresses_that_lead_nowhere(address, message, gcs):
         (here / "a").write_text("a")
 
 
+# -- prepared cases -----------------------------------------------------------------------------------------------
+
+
+def prepared(data, folder, **options):  # noqa: F811
+    """The entries of the phantoms, and what was said."""
+    config = packs.load(data, OWN[0])
+    dataset = recipe.check_config(config)
+    cases = data_case.usable_cases(data_case.scan_cases(dataset, data, need_labels=True), data)
+    said = []
+    settings = Preparation.from_config(config.data.prepare)
+    return prepare_cases(dataset, cases, settings, folder, say=said.append, **options), said
+
+
+@everywhere
+def test_cases_in_a_bucket_are_those_of_a_folder(store, data, tmp_path):  # noqa: F811
+    local, _ = prepared(data, tmp_path / "local")
+    remote, said = prepared(data, store)
+    assert "0 of 16 cases prepared" in said[0]
+    assert [e.case_id for e in remote] == [e.case_id for e in local]
+    for a, b in zip(remote, local, strict=True):
+        assert a.shape == b.shape and a.structures == b.structures
+        x, y = a.load(), b.load()
+        assert x.raw.dtype == y.raw.dtype and x.shape == y.shape
+        np.testing.assert_array_equal(x.image(), y.image())
+        part = (slice(0, 1), slice(3, 20), slice(5, 9))
+        np.testing.assert_array_equal(x.image(part), y.image(part))
+        np.testing.assert_array_equal(np.asarray(x.label), y.label)
+        draws = [entry.voxel(np.random.default_rng(3)) for entry in (a, b)]
+        assert draws[0] == draws[1]
+    assert f"store      {store}/" in prepared(data, store)[1][0] and "16 of 16" in prepared(data, store)[1][0]
+
+
+def test_a_chunk_that_is_gone_is_missed(plain, data, tmp_path, monkeypatch):  # noqa: F811
+    """zarr itself would read zeros."""
+    entries, _ = prepared(data, plain)
+    folder = tmp_path / "bucket" / entries[0].folder.removeprefix(plain + "/")
+    assert json.loads((folder / "image" / "zarr.json").read_text())["zarr_format"] == 3
+    chunk = next(p for p in (folder / "image" / "c").rglob("*") if p.is_file())
+    chunk.unlink()
+    assert "15 of 16" in prepared(data, plain)[1][0]
+    assert chunk.exists()
+    (folder / "case.json").unlink()  # written last: the entry was not finished
+    assert "15 of 16" in prepared(data, plain)[1][0]
+    refuse = lambda self, *rest: (_ for _ in ()).throw(ConnectionError("gone"))  # noqa: E731
+    shelves._open_zarr.cache_clear()
+    monkeypatch.setattr(shelves, "_zarr", refuse)
+    with pytest.raises(UserError, match="is damaged"):
+        entries[0].load()
+    shelves._open_zarr.cache_clear()
+
+
+def test_a_volume_is_read_by_the_chunk(plain, tmp_path):
+    """Of a volume of three chunks a side, what a small patch needs is opened: the others may be gone."""
+    image = np.random.default_rng(0).integers(-9, 9, (70, 130, 130, 2)).astype(np.int16)
+    shelf = shelves.open_shelf(plain, "key")
+    place = shelf.place("case-0")
+    shelf.write(place, {"image": image, "voxels": np.arange(5, dtype=np.int32)}, {"a": 1}, lambda facts: True)
+    chunks = [p for p in (tmp_path / "bucket" / "key" / "case-0" / "image" / "c").rglob("*") if p.is_file()]
+    assert len(chunks) == 27
+    for path in chunks:
+        if path.relative_to(tmp_path / "bucket" / "key" / "case-0" / "image" / "c").as_posix() != "1/0/2/0":
+            path.unlink()
+    _, found, label, voxel = shelves.open_entry(place)
+    assert label is None and voxel(3) == 3 and found.shape == image.shape
+    np.testing.assert_array_equal(found[40:60, 10:50, 129:], image[40:60, 10:50, 129:])
+
+
+def test_prepared_cases_lie_in_known_stores_alone(tmp_path):
+    with pytest.raises(UserError, match="prepared cases may lie in a folder, gs:// or s3://"):
+        shelves._store("az://a/b")
+
+
 # -- runs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("store", ["gcs", "s3"], indirect=True)
 def test_a_run_in_a_bucket_goes_on_on_another_host(store, data, alone, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Stopped after a few steps; taken up where nothing of it is on the disk; what reads runs reads it there."""
-    command = [f"--config={RECIPE}", f"--workdir={store}", *overrides(data, OWN[0])]
+    command = [f"--config={RECIPE}", f"--workdir={store}/run", *overrides(data, OWN[0])]
+    command += [f"--config.data.store={store}/prepared"]
     compiled = packs.original
 
     def stops(*arguments):
@@ -245,7 +338,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_host(store, data, alone, tmp_path,
         assert train.main(command) == 0
         assert "resume     from step 1" in capsys.readouterr().out
         other_host(monkeypatch, tmp_path)
-        found = bucket.fetch(store)
+        found = bucket.fetch(f"{store}/run")
         assert_same(found, alone[0])
         assert checkpoint.exist(found) and not list(found.rglob("*.orbax-checkpoint-tmp*"))
 

@@ -15,7 +15,7 @@ import pytest
 from scipy import ndimage
 
 from xdim_jax.data import __main__ as data_main
-from xdim_jax.data import brats, camus, phantom, pipeline, store
+from xdim_jax.data import brats, camus, phantom, pipeline, shelves, store
 from xdim_jax.data import prepare as preparation
 from xdim_jax.data.case import Case, Volume, list_cases, read_case
 from xdim_jax.data.datasets import get_dataset
@@ -251,7 +251,7 @@ def test_an_interrupted_preparation_goes_on(root, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(store, "prepare", original)
-    monkeypatch.setattr(store, "write_text", half_written)
+    monkeypatch.setattr(shelves, "write_text", half_written)
     before = set((root.parent / "store").glob("*/*"))
     with pytest.raises(KeyboardInterrupt):
         fill(root, jobs=1)
@@ -354,7 +354,7 @@ for entry in store.prepare_cases(dataset, cases, settings, root.parent / "store"
 
 
 def test_too_little_room_is_said_before_it_is_used(root, monkeypatch):
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    monkeypatch.setattr(shelves.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
     with pytest.raises(UserError, match=r"2 cases left need about .* but only 0.00 GiB are free"):
         fill(root)
 

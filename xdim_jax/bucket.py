@@ -15,6 +15,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from xdim_jax.errors import UserError
 from xdim_jax.log import LOG_FILE, say, warn
@@ -71,6 +72,36 @@ def workdir(text: str | Path, *, writes: bool = True) -> Iterator[Path]:
         yield mirror.folder
 
 
+def open_filesystem(address: str) -> tuple[Any, str]:
+    """What fsspec has for an address, and the path in it.
+
+    Raises:
+        UserError: the address is of a kind that no installed package knows.
+    """
+    import fsspec
+
+    local = {"auto_mkdir": True} if address.startswith("file://") else {}
+    try:
+        return fsspec.core.url_to_fs(address.rstrip("/"), **local)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{address}: {error}; pip install 'xdim_jax[cloud]' for gs:// and s3://") from error
+
+
+@contextlib.contextmanager
+def no_answer(address: str, what: str) -> Iterator[None]:
+    """Inside the block, an error of a store's client becomes a UserError: that the address cannot be ``what``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # no such bucket, no credentials, no network
+        reason = (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise UserError(
+            f"{address} cannot be {what}: {type(error).__name__}: {reason}; look at the bucket's name and at your "
+            "credentials (gcloud auth application-default login; aws configure)"
+        ) from error
+
+
 class Mirror:
     """A folder of this machine and the same in a bucket.
 
@@ -82,19 +113,13 @@ class Mirror:
     """
 
     def __init__(self, address: str):
-        import fsspec
-
         self.address, self.folder = address.rstrip("/"), local_folder(address)
-        local = {"auto_mkdir": True} if address.startswith("file://") else {}
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.address, **local)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{address}: {error}; pip install 'xdim_jax[cloud]' for gs:// and s3://") from error
+        self._fs, self._root = open_filesystem(self.address)
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of what is in the bucket as it is here
 
     def pull(self) -> bool:
         """Makes the folder what the manifest says; False if there is none in the bucket: the folder is empty then."""
-        with self._asking("read"):
+        with no_answer(self.address, "read"):
             # a listing that another process has changed since would be stale
             self._fs.invalidate_cache()
             manifest = self._read_manifest()
@@ -118,7 +143,7 @@ class Mirror:
 
     def push(self) -> None:
         """Uploads what has changed, then the manifest, then removes what is here no longer."""
-        with self._asking("written"):
+        with no_answer(self.address, "written"):
             for _ in range(5):
                 try:
                     state = {path: self._state(path) for path in self._files()}
@@ -187,16 +212,3 @@ class Mirror:
         for folder in sorted((p for p in self.folder.rglob("*") if p.is_dir()), reverse=True):
             if not any(p.is_file() for p in folder.rglob("*")):
                 shutil.rmtree(folder)
-
-    @contextlib.contextmanager
-    def _asking(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # whatever the store's client raises: no such bucket, no credentials, no network
-            reason = (str(error) or type(error).__name__).splitlines()[0][:300]
-            raise UserError(
-                f"{self.address} cannot be {what}: {type(error).__name__}: {reason}; look at the bucket's name and at "
-                "your credentials (gcloud auth application-default login; aws configure)"
-            ) from error

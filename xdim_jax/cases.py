@@ -77,7 +77,7 @@ def find_data(config: Config, dataset: Dataset, output: Output, workdir: Path, *
 
 def _prepare(dataset: Dataset, config: Config, root: Path, cases: list[Case]) -> list[store.Entry]:
     """The entries of all cases; where there are several processes, each prepares its share first."""
-    folder = Path(config.data.store) if config.data.store else store.default_folder(root)
+    folder = config.data.store or store.default_folder(root)
     settings = Preparation.from_config(config.data.prepare)
     index, count = jax.process_index(), jax.process_count()
     if count > 1:

@@ -14,9 +14,10 @@ from xdim_jax.data.case import Dataset, list_cases
 from xdim_jax.data.datasets import DATASETS, get_dataset
 from xdim_jax.data.prepare import Preparation
 from xdim_jax.data.problem import KINDS
+from xdim_jax.data.shelves import open_shelf
 from xdim_jax.data.store import default_folder, prepare_cases, store_key
 from xdim_jax.data.verify import format_findings, verify
-from xdim_jax.errors import UserError
+from xdim_jax.errors import UserError, gib
 from xdim_jax.files import write_json
 
 _OPTIONS = ("convention", "views", "instants", "quality", "task", "phase")  # flags that are a data set's own
@@ -135,7 +136,7 @@ def _add_prepare(commands: Any) -> None:
     parser.add_argument("--config", metavar="FILE[:WORDS]", help="a recipe; takes --config.<key>=<value> too")
     _add_dataset(parser, list(DATASETS), required=False)
     _add_options(parser)
-    parser.add_argument("--store", type=Path, help="folder to write to (default: <root>_prepared)")
+    parser.add_argument("--store", help="folder to write to, or gs://, s3:// (default: <root>_prepared)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at once (default: all cores)")
 
 
@@ -156,11 +157,11 @@ def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     dataset = get_dataset(data)
     settings = Preparation.from_config(data["prepare"]) if options.config else _papers(options.dataset, dataset)
     cases = list_cases(dataset, root, need_labels=True)
-    folder = Path(options.store or data.get("store", "") or default_folder(root))
+    folder = options.store or data.get("store", "") or default_folder(root)
     prepare_cases(dataset, cases, settings, folder, jobs=options.jobs, say=log.say, progress=log.bar("prepare"))
-    key = store_key(dataset, settings)[0]
-    size = sum(p.stat().st_size for p in (folder / key).rglob("*") if p.is_file())
-    log.say(f"done       {len(cases)} cases in {folder / key}, {size / 2**30:.2f} GiB")
+    shelf = open_shelf(folder, store_key(dataset, settings)[0])
+    size = sum(map(shelf.size, {place for case in cases for place in shelf.places(case.case_id)}))
+    log.say(f"done       {len(cases)} cases in {shelf}, {gib(size)}")
     return 0
 
 

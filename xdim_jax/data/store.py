@@ -1,4 +1,4 @@
-"""Prepared cases on disk, memory-mapped: made once, read by every run.
+"""Prepared cases, made once and read by every run: on disk, memory-mapped, or in a bucket, as zarr arrays.
 
     <folder>/<key>/store.json                       the settings that the key stands for
     <folder>/<key>/<case id>-<content>/image.npy    int16 or float32 (D, H, W, C), as `Prepared.raw`
@@ -18,8 +18,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +27,10 @@ import numpy as np
 from xdim_jax.data.case import Case, Dataset, read_case
 from xdim_jax.data.prepare import Preparation, Prepared, check_preparation, prepare
 from xdim_jax.data.problem import DataError, Problem, data_error
+from xdim_jax.data.shelves import Place, Shelf, open_entry, open_shelf
 from xdim_jax.errors import UserError, gib
-from xdim_jax.files import read_json, write_error, write_json, write_text
 
 _VERSION = 1  # of the files' format and of what preparation computes
-_FILE = "case.json"
-_ELSEWHERE = "--config.data.store=<folder>, or prepare --store=<folder>, puts prepared cases elsewhere"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,19 +39,18 @@ class Entry:
 
     case_id: str
     patient: str
-    folder: Path
+    folder: Place
     shape: tuple[int, ...]  # D, H, W
     structures: tuple[tuple[int, int], ...]  # label index and its first place in voxels.npy, in order; the end last
 
     def load(self) -> Prepared:
-        """The case with its arrays memory-mapped. Raises UserError if its files are gone or damaged."""
+        """The case with its arrays, read as they are indexed. Raises UserError if its files are gone or damaged."""
         with self._reading():
-            facts = read_json(self.folder / _FILE)
+            facts, image, label, _ = open_entry(self.folder)
             box = tuple(slice(*b) for b in facts["box"])
-            label = self.folder / "label.npy"
             return Prepared(
-                np.load(self.folder / "image.npy", mmap_mode="r"),
-                np.load(label, mmap_mode="r") if "label.npy" in facts["files"] else None,
+                image,
+                label,
                 tuple(facts["shift"]),
                 tuple(facts["scale"]),
                 facts["masked"],
@@ -72,8 +67,8 @@ class Entry:
         chosen = int(rng.integers(count))
         start, stop = self.structures[chosen][1], self.structures[chosen + 1][1]
         with self._reading():
-            voxels = np.load(self.folder / "voxels.npy", mmap_mode="r")
-            return tuple(int(i) for i in np.unravel_index(int(voxels[rng.integers(start, stop)]), self.shape))
+            flat = open_entry(self.folder)[-1](int(rng.integers(start, stop)))
+            return tuple(int(i) for i in np.unravel_index(flat, self.shape))
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -111,7 +106,7 @@ def prepare_cases(
     dataset: Dataset,
     cases: Sequence[Case],
     settings: Preparation,
-    folder: Path,
+    folder: Place,
     *,
     jobs: int = 2,
     say: Callable[[str], None] = lambda line: None,
@@ -128,23 +123,18 @@ def prepare_cases(
     """
     check_preparation(dataset, settings)
     key, facts = store_key(dataset, settings)
-    base = Path(folder) / key
-    if not (base / "store.json").is_file():
-        try:
-            write_json(base / "store.json", facts)
-        except UserError as error:
-            raise UserError(f"{error} ({_ELSEWHERE})") from error
-    there = _list(base)
+    shelf = open_shelf(folder, key)
+    shelf.begin(facts)
     with concurrent.futures.ThreadPoolExecutor(max(jobs, 1)) as pool:
-        found = list(pool.map(lambda case: _find(base, case, there), cases))
+        found = list(pool.map(lambda case: _find(shelf, case), cases))
     todo = [i for i, entry in enumerate(found) if entry is None]
-    say(f"store      {base}: {len(cases) - len(todo)} of {len(cases)} cases prepared")
+    say(f"store      {shelf}: {len(cases) - len(todo)} of {len(cases)} cases prepared")
     problems: list[Problem] = []
     done = 0
 
     def run(i: int) -> Entry | DataError:
         try:
-            return _write(base, cases[i], settings)
+            return _write(shelf, cases[i], settings)
         except DataError as error:
             return error
 
@@ -164,7 +154,7 @@ def prepare_cases(
         take(first, outcome)
         if isinstance(outcome, Entry):
             if rest:
-                _announce(base, outcome, len(rest), say)
+                _announce(shelf, outcome, len(rest), say)
             break
     with concurrent.futures.ThreadPoolExecutor(max(jobs, 1)) as pool:
         try:
@@ -178,13 +168,13 @@ def prepare_cases(
     return [entry for entry in found if entry is not None]
 
 
-def _announce(base: Path, first: Entry, others: int, say: Callable[[str], None]) -> None:
-    size = sum(p.stat().st_size for p in first.folder.iterdir())
-    free = shutil.disk_usage(base).free
-    say(f"store      {others} cases to prepare, about {gib(size * others)}; {gib(free)} free")
-    if size * others > free:
+def _announce(shelf: Shelf, first: Entry, others: int, say: Callable[[str], None]) -> None:
+    size, free = shelf.size(first.folder), shelf.free()
+    room = "" if free is None else f"; {gib(free)} free"
+    say(f"store      {others} cases to prepare, about {gib(size * others)}{room}")
+    if free is not None and size * others > free:
         raise UserError(
-            f"{base}: the {others} cases left need about {gib(size * others)}, but only {gib(free)} are free; make "
+            f"{shelf}: the {others} cases left need about {gib(size * others)}, but only {gib(free)} are free; make "
             "room, or choose another folder with --config.data.store=<folder>, and run the same command again"
         )
 
@@ -204,125 +194,78 @@ def _content(case: Case) -> str:
     return digest.hexdigest()
 
 
-def _list(base: Path) -> dict[str, list[Path]]:
-    """Entries by case."""
-    there: dict[str, list[Path]] = {}
-    for path in sorted(base.glob("*/")):
-        there.setdefault(path.name.rpartition("-")[0], []).append(path)
-    return there
-
-
-def _find(base: Path, case: Case, there: dict[str, list[Path]]) -> Entry | None:
+def _find(shelf: Shelf, case: Case) -> Entry | None:
     """The entry of a case that was made of these sources, if there is one and it is whole."""
-    facts = {path: found for path in there.get(case.case_id, []) if (found := _facts(path, case)) is not None}
+    known = {place: shelf.facts(place) for place in shelf.places(case.case_id)}
+    facts = {place: found for place, found in known.items() if found is not None and _serves(found, case)}
     if not facts:
         return None
     try:
         signature = _signature(case)
-        for path, found in facts.items():
+        for place, found in facts.items():
             if found["signature"] == signature:
-                return _entry(case, path, found)
-        path = _folder(base, case, _content(case))
-        if path in facts:
+                return _entry(case, place, found)
+        place = _place(shelf, case, _content(case))
+        if place in facts:
             with contextlib.suppress(UserError):  # a store that one may only read serves as well
-                write_json(path / _FILE, facts[path] | {"signature": signature})
-            return _entry(case, path, facts[path])
+                shelf.keep(place, facts[place] | {"signature": signature})
+            return _entry(case, place, facts[place])
     except OSError:  # a source is gone: preparing it says which
         return None
     return None
 
 
-def _folder(base: Path, case: Case, content: str) -> Path:
-    return base / f"{case.case_id}-{content[:16]}"
+def _place(shelf: Shelf, case: Case, content: str) -> Place:
+    return shelf.place(f"{case.case_id}-{content[:16]}")
 
 
-def _facts(folder: Path, case: Case) -> dict[str, Any] | None:
-    """What case.json says, if all files are there and as long as they were."""
+def _serves(facts: Any, case: Case) -> bool:
+    """Whether what case.json says is of this case as it is read now."""
     try:
-        facts = read_json(folder / _FILE)
-        whole = all((folder / name).stat().st_size == size for name, size in facts["files"].items())
         same = facts["axes"] == case.axes and facts["patient"] == case.patient
-        return facts if whole and same and facts["structures"] is not None else None
-    except (UserError, UnicodeDecodeError, KeyError, TypeError, AttributeError, OSError):
-        return None
+        return same and facts["structures"] is not None
+    except (KeyError, TypeError):
+        return False
 
 
-def _entry(case: Case, folder: Path, facts: dict[str, Any]) -> Entry:
+def _entry(case: Case, folder: Place, facts: dict[str, Any]) -> Entry:
     structures = tuple((int(i), int(start)) for i, start in facts["structures"])
     return Entry(case.case_id, case.patient, folder, tuple(facts["shape"]), structures)
 
 
-def _write(base: Path, case: Case, settings: Preparation) -> Entry:
+def _write(shelf: Shelf, case: Case, settings: Preparation) -> Entry:
     try:
         signature, content = _signature(case), _content(case)
     except OSError as error:
         path = Path(error.filename or case.files[0])
         found = f"cannot be read ({error.strerror or error})"
         raise data_error([Problem("unreadable", path, found, "a file", "fetch it again", case.case_id)], "") from error
-    folder = _folder(base, case, content)
-    if (facts := _facts(folder, case)) is not None:  # another process has prepared it meanwhile
-        return _entry(case, folder, facts)
+    place = _place(shelf, case, content)
+    facts = shelf.facts(place)
+    if facts is not None and _serves(facts, case):  # another process has prepared it meanwhile
+        return _entry(case, place, facts)
     prepared = prepare(case, read_case(case), settings)
     voxels, structures = _voxels(prepared.label)
-    arrays = {"image.npy": prepared.raw, "label.npy": prepared.label, "voxels.npy": voxels}
-    with _whole(folder, case) as temporary:
-        for name, array in arrays.items():
-            if array is not None:
-                np.save(temporary / name, array)
-        facts = {
-            "case_id": case.case_id,
-            "patient": case.patient,
-            "axes": case.axes,
-            "info": dict(case.info),
-            "sources": [str(p.absolute()) for p in case.files],
-            "signature": signature,
-            "content": content,
-            "files": {p.name: p.stat().st_size for p in temporary.iterdir()},
-            "shape": list(prepared.shape),
-            "spacing": list(prepared.spacing),
-            "source": list(prepared.source),
-            "box": [[b.start, b.stop] for b in prepared.box],
-            "shift": list(prepared.shift),
-            "scale": list(prepared.scale),
-            "masked": prepared.masked,
-            "structures": structures,
-        }
-        write_text(temporary / _FILE, json.dumps(facts, indent=1))
-    return _entry(case, folder, facts)
-
-
-@contextlib.contextmanager
-def _whole(folder: Path, case: Case) -> Iterator[Path]:
-    """A folder to write, which takes its name when it is whole. Raises UserError where the system refuses to write."""
-    temporary = _aside(folder)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _take_place(temporary, folder, case)
-    except OSError as error:
-        raise UserError(f"{write_error(folder, error)} ({_ELSEWHERE})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _take_place(temporary: Path, folder: Path, case: Case) -> None:
-    """Another process may have been first with the same content: then that one stays. What is damaged goes."""
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if _facts(folder, case) is not None:
-            return
-        old = _aside(folder)
-        folder.rename(old)
-        temporary.rename(folder)
-        if old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.unlink()
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{uuid.uuid4().hex[:8]}.partial.{folder.name}")
+    arrays = {"image": prepared.raw, "label": prepared.label, "voxels": voxels}
+    facts = {
+        "case_id": case.case_id,
+        "patient": case.patient,
+        "axes": case.axes,
+        "info": dict(case.info),
+        "sources": [str(p.absolute()) for p in case.files],
+        "signature": signature,
+        "content": content,
+        "shape": list(prepared.shape),
+        "spacing": list(prepared.spacing),
+        "source": list(prepared.source),
+        "box": [[b.start, b.stop] for b in prepared.box],
+        "shift": list(prepared.shift),
+        "scale": list(prepared.scale),
+        "masked": prepared.masked,
+        "structures": structures,
+    }
+    present = {name: array for name, array in arrays.items() if array is not None}
+    return _entry(case, place, shelf.write(place, present, facts, lambda other: _serves(other, case)))
 
 
 def _voxels(label: np.ndarray | None) -> tuple[np.ndarray, list[list[int]]]:
