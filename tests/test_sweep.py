@@ -111,6 +111,7 @@ def test_all_problems_of_a_space_are_told_at_once(tmp_path):
         ("optimiser", "configs/camus_omnianet.py:scratch"),
         ("optimiser", "configs/brats_dsnet.py:scratch"),
         ("dxnet", "configs/brats_dxnet.py:phantom"),
+        ("seeds", CAMUS),
     ],
 )
 def test_spaces_that_ship_fit_their_recipes(name, config):
