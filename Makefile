@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test test-slow lint format check venv clean help
+.PHONY: demo test test-slow lint docs format check venv clean help
 
 help:
 	@echo "make demo      phantoms -> train -> predict -> evaluate -> HTML report (minutes, CPU, no data needed)"
 	@echo "make test      the tests (they need torch and timm, which are installed)"
 	@echo "make test-slow the tests that take minutes each: every encoder and network against PyTorch"
-	@echo "make check     lint, types and tests, as CI runs them"
+	@echo "make docs      the documentation into site/; a warning is an error"
+	@echo "make check     lint, types, docs and tests, as CI runs them"
 	@echo "make format    ruff format and fixes      make clean     remove .venv and runs/demo"
 
 demo: $(VENV)/.package
@@ -36,7 +37,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-check: lint test test-slow
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+check: lint docs test test-slow
 
 venv: $(VENV)/.test
 

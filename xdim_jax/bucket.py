@@ -80,7 +80,6 @@ def open_filesystem(address: str) -> tuple[Any, str]:
     """
     import fsspec
 
-
     local = {"auto_mkdir": True} if address.startswith("file://") else {}
     try:
         return fsspec.core.url_to_fs(address.rstrip("/"), **local)

@@ -52,3 +52,11 @@ def sweep() -> NoReturn:
     from xdim_jax.sweep import command
 
     command()
+
+
+def doctor() -> NoReturn:
+    """The console entry point of ``xdim-doctor``."""
+    prefer_huge_pages()
+    from xdim_jax.doctor import command
+
+    command()

@@ -1,4 +1,4 @@
-"""The same recipe from five seeds: what chance alone does. With --sampler=grid --trials=5; --pack=5 trains them together."""
+"""The same recipe from five seeds: what chance alone does. --sampler=grid --trials=5; --pack=5 trains them together."""
 
 from typing import Any
 

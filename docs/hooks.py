@@ -1,0 +1,92 @@
+"""Pages that are made from the code when the site is built: every config value, every public function."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+RECIPES = ("camus_omnianet", "chaos_omnianet", "brats_dsnet", "brats_dxnet", "own_omnianet", "own_dxnet")
+PACKAGES = tuple(f"xdim_jax/{name}".rstrip("/") for name in ("", "data", "scoring", "ops", "encoders", "sweeps")) + (
+    "weight_port",
+)
+
+
+def on_pre_build(config):
+    """Writes the reference before the files are collected."""
+    folder = Path(config["docs_dir"]) / "reference"
+    folder.mkdir(exist_ok=True)
+    for name, text in (("config.md", config_page()), ("python.md", python_page())):
+        path = folder / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+def comments():
+    """The comment beside, or above, every key of the configs' source, by the key's last name."""
+    found = {}
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        above = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            stripped = line.strip()
+            if stripped.startswith("#"):
+                above.append(stripped.lstrip("# "))
+                continue
+            match = re.match(r'(?:"(\w+)"\s*:|config\.([\w.]+)\s*=)[^#]*(?:#\s*(.*))?$', stripped)
+            if match:
+                key = (match[1] or match[2]).rpartition(".")[2]
+                text = " ".join([*above, match[3] or ""]).strip()
+                if text:
+                    found.setdefault(key, text)
+            above = []
+    return found
+
+
+def config_page():
+    """A table of every value of every recipe."""
+    from xdim_jax import cli
+
+    notes = comments()
+    configs = {name: dict(cli.leaves(cli.load_config(name, []))) for name in RECIPES}
+    keys = list(dict.fromkeys(key for values in configs.values() for key in values))
+    lines = [
+        "# Config values",
+        "",
+        "Every value can be given on the command line: `--config.<key>=<value>`; a tuple as `(64,64,64)`. A key that a",
+        "recipe does not have is shown empty for it. Made from the recipes when this site is built.",
+        "",
+    ]
+    for section in dict.fromkeys(key.partition(".")[0] for key in keys):
+        lines += [f"## {section}", "", "| key | value | what |", "|---|---|---|"]
+        for key in keys:
+            if key.partition(".")[0] != section:
+                continue
+            by_value = {}
+            for name, values in configs.items():
+                if key in values:
+                    by_value.setdefault(repr(values[key]), []).append(name)
+            if len(by_value) == 1 and len(next(iter(by_value.values()))) == len(configs):
+                text = f"`{next(iter(by_value))}`"
+            else:
+                text = "; ".join(f"`{value}`: {', '.join(names)}" for value, names in by_value.items())
+            note = notes.get(key.rpartition(".")[2], "")
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{key}`", text, note)) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def python_page():
+    """mkdocstrings' directives for every module that has something public."""
+    lines = ["# Python", "", "What is public, by module; names that begin with an underscore are not.", ""]
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).glob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            if path.stem.startswith("__"):
+                continue
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            kinds = (ast.FunctionDef, ast.ClassDef)
+            if any(isinstance(node, kinds) and not node.name.startswith("_") for node in tree.body):
+                lines += [f"::: {name}", ""]
+    return "\n".join(lines)
