@@ -29,12 +29,16 @@ remove() {
     "${queued[@]}" delete "$NAME" --zone="$ZONE" --force --quiet || true
 }
 
-run() { # a command on all hosts
-    gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"
+run() { # a command on all hosts; its worst exit status, which gcloud does not pass on; 255: the connection broke
+    gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1; echo \"xdim-status \$?\"" |
+        tee "$said" || return 255
+    worst=$(sed -n 's/.*xdim-status \([0-9]*\).*/\1/p' "$said" | sort -n | tail -n 1)
+    return "${worst:-255}"
 }
 
 printf -v arguments ' %q' "--config=$CONFIG" "--workdir=$WORKDIR" "--config.data.root=$DATA" --coordinator=auto "$@"
-trap remove EXIT
+said=$(mktemp)
+trap 'rm -f "$said"; remove' EXIT
 for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
     "${queued[@]}" create "$NAME" --node-id="$NAME" --zone="$ZONE" --accelerator-type="$TYPE" \
         --runtime-version="$VERSION" --spot
@@ -42,14 +46,15 @@ for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
         case "$(state)" in FAILED | SUSPENDED) break ;; esac
         sleep "$WAIT"
     done
-    status=1
-    if [ "$(state)" = ACTIVE ]; then
+    while [ "$(state)" = ACTIVE ]; do
         status=0
         { run "python3 -m pip install --quiet '$SOURCE'" && run "python3 -m xdim_jax.train$arguments"; } || status=$?
-        if [ "$status" -ne 75 ] && [ "$(state)" = ACTIVE ]; then # done, or an error that another TPU would not mend
-            exit "$status"
-        fi
-    fi
+        case $status in
+            75) break ;; # saved: another TPU
+            255) sleep "$WAIT" ;; # the connection broke: on this one, if it is still there
+            *) exit "$status" ;; # done, or an error that another TPU would not mend
+        esac
+    done
     remove
 done
 echo "error: $ATTEMPTS TPUs were taken away before the training was done; run the same command to go on" >&2

@@ -254,7 +254,11 @@ GCLOUD = """
         states.write_text(" ".join(rest or [first]))
     if "ssh" in words:
         command = next(w for w in words if w.startswith("--command=")).removeprefix("--command=")
-        sys.exit(subprocess.run(["bash", "-c", command]).returncode)
+        workers = [subprocess.run(["bash", "-c", command]).returncode for _ in range(1)]
+        lost = Path(os.environ["LOST"])
+        if lost.exists():
+            lost.unlink()
+            sys.exit(1)
 """
 
 
@@ -266,6 +270,7 @@ GCLOUD = """
         ("ACTIVE", [2], 1, 2),  # an error of the command
         ("FAILED", [], 3, 75),
         ("ACTIVE ACTIVE SUSPENDED ACTIVE", [255, 0], 2, 0),  # preempted under way: the connection broke
+        ("ACTIVE", [255, 0], 1, 0),  # the connection broke, and the TPU is still there
     ],
 )
 def test_a_tpu_is_asked_for_until_the_training_is_done(states, statuses, made, status, cluster, tmp_path):
@@ -282,12 +287,21 @@ def test_a_tpu_is_asked_for_until_the_training_is_done(states, statuses, made, s
             left = Path("{tmp_path}/statuses")
             first, *rest = left.read_text().split()
             left.write_text(" ".join(rest))
+            if first == "255":
+                Path("{tmp_path}/lost").touch()
+                os.kill(os.getppid(), 9)
             sys.exit(int(first))
         """,
     )
     (tmp_path / "statuses").write_text(" ".join(map(str, statuses)))
     (tmp_path / "states").write_text(states)
-    environment |= {"STATES": str(tmp_path / "states"), "WAIT": "0", "ATTEMPTS": "3", "WORKDIR": "gs://b/a run"}
+    environment |= {
+        "STATES": str(tmp_path / "states"),
+        "LOST": str(tmp_path / "lost"),
+        "WAIT": "0",
+        "ATTEMPTS": "3",
+        "WORKDIR": "gs://b/a run",
+    }
     script = REPO / "launch" / "tpu_queued.sh"
     done = subprocess.run([script, "--config.seed=3"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
