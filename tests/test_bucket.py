@@ -314,7 +314,7 @@ def test_prepared_cases_lie_in_known_stores_alone(tmp_path):
 # -- runs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("store", ["gcs", "s3"], indirect=True)
+@pytest.mark.parametrize("store", ["gcs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 def test_a_run_in_a_bucket_goes_on_on_another_host(store, data, alone, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Stopped after a few steps; taken up where nothing of it is on the disk; what reads runs reads it there."""
     command = [f"--config={RECIPE}", f"--workdir={store}/run", *overrides(data, OWN[0])]

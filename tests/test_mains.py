@@ -357,6 +357,7 @@ def test_a_run_whose_cases_changed_is_not_resumed(run, trained, tmp_path):
     assert json.loads((tmp_path / "run" / "split.json").read_text()) == json.loads((trained / "split.json").read_text())
 
 
+@pytest.mark.slow
 def test_nan_stops_with_the_step(run, tmp_path):
     arguments = (f"--config={RECIPE}", f"--workdir={tmp_path}", *TOY, "--config.optim.schedule.peak=1e38")
     out = run("train", *arguments, code=2)

@@ -177,6 +177,7 @@ def test_runs_of_a_pack_are_what_they_are_alone(layout, data, alone, tmp_path):
         assert a == b
 
 
+@pytest.mark.slow
 def test_one_run_per_device(data, alone, tmp_path):
     """Four places on two devices, three of them taken, in a process that has two devices."""
     code = (
@@ -220,6 +221,7 @@ def test_a_place_is_taken_again_without_a_new_program(data, alone, tmp_path, mon
 original = pack.compile_step
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_pack_to_alone_and_back(data, alone, tmp_path):
     stop = signals.StopRequest()
     group = pack.Pack(load(data, OWN[0]), 2, "scan", stop)
@@ -326,6 +328,7 @@ def test_layouts(monkeypatch):
 # -- folds --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_folds_in_one_program(data, tmp_path, capsys):
     own = {k: v for k, v in OWN[0].items() if k != "data.fold"}
     command = [f"--config={RECIPE},fold=all", *overrides(data, own)]

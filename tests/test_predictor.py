@@ -113,6 +113,7 @@ def test_a_file_is_predicted_as_its_array(predictor, found, image, tmp_path, wor
     np.testing.assert_array_equal(np.asarray(written.dataobj), array.label)
 
 
+@pytest.mark.slow
 def test_two_networks_are_the_mean_of_both(workdir, image, tmp_path):
     other = make_workdir(tmp_path / "other", seed=7)
     image = image[:, :32]  # one window: where windows overlap, the variances of each are blended

@@ -190,6 +190,7 @@ def test_deep_supervision_weighs_levels_by_halves():
     assert float(metrics["loss"]) == pytest.approx((2 / 16 + 0.5 * 2 / 4) / 1.5)
 
 
+@pytest.mark.slow
 def test_the_same_step_gives_the_same_bits_and_another_step_another_drop_path():
     graphdef, tx, state = make_state(toy_model(drop_path=0.9))
     train = jax.jit(
