@@ -52,6 +52,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--challenge=chaos needs --task=1 to 5, again for more than one")
     if options.zip and Path(f"{options.out}.zip").exists():
         raise UserError(f"{options.out}.zip exists already; remove it, or give another --out")
+    if not (options.pred / PREDICT_FILE).is_file():
+        raise UserError(
+            f"--pred={options.pred} has no {PREDICT_FILE}: it is not what xdim_jax.predict wrote; give its --output"
+        )
     record = read_json(options.pred / PREDICT_FILE)
     if not isinstance(record, dict) or not isinstance(record.get("images"), dict):
         raise UserError(f"{options.pred / PREDICT_FILE} has no images; predict with python -m xdim_jax.predict")
