@@ -211,7 +211,7 @@ def test_the_new_axis_may_be_any(rule, axis):
 @pytest.mark.parametrize(
     ("name", "rule", "padding"),
     [
-        ("resnet18", "mean", "renorm"),
+        pytest.param("resnet18", "mean", "renorm", marks=pytest.mark.slow),
         pytest.param("resnet50", "repeat", "edge", marks=pytest.mark.slow),
         pytest.param("vgg16_bn", "repeat", "renorm", marks=pytest.mark.slow),
         ("convnext_tiny", "mean", "renorm"),
@@ -251,7 +251,10 @@ def test_what_is_not_preserved(rule, depth_padding):
 
 @pytest.mark.parametrize(
     "name",
-    ["efficientnet_toy", "resnet18", *(pytest.param(n, marks=pytest.mark.slow) for n in ("vgg16_bn", "convnext_tiny"))],
+    [
+        "efficientnet_toy",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "vgg16_bn", "convnext_tiny")),
+    ],
 )
 def test_centre_without_depth_strides_is_the_2d_network_on_every_slice(name):
     """An arbitrary volume; squeeze-excite per slice."""

@@ -275,6 +275,7 @@ def test_what_is_there_already_is_skipped_and_other_settings_are_refused(run, tr
     assert "skipped" not in run(*again) and "skipped    1 of 1" in run(*again)
 
 
+@pytest.mark.slow
 def test_an_ensemble_with_probabilities_and_uncertainty(run, trained, tmp_path):
     """Two runs with the same weights: the probabilities of one; mirror images differ, so there is uncertainty."""
     held_out = trained / "phantom" / "held_out"
@@ -480,6 +481,7 @@ def test_full_disk_while_predicting(run, trained, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"predict.json"}
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving_a_checkpoint(run, trained, tmp_path):
     data = f"--config.data.root={trained / 'phantom' / 'train'}"
     arguments = (f"--config={RECIPE}", f"--workdir={tmp_path / 'run'}", *TOY, data)

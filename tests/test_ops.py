@@ -57,6 +57,7 @@ def test_fast_convolution_equals_reference(kind, ndim, case):
     assert error < 1e-12, (kernel, strides, size, padding)
 
 
+@pytest.mark.slow
 def test_slabs_and_loops_are_exercised(rng):
     """Large enough that the weight gradients take several slabs, and a kernel of 125 taps the loop."""
     x = rng.normal(size=(1, 16, 64, 64, 16))

@@ -148,11 +148,13 @@ def features_of(model, name, image, *, training):
     return [None if f is None else to_last(f.numpy()) for f in features], stats
 
 
-DEFAULT = [("tf_efficientnet_b0", (64, 96)), ("tf_efficientnet_b4", (65, 71)), ("efficientnet_b0", (65, 64))]
-OTHERS = [("resnet18", (64, 65)), ("resnet50", (64, 64)), ("vgg16_bn", (64, 64)), ("convnext_tiny", (64, 96))]
+DEFAULT = [("tf_efficientnet_b0", (64, 96)), ("efficientnet_b0", (65, 64))]
+OTHERS = [("resnet18", (64, 65)), ("resnet50", (64, 64)), ("convnext_tiny", (64, 96))]
 SLOW = [(f"tf_efficientnet_b{i}", size) for i in (1, 2, 3, 5, 6, 7) for size in ((64, 64),)]
 SLOW += [
     ("tf_efficientnet_b0", (63, 65)),
+    ("tf_efficientnet_b4", (65, 71)),
+    ("vgg16_bn", (64, 64)),
     ("efficientnet_b4", (64, 64)),
     ("resnet34", (64, 64)),
     ("vgg19_bn", (64, 64)),

@@ -60,7 +60,7 @@ def same(a, b):
 # -- both directions --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", NAMES)
+@pytest.mark.parametrize("architecture", [pytest.param(n, marks=pytest.mark.slow) if "vgg" in n else n for n in NAMES])
 def test_timm_and_back_is_the_identity(architecture, states, tmp_path):
     """Bit for bit, through files, classifier and counters included; and the file is read without torch."""
     state = states(architecture)
@@ -429,6 +429,7 @@ def test_the_command_ports_inflates_and_reports(b0, tmp_path):
     assert set(report["arrays"]) == set(weights.arrays)
 
 
+@pytest.mark.slow
 def test_the_command_moves_a_network_there_and_back(tmp_path):
     twin = twins.randomise(twins.dxnet("b0", 4, 3, filters=(8,) * 5), 0)
     torch.save(twin.state_dict(), tmp_path / "net.pth")

@@ -1032,6 +1032,7 @@ def test_unusable_folders_are_one_clear_message(name, tmp_path, monkeypatch, cap
 # -- cross-validation ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_fold_is_trained_and_summed_up(small, data, tmp_path):
     workdir, all_folds = tmp_path / "cv", {"words": ",fold=all"}
     train_small(workdir, data, **all_folds)
