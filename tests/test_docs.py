@@ -50,7 +50,7 @@ def test_what_a_page_names_is_there(path):
     for module in set(re.findall(r"python -m (xdim_jax[\w.]*|weight_port|tests\.\w+)", text)):
         place = REPO / module.replace(".", "/")
         assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
-    for name in set(re.findall(r"--config=([\w/]+(?:\.py)?)", text)) - {"x"}:
+    for name in set(re.findall(r"--config=([\w/]+(?:\.py)?(?::[\w=,]+)?)", text)) - {"x"}:
         if not name.startswith(("FILE", "recipe")):
             cli.load_config(name, [])
     for name in set(
