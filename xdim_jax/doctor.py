@@ -37,7 +37,7 @@ EXTRAS = {
 }
 _READ_SECONDS = 5.0
 _STEP_SECONDS = 10.0
-_SIDE = 32  # of the trial patch
+_PATCH = (32, 32, 64)  # of the trial step
 
 
 @dataclasses.dataclass
@@ -289,17 +289,20 @@ def training_step() -> Finding:
     from xdim_jax.program import make_program
     from xdim_jax.recipe import check_config
 
-    side = f"({_SIDE},{_SIDE},{_SIDE})"
     overrides = ["--config.model.encoder.name=efficientnet_toy", "--config.model.filters=(16,16,8,8,8)"]
-    overrides += [f"--config.data.patch={side}", "--config.data.batch=1", "--config.model.encoder.drop_path=0.0"]
+    overrides += [
+        f"--config.data.patch={_PATCH}".replace(" ", ""),
+        "--config.data.batch=1",
+        "--config.model.encoder.drop_path=0.0",
+    ]
     config = cli.load_config("brats_dxnet:phantom", overrides)
     dataset = check_config(config)
     mesh = make_devices(1, 1, batch=1)
     rng = jax.random.split(jax.random.key(0))
     batch = mesh.put_batch(
         {
-            "image": jax.device_get(jax.random.normal(rng[0], (1, _SIDE, _SIDE, _SIDE, 4))),
-            "label": jax.device_get(jax.random.randint(rng[1], (1, _SIDE, _SIDE, _SIDE), 0, 4).astype(jnp.uint8)),
+            "image": jax.device_get(jax.random.normal(rng[0], (1, *_PATCH, 4))),
+            "label": jax.device_get(jax.random.randint(rng[1], (1, *_PATCH), 0, 4).astype(jnp.uint8)),
             "key": jax.device_get(jax.random.bits(jax.random.key(2), (1, 2), jnp.uint32)),
         }
     )
@@ -326,7 +329,7 @@ def training_step() -> Finding:
     facts = {"compile_s": compiled, "steps": len(times), "median_s": statistics.median(times), "loss": loss}
     facts |= {"first_loss": norms["auto"][0], "apart": apart}
     text = (
-        f"small DX-Net, {_SIDE}^3: {1000 * facts['median_s']:.0f} ms a step over {len(times)}, loss "
+        f"small DX-Net, {'x'.join(map(str, _PATCH))}: {1000 * facts['median_s']:.0f} ms a step over {len(times)}, loss "
         f"{norms['auto'][0]:.3f} to {loss:.3f}; two programs compiled in {compiled:.0f} s"
     )
     if not (math.isfinite(loss) and apart < 1e-3):
