@@ -1115,7 +1115,7 @@ def test_a_fold_that_is_stopped_stops_all(tmp_path, monkeypatch):
         begun.append((chosen.data.fold, workdir.name))
         return 75 if chosen.data.fold == 1 else 0
 
-    def train_one(chosen, dataset, workdir, stop):
+    def train_one(chosen, dataset, workdir, stop, **options):
         return one(chosen, workdir)
 
     monkeypatch.setattr(train, "train", train_one)

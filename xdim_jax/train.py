@@ -58,12 +58,8 @@ def main(argv: Sequence[str]) -> int:
     group.add_argument("--layout", choices=pack.LAYOUTS, default="auto", help="of a pack, see xdim_jax/pack.py")
     options, overrides = parser.parse_known_args(argv)
     config = cli.load_config(options.config, overrides)
-    if options.pack:
-        if config.data.fold != ALL_FOLDS:
-            raise UserError(
-                f"--pack={options.pack} goes with :fold=all; runs of a sweep: python -m xdim_jax.sweep --pack"
-            )
-        pack.check_packable(config, options.pack, options.layout)
+    if options.pack and config.data.fold != ALL_FOLDS:
+        raise UserError(f"--pack={options.pack} goes with :fold=all; runs of a sweep: python -m xdim_jax.sweep --pack")
     with catch_signals() as stop:
         mesh.join_processes(options.coordinator, options.processes, options.process)
         listen(stop)  # JAX has a handler of its own where there are several processes
@@ -75,20 +71,23 @@ def main(argv: Sequence[str]) -> int:
         cli.cache_programs()
         with bucket.workdir(options.workdir, writes=not jax.process_index()) as workdir:
             mesh.barrier("fetched")  # by all, before the first changes what is there
+            own_disks = bucket.is_address(options.workdir)
             if config.data.fold == ALL_FOLDS:
-                every = functools.partial(train_all, stop=stop, slots=options.pack, layout=options.layout)
+                every = functools.partial(
+                    train_all, stop=stop, slots=options.pack, layout=options.layout, own_disks=own_disks
+                )
                 return crossval.train_folds(config, workdir, every)
-            return train(config, dataset, workdir, stop, own_disks=bucket.is_address(options.workdir))
+            return train(config, dataset, workdir, stop, own_disks=own_disks)
 
 
-def train_all(runs: crossval.Runs, stop: StopRequest, slots: int, layout: str) -> int:
+def train_all(runs: crossval.Runs, stop: StopRequest, slots: int, layout: str, *, own_disks: bool = False) -> int:
     """Trains runs one after the other, or up to ``slots`` at a time; returns the first exit status that is not 0."""
     if slots:
         pack.train_all(runs, slots, layout, stop)
         return stop.status if stop.signal else 0
     for number, (config, workdir) in enumerate(runs):
         log.say(f"fold       {number} of {len(runs)}, {workdir}")
-        if status := train(config, check_config(config), workdir, stop):
+        if status := train(config, check_config(config), workdir, stop, own_disks=own_disks):
             return status
     return 0
 

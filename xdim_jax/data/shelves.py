@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xdim_jax.bucket import is_address, no_answer
+from xdim_jax.bucket import is_address, no_answer, open_filesystem
 from xdim_jax.errors import UserError
 from xdim_jax.files import read_json, write_error, write_json, write_text
 
@@ -69,18 +69,19 @@ def open_shelf(base: Place, key: str) -> Shelf:
     return _Bucket(f"{base}/{key}") if is_address(base) else _Folder(Path(base) / key)
 
 
-def open_entry(place: Place) -> tuple[dict[str, Any], Any, Any, Callable[[int], int]]:
-    """Facts, image and label (None without one), which are read when they are indexed, and ``voxels[i]``."""
+def open_entry(place: Place) -> tuple[dict[str, Any], Any, Any]:
+    """Facts, image and label (None without one); the arrays are read when they are indexed."""
     if is_address(place):
-        return _open_zarr(str(place))
+        return _open_zarr(str(place))[:3]
     folder = Path(place)
     facts = read_json(folder / FACTS)
     label = np.load(folder / "label.npy", mmap_mode="r") if "label.npy" in facts["files"] else None
+    return facts, np.load(folder / "image.npy", mmap_mode="r"), label
 
-    def voxel(i: int) -> int:
-        return int(np.load(folder / "voxels.npy", mmap_mode="r")[i])
 
-    return facts, np.load(folder / "image.npy", mmap_mode="r"), label, voxel
+def open_voxels(place: Place) -> Any:
+    """The list of labelled voxels, read when it is indexed."""
+    return _open_zarr(str(place))[3] if is_address(place) else np.load(Path(place) / "voxels.npy", mmap_mode="r")
 
 
 # -- folders ------------------------------------------------------------------------------------------------------
@@ -170,8 +171,6 @@ def _aside(folder: Path) -> Path:
 
 class _Bucket:
     def __init__(self, base: str):
-        from xdim_jax.bucket import open_filesystem
-
         self.base = base
         self._fs, self._root = open_filesystem(base)
         self._sizes: dict[str, dict[str, int]] = {}  # bytes of the objects of every entry, by name
@@ -243,16 +242,13 @@ class _Bucket:
 
 
 @functools.lru_cache(maxsize=4096)
-def _open_zarr(place: str) -> tuple[dict[str, Any], Any, Any, Callable[[int], int]]:
-    from xdim_jax.bucket import open_filesystem
-
+def _open_zarr(place: str) -> tuple[dict[str, Any], Any, Any, Any]:
     fs, root = open_filesystem(place)
     with no_answer(place, "read"):
         facts = json.loads(fs.cat_file(f"{root}/{FACTS}"))
         kinds = {name.partition("/")[0] for name in facts["files"]}
         label = _Lazy(f"{place}/label") if "label" in kinds else None
-        voxels = _zarr(f"{place}/voxels")
-        return facts, _Lazy(f"{place}/image"), label, lambda i: int(voxels[i].read().result())
+        return facts, _Lazy(f"{place}/image"), label, _Lazy(f"{place}/voxels")
 
 
 class _Lazy:

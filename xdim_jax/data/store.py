@@ -27,7 +27,7 @@ import numpy as np
 from xdim_jax.data.case import Case, Dataset, read_case
 from xdim_jax.data.prepare import Preparation, Prepared, check_preparation, prepare
 from xdim_jax.data.problem import DataError, Problem, data_error
-from xdim_jax.data.shelves import Place, Shelf, open_entry, open_shelf
+from xdim_jax.data.shelves import Place, Shelf, open_entry, open_shelf, open_voxels
 from xdim_jax.errors import UserError, gib
 
 _VERSION = 1  # of the files' format and of what preparation computes
@@ -46,7 +46,7 @@ class Entry:
     def load(self) -> Prepared:
         """The case with its arrays, read as they are indexed. Raises UserError if its files are gone or damaged."""
         with self._reading():
-            facts, image, label, _ = open_entry(self.folder)
+            facts, image, label = open_entry(self.folder)
             box = tuple(slice(*b) for b in facts["box"])
             return Prepared(
                 image,
@@ -67,7 +67,7 @@ class Entry:
         chosen = int(rng.integers(count))
         start, stop = self.structures[chosen][1], self.structures[chosen + 1][1]
         with self._reading():
-            flat = open_entry(self.folder)[-1](int(rng.integers(start, stop)))
+            flat = int(open_voxels(self.folder)[int(rng.integers(start, stop))])
             return tuple(int(i) for i in np.unravel_index(flat, self.shape))
 
     @contextlib.contextmanager
