@@ -9,6 +9,7 @@ import pytest
 from scipy import ndimage
 
 from xdim_jax import ops
+from xdim_jax.ops import slabs
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -61,7 +62,7 @@ def test_fast_convolution_equals_reference(kind, ndim, case):
 def test_slabs_and_loops_are_exercised(rng):
     """Large enough that the weight gradients take several slabs, and a kernel of 125 taps the loop."""
     x = rng.normal(size=(1, 16, 64, 64, 16))
-    assert 2 * ops.dense._SLAB_BYTES < 16 * 64 * 64 * (3 * 16 + 9 * 8) * 8
+    assert 2 * slabs._SLAB_BYTES < 16 * 64 * 64 * (3 * 16 + 9 * 8) * 8
     same = ops.symmetric_padding((3, 3, 3))
     dense = rng.normal(size=(3, 3, 3, 16, 8))
     assert both_forms(lambda x, w: ops.conv(x, w, strides=(1, 1, 1), padding=same), x, dense) < 1e-12

@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from xdim_jax import ops
-from xdim_jax.layers import TORCH_GAIN, Conv, ConvTranspose, Style, check_choice, stage
+from xdim_jax.layers import TORCH_GAIN, Conv, ConvTranspose, Style, check_choice, conv_upsampled, stage
 from xdim_jax.unet import DECODER_EPS, ConvNorm, UNet, side_problems
 
 PLANES = 3  # left of the depth: the channels of a colour image
@@ -72,9 +70,9 @@ class Expand(nnx.Module):
         self.conv2 = ConvNorm(filters, filters, style=style, activation="silu", rngs=rngs) if second else None
 
     def __call__(self, x: jax.Array, skip: jax.Array) -> jax.Array:
-        size = skip.shape[1:-1]
-        x = ops.upsample(x, (self.stride, 1, 1), size) if self.trans is None else self.trans(x, size)
-        x = self.conv1(jnp.concatenate([x, skip], -1))
+        factors = (self.stride, 1, 1) if self.trans is None else self.trans.strides
+        x = conv_upsampled(self.conv1.conv, x, skip, factors, trans=self.trans, size=skip.shape[1:-1])
+        x = self.conv1.norm(x)
         return x if self.conv2 is None else self.conv2(x)
 
 

@@ -230,6 +230,32 @@ class ConvTranspose(nnx.Module):
         return y + self.bias[...].astype(y.dtype)
 
 
+def conv_upsampled(
+    conv: Conv,
+    x: jax.Array,
+    skip: jax.Array | None,
+    factors: tuple[int, ...],
+    *,
+    trans: ConvTranspose | None = None,
+    size: tuple[int, ...] | None = None,
+) -> jax.Array:
+    """``conv`` of an upsampled array and, as further channels behind it, a skip.
+
+    Args:
+        conv: 3 taps along every axis, stride 1, without bias.
+        x: ``(batch, *spatial, in)``.
+        skip: ``(batch, *size, more)``, or none.
+        factors: of the upsampling.
+        trans: upsamples, in place of nearest neighbours.
+        size: of what it gives; default: ``factors`` times that of ``x``.
+    """
+    if x.ndim == 4 or conv.depth.padding == "zero":
+        expand = None if trans is None else ops.Expand(trans.kernel[...], trans.bias[...], trans.crop)
+        return ops.conv_upsampled(x, skip, conv.kernel[...], factors=factors, size=size, expand=expand)
+    x = ops.upsample(x, factors, size) if trans is None else trans(x, size)
+    return conv(x if skip is None else jnp.concatenate([x, skip], -1))
+
+
 class Dense(nnx.Module):
     """The same affine map of the channels at every voxel; PyTorch's ``Linear``."""
 

@@ -4,12 +4,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from xdim_jax import ops
 from xdim_jax.encoders import make_encoder
-from xdim_jax.layers import LEVELS, TORCH_GAIN, Conv, ConvTranspose, Depth, Norm, Style, check_choice, stage
+from xdim_jax.layers import (
+    LEVELS,
+    TORCH_GAIN,
+    Conv,
+    ConvTranspose,
+    Depth,
+    Norm,
+    Style,
+    check_choice,
+    conv_upsampled,
+    stage,
+)
 
 DECODER_EPS = 1e-5  # every norm outside the encoder (spec: architecture, section 1)
 ACTIVATIONS = ("relu", "silu")
@@ -57,8 +66,8 @@ class UpStage(nnx.Module):
         self.conv2 = ConvNorm(filters, filters, style=style, activation=activation, rngs=rngs)
 
     def __call__(self, x: jax.Array, skip: jax.Array | None) -> jax.Array:
-        x = ops.upsample(x, self.strides) if self.trans is None else self.trans(x)
-        return self.conv2(self.conv1(x if skip is None else jnp.concatenate([x, skip], -1)))
+        x = conv_upsampled(self.conv1.conv, x, skip, self.strides, trans=self.trans)
+        return self.conv2(self.conv1.norm(x))
 
 
 class UNet(nnx.Module):

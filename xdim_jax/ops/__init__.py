@@ -26,9 +26,11 @@ from xdim_jax.ops.form import (
 from xdim_jax.ops.layout import Ints, Pairs, conv_reference, same_padding, symmetric_padding
 from xdim_jax.ops.norm import activate, layer_norm, normalise, squeeze_excite
 from xdim_jax.ops.resize import conv_transpose, max_pool, upsample
+from xdim_jax.ops.upsampled import Expand, conv_upsampled
 
 __all__ = [
     "FORMS",
+    "Expand",
     "Ints",
     "Pairs",
     "activate",
@@ -38,6 +40,7 @@ __all__ = [
     "conv",
     "conv_reference",
     "conv_transpose",
+    "conv_upsampled",
     "describe_forms",
     "in_form",
     "layer_norm",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 Pairs = tuple[tuple[int, int], ...]
@@ -45,3 +46,13 @@ def split_axes(x: jax.Array, first: int, outer: Sequence[int], inner: Sequence[i
 def largest_divisor(n: int, limit: int) -> int:
     """The largest divisor of ``n`` that is at most ``limit``; 1 if there is none."""
     return max((d for d in range(1, n + 1) if n % d == 0 and d <= limit), default=1)
+
+
+def moved(x: jax.Array, by: int, size: int, stride: int = 1) -> jax.Array:
+    """Plane i moved to ``stride * i + by`` along the first spatial axis, cut to ``size``, filled up with zeros: fused into
+    the sum that takes it."""
+    end = by + stride * (x.shape[1] - 1) + 1
+    if (by, end, stride) == (0, size, 1):
+        return x
+    pads = [(0, 0, 0), (by, size - end, stride - 1), *[(0, 0, 0)] * (x.ndim - 2)]
+    return lax.pad(x, jnp.zeros((), x.dtype), pads)

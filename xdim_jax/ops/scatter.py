@@ -1,0 +1,143 @@
+"""Transposed convolution of any stride by phases: what each output phase takes is a small convolution of its own.
+
+Two products share it: the convolution behind an upsampling (`xdim_jax.ops.upsampled`), and the gradient of a strided
+convolution (`xdim_jax.ops.dense`).
+"""
+
+import functools
+import itertools
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from xdim_jax.ops.layout import Ints, Pairs, conv_reference, moved
+from xdim_jax.ops.slabs import kernel_gradient
+
+
+class Axis(NamedTuple):
+    """``y[stride * i + tap - crop] += x[i]``, for outputs 0 to ``size``."""
+
+    stride: int
+    crop: int
+    size: int
+
+    def first_tap(self, phase: int, taps: int) -> tuple[int, tuple[int, int]]:
+        """Of the taps that reach outputs ``stride * i + phase``, the one that takes the first input, the others follow
+        ``stride`` below one another; and the padding of a correlation with them."""
+        last = (phase + self.crop) % self.stride
+        first = last + (taps - 1 - last) // self.stride * self.stride
+        before, after = ((phase + self.crop - tap) // self.stride for tap in (first, last))
+        return first, (-before, after)
+
+
+Axes = tuple[Axis, Axis, Axis]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scatter(x: jax.Array, kernel: jax.Array, axes: Axes) -> jax.Array:
+    """``(B, D, H, W, C)``, ``(*taps, C, O)`` to ``(B, *size, O)``.
+
+    One 2D convolution for every phase of a plane gives all taps along depth as channels; these are added up, each moved
+    by its tap, and the phases interleave.
+    """
+    columns = _columns(kernel)
+    planes = x.reshape(-1, *x.shape[2:])
+    parts = []
+    for phase in _phases(axes):
+        part, pads = _phase_kernel(columns, axes, phase)
+        y = conv_reference(planes, part, (1, 1), pads)
+        parts.append(_sum_of_depth(y.reshape(*x.shape[:-1], kernel.shape[0], -1), axes[0]))
+    width = axes[2].stride
+    rows = [_interleave(parts[i : i + width], 3) for i in range(0, len(parts), width)]
+    return _interleave(rows, 2)
+
+
+def _columns(kernel: jax.Array) -> jax.Array:
+    """``(kh, kw, C, kd O)``: the taps along depth as outputs."""
+    columns = kernel.transpose(1, 2, 3, 0, 4)
+    return columns.reshape(*columns.shape[:3], -1)
+
+
+def _phases(axes: Axes) -> list[Ints]:
+    return list(itertools.product(range(axes[1].stride), range(axes[2].stride)))
+
+
+def _phase_kernel(columns: jax.Array, axes: Axes, phase: Ints) -> tuple[jax.Array, Pairs]:
+    """The kernel of one phase in the plane, as a correlation, and its padding."""
+    part = jnp.flip(columns, (0, 1))
+    pads = []
+    for i, (axis, p) in enumerate(zip(axes[1:], phase, strict=True)):
+        first, pad = axis.first_tap(p, columns.shape[i])
+        part = lax.slice_in_dim(part, columns.shape[i] - 1 - first, None, axis.stride, axis=i)
+        pads.append(pad)
+    return part, tuple(pads)
+
+
+def _interleave(parts: list[jax.Array], axis: int) -> jax.Array:
+    if len(parts) == 1:
+        return parts[0]
+    y = jnp.stack(parts, axis + 1)
+    return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
+
+
+def _sum_of_depth(y: jax.Array, axis: Axis) -> jax.Array:
+    """``(B, D, H, W, taps, O)`` to ``(B, size, H, W, O)``, each tap stretched to the planes that it gives to."""
+    parts = [moved(y[..., t, :], t - axis.crop, axis.size, axis.stride) for t in range(y.shape[-2])]
+    return functools.reduce(operator.add, parts)
+
+
+def _scatter_fwd(x, kernel, axes):
+    return scatter(x, kernel, axes), (x, kernel)
+
+
+def _scatter_bwd(axes, residuals, g):
+    x, kernel = residuals
+    return _gather(g, kernel, x.shape, axes), scatter_gradient(x, g, kernel.shape[:3], axes)
+
+
+scatter.defvjp(_scatter_fwd, _scatter_bwd)
+
+
+def _gather(g: jax.Array, kernel: jax.Array, shape: Ints, axes: Axes) -> jax.Array:
+    """The input's gradient: a convolution of what each phase was given."""
+    columns = _columns(kernel)
+    total = None
+    for phase in _phases(axes):
+        given = _given(g, kernel.shape[0], shape[1], phase, axes)
+        part, pads = _phase_kernel(columns, axes, phase)
+        back = tuple((after, before) for before, after in pads)
+        planes = conv_reference(given, jnp.swapaxes(jnp.flip(part, (0, 1)), 2, 3), (1, 1), back)
+        total = planes if total is None else total + planes
+    assert total is not None
+    return total.reshape(shape)
+
+
+def scatter_gradient(x: jax.Array, g: jax.Array, window: Ints, axes: Axes) -> jax.Array:
+    """The kernel's gradient ``(*window, C, O)``, for ``x`` and the gradient of what was made of it."""
+    total = None
+    for phase in _phases(axes):
+        given = _given(g, window[0], x.shape[1], phase, axes)
+        places = [axis.first_tap(p, n) for axis, p, n in zip(axes[1:], phase, window[1:], strict=True)]
+        taps = tuple(before + after + 1 for _, (before, after) in places)
+        part = kernel_gradient(x.reshape(-1, *x.shape[2:]), given, taps, tuple(pads for _, pads in places))
+        spread = [
+            (first % axis.stride, n - 1 - first, axis.stride - 1)
+            for axis, (first, _), n in zip(axes[1:], places, window[1:], strict=True)
+        ]
+        part = lax.pad(jnp.flip(part, (0, 1)), jnp.zeros((), part.dtype), [*spread, (0, 0, 0), (0, 0, 0)])
+        total = part if total is None else total + part
+    assert total is not None
+    return total.reshape(*window[1:], x.shape[-1], window[0], -1).transpose(3, 0, 1, 2, 4)
+
+
+def _given(g: jax.Array, taps: int, depth: int, phase: Ints, axes: Axes) -> jax.Array:
+    """What every plane of the input gave to one phase, its taps along depth as channels: ``(B D, H, W, taps O)``."""
+    stride, crop, size = axes[0]
+    length = stride * (depth - 1) + taps
+    g = g[:, :, phase[0] :: axes[1].stride, phase[1] :: axes[2].stride]
+    g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), (crop, length - crop - size, 0), *[(0, 0, 0)] * 3])
+    slices = [lax.slice_in_dim(g, t, t + stride * (depth - 1) + 1, stride, axis=1) for t in range(taps)]
+    return jnp.concatenate(slices, -1).reshape(-1, *g.shape[2:4], taps * g.shape[-1])

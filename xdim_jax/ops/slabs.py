@@ -1,0 +1,44 @@
+"""The gradient of a dense convolution's kernel."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from xdim_jax.ops.layout import Ints, Pairs, largest_divisor
+
+_SLAB_BYTES = 8 << 20  # columns that stay in the last-level cache
+
+
+def kernel_gradient(x: jax.Array, g: jax.Array, window: Ints, padding: Pairs) -> jax.Array:
+    """Sum over voxels of x (all taps along W) times g (all shifts along the other axes), slab by slab."""
+    if x.ndim == 4:  # a 2D image is a volume of one slice
+        grad = kernel_gradient(x[:, None], g[:, None], (1, *window), ((0, 0), *padding))
+        return grad[0]
+    batch, depth, height, _, channels = x.shape
+    width, out = g.shape[3:]
+    kd, kh, kw = window
+    x = jnp.pad(x, [(0, 0)] * 3 + [padding[2], (0, 0)])
+    shifts = [(k - 1 - before, k - 1 - after) for k, (before, after) in zip(window, padding, strict=True)]
+    g = jnp.pad(g, [(0, 0), *shifts[:2], (0, 0), (0, 0)])
+
+    row_bytes = batch * width * (kw * channels + kd * kh * out) * x.dtype.itemsize
+    rows = largest_divisor(height, _SLAB_BYTES // row_bytes)
+    planes = largest_divisor(depth, _SLAB_BYTES // (row_bytes * height)) if rows == height else 1
+    steps_h = height // rows
+
+    def slab(i, total):
+        d, h = (i // steps_h) * planes, (i % steps_h) * rows
+        xs = lax.dynamic_slice(x, (0, d, h, 0, 0), (batch, planes, rows, x.shape[3], channels))
+        gs = lax.dynamic_slice(g, (0, d, h, 0, 0), (batch, planes + kd - 1, rows + kh - 1, width, out))
+        columns = jnp.concatenate([xs[:, :, :, c : c + width] for c in range(kw)], -1)
+        shifted = [
+            gs[:, kd - 1 - a : kd - 1 - a + planes, kh - 1 - b : kh - 1 - b + rows]
+            for a in range(kd)
+            for b in range(kh)
+        ]
+        product = columns.reshape(-1, kw * channels).T @ jnp.concatenate(shifted, -1).reshape(-1, kd * kh * out)
+        return total + product
+
+    zero = jnp.zeros((kw * channels, kd * kh * out), x.dtype)
+    grad = lax.fori_loop(0, (depth // planes) * steps_h, slab, zero)
+    return grad.reshape(kw, channels, kd, kh, out).transpose(2, 3, 0, 1, 4)
