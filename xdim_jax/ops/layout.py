@@ -49,8 +49,10 @@ def largest_divisor(n: int, limit: int) -> int:
 
 
 def moved(x: jax.Array, by: int, size: int, stride: int = 1) -> jax.Array:
-    """Plane i moved to ``stride * i + by`` along the first spatial axis, cut to ``size``, filled up with zeros: fused into
-    the sum that takes it."""
+    """Plane i moved to ``stride * i + by`` along the first spatial axis, cut to ``size``, filled up with zeros.
+
+    A pad, which is fused into the sum that takes it.
+    """
     end = by + stride * (x.shape[1] - 1) + 1
     if (by, end, stride) == (0, size, 1):
         return x
