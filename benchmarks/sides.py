@@ -114,6 +114,7 @@ def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Call
         weights = (params, stats)
         del params, stats
         return lambda: jax.block_until_ready(run(weights, image)), facts
+    ops.keep_freed_memory()  # as training does
     holder = [state]
     del params, stats, state
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage
 
 from xdim_jax import ops
-from xdim_jax.ops import slabs
+from xdim_jax.ops import dense, slabs, upsampled, winograd
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -260,3 +260,120 @@ def test_depth_taps_as_outputs_and_as_inputs(channels, filters, padding, rng):
     """More channels out than in, and fewer: the two ways of a dense 3D convolution, with every kind of padding."""
     x, w = rng.normal(size=(2, 5, 6, 7, channels)), rng.normal(size=(3, 3, 3, channels, filters))
     assert both_forms(lambda x, w: ops.conv(x, w, strides=(1, 1, 1), padding=padding), x, w) < 1e-12
+
+
+def spied(monkeypatch, module, name):
+    """Calls of a function are counted: the form under test was taken."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a: calls.append(1) or function(*a))
+    return calls
+
+
+@pytest.mark.parametrize("depth_padding", [1, 0])
+@pytest.mark.parametrize("size", [(4, 3, 5), (7, 3, 4), (9, 4, 4), (4, 5), (10, 6)])
+def test_winograd_equals_reference(size, depth_padding, rng, monkeypatch):
+    """Whole tiles of four and parts of one; another padding is not Winograd's, and right as well."""
+    monkeypatch.setattr(winograd, "_CHANNELS", {4: 1, 5: 1})
+    monkeypatch.setattr(winograd, "_PRODUCTS", 1)
+    forward, backward = (spied(monkeypatch, dense, name) for name in ("winograd", "winograd_gradient"))
+    ndim = len(size)
+    padding = ((depth_padding,) * 2, *[(1, 1)] * (ndim - 1))
+    x, w = rng.normal(size=(2, *size, 3)), rng.normal(size=(*(3,) * ndim, 3, 2))
+    assert both_forms(lambda x, w: ops.conv(x, w, strides=(1,) * ndim, padding=padding), x, w) < 1e-12
+    assert (len(forward), len(backward)) == ((3, 1) if depth_padding else (0, 0))  # twice forward, once backward
+
+
+def test_winograd_loses_no_digits_in_float32(rng):
+    """Against the exact sum in float64: at most three times the rounding of the plain float32 sum."""
+    x, w = rng.normal(size=(1, 16, 48, 48, 64)).astype("f4"), rng.normal(size=(3, 3, 3, 64, 64)).astype("f4")
+    assert winograd.suits(x.shape, w.shape, ((1, 1),) * 3)
+
+    def conv(form, *args):
+        with ops.use_form(form):
+            return np.asarray(jax.jit(lambda *a: ops.conv(*a, strides=(1, 1, 1), padding=((1, 1),) * 3))(*args))
+
+    exact = conv("reference", x.astype("f8"), w.astype("f8"))
+    errors = [np.sqrt(np.mean((conv(form, x, w) - exact) ** 2)) for form in ("fast", "reference")]
+    assert errors[0] < 3 * errors[1], errors
+
+
+@pytest.mark.parametrize("skip", [0, 2])
+@pytest.mark.parametrize("factors", [(2, 2), (2, 2, 2), (1, 2, 2), (2, 1, 1), (3, 2, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolution_behind_an_upsampling(transposed, factors, skip, rng, monkeypatch):
+    """The composed form against upsampling, concatenation, convolution: value and every gradient, borders included."""
+    monkeypatch.setattr(upsampled, "_WORTH", -np.inf)
+    taken = spied(monkeypatch, upsampled, "_composed")
+    ndim, channels = len(factors), 3
+    middle = 2 if transposed else channels
+    x = rng.normal(size=(2, *(3, 2, 4)[:ndim], channels))
+    size = tuple(n * f for n, f in zip(x.shape[1:-1], factors, strict=True))
+    arguments = [x, rng.normal(size=(*(3,) * ndim, middle + skip, 2))]
+    arguments += [rng.normal(size=(2, *size, skip))] * bool(skip)
+    if transposed:
+        arguments += [rng.normal(size=(*factors, channels, middle)), rng.normal(size=middle)]
+
+    def function(x, kernel, *rest):
+        rest = list(rest)
+        beside = rest.pop(0) if skip else None
+        expand = ops.Expand(*rest, (0,) * ndim) if transposed else None
+        return ops.conv_upsampled(x, beside, kernel, factors=factors, expand=expand)
+
+    assert both_forms(function, *arguments) < 1e-12
+    assert taken
+
+
+@pytest.mark.parametrize(("k", "s", "p", "m"), OVERLAPS)
+def test_convolution_behind_an_overlapping_upsampling(k, s, p, m, rng, monkeypatch):
+    """What the transposed convolution has beyond the crop does not leak into the outermost planes."""
+    monkeypatch.setattr(upsampled, "_WORTH", -np.inf)
+    taken = spied(monkeypatch, upsampled, "_composed")
+    x, skip, kernel = (rng.normal(size=n) for n in ((2, 3, 4, 2, 3), (2, m, 4, 2, 2), (3, 3, 3, 4, 2)))
+
+    def function(x, skip, kernel, *expand):
+        expand = ops.Expand(*expand, (p, 0, 0))
+        return ops.conv_upsampled(x, skip, kernel, factors=(s, 1, 1), size=(m, 4, 2), expand=expand)
+
+    assert both_forms(function, x, skip, kernel, rng.normal(size=(k, 1, 1, 3, 2)), rng.normal(size=2)) < 1e-12
+    assert taken
+
+
+def test_composing_kernels_is_left_where_it_costs_more_than_it_saves(monkeypatch):
+    """A deep, small stage: 256 channels on 4^3 voxels would compose 5e11 products to save 1e8."""
+    taken = spied(monkeypatch, upsampled, "_composed")
+
+    def trace(side, channels):
+        shapes = [(1, *(side,) * 3, channels), (3, 3, 3, channels, 16), (2, 2, 2, channels, channels), (channels,)]
+        x, kernel, expand, bias = (jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+        jax.eval_shape(
+            lambda x, k, e, b: ops.conv_upsampled(x, None, k, factors=(2, 2, 2), expand=ops.Expand(e, b, (0, 0, 0))),
+            *(x, kernel, expand, bias),
+        )
+
+    trace(4, 256)
+    assert not taken
+    trace(32, 32)
+    assert taken
+    with pytest.raises(ValueError, match=r"kernel\(3, 3, 5, 2\) does not fit 2 and 2 channels"):
+        ops.conv_upsampled(jnp.zeros((1, 4, 4, 2)), jnp.zeros((1, 8, 8, 2)), jnp.zeros((3, 3, 5, 2)), factors=(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "strides", "padding", "own"),
+    [
+        ((8, 6), 3, (2, 2), (1, 1), True),
+        ((8, 8), 7, (2, 2), (3, 3), True),
+        ((8, 4), 4, (4, 4), (0, 0), True),
+        ((8, 6), 3, (2, 2), (0, 1), True),
+        ((9, 6), 3, (2, 2), (1, 1), False),  # a side that the stride does not divide
+        ((6, 8, 6), 3, (2, 2, 2), (1, 1), True),
+        ((5, 8, 6), 3, (1, 2, 2), (1, 1), True),
+        ((6, 4, 4), 3, (3, 1, 1), (1, 1), False),
+    ],
+)
+def test_strided_convolutions(size, kernel, strides, padding, own, rng, monkeypatch):
+    taken = spied(monkeypatch, dense, "_strided")
+    ndim = len(size)
+    x, w = rng.normal(size=(2, *size, 3)), rng.normal(size=(*(kernel,) * ndim, 3, 2))
+    assert both_forms(lambda x, w: ops.conv(x, w, strides=strides, padding=(padding,) * ndim), x, w) < 1e-12
+    assert bool(taken) == own

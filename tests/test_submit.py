@@ -116,7 +116,7 @@ def test_misuse_is_told_and_nothing_is_written(perfect, tmp_path):
         submit.main(arguments)
     with pytest.raises(UserError, match="needs --task"):
         submit.main(["--challenge=chaos", f"--pred={perfect['chaos'] / 'pred'}", f"--out={tmp_path / 'x'}"])
-    with pytest.raises(UserError, match=r"predict\.json does not exist"):
+    with pytest.raises(UserError, match=r"has no predict\.json: it is not what xdim_jax\.predict wrote"):
         submit.main(["--challenge=camus", f"--pred={tmp_path}", f"--out={tmp_path / 'x'}"])
 
 

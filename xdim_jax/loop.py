@@ -308,6 +308,7 @@ def compile_step(lower: Callable[..., Any], *arguments: Any) -> Any:
     compiled, error = outcome[0]
     if error is not None:
         raise error
+    ops.keep_freed_memory()
     say(f"compile    train step took {duration(time.monotonic() - begin)}")
     return compiled
 

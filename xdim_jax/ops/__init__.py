@@ -20,6 +20,7 @@ from xdim_jax.ops.form import (
     compiler_options,
     describe_forms,
     in_form,
+    keep_freed_memory,
     uncollected,
     use_form,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "conv_upsampled",
     "describe_forms",
     "in_form",
+    "keep_freed_memory",
     "layer_norm",
     "max_pool",
     "normalise",
