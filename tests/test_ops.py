@@ -212,6 +212,26 @@ def test_shapes_that_do_not_fit_are_named(x, w, groups, word):
         ops.conv(jnp.zeros(x), jnp.zeros(w), strides=(1, 1), padding=((1, 1), (1, 1)), groups=groups)
 
 
+def test_forms_that_were_taken_are_counted(rng):
+    """A network of one convolution each, in the fast form and in the plain one."""
+    x = jnp.asarray(rng.normal(size=(1, 8, 32, 32, 64)))
+
+    def network(x):
+        for window, groups in (((3, 3, 3), 1), ((1, 1, 1), 1), ((3, 3, 3), 64)):
+            padding = ops.symmetric_padding(window)
+            x = ops.conv(x, jnp.zeros((*window, 64 // groups, 64)), strides=(1,) * 3, padding=padding, groups=groups)
+        x = ops.conv_upsampled(x, None, jnp.zeros((3, 3, 3, 64, 8)), factors=(2, 2, 2))
+        return ops.conv_transpose(x, jnp.zeros((2, 2, 2, 8, 8)))
+
+    with ops.counted() as fast:
+        jax.eval_shape(network, x)
+    with ops.counted() as plain, ops.use_form("reference"):
+        jax.eval_shape(lambda x: network(x), x)
+    words = ["dense by Winograd", "1x1 as matrix products", "depthwise as shifted sums", "composed with upsampling"]
+    assert fast == dict.fromkeys([*words, "transposed as matrix products"], 1)
+    assert plain == {"dense by XLA": 2, "1x1 as matrix products": 1, "depthwise by XLA": 1, "transposed by XLA": 1}
+
+
 def test_forms_are_a_closed_set():
     with pytest.raises(ValueError, match="fastest"), ops.use_form("fastest"):
         pass

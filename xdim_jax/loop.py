@@ -292,7 +292,10 @@ def compile_step(lower: Callable[..., Any], *arguments: Any) -> Any:
     """What ``lower(*arguments)`` gives, compiled: in a thread, so that a signal is heard meanwhile."""
     say("compile    train step ...")
     begin = time.monotonic()
-    lowered = lower(*arguments)
+    with ops.counted() as forms:
+        lowered = lower(*arguments)
+    for words, count in forms.most_common():
+        say(f"           {count:4d} {words}")
     outcome: list[Any] = []
 
     def compile_it() -> None:

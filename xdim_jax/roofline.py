@@ -1,8 +1,8 @@
 """The least time that a program can take: its convolutions and matrix products, by the part of the network they are in.
 
 Each of them has to do its operations, and to bring its operands in and its result out once; what is element by element
-(norms, activations, sums) is counted as if fused into these, so the bound is one that no program of this network beats
-(Williams et al. 2009, the roofline model).
+(norms, activations, sums) is counted as if fused into these (Williams et al. 2009, the roofline model). Counted are the
+products of the plain form; Winograd's way, and kernels composed with upsampling, need fewer.
 """
 
 import dataclasses

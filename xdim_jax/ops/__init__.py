@@ -8,7 +8,7 @@ order that XLA compiles well. The form is chosen when a program is traced: the f
 CPU, where XLA's own 3D depthwise and transposed convolutions are ten or more times slower than they need be,
 so they are taken on CPU; on GPU and TPU dense and depthwise convolutions go to the vendor's library. The
 transposed convolution and the pointwise convolution are matrix products on every platform, and resizing and
-pooling have one form.
+pooling have one form. What was taken is in the log (`counted`).
 ``use_form("reference")`` forces one form, for debugging and for the tests that compare the two.
 """
 
@@ -18,6 +18,7 @@ from xdim_jax.ops.form import (
     active_form,
     compile_program,
     compiler_options,
+    counted,
     describe_forms,
     in_form,
     keep_freed_memory,
@@ -42,6 +43,7 @@ __all__ = [
     "conv_reference",
     "conv_transpose",
     "conv_upsampled",
+    "counted",
     "describe_forms",
     "in_form",
     "keep_freed_memory",

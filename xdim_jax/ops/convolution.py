@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from xdim_jax.ops.dense import dense
 from xdim_jax.ops.depthwise import depthwise
-from xdim_jax.ops.form import active_form, forced_form
+from xdim_jax.ops.form import active_form, forced_form, take
 from xdim_jax.ops.layout import Ints, Pairs, conv_reference
 
 
@@ -36,16 +36,18 @@ def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pairs, grou
         raise ValueError(f"conv: kernel{kernel.shape} with groups={groups} does not fit x{x.shape}")
     window = kernel.shape[:ndim]
     if groups == 1 and set(window) == {1} and set(strides) == {1} and not any(map(any, padding)):
+        take("1x1 as matrix products")
         return pointwise(x, kernel)
     if forced_form() == "sharded" and groups > 1:
+        take("depthwise by planes")
         return _by_taps_of_first_axis(x, kernel, strides, padding, groups)
-    if active_form() == "reference":
-        return conv_reference(x, kernel, strides, padding, groups)
-    if groups == 1:
+    if active_form() == "fast" and groups == 1:
         return dense(x, kernel, strides, padding)
-    if kernel.shape[-1] != channels:
-        return conv_reference(x, kernel, strides, padding, groups)
-    return depthwise(x, kernel, strides, padding)
+    if active_form() == "fast" and kernel.shape[-1] == channels:
+        take("depthwise as shifted sums")
+        return depthwise(x, kernel, strides, padding)
+    take("depthwise by XLA" if groups > 1 else "dense by XLA")
+    return conv_reference(x, kernel, strides, padding, groups)
 
 
 def _by_taps_of_first_axis(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs, groups: int) -> jax.Array:

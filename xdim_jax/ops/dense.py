@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from xdim_jax.ops.form import take
 from xdim_jax.ops.layout import Ints, Pairs, conv_reference, moved, split_axes
 from xdim_jax.ops.scatter import Axis, scatter, scatter_gradient
 from xdim_jax.ops.slabs import kernel_gradient
@@ -28,10 +29,12 @@ def dense(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> jax
         y = dense(x.reshape(batch * depth, *x.shape[2:]), kernel, strides, padding)
         return y.reshape(batch, depth, *y.shape[1:])
     if x.ndim == 4 and max(strides) > 1 and _halves(x.shape, kernel.shape, strides, padding):
+        take("dense, strided")
         return _strided(x, kernel, strides, padding)
     if max(strides) > 1:
         x, kernel = _space_to_depth(x, kernel, strides, padding)
         padding = ((0, 0),) * len(strides)
+    take("dense by Winograd" if suits(x.shape, kernel.shape, padding) else "dense by 2D convolutions")
     return _dense_unit(x, kernel, padding)
 
 
@@ -66,8 +69,8 @@ def _strided_fwd(x, kernel, strides, padding):
 def _strided_bwd(strides, padding, residuals, g):
     """The convolution is the transpose of a scatter of its output's gradient."""
     x, kernel = residuals
-    plane = [Axis(s, before, n) for s, (before, _), n in zip(strides, padding, x.shape[1:3], strict=True)]
-    axes = (Axis(1, 0, 1), *plane)
+    height, width = (Axis(s, before, n) for s, (before, _), n in zip(strides, padding, x.shape[1:3], strict=True))
+    axes = (Axis(1, 0, 1), height, width)
     dx = scatter(g[:, None], jnp.swapaxes(kernel, 2, 3)[None], axes)[:, 0]
     dkernel = scatter_gradient(g[:, None], x[:, None], (1, *kernel.shape[:2]), axes)[0]
     return dx, jnp.swapaxes(dkernel, 2, 3)

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import gc
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 
 FORMS = ("auto", "fast", "reference", "sharded")
 _form: contextvars.ContextVar[str] = contextvars.ContextVar("form", default="auto")
+_taken: contextvars.ContextVar[Counter[str] | None] = contextvars.ContextVar("taken", default=None)
 
 
 @contextlib.contextmanager
@@ -48,10 +50,29 @@ def describe_forms(form: str = "auto") -> str:
     """What the operations of a program are traced to on this platform, in a line."""
     with use_form(form):
         fast = active_form() == "fast"
-    convolution = "2D convolutions, depthwise as shifted sums" if fast else "the platform's convolutions"
+    own = "Winograd and 2D convolutions, composed with upsampling, depthwise as shifted sums"
+    convolution = own if fast else "the platform's convolutions"
     library = ", Eigen's threads" if compiler_options() else ""
     kind = "forced" if form != "auto" else jax.default_backend()
     return f"{active_form() if form == 'auto' else form} ({kind}): {convolution}{library}; others as matrix products"
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """How often each form of a convolution is taken by what is traced inside the block, by a few words."""
+    taken: Counter[str] = Counter()
+    token = _taken.set(taken)
+    try:
+        yield taken
+    finally:
+        _taken.reset(token)
+
+
+def take(words: str) -> None:
+    """Counts a form, see `counted`."""
+    taken = _taken.get()
+    if taken is not None:
+        taken[words] += 1
 
 
 def active_form() -> str:

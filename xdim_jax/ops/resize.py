@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xdim_jax.ops.form import forced_form
+from xdim_jax.ops.form import forced_form, take
 from xdim_jax.ops.layout import Ints, Pairs, layout
 
 
@@ -42,6 +42,7 @@ def conv_transpose(
     if size is None:
         sides = zip(x.shape[1:-1], window, strides, crop, strict=True)
         size = tuple((n - 1) * s - 2 * p + k for n, k, s, p in sides)
+    take("transposed by XLA" if forced_form() == "reference" else "transposed as matrix products")
     if forced_form() == "reference":
         return _conv_transpose_reference(x, kernel, strides, crop, size)
     columns = jnp.moveaxis(kernel, ndim, 0).reshape(channels, -1)

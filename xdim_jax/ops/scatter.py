@@ -36,13 +36,18 @@ class Axis(NamedTuple):
 Axes = tuple[Axis, Axis, Axis]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def scatter(x: jax.Array, kernel: jax.Array, axes: Axes) -> jax.Array:
     """``(B, D, H, W, C)``, ``(*taps, C, O)`` to ``(B, *size, O)``.
 
     One 2D convolution for every phase of a plane gives all taps along depth as channels; these are added up, each moved
     by its tap, and the phases interleave.
     """
+    y: jax.Array = _scatter(x, kernel, axes)  # pyright: ignore[reportAssignmentType]
+    return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _scatter(x: jax.Array, kernel: jax.Array, axes: Axes) -> jax.Array:
     columns = _columns(kernel)
     planes = x.reshape(-1, *x.shape[2:])
     parts = []
@@ -90,7 +95,7 @@ def _sum_of_depth(y: jax.Array, axis: Axis) -> jax.Array:
 
 
 def _scatter_fwd(x, kernel, axes):
-    return scatter(x, kernel, axes), (x, kernel)
+    return _scatter(x, kernel, axes), (x, kernel)
 
 
 def _scatter_bwd(axes, residuals, g):
@@ -98,7 +103,7 @@ def _scatter_bwd(axes, residuals, g):
     return _gather(g, kernel, x.shape, axes), scatter_gradient(x, g, kernel.shape[:3], axes)
 
 
-scatter.defvjp(_scatter_fwd, _scatter_bwd)
+_scatter.defvjp(_scatter_fwd, _scatter_bwd)
 
 
 def _gather(g: jax.Array, kernel: jax.Array, shape: Ints, axes: Axes) -> jax.Array:

@@ -16,7 +16,7 @@ import numpy as np
 
 from xdim_jax.ops.convolution import conv
 from xdim_jax.ops.dense import dense
-from xdim_jax.ops.form import active_form, forced_form
+from xdim_jax.ops.form import active_form, forced_form, take
 from xdim_jax.ops.layout import Ints, moved
 from xdim_jax.ops.resize import conv_transpose, upsample
 from xdim_jax.ops.scatter import Axis, scatter
@@ -68,6 +68,7 @@ def conv_upsampled(
         x = _upsampled(x, factors, size, expand)
         x = x if skip is None else jnp.concatenate([x, skip], -1)
         return conv(x, kernel.astype(x.dtype), strides=(1,) * len(factors), padding=pads)
+    take("composed with upsampling")
     own, rest = kernel[..., :middle, :], kernel[..., middle:, :].astype(x.dtype)
     y = _composed(x, own, factors, size, expand)
     return y if skip is None else y + dense(skip, rest, (1,) * len(factors), pads)
@@ -107,11 +108,11 @@ def _composed(x: jax.Array, kernel: jax.Array, factors: Ints, size: Ints, expand
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     crop = (0,) * ndim if expand is None else expand.crop
     columns = _compose(None if expand is None else expand.kernel.astype(wide.dtype), wide, factors).astype(x.dtype)
-    axes = tuple(Axis(f, c + 1, m) for f, c, m in zip(factors, crop, size, strict=True))
+    *depth, height, width = (Axis(f, c + 1, m) for f, c, m in zip(factors, crop, size, strict=True))
     if ndim == 2:  # an image is a volume of one slice
-        y = scatter(x[:, None], columns[None], (Axis(1, 0, 1), *axes))[:, 0]
+        y = scatter(x[:, None], columns[None], (Axis(1, 0, 1), height, width))[:, 0]
     else:
-        y = scatter(x, columns, axes)
+        y = scatter(x, columns, (depth[0], height, width))
     if expand is None:
         return y
     bias = jnp.tensordot(wide, expand.bias.astype(wide.dtype), ((ndim,), (0,)))  # (3, ..., 3, out)
