@@ -80,3 +80,17 @@ def test_the_reference_has_every_config_value():
     assert "without a better score before the run ends" in page, "comments of the source are the descriptions"
     modules = hooks.python_page()
     assert "::: xdim_jax.predictor\n" in modules and "::: xdim_jax.data.store\n" in modules
+
+
+def test_every_fact_beside_the_peers_has_a_test_that_is_there(monkeypatch):
+    """docs/show_facts.py finds every line of README's table, and the tests that it would run."""
+    monkeypatch.syspath_prepend(str(REPO / "docs"))
+    import show_facts
+
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| what | here | nnU-Net |")[2].partition("\n\n")[0]
+    found = show_facts.facts(text)
+    assert len(found) == len(table.splitlines()) - 2 > 5
+    for _, test in found:
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (REPO / file).read_text(encoding="utf-8"), test
