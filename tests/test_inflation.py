@@ -174,13 +174,13 @@ SIZES = [((33, 40), 9), ((34, 32), 16)]
     ("rule", "depth_padding", "options"),
     [
         ("mean", "edge", {}),
-        ("mean", "renorm", {}),
+        pytest.param("mean", "renorm", {}, marks=pytest.mark.slow),
         ("repeat", "edge", {}),
-        ("repeat", "renorm", {}),
+        pytest.param("repeat", "renorm", {}, marks=pytest.mark.slow),
         ("centre", "zero", {}),
-        ("centre", "edge", {"squeeze": "slice"}),
+        pytest.param("centre", "edge", {"squeeze": "slice"}, marks=pytest.mark.slow),
         ("centre", "renorm", {}),
-        ("gaussian", "edge", {"sigma": 0.8}),
+        pytest.param("gaussian", "edge", {"sigma": 0.8}, marks=pytest.mark.slow),
         ("gaussian", "renorm", {"sigma": 0.8}),
         ("spacing", "edge", {"spacing": 2.5, "squeeze": "slice"}),
         ("mean", "edge", {"strides": (1, 2, 1, 2, 1)}),
@@ -211,10 +211,10 @@ def test_the_new_axis_may_be_any(rule, axis):
 @pytest.mark.parametrize(
     ("name", "rule", "padding"),
     [
-        pytest.param("resnet18", "mean", "renorm", marks=pytest.mark.slow),
+        ("resnet18", "mean", "renorm"),
         pytest.param("resnet50", "repeat", "edge", marks=pytest.mark.slow),
         pytest.param("vgg16_bn", "repeat", "renorm", marks=pytest.mark.slow),
-        ("convnext_tiny", "mean", "renorm"),
+        pytest.param("convnext_tiny", "mean", "renorm", marks=pytest.mark.slow),
         pytest.param("convnext_tiny", "centre", "zero", marks=pytest.mark.slow),
     ],
 )
@@ -363,7 +363,12 @@ def make_omnianet(**options):
 
 @pytest.mark.parametrize(
     ("rule", "upsampling"),
-    [("mean", "nearest"), ("mean", "transposed"), ("repeat", "transposed"), ("centre", "nearest")],
+    [
+        ("mean", "nearest"),
+        pytest.param("mean", "transposed", marks=pytest.mark.slow),
+        ("repeat", "transposed"),
+        pytest.param("centre", "nearest", marks=pytest.mark.slow),
+    ],
 )
 def test_a_whole_network_inflates_exactly(rule, upsampling):
     """Decoder included: on a depth-constant volume every slice of the logits is the 2D network's output."""

@@ -293,8 +293,8 @@ cli.run(train.main)
 @pytest.mark.parametrize(
     ("moment", "line", "number", "code"),
     [
-        ("prepare", "reading now", signal.SIGTERM, 75),
-        ("compile", "compiling now", signal.SIGUSR1, 75),
+        pytest.param("prepare", "reading now", signal.SIGTERM, 75, marks=pytest.mark.slow),
+        pytest.param("compile", "compiling now", signal.SIGUSR1, 75, marks=pytest.mark.slow),
         ("compile", "compiling now", signal.SIGINT, 130),
         ("steps", "step 2/6", signal.SIGTERM, 75),
     ],

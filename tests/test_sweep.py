@@ -109,7 +109,7 @@ def test_all_problems_of_a_space_are_told_at_once(tmp_path):
     ("name", "config"),
     [
         ("optimiser", "configs/camus_omnianet.py:scratch"),
-        ("optimiser", "configs/brats_dsnet.py:scratch"),
+        pytest.param("optimiser", "configs/brats_dsnet.py:scratch", marks=pytest.mark.slow),
         ("dxnet", "configs/brats_dxnet.py:phantom"),
         ("seeds", CAMUS),
     ],
@@ -289,6 +289,7 @@ def check_all_ended_once(storage, root, trials):
         assert set(counts) == set(range(1, EPOCHS + 1)) and sum(counts.values()) - EPOCHS <= len(attempts) - 1
 
 
+@pytest.mark.slow
 def test_a_killed_worker_of_two_loses_no_trial(tmp_path):
     storage, root = str(tmp_path / "s.journal"), tmp_path / "trials"
     with workers(storage, root, 5, 2) as (first, second):
