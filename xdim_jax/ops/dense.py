@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from xdim_jax.ops.form import take
-from xdim_jax.ops.layout import Ints, Pairs, conv_reference, moved, split_axes
+from xdim_jax.ops.layout import Ints, Pairs, after, conv_reference, moved, split_axes
 from xdim_jax.ops.scatter import Axis, scatter, scatter_gradient
 from xdim_jax.ops.slabs import kernel_gradient
 from xdim_jax.ops.winograd import suits, winograd, winograd_gradient
@@ -23,14 +23,14 @@ def dense(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> jax
     are XLA's own going forward, and by phases going backward; where a side does not divide, it is folded by
     space-to-depth, which turns the convolution into one of stride 1.
     """
+    if max(strides) > 1 and _halves(x.shape, kernel.shape, strides, padding):
+        take("dense, strided")
+        return _strided(x, kernel, strides, padding)
     if x.ndim == 5 and max(strides) > 1:
         (x, kernel), strides, padding = _fold_depth(x, kernel, strides[0], padding[0]), strides[1:], padding[1:]
         batch, depth = x.shape[:2]
         y = dense(x.reshape(batch * depth, *x.shape[2:]), kernel, strides, padding)
         return y.reshape(batch, depth, *y.shape[1:])
-    if x.ndim == 4 and max(strides) > 1 and _halves(x.shape, kernel.shape, strides, padding):
-        take("dense, strided")
-        return _strided(x, kernel, strides, padding)
     if max(strides) > 1:
         x, kernel = _space_to_depth(x, kernel, strides, padding)
         padding = ((0, 0),) * len(strides)
@@ -49,17 +49,22 @@ def _fold_depth(x: jax.Array, kernel: jax.Array, stride: int, pad: tuple[int, in
 
 
 def _halves(shape: Ints, kernel: Ints, strides: Ints, padding: Pairs) -> bool:
-    """Whether every output has inputs of its own, as many along an axis as its stride."""
-    return all(
-        k >= s and 0 <= before < k and n % s == 0 and (n + before + after - k) // s + 1 == n // s
-        for n, k, s, (before, after) in zip(shape[1:3], kernel[:2], strides, padding, strict=True)
+    """Whether every output has inputs of its own in the plane, as many along an axis as its stride."""
+    plane = zip(shape[-3:-1], kernel[-4:-2], strides[-2:], padding[-2:], strict=True)
+    return max(strides[-2:]) > 1 and all(
+        k >= s and 0 <= before < k and n % s == 0 and (n + before + behind - k) // s + 1 == n // s
+        for n, k, s, (before, behind) in plane
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _strided(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> jax.Array:
-    """A convolution of images; see `_halves`."""
-    return conv_reference(x, kernel, strides, padding)
+    """A strided convolution; see `_halves`."""
+    if x.ndim == 4:
+        return conv_reference(x, kernel, strides, padding)
+    x, kernel = _fold_depth(x, kernel, strides[0], padding[0])
+    y = conv_reference(x.reshape(-1, *x.shape[2:]), kernel, strides[1:], padding[1:])
+    return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
 def _strided_fwd(x, kernel, strides, padding):
@@ -69,11 +74,14 @@ def _strided_fwd(x, kernel, strides, padding):
 def _strided_bwd(strides, padding, residuals, g):
     """The convolution is the transpose of a scatter of its output's gradient."""
     x, kernel = residuals
-    height, width = (Axis(s, before, n) for s, (before, _), n in zip(strides, padding, x.shape[1:3], strict=True))
-    axes = (Axis(1, 0, 1), height, width)
-    dx = scatter(g[:, None], jnp.swapaxes(kernel, 2, 3)[None], axes)[:, 0]
-    dkernel = scatter_gradient(g[:, None], x[:, None], (1, *kernel.shape[:2]), axes)[0]
-    return dx, jnp.swapaxes(dkernel, 2, 3)
+    if x.ndim == 4:  # an image is a volume of one slice
+        dx, dkernel = _strided_bwd((1, *strides), ((0, 0), *padding), (x[:, None], kernel[None]), g[:, None])
+        return dx[:, 0], dkernel[0]
+    depth, height, width = (Axis(s, before, n) for s, (before, _), n in zip(strides, padding, x.shape[1:4], strict=True))
+    axes = (depth, height, width)
+    dkernel = scatter_gradient(g, after(x, g), kernel.shape[:3], axes)
+    dx = scatter(g, jnp.swapaxes(after(kernel, dkernel), 3, 4), axes)
+    return dx, jnp.swapaxes(dkernel, 3, 4)
 
 
 _strided.defvjp(_strided_fwd, _strided_bwd)
@@ -138,13 +146,14 @@ def _dense_unit_fwd(x, kernel, padding):
 def _dense_unit_bwd(padding, residuals, g):
     x, kernel = residuals
     window = kernel.shape[:-2]
-    # the input's gradient is the same operation: kernel reversed, channels swapped, complementary padding
-    back = tuple((k - 1 - before, k - 1 - after) for k, (before, after) in zip(window, padding, strict=True))
-    reversed_kernel = jnp.swapaxes(jnp.flip(kernel, tuple(range(len(window)))), -1, -2)
-    dx = _dense_unit(g, reversed_kernel, back)
     if suits(x.shape, kernel.shape, padding):
-        return dx, winograd_gradient(x, g, kernel_gradient, window, padding)
-    return dx, kernel_gradient(x, g, window, padding)
+        dkernel = winograd_gradient(x, g, window, padding)
+    else:
+        dkernel = kernel_gradient(after(x, g), g, window, padding)
+    # the input's gradient is the same operation: kernel reversed, channels swapped, complementary padding
+    back = tuple((k - 1 - before, k - 1 - behind) for k, (before, behind) in zip(window, padding, strict=True))
+    reversed_kernel = jnp.swapaxes(jnp.flip(after(kernel, dkernel), tuple(range(len(window)))), -1, -2)
+    return _dense_unit(g, reversed_kernel, back), dkernel
 
 
 _dense_unit.defvjp(_dense_unit_fwd, _dense_unit_bwd)

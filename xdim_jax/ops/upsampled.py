@@ -155,8 +155,8 @@ def _inside(bias: jax.Array, size: Ints) -> jax.Array:
             reached = np.arange(n)[:, None] + np.arange(_TAPS) - 1
             inside = jnp.asarray((reached >= 0) & (reached < n), bias.dtype)
             bias = jnp.moveaxis(jnp.tensordot(inside, bias, ((1,), (axis,))), 0, axis)
-    place = jnp.arange(size[0]).reshape(-1, *(1,) * (bias.ndim - 1))  # by comparison: fused into what adds it
-    return bias[0] + bias[1] + bias[2] - (place == 0) * bias[0] - (place == size[0] - 1) * bias[2]
+    first, last = moved(bias[:1][None], 0, size[0])[0], moved(bias[2:][None], size[0] - 1, size[0])[0]
+    return bias[0] + bias[1] + bias[2] - first - last  # not a sum over an axis: that would be no part of a fusion
 
 
 def _beyond(x: jax.Array, kernel: jax.Array, factors: Ints, size: Ints, expand: Expand) -> jax.Array | float:

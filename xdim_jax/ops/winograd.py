@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xdim_jax.ops.layout import Ints, Pairs, conv_reference, moved
+from xdim_jax.ops.layout import Ints, Pairs, after, conv_reference, moved
+from xdim_jax.ops.slabs import kernel_gradient
 
 _POINTS = (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2))
 _OUTPUTS, _TAPS = 4, 3
@@ -49,11 +50,16 @@ def _inner(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
 
 def _inputs(x: jax.Array) -> list[jax.Array]:
     """The six parts ``B^T d`` of every tile of four: ``(batch, tiles, ..., channels)`` each."""
+    planes = _planes(x)
+    return [_combine(row, planes) for row in _BT]
+
+
+def _planes(x: jax.Array) -> list[jax.Array]:
+    """Of every tile, the one before it, its four, and the one behind it."""
     tiles = _tiles(x)
     count = tiles.shape[1]
     inside = [tiles[:, :, i] for i in range(_OUTPUTS)]
-    planes = [moved(inside[-1], 1, count), *inside, moved(inside[0], -1, count)]
-    return [_combine(row, planes) for row in _BT]
+    return [moved(inside[-1], 1, count), *inside, moved(inside[0], -1, count)]
 
 
 def _tiles(x: jax.Array) -> jax.Array:
@@ -61,18 +67,19 @@ def _tiles(x: jax.Array) -> jax.Array:
     return moved(x, 0, count * _OUTPUTS).reshape(x.shape[0], count, _OUTPUTS, *x.shape[2:])
 
 
-def winograd_gradient(x: jax.Array, g: jax.Array, kernel_gradient, window: Ints, padding: Pairs) -> jax.Array:
-    """The kernel's gradient ``G^T [(B^T d) (A g)]``; ``kernel_gradient`` is that of the other axes."""
-    tiles = _tiles(g)
-    given = [tiles[:, :, i] for i in range(_OUTPUTS)]
-    grads = []
-    for part, row in zip(_inputs(x), _A, strict=True):
-        taken = _combine(row, given)
+def winograd_gradient(x: jax.Array, g: jax.Array, window: Ints, padding: Pairs) -> jax.Array:
+    """The kernel's gradient ``G^T [(B^T d) (A g)]``, product by product: each has a part as large as a third of both."""
+    grads, before = [], (g,)
+    for part, row in zip(_BT, _A, strict=True):
+        tiles = _tiles(after(g, *before))
+        given = _combine(row, [tiles[:, :, i] for i in range(_OUTPUTS)])
+        pair = (_combine(part, _planes(after(x, *before))), given)
         if x.ndim == 4:
-            grads.append(kernel_gradient(part, taken, (1, *window[1:]), ((0, 0), *padding[1:]))[0])
+            grad = kernel_gradient(*pair, (1, *window[1:]), ((0, 0), *padding[1:]))[0]
         else:
-            flat = (a.reshape(-1, *a.shape[2:]) for a in (part, taken))
-            grads.append(kernel_gradient(*flat, window[1:], padding[1:]))
+            grad = kernel_gradient(*(a.reshape(-1, *a.shape[2:]) for a in pair), window[1:], padding[1:])
+        grads.append(grad)
+        before = (grad,)
     return jnp.tensordot(jnp.asarray(_G.T, x.dtype), jnp.stack(grads), 1)
 
 
