@@ -398,3 +398,28 @@ def test_strided_convolutions(size, kernel, strides, padding, own, rng, monkeypa
     x, w = rng.normal(size=(2, *size, 3)), rng.normal(size=(*(kernel,) * ndim, 3, 2))
     assert both_forms(lambda x, w: ops.conv(x, w, strides=strides, padding=(padding,) * ndim), x, w) < 1e-12
     assert bool(taken) == own
+
+
+@pytest.mark.parametrize("products", [5e8, 0])
+def test_a_layer_keeps_its_input_and_what_its_norm_takes(products, rng, monkeypatch):
+    """Temporaries of a gradient grow by two arrays for a layer of convolution, norm and activation, and not by more:
+    neither normalised values, nor Winograd's parts of what comes in, which are computed behind it again."""
+    jax.config.update("jax_disable_most_optimizations", False)  # quick_compile sets it back
+    monkeypatch.setattr(winograd, "_PRODUCTS", products)
+    monkeypatch.setattr(winograd, "_CHANNELS", {5: 1})
+    x, w = rng.normal(size=(1, 24, 24, 24, 8)), rng.normal(size=(3, 3, 3, 8, 8))
+    scale, bias = jnp.asarray(rng.normal(size=(2, 8)))
+
+    def loss(kernels, scale, bias):
+        y = x
+        for kernel in kernels:
+            y = ops.conv(y, kernel, strides=(1,) * 3, padding=((1, 1),) * 3)
+            y, _, _ = ops.normalise(y, scale, bias, axes=(0, 1, 2, 3), eps=1e-5, activation="silu")
+        return jnp.sum(y * y)
+
+    def temporaries(layers):
+        with ops.use_form("fast"):
+            lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower([w] * layers, scale, bias)
+        return ops.compile_program(lowered).memory_analysis().temp_size_in_bytes
+
+    assert temporaries(7) - temporaries(3) == pytest.approx(4 * 2 * x.nbytes, rel=0.05)

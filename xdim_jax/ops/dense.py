@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from xdim_jax.ops.form import take
-from xdim_jax.ops.layout import Ints, Pairs, after, conv_reference, moved, split_axes
+from xdim_jax.ops.layout import Ints, Pairs, conv_reference, delayed, moved, split_axes
 from xdim_jax.ops.scatter import Axis, scatter, scatter_gradient
 from xdim_jax.ops.slabs import kernel_gradient
 from xdim_jax.ops.winograd import suits, winograd, winograd_gradient
@@ -52,8 +52,8 @@ def _halves(shape: Ints, kernel: Ints, strides: Ints, padding: Pairs) -> bool:
     """Whether every output has inputs of its own in the plane, as many along an axis as its stride."""
     plane = zip(shape[-3:-1], kernel[-4:-2], strides[-2:], padding[-2:], strict=True)
     return max(strides[-2:]) > 1 and all(
-        k >= s and 0 <= before < k and n % s == 0 and (n + before + behind - k) // s + 1 == n // s
-        for n, k, s, (before, behind) in plane
+        k >= s and 0 <= before < k and n % s == 0 and (n + before + after - k) // s + 1 == n // s
+        for n, k, s, (before, after) in plane
     )
 
 
@@ -77,10 +77,12 @@ def _strided_bwd(strides, padding, residuals, g):
     if x.ndim == 4:  # an image is a volume of one slice
         dx, dkernel = _strided_bwd((1, *strides), ((0, 0), *padding), (x[:, None], kernel[None]), g[:, None])
         return dx[:, 0], dkernel[0]
-    depth, height, width = (Axis(s, before, n) for s, (before, _), n in zip(strides, padding, x.shape[1:4], strict=True))
+    depth, height, width = (
+        Axis(s, before, n) for s, (before, _), n in zip(strides, padding, x.shape[1:4], strict=True)
+    )
     axes = (depth, height, width)
-    dkernel = scatter_gradient(g, after(x, g), kernel.shape[:3], axes)
-    dx = scatter(g, jnp.swapaxes(after(kernel, dkernel), 3, 4), axes)
+    dkernel = scatter_gradient(g, delayed(x, g), kernel.shape[:3], axes)
+    dx = scatter(g, jnp.swapaxes(delayed(kernel, dkernel), 3, 4), axes)
     return dx, jnp.swapaxes(dkernel, 3, 4)
 
 
@@ -149,10 +151,10 @@ def _dense_unit_bwd(padding, residuals, g):
     if suits(x.shape, kernel.shape, padding):
         dkernel = winograd_gradient(x, g, window, padding)
     else:
-        dkernel = kernel_gradient(after(x, g), g, window, padding)
+        dkernel = kernel_gradient(delayed(x, g), g, window, padding)
     # the input's gradient is the same operation: kernel reversed, channels swapped, complementary padding
-    back = tuple((k - 1 - before, k - 1 - behind) for k, (before, behind) in zip(window, padding, strict=True))
-    reversed_kernel = jnp.swapaxes(jnp.flip(after(kernel, dkernel), tuple(range(len(window)))), -1, -2)
+    back = tuple((k - 1 - before, k - 1 - after) for k, (before, after) in zip(window, padding, strict=True))
+    reversed_kernel = jnp.swapaxes(jnp.flip(delayed(kernel, dkernel), tuple(range(len(window)))), -1, -2)
     return _dense_unit(g, reversed_kernel, back), dkernel
 
 

@@ -60,12 +60,11 @@ def moved(x: jax.Array, by: int, size: int, stride: int = 1) -> jax.Array:
     return lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
-def after(x: jax.Array, *others: jax.Array) -> jax.Array:
-    """``x``, not to be had before the others: for what a backward pass computes again, or from what was kept.
+def delayed(x: jax.Array, other: jax.Array) -> jax.Array:
+    """``x``, not to be had before the other: for what a backward pass computes again, or from what was kept.
 
     XLA on CPU drops optimisation barriers before it merges equal computations and before it puts them in order: what
     needs no gradient is computed right after the forward pass, and all at once, and lies in memory until it is used.
+    With several devices it is ``x`` as it is: one number of an array that lies on all of them would be a message.
     """
-    for other in others:
-        x = x + (0 * other[(0,) * other.ndim]).astype(x.dtype)
-    return x
+    return x if jax.device_count() > 1 else x + (0 * other[(0,) * other.ndim]).astype(x.dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from xdim_jax.ops.form import active_form
-from xdim_jax.ops.layout import Ints, after
+from xdim_jax.ops.layout import Ints, delayed
 
 _ACTIVATIONS = (None, "silu", "relu", "gelu")
 
@@ -95,7 +95,7 @@ def _normalise_fwd(x, scale, bias, axes, eps, activation):
 
 def _normalise_bwd(axes, eps, activation, residuals, cotangents):
     x, scale, bias, mean, rstd = residuals
-    mean = after(mean, cotangents[0])
+    mean = delayed(mean, cotangents[0])
     xhat = (x - mean) * rstd
     dz = cotangents[0].astype(xhat.dtype)
     if activation is not None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xdim_jax.ops.layout import Ints, Pairs, after, conv_reference, moved
+from xdim_jax.ops.layout import Ints, Pairs, conv_reference, delayed, moved
 from xdim_jax.ops.slabs import kernel_gradient
 
 
@@ -29,8 +29,8 @@ class Axis(NamedTuple):
         ``stride`` below one another; and the padding of a correlation with them."""
         last = (phase + self.crop) % self.stride
         first = last + (taps - 1 - last) // self.stride * self.stride
-        before, behind = ((phase + self.crop - tap) // self.stride for tap in (first, last))
-        return first, (-before, behind)
+        before, after = ((phase + self.crop - tap) // self.stride for tap in (first, last))
+        return first, (-before, after)
 
 
 Axes = tuple[Axis, Axis, Axis]
@@ -100,16 +100,15 @@ def _scatter_fwd(x, kernel, axes):
 
 def _scatter_bwd(axes, residuals, g):
     x, kernel = residuals
-    columns, dx, dkernel, before = _columns(kernel), None, None, ()
+    columns, planes, dx, dkernel = _columns(kernel), None, None, None
     for phase in _phases(axes):
-        given = _given(g, kernel.shape[0], x.shape[1], phase, axes, before)
+        given = _given(g, kernel.shape[0], x.shape[1], phase, axes, planes)
         taken = _phase_gradient(x, given, kernel.shape[:3], axes, phase)
-        part, pads = _phase_kernel(after(columns, taken), axes, phase)
-        back = tuple((q, p) for p, q in pads)
+        part, pads = _phase_kernel(delayed(columns, taken), axes, phase)
+        back = tuple((after, first) for first, after in pads)
         planes = conv_reference(given, jnp.swapaxes(jnp.flip(part, (0, 1)), 2, 3), (1, 1), back)
         dx = planes if dx is None else dx + planes
         dkernel = taken if dkernel is None else dkernel + taken
-        before = (planes,)
     assert dx is not None and dkernel is not None
     return dx.reshape(x.shape), _from_columns(dkernel, kernel.shape[0])
 
@@ -119,12 +118,11 @@ _scatter.defvjp(_scatter_fwd, _scatter_bwd)
 
 def scatter_gradient(x: jax.Array, g: jax.Array, window: Ints, axes: Axes) -> jax.Array:
     """The kernel's gradient ``(*window, C, O)``, for ``x`` and the gradient of what was made of it."""
-    total, before = None, ()
+    total, part = None, None
     for phase in _phases(axes):
-        given = _given(g, window[0], x.shape[1], phase, axes, before)
+        given = _given(g, window[0], x.shape[1], phase, axes, part)
         part = _phase_gradient(x, given, window, axes, phase)
         total = part if total is None else total + part
-        before = (part,)
     assert total is not None
     return _from_columns(total, window[0])
 
@@ -132,7 +130,7 @@ def scatter_gradient(x: jax.Array, g: jax.Array, window: Ints, axes: Axes) -> ja
 def _phase_gradient(x: jax.Array, given: jax.Array, window: Ints, axes: Axes, phase: Ints) -> jax.Array:
     """One phase's share of the gradient of `_columns`."""
     places = [axis.first_tap(p, n) for axis, p, n in zip(axes[1:], phase, window[1:], strict=True)]
-    taps = tuple(before + behind + 1 for _, (before, behind) in places)
+    taps = tuple(before + after + 1 for _, (before, after) in places)
     part = kernel_gradient(x.reshape(-1, *x.shape[2:]), given, taps, tuple(pads for _, pads in places))
     spread = [
         (first % axis.stride, n - 1 - first, axis.stride - 1)
@@ -146,17 +144,15 @@ def _from_columns(columns: jax.Array, taps: int) -> jax.Array:
     return columns.reshape(*columns.shape[:3], taps, -1).transpose(3, 0, 1, 2, 4)
 
 
-def _given(
-    g: jax.Array, taps: int, depth: int, phase: Ints, axes: Axes, before: tuple[jax.Array, ...] = ()
-) -> jax.Array:
+def _given(g: jax.Array, taps: int, depth: int, phase: Ints, axes: Axes, done: jax.Array | None) -> jax.Array:
     """What every plane of the input gave to one phase, its taps along depth as channels: ``(B D, H, W, taps O)``.
 
-    That is as large as g, or larger: ``before`` are the results of the phase before, which is done with its own then.
+    That is as large as g, or larger: ``done`` is the result of the phase before, which needs its own no more then.
     """
     stride, crop, size = axes[0]
     length = stride * (depth - 1) + taps
     g = g[:, :, phase[0] :: axes[1].stride, phase[1] :: axes[2].stride]
     g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), (crop, length - crop - size, 0), *[(0, 0, 0)] * 3])
     slices = [lax.slice_in_dim(g, t, t + stride * (depth - 1) + 1, stride, axis=1) for t in range(taps)]
-    slices = [after(s, *before) for s in slices]
+    slices = slices if done is None else [delayed(s, done) for s in slices]
     return jnp.concatenate(slices, -1).reshape(-1, *g.shape[2:4], taps * g.shape[-1])

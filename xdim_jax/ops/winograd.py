@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xdim_jax.ops.layout import Ints, Pairs, after, conv_reference, moved
+from xdim_jax.ops.layout import Ints, Pairs, conv_reference, delayed, moved
 from xdim_jax.ops.slabs import kernel_gradient
 
 _POINTS = (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2))
@@ -68,18 +68,18 @@ def _tiles(x: jax.Array) -> jax.Array:
 
 
 def winograd_gradient(x: jax.Array, g: jax.Array, window: Ints, padding: Pairs) -> jax.Array:
-    """The kernel's gradient ``G^T [(B^T d) (A g)]``, product by product: each has a part as large as a third of both."""
-    grads, before = [], (g,)
+    """The kernel's gradient ``G^T [(B^T d) (A g)]``, one product after the other: what each takes is large."""
+    grads, done = [], g
     for part, row in zip(_BT, _A, strict=True):
-        tiles = _tiles(after(g, *before))
+        tiles = _tiles(delayed(g, done))
         given = _combine(row, [tiles[:, :, i] for i in range(_OUTPUTS)])
-        pair = (_combine(part, _planes(after(x, *before))), given)
+        pair = (_combine(part, _planes(delayed(x, done))), given)
         if x.ndim == 4:
             grad = kernel_gradient(*pair, (1, *window[1:]), ((0, 0), *padding[1:]))[0]
         else:
             grad = kernel_gradient(*(a.reshape(-1, *a.shape[2:]) for a in pair), window[1:], padding[1:])
         grads.append(grad)
-        before = (grad,)
+        done = grad
     return jnp.tensordot(jnp.asarray(_G.T, x.dtype), jnp.stack(grads), 1)
 
 
