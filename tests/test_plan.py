@@ -110,6 +110,9 @@ def test_budgets(text, count):
         (["--batch=0"], ["--batch=0: expected whole numbers above 0"]),
         (["--patch=40,64"], ["axis H is 40"]),
         (["--precision=half"], ["config.train.precision='half' is unknown; known: float32, bfloat16"]),
+        (["--ceilings=989,4.8"], ["--ceilings=989,4.8 needs --parts"]),
+        (["--parts", "--ceilings=989"], ["--ceilings=989: expected TFLOP/s and TB/s"]),
+        (["--parts", "--ceilings=0,4.8"], ["--ceilings=0,4.8: expected two numbers above 0"]),
         (["--remat=decoder9"], ["decoder9 fits no stage of this network; it has: encoder, decoder1"]),
     ],
 )

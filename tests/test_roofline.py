@@ -84,6 +84,13 @@ def test_every_product_of_a_step_is_in_a_part(name, remat):
     assert lines[-1].split()[0] == "all" and lines[-1].endswith("100.0 %") and len({len(line) for line in lines}) == 1
 
 
+def test_least_times_of_parts():
+    """By hand: 2 TFLOP at 1 TFLOP/s are 2 s, though 1 TB at 2 TB/s takes half of one; the other the reverse."""
+    products = [Product("encoder", False, 2e12, 1e12), Product("last", True, 1e12, 8e12)]
+    table = plan.format_parts(products, ("encoder", "last"), (1e12, 2e12))
+    assert [line.split()[-1] for line in table] == ["ms", "2000.000", "4000.000", "6000.000"]
+
+
 def test_a_profile_tells_the_parts(tmp_path):
     """Operations of a profile are found again in the program, under the name of their part."""
 

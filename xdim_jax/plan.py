@@ -5,7 +5,8 @@ neither data nor room for the arrays is needed. Memory is what the compiler rese
 temporaries. Operations are those of the mathematics, for all devices together; a multiply-add counts two.
 
 With --parts, a table follows for each choice of what the parts of the network do in a step: operations, and the bytes
-that its convolutions and matrix products bring in and out at the least (see `xdim_jax.roofline`).
+that its convolutions and matrix products bring in and out at the least (see `xdim_jax.roofline`). With --ceilings as well,
+the least time that these take on a device of so many operations and bytes a second: no step is shorter there.
 
 With --budget, each line says whether it fits; with --largest=patch or --largest=batch as well, the choices are not
 listed but searched for the largest that fits.
@@ -106,9 +107,13 @@ def step_products(config: cli.Config, dataset: Dataset, choice: Choice) -> tuple
     return find_products(program.step, *step_arguments(program, dataset, params, stats), parts=parts), parts
 
 
-def format_parts(products: Sequence[Product], parts: Sequence[str]) -> list[str]:
-    """A table as aligned lines: of each part, forward and backward, what is done and moved."""
-    rows: list[tuple[str, ...]] = [("part", "forward GFLOP", "GB", "backward GFLOP", "GB", "share of GFLOP")]
+def format_parts(
+    products: Sequence[Product], parts: Sequence[str], ceilings: tuple[float, float] | None = None
+) -> list[str]:
+    """A table as aligned lines: of each part, forward and backward, what is done and moved; with ``ceilings``,
+    operations and bytes a second, the least time that it takes."""
+    head = ("part", "forward GFLOP", "GB", "backward GFLOP", "GB", "share of GFLOP")
+    rows: list[tuple[str, ...]] = [(*head, *(["at least, ms"] if ceilings else []))]
     total = sum(p.flops for p in products)
     for part in (*parts, "", None):
         found = [p for p in products if part is None or p.part == part]
@@ -118,7 +123,8 @@ def format_parts(products: Sequence[Product], parts: Sequence[str]) -> list[str]
         for backward in (False, True):
             half = [p for p in found if p.backward == backward]
             cells += [f"{sum(p.flops for p in half) / 1e9:.1f}", f"{sum(p.bytes for p in half) / 1e9:.2f}"]
-        rows.append((*cells, f"{100 * sum(p.flops for p in found) / total:.1f} %"))
+        cells.append(f"{100 * sum(p.flops for p in found) / total:.1f} %")
+        rows.append((*cells, *([f"{1e3 * sum(p.seconds(*ceilings) for p in found):.3f}"] if ceilings else [])))
     return _aligned(rows)
 
 
@@ -199,6 +205,9 @@ def main(argv: Sequence[str]) -> int:
     budget = parse_bytes(options.budget) if options.budget else None
     if options.largest and budget is None:
         raise UserError(f"--largest={options.largest} needs --budget=<memory of a device>, e.g. --budget=16GiB")
+    if options.ceilings and not options.parts:
+        raise UserError(f"--ceilings={options.ceilings} needs --parts, the table that has the times")
+    ceilings = _ceilings(options.ceilings) if options.ceilings else None
     cli.cache_programs()
     patches = [_numbers("--patch", text) for text in options.patch] or [tuple(config.data.patch)]
     batches = _numbers("--batch", options.batch) if options.batch else (config.data.batch,)
@@ -231,7 +240,7 @@ def main(argv: Sequence[str]) -> int:
         log.say(line)
     for choice, _ in rows if options.parts else ():
         log.say(f"parts      {_name(choice)}")
-        for line in format_parts(*step_products(config, dataset, choice)):
+        for line in format_parts(*step_products(config, dataset, choice), ceilings):
             log.say(line)
     if budget is not None and not options.largest:
         fitting = [c for c, n in rows if n.step_bytes <= budget]
@@ -259,6 +268,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", metavar="SIZE", help="memory of a device, e.g. 16GiB")
     parser.add_argument("--largest", choices=("patch", "batch"), help="search for it within the budget")
     parser.add_argument("--parts", action="store_true", help="what the parts of the network do in a step")
+    parser.add_argument(
+        "--ceilings", metavar="TFLOP/S,TB/S", help="of a device, e.g. 989,4.8 (H200, bfloat16): least times beside --parts"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     return parser
 
@@ -276,6 +288,17 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
     if not numbers or min(numbers) < 1:
         raise UserError(f"{flag}={text}: expected whole numbers above 0 with commas between them")
     return numbers
+
+
+def _ceilings(text: str) -> tuple[float, float]:
+    """``989,4.8`` to operations and bytes a second."""
+    try:
+        flops, bandwidth = (1e12 * float(word) for word in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--ceilings={text}: expected TFLOP/s and TB/s of a device, e.g. 989,4.8 for an H200") from error
+    if not (0 < flops < math.inf and 0 < bandwidth < math.inf):
+        raise UserError(f"--ceilings={text}: expected two numbers above 0, e.g. 989,4.8 for an H200")
+    return flops, bandwidth
 
 
 def format_rows(rows: Sequence[tuple[Choice, Need]], budget: int | None) -> list[str]:
