@@ -12,13 +12,14 @@ take turns; the median over rounds counts.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from xdim_jax.files import write_json
 
 REPEATS = 3
 
@@ -137,8 +138,7 @@ def main() -> None:
         a, b = (statistics.median(times[f"{side}:{which}"]) for side in ("ours", "peer"))
         print(f"| {which} | {1000 * a:.0f} | {1000 * b:.0f} | {a / b:.2f} |")
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"size": options.size, "threads": options.threads, "seconds": times}, file, indent=2)
+        write_json(options.json, {"size": options.size, "threads": options.threads, "seconds": times})
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.sides import find_case
+from xdim_jax.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = "dxnet:64,dxnet:96,dxnet:128,dsnet:64,omnia_b0:256,omnia_b4:512"
@@ -156,7 +157,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "threads": options.threads,
         "precision": options.precision,
     }
-    (options.out / "results.json").write_text(json.dumps({**facts, "rows": rows}, indent=2))
+    write_json(options.out / "results.json", {**facts, "rows": rows})
     lines = [f"{k}: {v}  " for k, v in facts.items()]
     lines += ["", "| network | phase | side | median ms | spread | to best PyTorch | peak GiB | compile s (cached) |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
@@ -169,7 +170,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             cells = [row["case"], row["phase"], name, f"{1000 * median:.0f}"]
             cells += [f"{1000 * min(values):.0f} to {1000 * max(values):.0f}", ratio]
             lines.append("| " + " | ".join([*cells, f"{row['peak'][name] / 2**30:.2f}", compiled]) + " |")
-    (options.out / "results.md").write_text("\n".join(lines) + "\n")
+    write_text(options.out / "results.md", "\n".join(lines) + "\n")
     draw(options.out / "scaling.png", rows)
 
 

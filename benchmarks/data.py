@@ -9,7 +9,6 @@ before it begins is told apart.
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import resource
 import shutil
@@ -17,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from xdim_jax.files import write_json
 
 PATCHES = 40
 
@@ -112,7 +113,7 @@ def main() -> None:
     print(f"read      {patch:.0f} ms a patch of 128^3 x 4 from the store, {whole:.0f} ms a case from NIfTI")
     print(f"          peak memory {s['peak_gib']:.2f} GiB")
     if options.json:
-        options.json.write_text(json.dumps(numbers, indent=2), encoding="utf-8")
+        write_json(options.json, numbers)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@
 A case is an encoder (``toy``, or an EfficientNet) and the side of its 2D images; trials differ in learning rate and
 beta, as in a sweep, so that a process of its own compiles a program of its own. A way is a number of workers whose
 trials are processes, or the layout of a pack that holds all trials. Each way runs ``python -m xdim_jax.sweep`` from an
-empty compilation cache. Said are: seconds until the first step of the last trial to begin; steps of all trials in a
+empty compilation cache. Said are: seconds that a start takes beside its steps; steps of all trials in a
 second once they run (median over the trials' logs); and trials an hour, of this length as measured, and of 1000 steps
 as the two numbers give it.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from xdim_jax import log
 from xdim_jax.data import phantom
+from xdim_jax.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,7 +58,7 @@ def main() -> None:
         for way in options.ways.split(","):
             rows.append(measure(case, way, data, options))
             print(line(rows[-1]), flush=True)
-            (options.out / "results.json").write_text(json.dumps(rows, indent=2))
+            write_json(options.out / "results.json", rows)
 
 
 def measure(case: str, way: str, data: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from xdim_jax.files import write_json
+
 BOUND = 10**9
 
 
@@ -41,7 +43,7 @@ def main() -> int:
     peak, before = found["peak"] / 2**30, found["before"] / 2**30
     print(f"peak        {peak:.2f} GiB resident ({before:.2f} before), {found['seconds']:.0f} s")
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2))
+        write_json(options.json, found)
     return 0 if found["peak"] <= min(found["bound"], found["said"]) else 1
 
 

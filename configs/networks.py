@@ -25,9 +25,8 @@ def encoder(size: str) -> Any:
     )
 
 
-def omnianet(size: str, *, in_channels: int, out_channels: int, released: bool = False) -> Any:
+def omnianet(size: str, *, in_channels: int, out_channels: int) -> Any:
     """Omnia-Net (paper, Sect. 2.1.1): paper and released code agree."""
-    del released
     return ConfigDict(
         {
             "name": "omnianet",

@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from xdim_jax.colours import PALETTE
 from xdim_jax.data import phantom
 from xdim_jax.data.case import Case, list_cases, read_case
 from xdim_jax.data.datasets import get_dataset
+from xdim_jax.figures import shade
 from xdim_jax.files import atomic_path
-
-COLOURS = ("#d62728", "#2ca02c", "#ffd700", "#1f77b4")  # by label index, from 1
-OPACITY = 0.45
 
 
 def show(
@@ -27,13 +26,8 @@ def show(
     assert volume.label is not None
     k = int(height * (len(volume.image) - 1))
     image = volume.image[k, ..., channel]
-    low, high = window or np.percentile(image, (1, 99.7))
-    rgb = np.repeat(np.clip((image - low) / (high - low), 0, 1)[..., None], 3, -1)
-    for index, colour in enumerate(COLOURS, 1):
-        if label:
-            value = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-            mask = volume.label[k] == index
-            rgb[mask] = (1 - OPACITY) * rgb[mask] + OPACITY * value
+    image = image if window is None else np.clip(image, *window)
+    rgb = shade(image, volume.label[k] if label else None, PALETTE)
     axes.imshow(rgb, aspect=volume.grid.spacing[1] / volume.grid.spacing[2])
     axes.set_title(title, fontsize=9, color="white")
     axes.set_axis_off()

@@ -8,7 +8,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-RECIPES = ("camus_omnianet", "chaos_omnianet", "brats_dsnet", "brats_dxnet", "own_omnianet", "own_dxnet")
 PACKAGES = tuple(f"xdim_jax/{name}".rstrip("/") for name in ("", "data", "scoring", "ops", "encoders", "sweeps")) + (
     "weight_port",
 )
@@ -16,12 +15,14 @@ PACKAGES = tuple(f"xdim_jax/{name}".rstrip("/") for name in ("", "data", "scorin
 
 def on_pre_build(config):
     """Writes the reference before the files are collected."""
+    from xdim_jax.files import write_text
+
     folder = Path(config["docs_dir"]) / "reference"
     folder.mkdir(exist_ok=True)
     for name, text in (("config.md", config_page()), ("python.md", python_page())):
         path = folder / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+            write_text(path, text)
 
 
 def comments():
@@ -49,7 +50,7 @@ def config_page():
     from xdim_jax import cli
 
     notes = comments()
-    configs = {name: dict(cli.leaves(cli.load_config(name, []))) for name in RECIPES}
+    configs = {name: dict(cli.leaves(cli.load_config(name, []))) for name in cli.shipped_recipes()}
     keys = list(dict.fromkeys(key for values in configs.values() for key in values))
     lines = [
         "# Config values",

@@ -4,7 +4,7 @@
 #     sbatch --array=0-7 launch/slurm_sweep.sh [--config.<key>=<value> ...]
 #
 # All of them run the same command and share one study, so any number may come and go: more can be submitted later, and
-# the trial of one that is preempted goes on elsewhere. Set the four lines below.
+# the trial of one that is preempted goes on elsewhere. Set the five lines below.
 #SBATCH --job-name=xdim-sweep
 #SBATCH --ntasks=1
 #SBATCH --gpus-per-task=1
@@ -19,9 +19,11 @@ set -euo pipefail
 CONFIG=${CONFIG:-configs/brats_dxnet.py}
 SPACE=${SPACE:-configs/sweeps/dxnet.py}
 WORKDIR=${WORKDIR:-runs/sweep}
+DATA=${DATA:-/data/BraTS2021_Training_Data}
 TRIALS=${TRIALS:-200}
 
-command=(python -m xdim_jax.sweep "--config=$CONFIG" "--space=$SPACE" "--trials=$TRIALS" "--workdir=$WORKDIR")
+command=(python -m xdim_jax.sweep "--config=$CONFIG" "--space=$SPACE" "--trials=$TRIALS" "--workdir=$WORKDIR"
+    "--config.data.root=$DATA")
 status=0
 srun "${command[@]}" "$@" || status=$?
 if [ "$status" -eq 75 ]; then # its trial is given back: this worker may come again

@@ -235,7 +235,7 @@ def test_noise_gamma_brightness_and_contrast_by_hand(rng):
     np.testing.assert_allclose(factor, factor[0], rtol=1e-2)
 
 
-def test_cutout_is_off_by_default_and_a_box_when_on(rng):
+def test_cutout_is_off_by_default_and_a_box_when_on():
     assert augmentation.DEFAULTS["cutout"]["p"] == 0
     image = np.ones((20, 20, 1), np.float32)
     got, _ = one({"cutout": {"p": 1.0, "share": 0.3}}, 0, image, np.zeros((20, 20), np.uint8))

@@ -271,6 +271,22 @@ def test_cases_in_a_bucket_are_those_of_a_folder(store, data, tmp_path):  # noqa
     assert f"store      {store}/" in prepared(data, store)[1][0] and "16 of 16" in prepared(data, store)[1][0]
 
 
+def test_what_another_host_wrote_meanwhile_stays(plain, tmp_path):
+    """Two see an empty store; what the second would write is there when it comes to it, and may be read by a run."""
+    first, second = (shelves.open_shelf(plain, "key") for _ in range(2))
+    place, arrays = (
+        first.place("case-0"),
+        {"image": np.arange(24, dtype=np.int16).reshape(2, 3, 4), "voxels": np.arange(5)},
+    )
+    kept = first.write(place, arrays, {"by": "first"}, lambda facts: True)
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "bucket").rglob("*") if p.is_file()}
+    assert second.facts(place) is None
+    assert second.write(place, arrays, {"by": "second"}, lambda facts: facts["by"] == "first") == kept
+    assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "bucket").rglob("*") if p.is_file()}
+    assert second.write(place, arrays, {"by": "second"}, lambda facts: False)["by"] == "second"
+    assert shelves.open_entry(place)[0]["by"] == "second" and second.size(place) >= first.size(place)
+
+
 def test_a_chunk_that_is_gone_is_missed(plain, data, tmp_path, monkeypatch):  # noqa: F811
     """zarr itself would read zeros."""
     entries, _ = prepared(data, plain)
@@ -306,7 +322,7 @@ def test_a_volume_is_read_by_the_chunk(plain, tmp_path):
     np.testing.assert_array_equal(found[40:60, 10:50, 129:], image[40:60, 10:50, 129:])
 
 
-def test_prepared_cases_lie_in_known_stores_alone(tmp_path):
+def test_prepared_cases_lie_in_known_stores_alone():
     with pytest.raises(UserError, match="prepared cases may lie in a folder, gs:// or s3://"):
         shelves._store("az://a/b")
 
@@ -373,7 +389,7 @@ def ended(running, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_hosts_with_disks_of_their_own_train_one_run(data, alone, plain, tmp_path, monkeypatch):  # noqa: F811
+def test_hosts_with_disks_of_their_own_train_one_run(data, alone, plain, tmp_path):  # noqa: F811
     """Two processes that share nothing but the bucket; stopped, and gone on with on two other hosts."""
     running = start_processes(tmp_path, plain, data, "first")
     kept = tmp_path / "first0"
@@ -402,7 +418,7 @@ def split_small():
     return step.split_model(packs.Small(4, 0))[1:]
 
 
-def test_trials_of_a_sweep_lie_in_a_bucket(data, tmp_path, plain, monkeypatch, capsys):  # noqa: F811
+def test_trials_of_a_sweep_lie_in_a_bucket(data, tmp_path, plain, monkeypatch):  # noqa: F811
     space = tmp_path / "space.py"
     space.write_text("def suggest(trial):\n    trial.suggest_float('optim.schedule.peak', 1e-3, 1e-1, log=True)\n")
     own = {k: v for k, v in OWN[1].items() if k != "optim.schedule.peak"}

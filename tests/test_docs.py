@@ -73,7 +73,7 @@ def test_the_reference_has_every_config_value():
     finally:
         sys.path.remove(str(REPO / "docs"))
     page = hooks.config_page()
-    for recipe in hooks.RECIPES:
+    for recipe in cli.shipped_recipes():
         for key, _ in cli.leaves(cli.load_config(recipe, [])):
             assert f"| `{key}` |" in page, key
     assert "| `optim.lookahead.period` | `0`: camus_omnianet" in page

@@ -87,6 +87,7 @@ def test_a_job_that_saved_goes_back_into_the_queue(script, status, requeued, clu
     (Path(environment["NOTES"]).parent / "bin" / "python").unlink()
     put("python", NOTED)
     environment |= {"STATUS": str(status), "SLURM_NTASKS": "2", "WORKDIR": "a folder/run"}
+    environment["DATA"] = "a folder/data"
     job = subprocess.run([REPO / "launch" / script, "--config.seed=3"], cwd=REPO, env=environment, check=False)
     assert job.returncode == status
     *calls, last = notes.read_text().splitlines()
@@ -94,7 +95,8 @@ def test_a_job_that_saved_goes_back_into_the_queue(script, status, requeued, clu
     module = "xdim_jax.train" if "train" in script else "xdim_jax.sweep"
     called = [line for line in [*calls, last] if line.startswith("python")]
     assert len(called) == 2 and all(f"python -m {module} --config=configs/brats_dxnet.py" in c for c in called)
-    assert all("--workdir=a folder/run" in c and "--config.seed=3" in c for c in called)
+    given = ("--workdir=a folder/run", "--config.data.root=a folder/data", "--config.seed=3")
+    assert all(word in c for word in given for c in called)
     assert all(("--coordinator=auto" in c) == ("train" in script) for c in called)
 
 

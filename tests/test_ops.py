@@ -386,6 +386,7 @@ def test_composing_kernels_is_left_where_it_costs_more_than_it_saves(monkeypatch
         ((8, 8), 7, (2, 2), (3, 3), True),
         ((8, 4), 4, (4, 4), (0, 0), True),
         ((8, 6), 3, (2, 2), (0, 1), True),
+        ((9, 6), 3, (3, 3), (1, 1), False),  # the last tap lies before the last place of a stride
         ((9, 6), 3, (2, 2), (1, 1), False),  # a side that the stride does not divide
         ((6, 8, 6), 3, (2, 2, 2), (1, 1), True),
         ((5, 8, 6), 3, (1, 2, 2), (1, 1), True),

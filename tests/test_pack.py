@@ -251,7 +251,7 @@ def test_a_run_that_fails_leaves_the_others(data, alone, tmp_path):
     assert_same(tmp_path / "run0", alone[0])
 
 
-def test_runs_that_read_the_same_share_what_is_read(data, tmp_path, monkeypatch):
+def test_runs_that_read_the_same_share_what_is_read(data, tmp_path):
     group = make_pack(data, 3)
     same = [OWN[0] | {"optim.b1": b1} for b1 in (0.8, 0.9)]
     members = [group.add(load(data, own), tmp_path / f"run{i}") for i, own in enumerate([*same, OWN[1]])]
@@ -295,7 +295,7 @@ def test_an_empty_place_takes_no_turn(data):
         "predict.overlap=0.25",
     ],
 )
-def test_runs_of_other_programs_do_not_fit(override, data, tmp_path):
+def test_runs_of_other_programs_do_not_fit(override, data):
     assert pack.signature(load(data, OWN[0])) == pack.signature(load(data, OWN[1]))
     other = load(data, OWN[0], f"--config.{override}")
     assert pack.signature(other) != pack.signature(load(data, OWN[0]))

@@ -364,6 +364,8 @@ def make_bad_files(folder, b0):
     (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
     torch.save({"a": torch.zeros(1000)}, folder / "whole.pth")
     (folder / "truncated.pth").write_bytes((folder / "whole.pth").read_bytes()[:700])
+    torch.save({"a": torch.zeros(1000)}, folder / "whole.pth", _use_new_zipfile_serialization=False)
+    (folder / "legacy.pth").write_bytes((folder / "whole.pth").read_bytes()[:20])  # torch says EOFError, and no word
     (folder / "text.pth").write_text("not weights at all\n")
     (folder / "empty.pth").write_bytes(b"")
     torch.save(torch.nn.Conv2d(1, 1, 1), folder / "module.pth")
@@ -374,6 +376,7 @@ BAD_FILES = {
     "missing.pth": "cannot read .*missing.pth: No such file",
     "truncated.safetensors": "truncated.safetensors is not a whole safetensors file",
     "truncated.pth": "truncated.pth is not a whole PyTorch file",
+    "legacy.pth": r"legacy.pth is not a whole PyTorch file \(.*Error\)",
     "text.pth": "neither safetensors nor a PyTorch file .*b'not weig'",
     "empty.pth": "neither safetensors nor a PyTorch file",
     "module.pth": r"pickle of more than tensors .*torch.save\(torch.load\(file, weights_only=False\).state_dict\(\)",
@@ -444,6 +447,10 @@ def test_the_command_moves_a_network_there_and_back(tmp_path):
 
 
 MISUSES = {
+    "a part back to torch": (
+        ["--source=authors", "--to-torch", "--part=encoder", "--from-file={b0}", "--out=x.pth"],
+        ["--to-torch writes the weights as they are", "--part first"],
+    ),
     "unknown model": (
         ["--source=timm", "--model=tf_efficientnet_b9", "--out=x.safetensors"],
         ["unknown model", "known: tf_"],
@@ -509,7 +516,7 @@ MISUSES = {
 
 
 @pytest.mark.parametrize("misuse", MISUSES)
-def test_misuse_is_one_clear_message(misuse, b0, tmp_path, capsys, monkeypatch):
+def test_misuse_is_one_clear_message(misuse, b0, tmp_path, monkeypatch):
     arguments, words = MISUSES[misuse]
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a: pytest.fail("asked the hub"))
     with pytest.raises(UserError) as error:

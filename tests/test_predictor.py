@@ -279,7 +279,7 @@ def test_paths_from_python(flat, predictor, found, image, tmp_path):
     np.testing.assert_array_equal(of_device.label, expected)
 
 
-def test_one_axis_and_one_region_for_several(workdir, image):
+def test_one_axis_and_one_region_for_several(workdir):
     one = xdim_jax.Predictor(workdir, flips=2, largest="all")
     assert one.settings.flips == (2,) and one.settings.largest == ("all",)
     assert one.digest == xdim_jax.Predictor(workdir, flips=(2,), largest=("all",)).digest

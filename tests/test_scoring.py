@@ -17,7 +17,6 @@ from xdim_jax.scoring import brats, camus, chaos, compare, generic, masks, resul
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair
 from xdim_jax.scoring.rules import Job, LabelMap, Scored
 
-VOLUME_METRICS = ("volume", "volume_ref")
 DISTANCES = ("assd_mean", "assd_pooled", "hd", "hd95_pooled", "hd95_maxdir", "nsd_0.5", "nsd_1.0", "nsd_2.0")
 
 

@@ -115,8 +115,8 @@ def _check(options: argparse.Namespace) -> None:
         problems.append("--from-file is needed: only timm's files are on the hub")
     if options.to_torch and options.source == "xdim":
         problems.append("--to-torch needs --source=timm or --source=authors: whose names to write")
-    if options.to_torch and (options.inflate or options.channels or options.channel_rule):
-        problems.append("--to-torch writes the weights as they are: port with --inflate or --channels first")
+    if options.to_torch and (options.inflate or options.channels or options.channel_rule or options.part != "all"):
+        problems.append("--to-torch writes the weights as they are: port with --inflate, --channels or --part first")
     if not options.to_torch and options.out.suffix != ".safetensors":
         problems.append(f"--out={options.out}: expected a name that ends in .safetensors")
     for flags, needed in (

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from xdim_jax.errors import UserError
+from xdim_jax.errors import UserError, first_line
 from xdim_jax.files import atomic_path
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts put a state_dict
@@ -76,7 +76,7 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(
-            f"--from-file: {path} is not a whole PyTorch file ({str(error).splitlines()[0]}); download it again"
+            f"--from-file: {path} is not a whole PyTorch file ({first_line(error)}); download it again"
         ) from error
     for key in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -117,7 +117,7 @@ def download(repository: str, filename: str = "model.safetensors") -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(repository, filename))
     except Exception as error:  # many kinds: no network, no such file, a proxy's answer
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"cannot download {repository}/{filename} from the Hugging Face hub: {reason}. Where there is no network, "
             f"fetch https://huggingface.co/{repository}/resolve/main/{filename} elsewhere and give it by --from-file"

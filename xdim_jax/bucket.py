@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xdim_jax.errors import UserError
+from xdim_jax.errors import UserError, first_line
+from xdim_jax.files import cache_folder
 from xdim_jax.log import LOG_FILE, say, warn
 
 MANIFEST = ".manifest.json"  # in the bucket: sizes by path
@@ -33,9 +34,9 @@ def is_address(text: object) -> bool:
 def local_folder(address: str) -> Path:
     """The folder of this machine that stands for an address; ``XDIM_JAX_SCRATCH`` says below what."""
     scheme, _, path = address.rstrip("/").partition("://")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xdim_jax" / "buckets"
+    root = Path(os.environ.get("XDIM_JAX_SCRATCH") or cache_folder() / "buckets")
     digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:8]
-    return Path(os.environ.get("XDIM_JAX_SCRATCH") or cache) / f"{scheme}-{digest}" / path.rpartition("/")[2]
+    return root / f"{scheme}-{digest}" / path.rpartition("/")[2]
 
 
 def fetch(text: str | Path) -> Path:
@@ -95,7 +96,7 @@ def no_answer(address: str, what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # no such bucket, no credentials, no network
-        reason = (str(error) or type(error).__name__).splitlines()[0][:300]
+        reason = first_line(error)
         raise UserError(
             f"{address} cannot be {what}: {type(error).__name__}: {reason}; look at the bucket's name and at your "
             "credentials (gcloud auth application-default login; aws configure)"

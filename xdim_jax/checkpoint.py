@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from xdim_jax.errors import UserError
+from xdim_jax.errors import UserError, first_line
 from xdim_jax.files import CONFIG_FILE
 from xdim_jax.step import TrainState
 
@@ -170,16 +170,11 @@ def _guarded(manager: ocp.CheckpointManager, action: Callable[[], Any]) -> None:
             shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(folder).free / 2**20
         full = os.strerror(errno.ENOSPC)
-        reason = full if full in str(error) else _first_line(error)
+        reason = full if full in str(error) else first_line(error)
         raise UserError(
             f"cannot write the checkpoint in {folder} ({free:.0f} MiB free there): {reason}. Earlier checkpoints are "
             "whole; make room and run the same command again to resume"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """What a library said, at a length that fits a message."""
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def restore_latest(
@@ -228,7 +223,7 @@ def _restore(
         try:
             restored = manager.restore(step, args=items)
         except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-            reason = _first_line(error)
+            reason = first_line(error)
             warn(f"checkpoint {step} in {manager.directory} cannot be read ({reason}); trying the one before it")
             continue
         for broken in (s for s in steps if s > step):
@@ -277,7 +272,7 @@ def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]
             if now != folder.parent:  # a run that goes on put newer weights in its place
                 continue
             raise UserError(
-                f"{folder} does not fit the network of {workdir}/{CONFIG_FILE}, or is damaged: {_first_line(error)}"
+                f"{folder} does not fit the network of {workdir}/{CONFIG_FILE}, or is damaged: {first_line(error)}"
             ) from error
     raise UserError(f"{workdir}: a run replaced its weights {_TRIES} times while they were read; try again later")
 

@@ -15,10 +15,10 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from xdim_jax.errors import UserError
-from xdim_jax.files import CONFIG_FILE, read_json, write_json
+from xdim_jax.errors import UserError, first_line
+from xdim_jax.files import CONFIG_FILE, cache_folder, read_json, write_json
 
-NOT_RECIPES = ("__init__", "common", "networks", "brats", "own")  # what the recipes in configs/ import
+_NOT_RECIPES = ("__init__", "common", "networks", "brats", "own")  # what the recipes in configs/ import
 
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 
@@ -47,7 +47,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
 def explain(error: Exception) -> str | None:
     """A message for what the machine lacks, which JAX or Python say in their own way; None for anything else."""
     said = str(error)
-    line = (said.strip() or type(error).__name__).splitlines()[0][:300]
+    line = first_line(error)
     smaller = (
         "python -m xdim_jax.plan --config=<recipe> --budget=<memory> --largest=patch says what fits; or a smaller "
         "--config.data.patch, --config.data.batch (or in parts: --config.train.accumulate), "
@@ -122,15 +122,18 @@ def shipped_configs() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
+def shipped_recipes() -> list[str]:
+    """Their names, for ``--config``."""
+    return sorted(path.stem for path in shipped_configs().glob("*.py") if path.stem not in _NOT_RECIPES)
+
+
 def _find_config(name: str) -> Path:
     shipped = shipped_configs()
     for path in (Path(name), shipped / Path(name).name, shipped / f"{Path(name).name}.py"):
         if path.is_file():
             return path
-    known = sorted(p.stem for p in shipped.glob("*.py") if p.stem not in NOT_RECIPES)
-    raise UserError(
-        f"--config: {name} does not exist; recipes that ship: " + ", ".join(f"configs/{k}.py" for k in known)
-    )
+    known = ", ".join(f"configs/{recipe}.py" for recipe in shipped_recipes())
+    raise UserError(f"--config: {name} does not exist; recipes that ship: {known}")
 
 
 def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
@@ -214,8 +217,7 @@ def cache_programs() -> None:
     import jax
 
     if os.environ.get("XDIM_JAX_CACHE") != "off" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "xdim_jax" / "xla" / _processor_key()))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla" / _processor_key()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

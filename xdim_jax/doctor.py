@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xdim_jax import cli, environment, log
-from xdim_jax.errors import gib
+from xdim_jax.errors import first_line, gib
 from xdim_jax.files import write_text
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
@@ -99,7 +99,7 @@ def examine(checks: Sequence[Callable[[], Finding]]) -> Iterator[Finding]:
             yield check()
         except Exception as error:
             name = getattr(check, "__name__", "check").strip("<>")
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            reason = first_line(error)
             yield Finding(
                 "reading" if name == "lambda" else name.replace("training_step", "step"),
                 FAILURE,

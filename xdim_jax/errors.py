@@ -1,4 +1,4 @@
-"""What a user sees when something he gave is wrong, and how the mains turn it into one message."""
+"""What a user sees when something that was given is wrong; `xdim_jax.cli.run` makes it one message."""
 
 from collections.abc import Sequence
 
@@ -12,6 +12,11 @@ def join_problems(problems: list[str], summary: str) -> UserError:
     if len(problems) == 1:
         return UserError(problems[0])
     return UserError("\n  - ".join([f"{len(problems)} {summary}:", *problems]))
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """What a library said, at a length that fits a message; the kind of the error where it said nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
 
 
 def shorten(names: Sequence[object], most: int = 5) -> str:

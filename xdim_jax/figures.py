@@ -12,19 +12,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from xdim_jax.colours import BLUE, GREEN, PALETTE, RED, YELLOW, to_rgb
 from xdim_jax.scoring.masks import bounding_box
 from xdim_jax.scoring.rules import Column, Masks, Scored
 
-# the paper's colours: Fig. 8 (CAMUS), Fig. 10 (CHAOS), Fig. 12 (BraTS)
-_RED, _YELLOW, _BLUE, _GREEN = "#d62728", "#ffd700", "#1f77b4", "#2ca02c"
 COLOURS = {
-    "LV_endo": _RED, "LV_epi": _BLUE, "LA": _GREEN,
-    "liver": _RED, "right kidney": _YELLOW, "left kidney": _BLUE, "spleen": _GREEN,
-    "WT": _GREEN, "SNFH": _GREEN, "TC": _RED, "NETC": _RED, "ET": _YELLOW, "RC": _BLUE,
+    "LV_endo": RED, "LV_epi": BLUE, "LA": GREEN,
+    "liver": RED, "right kidney": YELLOW, "left kidney": BLUE, "spleen": GREEN,
+    "WT": GREEN, "SNFH": GREEN, "TC": RED, "NETC": RED, "ET": YELLOW, "RC": BLUE,
 }  # fmt: skip
 # what a painted colour shows where structures lie in one another
 SHOWN = {"WT": "edema (of WT)", "TC": "necrosis / non-enhancing (of TC)", "LV_epi": "myocardium (of LV_epi)"}
-_OTHERS = ("#d62728", "#2ca02c", "#ffd700", "#1f77b4", "#ff7f0e", "#9467bd", "#17becf", "#e377c2")
 ERRORS = {"missed": "#ff00ff", "false": "#00ffff", "another structure": "#ff7f0e"}
 _OPACITY, _MARGIN = 0.55, 4
 
@@ -55,7 +53,7 @@ def fill(template: str, **values: Any) -> str:
 
 def colour_of(structures: Sequence[str]) -> dict[str, str]:
     """The paper's colour of each structure, or one of a list."""
-    return {name: COLOURS.get(name, _OTHERS[i % len(_OTHERS)]) for i, name in enumerate(structures)}
+    return {name: COLOURS.get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(structures)}
 
 
 # -- curves -------------------------------------------------------------------------------------------------------
@@ -294,7 +292,7 @@ def shade(image: np.ndarray, label: np.ndarray | None, palette: Sequence[str]) -
     rgb = np.repeat(grey[..., None], 3, -1)
     if label is not None:
         for number, colour in enumerate(palette, 1):
-            value = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+            value = np.array(to_rgb(colour)) / 255
             mask = label == number
             rgb[mask] = (1 - _OPACITY) * rgb[mask] + _OPACITY * value
     return rgb

@@ -18,6 +18,11 @@ CONFIG_FILE, DATA_FILE = "config.json", "data.json"
 SPLIT_FILE = "split.json"  # which cases it trains on and validates
 
 
+def cache_folder() -> Path:
+    """Where compiled programs and copies of buckets lie: below the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xdim_jax"
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path`` (same suffixes) to write to, and renames it when the block is done.

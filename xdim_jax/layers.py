@@ -205,7 +205,10 @@ def _inverse_coverage(kernel: jax.Array, axis: int, n: int, stride: int, pad: tu
 
 
 class ConvTranspose(nnx.Module):
-    """Transposed convolution with bias; kernel ``(*kernel, in, out)`` in PyTorch's tap order, stride as long."""
+    """Transposed convolution with bias; kernel ``(*kernel, in, out)`` in PyTorch's tap order.
+
+    Strides are as long as the kernel unless given; ``crop`` outputs are left out before the first of an axis.
+    """
 
     def __init__(
         self,

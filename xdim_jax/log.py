@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from xdim_jax.errors import UserError
+from xdim_jax.errors import UserError, first_line
 from xdim_jax.files import atomic_path, write_error
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _tell_trackers(recorder: Recorder, tell: Callable[[Any], None]) -> None:
             tell(tracker)
         except Exception as error:
             recorder.trackers.remove(tracker)
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             warn(f"{type(tracker).__name__.strip('_').lower()} fails and is left out from now on: {reason}")
 
 

@@ -147,12 +147,13 @@ class Course:
         """The batch of the next step, with this process's wishes.
 
         Raises:
-            UserError: a file cannot be read; ``state``, of the steps so far, is saved.
+            UserError: a file cannot be read; ``state``, of the steps so far, is saved by a process that is alone. Of
+                several, the others are in the next step, and would not be there to save with this one.
         """
         try:
             batch = next_batch()
         except UserError:
-            if self.done > self._start:
+            if self.done > self._start and jax.process_count() == 1:
                 values = self._values()
                 _check_finite(self.done, values, self._losses)
                 _record_steps(self.run, self.done, values, self._digests)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xdim_jax import ops
-from xdim_jax.errors import UserError
+from xdim_jax.errors import UserError, first_line
 
 PARALLELS = ("jit", "pmap")
 DATA, SPACE = "data", "space"
@@ -164,7 +164,7 @@ def join_processes(coordinator: str, count: int | None, index: int | None) -> No
         jax.distributed.initialize(**{k: v for k, v in known.items() if v is not None})
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"--coordinator={coordinator}: the processes could not be joined: {str(error).splitlines()[0]}. Outside "
+            f"--coordinator={coordinator}: the processes could not be joined: {first_line(error)}. Outside "
             "SLURM, Open MPI and TPU pods, give --coordinator=<host:port> --processes=<count> --process=<index>"
         ) from error
 

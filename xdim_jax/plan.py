@@ -5,8 +5,8 @@ neither data nor room for the arrays is needed. Memory is what the compiler rese
 temporaries. Operations are those of the mathematics, for all devices together; a multiply-add counts two.
 
 With --parts, a table follows for each choice of what the parts of the network do in a step: operations, and the bytes
-that its convolutions and matrix products bring in and out at the least (see `xdim_jax.roofline`). With --ceilings as well,
-the least time that these take on a device of so many operations and bytes a second: no step is shorter there.
+that its convolutions and matrix products bring in and out at the least (see `xdim_jax.roofline`). With
+--ceilings as well, the least time that these take on a device of so many operations and bytes a second.
 
 With --budget, each line says whether it fits; with --largest=patch or --largest=batch as well, the choices are not
 listed but searched for the largest that fits.
@@ -269,7 +269,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--largest", choices=("patch", "batch"), help="search for it within the budget")
     parser.add_argument("--parts", action="store_true", help="what the parts of the network do in a step")
     parser.add_argument(
-        "--ceilings", metavar="TFLOP/S,TB/S", help="of a device, e.g. 989,4.8 (H200, bfloat16): least times beside --parts"
+        "--ceilings",
+        metavar="TFLOP/S,TB/S",
+        help="of a device, e.g. 989,4.8 (H200, bfloat16): least times beside --parts",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     return parser
@@ -295,7 +297,9 @@ def _ceilings(text: str) -> tuple[float, float]:
     try:
         flops, bandwidth = (1e12 * float(word) for word in text.split(","))
     except ValueError as error:
-        raise UserError(f"--ceilings={text}: expected TFLOP/s and TB/s of a device, e.g. 989,4.8 for an H200") from error
+        raise UserError(
+            f"--ceilings={text}: expected TFLOP/s and TB/s of a device, e.g. 989,4.8 for an H200"
+        ) from error
     if not (0 < flops < math.inf and 0 < bandwidth < math.inf):
         raise UserError(f"--ceilings={text}: expected two numbers above 0, e.g. 989,4.8 for an H200")
     return flops, bandwidth

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from xdim_jax import inflate, models, stem
+from xdim_jax import inflate, models, ops, stem
 from xdim_jax.cli import Config
 from xdim_jax.data import pipeline
 from xdim_jax.data.case import Dataset
@@ -78,7 +78,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-OPERATIONS = ("auto", "fast", "reference")  # forms that can be asked for, see xdim_jax/ops
+OPERATIONS = tuple(form for form in ops.FORMS if form != "sharded")  # that is for the program to say
 
 
 def check_config(config: Config, *, needs_data: bool = True) -> Dataset:

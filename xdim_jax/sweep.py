@@ -23,6 +23,7 @@ from xdim_jax import bucket, cli, log
 from xdim_jax.errors import UserError
 from xdim_jax.pack import LAYOUTS, check_packable
 from xdim_jax.plan import parse_bytes
+from xdim_jax.recipe import check_config
 from xdim_jax.signals import REQUEUE, catch_signals
 from xdim_jax.sweeps import study as studies
 from xdim_jax.sweeps.dry import rehearse
@@ -84,6 +85,7 @@ def main(argv: Sequence[str]) -> int:
         budget = parse_bytes(options.budget) if options.budget else None
         rehearse(suggest, options.config, overrides, slots=options.pack, layout=options.layout, budget=budget)
         return 0
+    check_config(cli.load_config(options.config, overrides))  # its data too: every trial would fail for want of them
     sampler = studies.make_sampler(options.sampler, distributions, options.seed)
     size = studies.grid_size(sampler)
     if size is not None and size < options.trials:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from xdim_jax.cli import Config, leaves
-from xdim_jax.errors import UserError
+from xdim_jax.errors import UserError, first_line
 from xdim_jax.files import write_text
 
 
@@ -97,7 +97,7 @@ def open_trackers(config: Config, workdir: Path) -> list[Tracker]:
         except UserError:
             raise
         except Exception as error:  # each has its own kinds: no server, no account, a locked file
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"config.train.{key}={name}: cannot be opened: {reason}; go on without it: {key}=''"
             ) from error

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from xdim_jax import infer, mesh
+from xdim_jax.colours import PALETTE, to_rgb
 from xdim_jax.data import case as data_case
 from xdim_jax.data import store
 from xdim_jax.data.case import Case, Dataset
@@ -74,8 +75,7 @@ def make_validation(
     return validate
 
 
-# of the structures, in order; the paper's Fig. 8 and 12 have red, green, yellow
-_COLOURS = np.array([(214, 39, 40), (44, 160, 44), (255, 215, 0), (31, 119, 180), (255, 127, 14), (148, 103, 189)])
+_COLOURS = np.array([to_rgb(colour) for colour in PALETTE])  # of the structures, in order
 
 
 def draw(image: np.ndarray, reference: np.ndarray, predicted: np.ndarray) -> np.ndarray:

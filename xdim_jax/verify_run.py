@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from xdim_jax import checkpoint, cli, log
-from xdim_jax.errors import UserError, shorten
+from xdim_jax.errors import UserError, first_line, shorten
 from xdim_jax.optim import leaf_name
 from xdim_jax.recipe import FREE_KEYS
 
@@ -106,7 +106,7 @@ def _arrays(folder: Path) -> dict[str, np.ndarray]:
             args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
             tree = reader.restore(item.absolute(), args=ocp.args.PyTreeRestore(restore_args=args))
     except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"the checkpoint {folder} cannot be read: {str(error).splitlines()[0][:300]}") from error
+        raise UserError(f"the checkpoint {folder} cannot be read: {first_line(error)}") from error
     return {leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

@@ -175,15 +175,20 @@ class _Bucket:
         self._fs, self._root = open_filesystem(base)
         self._sizes: dict[str, dict[str, int]] = {}  # bytes of the objects of every entry, by name
         with no_answer(base, "read"):
-            self._fs.invalidate_cache()
-            try:
-                found = self._fs.find(self._root, detail=True)
-            except FileNotFoundError:
-                found = {}
+            self._look("")
+
+    def _look(self, name: str) -> None:
+        """What is there now, of one entry or (empty) of all."""
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.find(f"{self._root}/{name}".rstrip("/"), detail=True)
+        except FileNotFoundError:
+            found = {}
+        self._sizes.pop(name, None)
         for path, facts in found.items():
-            name, _, inner = path.removeprefix(self._root).lstrip("/").partition("/")
+            entry, _, inner = path.removeprefix(self._root).lstrip("/").partition("/")
             if inner:
-                self._sizes.setdefault(name, {})[inner] = facts["size"]
+                self._sizes.setdefault(entry, {})[inner] = facts["size"]
 
     def __str__(self) -> str:
         return self.base
@@ -221,17 +226,18 @@ class _Bucket:
     ) -> dict[str, Any]:
         name = str(place).rpartition("/")[2]
         with no_answer(self.base, "written"):
+            self._look(name)
+            there = self.facts(place)
+            if there is not None and whole(there):  # another process was first with the same content
+                return there
             with contextlib.suppress(FileNotFoundError):  # what an interrupted preparation left
                 self._fs.rm(f"{self._root}/{name}", recursive=True)
             for kind, array in arrays.items():
                 _zarr(f"{place}/{kind}", array)[...].write(array).result()
-            self._fs.invalidate_cache()
-            found = self._fs.find(f"{self._root}/{name}", detail=True)
-            sizes = {p.rpartition(f"{name}/")[2]: f["size"] for p, f in found.items()}
-        sizes.pop(FACTS, None)
-        facts = facts | {"files": sizes}
+            self._look(name)
+        facts = facts | {"files": {k: v for k, v in self._sizes[name].items() if k != FACTS}}
         self.keep(place, facts)
-        self._sizes[name] = sizes | {FACTS: 0}
+        self._sizes[name][FACTS] = 0
         return facts
 
     def size(self, place: Place) -> int:

@@ -25,7 +25,7 @@ from xdim_jax.ops.form import (
     uncollected,
     use_form,
 )
-from xdim_jax.ops.layout import Ints, Pairs, conv_reference, same_padding, symmetric_padding
+from xdim_jax.ops.layout import same_padding, symmetric_padding
 from xdim_jax.ops.norm import activate, layer_norm, normalise, squeeze_excite
 from xdim_jax.ops.resize import conv_transpose, max_pool, upsample
 from xdim_jax.ops.upsampled import Expand, conv_upsampled
@@ -33,14 +33,11 @@ from xdim_jax.ops.upsampled import Expand, conv_upsampled
 __all__ = [
     "FORMS",
     "Expand",
-    "Ints",
-    "Pairs",
     "activate",
     "active_form",
     "compile_program",
     "compiler_options",
     "conv",
-    "conv_reference",
     "conv_transpose",
     "conv_upsampled",
     "counted",

@@ -52,7 +52,7 @@ def _halves(shape: Ints, kernel: Ints, strides: Ints, padding: Pairs) -> bool:
     """Whether every output has inputs of its own in the plane, as many along an axis as its stride."""
     plane = zip(shape[-3:-1], kernel[-4:-2], strides[-2:], padding[-2:], strict=True)
     return max(strides[-2:]) > 1 and all(
-        k >= s and 0 <= before < k and n % s == 0 and (n + before + after - k) // s + 1 == n // s
+        0 <= before <= k - s and n % s == 0 and (n + before + after - k) // s + 1 == n // s
         for n, k, s, (before, after) in plane
     )
 

@@ -53,7 +53,7 @@ def describe_forms(form: str = "auto") -> str:
     own = "Winograd and 2D convolutions, composed with upsampling, depthwise as shifted sums"
     convolution = own if fast else "the platform's convolutions"
     library = ", Eigen's threads" if compiler_options() else ""
-    kind = "forced" if form != "auto" else jax.default_backend()
+    kind = "asked for" if form != "auto" else jax.default_backend()
     return f"{active_form() if form == 'auto' else form} ({kind}): {convolution}{library}; others as matrix products"
 
 

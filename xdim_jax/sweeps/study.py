@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xdim_jax.errors import UserError
+from xdim_jax.errors import UserError, first_line
 from xdim_jax.log import warn
 
 BEAT = 20.0  # seconds between signs of life
@@ -61,7 +61,7 @@ def open_storage(text: str) -> Any:
             if "exists" in str(error) and attempt < 10:  # several first workers make the tables at once
                 time.sleep(random.uniform(0.1, 1.0))
                 continue
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"--storage={text} cannot be opened: {reason}; give a path for a journal file, or "
                 "<dialect>://<user>:<password>@<host>/<database> (PostgreSQL: pip install 'psycopg[binary]')"

@@ -64,9 +64,7 @@ def abdomen(shape: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray
     return label
 
 
-def _paint(
-    tissue: np.ndarray, values: dict[str, float], difficulty: Difficulty, rng: np.random.Generator
-) -> np.ndarray:
+def _paint(tissue: np.ndarray, values: dict[str, float], difficulty: Difficulty) -> np.ndarray:
     organs = blend({name: v for name, v in values.items() if name != "air"}, difficulty.contrast)
     table = np.array([values["air"], *organs.values()], np.float32)
     return gaussian_filter(table[tissue], (0.3, 0.7, 0.7))
@@ -74,7 +72,7 @@ def _paint(
 
 def paint_ct(tissue: np.ndarray, difficulty: Difficulty, rng: np.random.Generator) -> np.ndarray:
     """Hounsfield units int16; noise of 0.06 is 18 HU."""
-    hu = _paint(tissue, _HU, difficulty, rng) + 300 * difficulty.noise * rng.standard_normal(tissue.shape, np.float32)
+    hu = _paint(tissue, _HU, difficulty) + 300 * difficulty.noise * rng.standard_normal(tissue.shape, np.float32)
     return np.clip(np.rint(hu), -1000, 2434).astype(np.int16)
 
 
@@ -82,7 +80,7 @@ def paint_mr(
     tissue: np.ndarray, sequence: str, difficulty: Difficulty, rng: np.random.Generator, bias: np.ndarray
 ) -> np.ndarray:
     """Magnitudes uint16 of 12 bits of a sequence: in, out or spir."""
-    signal = _paint(tissue, _SIGNAL[sequence], difficulty, rng)
+    signal = _paint(tissue, _SIGNAL[sequence], difficulty)
     if sequence == "out":  # water and fat of one voxel cancel: dark lines where they meet
         fat = gaussian_filter((tissue == 1) * np.float32(1), (0, 1.0, 1.0))
         water = gaussian_filter((tissue > 1) * np.float32(1), (0, 1.0, 1.0))
