@@ -1085,6 +1085,26 @@ def test_compare_by_hand(two, tmp_path, capsys):
     assert "0.0625" in "".join(capsys.readouterr())
 
 
+def test_compare_says_what_it_leaves_out(evaluated, two, tmp_path, capsys):
+    """Cases and metrics that one of the two has alone."""
+    pred = shutil.copytree(evaluated / "pred_b", tmp_path / "pred")
+    (pred / "c3.nii.gz").unlink()
+    run("generic", pred, evaluated / "ref", tmp_path / "c", "--missing=penalise", "--metrics=dice,volume")
+    (tmp_path / "ref").mkdir()
+    for n in range(5):
+        shutil.copy(evaluated / "ref" / f"c{n}.nii.gz", tmp_path / "ref")
+    (tmp_path / "pred" / "c5.nii.gz").unlink()
+    shutil.copy(evaluated / "pred_b" / "c3.nii.gz", pred)
+    run("generic", pred, tmp_path / "ref", tmp_path / "d", "--metrics=dice,volume")
+    capsys.readouterr()
+    assert compare.main([str(two[0]), str(tmp_path / "d")]) == 0
+    said = "".join(capsys.readouterr())
+    assert f"1 cases are in {two[0]} alone, and left out: c5" in said
+    assert "scored in one of the two alone, and left out: assd_pooled, hd95_pooled" in said
+    assert compare.main([str(two[0]), str(two[1]), "--metrics=dice"]) == 0
+    assert "left out" not in "".join(capsys.readouterr())
+
+
 def test_compare_takes_every_metric(two, tmp_path):
     assert compare.main([*map(str, two), f"--out={tmp_path / 'c.md'}"]) == 0
     found = json.loads((tmp_path / "c.json").read_text())["differences"]

@@ -69,6 +69,8 @@ def test_timm_and_back_is_the_identity(architecture, states, tmp_path):
     options = ["--source=timm", f"--model={architecture}", f"--from-file={tmp_path / 'in.safetensors'}", "--no-probe"]
     assert command.main([*options, f"--out={out}"]) == 0
     assert command.main(["--source=timm", "--to-torch", f"--from-file={out}", f"--out={back}"]) == 0
+    (tmp_path / "plain").touch()
+    assert out.stat().st_mode == back.stat().st_mode == (tmp_path / "plain").stat().st_mode
     with safe_open(back, "np") as file:
         same({n: file.get_tensor(n) for n in file.keys()}, state)  # noqa: SIM118
     timm.create_model(architecture, pretrained=False, num_classes=7).load_state_dict(

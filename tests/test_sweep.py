@@ -130,6 +130,7 @@ def test_spaces_that_ship_fit_their_recipes(name, config):
         (["--storage=mydb://x/y"], ["--storage=mydb://x/y cannot be opened"]),
         (["--storage=postgresql://localhost:1/none"], ["postgresql://localhost:1/none cannot be opened"]),
         (["--config=configs/camus_omnianet.py:scratch"], ["no data: give --config.data.root=<folder>"]),
+        (["--config.init.weights=no/b0.safetensors"], ["config.init.weights=no/b0.safetensors", "does not exist"]),
         (["--config.optim.b4=1"], ["config.optim.b4 is not a key", "optim.b"]),
     ],
 )

@@ -98,6 +98,7 @@ def main(argv: Sequence[str]) -> int:
     report["arrays"] = {n: {"done": d, "shape": _shape(ported.arrays, n)} for n, d in done.items()}
     report["unused"] = {n: list(a.shape) for n, a in ported.unused.items()}
     report |= {"kind": ported.kind, "model": ported.model}
+    report["zero_padding"] = options.inflate not in (None, "centre") and options.depth_padding in (None, "zero")
     path = options.out.with_suffix(".json")
     write_json(path, report)
     _summarise(options.out, path, ported, report)
@@ -224,6 +225,9 @@ def _shape(arrays: Mapping[str, np.ndarray], name: str) -> list[int] | None:
 
 def _summarise(out: Path, path: Path, ported: Weights, report: Mapping[str, Any]) -> None:
     read_weights(out)  # what was written can be read
+    if report.get("zero_padding"):
+        log.say("padding    zeros along depth, as released: a volume of equal slices does not give the 2D features;")
+        log.say("           --depth-padding=edge and renorm do")
     log.say(f"wrote      {out}: {ported.kind} {ported.model['name']}, {len(ported.arrays)} arrays")
     for result in report["probes"]:
         if "skipped" in result:

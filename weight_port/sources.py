@@ -14,6 +14,7 @@ import safetensors
 
 from xdim_jax.errors import UserError, first_line
 from xdim_jax.files import atomic_path
+from xdim_jax.weights import write_arrays
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts put a state_dict
 
@@ -96,10 +97,7 @@ def _array(torch: Any, tensor: Any) -> np.ndarray:
 def write_state(path: Path, state: Mapping[str, np.ndarray]) -> None:
     """Writes a state_dict, as safetensors or, for other suffixes, with ``torch.save``; whole or not at all."""
     if path.suffix == ".safetensors":
-        from safetensors.numpy import save_file
-
-        with atomic_path(path) as temporary:
-            save_file({n: np.asarray(a, order="C") for n, a in state.items()}, temporary)
+        write_arrays(path, state)
         return
     torch = import_torch(f"writing {path}")
     with atomic_path(path) as temporary:

@@ -117,7 +117,7 @@ def to_timm(weights: Weights) -> dict[str, np.ndarray]:
     """
     if weights.kind != "encoder" or weights.model["ndim"] != 2 or weights.model["norm"] != "batch":
         raise UserError(
-            f"timm has 2D encoders with batch norm; these weights are of a {weights.kind}: {_told(weights.model)}. "
+            f"timm has 2D encoders with batch norm; these weights are: {weights.kind}, {_told(weights.model)}. "
             "Of a network, port the encoder first: --source=xdim --part=encoder"
         )
     if not matching(weights.model):

@@ -59,6 +59,12 @@ def main(argv: Sequence[str]) -> int:
         found = compare.compare(sides[0], sides[1], wanted)
     except ValueError as error:
         raise UserError(f"{options.a} and {options.b}: {error}; evaluate both on the same references") from error
+    for side, other, folder in ((*sides, options.a), (*reversed(sides), options.b)):
+        if alone := sorted({c.case_id for c in side} - {c.case_id for c in other}):
+            log.warn(f"{len(alone)} cases are in {folder} alone, and left out: {shorten(alone)}")
+    one, two = ({m for case in side for values in case.values.values() for m in values} for side in sides)
+    if only := sorted((one ^ two) & set(wanted or one | two)):
+        log.warn(f"scored in one of the two alone, and left out: {', '.join(only)}")
     table = make_table(found, str(options.a), str(options.b))
     for line in table.markdown().splitlines():
         log.say(line)

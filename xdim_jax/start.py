@@ -37,6 +37,18 @@ def read_named(name: str) -> Weights:
         ) from error
 
 
+def read_start(config: Config) -> Weights:
+    """The weights that a config starts from, by `read_named`.
+
+    Raises:
+        UserError: they cannot be had; names the config value.
+    """
+    try:
+        return read_named(config.init.weights)
+    except UserError as error:
+        raise UserError(f"config.init.weights={config.init.weights}: {error}") from error
+
+
 def initialise(config: Config, params: Any, stats: Any) -> tuple[Any, Any, dict[str, Any] | None]:
     """The weights that the ``init`` section asks for, and a report of what became of every array (none: random).
 
@@ -48,8 +60,8 @@ def initialise(config: Config, params: Any, stats: Any) -> tuple[Any, Any, dict[
         say("weights    random")
         return params, stats, None
     accept = tuple(word for word in options.accept.split(",") if word)
+    source = read_start(config)
     try:
-        source = read_named(options.weights)
         rule = inflate.Inflation(options.inflate, sigma=options.sigma, spacing=options.spacing, seed=config.seed)
         chosen = weights.part(source) if options.part == "encoder" else source
         params, stats, done = weights.load(

@@ -25,6 +25,7 @@ from xdim_jax.pack import LAYOUTS, check_packable
 from xdim_jax.plan import parse_bytes
 from xdim_jax.recipe import check_config
 from xdim_jax.signals import REQUEUE, catch_signals
+from xdim_jax.start import read_start
 from xdim_jax.sweeps import study as studies
 from xdim_jax.sweeps.dry import rehearse
 from xdim_jax.sweeps.packed import PackedWorker
@@ -76,16 +77,19 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--pack={options.pack}: expected 0, or a number of trials")
     if options.grace <= 0:
         raise UserError(f"--grace={options.grace}: expected seconds above 0")
+    config = cli.load_config(options.config, overrides)
+    check_config(config.copy_and_resolve_references(), needs_data=not options.dry_run)
     suggest, text = load_space(options.space)
     distributions = check_space(suggest, options.space, options.config, overrides)
     if options.pack:
-        check_packable(cli.load_config(options.config, overrides), options.pack, options.layout)
+        check_packable(config, options.pack, options.layout)
     if options.dry_run:
         cli.cache_programs()
         budget = parse_bytes(options.budget) if options.budget else None
         rehearse(suggest, options.config, overrides, slots=options.pack, layout=options.layout, budget=budget)
         return 0
-    check_config(cli.load_config(options.config, overrides))  # its data too: every trial would fail for want of them
+    if config.init.weights and "init.weights" not in distributions:  # every trial would fail for want of them
+        read_start(config)
     sampler = studies.make_sampler(options.sampler, distributions, options.seed)
     size = studies.grid_size(sampler)
     if size is not None and size < options.trials:

@@ -62,9 +62,17 @@ def write_weights(path: Path, weights: Weights) -> None:
     """Writes a file, whole or not at all."""
     record = {"format": FORMAT, "kind": weights.kind, "model": weights.model, "source": weights.source}
     arrays = weights.arrays | {UNUSED + name: array for name, array in weights.unused.items()}
+    write_arrays(path, arrays, {"xdim_jax": json.dumps(record)})
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all, that others may read where they may read one's other files."""
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     with atomic_path(path) as temporary:
-        safetensors.numpy.save_file(arrays, temporary, metadata={"xdim_jax": json.dumps(record)})
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        safetensors.numpy.save_file(arrays, temporary, metadata=metadata)  # for nobody else
+        temporary.chmod(mode)
 
 
 def read_weights(path: Path) -> Weights:
@@ -92,7 +100,8 @@ def read_weights(path: Path) -> Weights:
     if record.get("format") != FORMAT:
         raise UserError(
             f"{path} holds weights that were not ported ({record.get('format', 'no xdim_jax header')}; expected "
-            f"{FORMAT!r}): port them first with python -m weight_port --from-file={path}"
+            f"{FORMAT!r}): port them first with python -m weight_port --source=timm --model=<name of timm's> "
+            f"--from-file={path} --out=<name>.safetensors"
         )
     if lacking := {"kind", "model", "source"} - record.keys():
         raise UserError(f"the header of {path} lacks {', '.join(sorted(lacking))}: port the weights again")
