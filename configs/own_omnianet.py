@@ -5,7 +5,8 @@
         --workdir=runs/own
 
 Channels and structures are those of ``dataset.json``. An epoch visits every slice once; slices are resampled to the
-size of the patch (multiples of 32). Words after the colon: ``fold=K``.
+size of the patch (multiples of 32). Words after the colon: ``fold=K``, ``scratch``
+(as without it: random weights).
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from configs import common, networks, own
 
 def get_config(arg: str = "") -> Any:
     """The recipe; ``arg`` holds the words after the colon."""
-    config = own.get_config(common.parse(arg, flags=()))
+    config = own.get_config(common.parse(arg, flags=("scratch",)))
     config.data.patch = config.data.prepare.size = (256, 256)
     config.data.sampling = "slices"
     config.data.batch = 8

@@ -52,6 +52,7 @@ from xdim_jax import (
     watch,
 )
 from xdim_jax.data import nifti, phantom, pipeline
+from xdim_jax.data.case import Scan
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.errors import UserError
 from xdim_jax.weights import Weights, write_weights
@@ -642,6 +643,16 @@ def test_tensorboard_has_scalars_and_pictures(straight):
         np.testing.assert_array_equal(shown, kept)
 
 
+def test_an_early_prediction_does_not_choose_the_slice():
+    image, predicted = np.zeros((2, 4, 4), np.float32), np.ones((2, 4, 4), np.uint8)
+    reference = np.zeros((2, 4, 4), np.uint8)
+    reference[1, 2, 2] = 1
+    assert validation.draw(image, reference, predicted)[2, 4 + 2].tolist() == [107, 20, 20]
+    predicted[0, 0, 0] = 0
+    shown = validation.draw(image, np.zeros_like(reference), predicted)  # no structure: where most was predicted
+    assert (shown[:, 4:8] == 0).all() and (shown[:, 8:] != 0).any(-1).all()
+
+
 def test_the_slice_with_most_structure_is_drawn():
     """By hand: slice 1 of 2; percentiles 1 and 99 of a plane of 0 and 100 are its ends."""
     image = np.zeros((2, 4, 6), np.float32)
@@ -1105,6 +1116,23 @@ def test_the_summary_of_records_made_by_hand(tmp_path):
     assert len({len(line) for line in lines}) == 1
     with pytest.raises(UserError, match=r"fold3 has no validation on record; train fold 3 to its end"):
         crossval.summarise(tmp_path, 4)
+
+
+def test_all_folds_of_a_list_that_came_with_the_data(tmp_path, monkeypatch):
+    config = cli.load_config(f"{RECIPE},fold=all", ["--config.data.split=official"])
+    begun = []
+    every = lambda runs: begun.extend((c.data.fold, w.name) for c, w in runs) or 75  # noqa: E731
+    with pytest.raises(UserError, match=r"give config\.data\.root"):
+        crossval.train_folds(config, tmp_path, every)
+    config.data.root = str(tmp_path)
+    for count in (1, 3):
+        lists = [{"training": ("a",), "validation": ("b",)}] * count
+        monkeypatch.setattr(crossval, "scan_cases", lambda *_, lists=lists, **__: Scan([], [], tuple(lists)))
+        if count == 1:
+            with pytest.raises(UserError, match="has 1 folds, expected two or more"):
+                crossval.train_folds(config, tmp_path, every)
+    assert crossval.train_folds(config, tmp_path, every) == 75
+    assert begun == [(0, "fold0"), (1, "fold1"), (2, "fold2")]
 
 
 def test_a_fold_that_is_stopped_stops_all(tmp_path, monkeypatch):

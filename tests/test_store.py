@@ -332,6 +332,14 @@ def test_a_sequence_that_turns_out_to_be_reversed_is_prepared_again(tmp_path):
     np.testing.assert_array_equal(entry(), before[::-1])
 
 
+def test_headers_are_parsed_one_at_a_time(tmp_path, monkeypatch):
+    """CPython 3.11's parser, which numpy takes for them, is not for threads."""
+    np.save(tmp_path / "a.npy", np.arange(6).reshape(2, 3))
+    whole, held = np.load, []
+    monkeypatch.setattr(np, "load", lambda *a, **k: held.append(shelves._PARSER.locked()) or whole(*a, **k))
+    assert shelves._open_npy(tmp_path / "a.npy")[1, 2] == 5 and held == [True] and not shelves._PARSER.locked()
+
+
 def test_several_processes_prepare_into_one_store(root):
     """At once, from nothing: all end well, with one entry a case, and every array whole."""
     code = """

@@ -57,6 +57,8 @@ def find_data(config: Config, dataset: Dataset, output: Output, workdir: Path, *
     if data.split == "official":
         train, validation = official_split(cases, scan.splits, data.fold)
     else:
+        if scan.splits:
+            log.say(f"split      by config.data.folds; the list in {root} would be --config.data.split=official")
         train, validation = split_cases(cases, fold=data.fold, folds=data.folds, seed=config.seed)
     if first:
         _keep_split(workdir, root, train, validation, started=started)

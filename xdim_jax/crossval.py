@@ -15,6 +15,8 @@ import jax
 import numpy as np
 
 from xdim_jax import checkpoint, cli, log
+from xdim_jax.data.case import scan_cases
+from xdim_jax.data.datasets import get_dataset
 from xdim_jax.errors import UserError
 from xdim_jax.files import write_json
 
@@ -28,25 +30,42 @@ def train_folds(config: cli.Config, workdir: Path, train: Callable[[Runs], int])
     """Trains every fold that is not done, and sums up; returns the exit status of ``train`` if it is not 0.
 
     Raises:
-        UserError: the config has no folds to go through, or the workdir is of a single run.
+        UserError: the data's own list has no folds to go through, or the workdir is of a single run.
     """
-    if config.data.split != "folds":
-        raise UserError(f"fold=all goes through config.data.folds, but config.data.split={config.data.split}")
+    folds = _count(config)
     if checkpoint.exist(workdir):
         raise UserError(f"{workdir} is the workdir of a single run; give another for fold=all")
     runs = []
-    for fold in range(config.data.folds):
+    for fold in range(folds):
         chosen = config.copy_and_resolve_references()
         chosen.data.fold = fold
         runs.append((chosen, workdir / f"fold{fold}"))
     if status := train(runs):
         return status
     if jax.process_index() == 0:
-        summary = summarise(workdir, config.data.folds)
+        summary = summarise(workdir, folds)
         write_json(workdir / CROSSVAL_FILE, summary)
         for line in format_summary(summary):
             log.say(line)
     return 0
+
+
+def _count(config: cli.Config) -> int:
+    """How many folds there are: as the config says, or as the list that came with the data has."""
+    data = config.data
+    if data.split != "official":
+        return data.folds
+    if not data.root:
+        raise UserError(
+            "fold=all with config.data.split=official goes through the list of the data: give config.data.root"
+        )
+    splits = scan_cases(get_dataset(data), Path(data.root), need_labels=True).splits
+    if len(splits) < 2:
+        raise UserError(
+            f"fold=all with config.data.split=official: the list in {data.root} has {len(splits)} folds, expected two "
+            "or more; leave fold=all out, or give --config.data.split=folds"
+        )
+    return len(splits)
 
 
 def summarise(workdir: Path, folds: int) -> dict[str, Any]:

@@ -52,15 +52,16 @@ def partial_files(path: Path) -> list[Path]:
 
 
 def write_error(path: Path, error: OSError) -> UserError:
-    """The message for a write that the operating system refused, with the room left on that disk."""
+    """The message for a write that the operating system refused; of a full disk, with the room that is left."""
+    reason = error.strerror or str(error)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(f"cannot write {path}: {reason}; choose another path")
     folder = next((p for p in [path, *path.parents] if p.is_dir()), Path("/"))
     try:
         free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB free there"
     except OSError:
         free = "free space unknown"
-    reason = error.strerror or str(error)
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    step = "make room, or choose another folder, and run the same command again" if full else "choose another path"
+    step = "make room, or choose another folder, and run the same command again"
     return UserError(f"cannot write {path}: {reason} ({free}); {step}")
 
 

@@ -98,6 +98,11 @@ def main(argv: Sequence[str]) -> int:
         log.say(f"weights    {source}")
     log.say(f"devices    {environment.devices()}")
     log.say(f"predict    {predictor.describe()}")
+    if trained := _trained(options.workdir, cases):
+        log.warn(
+            f"{len(trained)} of {len(cases)} cases are what these networks were trained on ({shorten(trained)}): their "
+            "scores say nothing of new patients; evaluate --workdir predicts what was held out"
+        )
     mine = _shard(cases, options.shard)
     todo = claim_output(options.output, predictor, mine, cases, overwrite=options.overwrite)
     failures, total = list(problems), len(mine) + len(problems)
@@ -116,6 +121,18 @@ def main(argv: Sequence[str]) -> int:
         "--out=<folder>"
     )
     return 0
+
+
+def _trained(workdirs: Sequence[str], cases: Sequence[Case]) -> list[str]:
+    """The cases that a network was trained on, by their names and the folder that they lie in."""
+    found: set[str] = set()
+    for workdir in find_members([bucket.fetch(w) for w in workdirs]):
+        if (workdir / SPLIT_FILE).is_file():
+            split = read_json(workdir / SPLIT_FILE)
+            names = set(split["train"])
+            root = Path(split["root"])
+            found |= {c.case_id for c in cases if c.case_id in names and root in c.files[0].absolute().parents}
+    return sorted(found)
 
 
 # -- the command line ---------------------------------------------------------------------------------------------

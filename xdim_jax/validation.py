@@ -85,7 +85,8 @@ def draw(image: np.ndarray, reference: np.ndarray, predicted: np.ndarray) -> np.
         image: (D, H, W), any range.
         reference, predicted: label indices (D, H, W).
     """
-    at = int(np.argmax(((reference > 0) | (predicted > 0)).sum((1, 2))))
+    structure = reference if reference.any() else predicted  # an early prediction may be everywhere
+    at = int(np.argmax((structure > 0).sum((1, 2))))
     plane = image[at].astype(np.float32)
     low, high = np.percentile(plane, [1, 99])
     grey = np.clip((plane - low) / max(high - low, 1e-6), 0, 1)[..., None] * 255

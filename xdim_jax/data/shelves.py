@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ _CHUNK_VOXELS = 2**16  # of the list of labelled voxels
 _CACHE = 2**29  # bytes of chunks that are kept in memory
 
 Place = Path | str  # of an entry: a folder, or an address
+_PARSER = threading.Lock()  # see `_open_npy`
 
 
 class Shelf(Protocol):
@@ -75,13 +77,20 @@ def open_entry(place: Place) -> tuple[dict[str, Any], Any, Any]:
         return _open_zarr(str(place))[:3]
     folder = Path(place)
     facts = read_json(folder / FACTS)
-    label = np.load(folder / "label.npy", mmap_mode="r") if "label.npy" in facts["files"] else None
-    return facts, np.load(folder / "image.npy", mmap_mode="r"), label
+    label = _open_npy(folder / "label.npy") if "label.npy" in facts["files"] else None
+    return facts, _open_npy(folder / "image.npy"), label
 
 
 def open_voxels(place: Place) -> Any:
     """The list of labelled voxels, read when it is indexed."""
-    return _open_zarr(str(place))[3] if is_address(place) else np.load(Path(place) / "voxels.npy", mmap_mode="r")
+    return _open_zarr(str(place))[3] if is_address(place) else _open_npy(Path(place) / "voxels.npy")
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    """Memory-mapped. One thread at a time: numpy has Python parse the header, and CPython 3.11.7 raised ``SystemError``
+    (AST constructor recursion depth mismatch) where threads did that at once."""
+    with _PARSER:
+        return np.load(path, mmap_mode="r")
 
 
 # -- folders ------------------------------------------------------------------------------------------------------

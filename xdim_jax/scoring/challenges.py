@@ -109,5 +109,7 @@ def parse_metrics(text: str) -> tuple[str, ...]:
     """Names with commas between them. Raises UserError, listing the known ones."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if unknown := [name for name in names if name not in METRICS]:
-        raise UserError(f"--metrics: {', '.join(unknown)} unknown; known: {', '.join(METRICS)}")
+        near = sorted({m for name in unknown for m in METRICS if m.startswith(f"{name}_")})
+        hint = f"; of them {' or '.join(near)}?" if near else ""
+        raise UserError(f"--metrics: {', '.join(unknown)} unknown; known: {', '.join(METRICS)}{hint}")
     return names
