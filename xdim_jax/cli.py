@@ -105,14 +105,28 @@ def load_config(spec: str, overrides: Sequence[str]) -> Config:
         raise UserError(f"--config={spec}: {error}") from error
     _check_overrides(config, overrides)
     overrides = list({o.partition("=")[0]: o for o in overrides}.values())  # the last one of a key counts
+    try:
+        return _overridden(config, overrides)
+    except (flags.Error, TypeError, ValueError) as error:
+        wrong = [o for o in overrides if not _fits(module.get_config(variant), o)]
+        raise UserError(f"{' '.join(wrong or overrides)}: {error}") from error
+
+
+def _overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with values of its own types. Raises what absl and Python do for others."""
     values = flags.FlagValues()
     argv = ["config", *overrides]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-    try:
-        values(argv)
-    except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(f"{' '.join(overrides)}: {error}") from error
+    values(argv)
     return values.config
+
+
+def _fits(config: Config, override: str) -> bool:
+    try:
+        _overridden(config, [override])
+    except (flags.Error, TypeError, ValueError):
+        return False
+    return True
 
 
 def shipped_configs() -> Path:
