@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
             if finding.advice:
                 log.say(f"{'':<10} {'':<8} {finding.advice}")
             if len(findings) == len(checks) - 1 and not options.quick:
-                log.say("step       ...      compiles two programs first, a minute or two on a CPU; --quick leaves it out")
+                log.say("step       ...      compiles two programs, a minute or two on a CPU; --quick leaves it out")
     text = json.dumps({"verdict": verdict(findings), "findings": [dataclasses.asdict(f) for f in findings]}, indent=2)
     if options.json == "-":
         print(text)
