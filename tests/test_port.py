@@ -191,7 +191,7 @@ def test_what_timm_does_not_compute_is_not_written_for_it(states):
         UserError, match=r"no architecture of timm computes as this encoder does: efficientnet_b0.*eps 0.01"
     ):
         weight_port.to_timm(Weights("encoder", weights.model | {"eps": 0.01}, weights.arrays))
-    with pytest.raises(UserError, match="these weights are of a network: dsnet"):
+    with pytest.raises(UserError, match="these weights are: network, dsnet"):
         weight_port.to_timm(Weights("network", ds_case()[0], {}))
 
 
