@@ -128,7 +128,7 @@ def draw_boxes(groups: Mapping[str, Sequence[Scored]], metrics: Mapping[str, Col
                     continue
                 axes.boxplot(known, positions=[at], widths=0.6, showfliers=False, medianprops={"color": "black"})
                 spread = dots.uniform(-0.2, 0.2, known.size)
-                axes.scatter(at + spread, known, s=9, alpha=0.6, color=colours[structure], edgecolors="none")
+                axes.scatter(at + spread, known, s=16, alpha=0.8, color=colours[structure], edgecolors="black", lw=0.4)
         c = metrics[metric]
         axes.set(ylabel=f"{c.title}{f' ({c.unit})' if c.unit else ''}", xlim=(0.3, boxes + 0.7))
         axes.set_xticks(range(1, boxes + 1), names, fontsize=8)
