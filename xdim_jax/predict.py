@@ -90,15 +90,14 @@ def main(argv: Sequence[str]) -> int:
     add("--uncertainty", action="store_true", help="write the variance over networks and mirror images")
     options = parser.parse_args(argv)
     cli.cache_programs()
-    predictor = Predictor(
-        [bucket.fetch(w) for w in options.workdir], read_settings(options), convention=options.convention or ""
-    )
+    workdirs = [bucket.fetch(w) for w in options.workdir]
+    predictor = Predictor(workdirs, read_settings(options), convention=options.convention or "")
     cases, problems = predictor.find_cases(options.input, modality=options.modality)
     for source in predictor.sources:
         log.say(f"weights    {source}")
     log.say(f"devices    {environment.devices()}")
     log.say(f"predict    {predictor.describe()}")
-    if trained := _trained(options.workdir, cases):
+    if trained := _trained(workdirs, cases):
         log.warn(
             f"{len(trained)} of {len(cases)} cases are what these networks were trained on ({shorten(trained)}): their "
             "scores say nothing of new patients; evaluate --workdir predicts what was held out"
@@ -123,10 +122,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _trained(workdirs: Sequence[str], cases: Sequence[Case]) -> list[str]:
+def _trained(workdirs: Sequence[Path], cases: Sequence[Case]) -> list[str]:
     """The cases that a network was trained on, by their names and the folder that they lie in."""
     found: set[str] = set()
-    for workdir in find_members([bucket.fetch(w) for w in workdirs]):
+    for workdir in find_members(workdirs):
         if (workdir / SPLIT_FILE).is_file():
             split = read_json(workdir / SPLIT_FILE)
             names = set(split["train"])
