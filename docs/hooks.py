@@ -15,7 +15,7 @@ PACKAGES = tuple(f"xdim_jax/{name}".rstrip("/") for name in ("", "data", "scorin
 
 def on_pre_build(config):
     """Writes the reference before the files are collected."""
-    from xdim_jax.files import write_text
+    from xdim_jax.base.files import write_text
 
     folder = Path(config["docs_dir"]) / "reference"
     folder.mkdir(exist_ok=True)
@@ -47,10 +47,10 @@ def comments():
 
 def config_page():
     """A table of every value of every recipe."""
-    from xdim_jax import cli
+    from xdim_jax.base.config import leaves, load_config, shipped_recipes
 
     notes = comments()
-    configs = {name: dict(cli.leaves(cli.load_config(name, []))) for name in cli.shipped_recipes()}
+    configs = {name: dict(leaves(load_config(name, []))) for name in shipped_recipes()}
     keys = list(dict.fromkeys(key for values in configs.values() for key in values))
     lines = [
         "# Config values",

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from configs import common
-from xdim_jax import loss, regions
-from xdim_jax.errors import UserError
-from xdim_jax.output import make_output
+from xdim_jax.base.errors import UserError
+from xdim_jax.data import regions
+from xdim_jax.inference.output import make_output
+from xdim_jax.training import loss
 
 LOSSES = [("dice_bce", "sigmoid"), ("dice_bce", "softmax"), ("dice_ce", "softmax")]
 pytestmark = pytest.mark.usefixtures("quick_compile")

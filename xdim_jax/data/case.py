@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from xdim_jax.data.dicom import load_masks
-from xdim_jax.data.grid import Axes, Grid, compare_grids
-from xdim_jax.data.image import Source, files_of, read_grid, read_image, strip, where
+from xdim_jax.base.errors import UserError, shorten
+from xdim_jax.base.problem import ERROR, WARNING, DataError, Problem, data_error, errors
+from xdim_jax.data.images.dicom import load_masks
+from xdim_jax.data.images.grid import Axes, Grid, compare_grids
+from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, strip, where
 from xdim_jax.data.labels import Labels
-from xdim_jax.data.problem import ERROR, WARNING, DataError, Problem, data_error, errors
-from xdim_jax.errors import UserError, shorten
-from xdim_jax.regions import Regions
+from xdim_jax.data.regions import Regions
 
 
 @dataclasses.dataclass(frozen=True)
