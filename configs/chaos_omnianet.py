@@ -10,7 +10,7 @@ Words after the colon: ``task=K``: 1 liver on CT and MR, 2 liver on CT, 3 liver 
 on two CPU cores; random weights), ``fold=K`` (0 to 4) or ``fold=all``, ``scratch`` (random weights instead of
 noisy-student ones).
 
-In task 4, kidneys and spleen are not drawn on CT: there they count as background in the loss (training/loss.py).
+In task 4, kidneys and spleen are not annotated on CT: there they count as background in the loss (training/loss.py).
 
 Said by the paper: every value that has no comment. Hardware: one GPU of 16 GB. Not measured by us on a GPU yet.
 Paper's score (Table 4, CHAOS test set), mean score of the tasks 1 to 5: 73.62, 82.98, 72.88, 61.80, 69.32.

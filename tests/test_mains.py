@@ -544,10 +544,10 @@ def test_what_ct_does_not_show_is_said_of_every_ct_case(tmp_path):
     config = load_config("configs/chaos_omnianet.py:scratch", [f"--config.data.root={tmp_path}"])
     dataset = check.check_config(config)
     case = Case("c", "c", (), ("image",), None, dataset.labels, info={"modality": "CT"})
-    assert dataset.drawn(case) == ("liver",)
+    assert dataset.annotated(case) == ("liver",)
     mr = dataclasses.replace(case, info={"modality": "MR"})
-    assert dataset.drawn(mr) == ("liver", "right kidney", "left kidney", "spleen")
-    assert check.check_config(load_config("chaos_omnianet:scratch,task=5,phantom", [])).drawn is None
+    assert dataset.annotated(mr) == ("liver", "right kidney", "left kidney", "spleen")
+    assert check.check_config(load_config("chaos_omnianet:scratch,task=5,phantom", [])).annotated is None
 
 
 def test_channels_that_do_not_fit_the_data_are_refused():

@@ -104,7 +104,7 @@ def test_the_best_weights_are_whole_when_the_validation_is_on_record(tmp_path, m
             found.append(sorted(p.name for p in (tmp_path / "best").iterdir()))
         original(recorder, kind, step, values)
 
-    monkeypatch.setattr(log, "record", look)
+    monkeypatch.setattr(loop, "record", look)
     finish(make_run(tmp_path), blank_batches())
     assert found == [["4"]] * 3
 
@@ -159,7 +159,7 @@ def test_step_follows_the_gradient_and_reports_the_score():
     graphdef, params, stats = split_model(Linear())
     tx = optax.sgd(0.1)
     train = step.make_train_step(
-        graphdef, lambda z, g, drawn: (jnp.mean((z - g) ** 2), {"part": jnp.sum(z)}), PLANE, tx
+        graphdef, lambda z, g, annotated: (jnp.mean((z - g) ** 2), {"part": jnp.sum(z)}), PLANE, tx
     )
     image = np.array([[1.0, 2.0], [3.0, 1.0]]).reshape(1, 2, 2)
     batch = {"image": jnp.asarray(image), "label": jnp.array([[0, 1]])}
@@ -185,7 +185,7 @@ def test_deep_supervision_weighs_levels_by_halves():
     tx = optax.sgd(0.1)
     seen = []
 
-    def loss(z, g, drawn):
+    def loss(z, g, annotated):
         seen.append(g.shape)
         return jnp.mean(jnp.abs(z - g)), {}
 

@@ -61,10 +61,10 @@ class Output:
             return xp.argmax(scores, -1).astype(np.uint8)
         return self.regions.decode(scores, threshold, xp)
 
-    def drawn_channels(self, regions: Sequence[str]) -> np.ndarray:
+    def annotated_channels(self, regions: Sequence[str]) -> np.ndarray:
         """Which channels a case can teach whose reference shows only some regions, bool ``(channels,)``.
 
-        A label is drawn if a drawn region has it; the background always is.
+        A label is annotated if a annotated region has it; the background always is.
         """
         if self.activation == "sigmoid":
             return np.array([name in regions for name in self.regions.names])

@@ -13,7 +13,7 @@ import numpy as np
 
 from xdim_jax.base.errors import UserError
 
-# logits (B, *spatial, C), masks bool (B, *spatial, C), drawn bool (B, C) or None -> loss, parts
+# logits (B, *spatial, C), masks bool (B, *spatial, C), annotated bool (B, C) or None -> loss, parts
 Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 NAMES = ("dice_bce", "dice_ce")
@@ -44,20 +44,20 @@ def against_the_rest(logits: jax.Array) -> jax.Array:
     return logits - jnp.stack(others, -1)
 
 
-def merge_undrawn(logits: jax.Array, drawn: jax.Array) -> jax.Array:
-    """Softmax logits whose background (channel 0) takes the probability of the channels that are not ``drawn``.
+def merge_unannotated(logits: jax.Array, annotated: jax.Array) -> jax.Array:
+    """Softmax logits whose background (channel 0) takes the probability of the channels that are not ``annotated``.
 
     What a reference does not show is background in it, so this is the likelihood of such a reference (the marginal
     loss of Shi et al. 2021).
     """
-    shown = drawn.reshape(drawn.shape[0], *(1,) * (logits.ndim - 2), -1)
+    shown = annotated.reshape(annotated.shape[0], *(1,) * (logits.ndim - 2), -1)
     hidden = jnp.where(shown, _NEVER, logits).at[..., 0].set(logits[..., 0])
     return jnp.where(shown, logits, _NEVER).at[..., 0].set(jax.nn.logsumexp(hidden, axis=-1))
 
 
-def merge_undrawn_targets(targets: jax.Array, drawn: jax.Array) -> jax.Array:
-    """Softmax targets whose background (channel 0) has what channels that are not ``drawn`` may hold all the same."""
-    shown = drawn.reshape(drawn.shape[0], *(1,) * (targets.ndim - 2), -1)
+def merge_unannotated_targets(targets: jax.Array, annotated: jax.Array) -> jax.Array:
+    """Return softmax targets with the targets of unannotated channels added to the background (channel 0)."""
+    shown = annotated.reshape(annotated.shape[0], *(1,) * (targets.ndim - 2), -1)
     hidden = jnp.sum(jnp.where(shown, 0, targets), -1)
     return jnp.where(shown, targets, 0).at[..., 0].add(hidden)
 
@@ -78,9 +78,9 @@ def make_loss(config: Mapping[str, Any], activation: str, channels: int) -> Loss
     ``background``: whether channel 0 of a softmax counts in the Dice; ``weights`` of the channels (empty: equal): in
     means over channels, and in the cross-entropy as PyTorch's ``CrossEntropyLoss(weight)`` has them.
 
-    The loss takes logits ``(B, *spatial, C)``, masks of the same shape, and optionally ``drawn``, bool ``(B, C)``: the
-    channels that the sample's reference shows. Others take no part: with sigmoids they are left out, with softmax their
-    probability counts as background (see `merge_undrawn`).
+    The loss takes logits ``(B, *spatial, C)``, masks of the same shape, and optionally ``annotated``, bool ``(B, C)``:
+    the channels that the sample's reference shows. Others take no part: with sigmoids they are left out, with softmax
+    their probability counts as background (see `merge_unannotated`).
 
     Args:
         activation: ``sigmoid`` or ``softmax``.
@@ -117,15 +117,15 @@ def make_loss(config: Mapping[str, Any], activation: str, channels: int) -> Loss
         counted[0] = 0
 
     def loss(
-        logits: jax.Array, masks: jax.Array, drawn: jax.Array | None = None
+        logits: jax.Array, masks: jax.Array, annotated: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         targets = masks.astype(logits.dtype)
         taken = jnp.broadcast_to(jnp.asarray(weights), (logits.shape[0], channels))  # (B, C)
-        if drawn is not None:
-            taken = taken * drawn
+        if annotated is not None:
+            taken = taken * annotated
             if softmax:
-                logits, targets = merge_undrawn(logits, drawn), merge_undrawn_targets(targets, drawn)
+                logits, targets = merge_unannotated(logits, annotated), merge_unannotated_targets(targets, annotated)
         probs = jax.nn.softmax(logits) if softmax else jax.nn.sigmoid(logits)
         axes = _spatial(logits)
         if per_batch:
@@ -148,7 +148,7 @@ def make_loss(config: Mapping[str, Any], activation: str, channels: int) -> Loss
 
 
 def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Weighted; where no channel has a weight (nothing drawn that counts), zero."""
+    """Weighted; where no channel has a weight (nothing annotated that counts), zero."""
     total = jnp.sum(weights)
     return jnp.sum(values * weights) / jnp.where(total > 0, total, 1)
 

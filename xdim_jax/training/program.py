@@ -148,7 +148,7 @@ def step_arguments(program: Program, dataset: Dataset, params: Any, stats: Any) 
         "label": jax.ShapeDtypeStruct((data.batch, *data.patch), jnp.uint8),
         "key": jax.ShapeDtypeStruct((data.batch, 2), jnp.uint32),
     }
-    if dataset.drawn is not None:
-        shapes["drawn"] = jax.ShapeDtypeStruct((data.batch, len(program.output.channels)), jnp.bool_)
-        shapes["drawn_regions"] = jax.ShapeDtypeStruct((data.batch, len(dataset.regions.names)), jnp.bool_)
+    if dataset.annotated is not None:
+        shapes["annotated"] = jax.ShapeDtypeStruct((data.batch, len(program.output.channels)), jnp.bool_)
+        shapes["annotated_regions"] = jax.ShapeDtypeStruct((data.batch, len(dataset.regions.names)), jnp.bool_)
     return jax.eval_shape(program.init, params, stats), shapes, jax.eval_shape(lambda: jax.random.key(0))

@@ -69,12 +69,12 @@ def find_data(config: Config, dataset: Dataset, output: Output, workdir: Path, *
     chosen = entries[: len(train)]
     pipeline.check_size(chosen, data.sampling, whole_size(data.patch))
     facts = {}
-    if dataset.drawn is not None:
+    if dataset.annotated is not None:
         for case in train:
-            shown = dataset.drawn(case)
+            shown = dataset.annotated(case)
             facts[case.case_id] = {
-                "drawn": output.drawn_channels(shown),
-                "drawn_regions": np.array([name in shown for name in dataset.regions.names]),
+                "annotated": output.annotated_channels(shown),
+                "annotated_regions": np.array([name in shown for name in dataset.regions.names]),
             }
     return Found(chosen, list(zip(validation, entries[len(train) :], strict=True)), facts)
 

@@ -37,7 +37,7 @@ def make_train_step(
 
     Args:
         graphdef: of the network, see `split_model`.
-        loss: of logits, the masks of ``output``, and ``batch["drawn"]`` if there is one.
+        loss: of logits, the masks of ``output``, and ``batch["annotated"]`` if there is one.
         output: what the channels mean.
         tx: the optimiser.
         augment: changes the batch first; its randomness is in the batch.
@@ -61,10 +61,10 @@ def make_train_step(
             model.train()
             image = batch["image"].astype(dtype) if dtype != jnp.float32 else batch["image"]
             logits, *coarse = model(image, rngs=nnx.Rngs(dropout=key), levels=True)
-            drawn = batch.get("drawn")
-            value, parts = loss(logits, masks, drawn)
+            annotated = batch.get("annotated")
+            value, parts = loss(logits, masks, annotated)
             if coarse:
-                losses = [loss(c, resized(masks, c.shape[1:-1]), drawn)[0] for c in coarse]
+                losses = [loss(c, resized(masks, c.shape[1:-1]), annotated)[0] for c in coarse]
                 value = _with_levels(value, losses)
             metrics = {"loss": value, **parts} | _scores(logits, batch)
             return value, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
@@ -75,7 +75,7 @@ def make_train_step(
     def _scores(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         """Per region: the sum of the Dice over samples whose reference shows it, and their number."""
         dice = hard_dice(output.predicted_regions(logits), output.regions.encode(batch["label"], jnp))
-        shown = batch.get("drawn_regions", jnp.ones(dice.shape, bool))
+        shown = batch.get("annotated_regions", jnp.ones(dice.shape, bool))
         return {"score": jnp.sum(dice * shown, 0), "scored": jnp.sum(shown, 0).astype(dice.dtype)}
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:

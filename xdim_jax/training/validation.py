@@ -61,7 +61,7 @@ def make_validation(
             volume = data_case.read_case(case) if number < overlays else None
             truth = data_case.read_label(case) if volume is None or volume.label is None else volume.label
             predicted, reference = dataset.regions.encode(label), dataset.regions.encode(truth)
-            shown = names if dataset.drawn is None else dataset.drawn(case)
+            shown = names if dataset.annotated is None else dataset.annotated(case)
             for r, name in enumerate(names):
                 if name in shown:
                     dice = masks.dice(predicted[..., r], reference[..., r])

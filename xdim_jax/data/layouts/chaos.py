@@ -75,7 +75,7 @@ def dataset(task: int = 5, phase: str = "in") -> Dataset:
         Regions({name: (index,) for index, name in enumerate(structures, 1)}),
         lambda root, need_labels: scan(root, modalities, labels, phase, need_labels),
         holds_ct="CT" in modalities,
-        drawn=(lambda case: ("liver",) if case.info["modality"] == "CT" else structures) if task == 4 else None,
+        annotated=(lambda case: ("liver",) if case.info["modality"] == "CT" else structures) if task == 4 else None,
         same_structures=modalities == ("MR",) or structures == ("liver",),
         inspect=inspect,
     )
