@@ -1,0 +1,1 @@
+"""The workdir of a run: files, records, training state, checkpoints."""

@@ -1,0 +1,165 @@
+"""The record of a run: ``metrics.jsonl``, ``steps.jsonl``, TensorBoard and other experiment trackers."""
+
+import contextlib
+import contextvars
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+import numpy as np
+from tqdm import tqdm
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.errors import first_line
+from xdim_jax.base.files import atomic_path
+from xdim_jax.base.files import write_error
+from xdim_jax.base.log import warn
+
+
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+STEPS_FILE = "steps.jsonl"  # every step's loss, norms, and digest of its batch, exactly: what verify_run compares
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """Open files of a run's record, and further trackers; all empty on processes that do not write."""
+
+    jsonl: IO[str] | None = None
+    steps: IO[str] | None = None
+    tensorboard: "SummaryWriter | None" = None
+    trackers: list[Any] = dataclasses.field(default_factory=list)  # see xdim_jax.runs.trackers
+
+
+def read_records(workdir: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
+    """The records of a run, oldest first; an unfinished last line (the run was killed) is left out."""
+    path = workdir / file
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not isinstance(entry, dict) or "step" not in entry:
+            break
+        records.append(entry)
+    return records
+
+
+def open_recorder(workdir: Path, step: int, *, writes: bool, trackers: Sequence[Any] = ()) -> Recorder:
+    """Opens the record to go on after ``step``; what a killed run had written beyond it is dropped.
+
+    Raises:
+        UserError: the workdir cannot be written.
+    """
+    if not writes:
+        return Recorder()
+    for name in (METRICS_FILE, STEPS_FILE):
+        kept = [r for r in read_records(workdir, name) if r["step"] <= step]
+        with atomic_path(workdir / name) as temporary:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    try:
+        tensorboard = _tensorboard()(str(workdir / "tensorboard"), purge_step=step + 1)
+        metrics, steps = (open(workdir / n, "a", encoding="utf-8") for n in (METRICS_FILE, STEPS_FILE))  # noqa: SIM115
+        return Recorder(metrics, steps, tensorboard, list(trackers))
+    except OSError as error:
+        raise write_error(workdir / "tensorboard", error) from error
+
+
+def _tensorboard() -> "type[SummaryWriter]":
+    """The writer of tensorboardX, which would import torch where it is installed: that takes seconds, for nothing."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
+def record(recorder: Recorder, kind: str, step: int, values: Mapping[str, float]) -> None:
+    """Appends one record and its scalars. Raises UserError if the disk refuses it."""
+    if recorder.jsonl is None or recorder.tensorboard is None:
+        return
+    entry = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+    entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+    scalars = {f"{kind}/{name}": value for name, value in values.items() if math.isfinite(value)}
+    try:
+        recorder.jsonl.write(json.dumps(entry) + "\n")
+        recorder.jsonl.flush()
+        os.fsync(recorder.jsonl.fileno())
+        for name, value in scalars.items():
+            recorder.tensorboard.add_scalar(name, value, step)
+        recorder.tensorboard.flush()
+    except OSError as error:
+        raise write_error(Path(recorder.jsonl.name), error) from error
+    _tell_trackers(recorder, lambda tracker: tracker.scalars(step, scalars))
+
+
+def _tell_trackers(recorder: Recorder, tell: Callable[[Any], None]) -> None:
+    """A tracker that fails (its server is gone, its disk full) is left out from then on; training goes on."""
+    for tracker in list(recorder.trackers):
+        try:
+            tell(tracker)
+        except Exception as error:
+            recorder.trackers.remove(tracker)
+            reason = first_line(error)
+            warn(f"{type(tracker).__name__.strip('_').lower()} fails and is left out from now on: {reason}")
+
+
+def record_steps(recorder: Recorder, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Appends what `verify_run` compares. Raises UserError if the disk refuses it."""
+    if recorder.steps is None:
+        return
+    try:
+        recorder.steps.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        recorder.steps.flush()
+    except OSError as error:
+        raise write_error(Path(recorder.steps.name), error) from error
+
+
+def record_pictures(recorder: Recorder, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+    """Pictures uint8 (H, W, 3) by name. Raises UserError if the disk refuses them."""
+    if recorder.tensorboard is None:
+        return
+    try:
+        for name, picture in pictures.items():
+            recorder.tensorboard.add_image(f"validation/{name}", picture, step, dataformats="HWC")
+        recorder.tensorboard.flush()
+    except OSError as error:
+        raise write_error(Path(str(recorder.tensorboard.logdir)), error) from error
+    _tell_trackers(recorder, lambda tracker: tracker.pictures(step, pictures))
+
+
+def close_recorder(recorder: Recorder) -> None:
+    """Closes the files; losing the last buffered scalars to a full disk is not an error of its own."""
+    _tell_trackers(recorder, lambda tracker: tracker.close())
+    for file in (recorder.jsonl, recorder.steps, recorder.tensorboard):
+        try:
+            if file is not None:
+                file.close()
+        except OSError as error:
+            warn(str(write_error(Path(METRICS_FILE), error)))
+
+
+class NotFiniteError(UserError):
+    """The loss became NaN or infinite."""
+
+    def __init__(self, step: int, losses: list[float]):
+        shown = ", ".join(f"{x:.4g}" for x in losses)
+        super().__init__(
+            f"the loss or the update is not finite at step {step} (last losses: {shown}). Checkpoints are only of "
+            "steps before. Look at the intensities of the training data, or give a lower "
+            "--config.optim.schedule.peak with another --workdir"
+        )

@@ -1,0 +1,46 @@
+"""The training state: everything that one optimisation step changes, as a plain tree of arrays."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class TrainState(NamedTuple):
+    """Everything that a training step changes.
+
+    Attributes:
+        step: Number of steps done, int32.
+        params: Parameters as a nested dict, or a LookAhead pair of two such dicts.
+        stats: Running statistics of the normalisation layers, a nested dict.
+        opt_state: State of the optimiser.
+        ema: Moving average of the fast parameters and of the statistics, or an empty dict.
+    """
+
+    step: jax.Array
+    params: Any
+    stats: Any
+    opt_state: Any
+    ema: Any
+
+
+def init_state(params: Any, stats: Any, tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
+    """Return the state before the first step; with ``ema``, it includes a moving average."""
+    average = {"params": fast(params), "stats": stats} if ema else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params), average)
+
+
+def evaluated(state: TrainState) -> tuple[Any, Any]:
+    """Return the parameters and statistics to evaluate with: the moving average if there is one, else the slow weights."""
+    return (state.ema["params"], state.ema["stats"]) if state.ema else (slow(state.params), state.stats)
+
+
+def fast(params: Any) -> Any:
+    """Return the weights at which gradients are computed."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
+
+
+def slow(params: Any) -> Any:
+    """Return the weights that are evaluated and exported, unless there is a moving average."""
+    return params.slow if isinstance(params, optax.LookaheadParams) else params
