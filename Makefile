@@ -30,6 +30,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 	$(BIN)/shellcheck launch/*.sh
 	$(BIN)/hadolint launch/Dockerfile
 

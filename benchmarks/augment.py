@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from xdim_jax.files import write_json
+from xdim_jax.base.files import write_json
 
 REPEATS = 3
 
@@ -30,7 +30,7 @@ def ours(which: str, size: int) -> float:
     import jax.numpy as jnp
     import numpy as np
 
-    from xdim_jax.augment import make_augment
+    from xdim_jax.training.augment import make_augment
 
     sets = {
         "paper": ("scale", "rotate", "translate", "shear", "window", "noise"),

@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.sides import find_case
-from xdim_jax.files import write_json, write_text
+from xdim_jax.base.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = "dxnet:64,dxnet:96,dxnet:128,dsnet:64,omnia_b0:256,omnia_b4:512"

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from xdim_jax.files import write_json
+from xdim_jax.base.files import write_json
 
 PATCHES = 40
 
@@ -28,7 +28,8 @@ def _peak() -> float:
 
 def write(root: Path, cases: int, shape: tuple[int, int, int], first: int) -> None:
     """A share of the phantoms."""
-    from xdim_jax.data import brats, phantom
+    from xdim_jax.data import phantom
+    from xdim_jax.data.layouts import brats
 
     generation = brats.get_convention("brats2021")
     for n in range(first, cases, 2):
@@ -43,8 +44,9 @@ def write(root: Path, cases: int, shape: tuple[int, int, int], first: int) -> No
 
 def measure(root: Path, store: Path, jobs: int, task: str) -> dict[str, Any]:
     """Runs in a process of its own: prepares, or streams."""
-    from xdim_jax.data import brats, pipeline
+    from xdim_jax.data import pipeline
     from xdim_jax.data.case import list_cases, read_case
+    from xdim_jax.data.layouts import brats
     from xdim_jax.data.prepare import Preparation, prepare
     from xdim_jax.data.store import prepare_cases
 

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from xdim_jax.process import prefer_huge_pages
+from xdim_jax.base.huge_pages import prefer_huge_pages
 
 if __name__ == "__main__":
     prefer_huge_pages()
@@ -26,11 +26,15 @@ if __name__ == "__main__":
 import jax
 
 from benchmarks import sides
-from xdim_jax import cases, cli, models, ops, recipe
+from xdim_jax import ops
+from xdim_jax.base.config import load_config
 from xdim_jax.data import pipeline
-from xdim_jax.mesh import make_devices
-from xdim_jax.output import make_output
-from xdim_jax.program import make_program
+from xdim_jax.inference.output import make_output
+from xdim_jax.nets import networks
+from xdim_jax.ops.compilation import cache_programs
+from xdim_jax.training import check, run_data
+from xdim_jax.training.mesh import make_devices
+from xdim_jax.training.program import make_program
 
 
 def main() -> None:
@@ -45,11 +49,11 @@ def main() -> None:
     add("--precision", default="float32", choices=["float32", "bfloat16"])
     add("--root", type=Path, default=Path(tempfile.gettempdir()) / "xdim_jax_feeding")
     options = parser.parse_args()
-    cli.cache_programs()
+    cache_programs()
     config = configure(options)
-    dataset = recipe.check_config(config)
+    dataset = check.check_config(config)
     output = make_output(config.output, dataset)
-    found = cases.find_data(config, dataset, output, options.root, started=False, first=True)
+    found = run_data.find_data(config, dataset, output, options.root, started=False, first=True)
     devices = make_devices(-1, 1, batch=config.data.batch)
     program, params, stats = make_program(config, dataset, per_epoch=100)
     state = devices.put_state(jax.jit(program.init)(params, stats))
@@ -57,8 +61,8 @@ def main() -> None:
     stream = pipeline.make_stream(
         found.train,
         sampling=config.data.sampling,
-        size=recipe.whole_size(config.data.patch),
-        flat=models.spatial_axes(config.model) == 2,
+        size=check.whole_size(config.data.patch),
+        flat=networks.spatial_axes(config.model) == 2,
         foreground=config.data.foreground,
         patches_per_case=config.data.patches_per_case,
         batch=config.data.batch,
@@ -100,7 +104,7 @@ def main() -> None:
 def configure(options: argparse.Namespace) -> Any:
     """The recipe of a case, on phantoms of full size, with its own augmentation."""
     case = sides.find_case(options.case)
-    config = cli.load_config(f"configs/{case.recipe}.py:scratch", [])
+    config = load_config(f"configs/{case.recipe}.py:scratch", [])
     with config.unlocked():
         config.data.patch = case.patch
     config.data.batch, config.data.phantom.cases = case.batch, options.cases

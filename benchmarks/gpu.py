@@ -8,7 +8,7 @@
 2. Ceilings: the rate of one large matrix product, and of adding to one large array.
 3. Comparison: benchmarks/compare.py in bfloat16 against PyTorch with autocast, both layouts, plain and compiled.
 4. Profile: time of a training step by part of the network beside the least that its convolutions and matrix products
-   can take at these ceilings (`xdim_jax.roofline`), and the operations that take longest.
+   can take at these ceilings (`xdim_jax.training.roofline`), and the operations that take longest.
 
 Writes gpu.json, gpu.md and compare/ to --out. --rehearse does all of it on a CPU with toy sizes, in a few minutes.
 """
@@ -34,12 +34,14 @@ import numpy as np
 import optax
 
 from benchmarks import sides
-from xdim_jax import models, ops
-from xdim_jax.files import write_json, write_text
-from xdim_jax.loss import make_loss
-from xdim_jax.program import PRECISIONS
-from xdim_jax.roofline import Product, find_products, is_backward, part_of
-from xdim_jax.step import init_state, make_train_step
+from xdim_jax import ops
+from xdim_jax.base.files import write_json, write_text
+from xdim_jax.nets import networks
+from xdim_jax.nets.functional import PRECISIONS
+from xdim_jax.runs.state import init_state
+from xdim_jax.training.loss import make_loss
+from xdim_jax.training.roofline import Product, find_products, is_backward, part_of
+from xdim_jax.training.step import make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKED = "omnia_b0:64@2,omnia_b4:64@2,dxnet:64@1,dsnet:64@1"  # where numbers are compared
@@ -178,7 +180,7 @@ def profile(name: str, precision: str, ceilings: dict[str, float], steps: int = 
     """Device time of a training step by part, the least it can be, and the longest operations."""
     case = sides.find_case(name)
     config, program, params, stats = sides.make_our_program(case, precision)
-    parts = models.parts_of(config.model)
+    parts = networks.parts_of(config.model)
     state = jax.tree.map(jnp.copy, jax.jit(program.init)(params, stats))
     image, label = sides.make_data(case)
     batch, key = {"image": jnp.asarray(image), "label": jnp.asarray(label)}, jax.random.key(0)

@@ -24,9 +24,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from xdim_jax import log
+from xdim_jax.base.files import write_json
 from xdim_jax.data import phantom
-from xdim_jax.files import write_json
+from xdim_jax.runs.records import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,7 +99,7 @@ def measure(case: str, way: str, data: Path, options: argparse.Namespace) -> dic
             raise SystemExit((folder / f"worker{number}.txt").read_text()[-2000:])
     wall = time.time() - begin
     records = [
-        [r for r in log.read_records(folder / "runs" / f"trial{t:04d}") if r["kind"] == "train"]
+        [r for r in read_records(folder / "runs" / f"trial{t:04d}") if r["kind"] == "train"]
         for t in range(options.trials)
     ]
     steps = len(records[0])

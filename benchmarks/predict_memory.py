@@ -18,7 +18,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from xdim_jax.files import write_json
+from xdim_jax.base.files import write_json
 
 BOUND = 10**9
 
@@ -63,13 +63,19 @@ def write_data(root: Path, shape: tuple[int, ...]) -> None:
 
 def predict(folder: Path, patch: str) -> dict:
     """In this process, whose largest resident set is asked for at the end."""
-    from xdim_jax import checkpoint, cli, memory, models, predict, predictor, step
+    from xdim_jax.base.config import load_config
+    from xdim_jax.base.files import write_json
     from xdim_jax.data import case as data_case
-    from xdim_jax.data.datasets import get_dataset
-    from xdim_jax.files import CONFIG_FILE, DATA_FILE, write_json
+    from xdim_jax.data.layouts.datasets import get_dataset
+    from xdim_jax.inference import memory, predictions, predictor
+    from xdim_jax.nets import networks
+    from xdim_jax.nets.functional import split_model
+    from xdim_jax.ops.compilation import cache_programs
+    from xdim_jax.runs import checkpoint
+    from xdim_jax.runs.workdir import CONFIG_FILE, DATA_FILE
 
-    cli.cache_programs()
-    config = cli.load_config("configs/own_dxnet.py", [])
+    cache_programs()
+    config = load_config("configs/own_dxnet.py", [])
     with config.unlocked():
         config.data.dataset, config.data.root, config.output = "nnunet", str(folder / "data"), "softmax"
         config.data.patch = tuple(map(int, patch.split(",")))
@@ -79,7 +85,7 @@ def predict(folder: Path, patch: str) -> dict:
     workdir = folder / "run"
     write_json(workdir / CONFIG_FILE, config.to_dict())
     write_json(workdir / DATA_FILE, data_case.describe(dataset))
-    _, params, stats = step.split_model(models.build(config.model, seed=0))
+    _, params, stats = split_model(networks.build(config.model, seed=0))
     checkpoints = checkpoint.open_checkpoints(workdir)
     checkpoint.save_best(checkpoints, 1, params, stats, 0.5)
     checkpoint.close(checkpoints)
@@ -89,7 +95,7 @@ def predict(folder: Path, patch: str) -> dict:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begin = time.monotonic()
     said = memory.held() + sum(memory.needs(ready, [case]))
-    failures = predict.predict_cases(ready, [case], folder / "out")
+    failures = predictions.predict_cases(ready, [case], folder / "out")
     assert not failures, failures
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"peak": peak, "before": before, "said": said, "seconds": time.monotonic() - begin}

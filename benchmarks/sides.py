@@ -70,11 +70,11 @@ def make_data(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
     """What is timed, and facts; compiled."""
-    from xdim_jax import cli
-    from xdim_jax.process import prefer_huge_pages
+    from xdim_jax.base.huge_pages import prefer_huge_pages
+    from xdim_jax.ops.compilation import cache_programs
 
     if options.side == "ours":
-        cli.cache_programs()
+        cache_programs()
         prefer_huge_pages()  # as the mains of the package do
     import jax
     import jax.numpy as jnp
@@ -128,11 +128,11 @@ def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Call
 
 def make_our_program(case: Case, precision: str, remat: str = "") -> tuple[Any, Any, Any, Any]:
     """The recipe with what both sides do, its program, parameters and statistics."""
-    from xdim_jax import cli
-    from xdim_jax.data.datasets import get_dataset
-    from xdim_jax.program import make_program
+    from xdim_jax.base.config import load_config
+    from xdim_jax.data.layouts.datasets import get_dataset
+    from xdim_jax.training.program import make_program
 
-    config = cli.load_config(f"configs/{case.recipe}.py:scratch", [])
+    config = load_config(f"configs/{case.recipe}.py:scratch", [])
     with config.unlocked():
         config.data.root, config.data.patch, config.data.batch = "unused", case.patch, case.batch
         config.model.get("inner", config.model).encoder.drop_path = 0.0
@@ -146,14 +146,14 @@ def make_our_program(case: Case, precision: str, remat: str = "") -> tuple[Any, 
 def _ours_predict(config: Any, program: Any, params: Any, stats: Any, facts: dict[str, Any]) -> Any:
     """A BraTS volume as a predictor sees it."""
 
-    from xdim_jax import infer
     from xdim_jax.data.prepare import Prepared
+    from xdim_jax.inference import sliding_window
 
     size = VOLUME
     raw = np.random.default_rng(0).normal(size=(*size, 4)).astype(np.float32)
     box = tuple(slice(0, n) for n in size)
     prepared = Prepared(raw, None, (0.0,) * 4, (1.0,) * 4, False, box, size, (1.0,) * 3)  # pyright: ignore
-    segmenter = infer.make_segmenter(config, program.forward, program.output)
+    segmenter = sliding_window.make_segmenter(config, program.forward, program.output)
     weights = (params, stats)
     begin = time.perf_counter()
     segmenter.device_bytes(weights, [(size, size)], 4)
@@ -270,7 +270,7 @@ def _device_name(torch: Any, device: str) -> str:
 
 def _torch_predict(torch: Any, infer: Callable[[Any], Any], device: str) -> Callable[[], None]:
     """Windows of 128^3 that overlap by half, with Gaussian weights, blended in one array; as is usual in PyTorch."""
-    from xdim_jax.infer import gaussian_weights, window_starts
+    from xdim_jax.inference.sliding_window import gaussian_weights, window_starts
 
     volume = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 4, *VOLUME)).astype(np.float32))
     gauss = torch.from_numpy(gaussian_weights((128,) * 3)).to(device)

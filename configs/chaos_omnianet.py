@@ -10,7 +10,7 @@ Words after the colon: ``task=K``: 1 liver on CT and MR, 2 liver on CT, 3 liver 
 on two CPU cores; random weights), ``fold=K`` (0 to 4) or ``fold=all``, ``scratch`` (random weights instead of
 noisy-student ones).
 
-In task 4, kidneys and spleen are not drawn on CT: there they count as background in the loss (xdim_jax/loss.py).
+In task 4, kidneys and spleen are not annotated on CT: there they count as background in the loss (training/loss.py).
 
 Said by the paper: every value that has no comment. Hardware: one GPU of 16 GB. Not measured by us on a GPU yet.
 Paper's score (Table 4, CHAOS test set), mean score of the tasks 1 to 5: 73.62, 82.98, 72.88, 61.80, 69.32.
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> Any:
             "phantom": {"cases": 0, "held_out": 0, "shape": (512, 512, 80), "noise": 0.06, "bias": 0.1},
         }
     )
-    # each with probability 0.5; their strengths are not said (xdim_jax/data/augmentation.py)
+    # each with probability 0.5; their strengths are not said (xdim_jax/training/augment_table.py)
     config.augment = common.augmentation(scale=0.5, rotate=0.5, translate=0.5, shear=0.5, window=0.5, noise=0.5)
     config.output = "softmax"  # as on CAMUS
     config.loss = common.dice_and_entropy()

@@ -4,8 +4,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from xdim_jax.data.augmentation import DEFAULTS
 from xdim_jax.data.splits import ALL_FOLDS
+from xdim_jax.training.augment_table import DEFAULTS
 
 Words = dict[str, int]
 
@@ -51,7 +51,7 @@ def augmentation(**probabilities: float) -> Any:
 
 
 def schedule(name: str, *, peak: float, **values: float) -> Any:
-    """The ``optim.schedule`` section: of its keys, each schedule uses some (xdim_jax/optim.py)."""
+    """The ``optim.schedule`` section: of its keys, each schedule uses some (xdim_jax/training/optim.py)."""
     section = {
         "name": name,  # constant_then_cosine, exponential or polynomial
         "peak": peak,
@@ -95,7 +95,7 @@ def nadam_lookahead(*, constant_epochs: float) -> Any:
 
 
 def dice_and_entropy(name: str = "dice_bce") -> Any:
-    """The ``loss`` section: Eq. 5 of the paper, see xdim_jax/loss.py for what is corrected in it."""
+    """The ``loss`` section: Eq. 5 of the paper, see xdim_jax/training/loss.py for what is corrected in it."""
     return ConfigDict(
         {
             "name": name,  # dice_bce (the paper's), dice_ce (softmax alone)
@@ -136,10 +136,10 @@ def get_config() -> Any:
             "weights": "",
             "require": True,  # all of it must fit; False: what does not fit stays random, and the log says what
             "part": "all",  # of a network's weights: all, or encoder
-            "inflate": "mean",  # rule when a 2D encoder meets a 3D network (xdim_jax/inflate.py); the paper: repeat
+            "inflate": "mean",  # rule when a 2D encoder meets a 3D network (nets/inflate.py); the paper: repeat
             "sigma": 1.0,  # of rule gaussian, in taps
             "spacing": 1.0,  # of rule spacing: slice distance / pixel width
-            "channels": "cycle",  # rule when the numbers of input channels differ (xdim_jax/stem.py)
+            "channels": "cycle",  # rule when the numbers of input channels differ (xdim_jax/nets/input_channels.py)
             "accept": "",  # of padding, eps, depth, with commas: what may differ from how the weights were trained
         }
     )

@@ -58,7 +58,7 @@ def dxnet(*, in_channels: int, out_channels: int, released: bool = False) -> Any
             "filters": FILTERS,
             "deep_supervision": False,
             # the axis that the 2D encoder lacks. Zero padding and pooling over the volume are the released code's;
-            # "edge" and "slice" make inflation exact (see xdim_jax/inflate.py)
+            # "edge" and "slice" make inflation exact (see xdim_jax/nets/inflate.py)
             "depth": {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)},
         }
     )

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from xdim_jax.files import atomic_path
-from xdim_jax.inflate import Inflation, inflate_kernel
-from xdim_jax.layers import Depth
-from xdim_jax.loading import make_model
-from xdim_jax.weights import adapt_encoder, read_weights
+from xdim_jax.base.files import atomic_path
+from xdim_jax.inference.model import make_model
+from xdim_jax.nets.inflate import Inflation, inflate_kernel
+from xdim_jax.nets.layers import Depth
+from xdim_jax.nets.weights import adapt_encoder, read_weights
 
 LAYER, CHANNEL = "blocks.2.1.conv_dw.kernel", 100  # of 240 channels; in the second third, which acs rotates
 ROWS = [

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from xdim_jax.colours import PALETTE
+from xdim_jax.base.files import atomic_path
 from xdim_jax.data import phantom
 from xdim_jax.data.case import Case, list_cases, read_case
-from xdim_jax.data.datasets import get_dataset
-from xdim_jax.figures import shade
-from xdim_jax.files import atomic_path
+from xdim_jax.data.layouts.datasets import get_dataset
+from xdim_jax.pages.colours import PALETTE
+from xdim_jax.pages.figures import shade
 
 
 def show(

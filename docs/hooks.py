@@ -8,14 +8,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PACKAGES = tuple(f"xdim_jax/{name}".rstrip("/") for name in ("", "data", "scoring", "ops", "encoders", "sweeps")) + (
+# every folder of the package that has modules, and weight_port
+PACKAGES = (
+    *sorted({path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "xdim_jax").rglob("*.py")}),
     "weight_port",
 )
 
 
 def on_pre_build(config):
     """Write the reference pages before mkdocs collects the files."""
-    from xdim_jax.files import write_text
+    from xdim_jax.base.files import write_text
 
     folder = Path(config["docs_dir"]) / "reference"
     folder.mkdir(exist_ok=True)
@@ -47,10 +49,10 @@ def comments():
 
 def config_page():
     """Return the page with a table of all values of all recipes."""
-    from xdim_jax import cli
+    from xdim_jax.base.config import leaves, load_config, shipped_recipes
 
     notes = comments()
-    configs = {name: dict(cli.leaves(cli.load_config(name, []))) for name in cli.shipped_recipes()}
+    configs = {name: dict(leaves(load_config(name, []))) for name in shipped_recipes()}
     keys = list(dict.fromkeys(key for values in configs.values() for key in values))
     lines = [
         "# Config values",

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from xdim_jax.signals import REQUEUE, catch_signals
+from xdim_jax.base.signals import REQUEUE, catch_signals
 from xdim_jax.sweeps import study as studies
 from xdim_jax.sweeps.worker import Job, work
 

@@ -13,9 +13,12 @@ from flax import nnx
 from scipy import ndimage
 
 from configs import common
-from xdim_jax import augment, loss, output, regions, step
-from xdim_jax.data import augmentation
-from xdim_jax.errors import UserError
+from xdim_jax.base.errors import UserError
+from xdim_jax.data import regions
+from xdim_jax.inference import output
+from xdim_jax.nets.functional import split_model
+from xdim_jax.runs.state import init_state
+from xdim_jax.training import augment, augment_table, loss, step
 
 AFFINE = {"scale": {"p": 1.0}, "rotate": {"p": 1.0, "degrees": 40.0}, "translate": {"p": 1.0}, "shear": {"p": 1.0}}
 ELASTIC = {"elastic": {"p": 1.0}}
@@ -27,12 +30,12 @@ def sample(rng, ndim, channels=2):
 
 
 def on(section, ndim):
-    return {k: v for k, v in augmentation.settings(section, ndim).items() if v["p"] > 0}
+    return {k: v for k, v in augment_table.settings(section, ndim).items() if v["p"] > 0}
 
 
 def keys_of(seed):
     root = jax.random.wrap_key_data(jnp.asarray([0, seed], jnp.uint32))
-    return {name: jax.random.fold_in(root, i) for i, name in enumerate(augmentation.DEFAULTS)}
+    return {name: jax.random.fold_in(root, i) for i, name in enumerate(augment_table.DEFAULTS)}
 
 
 @functools.cache
@@ -236,7 +239,7 @@ def test_noise_gamma_brightness_and_contrast_by_hand(rng):
 
 
 def test_cutout_is_off_by_default_and_a_box_when_on():
-    assert augmentation.DEFAULTS["cutout"]["p"] == 0
+    assert augment_table.DEFAULTS["cutout"]["p"] == 0
     image = np.ones((20, 20, 1), np.float32)
     got, _ = one({"cutout": {"p": 1.0, "share": 0.3}}, 0, image, np.zeros((20, 20), np.uint8))
     rows, columns = np.nonzero(got[..., 0] == 0)
@@ -247,7 +250,7 @@ def test_cutout_is_off_by_default_and_a_box_when_on():
 
 EVERYTHING = {
     name: {"p": 0.5} | ({"axes": (0, 1)} if name == "flip" else {})
-    for name in augmentation.DEFAULTS
+    for name in augment_table.DEFAULTS
     if name != "cutout"
 }
 
@@ -299,7 +302,7 @@ def test_wrong_settings_are_named_at_once():
         "rotat": {"p": 1.0}, "scale": {"p": 2.0, "low": 2.0}, "noise": {"size": 1.0}, "flip": {"p": 0.5, "axes": (2,)}
     }  # fmt: skip
     with pytest.raises(UserError) as error:
-        augmentation.settings(section, 2)
+        augment_table.settings(section, 2)
     for words in ("augment.rotat is unknown", "scale.p=2.0", "low <= high", "noise.size is unknown", "flip.axes=(2,)",
         "elastic.cells=0", "blur.high=1000.0", "cutout.share=2.0"):  # fmt: skip
         assert words in str(error.value)
@@ -320,14 +323,14 @@ class Scale(nnx.Module):
 
 def test_the_step_trains_on_what_augmentation_gives(rng):
     """A step with a function that blanks the labels is the step on blank labels."""
-    graphdef, params, stats = step.split_model(Scale())
+    graphdef, params, stats = split_model(Scale())
     tx = optax.sgd(0.1)
     parts = graphdef, loss.make_loss(common.dice_and_entropy(), "sigmoid", 1), PLANE, tx
     batch = {"image": rng.normal(size=(2, 8, 8, 1)).astype(np.float32), "label": np.ones((2, 8, 8), np.uint8)}
     blank = batch | {"label": np.zeros((2, 8, 8), np.uint8)}
 
     def after(batch, **options):
-        state = step.init_state(params, stats, tx)
+        state = init_state(params, stats, tx)
         return step.make_train_step(*parts, **options)(state, batch, jax.random.key(0))[1]
 
     changed = after(batch, augment=lambda b: b | {"label": jnp.zeros_like(b["label"])})

@@ -15,12 +15,17 @@ import pytest
 
 from tests import test_pack as packs
 from tests.test_pack import OWN, RECIPE, alone, assert_same, data, overrides, shrunk  # noqa: F401  (two fixtures)
-from xdim_jax import bucket, checkpoint, log, recipe, step, sweep, train
+from xdim_jax import sweep, train
+from xdim_jax.base import bucket
+from xdim_jax.base.errors import UserError
 from xdim_jax.data import case as data_case
-from xdim_jax.data import shelves
+from xdim_jax.data import store_backends
 from xdim_jax.data.prepare import Preparation
 from xdim_jax.data.store import prepare_cases
-from xdim_jax.errors import UserError
+from xdim_jax.nets.functional import split_model
+from xdim_jax.runs import checkpoint
+from xdim_jax.runs.records import STEPS_FILE, read_records
+from xdim_jax.training import check
 
 
 def free_port():
@@ -245,7 +250,7 @@ def test_addresses_that_lead_nowhere(address, message, gcs):
 def prepared(data, folder, **options):  # noqa: F811
     """The entries of the phantoms, and what was said."""
     config = packs.load(data, OWN[0])
-    dataset = recipe.check_config(config)
+    dataset = check.check_config(config)
     cases = data_case.usable_cases(data_case.scan_cases(dataset, data, need_labels=True), data)
     said = []
     settings = Preparation.from_config(config.data.prepare)
@@ -273,7 +278,7 @@ def test_cases_in_a_bucket_are_those_of_a_folder(store, data, tmp_path):  # noqa
 
 def test_what_another_host_wrote_meanwhile_stays(plain, tmp_path):
     """Two see an empty store; what the second would write is there when it comes to it, and may be read by a run."""
-    first, second = (shelves.open_shelf(plain, "key") for _ in range(2))
+    first, second = (store_backends.open_shelf(plain, "key") for _ in range(2))
     place, arrays = (
         first.place("case-0"),
         {"image": np.arange(24, dtype=np.int16).reshape(2, 3, 4), "voxels": np.arange(5)},
@@ -284,7 +289,7 @@ def test_what_another_host_wrote_meanwhile_stays(plain, tmp_path):
     assert second.write(place, arrays, {"by": "second"}, lambda facts: facts["by"] == "first") == kept
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "bucket").rglob("*") if p.is_file()}
     assert second.write(place, arrays, {"by": "second"}, lambda facts: False)["by"] == "second"
-    assert shelves.open_entry(place)[0]["by"] == "second" and second.size(place) >= first.size(place)
+    assert store_backends.open_entry(place)[0]["by"] == "second" and second.size(place) >= first.size(place)
 
 
 def test_a_chunk_that_is_gone_is_missed(plain, data, tmp_path, monkeypatch):  # noqa: F811
@@ -299,17 +304,17 @@ def test_a_chunk_that_is_gone_is_missed(plain, data, tmp_path, monkeypatch):  # 
     (folder / "case.json").unlink()  # written last: the entry was not finished
     assert "15 of 16" in prepared(data, plain)[1][0]
     refuse = lambda self, *rest: (_ for _ in ()).throw(ConnectionError("gone"))  # noqa: E731
-    shelves._open_zarr.cache_clear()
-    monkeypatch.setattr(shelves, "_zarr", refuse)
+    store_backends._open_zarr.cache_clear()
+    monkeypatch.setattr(store_backends, "_zarr", refuse)
     with pytest.raises(UserError, match="is damaged"):
         entries[0].load()
-    shelves._open_zarr.cache_clear()
+    store_backends._open_zarr.cache_clear()
 
 
 def test_a_volume_is_read_by_the_chunk(plain, tmp_path):
     """Of a volume of three chunks a side, what a small patch needs is opened: the others may be gone."""
     image = np.random.default_rng(0).integers(-9, 9, (70, 130, 130, 2)).astype(np.int16)
-    shelf = shelves.open_shelf(plain, "key")
+    shelf = store_backends.open_shelf(plain, "key")
     place = shelf.place("case-0")
     shelf.write(place, {"image": image, "voxels": np.arange(5, dtype=np.int32)}, {"a": 1}, lambda facts: True)
     chunks = [p for p in (tmp_path / "bucket" / "key" / "case-0" / "image" / "c").rglob("*") if p.is_file()]
@@ -317,14 +322,14 @@ def test_a_volume_is_read_by_the_chunk(plain, tmp_path):
     for path in chunks:
         if path.relative_to(tmp_path / "bucket" / "key" / "case-0" / "image" / "c").as_posix() != "1/0/2/0":
             path.unlink()
-    _, found, label = shelves.open_entry(place)
-    assert label is None and shelves.open_voxels(place)[3] == 3 and found.shape == image.shape
+    _, found, label = store_backends.open_entry(place)
+    assert label is None and store_backends.open_voxels(place)[3] == 3 and found.shape == image.shape
     np.testing.assert_array_equal(found[40:60, 10:50, 129:], image[40:60, 10:50, 129:])
 
 
 def test_prepared_cases_lie_in_known_stores_alone():
     with pytest.raises(UserError, match="prepared cases may lie in a folder, gs:// or s3://"):
-        shelves._store("az://a/b")
+        store_backends._store("az://a/b")
 
 
 # -- runs ---------------------------------------------------------------------------------------------------------
@@ -348,7 +353,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_host(store, data, alone, tmp_path,
 
     with shrunk():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("xdim_jax.loop.compile_step", stops)
+            patch.setattr("xdim_jax.training.loop.compile_step", stops)
             assert train.main(command) == 75
         other_host(monkeypatch, tmp_path)
         assert train.main(command) == 0
@@ -404,18 +409,18 @@ def test_hosts_with_disks_of_their_own_train_one_run(data, alone, plain, tmp_pat
     statuses, said = ended(start_processes(tmp_path, plain, data, "second"), tmp_path, "second")
     assert statuses == [0, 0] and "resume     from step" in said, said
     found = bucket.fetch(plain)
-    steps, expected = (log.read_records(w, log.STEPS_FILE) for w in (found, alone[0]))
+    steps, expected = (read_records(w, STEPS_FILE) for w in (found, alone[0]))
     assert [s["step"] for s in steps] == [s["step"] for s in expected]
     # which process has a sample tells its place in the batch, and so what drop path takes from it
     assert [sorted(s["batch"]) for s in steps] == [sorted(s["batch"]) for s in expected]
-    assert [r["step"] for r in log.read_records(found) if r["kind"] == "validation"] == [6]
+    assert [r["step"] for r in read_records(found) if r["kind"] == "validation"] == [6]
     weights = checkpoint.load_weights(found, *split_small())
     assert weights[2].startswith("best validation")
 
 
 def split_small():
     """Trees of the shapes of the toy's parameters and statistics."""
-    return step.split_model(packs.Small(4, 0))[1:]
+    return split_model(packs.Small(4, 0))[1:]
 
 
 def test_trials_of_a_sweep_lie_in_a_bucket(data, tmp_path, plain, monkeypatch):  # noqa: F811
@@ -430,7 +435,7 @@ def test_trials_of_a_sweep_lie_in_a_bucket(data, tmp_path, plain, monkeypatch): 
     other_host(monkeypatch, tmp_path)
     for trial in ("trial0000", "trial0001"):
         found = bucket.fetch(f"{plain}/{trial}")
-        assert any(r["kind"] == "validation" for r in log.read_records(found))
+        assert any(r["kind"] == "validation" for r in read_records(found))
 
 
 if __name__ == "__main__":  # a process of a run of two, with the toy network

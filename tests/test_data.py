@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from tests.conftest import CONVENTION
-from xdim_jax import regions
-from xdim_jax.data import brats, nifti, phantom, splits
+from xdim_jax.base.errors import UserError
+from xdim_jax.data import phantom, regions, splits
 from xdim_jax.data.case import Case, check_grids, list_cases, read_case, scan_cases
-from xdim_jax.data.image import read_volume
+from xdim_jax.data.images import nifti
+from xdim_jax.data.images.image import read_volume
 from xdim_jax.data.labels import Labels
-from xdim_jax.errors import UserError
+from xdim_jax.data.layouts import brats
 
 BRATS_FILES = brats.get_convention("brats2021")
 BRATS, NEW = brats.dataset("brats2021"), brats.dataset("brats2023")

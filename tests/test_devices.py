@@ -23,15 +23,21 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.kill_and_resume import OPTIONS
-from xdim_jax import checkpoint, cli, log, mesh, models, ops, program, recipe, step, train
+from xdim_jax import ops, train
+from xdim_jax.base.config import load_config
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.signals import StopRequest
 from xdim_jax.data import phantom
-from xdim_jax.errors import UserError
-from xdim_jax.layers import Conv, DropPath, Norm, Style
-from xdim_jax.loss import make_loss
-from xdim_jax.output import Output
-from xdim_jax.program import PRECISIONS
-from xdim_jax.signals import StopRequest
-from xdim_jax.step import TrainState, make_train_step, split_model
+from xdim_jax.inference.output import Output
+from xdim_jax.nets import networks
+from xdim_jax.nets.functional import PRECISIONS, split_model
+from xdim_jax.nets.layers import Conv, DropPath, Norm, Style
+from xdim_jax.runs import checkpoint
+from xdim_jax.runs.records import STEPS_FILE, read_records
+from xdim_jax.runs.state import TrainState, evaluated, init_state
+from xdim_jax.training import check, mesh, program
+from xdim_jax.training.loss import make_loss
+from xdim_jax.training.step import make_train_step
 
 REPO = Path(__file__).parent.parent
 TOY = ["--config.model.filters=(8,8,8,8,8)"]
@@ -66,8 +72,8 @@ NETWORKS = {
 def configured(network, *overrides):
     """The config and the data set of a toy network."""
     name, *options = NETWORKS[network]
-    config = cli.load_config(name, [*options, *(f"--config.{o}" for o in overrides)])
-    return config, recipe.check_config(config)
+    config = load_config(name, [*options, *(f"--config.{o}" for o in overrides)])
+    return config, check.check_config(config)
 
 
 def keep_gradients():
@@ -383,23 +389,23 @@ def test_following_the_advice_helps():
 
 def test_a_depth_that_cannot_be_spread_at_every_level_is_refused():
     config, _ = configured("dxnet")
-    models.check_space(config.model, (16, 32, 32), 4)
-    models.check_space(config.model, (18, 32, 32), 1)
+    networks.check_space(config.model, (16, 32, 32), 4)
+    networks.check_space(config.model, (18, 32, 32), 1)
     with pytest.raises(UserError) as caught:
-        models.check_space(config.model, (24, 32, 32), 4)
+        networks.check_space(config.model, (24, 32, 32), 4)
     assert str(caught.value) == (
         "config.mesh.space=4 does not divide the 6 planes that the coarsest level has of "
         "config.data.patch=(24, 32, 32); make the first side 16 or 32"
     )
     for side in (16, 32):
-        models.check_space(config.model, (side, 32, 32), 4)
+        networks.check_space(config.model, (side, 32, 32), 4)
     flat, _ = configured("omnianet")
     with pytest.raises(UserError, match="the 3 planes"):
-        models.check_space(flat.model, (96, 32), 2)
-    models.check_space(flat.model, (128, 32), 2)
+        networks.check_space(flat.model, (96, 32), 2)
+    networks.check_space(flat.model, (128, 32), 2)
     folded, _ = configured("dsnet")
     with pytest.raises(UserError, match=r"mesh.space=2: DS-Net folds the depth into colour channels.*mesh.space=1"):
-        models.check_space(folded.model, (97, 32, 32), 2)
+        networks.check_space(folded.model, (97, 32, 32), 2)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +445,7 @@ def sample_state(value):
     params = optax.LookaheadParams.init_synced({"w": value * jnp.arange(6.0).reshape(2, 3), "b": value * jnp.ones(5)})
     stats = {"norm": {"mean": value * jnp.arange(3.0)}}
     tx = optax.lookahead(optax.adam(0.1), 6, 0.5)
-    state = step.init_state(params, stats, tx, ema=True)
+    state = init_state(params, stats, tx, ema=True)
     return jax.tree.map(jnp.copy, state._replace(step=jnp.int32(7)))
 
 
@@ -497,7 +503,7 @@ def small_step(norm, *, tx=None, **options):
     output = Output("softmax", dataset.regions, ("background", "LV_endo", "LV_epi"))
     tx = tx or keep_gradients()
     made = make_train_step(graphdef, make_loss(config.loss, "softmax", 3), output, tx, **options)
-    return made, step.init_state(params, stats, tx, ema=bool(options.get("ema")))
+    return made, init_state(params, stats, tx, ema=bool(options.get("ema")))
 
 
 def small_batch(samples):
@@ -565,7 +571,7 @@ def test_the_moving_average_by_hand(decay):
         average = jax.tree.map(lambda a, b, d=d: d * a + (1 - d) * np.asarray(b), average, now)
     assert max(differences({"ema": state.ema}, {"ema": average}).values()) < 1e-6
     assert differences({"ema": state.ema}, {"ema": now})["ema"] > 1e-3
-    params, stats = step.evaluated(state)
+    params, stats = evaluated(state)
     assert params is state.ema["params"] and stats is state.ema["stats"]
 
 
@@ -707,12 +713,12 @@ def test_recomputing_stages_changes_no_number(network, overrides, names, quick_c
 def test_every_stage_that_a_network_names_is_one(network):
     """Recomputing it adds a `remat` to the program; none is there without."""
     config, _ = configured(network)
-    stages = models.build_abstract(config.model).stages
+    stages = networks.build_abstract(config.model).stages
     assert len(stages) == {"omnianet": 6, "dxnet": 6, "dsnet": 15}[network]
 
     def count(names):
-        model = models.build_abstract(config.model)
-        models.set_remat(model, names)
+        model = networks.build_abstract(config.model)
+        networks.set_remat(model, names)
         graphdef, params, stats = split_model(model)
 
         def forward(params, stats, image):
@@ -735,15 +741,15 @@ def test_a_stage_that_is_not_there_is_an_error_with_those_that_are():
         "encoder, decoder1, decoder2, decoder3, decoder4, decoder5"
     )
     config, _ = configured("omnianet")
-    model = models.build_abstract(config.model)
-    models.set_remat(model, " decoder5 , encoder,")
+    model = networks.build_abstract(config.model)
+    networks.set_remat(model, " decoder5 , encoder,")
     assert model.remat == ("decoder5", "encoder")
 
 
 def test_a_pattern_that_fits_stages_of_the_inner_network_reaches_them():
     config, _ = configured("dsnet")
-    model = models.build_abstract(config.model)
-    models.set_remat(model, "*decoder5")
+    model = networks.build_abstract(config.model)
+    networks.set_remat(model, "*decoder5")
     assert any(fnmatch.fnmatchcase("decoder5", pattern) for pattern in model.inner.remat)
 
 
@@ -808,7 +814,7 @@ def end(processes, workdir, statuses, timeout=200):
 
 def wait_for_step(workdir, processes, number, timeout=200):
     deadline = time.monotonic() + timeout
-    while not any(r["step"] >= number for r in log.read_records(workdir, log.STEPS_FILE)):
+    while not any(r["step"] >= number for r in read_records(workdir, STEPS_FILE)):
         assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
         time.sleep(0.05)
 
@@ -824,13 +830,13 @@ def test_two_processes_compute_what_one_does_and_one_of_them_writes(camus, tmp_p
     options = ["train.epochs=2", "train.validate_every=1", "optim.eps=0.01"]
     end(start_processes(camus, alone, 1, *options), alone, [0])
     end(start_processes(camus, both, 2, *options), both, [0, 0])
-    one, two = (log.read_records(w, log.STEPS_FILE) for w in (alone, both))
+    one, two = (read_records(w, STEPS_FILE) for w in (alone, both))
     assert [r["step"] for r in two] == [r["step"] for r in one] == list(range(1, 17))
     # step 3 tells of two updates; later steps drift apart: batch norm over a few values makes much of rounding
     np.testing.assert_allclose([r["loss"] for r in two[:3]], [r["loss"] for r in one[:3]], rtol=1e-4)
     np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], rtol=0.02)
-    kinds = [(r["kind"], r["step"]) for r in log.read_records(both)]
-    assert len(kinds) == len(set(kinds)) and kinds == [(r["kind"], r["step"]) for r in log.read_records(alone)]
+    kinds = [(r["kind"], r["step"]) for r in read_records(both)]
+    assert len(kinds) == len(set(kinds)) and kinds == [(r["kind"], r["step"]) for r in read_records(alone)]
     assert len(list((both / "tensorboard").iterdir())) == 1
     assert [sorted(r["batch"]) for r in two] == [sorted(r["batch"]) for r in one], "the same samples"
     assert "step 1/16" in Path(f"{both}.0.txt").read_text()
@@ -845,12 +851,12 @@ def test_a_signal_to_any_process_stops_all_at_one_step(camus, tmp_path, signalle
     for index in signalled:
         processes[index].send_signal(signal.SIGTERM)
     end(processes, workdir, [75, 75])
-    last = log.read_records(workdir, log.STEPS_FILE)[-1]["step"]
+    last = read_records(workdir, STEPS_FILE)[-1]["step"]
     assert saved_steps(workdir)[-1] == last < 8 * EPOCHS
     end(start_processes(camus, workdir, 2), workdir, [0, 0])
     text = Path(f"{workdir}.0.txt").read_text()
     assert f"resume     from step {last}" in text
-    steps = [r["step"] for r in log.read_records(workdir, log.STEPS_FILE)]
+    steps = [r["step"] for r in read_records(workdir, STEPS_FILE)]
     assert steps == list(range(1, 8 * EPOCHS + 1))
 
 
@@ -874,4 +880,4 @@ cli.run(train.main)
     workdir = tmp_path / "run"
     processes = start_processes(camus, workdir, 2, "train.validate_every=1", "train.epochs=3", code=code)
     end(processes, workdir, [75, 75])
-    assert saved_steps(workdir)[-1] == log.read_records(workdir, log.STEPS_FILE)[-1]["step"] < 24
+    assert saved_steps(workdir)[-1] == read_records(workdir, STEPS_FILE)[-1]["step"] < 24

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from xdim_jax import cli
+from xdim_jax.base.config import leaves, load_config, shipped_recipes
 
 REPO = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted((REPO / "docs" / "tutorials").glob("*.md"))
@@ -52,7 +52,7 @@ def test_what_a_page_names_is_there(path):
         assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
     for name in set(re.findall(r"--config=([\w/]+(?:\.py)?(?::[\w=,]+)?)", text)) - {"x"}:
         if not name.startswith(("FILE", "recipe")):
-            cli.load_config(name, [])
+            load_config(name, [])
     for name in set(
         re.findall(r"\b((?:configs|docs|tests|benchmarks|launch|xdim_jax)/[\w/]+\.(?:py|md|sh|yaml))\b", text)
     ):
@@ -61,7 +61,7 @@ def test_what_a_page_names_is_there(path):
     for name in set(re.findall(r"`(test_\w+)`", text)):
         assert f"def {name}(" in tests, name
     known = {key for recipe in ("camus_omnianet", "brats_dxnet", "chaos_omnianet", "brats_dsnet", "own_dxnet")
-             for key, _ in cli.leaves(cli.load_config(recipe, []))}  # fmt: skip
+             for key, _ in leaves(load_config(recipe, []))}  # fmt: skip
     for key in set(re.findall(r"--config\.([\w.]+\w)=", text)):
         assert key in known or key.split(".")[0] in ("key", "x"), key
 
@@ -73,15 +73,15 @@ def test_the_reference_has_every_config_value():
     finally:
         sys.path.remove(str(REPO / "docs"))
     page = hooks.config_page()
-    for recipe in cli.shipped_recipes():
-        for key, _ in cli.leaves(cli.load_config(recipe, [])):
+    for recipe in shipped_recipes():
+        for key, _ in leaves(load_config(recipe, [])):
             assert f"| `{key}` |" in page, key
     assert (
         "; `0`: camus_omnianet, chaos_omnianet |" in page.partition("| `optim.lookahead.period` | `6`: brats_dsnet,")[2]
     )
     assert "without a better score before the run ends" in page, "comments of the source are the descriptions"
     modules = hooks.python_page()
-    assert "::: xdim_jax.predictor\n" in modules and "::: xdim_jax.data.store\n" in modules
+    assert "::: xdim_jax.inference.predictor\n" in modules and "::: xdim_jax.data.store\n" in modules
 
 
 def test_every_fact_beside_the_peers_has_a_test_that_is_there(monkeypatch):

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from xdim_jax import doctor, ops
+from xdim_jax.training import diagnosis
 
 
 def run(capsys, *arguments):
@@ -48,7 +49,7 @@ def test_the_terminal_gets_json_alone(capsys):
 )
 def test_data_that_cannot_be_read(make, text, tmp_path, capsys, monkeypatch):
     make(tmp_path / "data")
-    monkeypatch.setattr(doctor, "precision", lambda: doctor.Finding("precision", doctor.OK, ""))
+    monkeypatch.setattr(diagnosis, "precision", lambda: diagnosis.Finding("precision", diagnosis.OK, ""))
     status, out = run(capsys, "--quick", f"--data={tmp_path / 'data'}")
     assert status == 1 and text in out and out.splitlines()[-1] == "verdict    not ready: reading"
 
@@ -57,25 +58,25 @@ def test_a_check_that_breaks_is_a_failure_of_its_own(capsys, monkeypatch):
     def precision():
         raise RuntimeError("no kernel image is available\nand more")
 
-    monkeypatch.setattr(doctor, "precision", precision)
+    monkeypatch.setattr(diagnosis, "precision", precision)
     status, out = run(capsys, "--quick")
     assert status == 1 and "precision  failure  RuntimeError: no kernel image is available" in out
     assert "please report it" in out and "not ready: precision" in out
 
 
 def test_versions_that_do_not_go_together(monkeypatch):
-    usual = doctor.environment.versions()
-    monkeypatch.setattr(doctor.environment, "versions", lambda: usual | {"jaxlib": "0.4.1"})
-    assert doctor.versions().status == doctor.FAILURE and "beside jaxlib 0.4.1" in doctor.versions().text
-    monkeypatch.setattr(doctor.environment, "versions", lambda: usual | {"grain": "not installed"})
-    assert doctor.versions().text == "not installed: grain" and "constraints.txt" in doctor.versions().advice
+    usual = diagnosis.environment.versions()
+    monkeypatch.setattr(diagnosis.environment, "versions", lambda: usual | {"jaxlib": "0.4.1"})
+    assert diagnosis.versions().status == diagnosis.FAILURE and "beside jaxlib 0.4.1" in diagnosis.versions().text
+    monkeypatch.setattr(diagnosis.environment, "versions", lambda: usual | {"grain": "not installed"})
+    assert diagnosis.versions().text == "not installed: grain" and "constraints.txt" in diagnosis.versions().advice
 
 
 def test_an_accelerator_that_is_not_used(monkeypatch):
-    exists = doctor.Path.exists
-    monkeypatch.setattr(doctor.Path, "exists", lambda path: str(path) == "/dev/nvidiactl" or exists(path))
-    found = doctor.devices()
-    assert found.status == doctor.WARNING and "xdim_jax[cuda12]" in found.advice
+    exists = diagnosis.Path.exists
+    monkeypatch.setattr(diagnosis.Path, "exists", lambda path: str(path) == "/dev/nvidiactl" or exists(path))
+    found = diagnosis.devices()
+    assert found.status == diagnosis.WARNING and "xdim_jax[cuda12]" in found.advice
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
@@ -83,21 +84,21 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     before = jax.config.jax_compilation_cache_dir
     try:
-        found = doctor.cache()
+        found = diagnosis.cache()
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    assert found.status == doctor.WARNING and "XDG_CACHE_HOME" in found.advice
+    assert found.status == diagnosis.WARNING and "XDG_CACHE_HOME" in found.advice
 
 
 @pytest.mark.slow
 def test_the_training_step(monkeypatch, quick_compile):
-    monkeypatch.setattr(doctor, "_STEP_SECONDS", 3.0)
-    found = doctor.training_step()
-    assert found.status == doctor.OK, found
+    monkeypatch.setattr(diagnosis, "_STEP_SECONDS", 3.0)
+    found = diagnosis.training_step()
+    assert found.status == diagnosis.OK, found
     assert found.facts["apart"] < 1e-3 and found.facts["loss"] < found.facts["first_loss"]
     assert found.facts["steps"] >= 2 and math.isfinite(found.facts["median_s"])
     # a form that computes something else is seen
     conv = ops.convolution.dense
     monkeypatch.setattr(ops.convolution, "dense", lambda *a: 1.05 * conv(*a))
-    broken = doctor.training_step()
-    assert broken.status == doctor.FAILURE and "off the plain form's" in broken.text
+    broken = diagnosis.training_step()
+    assert broken.status == diagnosis.FAILURE and "off the plain form's" in broken.text

@@ -17,8 +17,8 @@ from scipy.ndimage import gaussian_filter
 from tests.test_scoring import brute
 from tests.test_simpson import KEYS, slow_volumes, ventricle
 from xdim_jax import compare, evaluate
+from xdim_jax.base.errors import UserError
 from xdim_jax.data.phantom import write_chaos
-from xdim_jax.errors import UserError
 
 FILES = {"cases.csv", "summary.json", "tables.md", "tables.tex", "evaluate.json"}
 

@@ -9,20 +9,13 @@ from flax import nnx
 from jax import lax
 
 from weight_port.sources import import_timm
-from xdim_jax import inflate, models, stem
-from xdim_jax.errors import UserError
-from xdim_jax.inflate import Inflation
-from xdim_jax.layers import Depth
-from xdim_jax.loading import make_model
-from xdim_jax.step import split_model
-from xdim_jax.weights import (
-    Weights,
-    abstract_encoder,
-    adapt_encoder,
-    inflate_network,
-    module_leaves,
-    replaced,
-)
+from xdim_jax.base.errors import UserError
+from xdim_jax.inference.model import make_model
+from xdim_jax.nets import inflate, input_channels, networks
+from xdim_jax.nets.functional import split_model
+from xdim_jax.nets.inflate import Inflation
+from xdim_jax.nets.layers import Depth
+from xdim_jax.nets.weights import Weights, abstract_encoder, adapt_encoder, inflate_network, module_leaves, replaced
 
 EXACT = 1e-12
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -358,7 +351,7 @@ def make_omnianet(**options):
     section = {"name": "omnianet", "in_channels": 2, "out_channels": 3, "norm": "batch", "activation": "relu"}
     section |= {"upsampling": "nearest", "filters": (16, 16, 8, 8, 8), "deep_supervision": False, "encoder": encoder}
     section |= options
-    return Weights("network", section, draw(models.build_abstract(section)))
+    return Weights("network", section, draw(networks.build_abstract(section)))
 
 
 @pytest.mark.parametrize(
@@ -409,7 +402,9 @@ def test_cycle_is_timms_rule(channels):
 
     kernel = np.random.default_rng(0).normal(size=(3, 3, 3, 8)).astype(np.float32)  # HWIO
     theirs = adapt_input_conv(channels, torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())).numpy()
-    np.testing.assert_allclose(stem.adapt_channels(kernel, channels, "cycle"), theirs.transpose(2, 3, 1, 0), rtol=1e-6)
+    np.testing.assert_allclose(
+        input_channels.adapt_channels(kernel, channels, "cycle"), theirs.transpose(2, 3, 1, 0), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("rule", "channels"), [("sum", 1), ("sum", 4), ("cycle", 1), ("cycle", 6)])
@@ -418,7 +413,7 @@ def test_grey_is_answered_as_before(rule, channels):
     rng = np.random.default_rng(0)
     kernel, grey = rng.normal(size=(3, 3, 3, 8)), rng.normal(size=(1, 9, 9, 1))
     before = conv(grey.repeat(3, -1), kernel, (2, 2), [(1, 1)] * 2)
-    after = conv(grey.repeat(channels, -1), stem.adapt_channels(kernel, channels, rule), (2, 2), [(1, 1)] * 2)
+    after = conv(grey.repeat(channels, -1), input_channels.adapt_channels(kernel, channels, rule), (2, 2), [(1, 1)] * 2)
     assert relative(after, before) < EXACT
 
 
@@ -433,20 +428,22 @@ def test_variance_over_independent_channels_is_kept(rule, channel_map):
         return conv(noise[..., : kernel.shape[2]], kernel, (1, 1), [(0, 0)] * 2).var()
 
     before = variance(kernel)
-    assert variance(stem.adapt_channels(kernel, 6, rule, channel_map=channel_map)) == pytest.approx(before, rel=0.02)
-    assert variance(stem.adapt_channels(kernel, 6, "cycle")) == pytest.approx(before / 2, rel=0.02)
+    assert variance(input_channels.adapt_channels(kernel, 6, rule, channel_map=channel_map)) == pytest.approx(
+        before, rel=0.02
+    )
+    assert variance(input_channels.adapt_channels(kernel, 6, "cycle")) == pytest.approx(before / 2, rel=0.02)
 
 
 def test_a_map_names_channels():
     kernel = np.random.default_rng(0).normal(size=(3, 3, 3, 4))
-    np.testing.assert_allclose(stem.adapt_channels(kernel, 3, "map", channel_map=(0, 1, 2)), kernel)
-    picked = stem.adapt_channels(kernel, 2, "map", channel_map=(2, 0))
+    np.testing.assert_allclose(input_channels.adapt_channels(kernel, 3, "map", channel_map=(0, 1, 2)), kernel)
+    picked = input_channels.adapt_channels(kernel, 2, "map", channel_map=(2, 0))
     np.testing.assert_allclose(picked[..., 0, :] / picked[..., 1, :], kernel[..., 2, :] / kernel[..., 0, :])
     for wrong in ((0, 1), (0, 1, 3), (0, 1, -1)):
         with pytest.raises(ValueError, match=r"for each of 3 channels, one of the source's, 0 to 2"):
-            stem.adapt_channels(kernel, 3, "map", channel_map=wrong)
+            input_channels.adapt_channels(kernel, 3, "map", channel_map=wrong)
 
 
 def test_randn_is_the_released_codes_rule():
-    kernel = stem.adapt_channels(np.zeros((3, 3, 3, 64), np.float32), 16, "randn", seed=3)
+    kernel = input_channels.adapt_channels(np.zeros((3, 3, 3, 64), np.float32), 16, "randn", seed=3)
     assert kernel.shape == (3, 3, 16, 64) and kernel.std() == pytest.approx(1, abs=0.02)

@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from tests.test_devices import EPOCHS, OPTIONS, camus, free_port, wait_for_step  # noqa: F401  (camus is a fixture)
-from xdim_jax import cli, log, signals
+from xdim_jax.base import signals
+from xdim_jax.base.config import load_config
+from xdim_jax.runs.records import STEPS_FILE, read_records
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((REPO / "launch").glob("*.sh"))
@@ -140,7 +142,7 @@ def test_two_processes_train_through_the_slurm_script_and_are_requeued(camus, cl
     assert notes.read_text() == f"scontrol requeue {environment['SLURM_JOB_ID']}\n"
     environment["SLURM_JOB_ID"] = str(random.randrange(10**6))
     subprocess.run(command, cwd=REPO, env=environment, check=True, timeout=400)
-    steps = [r["step"] for r in log.read_records(workdir, log.STEPS_FILE)]
+    steps = [r["step"] for r in read_records(workdir, STEPS_FILE)]
     assert steps == list(range(1, steps[-1] + 1)) and steps[-1] == 8 * EPOCHS
 
 
@@ -154,7 +156,7 @@ def test_two_processes_train_through_the_local_script(camus, tmp_path):  # noqa:
     options = [*OPTIONS, "--config.train.epochs=1", f"--config.data.root={camus}", f"--workdir={workdir}"]
     command = [REPO / "launch" / "local.sh", "--config=configs/camus_omnianet.py:phantom", *options]
     subprocess.run(command, cwd=REPO, env=environment, check=True, timeout=250)
-    assert [r["step"] for r in log.read_records(workdir, log.STEPS_FILE)] == list(range(1, 9))
+    assert [r["step"] for r in read_records(workdir, STEPS_FILE)] == list(range(1, 9))
 
 
 # -- manifests and the container file -----------------------------------------------------------------------------
@@ -212,7 +214,7 @@ def test_the_commands_of_a_manifest_are_of_this_package(path):
         for name in values:
             assert name.startswith("config.") or f"--{name}" in known, name
         overrides = [a for a in arguments if a.startswith("--config.")]
-        assert cli.load_config(values["config"], overrides)
+        assert load_config(values["config"], overrides)
         if "processes" in values:
             assert int(values["processes"]) == spec["completions"]
             service = next(d for d in documents(path) if d["kind"] == "Service")

@@ -18,11 +18,11 @@ from tests.conftest import toy_model
 from tests.test_inflation import make_encoder, make_omnianet
 from weight_port import authors
 from weight_port.sources import Source
-from xdim_jax import models, weights
-from xdim_jax.errors import UserError
-from xdim_jax.inflate import Inflation
-from xdim_jax.step import split_model
-from xdim_jax.weights import Weights, read_weights, write_weights
+from xdim_jax.base.errors import UserError
+from xdim_jax.nets import networks, weights
+from xdim_jax.nets.functional import split_model
+from xdim_jax.nets.inflate import Inflation
+from xdim_jax.nets.weights import Weights, read_weights, write_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -139,7 +139,7 @@ def test_import_is_light():
 
 
 def built(section):
-    _, params, stats = split_model(models.build(section, seed=0))
+    _, params, stats = split_model(networks.build(section, seed=0))
     return params, stats
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from configs import common
-from xdim_jax import loss, regions
-from xdim_jax.errors import UserError
-from xdim_jax.output import make_output
+from xdim_jax.base.errors import UserError
+from xdim_jax.data import regions
+from xdim_jax.inference.output import make_output
+from xdim_jax.training import loss
 
 LOSSES = [("dice_bce", "sigmoid"), ("dice_bce", "softmax"), ("dice_ce", "softmax")]
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 CHANNELS = 4
 WEIGHTS = (0.5, 2.0, 1.0, 0.25)
 # of three samples: nothing hidden, one channel, all but the first
-DRAWN = np.array([[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 0, 0]], bool)
+ANNOTATED = np.array([[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 0, 0]], bool)
 
 
 def make(name, activation, channels, **keys):
@@ -29,23 +30,23 @@ def make(name, activation, channels, **keys):
     return loss.make_loss(config, activation, channels)
 
 
-def sample(rng, activation, drawn=None):
-    """Logits and masks of three samples of 2 x 3 x 2 voxels; a softmax has one channel per voxel, and a drawn one."""
+def sample(rng, activation, annotated=None):
+    """Logits and masks of three samples of 2 x 3 x 2 voxels; a softmax has one channel per voxel, an annotated one."""
     logits = rng.normal(0, 2, (3, 2, 3, 2, CHANNELS))
     if activation == "sigmoid":
         return logits, rng.random(logits.shape) < 0.4
     masks = np.zeros(logits.shape, bool)
     for b, index in np.ndenumerate(rng.integers(0, CHANNELS, (3, 2, 3, 2))):
-        masks[(*b, index if drawn is None or drawn[b[0], index] else 0)] = True
+        masks[(*b, index if annotated is None or annotated[b[0], index] else 0)] = True
     return logits, masks
 
 
-def expected(logits, masks, drawn, activation, config):
+def expected(logits, masks, annotated, activation, config):
     """Both terms with PyTorch, sample by sample, with the probabilities of merged classes added."""
     weights = config["weights"] or (1.0,) * CHANNELS
-    drawn = np.ones((len(logits), CHANNELS), bool) if drawn is None else drawn
+    annotated = np.ones((len(logits), CHANNELS), bool) if annotated is None else annotated
     dices, entropies, categorical, at_batch = [], [], [], {}
-    for z, g, shown in zip(logits, torch.tensor(masks), drawn, strict=True):
+    for z, g, shown in zip(logits, torch.tensor(masks), annotated, strict=True):
         z, g = z.reshape(-1, CHANNELS), g.reshape(-1, CHANNELS).to(z.dtype)
         kept = np.flatnonzero(shown)
         if activation == "softmax":
@@ -82,18 +83,20 @@ def expected(logits, masks, drawn, activation, config):
     [("mean", True, ()), ("mean", True, WEIGHTS), ("mean", False, WEIGHTS), ("sum", False, ()), ("sum", True, WEIGHTS)],
 )
 @pytest.mark.parametrize("dice", loss.DICES)
-@pytest.mark.parametrize("drawn", [None, DRAWN], ids=["all", "drawn"])
+@pytest.mark.parametrize("annotated", [None, ANNOTATED], ids=["all", "annotated"])
 @pytest.mark.parametrize(("name", "activation"), LOSSES)
-def test_values_and_gradients_are_pytorchs(rng, doubles, name, activation, drawn, dice, entropy, background, weights):
+def test_values_and_gradients_are_pytorchs(
+    rng, doubles, name, activation, annotated, dice, entropy, background, weights
+):
     """A softmax with hidden classes is a smaller softmax in the reference."""
-    logits, masks = sample(rng, activation, drawn)
+    logits, masks = sample(rng, activation, annotated)
     config = {
         "name": name, "eps": 0.1, "dice": dice, "cross_entropy": entropy, "background": background, "weights": weights
     }  # fmt: skip
     function = jax.value_and_grad(loss.make_loss(config, activation, CHANNELS), has_aux=True)
-    (value, parts), grads = function(jnp.asarray(logits), jnp.asarray(masks), drawn)
+    (value, parts), grads = function(jnp.asarray(logits), jnp.asarray(masks), annotated)
     z = torch.tensor(logits, requires_grad=True)
-    dice_loss, entropy_loss = expected(z, masks, drawn, activation, config)
+    dice_loss, entropy_loss = expected(z, masks, annotated, activation, config)
     (dice_loss + entropy_loss).backward()
     assert parts.keys() == {"dice_loss", "entropy_loss"}
     assert float(parts["dice_loss"]) == pytest.approx(dice_loss.item(), rel=1e-9)
@@ -114,14 +117,14 @@ def test_cross_entropy_is_pytorchs_function(rng, doubles, weights):
 
 @pytest.mark.parametrize(("name", "activation"), LOSSES)
 def test_single_precision_jit_and_2d(rng, name, activation):
-    logits, masks = sample(rng, activation, DRAWN)
+    logits, masks = sample(rng, activation, ANNOTATED)
     logits, masks = logits[:, 0], masks[:, 0]
     config = common.dice_and_entropy(name).to_dict()
     function = jax.jit(loss.make_loss(config, activation, CHANNELS))
-    value, _ = function(jnp.asarray(logits, jnp.float32), masks, DRAWN)
+    value, _ = function(jnp.asarray(logits, jnp.float32), masks, ANNOTATED)
     assert value.dtype == jnp.float32
     assert float(value) == pytest.approx(
-        float(sum(expected(torch.tensor(logits), masks, DRAWN, activation, config))), 1e-5
+        float(sum(expected(torch.tensor(logits), masks, ANNOTATED, activation, config))), 1e-5
     )
 
 
@@ -194,9 +197,9 @@ def test_undrawn_sigmoids_are_left_out(rng, doubles, dice):
     logits, masks = sample(rng, "sigmoid")
     logits[..., 2] *= 1e4
     two = [0, 3]
-    drawn = np.tile([True, False, False, True], (3, 1))
+    annotated = np.tile([True, False, False, True], (3, 1))
     function = make("dice_bce", "sigmoid", CHANNELS, dice=dice, weights=WEIGHTS)
-    grads, parts = jax.grad(function, has_aux=True)(jnp.asarray(logits), jnp.asarray(masks), drawn)
+    grads, parts = jax.grad(function, has_aux=True)(jnp.asarray(logits), jnp.asarray(masks), annotated)
     grads = np.asarray(grads)
     assert not grads[..., 1:3].any() and grads[..., two].all()
     alone = make("dice_bce", "sigmoid", 2, dice=dice, weights=(WEIGHTS[0], WEIGHTS[3]))
@@ -210,12 +213,12 @@ def test_undrawn_sigmoids_are_left_out(rng, doubles, dice):
 def test_per_batch_dice_adds_up_the_samples_that_show_a_channel(rng):
     """The other samples' sure and wrong voxels of the channel change nothing."""
     logits, masks = sample(rng, "sigmoid")
-    drawn = np.ones((3, CHANNELS), bool)
-    drawn[1, 2] = False
+    annotated = np.ones((3, CHANNELS), bool)
+    annotated[1, 2] = False
     function = make("dice_bce", "sigmoid", CHANNELS, dice="batch")
-    first = function(jnp.asarray(logits), jnp.asarray(masks), drawn)[0]
+    first = function(jnp.asarray(logits), jnp.asarray(masks), annotated)[0]
     logits[1, ..., 2], masks[1, ..., 2] = 30.0, False
-    assert float(function(jnp.asarray(logits), jnp.asarray(masks), drawn)[0]) == float(first)
+    assert float(function(jnp.asarray(logits), jnp.asarray(masks), annotated)[0]) == float(first)
     assert float(function(jnp.asarray(logits), jnp.asarray(masks))[0]) > float(first) + 1
 
 
@@ -225,9 +228,9 @@ def test_undrawn_classes_of_a_softmax_are_background(rng, doubles, name):
     logits, _ = sample(rng, "softmax")
     liver = rng.random(logits.shape[:-1]) < 0.5
     masks = np.stack([~liver, liver, *np.zeros((2, *liver.shape), bool)], -1)
-    drawn = np.tile([True, True, False, False], (3, 1))
+    annotated = np.tile([True, True, False, False], (3, 1))
     grads, parts = jax.grad(make(name, "softmax", CHANNELS), has_aux=True)(
-        jnp.asarray(logits), jnp.asarray(masks), drawn
+        jnp.asarray(logits), jnp.asarray(masks), annotated
     )
     z = torch.tensor(logits, requires_grad=True)
     two = torch.stack([torch.logsumexp(z[..., [0, 2, 3]], -1), z[..., 1]], 1)
@@ -268,11 +271,11 @@ def test_a_batch_that_shows_nothing_teaches_nothing(rng, doubles):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("drawn", [None, DRAWN], ids=["all", "drawn"])
+@pytest.mark.parametrize("annotated", [None, ANNOTATED], ids=["all", "annotated"])
 @pytest.mark.parametrize(("name", "activation"), LOSSES)
-def test_extreme_logits_stay_finite(rng, name, activation, drawn, dtype):
+def test_extreme_logits_stay_finite(rng, name, activation, annotated, dtype):
     """Sure and right, sure and wrong, all equal; the loss is computed in single precision whatever the logits are."""
-    _, masks = sample(rng, activation, drawn)
+    _, masks = sample(rng, activation, annotated)
     size = 6e4 if dtype == jnp.float16 else 1e8
     for logits in (
         size * rng.choice([-1, 0, 1], masks.shape),
@@ -282,7 +285,7 @@ def test_extreme_logits_stay_finite(rng, name, activation, drawn, dtype):
         for entropy in loss.REDUCTIONS:
             function = make(name, activation, CHANNELS, cross_entropy=entropy)
             (value, parts), grads = jax.value_and_grad(function, has_aux=True)(
-                jnp.asarray(logits, dtype), jnp.asarray(masks), drawn
+                jnp.asarray(logits, dtype), jnp.asarray(masks), annotated
             )
             assert grads.dtype == dtype and value.dtype == jnp.float32
             assert np.isfinite(grads.astype(jnp.float32)).all() and np.isfinite([value, *parts.values()]).all()
@@ -474,6 +477,6 @@ def test_what_is_predicted_is_what_is_written(rng, activation):
     ],
 )
 def test_drawn_channels(activation, dataset, shown, channels):
-    drawn = make_output(activation, dataset).drawn_channels(shown)
-    assert drawn.dtype == bool
-    np.testing.assert_array_equal(drawn, channels)
+    annotated = make_output(activation, dataset).annotated_channels(shown)
+    assert annotated.dtype == bool
+    np.testing.assert_array_equal(annotated, channels)

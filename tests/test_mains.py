@@ -17,10 +17,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from xdim_jax import cli, process, recipe, train
+from xdim_jax import train
+from xdim_jax.base import huge_pages
+from xdim_jax.base.config import load_config
+from xdim_jax.base.errors import UserError
 from xdim_jax.data.case import Case
-from xdim_jax.errors import UserError
 from xdim_jax.scoring import results
+from xdim_jax.training import check
 
 REPO = Path(__file__).parent.parent
 RECIPE = "configs/brats_dxnet.py:phantom"
@@ -144,8 +147,9 @@ def test_predictions_lie_on_the_source_grid_with_the_source_labels(trained):
 
 def test_predicting_what_was_trained_on_is_said(trained, tmp_path, monkeypatch, capsys):
     from xdim_jax import predict
+    from xdim_jax.inference import predictions
 
-    monkeypatch.setattr(predict, "claim_output", lambda output, predictor, mine, cases, overwrite: [])
+    monkeypatch.setattr(predictions, "claim_output", lambda output, predictor, mine, cases, overwrite: [])
     split = json.loads((trained / "split.json").read_text())
     names = ", ".join(sorted(split["train"]))
     for folder, said in (("train", True), ("held_out", False)):
@@ -510,7 +514,7 @@ def test_full_disk_while_saving_a_checkpoint(run, trained, tmp_path):
 
 def test_config_is_the_papers_recipe():
     """Sect. 3.1.3 and 3.2, read off the paper."""
-    config = cli.load_config("configs/brats_dxnet.py", [])
+    config = load_config("configs/brats_dxnet.py", [])
     assert tuple(config.data.patch) == (128, 128, 128) and config.data.batch == 1
     assert (config.optim.b1, config.optim.b2) == (0.95, 0.99)
     assert (config.optim.lookahead.period, config.optim.lookahead.step_size) == (6, 0.5)
@@ -527,31 +531,29 @@ def test_config_is_the_papers_recipe():
 
 def test_variants_and_overrides(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # the recipe is found where it ships
-    config = cli.load_config(
-        "configs/brats_dxnet.py:phantom,fold=3", ["--config.data.patch=(32,64,64)", "--config.seed=7"]
-    )
+    config = load_config("configs/brats_dxnet.py:phantom,fold=3", ["--config.data.patch=(32,64,64)", "--config.seed=7"])
     assert config.data.fold == 3 and tuple(config.data.patch) == (32, 64, 64) and config.seed == 7
-    assert cli.load_config("brats_dxnet", []).data.fold == 0
-    assert cli.load_config("brats_dxnet", ["--config.augment.flip.p=0.5"]).augment.flip.p == 0.5
+    assert load_config("brats_dxnet", []).data.fold == 0
+    assert load_config("brats_dxnet", ["--config.augment.flip.p=0.5"]).augment.flip.p == 0.5
     with pytest.raises(UserError, match="unknown variant 'fold=x'"):
-        cli.load_config("brats_dxnet:fold=x", [])
+        load_config("brats_dxnet:fold=x", [])
 
 
 def test_what_ct_does_not_show_is_said_of_every_ct_case(tmp_path):
     """CHAOS task 4: kidneys and spleen are on CT, and not in its masks."""
-    config = cli.load_config("configs/chaos_omnianet.py:scratch", [f"--config.data.root={tmp_path}"])
-    dataset = recipe.check_config(config)
+    config = load_config("configs/chaos_omnianet.py:scratch", [f"--config.data.root={tmp_path}"])
+    dataset = check.check_config(config)
     case = Case("c", "c", (), ("image",), None, dataset.labels, info={"modality": "CT"})
-    assert dataset.drawn(case) == ("liver",)
+    assert dataset.annotated(case) == ("liver",)
     mr = dataclasses.replace(case, info={"modality": "MR"})
-    assert dataset.drawn(mr) == ("liver", "right kidney", "left kidney", "spleen")
-    assert recipe.check_config(cli.load_config("chaos_omnianet:scratch,task=5,phantom", [])).drawn is None
+    assert dataset.annotated(mr) == ("liver", "right kidney", "left kidney", "spleen")
+    assert check.check_config(load_config("chaos_omnianet:scratch,task=5,phantom", [])).annotated is None
 
 
 def test_channels_that_do_not_fit_the_data_are_refused():
-    config = cli.load_config("configs/camus_omnianet.py:phantom", ["--config.output=sigmoid"])
+    config = load_config("configs/camus_omnianet.py:phantom", ["--config.output=sigmoid"])
     with pytest.raises(UserError, match=r"out_channels=4: CAMUS needs 3 with output=sigmoid: LV_endo, LV_epi, LA"):
-        recipe.check_config(config)
+        check.check_config(config)
 
 
 def test_metrics_and_data_do_not_import_jax(tmp_path):
@@ -570,22 +572,22 @@ def test_metrics_and_data_do_not_import_jax(tmp_path):
 def test_a_command_starts_anew_on_huge_pages_once(monkeypatch):
     """Where the kernel gives them to those who ask; never for --help, and not where there is an accelerator."""
     started = []
-    monkeypatch.setattr(process.os, "execv", lambda program, arguments: started.append(arguments))
-    monkeypatch.setattr(process.Path, "is_file", lambda path: True)
-    monkeypatch.setattr(process.Path, "exists", lambda path: False)
-    monkeypatch.setattr(process.Path, "read_text", lambda path, encoding: "always [madvise] never")
+    monkeypatch.setattr(huge_pages.os, "execv", lambda program, arguments: started.append(arguments))
+    monkeypatch.setattr(huge_pages.Path, "is_file", lambda path: True)
+    monkeypatch.setattr(huge_pages.Path, "exists", lambda path: False)
+    monkeypatch.setattr(huge_pages.Path, "read_text", lambda path, encoding: "always [madvise] never")
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "xdim_jax.train", "--config=a"])
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
     monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
-    process.prefer_huge_pages()
+    huge_pages.prefer_huge_pages()
     assert not started
     monkeypatch.setattr(sys, "argv", ["train.py", "--config=a"])
-    process.prefer_huge_pages()
+    huge_pages.prefer_huge_pages()
     assert started == [[sys.executable, "-m", "xdim_jax.train", "--config=a"]]
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
-    process.prefer_huge_pages()
+    huge_pages.prefer_huge_pages()
     assert len(started) == 1
     monkeypatch.setenv("GLIBC_TUNABLES", "")
-    monkeypatch.setattr(process.Path, "exists", lambda path: str(path) == "/dev/nvidiactl")
-    process.prefer_huge_pages()
+    monkeypatch.setattr(huge_pages.Path, "exists", lambda path: str(path) == "/dev/nvidiactl")
+    huge_pages.prefer_huge_pages()
     assert len(started) == 1

@@ -12,14 +12,14 @@ import SimpleITK as sitk
 from nibabel.nifti1 import Nifti1Extension
 
 from tests.test_predictor import write_dicom
-from xdim_jax import regions
+from xdim_jax.base.problem import DataError
+from xdim_jax.data import regions
 from xdim_jax.data.case import Case, encode_label, read_case
-from xdim_jax.data.grid import Grid
-from xdim_jax.data.image import read_grid, read_image, voxel_type
+from xdim_jax.data.images.grid import Grid
+from xdim_jax.data.images.image import read_grid, read_image, voxel_type
+from xdim_jax.data.images.nifti import write_volume
 from xdim_jax.data.labels import Labels
-from xdim_jax.data.nifti import write_volume
 from xdim_jax.data.prepare import Preparation, needed_bytes, prepare
-from xdim_jax.data.problem import DataError
 
 SHAPE = (120, 130, 70)  # x, y, z
 LABELS = Labels("own", ("background", "a", "b"), (0, 1, 2))

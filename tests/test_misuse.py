@@ -18,7 +18,8 @@ import pytest
 
 from tests.test_resume import SMALL, data, shrink  # noqa: F401  (data is a fixture: phantoms of CAMUS)
 from weight_port import __main__ as port
-from xdim_jax import cli, compare, doctor, evaluate, ops, plan, predict, report, submit, sweep, train, verify_run
+from xdim_jax import compare, doctor, evaluate, ops, plan, predict, report, submit, sweep, train, verify_run
+from xdim_jax.base.command import run
 from xdim_jax.data import __main__ as data_main
 from xdim_jax.data import phantom
 
@@ -265,7 +266,7 @@ def command_line(main, arguments, monkeypatch, capsys):
     """Exit status and what was said, as a shell sees them."""
     monkeypatch.setattr(sys, "argv", ["xdim", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.run(main)
+        run(main)
     said = capsys.readouterr()
     return ended.value.code, said.out + said.err
 
@@ -350,4 +351,4 @@ def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["xdim"])
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.run(main)
+        run(main)

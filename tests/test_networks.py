@@ -12,10 +12,13 @@ from flax import nnx
 from tests.conftest import TOY_MODEL, toy_model
 from tests.test_parity import ds_case, timm, unet_case
 from weight_port import authors
-from xdim_jax import cli, encoders, layers, models, ops, report
-from xdim_jax.layers import Depth, Style
-from xdim_jax.step import split_model
-from xdim_jax.weights import named
+from xdim_jax import ops
+from xdim_jax.base.config import load_config, shipped_recipes
+from xdim_jax.nets import encoders, layers, networks
+from xdim_jax.nets.functional import split_model
+from xdim_jax.nets.layers import Depth, Style
+from xdim_jax.nets.weights import named
+from xdim_jax.pages import report
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -67,13 +70,13 @@ def make_encoder(name="efficientnet_toy", *, channels=3, ndim=2, **options):
 
 
 def count(module):
-    return models.count_parameters(nnx.state(module, nnx.Param))
+    return networks.count_parameters(nnx.state(module, nnx.Param))
 
 
 def test_no_encoder_network_or_config_is_missing_from_the_tables():
     assert set(ENCODERS) == set(encoders.ENCODERS)
     assert set(NETWORKS) == set(authors.NETWORKS)
-    shipped = set(cli.shipped_recipes())
+    shipped = set(shipped_recipes())
     assert set(CONFIGS) == shipped
 
 
@@ -107,18 +110,18 @@ def test_released_networks_have_their_parameters(name):
             section["inner"] = section["inner"] | filters | {"norm": "batch"}
         else:
             section |= filters | {"norm": "batch"}
-        module = models.build_abstract(section)
+        module = networks.build_abstract(section)
     assert count(module) == NETWORKS[name]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recipes_have_the_papers_parameters(name):
-    config = cli.load_config(f"configs/{name}.py", [])
+    config = load_config(f"configs/{name}.py", [])
     channels = {"camus": (1, 4), "chaos": (1, 5)}.get(name.partition("_")[0], (4, 3))
     for key, number in zip(("in_channels", "out_channels"), channels, strict=True):
         assert config.model[key] == (0 if name.startswith("own") else number)
         config.model[key] = number
-    assert count(models.build_abstract(config.model)) == CONFIGS[name]
+    assert count(networks.build_abstract(config.model)) == CONFIGS[name]
 
 
 @pytest.mark.parametrize("name", ["omnianet-b0", "omnianet-b4", "dxnet", "dsnet"])
@@ -130,8 +133,8 @@ def test_released_variants_are_what_released_files_hold(name):
     make, _, size = name.partition("net-") if "-" in name else (name, "", "")
     options = {"in_channels": 4, "out_channels": 3} | ({} if size else {"released": True})  # Omnia-Net has no two forms
     section = getattr(networks, f"{make}net" if size else make)(*([size] if size else []), **options)
-    held = named(models.plain(authors.NETWORKS[name]))
-    stated = named(models.plain(section))
+    held = named(networks.plain(authors.NETWORKS[name]))
+    stated = named(networks.plain(section))
     read = {"in_channels", "out_channels", "norm", "filters", "images", "inner.norm", "inner.filters"}
     assert {k: v for k, v in stated.items() if k not in read} == held
 
@@ -144,7 +147,7 @@ def test_released_variants_are_what_released_files_hold(name):
     ],
 )
 def test_the_report_can_name_every_network(name, words):
-    assert report.describe_network(cli.load_config(f"configs/{name}.py", []).model.to_dict()) == words
+    assert report.describe_network(load_config(f"configs/{name}.py", []).model.to_dict()) == words
 
 
 @pytest.mark.parametrize(
@@ -215,7 +218,7 @@ def test_drop_path_drops_samples_and_keeps_the_mean():
 
 
 def test_dxnet_gives_logits_at_full_resolution():
-    network = models.build(TOY_MODEL, seed=0)
+    network = networks.build(TOY_MODEL, seed=0)
     network.eval()
     logits = jax.jit(lambda x: network(x))(jnp.ones((2, 64, 32, 64, 4)))
     assert logits.shape == (2, 64, 32, 64, 3)
@@ -225,7 +228,7 @@ def test_dxnet_gives_logits_at_full_resolution():
 def test_dxnet_is_the_same_function_in_both_forms():
     """float64, so that only the order of sums may differ: logits and every gradient, in training mode."""
     with jax.enable_x64(True):
-        graphdef, params, stats = split_model(models.build(toy_model(drop_path=0.0), seed=0))
+        graphdef, params, stats = split_model(networks.build(toy_model(drop_path=0.0), seed=0))
         params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
         x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64, 64, 32, 4)))
 
@@ -253,7 +256,7 @@ def test_dxnet_is_the_same_function_in_both_forms():
 
 
 def test_seed_decides_the_weights():
-    leaves = [jax.tree.leaves(split_model(models.build(TOY_MODEL, seed=s))[1]) for s in (0, 0, 1)]
+    leaves = [jax.tree.leaves(split_model(networks.build(TOY_MODEL, seed=s))[1]) for s in (0, 0, 1)]
     assert all((a == b).all() for a, b in zip(leaves[0], leaves[1], strict=True))
     assert any((a != b).any() for a, b in zip(leaves[0], leaves[2], strict=True))
 
@@ -270,8 +273,8 @@ def test_seed_decides_the_weights():
 )
 def test_illegal_patches_are_explained(patch, words):
     with pytest.raises(ValueError, match=words):
-        models.check_patch(TOY_MODEL, patch)
-    models.check_patch(TOY_MODEL, (64, 32, 32))
+        networks.check_patch(TOY_MODEL, patch)
+    networks.check_patch(TOY_MODEL, (64, 32, 32))
 
 
 OMNIANET, DSNET = unet_case("omnianet")[0], ds_case()[0]
@@ -298,15 +301,15 @@ OMNIANET, DSNET = unet_case("omnianet")[0], ds_case()[0]
 )
 def test_illegal_sizes_are_explained_for_every_network(section, patch, words):
     with pytest.raises(ValueError) as error:
-        models.check_patch(section, patch)
+        networks.check_patch(section, patch)
     assert words in str(error.value)
 
 
 def test_legal_sizes_pass():
-    models.check_patch(OMNIANET, (32, 64))
+    networks.check_patch(OMNIANET, (32, 64))
     for depth in (97, 128, 144):
-        models.check_patch(DSNET, (depth, 32, 32))
-    models.check_patch(TOY_MODEL | {"depth": {"strides": (1,) * 5}}, (7, 64, 64))
+        networks.check_patch(DSNET, (depth, 32, 32))
+    networks.check_patch(TOY_MODEL | {"depth": {"strides": (1,) * 5}}, (7, 64, 64))
 
 
 def test_a_wrong_image_is_refused_when_the_program_is_traced():
@@ -314,7 +317,7 @@ def test_a_wrong_image_is_refused_when_the_program_is_traced():
         (OMNIANET, (1, 64, 40, 3), "axis W is 40: level 1/16 would halve 5"),
         (DSNET, (1, 90, 32, 32, 4), "axis D is 90"),
     ):
-        model = models.build_abstract(section)
+        model = networks.build_abstract(section)
         with pytest.raises(ValueError, match=words):
             nnx.eval_shape(lambda m, s=shape: m(jnp.zeros(s), rngs=nnx.Rngs(0)), model)
 
@@ -342,7 +345,7 @@ def test_a_wrong_image_is_refused_when_the_program_is_traced():
 )
 def test_unknown_choices_list_the_known_ones(change, words):
     with pytest.raises(ValueError) as error:
-        models.build_abstract(TOY_MODEL | change)
+        networks.build_abstract(TOY_MODEL | change)
     assert words in str(error.value)
 
 
@@ -371,7 +374,7 @@ def test_stochastic_depth_is_timms_schedule_and_at_work(name):
 
 
 def test_ds_nets_heads_go_from_fine_to_coarse():
-    model = models.build_abstract(DSNET | {"deep_supervision": True})
+    model = networks.build_abstract(DSNET | {"deep_supervision": True})
     x = jnp.zeros((1, 128, 32, 32, 4))
     levels = nnx.eval_shape(lambda m: m(x, rngs=nnx.Rngs(0), levels=True), model)
     assert [level.shape[1] for level in levels] == [128, 43, 22, 11]
@@ -387,7 +390,7 @@ def test_renormalised_padding_keeps_constants():
 
 def test_a_network_without_depth_strides_keeps_every_slice():
     section = TOY_MODEL | {"depth": {"strides": (1, 2, 1, 1, 1)}}
-    model = models.build(section, seed=0)
+    model = networks.build(section, seed=0)
     model.eval()
     features, logits = jax.jit(lambda x: (model.features(x), model(x)))(jnp.ones((1, 6, 64, 32, 4)))
     assert [f.shape[1:4] for f in features] == [(6, 32, 16), (3, 16, 8), (3, 8, 4), (3, 4, 2), (3, 2, 1)]
@@ -400,7 +403,7 @@ def test_other_families_make_whole_networks(network, name):
     """Shapes only: the encoders' numbers are compared with timm's elsewhere."""
     section = unet_case(network, upsampling="transposed")[0]
     section["encoder"] = section["encoder"] | {"name": name, "drop_path": 0.1}
-    model = models.build_abstract(section)
+    model = networks.build_abstract(section)
     shape = (1, 64, 32, 3) if network == "omnianet" else (1, 64, 32, 32, 4)
     logits = nnx.eval_shape(lambda m: m(jnp.zeros(shape), rngs=nnx.Rngs(dropout=0)), model)
     assert logits.shape == (*shape[:-1], 3)
@@ -412,7 +415,7 @@ def test_other_families_make_whole_networks(network, name):
 
 def test_cpu_program_holds_no_native_depthwise_or_transposed_convolution():
     """XLA's own are ten times slower on CPU: the compiled gradient must hold neither grouped nor dilated ones in 3D."""
-    graphdef, params, stats = split_model(models.build(TOY_MODEL, seed=0))
+    graphdef, params, stats = split_model(networks.build(TOY_MODEL, seed=0))
 
     def loss(params, x):
         model = nnx.merge(graphdef, params, stats)

@@ -12,8 +12,11 @@ import torch
 
 from configs import common
 from tests.conftest import TOY_MODEL
-from xdim_jax import models, optim, step
-from xdim_jax.errors import UserError
+from xdim_jax.base.errors import UserError
+from xdim_jax.nets import networks
+from xdim_jax.nets.functional import split_model
+from xdim_jax.runs import state as runs_state
+from xdim_jax.training import optim
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -48,7 +51,7 @@ def path_of(config, weights, grads, rate=lambda count: RATE):
     for g in grads:
         updates, state = update(jax.tree.map(jnp.asarray, g), state, params)
         params = optax.apply_updates(params, updates)
-        found.append(jax.tree.map(np.asarray, (optim.fast(params), optim.slow(params))))
+        found.append(jax.tree.map(np.asarray, (runs_state.fast(params), runs_state.slow(params))))
     return found
 
 
@@ -224,7 +227,7 @@ def test_clipping_is_by_the_norm_of_all_gradients(doubles):
 @pytest.fixture(scope="module")
 def network():
     """Parameters of a toy DX-Net."""
-    return step.split_model(models.build(TOY_MODEL, seed=0))[1]
+    return split_model(networks.build(TOY_MODEL, seed=0))[1]
 
 
 @pytest.mark.parametrize("decay_all", [False, True])
@@ -369,10 +372,10 @@ def test_lookahead_around_pytorchs_nadam(rng, doubles):
 def test_a_lookahead_pair_starts_equal_and_without_there_is_one_copy():
     params = {"w": jnp.arange(2.0)}
     pair = optim.init_params(make_config(lookahead=6), params)
-    np.testing.assert_array_equal(optim.fast(pair)["w"], [0, 1])
-    np.testing.assert_array_equal(optim.slow(pair)["w"], [0, 1])
+    np.testing.assert_array_equal(runs_state.fast(pair)["w"], [0, 1])
+    np.testing.assert_array_equal(runs_state.slow(pair)["w"], [0, 1])
     alone = optim.init_params(make_config(), params)
-    assert optim.fast(alone) is optim.slow(alone) is alone is params
+    assert runs_state.fast(alone) is runs_state.slow(alone) is alone is params
 
 
 # -- schedules ----------------------------------------------------------------------------------------------------

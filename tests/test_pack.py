@@ -16,11 +16,17 @@ import optuna
 import pytest
 from flax import nnx
 
-from xdim_jax import checkpoint, cli, layers, log, models, ops, pack, signals, sweep, train
+from xdim_jax import ops, sweep, train
+from xdim_jax.base import signals
+from xdim_jax.base.config import load_config
+from xdim_jax.base.errors import UserError
 from xdim_jax.data import phantom
-from xdim_jax.errors import UserError
+from xdim_jax.nets import layers, networks
+from xdim_jax.runs import checkpoint
+from xdim_jax.runs.records import STEPS_FILE, read_records
 from xdim_jax.sweeps import dry, packed, worker
 from xdim_jax.sweeps import study as studies
+from xdim_jax.training import pack
 
 REPO = Path(__file__).resolve().parents[1]
 RECIPE = "configs/camus_omnianet.py:phantom"
@@ -79,7 +85,7 @@ class Small(nnx.Module):
 def shrunk():
     """`Small` in place of every network, compiled quickly."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "build", lambda config, seed: Small(config["out_channels"], seed))
+        patch.setattr(networks, "build", lambda config, seed: Small(config["out_channels"], seed))
         patch.setenv("XDIM_JAX_CACHE", "off")
         jax.config.update("jax_disable_most_optimizations", True)
         yield
@@ -105,7 +111,7 @@ def overrides(data, own):
 
 
 def load(data, own, *more):
-    return cli.load_config(RECIPE, [*overrides(data, own), *more])
+    return load_config(RECIPE, [*overrides(data, own), *more])
 
 
 def train_alone(data, workdir, own):
@@ -136,15 +142,15 @@ def run_out(group):
 
 def assert_same(found, expected):
     """The record and the final weights of two workdirs."""
-    steps = [log.read_records(w, log.STEPS_FILE) for w in (found, expected)]
+    steps = [read_records(w, STEPS_FILE) for w in (found, expected)]
     assert [s["step"] for s in steps[0]] == [s["step"] for s in steps[1]]
     assert [s["batch"] for s in steps[0]] == [s["batch"] for s in steps[1]], "other batches"
     for key, far in (("loss", 2e-4), ("grad_norm", 2e-3), ("update_norm", 2e-3)):
         np.testing.assert_allclose([s[key] for s in steps[0]], [s[key] for s in steps[1]], rtol=far, err_msg=key)
-    scores = [[r for r in log.read_records(w) if r["kind"] == "validation"] for w in (found, expected)]
+    scores = [[r for r in read_records(w) if r["kind"] == "validation"] for w in (found, expected)]
     assert len(scores[0]) == len(scores[1]) > 0
     np.testing.assert_allclose([r["dice"] for r in scores[0]], [r["dice"] for r in scores[1]], atol=2e-3)
-    rates = [[r["learning_rate"] for r in log.read_records(w) if r["kind"] == "train"] for w in (found, expected)]
+    rates = [[r["learning_rate"] for r in read_records(w) if r["kind"] == "train"] for w in (found, expected)]
     assert rates[0] == rates[1]
     states = [read_state(w) for w in (found, expected)]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
@@ -263,7 +269,7 @@ def test_runs_that_read_the_same_share_what_is_read(data, tmp_path):
     group.remove(members[1])
     group.remove(members[2])
     assert not group._streams
-    records = [log.read_records(tmp_path / f"run{i}", log.STEPS_FILE) for i in range(2)]
+    records = [read_records(tmp_path / f"run{i}", STEPS_FILE) for i in range(2)]
     assert records[0][0]["batch"] == records[1][0]["batch"] and len(records[1]) == 2
 
 
@@ -376,7 +382,7 @@ def test_a_sweep_trains_in_packs_what_it_would_train_alone(data, tmp_path, capsy
     assert periods == {0, 2}, "two programs"
     for trial in study.trials:
         workdir = tmp_path / "sweep" / f"trial{trial.number:04d}"
-        scores = [r["dice"] for r in log.read_records(workdir) if r["kind"] == "validation"]
+        scores = [r["dice"] for r in read_records(workdir) if r["kind"] == "validation"]
         assert trial.value == max(scores) and len(scores) == 1
         assert [trial.intermediate_values[i + 1] for i in range(len(scores))] == scores
     trial = study.trials[3]
@@ -430,7 +436,7 @@ def test_a_signal_gives_trials_back_and_they_go_on(data, tmp_path, monkeypatch):
     taken.extend([1] * 9)
     assert again.work() == 0
     assert ends(study) == ["COMPLETE"] * 3
-    steps = [r["step"] for r in log.read_records(tmp_path / "trial0000", log.STEPS_FILE)]
+    steps = [r["step"] for r in read_records(tmp_path / "trial0000", STEPS_FILE)]
     assert steps == list(range(1, len(steps) + 1)), "no step twice, none lost"
 
 

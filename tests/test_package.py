@@ -30,7 +30,8 @@ def test_what_is_in_the_distributions(built):
     wheel, source = built
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"xdim_jax/py.typed", "weight_port/py.typed", "xdim_jax/_recipes/configs/brats_dxnet.py"} <= names
-    assert {"xdim_jax/_recipes/configs/sweeps/dxnet.py", "xdim_jax/sweep.html.j2", "xdim_jax/page.css"} <= names
+    pages = "xdim_jax/pages/templates"
+    assert {"xdim_jax/_recipes/configs/sweeps/dxnet.py", f"{pages}/sweep.html.j2", f"{pages}/page.css"} <= names
     assert not [n for n in names if n.startswith(("tests/", "docs/", "benchmarks/", "configs/"))]
     with tarfile.open(source) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}

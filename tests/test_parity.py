@@ -16,9 +16,9 @@ from weight_port import authors, names
 from weight_port.probe import timm_features
 from weight_port.sources import import_timm
 from weight_port.timm_models import ARCHITECTURES
-from xdim_jax import models
-from xdim_jax.step import split_model
-from xdim_jax.weights import abstract_encoder, named, replaced
+from xdim_jax.nets import networks
+from xdim_jax.nets.functional import split_model
+from xdim_jax.nets.weights import abstract_encoder, named, replaced
 
 timm = import_timm()
 TINY = 1e-30
@@ -429,4 +429,4 @@ def test_mutations_are_seen(mutation):
 
 
 def test_every_network_is_compared():
-    assert {case().__getitem__(0)["name"] for case in CASES.values()} == set(models.NETWORKS)
+    assert {case().__getitem__(0)["name"] for case in CASES.values()} == set(networks.NETWORKS)

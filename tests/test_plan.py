@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from xdim_jax import cli, plan, recipe
-from xdim_jax.errors import UserError
-from xdim_jax.program import make_program
+from xdim_jax import plan
+from xdim_jax.base.config import load_config
+from xdim_jax.base.errors import UserError
+from xdim_jax.training import check, needs
+from xdim_jax.training.program import make_program
 
 # multiply-adds of one image (spec: architecture, section 6), counted there on PyTorch's modules: convolutions alone
 PUBLISHED = {
@@ -23,11 +25,11 @@ PUBLISHED = {
 def test_operations_of_a_prediction_are_those_published(name):
     """XLA leaves out the products with padding, which PyTorch's count has; norms and activations come on top."""
     patch, multiply_adds = PUBLISHED[name]
-    config = cli.load_config(f"configs/{name}.py:scratch", [])
-    dataset = recipe.check_config(config, needs_data=False)
+    config = load_config(f"configs/{name}.py:scratch", [])
+    dataset = check.check_config(config, needs_data=False)
     program, params, stats = make_program(config, dataset, per_epoch=1, abstract=True)
     image = jax.ShapeDtypeStruct((1, *patch, config.model.in_channels), jnp.float32)
-    flops = plan._flops(program.forward, (params, stats), image)
+    flops = needs._flops(program.forward, (params, stats), image)
     assert flops == pytest.approx(2 * multiply_adds, rel=0.04)
 
 
@@ -58,12 +60,12 @@ def test_the_needs_of_a_step_grow_with_its_batch(quick, tmp_path):
 
 
 def test_the_table_says_what_fits():
-    choices = [plan.Choice((64, 64), batch, "float32", "") for batch in (2, 4)]
-    rows = list(zip(choices, (plan.Need(2**30, 3e9, 2**20, 1e9), plan.Need(2**31, 6e9, 2**20, 1e9)), strict=True))
-    lines = plan.format_rows(rows, budget=2**30)
+    choices = [needs.Choice((64, 64), batch, "float32", "") for batch in (2, 4)]
+    rows = list(zip(choices, (needs.Need(2**30, 3e9, 2**20, 1e9), needs.Need(2**31, 6e9, 2**20, 1e9)), strict=True))
+    lines = needs.format_rows(rows, budget=2**30)
     assert lines[1].split() == ["64x64", "2", "float32", "none", "1.00", "GiB", "3.0", "0.00", "GiB", "1.0", "yes"]
     assert lines[2].endswith("no") and len({len(line) for line in lines}) == 1
-    assert "fits" not in plan.format_rows(rows, budget=None)[0]
+    assert "fits" not in needs.format_rows(rows, budget=None)[0]
 
 
 def fitting(limit, seen):
@@ -76,19 +78,19 @@ def fitting(limit, seen):
 
 @pytest.mark.parametrize("limit", [-1, 0, 1, 2, 3, 7, 30, 31, 32, 99])
 def test_the_largest_that_fits_is_found_in_few_steps(limit, monkeypatch):
-    monkeypatch.setattr(plan, "_name", str)
+    monkeypatch.setattr(needs, "name_of", str)
     seen = []
-    found = plan.largest(list(range(32)), fitting(limit, seen))
+    found = needs.largest(list(range(32)), fitting(limit, seen))
     assert found == (None if limit < 0 else min(limit, 31))
     assert len(seen) == len(set(seen)) <= 10, "nothing is compiled twice"
     assert max(seen) <= max(2 * limit + 2, 1), "nor anything far beyond what fits"
 
 
 def test_candidates_are_legal_and_rise():
-    config = cli.load_config("configs/brats_dsnet.py:scratch", [])
-    patches = [c.patch for c in plan.growing(config, plan.Choice((128, 128, 128), 1, "float32", ""), "patch")]
+    config = load_config("configs/brats_dsnet.py:scratch", [])
+    patches = [c.patch for c in needs.growing(config, needs.Choice((128, 128, 128), 1, "float32", ""), "patch")]
     assert patches[:2] == [(128, 32, 32), (128, 64, 64)] and patches == sorted(patches)
-    batches = plan.growing(config, plan.Choice((128, 64, 64), 1, "float32", ""), "batch")
+    batches = needs.growing(config, needs.Choice((128, 64, 64), 1, "float32", ""), "batch")
     assert [c.batch for c in batches[:3]] == [1, 2, 3] and {c.patch for c in batches} == {(128, 64, 64)}
 
 
@@ -96,7 +98,7 @@ def test_candidates_are_legal_and_rise():
     ("text", "count"), [("16GiB", 16 * 2**30), ("80 GB", 80 * 10**9), ("1.5MiB", 3 * 2**19), ("1000", 1000)]
 )
 def test_budgets(text, count):
-    assert plan.parse_bytes(text) == count
+    assert needs.parse_bytes(text) == count
 
 
 @pytest.mark.parametrize(

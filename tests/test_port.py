@@ -20,10 +20,10 @@ from tests.test_parity import calibrated, ds_case, state_of, timm
 from weight_port import __main__ as command
 from weight_port import authors, sources, timm_models
 from weight_port.sources import Source
-from xdim_jax.errors import UserError
-from xdim_jax.inflate import Inflation
-from xdim_jax.layers import Depth
-from xdim_jax.weights import Weights, adapt_encoder, read_weights
+from xdim_jax.base.errors import UserError
+from xdim_jax.nets.inflate import Inflation
+from xdim_jax.nets.layers import Depth
+from xdim_jax.nets.weights import Weights, adapt_encoder, read_weights
 
 SOURCE = {"file": "test", "sha256": "0"}
 NAMES = ["tf_efficientnet_b0", "resnet18", "vgg16_bn", "convnext_tiny"]
@@ -261,7 +261,7 @@ def test_our_leaves_are_accounted_for_on_the_way_back(states):
 def test_two_leaves_never_share_a_name():
     from tests.test_parity import CASES
     from weight_port.names import leaves
-    from xdim_jax.models import build_abstract
+    from xdim_jax.nets.networks import build_abstract
 
     for make in CASES.values():
         section = make()[0]

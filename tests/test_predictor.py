@@ -13,20 +13,26 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 import xdim_jax
-from xdim_jax import checkpoint, cli, memory, models, predict, step
+from xdim_jax import predict
+from xdim_jax.base.config import load_config
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import write_json
 from xdim_jax.data import case as data_case
-from xdim_jax.data.datasets import trained_dataset
-from xdim_jax.data.image import read_volume
+from xdim_jax.data.images.image import read_volume
 from xdim_jax.data.labels import Labels
-from xdim_jax.errors import UserError
-from xdim_jax.files import CONFIG_FILE, DATA_FILE, write_json
+from xdim_jax.data.layouts.datasets import trained_dataset
+from xdim_jax.inference import memory, predictions
+from xdim_jax.nets import networks
+from xdim_jax.nets.functional import split_model
+from xdim_jax.runs import checkpoint
+from xdim_jax.runs.workdir import CONFIG_FILE, DATA_FILE
 
 CHANNELS = ("T1", "T2")
 
 
 def make_workdir(folder, *, flat=False, channels=CHANNELS, seed=0, **changes):
     """A run that never trained: its config, its data set's description, and random weights."""
-    config = cli.load_config(f"configs/own_{'omnianet' if flat else 'dxnet'}.py", [])
+    config = load_config(f"configs/own_{'omnianet' if flat else 'dxnet'}.py", [])
     with config.unlocked():
         config.data.dataset, config.output, config.data.prepare.size = "nnunet", "softmax", ()
         config.data.patch = (32, 32) if flat else (32, 32, 32)
@@ -44,7 +50,7 @@ def make_workdir(folder, *, flat=False, channels=CHANNELS, seed=0, **changes):
     write_json(folder / CONFIG_FILE, config.to_dict())
     write_json(folder / DATA_FILE, description)
     trained_dataset(config.data.to_dict(), description)  # can be read
-    _, params, stats = step.split_model(models.build(config.model, seed=seed))
+    _, params, stats = split_model(networks.build(config.model, seed=seed))
     checkpoints = checkpoint.open_checkpoints(folder)
     checkpoint.save_best(checkpoints, 1, params, stats, 0.5)
     checkpoint.close(checkpoints)
@@ -372,5 +378,5 @@ def test_a_bad_case_does_not_keep_the_memory_from_being_said(flat, tmp_path, mon
 
     monkeypatch.setattr(ready.segmenter, "device_bytes", full)
     nib.save(nib.Nifti1Image(np.zeros((36, 40, 3), np.int16), np.eye(4)), tmp_path / "a.nii.gz")
-    assert predict.predict_cases(ready, ready.find_cases(tmp_path / "a.nii.gz")[0], tmp_path / "out") == []
+    assert predictions.predict_cases(ready, ready.find_cases(tmp_path / "a.nii.gz")[0], tmp_path / "out") == []
     assert "what prediction will take cannot be told: RuntimeError" in capsys.readouterr().out

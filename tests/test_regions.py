@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xdim_jax import regions
+from xdim_jax.data import regions
 
 
 def test_encode_and_decode_are_inverse():

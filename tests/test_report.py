@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xdim_jax import environment, evaluate, report
+from xdim_jax import evaluate, report
+from xdim_jax.base.files import write_json
 from xdim_jax.data import phantom
 from xdim_jax.data.case import encode_label, list_cases, read_grid, read_label
-from xdim_jax.data.datasets import get_dataset
-from xdim_jax.data.image import where
-from xdim_jax.data.nifti import write_volume
-from xdim_jax.files import write_json
+from xdim_jax.data.images.image import where
+from xdim_jax.data.images.nifti import write_volume
+from xdim_jax.data.layouts.datasets import get_dataset
+from xdim_jax.runs import environment
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell"))), None

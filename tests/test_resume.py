@@ -32,30 +32,22 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tensorboardX.proto import event_pb2
 
-from xdim_jax import (
-    checkpoint,
-    cli,
-    crossval,
-    evaluate,
-    log,
-    loop,
-    mesh,
-    models,
-    predictor,
-    recipe,
-    start,
-    step,
-    trackers,
-    train,
-    validation,
-    verify_run,
-    watch,
-)
-from xdim_jax.data import nifti, phantom, pipeline
+from xdim_jax import evaluate, train, verify_run
+from xdim_jax.base import log
+from xdim_jax.base.config import load_config
+from xdim_jax.base.errors import UserError
+from xdim_jax.data import phantom, pipeline
 from xdim_jax.data.case import Scan
+from xdim_jax.data.images import nifti
 from xdim_jax.data.prepare import Prepared
-from xdim_jax.errors import UserError
-from xdim_jax.weights import Weights, write_weights
+from xdim_jax.inference import predictor
+from xdim_jax.nets import networks
+from xdim_jax.nets.functional import split_model
+from xdim_jax.nets.weights import Weights, write_weights
+from xdim_jax.runs import checkpoint, trackers
+from xdim_jax.runs.records import close_recorder, open_recorder
+from xdim_jax.runs.state import TrainState
+from xdim_jax.training import check, crossval, initial_weights, loop, mesh, validation, watchdog
 
 REPO = Path(__file__).parent.parent
 RECIPE = "configs/camus_omnianet.py:phantom"
@@ -91,7 +83,7 @@ class Pixelwise(nnx.Module):
 
 def shrink(setattr_):
     """Puts `Pixelwise` in place of every network."""
-    setattr_(models, "build", lambda config, seed: Pixelwise(config["out_channels"], seed))
+    setattr_(networks, "build", lambda config, seed: Pixelwise(config["out_channels"], seed))
 
 
 @pytest.fixture
@@ -338,7 +330,7 @@ def test_a_signal_to_the_process_is_heard_at_every_moment(moment, line, number, 
 def small_state(value, at=0):
     params = optax.LookaheadParams(fast={"w": jnp.full(4, value)}, slow={"w": jnp.full(4, value / 2)})
     stats = {"n": {"mean": jnp.full(2, value)}}
-    return step.TrainState(jnp.int32(at), params, stats, {"mu": jnp.zeros(4)}, {})
+    return TrainState(jnp.int32(at), params, stats, {"mu": jnp.zeros(4)}, {})
 
 
 def batches(values=None):
@@ -376,7 +368,7 @@ def make_run(workdir, first=0, **options):
         "schedule": lambda at: 1e-3,
         "devices": mesh.make_devices(1, 1, batch=1),
         "checkpoints": checkpoint.open_checkpoints(workdir),
-        "recorder": log.open_recorder(workdir, first, writes=True),
+        "recorder": open_recorder(workdir, first, writes=True),
         "validate": lambda weights, stop: ({"a": 0.5, "b": 0.5}, {}),
         "stop": loop.StopRequest(),
         "regions": ("a", "b"),
@@ -400,7 +392,7 @@ def go_on(workdir, stream=None, **options):
             done = [r["step"] for r in records(workdir, "validation")]
             return int(loop.fit(run, state, progress, stream, validated=int(state.step) in done).step)
         finally:
-            log.close_recorder(run.recorder)
+            close_recorder(run.recorder)
             checkpoint.close(run.checkpoints)
 
 
@@ -706,9 +698,9 @@ def watched(entries, seconds, steps):
         entries, sampling="slices", size=(1, 4, 4), foreground=0.0, patches_per_case=1, batch=1, seed=0, start_step=0,
         threads=1, activity=activity,
     )  # fmt: skip
-    with watch.Watchdog(seconds, activity, said.append) as watchdog:
+    with watchdog.Watchdog(seconds, activity, said.append) as dog:
         for _ in range(steps):
-            watchdog.next(stream)
+            dog.next(stream)
     return said
 
 
@@ -726,8 +718,8 @@ def test_the_watchdog_is_quiet_while_batches_come_and_when_it_is_off():
 def test_the_watchdog_is_quiet_between_batches():
     """A long validation is no lack of data."""
     said = []
-    with watch.Watchdog(0.1, pipeline.Activity(), said.append) as watchdog:
-        watchdog.next(iter([{}]))
+    with watchdog.Watchdog(0.1, pipeline.Activity(), said.append) as dog:
+        dog.next(iter([{}]))
         time.sleep(0.5)
     assert said == []
 
@@ -854,7 +846,7 @@ def test_trackers_get_everything_and_go_on_after_a_resume(fakes, small, data, tm
 
 
 def tracker_config(**names):
-    return cli.load_config(RECIPE, [f"--config.train.{key}={value}" for key, value in names.items()])
+    return load_config(RECIPE, [f"--config.train.{key}={value}" for key, value in names.items()])
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
@@ -1119,7 +1111,7 @@ def test_the_summary_of_records_made_by_hand(tmp_path):
 
 
 def test_all_folds_of_a_list_that_came_with_the_data(tmp_path, monkeypatch):
-    config = cli.load_config(f"{RECIPE},fold=all", ["--config.data.split=official"])
+    config = load_config(f"{RECIPE},fold=all", ["--config.data.split=official"])
     begun = []
     every = lambda runs: begun.extend((c.data.fold, w.name) for c, w in runs) or 75  # noqa: E731
     with pytest.raises(UserError, match=r"give config\.data\.root"):
@@ -1136,7 +1128,7 @@ def test_all_folds_of_a_list_that_came_with_the_data(tmp_path, monkeypatch):
 
 
 def test_a_fold_that_is_stopped_stops_all(tmp_path, monkeypatch):
-    config = cli.load_config(f"{RECIPE},fold=all", [])
+    config = load_config(f"{RECIPE},fold=all", [])
     begun = []
 
     def one(chosen, workdir):
@@ -1176,7 +1168,7 @@ def no_network(monkeypatch):
 
 def assert_says_what_to_do(name):
     with pytest.raises(UserError) as error:
-        start.read_named(name)
+        initial_weights.read_named(name)
     text = str(error.value)
     assert "Name or service not known" in text and "--from-file" in text and ":scratch" in text
     assert f"--model={name}" in text and "--config.init.weights=" in text
@@ -1189,7 +1181,7 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch):
 
 def test_without_a_network_the_message_for_the_recipes_own_name_says_what_to_do(monkeypatch):
     no_network(monkeypatch)
-    name = cli.load_config("configs/camus_omnianet.py", []).init.weights
+    name = load_config("configs/camus_omnianet.py", []).init.weights
     assert name == "tf_efficientnet_b0.ns_jft_in1k"
     assert_says_what_to_do(name)
 
@@ -1198,7 +1190,7 @@ def test_a_file_or_a_path_is_not_looked_for_in_the_hub(monkeypatch, tmp_path):
     no_network(monkeypatch)
     for name in ("weights.safetensors", "some/where", str(tmp_path / "w")):
         with pytest.raises(UserError, match="does not exist"):
-            start.read_named(name)
+            initial_weights.read_named(name)
 
 
 RESNET = ["--config.model.encoder.name=resnet18", "--config.model.filters=(8,8,8,8,8)"]
@@ -1225,10 +1217,10 @@ def ported(tmp_path_factory):
 
 def load_resnet(path, *options):
     """Puts a file into an Omnia-Net of zeros."""
-    config = cli.load_config(RECIPE, [*RESNET, f"--config.init.weights={path}", *options])
-    _, params, stats = step.split_model(models.build_abstract(config.model))
+    config = load_config(RECIPE, [*RESNET, f"--config.init.weights={path}", *options])
+    _, params, stats = split_model(networks.build_abstract(config.model))
     zeros = [jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree) for tree in (params, stats)]
-    params, stats, report = start.initialise(config, *zeros)
+    params, stats, report = initial_weights.initialise(config, *zeros)
     return params, stats, json.loads(json.dumps(report))
 
 
@@ -1264,7 +1256,7 @@ def test_a_ported_file_fills_the_encoder_and_the_report_says_how(ported, capsys)
 
 def test_a_file_that_lacks_an_array_fails_unless_it_may(ported, tmp_path):
     _, folder = ported
-    whole = start.read_named(str(folder / "resnet.safetensors"))
+    whole = initial_weights.read_named(str(folder / "resnet.safetensors"))
     arrays = {n: a for n, a in whole.arrays.items() if n != "layer1.0.conv1.kernel"}
     path = tmp_path / "lacking.safetensors"
     write_weights(path, Weights(whole.kind, whole.model, arrays, whole.unused, whole.source))
@@ -1282,11 +1274,11 @@ def test_a_file_that_lacks_an_array_fails_unless_it_may(ported, tmp_path):
 
 def test_a_run_starts_from_a_network_file_that_fits_in_part(small, data, tmp_path):
     """Through the main: without ``require`` it trains from what there is; with it, nothing begins."""
-    config = cli.load_config(RECIPE, SMALL)
-    recipe.check_config(config, needs_data=False)
+    config = load_config(RECIPE, SMALL)
+    check.check_config(config, needs_data=False)
     kernel = np.linspace(-1, 1, 4, dtype=np.float32).reshape(1, 4)
     path = tmp_path / "part.safetensors"
-    write_weights(path, Weights("network", models.plain(config.model), {"kernel": kernel}, {}, {"from": "here"}))
+    write_weights(path, Weights("network", networks.plain(config.model), {"kernel": kernel}, {}, {"from": "here"}))
     name = f"--config.init.weights={path}"
     with pytest.raises(UserError, match=r"only in the network \(1\): bias"):
         train_small(tmp_path / "run", data, name)

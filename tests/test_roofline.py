@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu
-from xdim_jax import cli, ops, plan, recipe
-from xdim_jax.roofline import Product, find_products, is_backward, part_of
+from xdim_jax import ops
+from xdim_jax.base.config import load_config
+from xdim_jax.training import check, needs
+from xdim_jax.training.roofline import Product, find_products, is_backward, part_of
 
 
 def shape(*size, dtype=jnp.float32):
@@ -70,24 +72,24 @@ def test_parts_in_names(name, part, backward):
 def test_every_product_of_a_step_is_in_a_part(name, remat):
     """Forward as published (spec: architecture, section 6): 124 and 377 G multiply-adds at 128^3. Backward twice that,
     but for the image's gradient; computing a part again adds its forward products."""
-    config = cli.load_config(f"configs/{name}.py:scratch", [])
+    config = load_config(f"configs/{name}.py:scratch", [])
     remat = remat.replace("decoder", "dec") if name == "brats_dsnet" else remat
-    choice = plan.Choice((128, 128, 128), 1, "float32", remat)
-    products, parts = plan.step_products(config, recipe.check_config(config, needs_data=False), choice)
+    choice = needs.Choice((128, 128, 128), 1, "float32", remat)
+    products, parts = needs.step_products(config, check.check_config(config, needs_data=False), choice)
     forward = sum(p.flops for p in products if not p.backward)
     backward = sum(p.flops for p in products if p.backward)
     assert forward == pytest.approx(2 * (124e9 if name == "brats_dxnet" else 377e9), rel=0.01)
     again = sum(p.flops for p in products if not p.backward and p.part.startswith("dec")) if remat else 0
     assert backward == pytest.approx(2 * forward + again, rel=0.04)
     assert {p.part for p in products} == set(parts) - {"inner.conv"} and len(products) > 250
-    lines = plan.format_parts(products, parts)
+    lines = needs.format_parts(products, parts)
     assert lines[-1].split()[0] == "all" and lines[-1].endswith("100.0 %") and len({len(line) for line in lines}) == 1
 
 
 def test_least_times_of_parts():
     """By hand: 2 TFLOP at 1 TFLOP/s are 2 s, though 1 TB at 2 TB/s takes half of one; the other the reverse."""
     products = [Product("encoder", False, 2e12, 1e12), Product("last", True, 1e12, 8e12)]
-    table = plan.format_parts(products, ("encoder", "last"), (1e12, 2e12))
+    table = needs.format_parts(products, ("encoder", "last"), (1e12, 2e12))
     assert [line.split()[-1] for line in table] == ["ms", "2000.000", "4000.000", "6000.000"]
 
 

@@ -13,7 +13,7 @@ from scipy.spatial import KDTree
 from scipy.spatial.distance import cdist
 from scipy.stats import wilcoxon
 
-from xdim_jax.scoring import brats, camus, chaos, compare, generic, masks, results, tables
+from xdim_jax.scoring import brats, camus, chaos, generic, masks, paired, results, tables
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair
 from xdim_jax.scoring.rules import Job, LabelMap, Scored
 
@@ -766,16 +766,16 @@ def run(values, metric="dice", structure="WT"):
 
 
 def test_holm_by_hand():
-    assert compare.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert compare.holm([0.5, 0.6, 0.04]) == pytest.approx([1.0, 1.0, 0.12])
-    assert compare.holm([0.2]) == [0.2]
-    assert compare.holm([]) == []
+    assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert paired.holm([0.5, 0.6, 0.04]) == pytest.approx([1.0, 1.0, 0.12])
+    assert paired.holm([0.2]) == [0.2]
+    assert paired.holm([]) == []
 
 
 def test_wilcoxon_by_counting_signs():
     """Six differences of one sign: 2 of the 64 ways to sign them are as extreme."""
     a, b = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.11, 0.22, 0.33, 0.44, 0.55, 0.66]
-    (found,) = compare.compare(run(a), run(b))
+    (found,) = paired.compare(run(a), run(b))
     assert found.p == pytest.approx(2 / 64)
     assert (found.cases, found.p_holm) == (6, found.p)
     assert found.mean == pytest.approx(0.035) and found.b - found.a == pytest.approx(0.035)
@@ -784,7 +784,7 @@ def test_wilcoxon_by_counting_signs():
 def test_wilcoxon_equals_scipy():
     rng = np.random.default_rng(2)
     a, b = rng.uniform(0, 1, (2, 30))
-    (found,) = compare.compare(run(a), run(b))
+    (found,) = paired.compare(run(a), run(b))
     assert found.p == pytest.approx(wilcoxon(a, b).pvalue)
     assert found.mean == pytest.approx((b - a).mean())
     assert found.low < found.mean < found.high
@@ -793,19 +793,19 @@ def test_wilcoxon_equals_scipy():
 def test_compare_takes_common_finite_cases():
     a = run([0.1, math.nan, 0.3, 0.4])
     b = run([0.2, 0.5, math.nan, 0.5, 0.9])
-    (found,) = compare.compare(a, b)
+    (found,) = paired.compare(a, b)
     assert found.cases == 2
     assert found.a == pytest.approx(0.25) and found.b == pytest.approx(0.35) and found.mean == pytest.approx(0.1)
 
 
 def test_compare_with_itself():
-    (found,) = compare.compare(run([0.1, 0.5, 0.7]), run([0.1, 0.5, 0.7]))
+    (found,) = paired.compare(run([0.1, 0.5, 0.7]), run([0.1, 0.5, 0.7]))
     assert (found.mean, found.low, found.high, found.p, found.p_holm) == (0, 0, 0, 1, 1)
 
 
 def test_compare_with_some_equal_cases():
     """Zeros are left out of the ranks: 5 differences of one sign remain, whatever the variant used for p."""
-    (found,) = compare.compare(run([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), run([0.1, 0.22, 0.33, 0.44, 0.55, 0.66]))
+    (found,) = paired.compare(run([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), run([0.1, 0.22, 0.33, 0.44, 0.55, 0.66]))
     assert 0.02 <= found.p <= 2 / 32
 
 
@@ -819,22 +819,22 @@ def test_compare_corrects_over_all_tests_shown():
         Scored(f"c{i}", f"p{i}", {}, {s: {"dice": rng.random(), "hd": rng.random()} for s in "xy"}, {})
         for i in range(9)
     ]
-    every = compare.compare(a, b)
+    every = paired.compare(a, b)
     assert {(d.structure, d.metric) for d in every} == {(s, m) for s in "xy" for m in ("dice", "hd")}
     smallest = min(every, key=lambda d: d.p)
     assert smallest.p_holm == pytest.approx(min(1, 4 * smallest.p))
-    some = compare.compare(a, b, ["dice"])
+    some = paired.compare(a, b, ["dice"])
     assert {d.metric for d in some} == {"dice"} and len(some) == 2
     assert min(d.p_holm for d in some) == pytest.approx(min(1, 2 * min(d.p for d in some)))
     with pytest.raises(ValueError, match="common"):
-        compare.compare(a, b, ["volume"])
+        paired.compare(a, b, ["volume"])
 
 
 def test_compare_interval_draws_patients():
     """Two patients with five cases each, whose differences are 0 and 1."""
     first = [Scored(f"c{i}", f"p{i // 5}", {}, {"WT": {"dice": 0.0}}, {}) for i in range(10)]
     second = [Scored(f"c{i}", f"p{i // 5}", {}, {"WT": {"dice": float(i >= 5)}}, {}) for i in range(10)]
-    (found,) = compare.compare(first, second)
+    (found,) = paired.compare(first, second)
     assert (found.low, found.high, found.mean) == (0, 1, 0.5)
 
 

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from xdim_jax.base.errors import UserError
 from xdim_jax.data import __main__ as data_main
-from xdim_jax.data import brats, camus, phantom, pipeline, shelves, store
+from xdim_jax.data import phantom, pipeline, store, store_backends
 from xdim_jax.data import prepare as preparation
 from xdim_jax.data.case import Case, Volume, list_cases, read_case
-from xdim_jax.data.datasets import get_dataset
-from xdim_jax.data.grid import Grid
+from xdim_jax.data.images.grid import Grid
 from xdim_jax.data.labels import Labels
+from xdim_jax.data.layouts import brats, camus
+from xdim_jax.data.layouts.datasets import get_dataset
 from xdim_jax.data.prepare import Preparation, nearest, nonzero_box, prepare, resample
-from xdim_jax.errors import UserError
 
 BRATS = brats.dataset("brats2021")
 PAPER = Preparation(crop="nonzero", normalise="zscore_nonzero")
@@ -251,7 +252,7 @@ def test_an_interrupted_preparation_goes_on(root, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(store, "prepare", original)
-    monkeypatch.setattr(shelves, "write_text", half_written)
+    monkeypatch.setattr(store_backends, "write_text", half_written)
     before = set((root.parent / "store").glob("*/*"))
     with pytest.raises(KeyboardInterrupt):
         fill(root, jobs=1)
@@ -336,8 +337,12 @@ def test_headers_are_parsed_one_at_a_time(tmp_path, monkeypatch):
     """CPython 3.11's parser, which numpy takes for them, is not for threads."""
     np.save(tmp_path / "a.npy", np.arange(6).reshape(2, 3))
     whole, held = np.load, []
-    monkeypatch.setattr(np, "load", lambda *a, **k: held.append(shelves._PARSER.locked()) or whole(*a, **k))
-    assert shelves._open_npy(tmp_path / "a.npy")[1, 2] == 5 and held == [True] and not shelves._PARSER.locked()
+    monkeypatch.setattr(np, "load", lambda *a, **k: held.append(store_backends._PARSER.locked()) or whole(*a, **k))
+    assert (
+        store_backends._open_npy(tmp_path / "a.npy")[1, 2] == 5
+        and held == [True]
+        and not store_backends._PARSER.locked()
+    )
 
 
 def test_several_processes_prepare_into_one_store(root):
@@ -362,7 +367,7 @@ for entry in store.prepare_cases(dataset, cases, settings, root.parent / "store"
 
 
 def test_too_little_room_is_said_before_it_is_used(root, monkeypatch):
-    monkeypatch.setattr(shelves.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    monkeypatch.setattr(store_backends.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
     with pytest.raises(UserError, match=r"2 cases left need about .* but only 0.00 GiB are free"):
         fill(root)
 

@@ -12,8 +12,16 @@ from flax import nnx
 
 from configs import common
 from tests.conftest import TOY_MODEL, toy_model
-from xdim_jax import checkpoint, log, loop, loss, mesh, models, optim, output, regions, signals, step, validation
-from xdim_jax.errors import UserError
+from xdim_jax.base import log, signals
+from xdim_jax.base.errors import UserError
+from xdim_jax.data import regions
+from xdim_jax.inference import output
+from xdim_jax.nets import networks
+from xdim_jax.nets.functional import split_model
+from xdim_jax.runs import checkpoint
+from xdim_jax.runs.records import METRICS_FILE, close_recorder, open_recorder, read_records, record
+from xdim_jax.runs.state import TrainState, init_state
+from xdim_jax.training import loop, loss, mesh, optim, step, validation
 
 OPTIM = common.nadam_lookahead(constant_epochs=40).to_dict()
 LOSS = common.dice_and_entropy().to_dict()
@@ -39,7 +47,7 @@ def make_run(tmp_path, **options):
         "schedule": lambda at: 1e-3,
         "devices": mesh.make_devices(1, 1, batch=1),
         "checkpoints": checkpoint.open_checkpoints(tmp_path),
-        "recorder": log.open_recorder(tmp_path, 0, writes=True),
+        "recorder": open_recorder(tmp_path, 0, writes=True),
         "validate": lambda weights, stop: (dict.fromkeys(("WT", "TC", "ET"), 0.5), {}),
         "stop": signals.StopRequest(),
         "regions": ("WT", "TC", "ET"),
@@ -61,7 +69,7 @@ def finish(run, stream, value=0.0):
     try:
         loop.fit(run, small_state(value, 0), loop.Progress([0.0] * 3, [0] * 3), stream, validated=False)
     finally:
-        log.close_recorder(run.recorder)
+        close_recorder(run.recorder)
         checkpoint.close(run.checkpoints)
 
 
@@ -69,7 +77,7 @@ def finish(run, stream, value=0.0):
 def test_validation_waits_for_the_training_score_and_comes_at_the_end(tmp_path, gate, every, steps):
     """Paper, Sect. 3.1.3; the training score is 0.25 here."""
     finish(make_run(tmp_path, config={"validate_after_score": gate, "validate_every": every}), blank_batches())
-    assert [r["step"] for r in log.read_records(tmp_path) if r["kind"] == "validation"] == steps
+    assert [r["step"] for r in read_records(tmp_path) if r["kind"] == "validation"] == steps
 
 
 def test_the_slow_weights_are_validated_and_kept(tmp_path):
@@ -89,14 +97,14 @@ def test_the_slow_weights_are_validated_and_kept(tmp_path):
 def test_the_best_weights_are_whole_when_the_validation_is_on_record(tmp_path, monkeypatch):
     """Else a kill between the two would leave a run that believes it is validated and has no best weights."""
     found = []
-    original = log.record
+    original = record
 
     def look(recorder, kind, step, values):
         if kind == "validation":
             found.append(sorted(p.name for p in (tmp_path / "best").iterdir()))
         original(recorder, kind, step, values)
 
-    monkeypatch.setattr(log, "record", look)
+    monkeypatch.setattr(loop, "record", look)
     finish(make_run(tmp_path), blank_batches())
     assert found == [["4"]] * 3
 
@@ -119,9 +127,9 @@ def test_an_unreadable_file_does_not_lose_the_steps_before_it(tmp_path):
 
 
 def make_state(model=TOY_MODEL, optimiser=OPTIM):
-    graphdef, params, stats = step.split_model(models.build(model, seed=0))
+    graphdef, params, stats = split_model(networks.build(model, seed=0))
     tx = optim.make_optimizer(optimiser, lambda count: 1e-3)
-    state = step.init_state(optim.init_params(optimiser, params), stats, tx)
+    state = init_state(optim.init_params(optimiser, params), stats, tx)
     return graphdef, tx, jax.tree.map(jnp.copy, state)
 
 
@@ -148,14 +156,14 @@ def test_the_norm_is_that_of_all_arrays(rng):
 
 
 def test_step_follows_the_gradient_and_reports_the_score():
-    graphdef, params, stats = step.split_model(Linear())
+    graphdef, params, stats = split_model(Linear())
     tx = optax.sgd(0.1)
     train = step.make_train_step(
-        graphdef, lambda z, g, drawn: (jnp.mean((z - g) ** 2), {"part": jnp.sum(z)}), PLANE, tx
+        graphdef, lambda z, g, annotated: (jnp.mean((z - g) ** 2), {"part": jnp.sum(z)}), PLANE, tx
     )
     image = np.array([[1.0, 2.0], [3.0, 1.0]]).reshape(1, 2, 2)
     batch = {"image": jnp.asarray(image), "label": jnp.array([[0, 1]])}
-    state, metrics = train(step.init_state(params, stats, tx), batch, jax.random.key(0))
+    state, metrics = train(init_state(params, stats, tx), batch, jax.random.key(0))
     # logits 0 and 1.25 against 0 and 1: gradient = mean of 2 (z - g) x
     np.testing.assert_allclose(state.params["kernel"][:, 0], [0.5 - 0.1 * 0.75, -0.25 - 0.1 * 0.25], rtol=1e-6)
     assert int(state.step) == 1
@@ -173,11 +181,11 @@ class TwoLevels(Linear):
 
 
 def test_deep_supervision_weighs_levels_by_halves():
-    graphdef, params, stats = step.split_model(TwoLevels())
+    graphdef, params, stats = split_model(TwoLevels())
     tx = optax.sgd(0.1)
     seen = []
 
-    def loss(z, g, drawn):
+    def loss(z, g, annotated):
         seen.append(g.shape)
         return jnp.mean(jnp.abs(z - g)), {}
 
@@ -185,7 +193,7 @@ def test_deep_supervision_weighs_levels_by_halves():
     image = np.zeros((1, 4, 4, 2), np.float32)  # logits 0: the losses are the means of the masks
     label = np.zeros((1, 4, 4), np.int32)
     label[0, 1, 1] = label[0, 3, 3] = 1  # of the coarse grid's centres (1, 1), (1, 3), (3, 1), (3, 3)
-    _, metrics = train(step.init_state(params, stats, tx), {"image": image, "label": label}, jax.random.key(0))
+    _, metrics = train(init_state(params, stats, tx), {"image": image, "label": label}, jax.random.key(0))
     assert seen == [(1, 4, 4, 1), (1, 2, 2, 1)]
     assert float(metrics["loss"]) == pytest.approx((2 / 16 + 0.5 * 2 / 4) / 1.5)
 
@@ -236,13 +244,13 @@ def test_wherever_a_stop_is_asked_for_no_step_is_lost(tmp_path, asked_at, log_ev
     run = make_run(tmp_path, validate=validate, stop=stop, config={"log_every": log_every})
     loop.fit(run, small_state(1.0, 0), loop.Progress([0.0] * 3, [0] * 3), stream(), validated=False)
     restored = checkpoint.restore_latest(run.checkpoints, small_state(0.0, 0), print)
-    log.close_recorder(run.recorder)
+    close_recorder(run.recorder)
     checkpoint.close(run.checkpoints)
     assert restored is not None and int(restored[0].step) == asked_at
     in_epoch = asked_at % 4
     assert restored[1]["score_steps"] == [in_epoch] * 3 and restored[1]["score_sum"] == [0.25 * in_epoch] * 3
     assert len(validations) == (asked_at >= 4)
-    assert [r["step"] for r in log.read_records(tmp_path) if r["kind"] == "validation"] == ([4] if asked_at > 4 else [])
+    assert [r["step"] for r in read_records(tmp_path) if r["kind"] == "validation"] == ([4] if asked_at > 4 else [])
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -250,7 +258,7 @@ def test_wherever_a_stop_is_asked_for_no_step_is_lost(tmp_path, asked_at, log_ev
 
 def small_state(value, at):
     params = optax.LookaheadParams(fast={"w": jnp.full(4, value)}, slow={"w": jnp.full(4, value / 2)})
-    return step.TrainState(jnp.int32(at), params, {"n": {"mean": jnp.full(2, value)}}, {"mu": jnp.zeros(4)}, {})
+    return TrainState(jnp.int32(at), params, {"n": {"mean": jnp.full(2, value)}}, {"mu": jnp.zeros(4)}, {})
 
 
 def save_states(workdir, steps):
@@ -266,7 +274,7 @@ def test_latest_state_comes_back_whole(tmp_path):
     checkpoints = checkpoint.open_checkpoints(tmp_path)
     state, progress = checkpoint.restore_latest(checkpoints, small_state(0.0, 0), print)
     checkpoint.close(checkpoints)
-    assert isinstance(state, step.TrainState) and isinstance(state.params, optax.LookaheadParams)
+    assert isinstance(state, TrainState) and isinstance(state.params, optax.LookaheadParams)
     assert int(state.step) == 3 and progress == {"score_steps": 3}
     np.testing.assert_array_equal(state.params.fast["w"], 3.0)
     np.testing.assert_array_equal(state.params.slow["w"], 1.5)
@@ -353,16 +361,16 @@ def test_without_a_validation_the_slow_weights_of_the_latest_state_are_used(tmp_
 
 
 def test_record_forgets_what_lies_beyond_the_resumed_step(tmp_path):
-    recorder = log.open_recorder(tmp_path, 0, writes=True)
+    recorder = open_recorder(tmp_path, 0, writes=True)
     for at in (1, 2, 3):
-        log.record(recorder, "train", at, {"loss": 1.0 / at})
-    log.close_recorder(recorder)
-    with open(tmp_path / log.METRICS_FILE, "a", encoding="utf-8") as file:
+        record(recorder, "train", at, {"loss": 1.0 / at})
+    close_recorder(recorder)
+    with open(tmp_path / METRICS_FILE, "a", encoding="utf-8") as file:
         file.write('{"kind": "train", "st')  # killed while writing
-    recorder = log.open_recorder(tmp_path, 2, writes=True)
-    log.record(recorder, "train", 3, {"loss": 9.0})
-    log.close_recorder(recorder)
-    records = [json.loads(line) for line in (tmp_path / log.METRICS_FILE).read_text().splitlines()]
+    recorder = open_recorder(tmp_path, 2, writes=True)
+    record(recorder, "train", 3, {"loss": 9.0})
+    close_recorder(recorder)
+    records = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
     assert [(r["step"], r["loss"]) for r in records] == [(1, 1.0), (2, 0.5), (3, 9.0)]
     assert list((tmp_path / "tensorboard").glob("events.*"))
 

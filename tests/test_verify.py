@@ -20,12 +20,12 @@ import pydicom
 import pytest
 from PIL import Image
 
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.problem import ERROR, KINDS, WARNING, DataError, Problem
 from xdim_jax.data import phantom
 from xdim_jax.data.__main__ import command, main
-from xdim_jax.data.datasets import get_dataset
-from xdim_jax.data.problem import ERROR, KINDS, WARNING, DataError, Problem
+from xdim_jax.data.layouts.datasets import get_dataset
 from xdim_jax.data.verify import verify
-from xdim_jax.errors import UserError
 
 # -- clean data ---------------------------------------------------------------------------------------------------
 

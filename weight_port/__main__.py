@@ -18,14 +18,16 @@ from typing import Any, NoReturn
 import numpy as np
 
 from weight_port import authors, probe, sources, timm_models
-from xdim_jax import cli, log
-from xdim_jax.errors import UserError
-from xdim_jax.files import write_json
-from xdim_jax.inflate import AXES, RULES, Inflation
-from xdim_jax.layers import DEPTH_PADDINGS, SQUEEZES, Depth
-from xdim_jax.loading import read_anywhere
-from xdim_jax.stem import RULES as CHANNEL_RULES
-from xdim_jax.weights import Weights, adapt_encoder, inflate_network, part, read_weights, write_weights
+from xdim_jax.base import log
+from xdim_jax.base.command import make_parser, run
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import write_json
+from xdim_jax.inference.model import read_anywhere
+from xdim_jax.nets.inflate import AXES, RULES, Inflation
+from xdim_jax.nets.input_channels import RULES as CHANNEL_RULES
+from xdim_jax.nets.layers import DEPTH_PADDINGS, SQUEEZES, Depth
+from xdim_jax.nets.weights import Weights, adapt_encoder, inflate_network, part, read_weights, write_weights
+from xdim_jax.ops.compilation import cache_programs
 
 EXAMPLES = """examples:
   python -m weight_port --source=timm --model=tf_efficientnet_b0.ns_jft_in1k --out=b0.safetensors
@@ -39,9 +41,9 @@ EXAMPLES = """examples:
 exit status: 0 done, 2 unusable input"""
 
 
-def make_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     """The command line, see ``--help``."""
-    parser = cli.make_parser("weight_port", __doc__ or "", EXAMPLES)
+    parser = make_parser("weight_port", __doc__ or "", EXAMPLES)
     parser.add_argument("--source", required=True, choices=("timm", "authors", "xdim"))
     parser.add_argument(
         "--out", required=True, type=Path, metavar="FILE", help=".safetensors; with --to-torch also .pth"
@@ -52,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--part", choices=("all", "encoder"), default="all", help="of a network; default all")
     parser.add_argument("--to-torch", action="store_true", help="from our file (or a workdir) to a PyTorch state_dict")
     parser.add_argument("--no-probe", action="store_true", help="leave out the forward passes")
-    group = parser.add_argument_group("inflation", "what each rule preserves: pydoc xdim_jax.inflate")
+    group = parser.add_argument_group("inflation", "what each rule preserves: pydoc xdim_jax.nets.inflate")
     group.add_argument("--inflate", choices=RULES, metavar="RULE", help=f"from 2D to 3D: {', '.join(RULES)}")
     group.add_argument("--axis", choices=tuple(AXES), help="the new axis; default depth")
     group.add_argument(
@@ -68,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--depth-padding", choices=DEPTH_PADDINGS, help="default zero")
     group.add_argument("--depth-strides", metavar="S,S,S,S,S", help="1 or 2 per level, finest first; default 2")
     group.add_argument("--squeeze", choices=SQUEEZES, help="pooling of squeeze-excite; default volume")
-    group = parser.add_argument_group("input channels", "what each rule preserves: pydoc xdim_jax.stem")
+    group = parser.add_argument_group("input channels", "what each rule preserves: pydoc xdim_jax.nets.input_channels")
     group.add_argument("--channels", type=int, metavar="N", help="default: as the source")
     group.add_argument("--channel-rule", choices=CHANNEL_RULES, help="default cycle, where the number changes")
     group.add_argument("--channel-map", metavar="C,C,...", help="of rule map: source channels, from 0")
@@ -77,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Ports one file."""
-    options = make_parser().parse_args(argv)
+    options = _parser().parse_args(argv)
     _check(options)
     if options.to_torch:
         weights = read_anywhere(options.from_file)
@@ -89,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         if options.source == "timm":
             log.say(f"           for {' or '.join(timm_models.matching(weights.model))}")
         return 0
-    cli.cache_programs()
+    cache_programs()
     weights, report = _read(options)
     ported, done = _adapt(options, weights)
     if options.inflate and ported.kind == "encoder" and not options.no_probe:
@@ -241,7 +243,7 @@ def _summarise(out: Path, path: Path, ported: Weights, report: Mapping[str, Any]
 
 def command() -> NoReturn:
     """The console entry point."""
-    cli.run(main)
+    run(main)
 
 
 if __name__ == "__main__":

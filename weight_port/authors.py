@@ -14,11 +14,11 @@ import numpy as np
 
 from weight_port.names import export_state, import_state
 from weight_port.sources import Source, read_source
-from xdim_jax import models
-from xdim_jax.encoders import CONVENTIONS
-from xdim_jax.encoders.efficientnet import SCALING, scaled_channels
-from xdim_jax.errors import UserError
-from xdim_jax.weights import Weights, abstract_encoder, encoder_section, named
+from xdim_jax.base.errors import UserError
+from xdim_jax.nets import networks
+from xdim_jax.nets.encoders import CONVENTIONS
+from xdim_jax.nets.encoders.efficientnet import SCALING, scaled_channels
+from xdim_jax.nets.weights import Weights, abstract_encoder, encoder_section, named
 
 HEAD = 1280  # filters of EfficientNet-B0's head, before scaling
 _DEPTH = {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)}
@@ -171,8 +171,8 @@ def structure(section: Mapping[str, Any]) -> tuple[Any, Any, str]:
     if "ndim" in section:
         return abstract_encoder(section), rename_encoder, ""
     if section["name"] == "dsnet":
-        return models.build_abstract(section), rename_dsnet, "model2D.encoder."
-    return models.build_abstract(section), rename_unet, "encoder."
+        return networks.build_abstract(section), rename_dsnet, "model2D.encoder."
+    return networks.build_abstract(section), rename_unet, "encoder."
 
 
 class _Facts:
@@ -219,7 +219,7 @@ def _complete(section: dict[str, Any], facts: _Facts) -> dict[str, Any]:
             "affine": facts.norm("norm1") == "instance",
             "inner": inner,
         }
-    rank = models.spatial_axes(section) + 2
+    rank = networks.spatial_axes(section) + 2
     return {
         **section,
         "in_channels": facts.shape("conv.weight", rank)[1],

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from xdim_jax.inflate import named_layers
-from xdim_jax.layers import Conv, ConvTranspose, Dense
-from xdim_jax.weights import check_leaves, module_leaves
+from xdim_jax.nets.inflate import named_layers
+from xdim_jax.nets.layers import Conv, ConvTranspose, Dense
+from xdim_jax.nets.weights import check_leaves, module_leaves
 
 COUNTER = "num_batches_tracked"  # of PyTorch's batch norms; of no use without cumulative averages
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}

@@ -8,8 +8,8 @@ import numpy as np
 
 from weight_port.sources import import_timm, import_torch
 from weight_port.timm_models import TimmName
-from xdim_jax.loading import make_model
-from xdim_jax.weights import Weights
+from xdim_jax.inference.model import make_model
+from xdim_jax.nets.weights import Weights
 
 SIZE = 64  # pixels of the probe image's side
 _TAPS = {

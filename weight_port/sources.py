@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from xdim_jax.errors import UserError, first_line
-from xdim_jax.files import atomic_path
-from xdim_jax.weights import write_arrays
+from xdim_jax.base.errors import UserError, first_line
+from xdim_jax.base.files import atomic_path
+from xdim_jax.nets.weights import write_arrays
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts put a state_dict
 

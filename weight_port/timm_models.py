@@ -9,9 +9,9 @@ import numpy as np
 
 from weight_port.names import export_state, import_state
 from weight_port.sources import Source, download, import_timm, read_source
-from xdim_jax.encoders import CONVENTIONS, ENCODERS, get_family
-from xdim_jax.errors import UserError
-from xdim_jax.weights import Weights, abstract_encoder
+from xdim_jax.base.errors import UserError
+from xdim_jax.nets.encoders import CONVENTIONS, ENCODERS, get_family
+from xdim_jax.nets.weights import Weights, abstract_encoder
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}

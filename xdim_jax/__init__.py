@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xdim_jax.loading import Model, load_model
-    from xdim_jax.predictor import Predictor
+    from xdim_jax.inference.model import Model, load_model
+    from xdim_jax.inference.predictor import Predictor
 
 __version__ = "0.1.0"
 __all__ = ["Model", "Predictor", "__version__", "load_model"]
@@ -13,11 +13,11 @@ __all__ = ["Model", "Predictor", "__version__", "load_model"]
 def __getattr__(name: str) -> Any:
     """What comes with JAX is imported when it is first asked for."""
     if name == "Predictor":
-        from xdim_jax import predictor
+        from xdim_jax.inference import predictor
 
         return predictor.Predictor
     if name in ("Model", "load_model"):
-        from xdim_jax import loading
+        from xdim_jax.inference import model
 
-        return getattr(loading, name)
+        return getattr(model, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,22 +5,22 @@ patients), and Wilcoxon's signed-rank test with Holm's correction over all struc
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from xdim_jax import cli, log
-from xdim_jax.errors import UserError, shorten
-from xdim_jax.files import write_json, write_text
-from xdim_jax.scoring import challenges, compare, results, tables
-from xdim_jax.scoring.results import number
+from xdim_jax.base import log
+from xdim_jax.base.command import make_parser, run
+from xdim_jax.base.errors import UserError, shorten
+from xdim_jax.base.files import write_json, write_text
+from xdim_jax.scoring import challenges, paired, results
+from xdim_jax.scoring.comparison import make_table
 from xdim_jax.scoring.rules import Scored
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line, see ``--help``."""
-    parser = cli.make_parser("xdim_jax.compare", __doc__ or "", "exit status: 0 done, 2 unusable input")
+    parser = make_parser("xdim_jax.compare", __doc__ or "", "exit status: 0 done, 2 unusable input")
     parser.add_argument("a", type=Path, help="folder that xdim_jax.evaluate wrote")
     parser.add_argument("b", type=Path, help="another one, of the same references")
     parser.add_argument("--metrics", default="", help="with commas (default: all; fewer make a milder correction)")
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
             f"--metrics: {', '.join(sorted(unknown))} not in the results; they have {', '.join(sorted(known))}"
         )
     try:
-        found = compare.compare(sides[0], sides[1], wanted)
+        found = paired.compare(sides[0], sides[1], wanted)
     except ValueError as error:
         raise UserError(f"{options.a} and {options.b}: {error}; evaluate both on the same references") from error
     for side, other, folder in ((*sides, options.a), (*reversed(sides), options.b)):
@@ -91,25 +91,9 @@ def _errors_of_volumes(cases: Sequence[Scored]) -> list[Scored]:
     return found
 
 
-def make_table(found: Sequence[compare.Difference], a: str, b: str) -> tables.Table:
-    """One row per structure and metric."""
-    header = ("", "metric", "cases", "A", "B", "B - A", "95 % interval", "p", "p (Holm)")
-    rows = []
-    for d in found:
-        digits = 3 if max(abs(d.a), abs(d.b)) <= 1 else 2
-        within = "-" if d.low is None else f"{number(d.low, digits)} to {number(d.high, digits)}"
-        ends = (number(d.a, digits), number(d.b, digits), f"{d.mean:+.{digits}f}", within, _p(d.p), _p(d.p_holm))
-        rows.append((d.structure, d.metric, str(d.cases), *ends))
-    return tables.Table(f"A: {a}, B: {b}", header, tuple(rows), f"Holm's correction is for {len(found)} tests.")
-
-
-def _p(value: float) -> str:
-    return "-" if math.isnan(value) else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
-
-
 def command() -> NoReturn:
     """The console entry point."""
-    cli.run(main)
+    run(main)
 
 
 if __name__ == "__main__":

@@ -5,63 +5,38 @@ what to do. Nothing is downloaded, and nothing written but to the compilation ca
 """
 
 if __name__ == "__main__":  # see xdim_jax/train.py
-    from xdim_jax.process import prefer_huge_pages
+    from xdim_jax.base.huge_pages import prefer_huge_pages
 
     prefer_huge_pages()
 
 import dataclasses
-import importlib.metadata
-import itertools
 import json
-import math
-import os
-import shutil
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from xdim_jax import cli, environment, log
-from xdim_jax.errors import first_line, gib
-from xdim_jax.files import write_text
-
-OK, WARNING, FAILURE = "ok", "warning", "failure"
-EXTRAS = {
-    "port": ("torch", "timm"),
-    "sweep": ("optuna", "psycopg"),
-    "cloud": ("gcsfs", "s3fs"),
-    "wandb": ("wandb",),
-    "mlflow": ("mlflow",),
-}
-_READ_SECONDS = 5.0
-_STEP_SECONDS = 10.0
-_PATCH = (32, 32, 64)  # of the trial step
-
-
-@dataclasses.dataclass
-class Finding:
-    """What a check has found.
-
-    Attributes:
-        check: its name.
-        status: ``ok``, ``warning`` or ``failure``.
-        text: what was found.
-        advice: what to do; empty for ``ok``.
-        facts: the same for programs.
-    """
-
-    check: str
-    status: str
-    text: str
-    advice: str = ""
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+from xdim_jax.base import log
+from xdim_jax.base.command import make_parser, run
+from xdim_jax.base.files import write_text
+from xdim_jax.training.diagnosis import (
+    FAILURE,
+    Finding,
+    cache,
+    devices,
+    examine,
+    memory,
+    operations,
+    precision,
+    reading,
+    training_step,
+    verdict,
+    versions,
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line, see ``--help``."""
-    parser = cli.make_parser(
+    parser = make_parser(
         "xdim_jax.doctor", __doc__ or "", "exit status: 0 nothing fails, 1 something does, 2 unusable input"
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="measure how fast its files are read")
@@ -94,263 +69,9 @@ def main(argv: Sequence[str]) -> int:
     return int(any(f.status == FAILURE for f in findings))
 
 
-def examine(checks: Sequence[Callable[[], Finding]]) -> Iterator[Finding]:
-    """What each check finds; one that breaks is a failure itself, and the others go on."""
-    for check in checks:
-        try:
-            yield check()
-        except Exception as error:
-            name = getattr(check, "__name__", "check").strip("<>")
-            reason = first_line(error)
-            yield Finding(
-                "reading" if name == "lambda" else name.replace("training_step", "step"),
-                FAILURE,
-                f"{type(error).__name__}: {reason}",
-                "this should work everywhere; please report it with the output of --json",
-            )
-
-
-def verdict(findings: Sequence[Finding]) -> str:
-    """One plain sentence."""
-    failed = [f.check for f in findings if f.status == FAILURE]
-    warned = [f.check for f in findings if f.status == WARNING]
-    if failed:
-        return f"not ready: {', '.join(failed)}"
-    return "ready" + (f"; worth a look: {', '.join(warned)}" if warned else "")
-
-
-# -- checks -------------------------------------------------------------------------------------------------------
-
-
-def versions() -> Finding:
-    """Python, packages, extras."""
-    found = environment.versions()
-    python = sys.version.split()[0]
-    facts = {"python": python, "packages": found, "extras": {k: _installed(v) for k, v in EXTRAS.items()}}
-    extras = [name for name, there in facts["extras"].items() if there]
-    text = f"Python {python}, jax {found['jax']}, flax {found['flax']}, xdim_jax {found['xdim_jax']}; extras: " + (
-        ", ".join(extras) or "none"
-    )
-    if found["jax"] != found["jaxlib"]:
-        return Finding("versions", FAILURE, f"jax {found['jax']} beside jaxlib {found['jaxlib']}", _INSTALL, facts)
-    missing = [name for name, version in found.items() if version == "not installed" and name != "xdim_jax"]
-    if missing:
-        return Finding("versions", FAILURE, f"not installed: {', '.join(missing)}", _INSTALL, facts)
-    return Finding("versions", OK, text, facts=facts)
-
-
-_INSTALL = "install the versions that were tested together: pip install -c constraints.txt ."
-
-
-def _installed(names: Sequence[str]) -> bool:
-    try:
-        return all(importlib.metadata.version(name) for name in names)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-def devices() -> Finding:
-    """What JAX computes on."""
-    import jax
-
-    text = environment.devices()
-    facts = {"devices": text, "platform": jax.default_backend(), "count": jax.device_count()}
-    hidden = {"/dev/nvidiactl": "cuda12", "/dev/accel0": "tpu"}
-    for path, extra in hidden.items():
-        if jax.default_backend() == "cpu" and Path(path).exists():
-            advice = f"pip install 'xdim_jax[{extra}]', and look that JAX_PLATFORMS does not say cpu"
-            return Finding("devices", WARNING, f"{text}, but this machine has an accelerator", advice, facts)
-    return Finding("devices", OK, text, facts=facts)
-
-
-def memory() -> Finding:
-    """Of the host and of a device, and the room on the disk here."""
-    import jax
-
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    free = shutil.disk_usage(Path.cwd()).free
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    facts = {"host_bytes": host, "device_bytes": limit, "disk_free_bytes": free}
-    text = (
-        f"{gib(host)} on the host, " + (f"{gib(limit)} a device, " if limit else "") + f"{gib(free)} of disk free here"
-    )
-    if free < 5 * 2**30:
-        return Finding("memory", WARNING, text, "checkpoints and prepared cases need room: use another disk", facts)
-    if host < 8 * 2**30:
-        advice = "python -m xdim_jax.plan says what a recipe needs; a smaller --config.data.patch needs less"
-        return Finding("memory", WARNING, text, advice, facts)
-    return Finding("memory", OK, text, facts=facts)
-
-
-def cache() -> Finding:
-    """The compilation cache."""
-    import jax
-
-    cli.cache_programs()
-    folder = getattr(jax.config, "jax_compilation_cache_dir", None)
-    if not folder:
-        advice = "XDIM_JAX_CACHE=off is set: every start compiles anew"
-        return Finding("cache", WARNING, "programs are not kept", advice, {"folder": None})
-    path = Path(folder)
-    files = [p for p in path.glob("*") if p.is_file()] if path.is_dir() else []
-    facts = {"folder": folder, "programs": len(files), "bytes": sum(p.stat().st_size for p in files)}
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".doctor{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        advice = "programs are compiled anew at every start; set XDG_CACHE_HOME to a folder that can be written"
-        return Finding("cache", WARNING, f"{folder} cannot be written ({error.strerror})", advice, facts)
-    return Finding("cache", OK, f"{folder}: {len(files)} files, {gib(facts['bytes'])}", facts=facts)
-
-
-def operations() -> Finding:
-    """Which form of the operations is taken here, see xdim_jax/ops."""
-    import jax
-
-    from xdim_jax import ops
-
-    text = ops.describe_forms()
-    facts = {"form": ops.active_form(), "compiler_options": ops.compiler_options()}
-    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if jax.default_backend() == "cpu" and huge.is_file() and "[never]" in huge.read_text(encoding="ascii"):
-        advice = "the kernel gives no huge pages, which takes a tenth of a step: ask for madvise in " + str(huge)
-        return Finding("operations", WARNING, text, advice, facts)
-    return Finding("operations", OK, text, facts=facts)
-
-
-def precision() -> Finding:
-    """Whether bfloat16 is right here, and what it brings."""
-    import jax
-    import jax.numpy as jnp
-
-    side = 1024 if jax.default_backend() == "cpu" else 8192
-    seconds = {}
-    for kind in (jnp.float32, jnp.bfloat16):
-        a = jax.random.normal(jax.random.key(0), (side, side), kind)
-        product = jax.jit(jnp.matmul)
-        product(a, a).block_until_ready()
-        seconds[jnp.dtype(kind).name] = min(
-            _timed(lambda f=product, a=a: f(a, a).block_until_ready()) for _ in range(3)
-        )
-    small = jax.random.normal(jax.random.key(1), (64, 64))
-    exact = small @ small
-    error = float(
-        jnp.abs((small.astype(jnp.bfloat16) @ small.astype(jnp.bfloat16)) - exact).max() / jnp.abs(exact).max()
-    )
-    speed = seconds["float32"] / seconds["bfloat16"]
-    rate = {name: 2 * side**3 / s / 1e12 for name, s in seconds.items()}
-    facts = {"tflops": rate, "bfloat16_speed": speed, "bfloat16_error": error}
-    text = f"float32 {rate['float32']:.2g} TFLOP/s, bfloat16 {rate['bfloat16']:.2g} (products of {side} x {side})"
-    if not error < 0.05:
-        return Finding("precision", FAILURE, f"bfloat16 products are off by {error:.1%}", "use float32", facts)
-    if speed > 1.3:
-        return Finding("precision", OK, f"{text}: --config.train.precision=bfloat16 pays", facts=facts)
-    return Finding("precision", OK, f"{text}: stay with float32, the default", facts=facts)
-
-
-def _timed(function: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
-
-
-def reading(folder: Path) -> Finding:
-    """How fast the files of a folder come off their disk."""
-    if not folder.is_dir():
-        return Finding("reading", FAILURE, f"--data={folder} is not a folder", "give the folder of your data")
-    begin, count, total = time.perf_counter(), 0, 0
-    files = itertools.islice((p for p in folder.rglob("*") if p.is_file()), 100_000)
-    for path in files:
-        if time.perf_counter() - begin > _READ_SECONDS:
-            break
-        with open(path, "rb") as file:
-            while chunk := file.read(2**22):
-                total += len(chunk)
-        count += 1
-    seconds = time.perf_counter() - begin
-    if not count:
-        return Finding("reading", FAILURE, f"{folder} holds no files", "give the folder of your data")
-    rate = total / seconds
-    facts = {"folder": str(folder), "files": count, "bytes": total, "seconds": seconds, "bytes_per_second": rate}
-    text = f"{folder}: {count} files, {rate / 1e6:.0f} MB/s (what was read lately comes from memory)"
-    if rate < 20e6 and total > 20e6:
-        advice = "slow: prepare the cases onto a local disk, python -m xdim_jax.data prepare --store=<folder>"
-        return Finding("reading", WARNING, text, advice, facts)
-    return Finding("reading", OK, text, facts=facts)
-
-
-def training_step() -> Finding:
-    """Forward and backward of a small DX-Net: as the plain form computes it, and for ten seconds."""
-    import jax
-    import jax.numpy as jnp
-
-    from xdim_jax import ops
-    from xdim_jax.mesh import make_devices
-    from xdim_jax.program import make_program
-    from xdim_jax.recipe import check_config
-
-    overrides = ["--config.model.encoder.name=efficientnet_toy", "--config.model.filters=(16,16,8,8,8)"]
-    overrides += [
-        f"--config.data.patch={_PATCH}".replace(" ", ""),
-        "--config.data.batch=1",
-        "--config.model.encoder.drop_path=0.0",
-    ]
-    config = cli.load_config("brats_dxnet:phantom", overrides)
-    dataset = check_config(config)
-    mesh = make_devices(1, 1, batch=1)
-    rng = jax.random.split(jax.random.key(0))
-    batch = mesh.put_batch(
-        {
-            "image": jax.device_get(jax.random.normal(rng[0], (1, *_PATCH, 4))),
-            "label": jax.device_get(jax.random.randint(rng[1], (1, *_PATCH), 0, 4).astype(jnp.uint8)),
-            "key": jax.device_get(jax.random.bits(jax.random.key(2), (1, 2), jnp.uint32)),
-        }
-    )
-    norms = {}
-    begin = time.perf_counter()
-    for form in ("reference", "auto"):
-        config.train.ops = form
-        program, params, stats = make_program(config, dataset, per_epoch=1)
-        state = mesh.put_state(program.init(params, stats))
-        key = mesh.put_state(jax.random.key(0))
-        step = ops.compile_program(mesh.lower(program.step, state, batch, key))
-        state, metrics = step(state, batch, key)
-        norms[form] = [float(metrics[k]) for k in ("loss", "grad_norm")]
-    compiled = time.perf_counter() - begin
-    times: list[float] = []
-    end = time.perf_counter() + _STEP_SECONDS
-    while time.perf_counter() < end and len(times) < 1000:
-        start = time.perf_counter()
-        state, metrics = step(state, batch, key)
-        jax.block_until_ready(metrics)
-        times.append(time.perf_counter() - start)
-    apart = max(abs(a - b) / abs(b) for a, b in zip(norms["auto"], norms["reference"], strict=True))
-    loss = float(metrics["loss"])
-    facts = {"compile_s": compiled, "steps": len(times), "median_s": statistics.median(times), "loss": loss}
-    facts |= {"first_loss": norms["auto"][0], "apart": apart}
-    text = (
-        f"small DX-Net, {'x'.join(map(str, _PATCH))}: {1000 * facts['median_s']:.0f} ms a step over {len(times)}, loss "
-        f"{norms['auto'][0]:.3f} to {loss:.3f}; two programs compiled in {compiled:.0f} s"
-    )
-    if not (math.isfinite(loss) and apart < 1e-3):
-        broken = (
-            f"loss and gradient are {apart:.1%} off the plain form's"
-            if math.isfinite(loss)
-            else "the loss is not finite"
-        )
-        advice = "--config.train.ops=reference avoids it; please report it with the output of --json"
-        return Finding("step", FAILURE, broken, advice, facts)
-    if not loss < norms["auto"][0]:
-        advice = "please report it with the output of --json"
-        return Finding("step", FAILURE, f"{text}: the loss does not fall", advice, facts)
-    return Finding("step", OK, text, facts=facts)
-
-
 def command() -> NoReturn:
     """The console entry point."""
-    cli.run(main)
+    run(main)
 
 
 if __name__ == "__main__":

@@ -4,46 +4,32 @@ The tables stand beside the paper's; cases are the best, the 75th percentile, th
 worst by mean Dice. Without --workdir there are no curves.
 """
 
-import json
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
-from xdim_jax import bucket, cli, environment, figures, log
-from xdim_jax.data.image import Source, read_image, source_at
-from xdim_jax.errors import UserError
-from xdim_jax.figures import View
-from xdim_jax.files import DATA_FILE, find_members, read_json, write_json, write_text
-from xdim_jax.scoring import challenges, results, tables
+from xdim_jax.base import bucket, log
+from xdim_jax.base.command import make_parser, run
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import read_json, write_json, write_text
+from xdim_jax.pages.report import render
+from xdim_jax.runs import environment
+from xdim_jax.runs.records import read_records
+from xdim_jax.runs.workdir import DATA_FILE, find_members, read_config
+from xdim_jax.scoring import results
 from xdim_jax.scoring.results import number
-from xdim_jax.scoring.rules import Job, Rules, Scored, coding_of, column
-
-ROLES = (("Best", 1.0), ("75th percentile", 0.75), ("Median", 0.5), ("25th percentile", 0.25), ("Worst", 0.0))
-# channels that are shown, of those an image may have: the paper's Fig. 12
-_SHOWN = {"brats": ("t2", "t1ce")}
-_LONG = 12  # rows of a table of all metrics, beyond which it is folded away where the paper's tables stand before it
-_THREE_PLANES = ("brats", "nnunet", "decathlon", "")
-
-
-def describe_network(model: Mapping[str, Any]) -> str:
-    """``dxnet, encoder efficientnet_b0, instance norm``; of DS-Net, the 2D network inside."""
-    outer = model.get("inner", model)
-    return f"{model['name']}, encoder {outer['encoder']['name']}, {outer['norm']} norm"
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line, see ``--help``."""
-    parser = cli.make_parser("xdim_jax.report", __doc__ or "", "exit status: 0 done, 2 unusable input")
+    parser = make_parser("xdim_jax.report", __doc__ or "", "exit status: 0 done, 2 unusable input")
     parser.add_argument("--workdir", help="folder of the training run, or gs://, s3://")
     parser.add_argument("--eval", required=True, type=Path, help="folder that xdim_jax.evaluate wrote")
     parser.add_argument("--out", required=True, type=Path, help="the HTML file to write")
     options = parser.parse_args(argv)
     members = find_members([bucket.fetch(options.workdir)]) if options.workdir else []
-    config = cli.read_config(members[0]).to_dict() if members else None
-    records = log.read_records(members[0]) if len(members) == 1 else []
+    config = read_config(members[0]).to_dict() if members else None
+    records = read_records(members[0]) if len(members) == 1 else []
     channels = read_json(members[0] / DATA_FILE)["channels"] if members else []
     summary = read_json(options.eval / results.SUMMARY_FILE)
     compared = results.read_record(options.eval)
@@ -65,132 +51,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def render(
-    config: Mapping[str, Any] | None,
-    records: Sequence[Mapping[str, Any]],
-    channels: Sequence[str],
-    summary: Mapping[str, Any],
-    scored: Sequence[Scored],
-    compared: Mapping[str, Any],
-    environments: Mapping[str, Mapping[str, Any]],
-) -> str:
-    """The page.
-
-    Args:
-        config: of the run; None without one.
-        records: of its log.
-        channels: names of its images' channels.
-        summary: of the evaluation.
-        scored: all rows of the evaluation.
-        compared: what ``evaluate.json`` holds; images and label maps are read from the files that it names.
-        environments: what trained and predicted ran on.
-    """
-    options = Namespace(**dict.fromkeys(challenges.OPTIONS) | compared["options"] | {"ref": compared["ref"]})
-    options.metrics = tuple(compared["options"].get("metrics", ()))
-    rules = challenges.make_rules(compared["rules"], options)
-    columns = dict(rules.columns) | {m: column(m) for m in options.metrics if m not in rules.columns}
-    cases = [c for c in scored if c.case_id in compared["cases"]]
-    chosen, left_out = choose_cases(cases, summary["unreadable"])
-    if not chosen:
-        left_out.append("No pictures: cases are chosen by Dice, which this evaluation does not have.")
-    overlays, legend = [], {}
-    jobs = _find_jobs(rules, compared, left_out) if chosen else {}
-    for role, case in chosen.items():
-        try:
-            view = read_view(rules, jobs[case.case_id], config, channels, Path(compared["pred"]))
-        except (UserError, KeyError, OSError) as error:
-            left_out.append(f"No picture of {case.case_id}: {error}.")
-            continue
-        shown = ", ".join(f"{s} {number(_finite(v.get('dice')), 3)}" for s, v in case.values.items())
-        overlays.append(figures.draw_case(view, f"{role}: {case.case_id}", shown))
-        colours = figures.colour_of(list(view.ref))
-        legend |= {figures.SHOWN.get(name, name): colour for name, colour in colours.items()}
-    if not config:
-        left_out.append("No --workdir was given: no curves and no config.")
-    elif not records:
-        left_out.append("No curves: there is no training record, or one for each fold; report a fold by itself.")
-    volumes = [values for c in scored for structure, values in c.values.items() if structure == "LV volume"]
-    opened, further = tables.paper_tables(summary), tables.metric_tables(summary, columns)
-    if not opened or len(further[0].rows) <= _LONG:  # behind the paper's a long one is folded away
-        opened.append(further.pop(0))
-    phantom = config is not None and not config["data"]["root"]
-    name = f"{config['model']['name']} on {config['data']['dataset']}" if config else f"Evaluation by {rules.title}"
-    return figures.fill(
-        "report.html.j2",
-        title=name + (" phantoms" if phantom else ""),
-        lead="Synthetic cases: these scores show that the program works, not how well it segments patients."
-        if phantom
-        else f"{compared['pred']} against {compared['ref']}",
-        facts=_facts(config, records, compared, summary, environments),
-        tables=[(t, [_is_paper(row) for row in t.rows]) for t in opened],
-        further=[(t, [_is_paper(row) for row in t.rows]) for t in further],
-        unreadable=summary["unreadable"],
-        empty=[
-            (s, counts["pred"], counts["ref"], counts["both"])
-            for s, counts in summary["empty"].items()
-            if any(counts.values())
-        ],
-        boxes=figures.draw_boxes(_box_groups(rules, cases), {m: rules.columns[m] for m in rules.headline}),
-        agreement=figures.draw_agreement(volumes),
-        curves=figures.draw_curves(records),
-        legend=list(legend.items()),
-        errors=list(figures.ERRORS.items()),
-        overlays=overlays,
-        left_out=left_out,
-        case_table=_case_table(rules, cases),
-        config=json.dumps(config, indent=2) if config else "",
-    )
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and np.isfinite(value) else None
-
-
-def _is_paper(row: Sequence[str]) -> bool:
-    return any("paper" in cell for cell in row[:2])
-
-
-def _find_jobs(rules: Rules, compared: Mapping[str, Any], left_out: list[str]) -> dict[str, Job]:
-    """The label maps of the evaluation again."""
-    try:
-        jobs, _ = rules.jobs(Path(compared["pred"]), Path(compared["ref"]))
-    except UserError as error:
-        left_out.append(f"No pictures: {error}.")
-        return {}
-    return {job.ref.case_id: job for job in jobs if job.pred is not None}
-
-
-def _facts(
-    config: Mapping[str, Any] | None,
-    records: Sequence[Mapping[str, Any]],
-    compared: Mapping[str, Any],
-    summary: Mapping[str, Any],
-    environments: Mapping[str, Mapping[str, Any]],
-) -> list[tuple[str, str]]:
-    facts = [
-        ("predictions", compared["pred"]),
-        ("references", compared["ref"]),
-        ("rules", f"{summary['title']}, {summary['cases']} cases"),
-    ]
-    if config:
-        facts.append(("network", describe_network(config["model"])))
-        facts.append(("patch, batch", f"{' x '.join(map(str, config['data']['patch']))}, {config['data']['batch']}"))
-    steps = [r for r in records if r["kind"] == "train"]
-    best = max((r for r in records if r["kind"] == "validation"), key=lambda r: r["dice"], default=None)
-    if steps:
-        seconds = float(np.median([r["seconds_per_step"] for r in steps]))
-        last = steps[-1]
-        facts.append(("training", f"{last['step']} steps, {last['epoch']:.0f} epochs, {seconds:.2f} s a step"))
-    if best:
-        facts.append(("best validation", f"Dice {best['dice']:.3f} at step {best['step']}"))
-    return [*facts, *((f"environment of {what}", _environment(entry)) for what, entry in environments.items())]
-
-
-def _environment(entry: Mapping[str, Any]) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in entry["packages"].items())
-    return f"{entry['devices']}; {entry['machine']}; Python {entry['python']}, {packages}; {entry['time']}"
-
-
 def _environments(workdir: Path | None, pred: Path) -> dict[str, Mapping[str, Any]]:
     """What trained (the last start of a run) and what predicted, where these left a record."""
     found: dict[str, Mapping[str, Any]] = {}
@@ -207,92 +67,9 @@ def _environments(workdir: Path | None, pred: Path) -> dict[str, Mapping[str, An
     return found
 
 
-def _box_groups(rules: Rules, cases: Sequence[Scored]) -> dict[str, list[Scored]]:
-    """The rules' first group of every case; all in one where they have none."""
-    groups: dict[str, list[Scored]] = {}
-    for case in cases:
-        groups.setdefault(next(iter(rules.groups(case.facts)), "all"), []).append(case)
-    return groups
-
-
-def _case_table(rules: Rules, cases: Sequence[Scored]) -> tuple[list[str], list[list[str]]]:
-    structures = list(dict.fromkeys(s for c in cases for s in c.values))
-    shown = rules.headline[:2]
-    header = ["case", *rules.facts, *(f"{s} {rules.columns[m].title}" for s in structures for m in shown)]
-    rows = []
-    for case in sorted(cases, key=lambda c: (c.case_id, *c.facts.values())):
-        cells = [
-            number(_finite(case.values.get(s, {}).get(m)), rules.columns[m].digits) for s in structures for m in shown
-        ]
-        rows.append([case.case_id, *(case.facts.get(f, "") for f in rules.facts), *cells])
-    return header, rows
-
-
-def choose_cases(cases: Sequence[Scored], unreadable: Sequence[str]) -> tuple[dict[str, Scored], list[str]]:
-    """Best, 75 %, median, 25 % and worst case by mean Dice over the structures (fewer for fewer cases), and what was
-    left out; of a case that counts for several tasks, the row with most structures."""
-    once = results.each_once(cases)
-    means: dict[str, float] = {}
-    for name, case in once.items():
-        dice = [d for v in case.values.values() if (d := _finite(v.get("dice"))) is not None]
-        if name not in unreadable and dice:
-            means[name] = float(np.mean(dice))
-    ranked = sorted(means, key=lambda name: (means[name], name))
-    left_out = [f"{len(unreadable)} cases without a readable prediction have no picture."] if unreadable else []
-    chosen: dict[str, Scored] = {}
-    for role, share in ROLES:
-        if ranked:
-            name = ranked[round(share * (len(ranked) - 1))]
-            if all(name != c.case_id for c in chosen.values()):
-                chosen[role] = once[name]
-    return chosen, left_out
-
-
-# -- pictures -----------------------------------------------------------------------------------------------------
-
-
-def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels: Sequence[str], pred: Path) -> View:
-    """Everything that the picture of a case shows.
-
-    Raises:
-        UserError: a file is gone or cannot be read.
-    """
-    assert job.pred is not None, job.ref.case_id
-    values, grid = job.ref.load()
-    found, _ = job.predicted().load()
-    coding = coding_of(rules, job.ref, values, found)
-    dataset = config["data"]["dataset"] if config else ""
-    images: dict[str, np.ndarray] = {}
-    sources = _image_sources(job, pred)
-    for i, source in enumerate(sources):
-        array = read_image(source, job.ref.axes)[0]
-        names = channels if len(channels) == array.shape[3] else channels[i : i + 1]
-        for k in range(array.shape[3]):
-            images[names[k] if k < len(names) else f"image {i + k + 1}"] = array[..., k]
-    wanted = [name for name in _SHOWN.get(dataset, ()) if name in images] or list(images)[:2]
-    planes = "three" if dataset in _THREE_PLANES and rules.name not in ("chaos", "camus") else "slices"
-    return View(
-        {name: images[name] for name in wanted if images[name].shape == values.shape},
-        coding.masks(found, job.pred.path),
-        coding.masks(values, job.ref.path),
-        grid.spacing,
-        planes,
-    )
-
-
-def _image_sources(job: Job, pred: Path) -> list[Source]:
-    """The images of a case: those that were predicted from; else those of the reference."""
-    record = pred / results.PREDICT_FILE
-    paths = read_json(record)["images"].get(job.ref.case_id, []) if record.is_file() else []
-    found = [source_at(Path(path)) for path in paths]
-    if not found and job.ref.grid is not None:
-        found.append(job.ref.grid)
-    return found
-
-
 def command() -> NoReturn:
     """The console entry point."""
-    cli.run(main)
+    run(main)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ The space is a Python file with a function suggest(trial) of optuna's suggest_* 
 """
 
 if __name__ == "__main__":  # see xdim_jax/train.py: a pack trains in this process
-    from xdim_jax.process import prefer_huge_pages
+    from xdim_jax.base.huge_pages import prefer_huge_pages
 
     prefer_huge_pages()
 
@@ -19,18 +19,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from xdim_jax import bucket, cli, log
-from xdim_jax.errors import UserError
-from xdim_jax.pack import LAYOUTS, check_packable
-from xdim_jax.plan import parse_bytes
-from xdim_jax.recipe import check_config
-from xdim_jax.signals import REQUEUE, catch_signals
-from xdim_jax.start import read_start
+from xdim_jax.base import log
+from xdim_jax.base.command import make_parser, run
+from xdim_jax.base.config import load_config
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.signals import REQUEUE, catch_signals
+from xdim_jax.ops.compilation import cache_programs
 from xdim_jax.sweeps import study as studies
+from xdim_jax.sweeps.arguments import add_study_arguments, storage_of
 from xdim_jax.sweeps.dry import rehearse
 from xdim_jax.sweeps.packed import PackedWorker
 from xdim_jax.sweeps.space import check_space, load_space
 from xdim_jax.sweeps.worker import Job, work
+from xdim_jax.training.check import check_config
+from xdim_jax.training.initial_weights import read_start
+from xdim_jax.training.needs import parse_bytes
+from xdim_jax.training.pack import LAYOUTS, check_packable
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         from xdim_jax.sweeps import page
 
         return page.main(argv[1:])
-    parser = cli.make_parser(
+    parser = make_parser(
         "xdim_jax.sweep",
         __doc__ or "",
         f"exit status: 0 all trials have ended, 2 unusable input, {REQUEUE} stopped by SIGTERM or SIGUSR1, the trial "
@@ -66,7 +70,12 @@ def main(argv: Sequence[str]) -> int:
         metavar="K",
         help="train up to K trials of one shape in one program; 0: each alone",
     )
-    add("--layout", choices=LAYOUTS, default="auto", help="of a pack: see xdim_jax/pack.py; default: %(default)s")
+    add(
+        "--layout",
+        choices=LAYOUTS,
+        default="auto",
+        help="of a pack: see xdim_jax/training/pack.py; default: %(default)s",
+    )
     add("--dry-run", action="store_true", help="compile every program that the space asks for, and say whether it fits")
     add("--budget", metavar="SIZE", help="of a dry run: memory of a device, e.g. 16GiB; default: this one's")
     add("--no-wait", action="store_true", help="end when there is nothing to take, not when all trials have ended")
@@ -77,14 +86,14 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--pack={options.pack}: expected 0, or a number of trials")
     if options.grace <= 0:
         raise UserError(f"--grace={options.grace}: expected seconds above 0")
-    config = cli.load_config(options.config, overrides)
+    config = load_config(options.config, overrides)
     check_config(config.copy_and_resolve_references(), needs_data=not options.dry_run)
     suggest, text = load_space(options.space)
     distributions = check_space(suggest, options.space, options.config, overrides)
     if options.pack:
         check_packable(config, options.pack, options.layout)
     if options.dry_run:
-        cli.cache_programs()
+        cache_programs()
         budget = parse_bytes(options.budget) if options.budget else None
         rehearse(suggest, options.config, overrides, slots=options.pack, layout=options.layout, budget=budget)
         return 0
@@ -109,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
         stop.busy = True
         beat = min(studies.BEAT, options.grace / 4)
         if options.pack:
-            cli.cache_programs()
+            cache_programs()
             packed = PackedWorker(
                 study, job, stop, slots=options.pack, layout=options.layout, beat=beat, grace=options.grace
             )
@@ -121,32 +130,9 @@ def main(argv: Sequence[str]) -> int:
     return status
 
 
-def add_study_arguments(parser: object) -> None:
-    """Where a study is; the same in both commands."""
-    add = parser.add_argument  # pyright: ignore[reportAttributeAccessIssue]
-    add("--study", default="sweep", metavar="NAME", help="name of the study in its storage; default: %(default)s")
-    add(
-        "--storage",
-        default="",
-        metavar="PATH|URL",
-        help="a journal file, sqlite:///<path> or postgresql://...; default: <workdir>/study.journal",
-    )
-
-
-def storage_of(options: object) -> str:
-    """What --storage says, or its default."""
-    storage, workdir = options.storage, options.workdir  # pyright: ignore[reportAttributeAccessIssue]
-    if not storage and bucket.is_address(workdir):
-        raise UserError(
-            f"--workdir={workdir}: a study does not fit into a bucket; give --storage=postgresql://..., or the path of "
-            "a journal file that all workers see"
-        )
-    return storage or str(Path(workdir) / "study.journal")
-
-
 def command() -> NoReturn:
     """The console entry point."""
-    cli.run(main)
+    run(main)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Trains a network from a config; run again with the same arguments, it resumes."""
 
 if __name__ == "__main__":  # before the imports, which take seconds and would be done twice
-    from xdim_jax.process import prefer_huge_pages
+    from xdim_jax.base.huge_pages import prefer_huge_pages
 
     prefer_huge_pages()
 
@@ -13,19 +13,26 @@ from typing import NoReturn
 
 import jax
 
-from xdim_jax import bucket, cli, crossval, environment, log, mesh, models, ops, pack, setup
+from xdim_jax import ops
+from xdim_jax.base import bucket, log
+from xdim_jax.base.command import make_parser, run
+from xdim_jax.base.config import Config, load_config
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.signals import REQUEUE, StopRequest, catch_signals, listen
 from xdim_jax.data.case import Dataset
 from xdim_jax.data.splits import ALL_FOLDS
-from xdim_jax.errors import UserError
-from xdim_jax.loop import fit
-from xdim_jax.mesh import make_devices
-from xdim_jax.recipe import check_config
-from xdim_jax.signals import REQUEUE, StopRequest, catch_signals, listen
+from xdim_jax.nets import networks
+from xdim_jax.ops.compilation import cache_programs
+from xdim_jax.runs import environment
+from xdim_jax.training import crossval, mesh, open_run, pack
+from xdim_jax.training.check import check_config
+from xdim_jax.training.loop import fit
+from xdim_jax.training.mesh import make_devices
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line, see ``--help``."""
-    parser = cli.make_parser(
+    parser = make_parser(
         "xdim_jax.train",
         (__doc__ or "")
         + "\n\nWrites to the workdir: config.json, split.json, data.json, pretrained.json, environment.json, "
@@ -55,9 +62,11 @@ def main(argv: Sequence[str]) -> int:
     group.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
     group = parser.add_argument_group("folds")
     group.add_argument("--pack", type=int, default=0, metavar="K", help="with fold=all: K folds in one program")
-    group.add_argument("--layout", choices=pack.LAYOUTS, default="auto", help="of a pack, see xdim_jax/pack.py")
+    group.add_argument(
+        "--layout", choices=pack.LAYOUTS, default="auto", help="of a pack, see xdim_jax/training/pack.py"
+    )
     options, overrides = parser.parse_known_args(argv)
-    config = cli.load_config(options.config, overrides)
+    config = load_config(options.config, overrides)
     if options.pack and config.data.fold != ALL_FOLDS:
         raise UserError(f"--pack={options.pack} goes with :fold=all; runs of a sweep: python -m xdim_jax.sweep --pack")
     with catch_signals() as stop:
@@ -68,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         dataset = check_config(config)
         if options.pack:
             pack.check_packable(config, options.pack, options.layout)
-        cli.cache_programs()
+        cache_programs()
         with bucket.workdir(options.workdir, writes=not jax.process_index()) as workdir:
             mesh.barrier("fetched")  # by all, before the first changes what is there
             own_disks = bucket.is_address(options.workdir)
@@ -92,8 +101,8 @@ def train_all(runs: crossval.Runs, stop: StopRequest, slots: int, layout: str, *
     return 0
 
 
-def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest, *, own_disks: bool = False) -> int:
-    """Runs the recipe to its end, or until a signal; see `xdim_jax.setup.prepare`. Returns the exit status."""
+def train(config: Config, dataset: Dataset, workdir: Path, stop: StopRequest, *, own_disks: bool = False) -> int:
+    """Runs the recipe to its end, or until a signal; see `open_run.prepare`. Returns the exit status."""
     options = config.mesh
     devices = make_devices(
         options.data,
@@ -102,12 +111,12 @@ def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest
         parallel=options.parallel,
         accumulate=config.train.accumulate,
     )
-    models.check_space(config.model, config.data.patch, devices.mesh.shape["space"])
+    networks.check_space(config.model, config.data.patch, devices.mesh.shape["space"])
     log.say(f"devices    {environment.devices()} in {jax.process_count()} processes")
     log.say(f"mesh       data {devices.mesh.shape['data']} x space {devices.mesh.shape['space']}, {devices.parallel}")
     form = "sharded" if devices.mesh.shape["space"] > 1 else config.train.ops
     log.say(f"operations {ops.describe_forms(form)}")
-    ready = setup.prepare(config, dataset, workdir, stop, devices, own_disks=own_disks)
+    ready = open_run.prepare(config, dataset, workdir, stop, devices, own_disks=own_disks)
     try:
         fit(ready.run, ready.state, ready.progress, ready.open_stream(), validated=ready.validated)
     finally:
@@ -124,7 +133,7 @@ def train(config: cli.Config, dataset: Dataset, workdir: Path, stop: StopRequest
 
 def command() -> NoReturn:
     """The console entry point."""
-    cli.run(main)
+    run(main)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from xdim_jax import checkpoint, cli, log
-from xdim_jax.errors import UserError, first_line, shorten
-from xdim_jax.optim import leaf_name
-from xdim_jax.recipe import FREE_KEYS
+from xdim_jax.base import log
+from xdim_jax.base.command import make_parser, run
+from xdim_jax.base.config import differences
+from xdim_jax.base.errors import UserError, first_line, shorten
+from xdim_jax.runs import checkpoint
+from xdim_jax.runs.records import STEPS_FILE, read_records
+from xdim_jax.runs.workdir import read_config
+from xdim_jax.training.check import FREE_KEYS
+from xdim_jax.training.optim import leaf_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +57,10 @@ def compare(a: Path, b: Path) -> Comparison:
     Raises:
         UserError: one is not the workdir of a run, or they have nothing in common that could be compared.
     """
-    pairs = cli.differences(cli.read_config(a), cli.read_config(b), free=FREE_KEYS)
+    pairs = differences(read_config(a), read_config(b), free=FREE_KEYS)
     config = [f"{key}: {x!r} and {y!r}" for key, x, y in pairs]
 
-    steps = [{r["step"]: r for r in log.read_records(workdir, log.STEPS_FILE)} for workdir in (a, b)]
+    steps = [{r["step"]: r for r in read_records(workdir, STEPS_FILE)} for workdir in (a, b)]
     common = sorted(steps[0].keys() & steps[1].keys())
     first, what = 0, []
     for step in common:
@@ -122,7 +127,7 @@ def _same_bits(x: np.ndarray, y: np.ndarray) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """The command line, see ``--help``."""
-    parser = cli.make_parser(
+    parser = make_parser(
         "xdim_jax.verify_run", __doc__ or "", "exit status: 0 the same bits, 1 they differ, 2 unusable input"
     )
     parser.add_argument("a", type=Path, metavar="A", help="workdir of a run")
@@ -145,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
 
 def command() -> NoReturn:
     """The console entry point."""
-    cli.run(main)
+    run(main)
 
 
 if __name__ == "__main__":

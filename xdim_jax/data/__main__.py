@@ -8,26 +8,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from xdim_jax import cli, log
-from xdim_jax.data import brats, camus, chaos, phantom
+from xdim_jax.base import log
+from xdim_jax.base.command import make_parser, run
+from xdim_jax.base.config import load_config
+from xdim_jax.base.errors import UserError, gib
+from xdim_jax.base.files import write_json
+from xdim_jax.base.problem import KINDS
+from xdim_jax.data import phantom
 from xdim_jax.data.case import Dataset, list_cases
-from xdim_jax.data.datasets import DATASETS, get_dataset
+from xdim_jax.data.layouts import brats, camus, chaos
+from xdim_jax.data.layouts.datasets import DATASETS, get_dataset
 from xdim_jax.data.prepare import Preparation
-from xdim_jax.data.problem import KINDS
-from xdim_jax.data.shelves import open_shelf
 from xdim_jax.data.store import default_folder, prepare_cases, store_key
+from xdim_jax.data.store_backends import open_shelf
 from xdim_jax.data.verify import format_findings, verify
-from xdim_jax.errors import UserError, gib
-from xdim_jax.files import write_json
 
 _OPTIONS = ("convention", "views", "instants", "quality", "task", "phase")  # flags that are a data set's own
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line, see ``--help``."""
-    parser = cli.make_parser(
-        "xdim_jax.data", __doc__ or "", "exit status: 0 done, 1 verify found errors, 2 unusable input"
-    )
+    parser = make_parser("xdim_jax.data", __doc__ or "", "exit status: 0 done, 1 verify found errors, 2 unusable input")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_verify(commands)
     _add_prepare(commands)
@@ -146,7 +147,7 @@ def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.config:
         if surplus := [f"--{key}" for key in ("root", *_OPTIONS) if getattr(options, key) is not None]:
             raise UserError(f"{', '.join(surplus)} goes with --dataset; with --config, write --config.data.<key>")
-        data = cli.load_config(options.config, overrides).data
+        data = load_config(options.config, overrides).data
     else:
         if overrides:
             raise UserError(f"unknown arguments {' '.join(overrides)}; --config.<key> goes with --config")
@@ -229,7 +230,7 @@ def _shape(text: str, sides: int) -> tuple[int, ...]:
 
 def command() -> NoReturn:
     """The console entry point."""
-    cli.run(main)
+    run(main)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from xdim_jax.data.dicom import load_masks
-from xdim_jax.data.grid import Axes, Grid, compare_grids
-from xdim_jax.data.image import Source, files_of, read_grid, read_image, strip, where
+from xdim_jax.base.errors import UserError, shorten
+from xdim_jax.base.problem import ERROR, WARNING, DataError, Problem, data_error, errors
+from xdim_jax.data.images.dicom import load_masks
+from xdim_jax.data.images.grid import Axes, Grid, compare_grids
+from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, strip, where
 from xdim_jax.data.labels import Labels
-from xdim_jax.data.problem import ERROR, WARNING, DataError, Problem, data_error, errors
-from xdim_jax.errors import UserError, shorten
-from xdim_jax.regions import Regions
+from xdim_jax.data.regions import Regions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Dataset:
         scan: ``scan(root, need_labels)``.
         axes: how file axes come into memory.
         holds_ct: some of its cases are CT, in HU; they say so in their info.
-        drawn: the regions that the reference of a case shows, where some show fewer than all; else None.
+        annotated: the regions that the reference of a case shows, where some show fewer than all; else None.
         same_structures: every case is expected to hold every structure.
         inspect: ``inspect(case, image)`` finds intensities that do not look like the data set's images.
     """
@@ -99,7 +99,7 @@ class Dataset:
     scan: Callable[[Path, bool], Scan]
     axes: Axes = "anatomical"
     holds_ct: bool = False
-    drawn: Callable[[Case], tuple[str, ...]] | None = None
+    annotated: Callable[[Case], tuple[str, ...]] | None = None
     same_structures: bool = True
     inspect: Callable[[Case, np.ndarray], list[Problem]] = lambda case, image: []
 

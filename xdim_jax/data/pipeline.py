@@ -16,8 +16,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from xdim_jax.base.errors import UserError
 from xdim_jax.data.store import Entry
-from xdim_jax.errors import UserError
 
 SAMPLINGS = ("patches", "slices", "volumes")
 

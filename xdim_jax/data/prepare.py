@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import gaussian_filter, zoom
 
+from xdim_jax.base.errors import UserError
 from xdim_jax.data.case import Case, Dataset, Volume
-from xdim_jax.data.grid import Grid
-from xdim_jax.errors import UserError
+from xdim_jax.data.images.grid import Grid
 
 Box = tuple[slice, slice, slice]
 CROPS = ("none", "nonzero")

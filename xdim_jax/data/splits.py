@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from xdim_jax.base.errors import UserError
 from xdim_jax.data.case import Case
-from xdim_jax.errors import UserError
 
 ALL_FOLDS = -1  # as the number of a fold: all of them, one after the other
 

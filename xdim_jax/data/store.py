@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from xdim_jax.base.errors import UserError, gib
+from xdim_jax.base.problem import DataError, Problem, data_error
 from xdim_jax.data.case import Case, Dataset, read_case
 from xdim_jax.data.prepare import Preparation, Prepared, check_preparation, prepare
-from xdim_jax.data.problem import DataError, Problem, data_error
-from xdim_jax.data.shelves import Place, Shelf, open_entry, open_shelf, open_voxels
-from xdim_jax.errors import UserError, gib
+from xdim_jax.data.store_backends import Place, Shelf, open_entry, open_shelf, open_voxels
 
 _VERSION = 1  # of the files' format and of what preparation computes
 

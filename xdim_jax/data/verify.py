@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from xdim_jax.data import dicom, nifti
+from xdim_jax.base.errors import shorten
+from xdim_jax.base.problem import ERROR, KINDS, WARNING, DataError, Problem, errors
 from xdim_jax.data.case import Case, Dataset, Volume, load_case, scan_cases
-from xdim_jax.data.grid import compare_grids
-from xdim_jax.data.image import Source, files_of, read_grid, read_image, where
-from xdim_jax.data.problem import ERROR, KINDS, WARNING, DataError, Problem, errors
-from xdim_jax.errors import shorten
+from xdim_jax.data.images import dicom, nifti
+from xdim_jax.data.images.grid import compare_grids
+from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, where
 
 _PLAUSIBLE_MM = (0.01, 50.0)
 _RARE = 10  # a structure that one case of so many lacks, or fewer, is worth a warning

@@ -12,19 +12,9 @@ pooling have one form. What was taken is in the log (`counted`).
 ``use_form("reference")`` forces one form, for debugging and for the tests that compare the two.
 """
 
+from xdim_jax.ops.compilation import compile_program, compiler_options, keep_freed_memory, uncollected
 from xdim_jax.ops.convolution import conv, pointwise
-from xdim_jax.ops.form import (
-    FORMS,
-    active_form,
-    compile_program,
-    compiler_options,
-    counted,
-    describe_forms,
-    in_form,
-    keep_freed_memory,
-    uncollected,
-    use_form,
-)
+from xdim_jax.ops.form import FORMS, active_form, counted, describe_forms, in_form, use_form
 from xdim_jax.ops.layout import same_padding, symmetric_padding
 from xdim_jax.ops.norm import activate, layer_norm, normalise, squeeze_excite
 from xdim_jax.ops.resize import conv_transpose, max_pool, upsample

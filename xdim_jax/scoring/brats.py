@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from xdim_jax.data.image import strip
-from xdim_jax.errors import UserError
+from xdim_jax.base.errors import UserError
+from xdim_jax.data.images.image import strip
 from xdim_jax.scoring import lesions
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair, measure, voxels
 from xdim_jax.scoring.rules import Coding, Column, Job, LabelMap, Masks, Rules, Scored, Values, find_files

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xdim_jax.data.image import strip
+from xdim_jax.data.images.image import strip
 from xdim_jax.scoring import simpson
 from xdim_jax.scoring.masks import Geometry, Pair, measure
 from xdim_jax.scoring.rules import Coding, Column, Job, LabelMap, Masks, Rules, Scored, Values, find_files, flat

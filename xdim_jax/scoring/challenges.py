@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from xdim_jax.errors import UserError
+from xdim_jax.base.errors import UserError
 from xdim_jax.scoring import brats, camus, chaos, generic, simpson
 from xdim_jax.scoring.lesions import COHORTS
 from xdim_jax.scoring.masks import METRICS

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from xdim_jax.base.errors import UserError
 from xdim_jax.data.case import list_cases
-from xdim_jax.data.chaos import TESTING, dataset
-from xdim_jax.data.dicom import files_in_order
-from xdim_jax.data.image import strip
-from xdim_jax.errors import UserError
+from xdim_jax.data.images.dicom import files_in_order
+from xdim_jax.data.images.image import strip
+from xdim_jax.data.layouts.chaos import TESTING, dataset
 from xdim_jax.scoring.masks import Geometry, Pair, measure
 from xdim_jax.scoring.rules import Coding, Column, Job, LabelMap, Masks, Rules, Scored, Values, check_folder, find_files
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from xdim_jax.data.image import strip
-from xdim_jax.errors import UserError
+from xdim_jax.base.errors import UserError
+from xdim_jax.data.images.image import strip
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair, measure
 from xdim_jax.scoring.rules import Coding, LabelMap, Masks, Rules, Values, column, find_files, flat
 

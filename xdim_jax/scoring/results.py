@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from xdim_jax.errors import UserError
-from xdim_jax.files import atomic_path, read_json
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import atomic_path, read_json
 from xdim_jax.scoring.rules import Rules, Scored, Values
 
 CASES_FILE, SUMMARY_FILE, EVALUATE_FILE, PREDICT_FILE = "cases.csv", "summary.json", "evaluate.json", "predict.json"

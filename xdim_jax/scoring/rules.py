@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from xdim_jax.data.dicom import load_masks
-from xdim_jax.data.grid import Axes, Grid, compare_grids
-from xdim_jax.data.image import Source, read_grid, read_volume, strip, where
-from xdim_jax.errors import UserError, shorten
+from xdim_jax.base.errors import UserError, shorten
+from xdim_jax.data.images.dicom import load_masks
+from xdim_jax.data.images.grid import Axes, Grid, compare_grids
+from xdim_jax.data.images.image import Source, read_grid, read_volume, strip, where
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair
 
 BESIDE = ("probabilities", "uncertainty")  # folders of predict, beside the label maps

@@ -7,16 +7,18 @@ from typing import Any
 
 import jax
 
-from xdim_jax import cli, log, pack
-from xdim_jax.errors import UserError, gib
-from xdim_jax.plan import Choice, measure
-from xdim_jax.recipe import check_config
+from xdim_jax.base import log
+from xdim_jax.base.config import Config, load_config
+from xdim_jax.base.errors import UserError, gib
 from xdim_jax.sweeps.space import Suggest, explore, overrides_of, settings
+from xdim_jax.training import pack
+from xdim_jax.training.check import check_config
+from xdim_jax.training.needs import Choice, measure
 
 MOST = 200  # programs
 
 
-def distinct(suggest: Suggest, spec: str, overrides: Sequence[str]) -> dict[str, tuple[dict[str, Any], cli.Config]]:
+def distinct(suggest: Suggest, spec: str, overrides: Sequence[str]) -> dict[str, tuple[dict[str, Any], Config]]:
     """One setting and its config for every program that the space can ask for, by what sets it apart.
 
     All choices of the keys that a program is made of are combined; of ranges, both ends are taken.
@@ -25,13 +27,13 @@ def distinct(suggest: Suggest, spec: str, overrides: Sequence[str]) -> dict[str,
         UserError: there are more than `MOST`.
     """
     branches, found = explore(suggest)
-    made_of = pack.signature(cli.load_config(spec, overrides))
+    made_of = pack.signature(load_config(spec, overrides))
     shaping = {name for name in found if name in made_of and hasattr(found[name], "choices")}
-    programs: dict[str, tuple[dict[str, Any], cli.Config]] = {}
+    programs: dict[str, tuple[dict[str, Any], Config]] = {}
     starts = {repr(p): p for b in branches for p in [{k: v for k, v in b.items() if k not in shaping}]}
     combined = (s for start in starts.values() for s in settings(suggest, start, shaping))
     for params in itertools.chain(branches, combined):
-        config = cli.load_config(spec, [*overrides, *overrides_of(params)])
+        config = load_config(spec, [*overrides, *overrides_of(params)])
         check_config(config, needs_data=False)
         programs.setdefault(repr(pack.signature(config)), (params, config))
         if len(programs) > MOST:
@@ -78,7 +80,7 @@ def rehearse(
         )
 
 
-def _needs(config: cli.Config, slots: int, layout: str) -> tuple[int, int]:
+def _needs(config: Config, slots: int, layout: str) -> tuple[int, int]:
     """Bytes per device of the training step and of validation."""
     dataset = check_config(config, needs_data=False)
     choice = Choice(tuple(config.data.patch), config.data.batch, config.train.precision, config.train.remat)

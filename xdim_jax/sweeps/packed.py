@@ -1,4 +1,4 @@
-"""A worker that trains several trials in one program; see `xdim_jax.pack`."""
+"""A worker that trains several trials in one program; see `xdim_jax.training.pack`."""
 
 import contextlib
 import dataclasses
@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xdim_jax import bucket, cli, log
-from xdim_jax.errors import UserError
-from xdim_jax.pack import Member, Pack
-from xdim_jax.recipe import check_config
-from xdim_jax.signals import REQUEUE, StopRequest
+from xdim_jax.base import bucket, log
+from xdim_jax.base.config import Config, load_config
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.signals import REQUEUE, StopRequest
 from xdim_jax.sweeps import study as studies
 from xdim_jax.sweeps import worker
 from xdim_jax.sweeps.space import overrides_of
+from xdim_jax.training.check import check_config
+from xdim_jax.training.pack import Member, Pack
 
 
 @dataclasses.dataclass
@@ -22,7 +23,7 @@ class _Held:
     """A trial of this worker: it waits for a place, or has one."""
 
     trial: Any
-    config: cli.Config
+    config: Config
     beat: contextlib.ExitStack  # its signs of life, and what follows its workdir into a bucket
     member: Member | None = None
     told: int = 0  # validations that the study knows
@@ -104,7 +105,7 @@ class PackedWorker:
         beat = contextlib.ExitStack()
         beat.enter_context(studies.Beat(self._study, trial, self._beat))
         worker.draw(trial, self._job)
-        config = cli.load_config(self._job.config, [*self._job.overrides, *overrides_of(trial.params)])
+        config = load_config(self._job.config, [*self._job.overrides, *overrides_of(trial.params)])
         check_config(config)  # fills in what data decide; the space was checked before
         held = _Held(trial, config, beat)
         self._held.append(held)

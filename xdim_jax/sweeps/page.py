@@ -10,10 +10,12 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from xdim_jax import cli, figures, log
-from xdim_jax.errors import UserError
-from xdim_jax.figures import Picture
-from xdim_jax.files import write_text
+from xdim_jax.base import log
+from xdim_jax.base.command import make_parser
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import write_text
+from xdim_jax.pages import figures
+from xdim_jax.pages.figures import Picture
 from xdim_jax.sweeps import study as studies
 
 _ENOUGH = 4  # ended trials, before it is said what matters
@@ -22,9 +24,9 @@ _COLOURS = "viridis"
 
 def main(argv: Sequence[str]) -> int:
     """The command line, see ``--help``."""
-    from xdim_jax.sweep import add_study_arguments, storage_of
+    from xdim_jax.sweeps.arguments import add_study_arguments, storage_of
 
-    parser = cli.make_parser("xdim_jax.sweep report", __doc__ or "", "exit status: 0 done, 2 unusable input")
+    parser = make_parser("xdim_jax.sweep report", __doc__ or "", "exit status: 0 done, 2 unusable input")
     parser.add_argument("--workdir", default=".", help="folder of the trials, where the storage is in it")
     add_study_arguments(parser)
     parser.add_argument("--out", required=True, type=Path, help="the HTML file to write")

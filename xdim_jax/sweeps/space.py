@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xdim_jax import cli
-from xdim_jax.errors import UserError
-from xdim_jax.recipe import check_config
+from xdim_jax.base.config import leaves, load_config, shipped_configs
+from xdim_jax.base.errors import UserError
+from xdim_jax.training.check import check_config
 
 Suggest = Callable[[Any], object]
 Params = Mapping[str, Any]
@@ -29,7 +29,7 @@ def load_space(path: Path) -> tuple[Suggest, str]:
     Raises:
         UserError: there is no such file, it cannot be read, or it has no such function.
     """
-    shipped = cli.shipped_configs() / "sweeps"
+    shipped = shipped_configs() / "sweeps"
     found = next((p for p in (path, shipped / path.name, shipped / f"{path.name}.py") if p.is_file()), None)
     if found is None:
         known = ", ".join(f"configs/sweeps/{p.name}" for p in sorted(shipped.glob("[!_]*.py")))
@@ -156,16 +156,16 @@ def check_space(suggest: Suggest, path: Path, spec: str, overrides: Sequence[str
 
 
 def _problems(branches: Sequence[Params], spec: str, overrides: Sequence[str]) -> Iterator[str]:
-    known = {key for key, _ in cli.leaves(cli.load_config(spec, overrides))}
+    known = {key for key, _ in leaves(load_config(spec, overrides))}
     unknown = {name for params in branches for name in params if name not in known}
     for name in sorted(unknown):
         try:
-            cli.load_config(spec, [f"--config.{name}=0"])
+            load_config(spec, [f"--config.{name}=0"])
         except UserError as error:
             yield str(error)
     for params in branches:
         usable = {name: value for name, value in params.items() if name not in unknown}
         try:
-            check_config(cli.load_config(spec, [*overrides, *overrides_of(usable)]), needs_data=False)
+            check_config(load_config(spec, [*overrides, *overrides_of(usable)]), needs_data=False)
         except UserError as error:
             yield f"with {' '.join(overrides_of(usable))}: {error}"

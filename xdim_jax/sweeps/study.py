@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xdim_jax.errors import UserError, first_line
-from xdim_jax.log import warn
+from xdim_jax.base.errors import UserError, first_line
+from xdim_jax.base.log import warn
 
 BEAT = 20.0  # seconds between signs of life
 GRACE = 120.0  # seconds without one, after which a worker counts as dead

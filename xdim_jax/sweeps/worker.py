@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xdim_jax import bucket, log
-from xdim_jax.log import LOG_FILE
-from xdim_jax.signals import REQUEUE, StopRequest
+from xdim_jax.base import bucket, log
+from xdim_jax.base.log import LOG_FILE
+from xdim_jax.base.signals import REQUEUE, StopRequest
+from xdim_jax.runs.records import read_records
 from xdim_jax.sweeps import study as studies
 from xdim_jax.sweeps.space import Suggest, overrides_of
 
@@ -147,7 +148,7 @@ def report(trial: Any, workdir: Path, told: int) -> int:
 
 def validations(workdir: Path) -> list[float]:
     """The Dice of every validation so far."""
-    return [r["dice"] for r in log.read_records(workdir) if r["kind"] == "validation"]
+    return [r["dice"] for r in read_records(workdir) if r["kind"] == "validation"]
 
 
 def tell(

@@ -14,11 +14,11 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from xdim_jax.data.brats import MODALITIES, get_convention
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import atomic_path
+from xdim_jax.data.layouts.brats import MODALITIES, get_convention
 from xdim_jax.data.phantom.common import Difficulty, blend, claim_folder, smooth_field
-from xdim_jax.errors import UserError
-from xdim_jax.files import atomic_path
-from xdim_jax.regions import ED, ET, NCR
+from xdim_jax.data.regions import ED, ET, NCR
 
 # relative signal of (grey, white, fluid, oedema, necrosis, enhancing), by sequence
 _CONTRAST = {

@@ -16,10 +16,10 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from xdim_jax.data.camus import VIEWS
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import atomic_path
+from xdim_jax.data.layouts.camus import VIEWS
 from xdim_jax.data.phantom.common import Difficulty, blend, claim_folder, smooth_field
-from xdim_jax.errors import UserError
-from xdim_jax.files import atomic_path
 
 _WIDTH_MM, _HEIGHT_MM = 170.0, 120.0  # of the picture, whatever its number of pixels
 _PROBE = (0.0, -4.0)  # lateral, depth in mm: where the beams meet

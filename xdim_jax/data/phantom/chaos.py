@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from xdim_jax.data.chaos import MR_LABELS, ORGANS
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import atomic_path
+from xdim_jax.data.layouts.chaos import MR_LABELS, ORGANS
 from xdim_jax.data.phantom.common import Difficulty, blend, claim_folder, smooth_field
-from xdim_jax.errors import UserError
-from xdim_jax.files import atomic_path
 
 _TISSUES = ("air", "fat", "muscle", "bone", *ORGANS)
 _HU: dict[str, float] = dict(zip(_TISSUES, (-1000, -100, 55, 420, 110, 180, 180, 135), strict=True))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import zoom
 
-from xdim_jax.errors import UserError
-from xdim_jax.files import read_json, write_json
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import read_json, write_json
 
 SETTINGS_FILE = "phantom.json"
 

@@ -1,0 +1,127 @@
+"""Config files: loading, overriding and comparing them."""
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from xdim_jax.base.errors import UserError
+
+_NOT_RECIPES = ("__init__", "common", "networks", "brats", "own")  # what the recipes in configs/ import
+
+Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
+
+
+# -- config files -------------------------------------------------------------------------------------------------
+
+
+def load_config(spec: str, overrides: Sequence[str]) -> Config:
+    """Reads ``path/to/config.py[:variant,...]`` and applies ``--config.key=value`` overrides; the result is locked.
+
+    A path that does not exist here is looked up among the recipes that ship with the package.
+
+    Raises:
+        UserError: no such file, unknown variant, unknown key (with the nearest known one), value of a wrong type.
+    """
+    name, _, variant = spec.partition(":")
+    path = _find_config(name)
+    for folder in (shipped_configs().parent, path.parent.parent.absolute()):  # a config imports configs.common
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    module_spec = importlib.util.spec_from_file_location("xdim_config", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"--config: {path} is not a Python file; a recipe is one with a function get_config(words)")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(variant)
+    except (ValueError, SyntaxError, ImportError, AttributeError, NameError) as error:
+        raise UserError(f"--config={spec}: {error}") from error
+    _check_overrides(config, overrides)
+    overrides = list({o.partition("=")[0]: o for o in overrides}.values())  # the last one of a key counts
+    try:
+        return _overridden(config, overrides)
+    except (flags.Error, TypeError, ValueError) as error:
+        wrong = [o for o in overrides if not _fits(module.get_config(variant), o)]
+        raise UserError(f"{' '.join(wrong or overrides)}: {error}") from error
+
+
+def _overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with values of its own types. Raises what absl and Python do for others."""
+    values = flags.FlagValues()
+    argv = ["config", *overrides]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    values(argv)
+    return values.config
+
+
+def _fits(config: Config, override: str) -> bool:
+    try:
+        _overridden(config, [override])
+    except (flags.Error, TypeError, ValueError):
+        return False
+    return True
+
+
+def shipped_configs() -> Path:
+    """The folder of the recipes: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "_recipes" / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def shipped_recipes() -> list[str]:
+    """Their names, for ``--config``."""
+    return sorted(path.stem for path in shipped_configs().glob("*.py") if path.stem not in _NOT_RECIPES)
+
+
+def _find_config(name: str) -> Path:
+    shipped = shipped_configs()
+    for path in (Path(name), shipped / Path(name).name, shipped / f"{Path(name).name}.py"):
+        if path.is_file():
+            return path
+    known = ", ".join(f"configs/{recipe}.py" for recipe in shipped_recipes())
+    raise UserError(f"--config: {name} does not exist; recipes that ship: {known}")
+
+
+def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
+    known = [key for key, _ in leaves(config)]
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not key.startswith("--config."):
+            raise UserError(f"unknown argument {override}; overrides read --config.<key>=<value>, see --help")
+        if not equals:
+            raise UserError(f"{override} has no value; write {override}=<value>")
+        key = key.removeprefix("--config.")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+            hint = f"did you mean --config.{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise UserError(f"--config.{key} is not a key of this config; {hint}")
+
+
+def leaves(config: Config, prefix: str = "") -> list[tuple[str, Any]]:
+    """Every key of a config, dotted, with its value."""
+    found = []
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            found += leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def differences(a: Config, b: Config, *, free: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Keys, but for the ``free`` ones, whose values differ between two configs, with both values; lists are tuples."""
+    x, y = dict(leaves(a)), dict(leaves(b))
+    keys = [key for key in sorted(x.keys() | y.keys()) if key not in free]
+    return [(k, x.get(k), y.get(k)) for k in keys if _plain(x.get(k)) != _plain(y.get(k))]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

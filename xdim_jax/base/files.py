@@ -1,0 +1,96 @@
+"""Files that are either whole or absent."""
+
+import contextlib
+import errno
+import glob
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from xdim_jax.base.errors import UserError
+
+
+def cache_folder() -> Path:
+    """Where compiled programs and copies of buckets lie: below the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xdim_jax"
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside ``path`` (same suffixes) to write to, and renames it when the block is done.
+
+    On any failure the temporary file or folder is removed and ``path`` is as it was.
+
+    Raises:
+        UserError: the operating system refused to write (disk full, read-only, quota): names the file and reason.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.partial.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        _remove(temporary)
+        raise write_error(path, error) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def partial_files(path: Path) -> list[Path]:
+    """What `atomic_path` left beside ``path`` where the process was killed."""
+    return list(path.parent.glob(f".{'[0-9a-f]' * 8}.partial.{glob.escape(path.name)}"))
+
+
+def write_error(path: Path, error: OSError) -> UserError:
+    """The message for a write that the operating system refused; of a full disk, with the room that is left."""
+    reason = error.strerror or str(error)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(f"cannot write {path}: {reason}; choose another path")
+    folder = next((p for p in [path, *path.parents] if p.is_dir()), Path("/"))
+    try:
+        free = f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB free there"
+    except OSError:
+        free = "free space unknown"
+    step = "make room, or choose another folder, and run the same command again"
+    return UserError(f"cannot write {path}: {reason} ({free}); {step}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):  # below a file there is nothing to remove
+            path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text, whole or not at all."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON, whole or not at all. NaN and infinity, which JSON does not have, raise ValueError."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error}); write it anew with the command that made it") from error

@@ -1,0 +1,76 @@
+"""MetaImage and NRRD, with SimpleITK: in; and MetaImage out."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xdim_jax.data.images.grid import Axes, Grid, make_grid
+
+SUFFIXES = (".mhd", ".mha", ".nrrd")
+
+
+def load(path: Path, axes: Axes) -> tuple[np.ndarray, Grid]:
+    """The array in the file's axes ``(x, y[, z][, c])``, and its grid."""
+    import SimpleITK as sitk  # a large library that most runs do not need
+
+    image = sitk.ReadImage(str(path))
+    array = sitk.GetArrayFromImage(image)  # z, y, x[, components]
+    n = image.GetDimension()
+    array = array.transpose(*range(n)[::-1], *range(n, array.ndim))
+    return array, _grid(path, image, axes)
+
+
+def load_grid(path: Path, axes: Axes) -> Grid:
+    """Reads the header alone."""
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return _grid(path, reader, axes)
+
+
+def voxel_type(path: Path) -> tuple[np.dtype, int]:
+    """Of the array that `load` returns, and the bytes per voxel that it takes: ITK's image is copied."""
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    dtype = sitk.GetArrayViewFromImage(sitk.Image([1] * 2, reader.GetPixelID())).dtype
+    return dtype, 2 * dtype.itemsize
+
+
+def write(path: Path, array: np.ndarray, grid: Grid) -> None:
+    """Writes a ``(D, H, W)`` array as MetaImage (``.mhd`` with its ``.raw`` beside it, or ``.mha``), uncompressed.
+
+    A grid of one slice is written as a 2D image.
+
+    Raises:
+        ValueError: the array is not of the grid's size.
+    """
+    import SimpleITK as sitk
+
+    volume = grid.to_file(array)
+    n = 2 if volume.ndim == 2 or volume.shape[2] == 1 else 3
+    image = sitk.GetImageFromArray(np.ascontiguousarray(volume.reshape(volume.shape[:n]).T))
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ grid.affine  # nibabel's frame is RAS, ITK's LPS
+    lengths = np.sqrt((affine[:3, :3] ** 2).sum(0))
+    image.SetSpacing([float(s) for s in lengths[:n]])
+    image.SetOrigin([float(v) for v in affine[:n, 3]])
+    direction = (affine[:3, :3] / lengths)[:n, :n]
+    if abs(np.linalg.det(direction)) > 0.5:  # else the plane is not that of the first two axes of space
+        image.SetDirection([float(v) for v in direction.ravel()])
+    sitk.WriteImage(image, str(path))
+
+
+def _grid(path: Path, image: Any, axes: Axes) -> Grid:
+    n = min(image.GetDimension(), 3)
+    full = image.GetDimension()
+    affine = np.eye(4)
+    direction = np.reshape(image.GetDirection(), (full, full))[:n, :n]
+    affine[:n, :n] = direction * np.asarray(image.GetSpacing()[:n])
+    affine[:n, 3] = image.GetOrigin()[:n]
+    affine[:2] *= -1  # ITK's frame is LPS, nibabel's RAS
+    return make_grid(path, tuple(image.GetSize()), affine, axes=axes)

@@ -1,0 +1,1 @@
+"""Prediction: from a trained network and an image to a label map."""

@@ -1,0 +1,60 @@
+"""From what a user points at to the cases that it holds: files, series of DICOM slices, folders of cases."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from xdim_jax.base import log
+from xdim_jax.base.errors import UserError, shorten
+from xdim_jax.base.problem import ERROR
+from xdim_jax.data.case import Case, Dataset, case_from_files, scan_cases
+from xdim_jax.data.images.dicom import files_in_order
+from xdim_jax.data.images.image import strip
+from xdim_jax.data.layouts import brats
+
+
+def find_cases(
+    dataset: Dataset, paths: Sequence[Path], *, convention: str = "", modality: str = ""
+) -> tuple[list[Case], dict[str, list[str]]]:
+    """The cases of some paths, and what is wrong with others by case id.
+
+    Args:
+        dataset: that the network was trained on.
+        paths: the files of one case, one per channel; or one path: a file, a folder in the data set's layout, one of
+            its case folders, of DICOM slices, or (one channel) of any images.
+        convention: of BraTS file names; empty for other data sets.
+        modality: CT or MR, where the data set has both and the path does not tell.
+
+    Raises:
+        UserError: there is nothing, or two images would have one name.
+    """
+    problems: dict[str, list[str]] = {}
+    if len(paths) > 1 or paths[0].is_file():
+        if convention:
+            return [brats.case_from_files(paths, brats.get_convention(convention))], {}
+        return [case_from_files(paths, dataset, modality)], {}
+    folder = paths[0]
+    if not folder.exists():
+        raise UserError(f"{folder}: no such file or folder; expected an image, a folder of DICOM slices, or of cases")
+    if slices := files_in_order(folder, ".dcm"):
+        return [case_from_files([slices], dataset, modality)], {}
+    if folder.is_dir() and len(dataset.channels) == 1 and (loose := _loose_images(dataset, folder)):
+        found = [case_from_files([path], dataset, modality) for path in loose]
+        names = [case.case_id for case in found]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise UserError(
+                f"{folder}: several images would become {shorten([f'{n}.nii.gz' for n in twice])}; part them"
+            )
+        return found, {}
+    scan = scan_cases(dataset, folder, need_labels=False)
+    for problem in scan.problems:
+        if problem.severity == ERROR and problem.kind != "patient_in_two_folds":
+            problems.setdefault(problem.case_id or str(problem.path), []).append(str(problem))
+        else:
+            log.warn(str(problem))
+    return [case for case in scan.cases if case.case_id not in problems], problems
+
+
+def _loose_images(dataset: Dataset, folder: Path) -> list[Path]:
+    """The images of a folder that is not in the data set's layout."""
+    images = sorted(p for p in folder.iterdir() if p.is_file() and strip(p.name) and not p.name.startswith("."))
+    return images if images and not dataset.scan(folder, False).cases else []

@@ -1,0 +1,125 @@
+"""From a file or a workdir to a function of arrays."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+
+from xdim_jax import ops
+from xdim_jax.base.errors import UserError
+from xdim_jax.nets import networks
+from xdim_jax.nets.functional import split_model
+from xdim_jax.nets.weights import Weights, abstract_encoder, check_leaves, module_leaves, named, read_weights, replaced
+from xdim_jax.runs import checkpoint
+from xdim_jax.runs.workdir import CONFIG_FILE, read_config
+
+
+class Model:
+    """A network with its weights, in evaluation mode.
+
+    Calling it is a pure function of the image: it can stand inside ``jax.jit``, ``jax.vmap`` and ``jax.grad``.
+
+    Attributes:
+        config: what it was built from: the ``model`` section of a network, or the description of an encoder.
+        params, stats: its weights and running statistics, nested dicts of arrays.
+        source: where the weights came from.
+    """
+
+    def __init__(self, config: dict[str, Any], graphdef: Any, params: Any, stats: Any, source: str, *, encoder: bool):
+        self.config, self.params, self.stats, self.source = config, params, stats, source
+        self._graphdef, self._encoder = graphdef, encoder
+        methods = ("__call__", "__call__" if encoder else "features")
+        functions = [functools.partial(self._apply, method) for method in methods]
+        self._inner = [jax.jit(f) for f in functions]  # of another program, which has the compiler's options
+        self._outer = [jax.jit(f, compiler_options=ops.compiler_options()) for f in functions]
+
+    def _apply(self, method: str, params: Any, stats: Any, image: jax.Array) -> Any:
+        model = nnx.merge(self._graphdef, params, stats)
+        model.eval()
+        return getattr(model, method)(image)
+
+    def __call__(self, image: Any) -> jax.Array:
+        """Logits ``(batch, *spatial, out_channels)`` of a float image ``(batch, *spatial, in_channels)``.
+
+        Raises:
+            ValueError: wrong rank, channels, dtype, or a side that the network cannot take; or this is an encoder.
+        """
+        if self._encoder:
+            raise ValueError(
+                f"{self.source} holds the encoder {self.config['name']}, which has no logits: use features"
+            )
+        return self._run(0, image)
+
+    def features(self, image: Any) -> list[jax.Array | None]:
+        """The encoder's five features of a float image, finest first; None where an encoder has none.
+
+        Raises:
+            ValueError: as for a call.
+        """
+        return self._run(1, image)
+
+    def _run(self, which: int, image: Any) -> Any:
+        image = self._checked(image)
+        function = (self._inner if isinstance(image, Tracer) else self._outer)[which]
+        return function(self.params, self.stats, image)
+
+    def _checked(self, image: Any) -> jax.Array:
+        image = jnp.asarray(image)
+        ndim = self.config["ndim"] if self._encoder else networks.spatial_axes(self.config)
+        shape = ("batch", *("DHW"[3 - ndim :]), self.config["in_channels"])
+        if image.ndim != ndim + 2 or image.shape[-1] != self.config["in_channels"]:
+            raise ValueError(f"an image of shape {image.shape}: expected ({', '.join(map(str, shape))})")
+        if not jnp.issubdtype(image.dtype, jnp.floating):
+            raise ValueError(f"an image of {image.dtype}: expected floats, normalised as the network was trained")
+        return image.astype(jnp.promote_types(image.dtype, jnp.float32))
+
+
+def load_model(path: str | Path) -> Model:
+    """A network or encoder from a weights file of ``weight_port``, or the best weights of a training workdir.
+
+    Raises:
+        UserError: nothing usable there, or the weights do not fit the network that they say they are of.
+    """
+    return make_model(read_anywhere(Path(path)), str(path))
+
+
+def make_model(weights: Weights, source: str) -> Model:
+    """A model of weights in memory; ``source`` names them in messages.
+
+    Raises:
+        UserError: the weights do not fit the network that they say they are of.
+    """
+    encoder = weights.kind == "encoder"
+    try:
+        module = abstract_encoder(weights.model) if encoder else networks.build_abstract(weights.model)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{source}: its description of the network cannot be used: {error}") from error
+    check_leaves(weights.arrays, module_leaves(module), f"the weights of {source}")
+    graphdef, params, stats = split_model(module)
+    arrays = {n: jnp.asarray(a, jnp.promote_types(a.dtype, jnp.float32)) for n, a in weights.arrays.items()}
+    return Model(weights.model, graphdef, replaced(params, arrays), replaced(stats, arrays), source, encoder=encoder)
+
+
+def read_anywhere(path: Path) -> Weights:
+    """Weights of a file of ``weight_port``, or the best ones of a workdir.
+
+    Raises:
+        UserError: nothing usable there.
+    """
+    if not path.is_dir():
+        return read_weights(path)
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"{path} is not the workdir of a run (it has no {CONFIG_FILE}), nor a weights file")
+    config = networks.plain(read_config(path)["model"])
+    try:
+        _, params, stats = split_model(networks.build(config, seed=0))
+    except ValueError as error:
+        raise UserError(f"{path / CONFIG_FILE}: model: {error}") from error
+    params, stats, source = checkpoint.load_weights(path, params, stats)
+    arrays = {name: np.asarray(array) for name, array in (named(params) | named(stats)).items()}
+    return Weights("network", config, arrays, {}, {"from": "xdim_jax", "workdir": str(path), "weights": source})

@@ -1,0 +1,79 @@
+"""What the channels of a network mean: sigmoids of regions, or a softmax over labels."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xdim_jax.base.errors import UserError
+from xdim_jax.data.case import Dataset
+from xdim_jax.data.regions import Regions
+
+ACTIVATIONS = ("sigmoid", "softmax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """The channels of a network.
+
+    Attributes:
+        activation: ``sigmoid``: a channel per region, which may lie inside one another (BraTS; paper, Sect. 3.1.3).
+            ``softmax``: a channel per label, background first (CAMUS and CHAOS; paper, Sect. 2.1.1).
+        regions: what is scored, with either.
+        labels: names of the labels, background first.
+    """
+
+    activation: str
+    regions: Regions
+    labels: tuple[str, ...]
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the network's channels."""
+        return self.labels if self.activation == "softmax" else self.regions.names
+
+    def encode(self, label: jax.Array) -> jax.Array:
+        """Label indices ``(...)`` to the masks that the channels should give, bool ``(..., channels)``."""
+        if self.activation == "softmax":
+            return label[..., None] == jnp.arange(len(self.labels), dtype=label.dtype)
+        return self.regions.encode(label, jnp)
+
+    def probabilities(self, logits: jax.Array) -> jax.Array:
+        """Of the channels, float32."""
+        logits = logits.astype(jnp.float32)
+        return jax.nn.softmax(logits) if self.activation == "softmax" else jax.nn.sigmoid(logits)
+
+    def predicted_regions(self, logits: jax.Array) -> jax.Array:
+        """Masks of the regions, bool ``(..., regions)``, at 0.5 or by the largest logit."""
+        if self.activation == "softmax":
+            return self.regions.encode(jnp.argmax(logits, -1), jnp)
+        return logits > 0
+
+    def decode(self, scores: Any, threshold: float | Mapping[str, float], xp: Any = np) -> Any:
+        """Probabilities ``(..., channels)`` to label indices uint8; with softmax there is no threshold.
+
+        ``xp`` is the array library: numpy, or ``jax.numpy`` inside a jitted program.
+        """
+        if self.activation == "softmax":
+            return xp.argmax(scores, -1).astype(np.uint8)
+        return self.regions.decode(scores, threshold, xp)
+
+    def annotated_channels(self, regions: Sequence[str]) -> np.ndarray:
+        """Which channels a case can teach whose reference shows only some regions, bool ``(channels,)``.
+
+        A label is annotated if a annotated region has it; the background always is.
+        """
+        if self.activation == "sigmoid":
+            return np.array([name in regions for name in self.regions.names])
+        known = {0, *(index for name in regions for index in self.regions.sets[name])}
+        return np.array([index in known for index in range(len(self.labels))])
+
+
+def make_output(activation: str, dataset: Dataset) -> Output:
+    """The output that ``config.output`` names, for a data set. Raises UserError for an unknown name."""
+    if activation not in ACTIVATIONS:
+        raise UserError(f"config.output={activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
+    return Output(activation, dataset.regions, dataset.labels.structures)

@@ -1,0 +1,200 @@
+"""DS-Net: a 3D encoder that compresses depth only, a 2D U-Net on what is left, and a 3D decoder (paper, Sect. 2.1.2).
+
+Source: spec, architecture, section 5. Depth is the first spatial axis and is compressed by 3, 2, 2 and 4 to three
+planes, which become the colour channels of as many 2D images as there are channels (4). These images are the batch of
+the inner network; samples of a batch are folded into it, so any batch size works.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from xdim_jax.nets.layers import TORCH_GAIN, Conv, ConvTranspose, Style, check_choice, conv_upsampled, stage
+from xdim_jax.nets.unet import DECODER_EPS, ConvNorm, UNet, side_problems
+
+PLANES = 3  # left of the depth: the channels of a colour image
+DEPTH_STRIDES = (3, 2, 2, 4)  # of the four compressions
+UPSAMPLINGS = ((5, 3, 0), (2, 2, 0), (3, 2, 1), (4, 3, 1))  # kernel, stride, crop of the transposed convolutions
+DECODERS = ("transposed", "nearest")
+
+
+def compressed(depth: int) -> int:
+    """Planes that are left of a depth: 3 for 97 to 144."""
+    for stride in DEPTH_STRIDES:
+        depth = -(-depth // stride)
+    return depth
+
+
+LEGAL_DEPTHS = [d for d in range(1, 1000) if compressed(d) == PLANES]
+
+
+class Compress(nnx.Module):
+    """Two `ConvNorm`; the second is strided along depth."""
+
+    def __init__(self, channels: int, filters: int, stride: int, *, style: Style, rngs: nnx.Rngs):
+        self.conv1 = ConvNorm(channels, filters, style=style, activation="silu", rngs=rngs)
+        self.conv2 = ConvNorm(filters, filters, style=style, activation="silu", strides=(stride, 1, 1), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv2(self.conv1(x))
+
+
+class Expand(nnx.Module):
+    """Upsampling along depth to the skip's planes, concatenation, and one (``transposed``) or two `ConvNorm`.
+
+    The transposed convolution is evaluated on the skip's planes: cropped where it gives more, continued where it gives
+    fewer. So every depth that compresses to three planes works, not only the released code's 128.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        skip: int,
+        filters: int,
+        *,
+        upsampling: tuple[int, int, int],
+        stride: int,
+        decoder: str,
+        style: Style,
+        rngs: nnx.Rngs,
+    ):
+        kernel, step, crop = upsampling
+        self.stride = stride
+        geometry: dict[str, Any] = {"kernel": (kernel, 1, 1), "strides": (step, 1, 1), "crop": (crop, 0, 0)}
+        self.trans = ConvTranspose(channels, channels, **geometry, rngs=rngs) if decoder == "transposed" else None
+        self.conv1 = ConvNorm(channels + skip, filters, style=style, activation="silu", rngs=rngs)
+        second = decoder == "nearest"
+        self.conv2 = ConvNorm(filters, filters, style=style, activation="silu", rngs=rngs) if second else None
+
+    def __call__(self, x: jax.Array, skip: jax.Array) -> jax.Array:
+        factors = (self.stride, 1, 1) if self.trans is None else self.trans.strides
+        x = conv_upsampled(self.conv1.conv, x, skip, factors, trans=self.trans, size=skip.shape[1:-1])
+        x = self.conv1.norm(x)
+        return x if self.conv2 is None else self.conv2(x)
+
+
+class DSNet(nnx.Module):
+    """DS-Net.
+
+    Args:
+        in_channels: of the volume.
+        out_channels: logits per voxel.
+        filters: of the 3D levels, finest first (4).
+        images: 2D images per sample.
+        affine: whether the 3D instance norms have a scale and a shift.
+        decoder: ``transposed``, one block a stage, as released; ``nearest``, two blocks, as the paper says.
+        inner: the 2D `UNet` without its channels and axes.
+        deep_supervision: 1^3 convolutions to logits on the three coarser decoder stages.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        filters: Sequence[int],
+        images: int,
+        affine: bool,
+        decoder: str,
+        inner: Mapping[str, Any],
+        deep_supervision: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        check_choice("decoder", decoder, DECODERS)
+        if len(filters) != len(DEPTH_STRIDES):
+            raise ValueError(f"filters={tuple(filters)}: expected {len(DEPTH_STRIDES)} numbers, finest level first")
+        style = Style(3, "instance" if affine else "instance_noaffine", DECODER_EPS)
+        widths = (*filters, images)
+        self.conv1 = ConvNorm(in_channels, filters[0], style=style, activation="silu", rngs=rngs)
+        self.conv2 = ConvNorm(
+            filters[0], filters[1], style=style, activation="silu", strides=(DEPTH_STRIDES[0], 1, 1), rngs=rngs
+        )
+        self.enc = nnx.List(
+            [
+                Compress(widths[i], widths[i + 1], DEPTH_STRIDES[i], style=style, rngs=rngs)
+                for i in range(1, len(DEPTH_STRIDES))
+            ]
+        )
+        self.inner = UNet(ndim=2, in_channels=PLANES, out_channels=PLANES, rngs=rngs, **inner)
+        self.dec = nnx.List([])
+        width = images
+        for skip, upsampling, stride in zip(reversed(filters), UPSAMPLINGS, reversed(DEPTH_STRIDES), strict=True):
+            self.dec.append(
+                Expand(width, skip, skip, upsampling=upsampling, stride=stride, decoder=decoder, style=style, rngs=rngs)
+            )
+            width = skip
+        self.last = Conv(width, out_channels, 3, style=style, bias=True, gain=TORCH_GAIN, rngs=rngs)
+        coarse = tuple(reversed(filters[1:])) if deep_supervision else ()
+        self.heads = nnx.List(
+            [Conv(n, out_channels, 1, style=style, bias=True, gain=TORCH_GAIN, rngs=rngs) for n in coarse]
+        )
+
+    def _compress(self, image: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """The 2D images ``(batch * images, H, W, 3)`` and the four skips, finest first."""
+        if problems := volume_problems(image.shape[1:-1], self.inner.level_strides):
+            raise ValueError(f"a volume of {image.shape[1:-1]} does not fit DS-Net; {'; '.join(problems)}")
+        with jax.named_scope("conv1"):
+            x = self.conv1(image)
+        skips = [x]
+        for name, block in zip(("conv2", "enc3", "enc4", "enc5"), (self.conv2, *self.enc), strict=True):
+            x = stage(self, name, block)(x)
+            skips.append(x)
+        x = skips.pop()
+        batch, planes, height, width, images = x.shape
+        # (B, D, H, W, C) -> (B, C, H, W, D) -> (B C, H, W, D): channels become samples, planes become colours
+        return x.transpose(0, 4, 2, 3, 1).reshape(batch * images, height, width, planes), skips
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the parts whose activations can be computed again; ``inner.*`` are those of the 2D network."""
+        own = ("conv2", "enc3", "enc4", "enc5", "inner", "dec1", "dec2", "dec3", "dec4")
+        return (*own, *(f"inner.{name}" for name in self.inner.stages))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names that operations have in profiles: the stages, and what lies before and behind them."""
+        own = [name for name in self.stages if not name.startswith("inner")]
+        inner = [f"inner.{name}" for name in self.inner.parts]
+        return ("conv1", *own[:4], *inner, *own[4:], "last")
+
+    def features(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array | None]:
+        """The 2D encoder's five features of every image, ``(batch * images, H / 2^i, W / 2^i, channels)``."""
+        return self.inner.features(self._compress(image)[0], rngs)
+
+    def __call__(self, image: jax.Array, rngs: nnx.Rngs | None = None, *, levels: bool = False) -> Any:
+        """``(batch, D, H, W, in_channels)`` to logits ``(batch, D, H, W, out_channels)``.
+
+        With ``levels``, a list: the logits, then those of the deep-supervision heads from fine to coarse.
+
+        Raises:
+            ValueError: the depth is not 97 to 144, or H or W is not a multiple of 32.
+        """
+        images, skips = self._compress(image)
+        y = stage(self, "inner", self.inner)(images, rngs)
+        # (B C, H, W, D) -> (B, C, H, W, D) -> (B, D, H, W, C)
+        x = y.reshape(image.shape[0], -1, *y.shape[1:]).transpose(0, 4, 2, 3, 1)
+        coarse = []
+        for i, (expand, skip) in enumerate(zip(self.dec, reversed(skips), strict=True)):
+            x = stage(self, f"dec{i + 1}", expand)(x, skip)
+            if levels and i < len(self.heads):
+                coarse.append(self.heads[i](x))
+        with jax.named_scope("last"):
+            logits = self.last(x)
+        return [logits, *reversed(coarse)] if levels else logits
+
+
+def volume_problems(size: Sequence[int], level_strides: Sequence[Sequence[int]]) -> list[str]:
+    """Per side that DS-Net cannot take: axis, level, and the sizes that it can."""
+    depth, *plane = size
+    problems = []
+    if depth not in LEGAL_DEPTHS:
+        low, high = LEGAL_DEPTHS[0], LEGAL_DEPTHS[-1]
+        near = f"{low} or {low + 1}" if depth < low else f"{high} or {high - 1}"
+        problems.append(
+            f"axis D is {depth}: level 1/{math.prod(DEPTH_STRIDES)} of the depth would have "
+            f"{compressed(max(depth, 0))} planes, not {PLANES}; use {low} to {high}, nearest {near}"
+        )
+    return problems + side_problems(plane, level_strides)

@@ -1,0 +1,109 @@
+"""The ConvNeXt encoder (Liu et al. 2022), tiny, in 2D and 3D from one code. Its weights were trained with eps 1e-6."""
+
+import jax
+from flax import nnx
+
+from xdim_jax import ops
+from xdim_jax.nets.encoders.family import Family
+from xdim_jax.nets.layers import Conv, Dense, DropPath, LayerNorm, Style, filled
+
+REPEATS = {"convnext_tiny": (3, 3, 9, 3)}
+WIDTHS = (96, 192, 384, 768)
+LAYER_SCALE = 1e-6  # initial value of a block's gain
+
+
+class Mlp(nnx.Module):
+    """Two affine maps of the channels with a GELU between them."""
+
+    def __init__(self, channels: int, rngs: nnx.Rngs):
+        self.fc1 = Dense(channels, 4 * channels, rngs=rngs)
+        self.fc2 = Dense(4 * channels, channels, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(ops.activate(self.fc1(x), "gelu"))
+
+
+class Block(nnx.Module):
+    """Depthwise 7^n convolution, layer norm, MLP, a gain per channel, residual."""
+
+    def __init__(self, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
+        self.conv_dw = Conv(channels, channels, 7, style=style, depthwise=True, bias=True, norm="norm", rngs=rngs)
+        self.norm = LayerNorm(channels, style.eps)
+        self.mlp = Mlp(channels, rngs)
+        self.gamma = nnx.Param(filled(LAYER_SCALE, channels))
+        self.drop_path = DropPath(drop_path)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        return x + self.drop_path(self.mlp(self.norm(self.conv_dw(x))) * self.gamma[...].astype(x.dtype), rngs)
+
+
+class Stage(nnx.Module):
+    """Layer norm and a 2^n convolution of stride 2 (not in the first stage), then the blocks."""
+
+    def __init__(
+        self,
+        channels: int,
+        filters: int,
+        *,
+        strides: tuple[int, ...] | None,
+        style: Style,
+        drop_paths: list[float],
+        rngs: nnx.Rngs,
+    ):
+        self.downsample = nnx.List([])
+        if strides:
+            conv = Conv(channels, filters, strides, style=style, strides=strides, padding="valid", bias=True, rngs=rngs)
+            self.downsample.append(LayerNorm(channels, style.eps))
+            self.downsample.append(conv)
+        self.blocks = nnx.List([Block(filters, style=style, drop_path=rate, rngs=rngs) for rate in drop_paths])
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        for layer in self.downsample:
+            x = layer(x)
+        for block in self.blocks:
+            x = block(x, rngs)
+        return x
+
+
+class ConvNeXt(nnx.Module):
+    """Four features, at 1/4 to 1/32: the stem goes to 1/4 at once. Arguments as of `EfficientNet`.
+
+    The norms are layer norms, whatever the style says. The stem and the other strided convolutions have kernels as
+    long as their strides, along depth too.
+    """
+
+    def __init__(self, name: str, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
+        strides = tuple(a * b for a, b in zip(style.strides(0), style.strides(1), strict=True))
+        stem = Conv(
+            channels, WIDTHS[0], strides, style=style, strides=strides, padding="valid", bias=True, norm="1", rngs=rngs
+        )
+        self.stem = nnx.List([stem, LayerNorm(WIDTHS[0], style.eps)])
+        repeats = REPEATS[name]
+        last, built, width = max(sum(repeats) - 1, 1), 0, WIDTHS[0]
+        self.stages = nnx.List([])
+        for i, (count, filters) in enumerate(zip(repeats, WIDTHS, strict=True)):
+            self.stages.append(
+                Stage(
+                    width,
+                    filters,
+                    strides=style.strides(i + 1) if i else None,
+                    style=style,
+                    drop_paths=[drop_path * (built + j) / last for j in range(count)],
+                    rngs=rngs,
+                )
+            )
+            built, width = built + count, filters
+        self.channels = (0, *WIDTHS)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array | None]:
+        """``(batch, *spatial, channels)`` to None and four features ``(batch, *spatial / 2^i, channels_i)``."""
+        conv, norm = self.stem
+        x = norm(conv(x))
+        features: list[jax.Array | None] = [None]
+        for stage in self.stages:
+            x = stage(x, rngs)
+            features.append(x)
+        return features
+
+
+FAMILY = Family(members=tuple(REPEATS), stem="stem.0", make=ConvNeXt, unused=("head.",))

@@ -1,0 +1,175 @@
+"""The EfficientNet encoder (Tan and Le 2019) in 2D and 3D from one code, B0 to B7.
+
+In 3D every kernel k becomes k x k x k and every stride acts on all three axes; nothing else changes (paper,
+Sect. 2.2.1; spec: architecture, section 2). Attribute names follow timm's, so that a weight's path here is its
+name there. The classification head is left out: no network of the paper calls it.
+"""
+
+import dataclasses
+import math
+
+import jax
+from flax import nnx
+
+from xdim_jax.nets.encoders.family import Family
+from xdim_jax.nets.layers import Conv, DropPath, Norm, SqueezeExcite, Style
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A row of the EfficientNet-B0 table; the stride is that of the first block."""
+
+    repeats: int
+    kernel: int
+    stride: int
+    expand: int
+    channels: int
+
+
+STEM_CHANNELS = 32
+STAGES = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(2, 3, 2, 6, 24),
+    Stage(2, 5, 2, 6, 40),
+    Stage(3, 3, 2, 6, 80),
+    Stage(3, 5, 1, 6, 112),
+    Stage(4, 5, 2, 6, 192),
+    Stage(1, 3, 1, 6, 320),
+)
+TAPS = (1, 2, 4, 6)  # stages whose output is a feature; the first feature is the stem's
+
+# width and depth multipliers (Tan and Le 2019); "toy" is ours, for tests and quick trials
+SCALING = {
+    "b0": (1.0, 1.0),
+    "b1": (1.0, 1.1),
+    "b2": (1.1, 1.2),
+    "b3": (1.2, 1.4),
+    "b4": (1.4, 1.8),
+    "b5": (1.6, 2.2),
+    "b6": (1.8, 2.6),
+    "b7": (2.0, 3.1),
+    "toy": (0.25, 0.3),
+}
+PREFIX = "efficientnet_"
+
+
+def scaled_channels(channels: int, width: float) -> int:
+    """Channels times the width multiplier, to a multiple of 8, never below 90 % of the exact value."""
+    exact = channels * width
+    rounded = max(8, int(exact + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * exact else rounded
+
+
+def scaled_stages(name: str) -> tuple[int, tuple[Stage, ...]]:
+    """The stem's channels and the stages of one member of the family, e.g. ``efficientnet_b0``."""
+    width, depth = SCALING[name.removeprefix(PREFIX)]
+    stages = tuple(
+        dataclasses.replace(s, channels=scaled_channels(s.channels, width), repeats=math.ceil(s.repeats * depth))
+        for s in STAGES
+    )
+    return scaled_channels(STEM_CHANNELS, width), stages
+
+
+class Block(nnx.Module):
+    """Depthwise-separable (``expand`` 1) or inverted-residual block with squeeze-excite."""
+
+    def __init__(
+        self,
+        channels: int,
+        filters: int,
+        *,
+        kernel: int,
+        strides: tuple[int, ...] | None,
+        expand: int,
+        style: Style,
+        drop_path: float,
+        rngs: nnx.Rngs,
+    ):
+        width = channels * expand
+        self.expanded = expand != 1
+
+        def depthwise(norm: str) -> Conv:
+            return Conv(width, width, kernel, style=style, strides=strides, depthwise=True, norm=norm, rngs=rngs)
+
+        squeeze = SqueezeExcite(width, round(channels / 4), style, rngs=rngs)
+        if self.expanded:
+            self.conv_pw = Conv(channels, width, 1, style=style, norm="bn1", rngs=rngs)
+            self.bn1 = Norm(width, style, "silu")
+            self.conv_dw = depthwise("bn2")
+            self.bn2 = Norm(width, style, "silu")
+            self.se = squeeze
+            self.conv_pwl = Conv(width, filters, 1, style=style, norm="bn3", rngs=rngs)
+            self.bn3 = Norm(filters, style)
+        else:
+            self.conv_dw = depthwise("bn1")
+            self.bn1 = Norm(width, style, "silu")
+            self.se = squeeze
+            self.conv_pw = Conv(width, filters, 1, style=style, norm="bn2", rngs=rngs)
+            self.bn2 = Norm(filters, style)
+        self.residual = strides is None and channels == filters
+        self.drop_path = DropPath(drop_path)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        if self.expanded:
+            y = self.bn1(self.conv_pw(x))
+            y = self.bn2(self.conv_dw(y))
+            y = self.bn3(self.conv_pwl(self.se(y)))
+        else:
+            y = self.bn1(self.conv_dw(x))
+            y = self.bn2(self.conv_pw(self.se(y)))
+        return x + self.drop_path(y, rngs) if self.residual else y
+
+
+class EfficientNet(nnx.Module):
+    """Five features of an image or volume, at 1/2, 1/4, 1/8, 1/16 and 1/32 of its size.
+
+    Args:
+        name: member of the family, see `SCALING`.
+        channels: of the image.
+        style: axes, norm, padding, depth.
+        drop_path: stochastic-depth rate r; block i of n has rate ``r * i / n``.
+    """
+
+    def __init__(self, name: str, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
+        stem, stages = scaled_stages(name)
+        self.conv_stem = Conv(channels, stem, 3, style=style, strides=style.strides(0), norm="bn1", rngs=rngs)
+        self.bn1 = Norm(stem, style, "silu")
+        self.channels = (stem, *(stages[i].channels for i in TAPS))
+        total, built, width, level = sum(s.repeats for s in stages), 0, stem, 1
+        self.blocks = nnx.List([])
+        for stage in stages:
+            blocks = nnx.List([])
+            for i in range(stage.repeats):
+                down = i == 0 and stage.stride == 2
+                block = Block(
+                    width,
+                    stage.channels,
+                    kernel=stage.kernel,
+                    strides=style.strides(level) if down else None,
+                    expand=stage.expand,
+                    style=style,
+                    drop_path=drop_path * built / total,
+                    rngs=rngs,
+                )
+                blocks.append(block)
+                built, width, level = built + 1, stage.channels, level + down
+            self.blocks.append(blocks)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
+        """``(batch, *spatial, channels)`` to five features ``(batch, *spatial / 2^i, channels_i)``, finest first."""
+        x = self.bn1(self.conv_stem(x))
+        features = [x]
+        for i, blocks in enumerate(self.blocks):
+            for block in blocks:
+                x = block(x, rngs)
+            if i in TAPS:
+                features.append(x)
+        return features
+
+
+FAMILY = Family(
+    members=tuple(f"{PREFIX}{size}" for size in SCALING),
+    stem="conv_stem",
+    make=EfficientNet,
+    unused=("conv_head.", "bn2.", "classifier."),
+)

@@ -1,0 +1,63 @@
+"""The VGG encoder with batch norm (Simonyan and Zisserman 2015), 16 and 19 layers, in 2D and 3D from one code.
+
+As the encoder of a U-Net it is the line of TernausNet and v16U-Net that the paper starts from (Sect. 1.2).
+"""
+
+import jax
+from flax import nnx
+
+from xdim_jax import ops
+from xdim_jax.nets.encoders.family import Family
+from xdim_jax.nets.layers import Conv, Norm, Style
+
+CONVOLUTIONS = {"vgg16_bn": (2, 2, 3, 3, 3), "vgg19_bn": (2, 2, 4, 4, 4)}  # before each of the five poolings
+WIDTHS = (64, 128, 256, 512, 512)
+
+
+class Pool(nnx.Module):
+    """Largest value of every 2^n block; along a depth axis of stride 1 slices do not meet."""
+
+    def __init__(self, strides: tuple[int, ...]):
+        self.strides = strides
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ops.max_pool(x, self.strides, self.strides, ((0, 0),) * len(self.strides))
+
+
+class Nothing(nnx.Module):
+    """Takes the place of the rectifier, which the norm before it applies, so that indices are timm's."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+class VGG(nnx.Module):
+    """Five features: before the second to fifth pooling, and after the fifth. Arguments as of `EfficientNet`.
+
+    There is no residual branch, so ``drop_path`` has nothing to drop.
+    """
+
+    def __init__(self, name: str, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
+        del drop_path
+        self.features = nnx.List([])
+        for level, (count, filters) in enumerate(zip(CONVOLUTIONS[name], WIDTHS, strict=True)):
+            for _ in range(count):
+                sibling = str(len(self.features) + 1)
+                self.features.append(Conv(channels, filters, 3, style=style, bias=True, norm=sibling, rngs=rngs))
+                self.features.append(Norm(filters, style, "relu"))
+                self.features.append(Nothing())
+                channels = filters
+            self.features.append(Pool(style.strides(level)))
+        self.channels = (*WIDTHS[1:], WIDTHS[-1])
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
+        """``(batch, *spatial, channels)`` to five features ``(batch, *spatial / 2^i, channels_i)``, finest first."""
+        features = []
+        for layer in self.features:
+            if isinstance(layer, Pool):
+                features.append(x)
+            x = layer(x)
+        return [*features[1:], x]
+
+
+FAMILY = Family(members=tuple(CONVOLUTIONS), stem="features.0", make=VGG, unused=("pre_logits.", "head."))

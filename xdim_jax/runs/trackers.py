@@ -1,0 +1,122 @@
+"""Experiment trackers beside the files of the workdir: Weights & Biases and MLflow, offline unless told otherwise."""
+
+import importlib
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from xdim_jax.base.config import Config
+from xdim_jax.base.config import leaves
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.errors import first_line
+from xdim_jax.base.files import write_text
+
+
+class Tracker(Protocol):
+    """What a run tells a tracker."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Wandb:
+    """A run of Weights & Biases; a resumed run goes on under the same id."""
+
+    def __init__(self, project: str, workdir: Path, config: Config):
+        wandb = _import("wandb", "wandb")
+        os.environ.setdefault("WANDB_MODE", "offline")
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=project,
+            name=workdir.absolute().name,
+            id=_kept(workdir / "wandb_run", lambda: uuid.uuid4().hex[:8]),
+            resume="allow",
+            dir=str(workdir),
+            config=config.to_dict(),
+        )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        self._run.log({f"validation/{k}": self._wandb.Image(v) for k, v in pictures.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Mlflow:
+    """A run of MLflow; a resumed run goes on under the id that the workdir keeps."""
+
+    def __init__(self, experiment: str, workdir: Path, config: Config):
+        mlflow = _import("mlflow", "mlflow")
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            mlflow.set_tracking_uri(f"sqlite:///{workdir.absolute() / 'mlflow.db'}")
+            if mlflow.get_experiment_by_name(experiment) is None:
+                mlflow.create_experiment(experiment, artifact_location=(workdir.absolute() / "mlartifacts").as_uri())
+        mlflow.set_experiment(experiment)
+        kept = workdir / "mlflow_run"
+        begun = kept.exists()
+        name = workdir.absolute().name
+        run = mlflow.start_run(run_id=kept.read_text(encoding="ascii").strip() if begun else None, run_name=name)
+        _kept(kept, lambda: run.info.run_id)
+        if not begun:
+            mlflow.log_params({key: str(value) for key, value in leaves(config)})
+        self._mlflow = mlflow
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics(dict(values), step=step)
+
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        for name, picture in pictures.items():
+            self._mlflow.log_image(Image.fromarray(picture), f"validation/{name}_{step}.png")
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+def open_trackers(config: Config, workdir: Path) -> list[Tracker]:
+    """The trackers that ``config.train`` names.
+
+    Raises:
+        UserError: a package is not installed, or a tracker cannot be opened.
+    """
+    opened: list[Tracker] = []
+    for key, kind in (("wandb", _Wandb), ("mlflow", _Mlflow)):
+        name = config.train[key]
+        if not name:
+            continue
+        try:
+            opened.append(kind(name, workdir, config))
+        except UserError:
+            raise
+        except Exception as error:  # each has its own kinds: no server, no account, a locked file
+            reason = first_line(error)
+            raise UserError(
+                f"config.train.{key}={name}: cannot be opened: {reason}; go on without it: {key}=''"
+            ) from error
+    return opened
+
+
+def _kept(path: Path, make: Callable[[], str]) -> str:
+    """The word that a file of the workdir keeps; made and written the first time."""
+    if not path.exists():
+        write_text(path, make())
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _import(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"config.train.{extra} needs the package {module}: pip install 'xdim_jax[{extra}]', or leave it empty"
+        ) from error

@@ -1,0 +1,1 @@
+"""Training: configs checked, data, loss, optimiser, one step, the loop."""
