@@ -1,10 +1,10 @@
-"""Draws docs/inflation.png: how a 2D kernel becomes a 3D one under each rule, and what comes of it.
+"""Draw docs/inflation.png: the 3D kernel that each inflation rule makes, and the error of the inflated encoder.
 
     python docs/draw_inflation.py --weights=b0.safetensors --out=docs/inflation.png
 
-The weights are a 2D EfficientNet encoder that weight_port wrote. Left: one 5x5 kernel of its third stage and the five
-taps that each rule makes of it. Right: the 3D encoder's features on a volume whose 64 slices are all the same image,
-slice by slice against the 2D encoder's features of that image.
+The weights are a 2D EfficientNet encoder written by weight_port. Left: one 5x5 kernel of its third stage and the five
+taps that each rule makes of it. Right: the relative error of the 3D encoder's features on a volume with 64 equal
+slices, for each slice, against the 2D encoder's features of that slice.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from xdim_jax.nets.inflate import Inflation, inflate_kernel
 from xdim_jax.nets.layers import Depth
 from xdim_jax.nets.weights import adapt_encoder, read_weights
 
-LAYER, CHANNEL = "blocks.2.1.conv_dw.kernel", 100  # of 240: in the second third, which acs turns
+LAYER, CHANNEL = "blocks.2.1.conv_dw.kernel", 100  # of 240 channels; in the second third, which acs rotates
 ROWS = [
     ("mean", {}),
     ("repeat", {}),
@@ -30,7 +30,7 @@ ROWS = [
     ("acs", {}),
     ("random", {"seed": 1}),
 ]
-LEVEL = 1  # of the features drawn on the right: 1/4 of the input
+LEVEL = 1  # feature level of the right panel: 1/4 of the input size
 CURVES = [
     ("mean", "zero", "#d62728", "-"),
     ("repeat_uncorrected", "edge", "#9467bd", "-"),
@@ -43,7 +43,7 @@ SIZE, DEPTH = 64, 64
 
 
 def main() -> None:
-    """Reads the weights, runs the encoders, writes the picture."""
+    """Read the weights, run the encoders and write the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def draw_kernels(figure, flat) -> None:
-    """The 2D kernel, and a row of five taps per rule; one grey scale throughout but for ``repeat``'s larger sum."""
+    """Draw the 2D kernel and one row of five taps per rule, all with one colour scale."""
     kernel = flat.arrays[LAYER]
     limit = float(np.abs(kernel[..., CHANNEL]).max())
     axes = figure.subplots(len(ROWS), 6)
@@ -81,7 +81,7 @@ def draw_kernels(figure, flat) -> None:
 
 
 def draw_errors(figure, flat) -> None:
-    """Relative error per slice on a depth-constant volume."""
+    """Draw the relative error per slice on a volume of equal slices."""
     image = np.random.default_rng(0).standard_normal((1, SIZE, SIZE, 3)).astype(np.float32)
     volume = np.repeat(image[:, None], DEPTH, 1)
     exact = np.asarray(make_model(flat, "2D").features(image)[LEVEL])
@@ -100,7 +100,7 @@ def draw_errors(figure, flat) -> None:
 
 
 def inflated(flat, rule: str, padding: str, **options):
-    """The encoder in 3D."""
+    """Return the encoder inflated to 3D."""
     section = {**flat.model, "ndim": 3, "depth": dataclasses.asdict(Depth(padding=padding))}
     return adapt_encoder(flat, section, inflation=Inflation(rule, **options))[0]
 

@@ -1,4 +1,4 @@
-"""Draws docs/phantoms.png: the synthetic cases of the three data sets, read as training reads them.
+"""Draw docs/phantoms.png: synthetic cases of the three data sets, read by the functions that training uses.
 
 python docs/draw_phantoms.py --out=docs/phantoms.png
 """
@@ -21,7 +21,7 @@ from xdim_jax.pages.figures import shade
 def show(
     axes, case: Case, title: str, *, channel: int = 0, height: float = 0.5, window=None, label: bool = False
 ) -> None:
-    """One slice at a share of the depth, with its aspect; ``label`` lays the reference over it."""
+    """Draw one slice at the fraction ``height`` of the depth; ``label`` overlays the reference."""
     volume = read_case(case)
     assert volume.label is not None
     k = int(height * (len(volume.image) - 1))
@@ -34,7 +34,7 @@ def show(
 
 
 def main() -> None:
-    """Writes the phantoms into a temporary folder, and the picture."""
+    """Write phantoms into a temporary folder and draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

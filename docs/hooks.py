@@ -1,4 +1,4 @@
-"""Pages that are made from the code when the site is built: every config value, every public function."""
+"""Generate the reference pages when the site is built: all config values and all public functions."""
 
 import ast
 import re
@@ -8,13 +8,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PACKAGES = tuple(f"xdim_jax/{name}".rstrip("/") for name in ("", "data", "scoring", "ops", "encoders", "sweeps")) + (
+# every folder of the package that has modules, and weight_port
+PACKAGES = (
+    *sorted({path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "xdim_jax").rglob("*.py")}),
     "weight_port",
 )
 
 
 def on_pre_build(config):
-    """Writes the reference before the files are collected."""
+    """Write the reference pages before mkdocs collects the files."""
     from xdim_jax.base.files import write_text
 
     folder = Path(config["docs_dir"]) / "reference"
@@ -26,7 +28,7 @@ def on_pre_build(config):
 
 
 def comments():
-    """The comment beside, or above, every key of the configs' source, by the key's last name."""
+    """Return the comment next to, or above, each key in the source of configs/, by the last part of the key."""
     found = {}
     for path in sorted((ROOT / "configs").glob("*.py")):
         above = []
@@ -46,7 +48,7 @@ def comments():
 
 
 def config_page():
-    """A table of every value of every recipe."""
+    """Return the page with a table of all values of all recipes."""
     from xdim_jax.base.config import leaves, load_config, shipped_recipes
 
     notes = comments()
@@ -55,12 +57,13 @@ def config_page():
     lines = [
         "# Config values",
         "",
-        "Every value can be given on the command line: `--config.<key>=<value>`; a tuple as `(64,64,64)`. A key that a",
-        "recipe does not have is shown empty for it. Made from the recipes when this site is built.",
+        "Every value can be set on the command line: `--config.<key>=<value>`; a tuple is written `(64,64,64)`.",
+        "If recipes have different values, each value is followed by the names of its recipes. This page is generated",
+        "from the recipes.",
         "",
     ]
     for section in dict.fromkeys(key.partition(".")[0] for key in keys):
-        lines += [f"## {section}", "", "| key | value | what |", "|---|---|---|"]
+        lines += [f"## {section}", "", "| key | value | meaning |", "|---|---|---|"]
         for key in keys:
             if key.partition(".")[0] != section:
                 continue
@@ -79,8 +82,8 @@ def config_page():
 
 
 def python_page():
-    """mkdocstrings' directives for every module that has something public."""
-    lines = ["# Python", "", "What is public, by module; names that begin with an underscore are not.", ""]
+    """Return the page with mkdocstrings directives for all modules that have public names."""
+    lines = ["# Python", "", "Public functions and classes by module. Names with a leading underscore are private.", ""]
     for package in PACKAGES:
         for path in sorted((ROOT / package).glob("*.py")):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -1,4 +1,4 @@
-"""Shows what README says sets this project apart: runs the test that stands beside each fact.
+"""Run the test of each property in the table of docs/comparison.md.
 
 python docs/show_facts.py            # needs what the tests need: pip install -e '.[test]'
 """
@@ -13,14 +13,14 @@ ROW = re.compile(r"^\| (?P<fact>[^|]+) \|(?:[^|]*\|){4} `(?P<file>tests/\w+\.py)
 
 
 def facts(text: str) -> list[tuple[str, str]]:
-    """The facts of README's table, each with its test."""
+    """Return the properties of the table, each with its test."""
     return [(m["fact"], f"{m['file']}::{m['test']}") for m in ROW.finditer(text)]
 
 
 def main() -> int:
-    """One line for every fact; status 1 if one could not be shown."""
+    """Print one line per property; return 1 if the test of any of them fails."""
     failed = 0
-    for fact, test in facts((ROOT / "README.md").read_text(encoding="utf-8")):
+    for fact, test in facts((ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")):
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "slow or not slow", test]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         failed += done.returncode != 0

@@ -85,12 +85,12 @@ def test_the_reference_has_every_config_value():
 
 
 def test_every_fact_beside_the_peers_has_a_test_that_is_there(monkeypatch):
-    """docs/show_facts.py finds every line of README's table, and the tests that it would run."""
+    """docs/show_facts.py finds every line of the table in docs/comparison.md, and the tests that it would run."""
     monkeypatch.syspath_prepend(str(REPO / "docs"))
     import show_facts
 
-    text = (REPO / "README.md").read_text(encoding="utf-8")
-    table = text.partition("| what | here | nnU-Net |")[2].partition("\n\n")[0]
+    text = (REPO / "docs" / "comparison.md").read_text(encoding="utf-8")
+    table = text.partition("| property | xdim_jax | nnU-Net |")[2].partition("\n\n")[0]
     found = show_facts.facts(text)
     assert len(found) == len(table.splitlines()) - 2 > 5
     for _, test in found:
