@@ -250,7 +250,7 @@ def test_addresses_that_lead_nowhere(address, message, gcs):
 def prepared(data, folder, **options):  # noqa: F811
     """The entries of the phantoms, and what was said."""
     config = packs.load(data, OWN[0])
-    dataset = check.check_config(config)
+    config, dataset = check.resolve_config(config)
     cases = data_case.usable_cases(data_case.scan_cases(dataset, data, need_labels=True), data)
     said = []
     settings = Preparation.from_config(config.data.prepare)

@@ -73,7 +73,7 @@ def configured(network, *overrides):
     """The config and the data set of a toy network."""
     name, *options = NETWORKS[network]
     config = load_config(name, [*options, *(f"--config.{o}" for o in overrides)])
-    return config, check.check_config(config)
+    return check.resolve_config(config)
 
 
 def keep_gradients():

@@ -287,7 +287,7 @@ def test_training_starts_from_ported_weights_and_its_workdir_is_a_model(tmp_path
     text = train(tmp_path / "run", f"--config.init.weights={path}", "--config.init.inflate=repeat")
     assert f"weights    {path}: 100 % of encoder; arrays: 31 axis added, 1 channels by cycle then repeat" in text
     path.unlink()
-    assert "weights    of the run so far" in train(
+    assert "weights    from the last checkpoint" in train(
         tmp_path / "run", f"--config.init.weights={path}", "--config.init.inflate=repeat"
     )
     image = np.random.default_rng(0).normal(size=(1, 32, 32, 64, 4)).astype(np.float32)
@@ -305,7 +305,7 @@ def test_training_starts_from_ported_weights_and_its_workdir_is_a_model(tmp_path
     [
         (["--config.init.weights=/nowhere.safetensors"], ["/nowhere.safetensors does not exist"]),
         (["--config.init.weights={enc}"], ["eps=0.001, the network has eps=1e-05", "config.init.accept"]),
-        (["--config.init.inflate=median"], ["config.init.inflate='median': known: mean, repeat"]),
+        (["--config.init.inflate=median"], ["config.init.inflate='median'", "mean, repeat"]),
     ],
 )
 def test_weights_that_do_not_fit_are_explained(arguments, words, tmp_path):

@@ -542,18 +542,18 @@ def test_variants_and_overrides(monkeypatch, tmp_path):
 def test_what_ct_does_not_show_is_said_of_every_ct_case(tmp_path):
     """CHAOS task 4: kidneys and spleen are on CT, and not in its masks."""
     config = load_config("configs/chaos_omnianet.py:scratch", [f"--config.data.root={tmp_path}"])
-    dataset = check.check_config(config)
+    dataset = check.resolve_config(config)[1]
     case = Case("c", "c", (), ("image",), None, dataset.labels, info={"modality": "CT"})
     assert dataset.annotated(case) == ("liver",)
     mr = dataclasses.replace(case, info={"modality": "MR"})
     assert dataset.annotated(mr) == ("liver", "right kidney", "left kidney", "spleen")
-    assert check.check_config(load_config("chaos_omnianet:scratch,task=5,phantom", [])).annotated is None
+    assert check.resolve_config(load_config("chaos_omnianet:scratch,task=5,phantom", []))[1].annotated is None
 
 
 def test_channels_that_do_not_fit_the_data_are_refused():
     config = load_config("configs/camus_omnianet.py:phantom", ["--config.output=sigmoid"])
     with pytest.raises(UserError, match=r"out_channels=4: CAMUS needs 3 with output=sigmoid: LV_endo, LV_epi, LA"):
-        check.check_config(config)
+        check.resolve_config(config)
 
 
 def test_metrics_and_data_do_not_import_jax(tmp_path):

@@ -95,7 +95,7 @@ TABLE = {
         f"{CAMUS} --workdir={{new}} --processes=2",
         ["go with --coordinator"],
     ),
-    "a pack without folds": ("train", f"{CAMUS} --workdir={{new}} --pack=3", ["--pack=3 goes with :fold=all"]),
+    "a pack without folds": ("train", f"{CAMUS} --workdir={{new}} --pack=3", ["--pack=3", "fold=all"]),
     # data
     "no data": (
         "train",

@@ -268,16 +268,16 @@ def test_the_last_pattern_wins():
 @pytest.mark.parametrize(
     ("rates", "words"),
     [
-        ("encoder.*", r"'encoder.\*' is not <pattern>=<factor>"),
-        ("=0.1", "'=0.1' is not <pattern>=<factor>"),
-        ("a.*=", r"'a.\*=' is not"),
-        ("a.*=slow", r"'a.\*=slow' is not"),
-        ("a.*=-0.1", r"'a.\*=-0.1' is not .* 0 \(frozen\) or more"),
-        ("a.*=inf", "is not"),
-        ("a.*=nan", "is not"),
-        ("a=0.1", r"'a' fits no parameter; parts of this network: a\.\*, b\.\*"),
-        ("A.*=0.1", r"'A.\*' fits no parameter"),
-        ("encodr.*=0,b.*=-1", r"optim.rates=encodr.*'encodr.\*' fits no parameter.*'b.\*=-1' is not"),
+        ("encoder.*", r"'encoder.\*'.*<pattern>=<factor>"),
+        ("=0.1", "'=0.1'.*<pattern>=<factor>"),
+        ("a.*=", r"'a.\*='"),
+        ("a.*=slow", r"'a.\*=slow'"),
+        ("a.*=-0.1", r"'a.\*=-0.1'.* 0 \(frozen\) or more"),
+        ("a.*=inf", "=inf.*0 .frozen. or more"),
+        ("a.*=nan", "=nan.*0 .frozen. or more"),
+        ("a=0.1", r"'a' .*no parameter; parts of this network: a\.\*, b\.\*"),
+        ("A.*=0.1", r"'A.\*' .*no parameter"),
+        ("encodr.*=0,b.*=-1", r"optim.rates=encodr.*'encodr.\*' .*no parameter.*'b.\*=-1'"),
     ],
 )
 def test_rates_that_mean_nothing_are_refused(rates, words):

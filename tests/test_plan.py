@@ -26,7 +26,7 @@ def test_operations_of_a_prediction_are_those_published(name):
     """XLA leaves out the products with padding, which PyTorch's count has; norms and activations come on top."""
     patch, multiply_adds = PUBLISHED[name]
     config = load_config(f"configs/{name}.py:scratch", [])
-    dataset = check.check_config(config, needs_data=False)
+    config, dataset = check.resolve_config(config, needs_data=False)
     program, params, stats = make_program(config, dataset, per_epoch=1, abstract=True)
     image = jax.ShapeDtypeStruct((1, *patch, config.model.in_channels), jnp.float32)
     flops = needs._flops(program.forward, (params, stats), image)

@@ -48,6 +48,7 @@ from xdim_jax.runs import checkpoint, trackers
 from xdim_jax.runs.records import close_recorder, open_recorder
 from xdim_jax.runs.state import TrainState
 from xdim_jax.training import check, crossval, initial_weights, loop, mesh, validation, watchdog
+from xdim_jax.training import train as training
 
 REPO = Path(__file__).parent.parent
 RECIPE = "configs/camus_omnianet.py:phantom"
@@ -215,7 +216,7 @@ def test_a_signal_in_the_loop_saves_and_the_same_command_goes_on(
     out = train_small(tmp_path / "run", data, "--config.train.overlays=2", code=code)
     name = signal.Signals(number).name
     assert f"{name}: saving after this step" in out
-    assert f"stopped    by {name}, all saved; run the same command to go on" in out
+    assert f"stopped    by {name}, everything is saved" in out
     assert {n: signal.getsignal(n) for n in before} == before
     at = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert at in (3, 4), "this step, or the one after it"
@@ -316,7 +317,7 @@ def test_a_signal_to_the_process_is_heard_at_every_moment(moment, line, number, 
     stopped = [text for text in out.splitlines() if text.startswith("stopped ")]
     assert len(stopped) == 1 and signal.Signals(number).name in stopped[0] and "same command to go on" in stopped[0]
     if moment == "steps":
-        assert "all saved" in stopped[0] and checkpoint.exist(tmp_path / "run")
+        assert "everything is saved" in stopped[0] and checkpoint.exist(tmp_path / "run")
     else:
         assert "nothing to save" in stopped[0] and not checkpoint.exist(tmp_path / "run")
     out = train_small(tmp_path / "run", data, store)
@@ -732,7 +733,7 @@ def test_the_loop_has_a_watchdog(tmp_path, capsys):
             yield batch
 
     go_on(tmp_path, slow(), config={"epochs": 1, "watchdog_seconds": 0.3})
-    assert "for a batch: no reader is busy" in capsys.readouterr().out
+    assert "for a batch: no thread is reading" in capsys.readouterr().out
 
 
 # -- trackers -----------------------------------------------------------------------------------------------------
@@ -1138,9 +1139,9 @@ def test_a_fold_that_is_stopped_stops_all(tmp_path, monkeypatch):
     def train_one(chosen, dataset, workdir, stop, **options):
         return one(chosen, workdir)
 
-    monkeypatch.setattr(train, "train", train_one)
-    monkeypatch.setattr(train, "check_config", lambda chosen: None)
-    every = lambda runs: train.train_all(runs, loop.StopRequest(), 0, "auto")  # noqa: E731
+    monkeypatch.setattr(training, "train_run", train_one)
+    monkeypatch.setattr(training, "resolve_config", lambda chosen: (chosen, None))
+    every = lambda runs: training.train_one_by_one(runs, loop.StopRequest())  # noqa: E731
     assert crossval.train_folds(config, tmp_path, every) == 75
     assert begun == [(0, "fold0"), (1, "fold1")] and not (tmp_path / "crossval.json").exists()
     assert config.data.fold == -1, "the config given is as it was"
@@ -1220,7 +1221,7 @@ def load_resnet(path, *options):
     config = load_config(RECIPE, [*RESNET, f"--config.init.weights={path}", *options])
     _, params, stats = split_model(networks.build_abstract(config.model))
     zeros = [jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree) for tree in (params, stats)]
-    params, stats, report = initial_weights.initialise(config, *zeros)
+    params, stats, report = initial_weights.initialise(config.init, config.model, config.seed, *zeros)
     return params, stats, json.loads(json.dumps(report))
 
 
@@ -1275,7 +1276,7 @@ def test_a_file_that_lacks_an_array_fails_unless_it_may(ported, tmp_path):
 def test_a_run_starts_from_a_network_file_that_fits_in_part(small, data, tmp_path):
     """Through the main: without ``require`` it trains from what there is; with it, nothing begins."""
     config = load_config(RECIPE, SMALL)
-    check.check_config(config, needs_data=False)
+    config, _ = check.resolve_config(config, needs_data=False)
     kernel = np.linspace(-1, 1, 4, dtype=np.float32).reshape(1, 4)
     path = tmp_path / "part.safetensors"
     write_weights(path, Weights("network", networks.plain(config.model), {"kernel": kernel}, {}, {"from": "here"}))

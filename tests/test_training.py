@@ -21,7 +21,7 @@ from xdim_jax.nets.functional import split_model
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import METRICS_FILE, close_recorder, open_recorder, read_records, record
 from xdim_jax.runs.state import TrainState, init_state
-from xdim_jax.training import loop, loss, mesh, optim, step, validation
+from xdim_jax.training import loop, loss, mesh, optim, step, step_metrics, validation
 
 OPTIM = common.nadam_lookahead(constant_epochs=40).to_dict()
 LOSS = common.dice_and_entropy().to_dict()
@@ -395,7 +395,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
         return [{"loss": x, "grad_norm": 1.0, "update_norm": 1.0} | other for x in losses]
 
     with pytest.raises(UserError, match=r"step 12 \(last losses: 0.9, 0.8, nan\)"):
-        loop._check_finite(13, steps(0.8, math.nan, 0.5), [0.9])
+        step_metrics.check_finite(13, steps(0.8, math.nan, 0.5), [0.9])
     with pytest.raises(UserError, match="step 13"):
-        loop._check_finite(13, steps(0.8, update_norm=math.inf), [])
-    assert loop._check_finite(4, steps(4.0, 3.0), [9.0, 8.0, 7.0, 6.0, 5.0]) == [7.0, 6.0, 5.0, 4.0, 3.0]
+        step_metrics.check_finite(13, steps(0.8, update_norm=math.inf), [])
+    assert step_metrics.check_finite(4, steps(4.0, 3.0), [9.0, 8.0, 7.0, 6.0, 5.0]) == [7.0, 6.0, 5.0, 4.0, 3.0]

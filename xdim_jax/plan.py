@@ -28,7 +28,7 @@ from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_json
 from xdim_jax.ops.compilation import cache_programs
-from xdim_jax.training.check import check_config
+from xdim_jax.training.check import resolve_config
 from xdim_jax.training.needs import (
     Choice,
     Need,
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     parser = _parser()
     options, overrides = parser.parse_known_args(argv)
     config = load_config(options.config, overrides)
-    dataset = check_config(config, needs_data=False)
+    config, dataset = resolve_config(config, needs_data=False)
     budget = parse_bytes(options.budget) if options.budget else None
     if options.largest and budget is None:
         raise UserError(f"--largest={options.largest} needs --budget=<memory of a device>, e.g. --budget=16GiB")

@@ -31,7 +31,7 @@ from xdim_jax.sweeps.dry import rehearse
 from xdim_jax.sweeps.packed import PackedWorker
 from xdim_jax.sweeps.space import check_space, load_space
 from xdim_jax.sweeps.worker import Job, work
-from xdim_jax.training.check import check_config
+from xdim_jax.training.check import resolve_config
 from xdim_jax.training.initial_weights import read_start
 from xdim_jax.training.needs import parse_bytes
 from xdim_jax.training.pack import LAYOUTS, check_packable
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
     if options.grace <= 0:
         raise UserError(f"--grace={options.grace}: expected seconds above 0")
     config = load_config(options.config, overrides)
-    check_config(config.copy_and_resolve_references(), needs_data=not options.dry_run)
+    resolve_config(config, needs_data=not options.dry_run)
     suggest, text = load_space(options.space)
     distributions = check_space(suggest, options.space, options.config, overrides)
     if options.pack:

@@ -21,10 +21,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from xdim_jax.base.errors import UserError
-from xdim_jax.base.errors import first_line
-from xdim_jax.runs.workdir import CONFIG_FILE
+from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.runs.state import TrainState
+from xdim_jax.runs.workdir import CONFIG_FILE
 
 KEPT = 2  # latest states: should the newest turn out damaged, the one before is whole
 LATEST_FOLDER, BEST_FOLDER = "checkpoints", "best"

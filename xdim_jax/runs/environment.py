@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xdim_jax.base.errors import UserError
-from xdim_jax.base.files import read_json
-from xdim_jax.base.files import write_json
+from xdim_jax.base.files import read_json, write_json
 
 FILE = "environment.json"  # in the workdir of a run: one entry for every start
 PACKAGES = ("xdim_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy", "nibabel")

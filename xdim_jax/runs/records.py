@@ -1,25 +1,20 @@
 """The record of a run: ``metrics.jsonl``, ``steps.jsonl``, TensorBoard and other experiment trackers."""
 
-import contextlib
-import contextvars
 import dataclasses
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
 import numpy as np
-from tqdm import tqdm
-from xdim_jax.base.errors import UserError
-from xdim_jax.base.errors import first_line
-from xdim_jax.base.files import atomic_path
-from xdim_jax.base.files import write_error
+
+from xdim_jax.base.errors import UserError, first_line
+from xdim_jax.base.files import atomic_path, write_error
 from xdim_jax.base.log import warn
-
-
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter

@@ -32,7 +32,7 @@ def init_state(params: Any, stats: Any, tx: optax.GradientTransformation, *, ema
 
 
 def evaluated(state: TrainState) -> tuple[Any, Any]:
-    """Return the parameters and statistics to evaluate with: the moving average if there is one, else the slow weights."""
+    """Return the parameters and statistics to evaluate: the moving average if there is one, else the slow weights."""
     return (state.ema["params"], state.ema["stats"]) if state.ema else (slow(state.params), state.stats)
 
 

@@ -10,10 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from xdim_jax.base.config import Config
-from xdim_jax.base.config import leaves
-from xdim_jax.base.errors import UserError
-from xdim_jax.base.errors import first_line
+from xdim_jax.base.config import Config, leaves
+from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.files import write_text
 
 

@@ -1,35 +1,13 @@
 """Names of the files in the workdir of a run, and its resolved config."""
 
-import contextlib
-import errno
-import glob
-import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-from xdim_jax.base.errors import UserError
-import argparse
-import difflib
-import hashlib
-import importlib.util
-import platform
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
-from absl import flags
+
 from ml_collections import ConfigDict
-from ml_collections.config_flags import config_flags
-from xdim_jax.base.errors import first_line
-from xdim_jax.base.files import cache_folder
-from xdim_jax.base.files import read_json
-from xdim_jax.base.files import write_json
-from xdim_jax.base.config import Config
-from xdim_jax.base.config import differences
 
-
+from xdim_jax.base.config import Config, differences
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import read_json, write_json
 
 # in the workdir of a run: its resolved config, and what it was trained on (channels, labels, regions)
 CONFIG_FILE, DATA_FILE = "config.json", "data.json"

@@ -12,7 +12,7 @@ from xdim_jax.base.config import Config, load_config
 from xdim_jax.base.errors import UserError, gib
 from xdim_jax.sweeps.space import Suggest, explore, overrides_of, settings
 from xdim_jax.training import pack
-from xdim_jax.training.check import check_config
+from xdim_jax.training.check import resolve_config
 from xdim_jax.training.needs import Choice, measure
 
 MOST = 200  # programs
@@ -33,8 +33,7 @@ def distinct(suggest: Suggest, spec: str, overrides: Sequence[str]) -> dict[str,
     starts = {repr(p): p for b in branches for p in [{k: v for k, v in b.items() if k not in shaping}]}
     combined = (s for start in starts.values() for s in settings(suggest, start, shaping))
     for params in itertools.chain(branches, combined):
-        config = load_config(spec, [*overrides, *overrides_of(params)])
-        check_config(config, needs_data=False)
+        config, _ = resolve_config(load_config(spec, [*overrides, *overrides_of(params)]), needs_data=False)
         programs.setdefault(repr(pack.signature(config)), (params, config))
         if len(programs) > MOST:
             raise UserError(f"the space asks for more than {MOST} programs; fix some of: {', '.join(sorted(shaping))}")
@@ -82,7 +81,7 @@ def rehearse(
 
 def _needs(config: Config, slots: int, layout: str) -> tuple[int, int]:
     """Bytes per device of the training step and of validation."""
-    dataset = check_config(config, needs_data=False)
+    config, dataset = resolve_config(config, needs_data=False)
     choice = Choice(tuple(config.data.patch), config.data.batch, config.train.precision, config.train.remat)
     need = measure(config, dataset, choice)
     step = pack.step_bytes(config, dataset, slots, layout) if slots else need.step_bytes

@@ -14,7 +14,6 @@ from xdim_jax.base.signals import REQUEUE, StopRequest
 from xdim_jax.sweeps import study as studies
 from xdim_jax.sweeps import worker
 from xdim_jax.sweeps.space import overrides_of
-from xdim_jax.training.check import check_config
 from xdim_jax.training.pack import Member, Pack
 
 
@@ -106,7 +105,6 @@ class PackedWorker:
         beat.enter_context(studies.Beat(self._study, trial, self._beat))
         worker.draw(trial, self._job)
         config = load_config(self._job.config, [*self._job.overrides, *overrides_of(trial.params)])
-        check_config(config)  # fills in what data decide; the space was checked before
         held = _Held(trial, config, beat)
         self._held.append(held)
         return held
@@ -127,8 +125,8 @@ class PackedWorker:
     def _look(self, held: _Held) -> None:
         member, lost = held.member, False
         assert member is not None
-        pruned, run = False, member.ready.run
-        if member.course.done % run.per_epoch == 0 or not member.running:
+        pruned, run = False, member.opened.run
+        if member.controller.steps_done % run.per_epoch == 0 or not member.running:
             held.told, before = worker.report(held.trial, run.workdir, held.told), held.told
             pruned = held.told > before and member.running and held.trial.should_prune()
         if time.monotonic() - held.looked > self._beat:

@@ -15,7 +15,7 @@ from typing import Any
 
 from xdim_jax.base.config import leaves, load_config, shipped_configs
 from xdim_jax.base.errors import UserError
-from xdim_jax.training.check import check_config
+from xdim_jax.training.check import resolve_config
 
 Suggest = Callable[[Any], object]
 Params = Mapping[str, Any]
@@ -166,6 +166,6 @@ def _problems(branches: Sequence[Params], spec: str, overrides: Sequence[str]) -
     for params in branches:
         usable = {name: value for name, value in params.items() if name not in unknown}
         try:
-            check_config(load_config(spec, [*overrides, *overrides_of(usable)]), needs_data=False)
+            resolve_config(load_config(spec, [*overrides, *overrides_of(usable)]), needs_data=False)
         except UserError as error:
             yield f"with {' '.join(overrides_of(usable))}: {error}"

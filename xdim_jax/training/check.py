@@ -1,7 +1,8 @@
-"""Checks a config before anything is read or compiled, and fills in what the data decide."""
+"""Checks of a config before anything is read or compiled, and the values in it that depend on the data set."""
 
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from xdim_jax.inference.output import make_output
 from xdim_jax.nets import inflate, input_channels, networks
 from xdim_jax.training.program import make_program
 
-# keys that may differ when a run is resumed: they change neither data nor numbers
+# keys that may change when a run is resumed, because they influence neither the data nor the numbers
 FREE_KEYS = (
     "data.root",
     "data.store",
@@ -38,7 +39,7 @@ FREE_KEYS = (
     ),
 )
 
-# smallest and largest value of a key, both allowed
+# smallest and largest allowed value of a key
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     "init.sigma": (1e-3, 1e3),
@@ -78,17 +79,44 @@ RANGES: dict[str, tuple[float, float]] = {
     "predict.min_et": (0, math.inf),
 }
 
+# allowed names of a key; networks, encoders, losses and optimisers check their own
+CHOICES: dict[str, Sequence[str]] = {
+    "data.sampling": pipeline.SAMPLINGS,
+    "data.split": ("folds", "official"),
+    "init.inflate": inflate.RULES,
+    "init.channels": tuple(rule for rule in input_channels.RULES if rule != "map"),  # a map is given to weight_port
+    "init.part": ("all", "encoder"),
+    "train.ops": tuple(form for form in ops.FORMS if form != "sharded"),  # the program chooses "sharded" by itself
+}
 
-OPERATIONS = tuple(form for form in ops.FORMS if form != "sharded")  # that is for the program to say
 
+def resolve_config(config: Config, *, needs_data: bool = True) -> tuple[Config, Dataset]:
+    """Check a config and fill in the values that depend on the data set. Nothing is read or compiled.
 
-def check_config(config: Config, *, needs_data: bool = True) -> Dataset:
-    """Finds what cannot work before anything is read or compiled, and fills in what the data decide.
+    Args:
+        config: Config of a recipe; it is not changed.
+        needs_data: True if a config without data (and without phantoms) is an error.
+
+    Returns:
+        A copy of the config in which ``model.in_channels`` and ``model.out_channels`` are set, and the data set.
 
     Raises:
-        UserError: every kind of thing that cannot work.
+        UserError: A value is unknown, out of range, or does not go together with another one.
     """
-    data = config.data
+    config = config.copy_and_resolve_references()
+    dataset = _find_dataset(config.data, needs_data=needs_data)
+    _set_channels(config, dataset)
+    check_preparation(dataset, Preparation.from_config(config.data.prepare))
+    if problems := [*_range_problems(config), *_choice_problems(config), *_combination_problems(config)]:
+        raise join_problems(problems, "values of the config cannot be used")
+    _check_network(config.model, config.data.patch)
+    make_program(config, dataset, per_epoch=1, abstract=True)  # raises for what the loss or the optimiser cannot use
+    if config.data.split == "folds" and config.data.fold != ALL_FOLDS:
+        check_fold(config.data.fold, config.data.folds)  # before any phantom is written
+    return config, dataset
+
+
+def _find_dataset(data: Any, *, needs_data: bool) -> Dataset:
     if data.root and not Path(data.root).is_dir():
         raise UserError(f"--config.data.root={data.root} is not a folder; give the folder of the {data.dataset} data")
     dataset = get_dataset(data)
@@ -96,57 +124,73 @@ def check_config(config: Config, *, needs_data: bool = True) -> Dataset:
         raise UserError(
             "no data: give --config.data.root=<folder> with cases laid out as\n"
             f"  {dataset.layout}\n"
-            "or take the variant that needs no data, --config=<recipe>.py:phantom"
+            "or use the variant that needs no data, --config=<recipe>.py:phantom"
         )
+    return dataset
+
+
+def _set_channels(config: Config, dataset: Dataset) -> None:
+    """Set the numbers of channels of the model; 0 in a config means the number that the data set needs."""
     output = make_output(config.output, dataset)
     for key, expected in (("in_channels", len(dataset.channels)), ("out_channels", len(output.channels))):
         config.model[key] = config.model[key] or expected
         if config.model[key] != expected:
-            raise UserError(
-                f"config.model.{key}={config.model[key]}: {dataset.name} needs {expected}"
-                + (f" with output={config.output}: {', '.join(output.channels)}" if key == "out_channels" else "")
-            )
-    check_preparation(dataset, Preparation.from_config(data.prepare))
+            names = f" with output={config.output}: {', '.join(output.channels)}" if key == "out_channels" else ""
+            raise UserError(f"config.model.{key}={config.model[key]}: {dataset.name} needs {expected}{names}")
+
+
+def _value(config: Config, key: str) -> Any:
+    """Return the value of a dotted key. Raises KeyError if this recipe does not have it."""
+    return functools.reduce(lambda section, name: section[name], key.split("."), config)
+
+
+def _range_problems(config: Config) -> list[str]:
     problems = []
     for key, (low, high) in RANGES.items():
         try:
-            value: Any = functools.reduce(lambda section, name: section[name], key.split("."), config)
-        except KeyError:  # not a key of this recipe
+            value = _value(config, key)
+        except KeyError:
             continue
         if not low <= value <= high:
             problems.append(f"config.{key}={value}: expected {low:g} to {high:g}")
+    return problems
+
+
+def _choice_problems(config: Config) -> list[str]:
+    return [
+        f"config.{key}={value!r} is unknown; known: {', '.join(known)}"
+        for key, known in CHOICES.items()
+        if (value := _value(config, key)) not in known
+    ]
+
+
+def _combination_problems(config: Config) -> list[str]:
+    problems = []
+    data = config.data
     if data.sampling == "slices" and whole_size(data.patch)[0] != 1:
-        problems.append(f"config.data.sampling=slices: with a 3D patch, {tuple(data.patch)}, sample patches or volumes")
-    for key, known in (("sampling", pipeline.SAMPLINGS), ("split", ("folds", "official"))):
-        if data[key] not in known:
-            problems.append(f"config.data.{key}={data[key]!r}: known: {', '.join(known)}")
-    channel_rules = tuple(rule for rule in input_channels.RULES if rule != "map")  # a map is for weight_port
-    for key, known in (("inflate", inflate.RULES), ("channels", channel_rules), ("part", ("all", "encoder"))):
-        if config.init[key] not in known:
-            problems.append(f"config.init.{key}={config.init[key]!r}: known: {', '.join(known)}")
-    if config.train.ops not in OPERATIONS:
-        problems.append(f"config.train.ops={config.train.ops!r}: known: {', '.join(OPERATIONS)}")
-    elif config.train.ops != "auto" and config.mesh.space > 1:
         problems.append(
-            f"config.train.ops={config.train.ops}: volumes spread by mesh.space={config.mesh.space} need auto"
+            f"config.data.sampling=slices does not go with a 3D patch, {tuple(data.patch)}: sample patches or volumes"
         )
-    if problems:
-        raise join_problems(problems, "values out of range")
+    if config.mesh.space > 1 and config.train.ops in ("fast", "reference"):
+        problems.append(
+            f"config.train.ops={config.train.ops}: with volumes distributed over devices (mesh.space="
+            f"{config.mesh.space}) it must be auto"
+        )
+    return problems
+
+
+def _check_network(model: Any, patch: Sequence[int]) -> None:
     try:
-        networks.build_abstract(config.model)
+        networks.build_abstract(model)
     except ValueError as error:
         raise UserError(f"config.model: {error}") from error
     try:
-        networks.check_patch(config.model, config.data.patch)
+        networks.check_patch(model, patch)
     except ValueError as error:
         raise UserError(str(error)) from error
-    make_program(config, dataset, per_epoch=1, abstract=True)
-    if data.split == "folds" and data.fold != ALL_FOLDS:
-        check_fold(data.fold, data.folds)  # before any phantom is written
-    return dataset
 
 
-def whole_size(patch: Any) -> pipeline.Size:
-    """A patch with three axes; of a 2D network, one slice."""
+def whole_size(patch: Sequence[int]) -> pipeline.Size:
+    """Return a patch with three axes (D, H, W); a patch with two axes is one slice."""
     d, h, w = (*(1,) * (3 - len(patch)), *patch)
     return d, h, w

@@ -1,10 +1,10 @@
-"""Cross-validation: one run per fold, below one workdir, and what they come to together.
+"""Cross-validation: one run per fold, below one workdir, and a summary of all folds.
 
     <workdir>/fold0/ ... fold4/      an ordinary run each
-    <workdir>/crossval.json          the best validation of every fold, their means and standard deviations
+    <workdir>/crossval.json          the best validation of each fold, their means and standard deviations
 
-Folds may be trained one after the other by one command (``:fold=all``), or as separate jobs
-(``:fold=2 --workdir=<workdir>/fold2``); ``:fold=all`` on the same workdir then trains what is missing, and sums up.
+One command can train all folds (``:fold=all``), or a separate job each fold (``:fold=2 --workdir=<workdir>/fold2``).
+After separate jobs, ``:fold=all`` on the same workdir trains the missing folds and writes the summary.
 """
 
 from collections.abc import Callable
@@ -25,19 +25,26 @@ from xdim_jax.runs.records import read_records
 
 CROSSVAL_FILE = "crossval.json"
 
-
 Runs = list[tuple[Config, Path]]
 
 
 def train_folds(config: Config, workdir: Path, train: Callable[[Runs], int]) -> int:
-    """Trains every fold that is not done, and sums up; returns the exit status of ``train`` if it is not 0.
+    """Train every fold that is not finished, and write the summary.
+
+    Args:
+        config: Config of a recipe with ``data.fold`` for all folds; it is not changed.
+        workdir: Folder of the cross-validation.
+        train: Function that trains runs, given by config and workdir, and returns an exit status.
+
+    Returns:
+        The exit status of ``train``.
 
     Raises:
-        UserError: the data's own list has no folds to go through, or the workdir is of a single run.
+        UserError: The list of folds that comes with the data has fewer than two, or ``workdir`` has a single run.
     """
-    folds = _count(config)
+    folds = _count(config.data)
     if checkpoint.exist(workdir):
-        raise UserError(f"{workdir} is the workdir of a single run; give another for fold=all")
+        raise UserError(f"{workdir} is the workdir of a single run; give another --workdir for fold=all")
     runs = []
     for fold in range(folds):
         chosen = config.copy_and_resolve_references()
@@ -53,14 +60,14 @@ def train_folds(config: Config, workdir: Path, train: Callable[[Runs], int]) -> 
     return 0
 
 
-def _count(config: Config) -> int:
-    """How many folds there are: as the config says, or as the list that came with the data has."""
-    data = config.data
+def _count(data: Any) -> int:
+    """Return the number of folds of the ``data`` section, or of the list that comes with the data (split=official)."""
     if data.split != "official":
         return data.folds
     if not data.root:
         raise UserError(
-            "fold=all with config.data.split=official goes through the list of the data: give config.data.root"
+            "fold=all with config.data.split=official uses the list of folds that comes with the data: give "
+            "--config.data.root=<folder>"
         )
     splits = scan_cases(get_dataset(data), Path(data.root), need_labels=True).splits
     if len(splits) < 2:
@@ -72,16 +79,18 @@ def _count(config: Config) -> int:
 
 
 def summarise(workdir: Path, folds: int) -> dict[str, Any]:
-    """The best validation of every fold, and mean and standard deviation (ddof 1) over folds.
+    """Return the best validation of each fold, and mean and standard deviation (ddof 1) over the folds.
 
     Raises:
-        UserError: a fold has no validation on record.
+        UserError: A fold has no validation on record.
     """
     best = {}
     for fold in range(folds):
         records = [r for r in read_records(workdir / f"fold{fold}") if r["kind"] == "validation"]
         if not records:
-            raise UserError(f"{workdir / f'fold{fold}'} has no validation on record; train fold {fold} to its end")
+            raise UserError(
+                f"{workdir / f'fold{fold}'} has no validation on record; train fold {fold} to its end first"
+            )
         chosen = max(records, key=lambda r: r["dice"])
         best[f"fold{fold}"] = {k: v for k, v in chosen.items() if k == "step" or k.startswith("dice")}
     keys = [k for k in best["fold0"] if k != "step"]
@@ -94,7 +103,7 @@ def summarise(workdir: Path, folds: int) -> dict[str, Any]:
 
 
 def format_summary(summary: dict[str, Any]) -> list[str]:
-    """The summary as aligned lines."""
+    """Return the summary as aligned lines of text."""
     keys = list(summary["mean"])
     rows = [("", *keys), *((fold, *(f"{s[k]:.3f}" for k in keys)) for fold, s in summary["folds"].items())]
     rows += [(name, *(f"{summary[name][k]:.3f}" for k in keys)) for name in ("mean", "sd")]

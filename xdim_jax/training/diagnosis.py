@@ -247,7 +247,7 @@ def training_step() -> Finding:
     import jax.numpy as jnp
 
     from xdim_jax import ops
-    from xdim_jax.training.check import check_config
+    from xdim_jax.training.check import resolve_config
     from xdim_jax.training.mesh import make_devices
     from xdim_jax.training.program import make_program
 
@@ -258,7 +258,7 @@ def training_step() -> Finding:
         "--config.model.encoder.drop_path=0.0",
     ]
     config = load_config("brats_dxnet:phantom", overrides)
-    dataset = check_config(config)
+    config, dataset = resolve_config(config)
     mesh = make_devices(1, 1, batch=1)
     rng = jax.random.split(jax.random.key(0))
     batch = mesh.put_batch(

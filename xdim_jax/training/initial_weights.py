@@ -1,10 +1,10 @@
-"""What a network starts from: random weights, or those that the ``init`` section of a config names."""
+"""The weights from which a run starts: random, or those that the ``init`` section of a config names."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from xdim_jax.base import bucket
-from xdim_jax.base.config import Config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.log import say
 from xdim_jax.inference.model import read_anywhere
@@ -15,17 +15,19 @@ REPORT_FILE = "pretrained.json"
 
 
 def read_named(name: str) -> Weights:
-    """Weights by a name of timm's (from the Hugging Face hub, or its cache), of a file, or of a workdir.
+    """Read weights, given a file, a workdir (also in a bucket), or a timm name.
+
+    Weights with a timm name come from the Hugging Face hub or its local cache.
 
     Raises:
-        UserError: nothing usable there; without a network, it says what to do.
+        UserError: There are no usable weights. If the hub cannot be reached, the message says what to do.
     """
     if bucket.is_address(name):
         return read_anywhere(bucket.fetch(name))
     path = Path(name)
     if path.exists() or path.suffix in (".safetensors", ".pth", ".pt") or "/" in name:
         return read_anywhere(path)
-    from weight_port import timm_models  # needed for a name alone; it imports neither torch nor timm
+    from weight_port import timm_models  # needed for timm names only; it imports neither torch nor timm
 
     try:
         return timm_models.from_timm(name)
@@ -38,64 +40,75 @@ def read_named(name: str) -> Weights:
         ) from error
 
 
-def read_start(config: Config) -> Weights:
-    """The weights that a config starts from, by `read_named`.
+def read_start(init: Any) -> Weights:
+    """Read the weights that the ``init`` section of a config names.
 
     Raises:
-        UserError: they cannot be had; names the config value.
+        UserError: They cannot be read; the message names the config value.
     """
     try:
-        return read_named(config.init.weights)
+        return read_named(init.weights)
     except UserError as error:
-        raise UserError(f"config.init.weights={config.init.weights}: {error}") from error
+        raise UserError(f"config.init.weights={init.weights}: {error}") from error
 
 
-def initialise(config: Config, params: Any, stats: Any) -> tuple[Any, Any, dict[str, Any] | None]:
-    """The weights that the ``init`` section asks for, and a report of what became of every array (none: random).
+def initialise(
+    init: Any, model: Mapping[str, Any], seed: int, params: Any, stats: Any
+) -> tuple[Any, Any, dict[str, Any] | None]:
+    """Return the weights that the ``init`` section asks for.
+
+    Args:
+        init: The ``init`` section of a config.
+        model: The ``model`` section of the config.
+        seed: Seed of the run, for inflation rules that use random numbers.
+        params, stats: Randomly initialised weights.
+
+    Returns:
+        Parameters, running statistics, and a report of how each array was initialised (None for random weights).
 
     Raises:
-        UserError: the file cannot be had, or does not fit the network.
+        UserError: The weights cannot be read, or do not fit the network.
     """
-    options = config.init
-    if not options.weights:
+    if not init.weights:
         say("weights    random")
         return params, stats, None
-    accept = tuple(word for word in options.accept.split(",") if word)
-    source = read_start(config)
+    source = read_start(init)
     try:
-        rule = inflate.Inflation(options.inflate, sigma=options.sigma, spacing=options.spacing, seed=config.seed)
-        chosen = weights.part(source) if options.part == "encoder" else source
+        rule = inflate.Inflation(init.inflate, sigma=init.sigma, spacing=init.spacing, seed=seed)
+        chosen = weights.part(source) if init.part == "encoder" else source
         params, stats, done = weights.load(
-            config.model,
+            model,
             params,
             stats,
             chosen,
             inflation=rule,
-            channel_rule=options.channels,
-            accept=accept,
-            require=options.require,
+            channel_rule=init.channels,
+            accept=tuple(word for word in init.accept.split(",") if word),
+            require=init.require,
         )
     except UserError as error:
-        raise UserError(f"config.init.weights={options.weights}: {error}") from error
-    whole = {n: a.size for n, a in (weights.named(params) | weights.named(stats)).items()}
-    part = ""
-    if chosen.kind == "encoder":
-        prefix, _ = weights.encoder_section(config.model)
-        whole, part = {n: s for n, s in whole.items() if n.startswith(prefix)}, f" of {prefix[:-1]}"
-    loaded = {n for n, what in done.items() if not what.startswith(("dropped", "left out"))} & whole.keys()
-    share = sum(whole[n] for n in loaded) / sum(whole.values())
-    kinds = {what: sum(w == what for w in done.values()) for what in sorted(set(done.values()))}
-    say(
-        f"weights    {options.weights}: {100 * share:.4g} %{part}; arrays: "
-        + ", ".join(f"{n} {k}" for k, n in kinds.items())
-    )
+        raise UserError(f"config.init.weights={init.weights}: {error}") from error
+    prefix = weights.encoder_section(model)[0] if chosen.kind == "encoder" else ""
+    report = _report(init.weights, source, params, stats, done, prefix)
+    part = f" of {prefix[:-1]}" if prefix else ""
+    counts = {what: sum(w == what for w in done.values()) for what in sorted(set(done.values()))}
+    arrays = ", ".join(f"{count} {what}" for what, count in counts.items())
+    say(f"weights    {init.weights}: {100 * report['coverage']:.4g} %{part}; arrays: {arrays}")
     if digest := source.source.get("sha256"):
         say(f"           sha256 {digest}")
-    report = {
-        "weights": options.weights,
-        "source": source.source,
-        "coverage": share,
-        "random": sorted(whole.keys() - loaded),
-        "arrays": done,
-    }
     return params, stats, report
+
+
+def _report(
+    name: str, source: Weights, params: Any, stats: Any, done: Mapping[str, str], prefix: str
+) -> dict[str, Any]:
+    """Return the content of ``pretrained.json``; ``coverage`` is the loaded share of the numbers below ``prefix``."""
+    sizes = {n: a.size for n, a in (weights.named(params) | weights.named(stats)).items() if n.startswith(prefix)}
+    loaded = {n for n, what in done.items() if not what.startswith(("dropped", "left out"))} & sizes.keys()
+    return {
+        "weights": name,
+        "source": source.source,
+        "coverage": sum(sizes[n] for n in loaded) / sum(sizes.values()),
+        "random": sorted(sizes.keys() - loaded),
+        "arrays": dict(done),
+    }

@@ -1,51 +1,97 @@
-"""The training loop: steps, progress lines, checkpoints, validation, and leaving cleanly."""
+"""The training loop of one run, from its first step to its last.
 
-import collections
-import contextlib
+`fit` repeats four operations:
+
+1. It reads the next batch. Threads of `xdim_jax.data.pipeline` prepare batches in advance.
+2. It copies the batch to the devices.
+3. It calls the compiled training step. JAX returns before the devices have finished.
+4. It calls `RunController.after_step`, which logs, saves, validates, and decides whether the run ends.
+
+Metrics stay on the devices until they are needed: every ``log_every`` steps, before a checkpoint, and at the end of an
+epoch. They are then fetched, checked for NaN, and recorded. An epoch ends with a record and a checkpoint. A validation
+follows every ``validate_every`` epochs, as soon as the training score has exceeded ``validate_after_score``.
+
+A signal does not interrupt a step. It sets a `StopRequest`, which the controller reads after each step; with several
+processes, `xdim_jax.training.agreement` makes all of them stop after the same step.
+"""
+
 import dataclasses
-import functools
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from xdim_jax import ops
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.log import duration, say
 from xdim_jax.base.signals import StopRequest
 from xdim_jax.data.pipeline import Activity
 from xdim_jax.runs import checkpoint
-from xdim_jax.runs.records import NotFiniteError, Recorder, read_records, record, record_pictures, record_steps
+from xdim_jax.runs.records import Recorder, read_records, record, record_pictures
 from xdim_jax.runs.state import TrainState, evaluated
 from xdim_jax.training import mesh, validation
+from xdim_jax.training.agreement import SAVE, STOP, Agreement
+from xdim_jax.training.compiling import compile_step
 from xdim_jax.training.mesh import Devices
 from xdim_jax.training.optim import Schedule
+from xdim_jax.training.profile import Profile
+from xdim_jax.training.step_metrics import check_finite, record_every_step, report_progress
 from xdim_jax.training.validation import InterruptedValidationError, Validation
 from xdim_jax.training.watchdog import Watchdog
-
-_SHOWN_LOSSES = 5  # last losses in the message about a NaN
-_STOP, _SAVE = 2, 1  # what a process asks all others for
-_LAG = 2  # steps after which it is heard: by then the step is done, so that reading it waits for nothing
 
 
 @dataclasses.dataclass
 class Progress:
-    """What goes from step to step beside the state; saved with every checkpoint."""
+    """Values beside the training state that change from step to step; saved with every checkpoint.
 
-    score_sum: list[float]  # hard Dice per region, summed over the steps of this epoch
-    score_steps: list[int]  # steps that had the region
-    validates: bool = False  # the training score has passed train.validate_after_score
+    Attributes:
+        score_sum: For each region, the sum of the training score over the steps of this epoch that had the region.
+        score_steps: For each region, the number of these steps.
+        validates: True once the training score of an epoch has exceeded ``train.validate_after_score``.
+    """
+
+    score_sum: list[float]
+    score_steps: list[int]
+    validates: bool = False
+
+    def add(self, scores: Any) -> None:
+        """Add the scores of one step; NaN means that the step did not have the region."""
+        values = np.asarray(scores, np.float64)
+        known = np.isfinite(values)
+        self.score_sum = (np.asarray(self.score_sum) + np.where(known, values, 0)).tolist()
+        self.score_steps = (np.asarray(self.score_steps) + known).tolist()
+
+    def end_epoch(self) -> float:
+        """Return the mean score of the epoch over the regions, and start the next epoch."""
+        scores = [s / n for s, n in zip(self.score_sum, self.score_steps, strict=True) if n]
+        regions = len(self.score_sum)
+        self.score_sum, self.score_steps = [0.0] * regions, [0] * regions
+        return sum(scores) / max(len(scores), 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What does not change from step to step. ``config`` is the ``train`` section."""
+    """The parts of a run that do not change from step to step.
+
+    Attributes:
+        config: The ``train`` section of the config.
+        per_epoch: Steps per epoch.
+        step: Training step, see `xdim_jax.training.step.make_train_step`.
+        key: Random key of the run.
+        schedule: Learning rate as a function of the step.
+        devices: Devices on which the step runs.
+        checkpoints: Open checkpoint folders.
+        recorder: Open record files.
+        validate: Validation function.
+        stop: Signals that the process has received.
+        regions: Names of the scored regions.
+        workdir: Folder of the run.
+        activity: What the reading threads are doing, for the watchdog.
+    """
 
     config: Mapping[str, Any]
     per_epoch: int
@@ -57,368 +103,263 @@ class Run:
     recorder: Recorder
     validate: Validation
     stop: StopRequest
-    regions: tuple[str, ...]  # names of what is scored
+    regions: tuple[str, ...]
     workdir: Path
     activity: Activity = dataclasses.field(default_factory=Activity)
 
     @property
     def total(self) -> int:
+        """Number of steps of the whole run."""
         return self.per_epoch * self.config["epochs"]
 
 
 def fit(
     run: Run, state: TrainState, progress: Progress, stream: Iterator[dict[str, Any]], *, validated: bool
 ) -> TrainState:
-    """Goes on from ``state`` to the last step, to a stop request, or until the score no longer rises.
-
-    ``validated``: the validation that falls on the state's step, if any, is on record already.
-
-    Raises:
-        UserError: the loss is not finite; the data cannot be read; a checkpoint cannot be written.
-    """
-    course = Course(run, int(state.step), progress)
-    course.resume(state, validated=validated)
-    if course.goes_on:
-        with contextlib.ExitStack() as stack:
-            watchdog = stack.enter_context(Watchdog(run.config["watchdog_seconds"], run.activity, say))
-            profile = stack.enter_context(_Profile(run, course.done))
-            state = _steps(course, state, stream, watchdog, profile)
-    return state
-
-
-def _steps(
-    course: "Course", state: TrainState, stream: Iterator[dict[str, Any]], watchdog: Watchdog, profile: "_Profile"
-) -> TrainState:
-    run, compiled = course.run, None
-    while course.goes_on:
-        batch = run.devices.put_batch(course.read(functools.partial(watchdog.next, stream), state))
-        if compiled is None:
-            compiled = compile_step(run.devices.lower, run.step, state, batch, run.key)
-            course.begin()
-        profile.before(course.done + 1)
-        state, metrics = compiled(state, batch, run.key)
-        profile.after(course.done + 1, metrics)
-        course.take(metrics, state)
-    return state
-
-
-Pick = Callable[[Any], TrainState]
-
-
-class Course:
-    """What surrounds the steps of one run: the record, checkpoints, validation, and when it ends.
-
-    The steps themselves are taken by whoever holds the program: for every one of them, `read` and then `take`.
+    """Train from ``state`` to the last step, to a stop request, or until the score no longer improves.
 
     Args:
-        run: what does not change.
-        start: steps that are done.
-        progress: of the run so far.
-        slot: where the run's metrics lie along a first axis, if steps are those of several runs at once.
-        pick: takes the run's own state out of what `read` and `take` are given.
+        run: The run.
+        state: State to start from.
+        progress: Progress to start from; updated in place.
+        stream: Batches, starting with that of the next step.
+        validated: True if the record already has the validation that follows the step of ``state``, if any.
+
+    Returns:
+        The last state.
+
+    Raises:
+        UserError: The loss is not finite, data cannot be read, or a checkpoint cannot be written.
+    """
+    controller = RunController(run, int(state.step), progress)
+    controller.start(state, validated=validated)
+    if controller.finished:
+        return state
+    compiled = None
+    first_profiled = controller.steps_done + 1 + run.config["profile_start"]
+    with (
+        Watchdog(run.config["watchdog_seconds"], run.activity, say) as watchdog,
+        Profile(run.workdir / "profile", first_profiled, run.config["profile_steps"]) as profile,
+    ):
+        while not controller.finished:
+            batch = run.devices.put_batch(controller.next_batch(lambda: watchdog.next(stream), state))
+            if compiled is None:
+                compiled = compile_step(run.devices.lower, run.step, state, batch, run.key)
+                controller.program_is_compiled()
+            number = controller.steps_done + 1
+            profile.before(number)
+            state, metrics = compiled(state, batch, run.key)
+            profile.after(number, metrics)
+            controller.after_step(metrics, state)
+    return state
+
+
+class RunController:
+    """Everything around the training steps of one run: records, checkpoints, validation, and the end of the run.
+
+    The caller computes the steps. Before each step it calls `next_batch`, and after the step `after_step`. So one
+    program can compute the steps of several runs (`xdim_jax.training.pack`), each of which has its own controller.
+
+    Args:
+        run: The run.
+        start: Number of steps done.
+        progress: Progress so far; updated in place.
+        slot: If a program computes the steps of several runs, the index of this run along the first axis of the
+            metrics. None if metrics have no such axis.
+        extract: Function that returns the state of this run, given the ``state`` arguments of the methods below.
+            None if these are the state of this run.
 
     Attributes:
-        done: steps.
-        goes_on: whether there is a further step to take.
+        steps_done: Number of steps done.
+        finished: True if there is no further step.
     """
 
-    def __init__(self, run: Run, start: int, progress: Progress, *, slot: int | None = None, pick: Pick | None = None):
+    def __init__(
+        self,
+        run: Run,
+        start: int,
+        progress: Progress,
+        *,
+        slot: int | None = None,
+        extract: Callable[[Any], TrainState] | None = None,
+    ):
         self.run, self.progress = run, progress
-        self._slot, self._pick = slot, pick
-        self.done, self.goes_on = start, start < run.total
-        self._start = start
-        self._pending: list[Any] = []  # metrics that were not looked at yet
-        self._digests: list[list[int]] = []
-        self._losses: list[float] = []
-        self._agreement = _Agreement(run)
-        self._saved = self._interval = time.monotonic()
+        self.steps_done, self.finished = start, start >= run.total
+        self._start, self._slot, self._extract = start, slot, extract
+        self._metrics: list[Any] = []  # of steps that are not recorded yet, on the devices
+        self._digests: list[list[int]] = []  # of the batches of these steps
+        self._losses: list[float] = []  # of the last recorded steps, for messages
+        self._agreement = Agreement()
+        self._saved_at = self._recorded_at = time.monotonic()
 
-    def resume(self, state: Any, *, validated: bool) -> None:
-        """Before the first step: validates where the run before was stopped in between, and looks whether to go on."""
-        run = self.run
-        if self.done and self.done % run.per_epoch == 0 and not validated and _due(run, self.progress, self.done):
-            _validate(run, self._own(state))
-        if _stopped(run) or (self.goes_on and _stale(run)):
-            self.goes_on = False
+    def start(self, state: Any, *, validated: bool) -> None:
+        """Call before the first step: make up for an interrupted validation, and check whether the run has ended."""
+        run, done = self.run, self.steps_done
+        if done and done % run.per_epoch == 0 and not validated and self._validation_is_due():
+            self._validate(state)
+        if self._stop_is_agreed() or (not self.finished and self._out_of_patience()):
+            self.finished = True
 
-    def begin(self) -> None:
-        """From now on there is something to lose: the program is compiled."""
-        self._saved = self._interval = time.monotonic()
+    def program_is_compiled(self) -> None:
+        """Call when the program is compiled: from now on, a signal must wait until the state is saved."""
+        self._saved_at = self._recorded_at = time.monotonic()
         self.run.stop.busy = True
 
-    def read(self, next_batch: Callable[[], dict[str, Any]], state: Any) -> dict[str, np.ndarray]:
-        """The batch of the next step, with this process's wishes.
+    def next_batch(self, read: Callable[[], dict[str, Any]], state: Any) -> dict[str, np.ndarray]:
+        """Return the batch of the next step.
+
+        Args:
+            read: Function that returns the next batch of the stream.
+            state: State after the last step.
 
         Raises:
-            UserError: a file cannot be read; ``state``, of the steps so far, is saved by a process that is alone. Of
-                several, the others are in the next step, and would not be there to save with this one.
+            UserError: A file cannot be read. A run with one process saves ``state`` first. With several processes the
+                others may already compute the next step, so they could not take part in saving.
         """
         try:
-            batch = next_batch()
+            batch = read()
         except UserError:
-            if self.done > self._start and jax.process_count() == 1:
-                values = self._values()
-                _check_finite(self.done, values, self._losses)
-                _record_steps(self.run, self.done, values, self._digests)
-                _take_scores(self.progress, values)
+            if self.steps_done > self._start and jax.process_count() == 1:
+                self._record_metrics()
                 self._save(state)
             raise
         self._digests.append(batch["digest"].tolist())
-        wishes = self._agreement.say(len(self._digests[-1]), self._saved)
-        return {k: v for k, v in batch.items() if k != "digest"} | wishes
+        request = self._agreement.attach(len(self._digests[-1]), self._request())
+        return {k: v for k, v in batch.items() if k != "digest"} | request
 
-    def take(self, metrics: dict[str, Any], state: Any) -> None:
-        """After a step: what it gave, and the state that it left.
+    def after_step(self, metrics: dict[str, Any], state: Any) -> None:
+        """Call after each step: record, save and validate when it is time to, and decide whether the run ends.
+
+        Args:
+            metrics: Metrics of the step.
+            state: State after the step.
 
         Raises:
-            UserError: the loss is not finite; a checkpoint cannot be written.
+            UserError: The loss is not finite, or a checkpoint or a record cannot be written.
         """
         run = self.run
-        self.done = done = self.done + 1
-        ask = self._agreement.hear(metrics, self._saved)
-        self._pending.append(metrics)
-        epoch_ends, stopping = done % run.per_epoch == 0, ask >= _STOP
+        self.steps_done += 1
+        done = self.steps_done
+        request = self._agreement.read(metrics, self._request())
+        if request == STOP:
+            run.stop.signal = run.stop.signal or signal.SIGTERM  # the signal may have reached another process
+        self._metrics.append(metrics)
+        self.finished = done >= run.total
+        epoch_ends = done % run.per_epoch == 0
         every = run.config["checkpoint_steps"]
-        saving = epoch_ends or ask > 0 or (every > 0 and done % every == 0)
-        self.goes_on = done < run.total
-        if not (saving or done % run.config["log_every"] == 0):
+        saves = epoch_ends or request > 0 or (every > 0 and done % every == 0)
+        if not (saves or done % run.config["log_every"] == 0):
             return
-        values = self._values()
-        self._losses = _check_finite(done, values, self._losses)
-        _record_steps(run, done, values, self._digests)
-        _report(run, done, values, (time.monotonic() - self._interval) / len(values))
-        _take_scores(self.progress, values)
+        self._record_metrics(report=True)
         if epoch_ends:
-            _end_epoch(run, done, self.progress)
-        if saving:
+            self._end_epoch()
+        if saves:
             self._save(state)
-            self._saved = time.monotonic()
-        if epoch_ends and _due(run, self.progress, done):
-            _validate(run, self._own(state))
-            if done < run.total and _stale(run):
-                self.goes_on = False
+            self._saved_at = time.monotonic()
+        if epoch_ends and self._validation_is_due():
+            self._validate(state)
+            if not self.finished and self._out_of_patience():
+                self.finished = True
                 return
-        # a signal that came after the save waits for the next step; past an epoch's end the step would hide from
-        # the resumed run that this epoch's validation is missing
-        if stopping or (epoch_ends and _stopped(run)):
-            self.goes_on = False
+        # a signal that arrives after the save takes effect after the next step, except at the end of an epoch: after a
+        # further step, the resumed run could not tell that the validation of this epoch is missing
+        if request == STOP or (epoch_ends and self._stop_is_agreed()):
+            self.finished = True
+        self._recorded_at = time.monotonic()
+
+    def _request(self) -> int:
+        """Return what this process asks for: `STOP` after a signal, `SAVE` if the last checkpoint is old, else 0."""
+        if self.run.stop.signal:
+            return STOP
+        return SAVE if time.monotonic() - self._saved_at > 60 * self.run.config["checkpoint_minutes"] else 0
+
+    def _stop_is_agreed(self) -> bool:
+        """True if a signal has reached any process. All processes must call this."""
+        stop = self.run.stop
+        if not mesh.agree(stop.signal > 0):
+            return False
+        stop.signal = stop.signal or signal.SIGTERM
+        return True
+
+    def _record_metrics(self, *, report: bool = False) -> None:
+        """Fetch, check and record the metrics of the steps since the last call; with ``report``, log progress."""
+        run, done = self.run, self.steps_done
+        if not self._metrics:
             return
-        self._pending, self._digests, self._interval = [], [], time.monotonic()
+        metrics = jax.device_get(self._metrics)
+        if self._slot is not None:
+            metrics = [{k: v[self._slot] for k, v in values.items()} for values in metrics]
+        self._losses = check_finite(done, metrics, self._losses)
+        record_every_step(run.recorder, done, metrics, self._digests)
+        if report:
+            report_progress(
+                run.recorder,
+                metrics,
+                done=done,
+                total=run.total,
+                per_epoch=run.per_epoch,
+                regions=run.regions,
+                learning_rate=float(run.schedule(done - 1)),
+                seconds=(time.monotonic() - self._recorded_at) / len(metrics),
+            )
+        for values in metrics:
+            self.progress.add(values["score"])
+        self._metrics, self._digests = [], []
 
-    def _values(self) -> list[dict[str, Any]]:
-        values = jax.device_get(self._pending)
-        return values if self._slot is None else [{k: v[self._slot] for k, v in value.items()} for value in values]
-
-    def _own(self, state: Any) -> TrainState:
-        return state if self._pick is None else self._pick(state)
+    def _end_epoch(self) -> None:
+        """Record the training score of the epoch; validation begins once it exceeds ``validate_after_score``."""
+        run = self.run
+        score = self.progress.end_epoch()
+        record(run.recorder, "epoch", self.steps_done, {"epoch": self.steps_done / run.per_epoch, "score": score})
+        threshold = run.config["validate_after_score"]
+        if not self.progress.validates and score > threshold:
+            self.progress.validates = True
+            if threshold > 0:
+                say(f"the training score of this epoch, {score:.3f}, exceeds {threshold}: validation begins")
 
     def _save(self, state: Any) -> None:
         checkpoint.save_latest(self.run.checkpoints, self._own(state), dataclasses.asdict(self.progress))
 
+    def _own(self, state: Any) -> TrainState:
+        return state if self._extract is None else self._extract(state)
 
-def _stopped(run: Run) -> bool:
-    """Whether a signal has reached this process or another."""
-    if not mesh.agree(run.stop.signal > 0):
-        return False
-    run.stop.signal = run.stop.signal or signal.SIGTERM
-    return True
+    def _validation_is_due(self) -> bool:
+        """True at the end of the run, and every ``validate_every`` epochs once validation has begun (Sect. 3.1.3)."""
+        run = self.run
+        epoch = self.steps_done // run.per_epoch
+        return self.steps_done == run.total or (self.progress.validates and epoch % run.config["validate_every"] == 0)
 
-
-class _Agreement:
-    """What processes ask for: to save now, or to stop. All hear it at the same step.
-
-    A process that is alone hears itself at once. Several put it into the batch; the step gives back the largest of all
-    (see `xdim_jax.training.step.make_train_step`), which is read `_LAG` steps later.
-    """
-
-    def __init__(self, run: Run):
-        self._run, self._alone = run, jax.process_count() == 1
-        self._heard: collections.deque[Any] = collections.deque()
-
-    def _wish(self, saved: float) -> int:
-        if self._run.stop.signal:
-            return _STOP
-        return _SAVE if time.monotonic() - saved > 60 * self._run.config["checkpoint_minutes"] else 0
-
-    def say(self, samples: int, saved: float) -> dict[str, np.ndarray]:
-        """What goes into the batch."""
-        return {} if self._alone else {"ask": np.full(samples, self._wish(saved), np.int32)}
-
-    def hear(self, metrics: dict[str, Any], saved: float) -> int:
-        """What is asked for, after a step."""
-        if self._alone:
-            return self._wish(saved)
-        self._heard.append(metrics.pop("ask"))
-        if len(self._heard) <= _LAG:
-            return 0
-        ask = int(jax.device_get(self._heard.popleft()))
-        if ask == _SAVE:
-            self._heard.clear()  # the wishes on their way are the same one
-        if ask == _STOP:
-            self._run.stop.signal = self._run.stop.signal or signal.SIGTERM
-        return ask
-
-
-class _Profile:
-    """A profile of some steps, into ``<workdir>/profile``."""
-
-    def __init__(self, run: Run, start: int):
-        first = start + 1 + run.config["profile_start"]
-        self._first, self._last = first, first + run.config["profile_steps"] - 1
-        self._folder, self._open = run.workdir / "profile", False
-
-    def __enter__(self) -> "_Profile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop()
-
-    def before(self, step: int) -> None:
-        """Begins with the first step."""
-        if step == self._first <= self._last:
-            jax.profiler.start_trace(str(self._folder))
-            self._open = True
-
-    def after(self, step: int, results: Any) -> None:
-        """Ends after the last one."""
-        if self._open and step == self._last:
-            jax.block_until_ready(results)
-            self._stop()
-            say(f"profile    of {self._last - self._first + 1} steps in {self._folder}: tensorboard, or Perfetto")
-
-    def _stop(self) -> None:
-        if self._open:
-            self._open = False
-            jax.profiler.stop_trace()
-
-
-def compile_step(lower: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``lower(*arguments)`` gives, compiled: in a thread, so that a signal is heard meanwhile."""
-    say("compile    train step ...")
-    begin = time.monotonic()
-    with ops.counted() as forms:
-        lowered = lower(*arguments)
-    for words, count in forms.most_common():
-        say(f"           {count:4d} {words}")
-    outcome: list[Any] = []
-
-    def compile_it() -> None:
+    def _validate(self, state: Any) -> None:
+        """Validate, record the scores, and keep the weights if they are the best so far."""
+        run, own = self.run, self._own(state)
+        step, begin = int(own.step), time.monotonic()
+        weights = evaluated(own)
         try:
-            outcome.append((ops.compile_program(lowered), None))
-        except BaseException as error:
-            outcome.append((None, error))
+            scores, pictures = run.validate(weights, run.stop)
+        except InterruptedValidationError:
+            return
+        dice = sum(scores.values()) / len(scores)
+        if not math.isfinite(dice):
+            raise UserError(f"the validation Dice at step {step} is {dice}; check the validation cases in split.json")
+        checkpoint.save_best(run.checkpoints, step, *weights, dice)  # complete before the score is on record
+        shown = " ".join(f"{name} {score:.3f}" for name, score in scores.items())
+        say(f"validation at step {step}: Dice {dice:.3f} ({shown}), took {duration(time.monotonic() - begin)}")
+        if run.recorder.jsonl is not None:
+            validation.keep_pictures(run.workdir, pictures)
+        record_pictures(run.recorder, step, pictures)
+        record(run.recorder, "validation", step, {"dice": dice} | {f"dice_{k}": v for k, v in scores.items()})
 
-    thread = threading.Thread(target=compile_it, name="compile", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-    compiled, error = outcome[0]
-    if error is not None:
-        raise error
-    ops.keep_freed_memory()
-    say(f"compile    train step took {duration(time.monotonic() - begin)}")
-    return compiled
-
-
-def _take_scores(progress: Progress, values: Sequence[Mapping[str, Any]]) -> None:
-    for value in values:
-        scores = np.asarray(value["score"], np.float64)
-        known = np.isfinite(scores)
-        progress.score_sum = (np.asarray(progress.score_sum) + np.where(known, scores, 0)).tolist()
-        progress.score_steps = (np.asarray(progress.score_steps) + known).tolist()
-
-
-def _check_finite(done: int, values: list[dict[str, Any]], before: list[float]) -> list[float]:
-    """The last losses; the update is looked at too, so that no state that it broke is ever saved."""
-    new = [float(v["loss"]) for v in values]
-    for i, value in enumerate(values):
-        if not all(math.isfinite(value[k]) for k in ("loss", "grad_norm", "update_norm")):
-            raise NotFiniteError(done - len(new) + i + 1, (before + new[: i + 1])[-_SHOWN_LOSSES:])
-    return (before + new)[-_SHOWN_LOSSES:]
-
-
-def _record_steps(run: Run, done: int, values: list[dict[str, Any]], digests: list[list[int]]) -> None:
-    entries = []
-    shares = mesh.gather(np.array(digests, np.uint32))  # (processes, steps, samples of a process)
-    for i, (value, digest) in enumerate(zip(values, np.concatenate(shares, 1).tolist(), strict=True)):
-        numbers = {k: float(value[k]) for k in ("loss", "grad_norm", "update_norm")}
-        entries.append({"step": done - len(values) + i + 1, **numbers, "batch": digest})
-    record_steps(run.recorder, entries)
-
-
-def _report(run: Run, done: int, values: list[dict[str, Any]], seconds: float) -> None:
-    scores = _mean_scores([v["score"] for v in values])
-    means = {k: float(np.mean([v[k] for v in values])) for k in values[0] if k != "score"}
-    rate = float(run.schedule(done - 1))
-    epoch = -(-done // run.per_epoch)
-    shown = " ".join(f"{name} {score:.3f}" for name, score in zip(run.regions, scores, strict=True))
-    say(
-        f"step {done}/{run.total}  epoch {epoch}/{run.config['epochs']}  loss {means['loss']:.4f}  {shown}  "
-        f"lr {rate:.2e}  {seconds:.2f} s/step  left {duration(seconds * (run.total - done))}"
-    )
-    record(
-        run.recorder,
-        "train",
-        done,
-        means
-        | {f"score_{k}": v for k, v in zip(run.regions, scores, strict=True)}
-        | {"epoch": done / run.per_epoch, "learning_rate": rate, "seconds_per_step": seconds},
-    )
-
-
-def _mean_scores(scores: Sequence[Any]) -> list[float]:
-    """Per region, over the steps that had it; NaN where none had."""
-    table = np.asarray(scores, np.float64)
-    known = np.isfinite(table)
-    count = known.sum(0)
-    return np.where(count > 0, np.where(known, table, 0).sum(0) / np.maximum(count, 1), np.nan).tolist()
-
-
-def _end_epoch(run: Run, done: int, progress: Progress) -> None:
-    scores = [s / n for s, n in zip(progress.score_sum, progress.score_steps, strict=True) if n]
-    mean = sum(scores) / max(len(scores), 1)
-    record(run.recorder, "epoch", done, {"epoch": done / run.per_epoch, "score": mean})
-    threshold = run.config["validate_after_score"]
-    if not progress.validates and mean > threshold:
-        progress.validates = True
-        if threshold > 0:
-            say(f"epoch score {mean:.3f} has passed {threshold}: validation begins")
-    progress.score_sum, progress.score_steps = [0.0] * len(run.regions), [0] * len(run.regions)
-
-
-def _due(run: Run, progress: Progress, done: int) -> bool:
-    """Validation once the training score has passed the gate (paper, Sect. 3.1.3), and always at the end."""
-    epoch = done // run.per_epoch
-    return done == run.total or (progress.validates and epoch % run.config["validate_every"] == 0)
-
-
-def _validate(run: Run, state: TrainState) -> None:
-    step, begin = int(state.step), time.monotonic()
-    weights = evaluated(state)
-    try:
-        scores, pictures = run.validate(weights, run.stop)
-    except InterruptedValidationError:
-        return
-    dice = sum(scores.values()) / len(scores)
-    if not math.isfinite(dice):
-        raise UserError(f"the validation Dice at step {step} is {dice}; look at the validation cases in split.json")
-    checkpoint.save_best(run.checkpoints, step, *weights, dice)  # whole before it is on record
-    shown = " ".join(f"{name} {score:.3f}" for name, score in scores.items())
-    say(f"validation at step {step}: Dice {dice:.3f} ({shown}), took {duration(time.monotonic() - begin)}")
-    if run.recorder.jsonl is not None:
-        validation.keep_pictures(run.workdir, pictures)
-    record_pictures(run.recorder, step, pictures)
-    record(run.recorder, "validation", step, {"dice": dice} | {f"dice_{k}": v for k, v in scores.items()})
-
-
-def _stale(run: Run) -> bool:
-    """Whether ``train.patience`` validations have gone by without a better score; counted on the record."""
-    patience = run.config["patience"]
-    if not patience:
-        return False
-    scores = [r["dice"] for r in read_records(run.workdir) if r["kind"] == "validation"]
-    waited = len(scores) - 1 - int(np.argmax(scores)) if scores else 0
-    if mesh.gather(np.array(waited))[0] < patience:  # process 0 has written the record
-        return False
-    say(f"ends early: {patience} validations without a better Dice than {max(scores):.3f} (config.train.patience)")
-    return True
+    def _out_of_patience(self) -> bool:
+        """True if the last ``train.patience`` validations on record have not improved on the best one before them."""
+        patience = self.run.config["patience"]
+        if not patience:
+            return False
+        scores = [r["dice"] for r in read_records(self.run.workdir) if r["kind"] == "validation"]
+        waited = len(scores) - 1 - int(np.argmax(scores)) if scores else 0
+        if mesh.gather(np.array(waited))[0] < patience:  # process 0 writes the record
+            return False
+        say(
+            f"ends early: the last {patience} validations have no better Dice than {max(scores):.3f} "
+            "(config.train.patience)"
+        )
+        return True

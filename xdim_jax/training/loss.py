@@ -1,7 +1,7 @@
-"""Losses on logits, channels last. Every reduction is stated; loss functions return their parts for the log.
+"""Losses of logits, channels last. Each loss also returns its parts, for the log.
 
-All of them are one minus a soft Dice, plus a cross-entropy. Both are first computed per sample and channel, so that
-channels can be weighted, and left out of samples whose reference does not show them.
+Every loss is one minus a soft Dice, plus a cross-entropy. Both are computed for each sample and channel first, so that
+channels can be weighted, and left out for samples in which they are not annotated.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,13 +13,13 @@ import numpy as np
 
 from xdim_jax.base.errors import UserError
 
-# logits (B, *spatial, C), masks bool (B, *spatial, C), annotated bool (B, C) or None -> loss, parts
+# loss(logits (B, *spatial, C), masks bool (B, *spatial, C), annotated bool (B, C) or None) -> loss, parts
 Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 NAMES = ("dice_bce", "dice_ce")
 DICES = ("sample", "batch")
 REDUCTIONS = ("mean", "sum")
-_NEVER = -1e9  # the logit of a channel that takes no part; infinite would make its gradient NaN
+_NEVER = -1e9  # logit of a channel that is left out; with -inf its gradient would be NaN
 
 
 def _spatial(x: jax.Array) -> tuple[int, ...]:
@@ -32,23 +32,27 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def soft_dice(probs: jax.Array, targets: jax.Array, eps: float | jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
-    """``2 sum(y g) / (sum y + sum g + eps)`` over ``axes``."""
+    """``2 sum(y g) / (sum y + sum g + eps)``, summed over ``axes``."""
     overlap = jnp.sum(probs * targets, axes)
     return 2 * overlap / (jnp.sum(probs, axes) + jnp.sum(targets, axes) + eps)
 
 
 def against_the_rest(logits: jax.Array) -> jax.Array:
-    """Softmax logits to the logits of the same probabilities, one channel against all others."""
+    """Return binary logits of each channel against all others, given softmax logits."""
     n = logits.shape[-1]
     others = [jax.nn.logsumexp(jnp.delete(logits, c, axis=-1), axis=-1) for c in range(n)]
     return logits - jnp.stack(others, -1)
 
 
 def merge_unannotated(logits: jax.Array, annotated: jax.Array) -> jax.Array:
-    """Softmax logits whose background (channel 0) takes the probability of the channels that are not ``annotated``.
+    """Return softmax logits in which the background has the probability of all unannotated channels added to its own.
 
-    What a reference does not show is background in it, so this is the likelihood of such a reference (the marginal
-    loss of Shi et al. 2021).
+    Voxels of unannotated structures are background in the reference, so these logits give the likelihood of the
+    reference (the marginal loss of Shi et al. 2021).
+
+    Args:
+        logits: ``(B, *spatial, C)``; channel 0 is the background.
+        annotated: bool ``(B, C)``.
     """
     shown = annotated.reshape(annotated.shape[0], *(1,) * (logits.ndim - 2), -1)
     hidden = jnp.where(shown, _NEVER, logits).at[..., 0].set(logits[..., 0])
@@ -62,56 +66,44 @@ def merge_unannotated_targets(targets: jax.Array, annotated: jax.Array) -> jax.A
     return jnp.where(shown, targets, 0).at[..., 0].add(hidden)
 
 
-def make_loss(config: Mapping[str, Any], activation: str, channels: int) -> Loss:
-    """The loss that the ``loss`` section of a config describes.
+def make_loss(
+    config: Mapping[str, Any], activation: str, channels: int, traced: Mapping[str, jax.Array] | None = None
+) -> Loss:
+    """Build the loss that the ``loss`` section of a config describes.
 
-    ``dice_bce``: Eq. 5 of the paper: one minus the mean soft Dice, plus the mean binary cross-entropy of every channel
-    against the rest.
+    ``dice_bce`` is Eq. 5 of the paper: one minus the mean soft Dice, plus the mean binary cross-entropy of each channel
+    against the rest. DEVIATION from Eq. 5 as printed, which takes the logarithm of the binary ground truth and so
+    cannot be computed: the logarithm is taken of the prediction. The cross-entropy is a mean over voxels instead of a
+    sum, so that both terms are of order one (``cross_entropy=sum`` sums).
 
-    DEVIATION from Eq. 5 as printed, which cannot be computed: it takes the logarithm of the binary ground truth. The
-    logarithm here is the prediction's, and the cross-entropy is a mean over voxels instead of a sum, so that both
-    terms are of order one (``cross_entropy=sum`` sums).
+    ``dice_ce``, for softmax outputs only, is one minus the mean soft Dice, plus the categorical cross-entropy.
 
-    ``dice_ce`` (softmax only): one minus the mean soft Dice, plus the categorical cross-entropy.
-
-    Other keys: ``eps`` in the Dice's denominator; ``dice``: over each ``sample`` alone, or over the ``batch`` as one;
-    ``background``: whether channel 0 of a softmax counts in the Dice; ``weights`` of the channels (empty: equal): in
-    means over channels, and in the cross-entropy as PyTorch's ``CrossEntropyLoss(weight)`` has them.
-
-    The loss takes logits ``(B, *spatial, C)``, masks of the same shape, and optionally ``annotated``, bool ``(B, C)``:
-    the channels that the sample's reference shows. Others take no part: with sigmoids they are left out, with softmax
-    their probability counts as background (see `merge_unannotated`).
+    The other keys are ``eps``, added to the denominator of the Dice; ``dice``, computed over each ``sample`` or over
+    the ``batch`` as one volume; ``background``, True if channel 0 of a softmax counts in the Dice; and ``weights``, one
+    number per channel (empty: equal weights), used in means over channels, and in the cross-entropy as in PyTorch's
+    ``CrossEntropyLoss(weight)``.
 
     Args:
+        config: The ``loss`` section of a config.
         activation: ``sigmoid`` or ``softmax``.
-        channels: of the logits.
+        channels: Number of channels of the logits.
+        traced: Numbers that replace ``eps`` and ``weights`` of the config; they may be traced.
+
+    Returns:
+        A function of logits ``(B, *spatial, C)``, masks of the same shape, and optionally ``annotated``, bool
+        ``(B, C)``. It returns the loss and its parts ``dice_loss`` and ``entropy_loss``. Channels that are not
+        annotated in a sample are left out with sigmoids; with softmax, their probability counts as background (see
+        `merge_unannotated`).
 
     Raises:
-        UserError: unknown name or choice, or weights that do not fit the channels.
+        UserError: A name is unknown, or the weights do not fit the channels.
     """
-    name, softmax = config["name"], activation == "softmax"
-    problems = [
-        f"config.loss.{key}={config[key]!r} is unknown; known: {', '.join(known)}"
-        for key, known in (("name", NAMES), ("dice", DICES), ("cross_entropy", REDUCTIONS))
-        if config[key] not in known
-    ]
-    if name == "dice_ce" and not softmax:
-        problems.append("config.loss.name=dice_ce is of config.output=softmax; sigmoids go with dice_bce")
-    eps, weights = config["eps"], config["weights"]
-    if isinstance(weights, jax.Array):  # of several runs at once, whose own configs were looked at
-        chosen = np.ones(weights.shape)
-    else:
-        chosen = weights = np.asarray(weights or (1.0,) * channels, np.float32)
-    if chosen.shape != (channels,) or not (np.isfinite(chosen) & (chosen >= 0)).all() or not chosen.any():
-        problems.append(
-            f"config.loss.weights={tuple(config['weights'])}: expected one number for each of the {channels} channels, "
-            "none negative or infinite and not all zero"
-        )
-    if not isinstance(eps, jax.Array) and not eps > 0:
-        problems.append(f"config.loss.eps={eps}: expected a small positive number")
-    if problems:
+    weights = np.asarray(config["weights"] or (1.0,) * channels, np.float32)
+    if problems := _problems(config, activation, channels, weights):
         raise UserError("\n  ".join(problems))
-    per_batch, summed = config["dice"] == "batch", config["cross_entropy"] == "sum"
+    numbers: dict[str, Any] = {"eps": config["eps"], "weights": weights, **(traced or {})}
+    softmax, per_batch = activation == "softmax", config["dice"] == "batch"
+    entropy_loss = _categorical_entropy if config["name"] == "dice_ce" else _binary_entropy
     counted = np.ones(channels, np.float32)
     if softmax and not config["background"]:
         counted[0] = 0
@@ -121,7 +113,7 @@ def make_loss(config: Mapping[str, Any], activation: str, channels: int) -> Loss
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         targets = masks.astype(logits.dtype)
-        taken = jnp.broadcast_to(jnp.asarray(weights), (logits.shape[0], channels))  # (B, C)
+        taken = jnp.broadcast_to(jnp.asarray(numbers["weights"]), (logits.shape[0], channels))  # (B, C)
         if annotated is not None:
             taken = taken * annotated
             if softmax:
@@ -130,31 +122,61 @@ def make_loss(config: Mapping[str, Any], activation: str, channels: int) -> Loss
         axes = _spatial(logits)
         if per_batch:
             shown = taken.reshape(taken.shape[0], *(1,) * len(axes), channels) > 0
-            dice = soft_dice(probs * shown, targets * shown, eps, axes=(0, *axes))
+            dice = soft_dice(probs * shown, targets * shown, numbers["eps"], axes=(0, *axes))
             share = jnp.max(taken, 0) * counted
         else:
-            dice, share = soft_dice(probs, targets, eps, axes=axes), taken * counted
+            dice, share = soft_dice(probs, targets, numbers["eps"], axes=axes), taken * counted
         dice_loss = 1 - _mean(dice, share)
-        if name == "dice_ce":
-            entropy = -jnp.sum(targets * jax.nn.log_softmax(logits) * weights, -1)
-            weight = len(logits) if summed else jnp.sum(targets * weights)
-            entropy = jnp.sum(entropy) / jnp.where(weight > 0, weight, 1)  # no voxel of a class that counts: zero
-        else:
-            entropy = binary_cross_entropy(against_the_rest(logits) if softmax else logits, targets)
-            entropy = _mean((jnp.sum if summed else jnp.mean)(entropy, axes), taken)
+        summed = config["cross_entropy"] == "sum"
+        entropy = entropy_loss(logits, targets, numbers["weights"], taken, softmax=softmax, summed=summed)
         return dice_loss + entropy, {"dice_loss": dice_loss, "entropy_loss": entropy}
 
     return loss
 
 
+def _problems(config: Mapping[str, Any], activation: str, channels: int, weights: np.ndarray) -> list[str]:
+    problems = [
+        f"config.loss.{key}={config[key]!r} is unknown; known: {', '.join(known)}"
+        for key, known in (("name", NAMES), ("dice", DICES), ("cross_entropy", REDUCTIONS))
+        if config[key] not in known
+    ]
+    if config["name"] == "dice_ce" and activation != "softmax":
+        problems.append("config.loss.name=dice_ce needs config.output=softmax; for sigmoid outputs use dice_bce")
+    if weights.shape != (channels,) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        problems.append(
+            f"config.loss.weights={tuple(config['weights'])}: expected one number for each of the {channels} channels, "
+            "none negative or infinite and not all zero"
+        )
+    if not config["eps"] > 0:
+        problems.append(f"config.loss.eps={config['eps']}: expected a small positive number")
+    return problems
+
+
+def _categorical_entropy(
+    logits: jax.Array, targets: jax.Array, weights: Any, taken: jax.Array, *, softmax: bool, summed: bool
+) -> jax.Array:
+    del taken, softmax
+    entropy = -jnp.sum(targets * jax.nn.log_softmax(logits) * weights, -1)
+    weight = len(logits) if summed else jnp.sum(targets * weights)
+    return jnp.sum(entropy) / jnp.where(weight > 0, weight, 1)  # zero if no voxel has a class with a weight
+
+
+def _binary_entropy(
+    logits: jax.Array, targets: jax.Array, weights: Any, taken: jax.Array, *, softmax: bool, summed: bool
+) -> jax.Array:
+    del weights
+    entropy = binary_cross_entropy(against_the_rest(logits) if softmax else logits, targets)
+    return _mean((jnp.sum if summed else jnp.mean)(entropy, _spatial(logits)), taken)
+
+
 def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Weighted; where no channel has a weight (nothing annotated that counts), zero."""
+    """Return the weighted mean; zero if all weights are zero."""
     total = jnp.sum(weights)
     return jnp.sum(values * weights) / jnp.where(total > 0, total, 1)
 
 
 def hard_dice(predicted: jax.Array, reference: jax.Array) -> jax.Array:
-    """Dice of masks ``(B, *spatial, R)`` per sample and region, 1 where both are empty: the training score, (B, R)."""
+    """Return the Dice of masks ``(B, *spatial, R)`` for each sample and region, ``(B, R)``; 1 if both are empty."""
     axes = _spatial(predicted)
     total = jnp.sum(predicted, axes) + jnp.sum(reference, axes)
     overlap = jnp.sum(predicted & reference, axes)

@@ -1,4 +1,4 @@
-"""From a config and a workdir to a run that is ready for its first step: weights, data, program, checkpoints."""
+"""From a config and a workdir to a run that is ready for its first step, or for the step at which it resumes."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -11,7 +11,6 @@ from xdim_jax.base import log
 from xdim_jax.base.config import Config
 from xdim_jax.base.files import write_json
 from xdim_jax.base.signals import StopRequest
-from xdim_jax.data import pipeline
 from xdim_jax.data.case import Dataset
 from xdim_jax.inference import sliding_window
 from xdim_jax.inference.output import make_output
@@ -22,22 +21,22 @@ from xdim_jax.runs.state import TrainState
 from xdim_jax.runs.trackers import open_trackers
 from xdim_jax.runs.workdir import claim_workdir
 from xdim_jax.training import mesh
-from xdim_jax.training.check import FREE_KEYS, whole_size
+from xdim_jax.training.check import FREE_KEYS
 from xdim_jax.training.initial_weights import REPORT_FILE, initialise
 from xdim_jax.training.loop import Progress, Run
 from xdim_jax.training.mesh import Devices
 from xdim_jax.training.program import Program, make_network, make_program
-from xdim_jax.training.run_data import find_data
+from xdim_jax.training.run_data import RunData, find_data
 from xdim_jax.training.validation import make_validation
 
 
 @dataclasses.dataclass(frozen=True)
-class Shared:
-    """What runs of one program have in common, so that it is traced and compiled once.
+class SharedPrograms:
+    """Functions that runs with the same program share, so that each is traced and compiled once.
 
     Attributes:
-        init: see `xdim_jax.training.program.Program.init`, jitted.
-        segmenter: that validates.
+        init: The jitted `xdim_jax.training.program.Program.init`.
+        segmenter: Segments the validation cases.
     """
 
     init: Callable[[Any, Any], TrainState]
@@ -45,16 +44,16 @@ class Shared:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ready:
-    """A run before its first step, or before the one it goes on with.
+class OpenRun:
+    """A run that is ready for its next step. Close it with `close`.
 
     Attributes:
-        run: what does not change from step to step.
-        program: that it computes.
-        state, progress: to begin with.
-        validated: whether a validation of this state is on record.
-        open_stream: batches from there on.
-        shared: with runs of the same program.
+        run: The parts that do not change from step to step.
+        program: The functions of the run.
+        state, progress: State and progress to start from.
+        validated: True if the record already has the validation of this state.
+        open_stream: Opens the stream of batches, starting with that of the next step.
+        shared: Functions that further runs with the same program can use.
     """
 
     run: Run
@@ -63,82 +62,58 @@ class Ready:
     progress: Progress
     validated: bool
     open_stream: Callable[[], Iterator[dict[str, Any]]]
-    shared: Shared
+    shared: SharedPrograms
 
     def close(self) -> None:
-        """Waits for what is being written. Raises UserError if it cannot be."""
+        """Wait until everything is written, and close the files. Raises UserError if something cannot be written."""
         close_recorder(self.run.recorder)
         checkpoint.close(self.run.checkpoints)
 
 
-def prepare(
+def open_run(
     config: Config,
     dataset: Dataset,
     workdir: Path,
     stop: StopRequest,
     devices: Devices,
     *,
-    shared: Shared | None = None,
-    own_disks: bool = False,
-) -> Ready:
-    """Makes a run, or takes up one that the workdir holds; close it with `Ready.close`.
+    shared: SharedPrograms | None = None,
+    separate_disks: bool = False,
+) -> OpenRun:
+    """Start a run, or resume the run in ``workdir``.
 
     Args:
-        config: of a recipe, as `xdim_jax.training.check.check_config` leaves it.
-        dataset: what it is trained on.
-        workdir: of the run; made if it does not exist.
-        stop: heard by the loop.
-        devices: that hold the state.
-        shared: of another run whose program is the same.
-        own_disks: each process has a workdir of its own, and process 0's is the one that is kept.
+        config: Config of a recipe, as `xdim_jax.training.check.resolve_config` returns it.
+        dataset: Data set on which the network is trained.
+        workdir: Folder of the run; created if it does not exist.
+        stop: Signals that the process receives.
+        devices: Devices on which the run is trained.
+        shared: Functions of another run with the same program.
+        separate_disks: True if each process has a workdir of its own, of which that of process 0 is kept.
 
     Raises:
-        UserError: weights or data cannot be used, or the workdir is of another config or cannot be written.
+        UserError: Weights or data cannot be used, or the workdir belongs to another config or cannot be written.
     """
-    first = jax.process_index() == 0
-    graphdef, params, stats = make_network(config, axis=devices.axis)
-    log.say(
-        f"network    {config.model.name}, {networks.count_parameters(params):,} parameters, {config.train.precision}"
-    )
     started = checkpoint.exist(workdir)
-    mesh.barrier("looked")  # before the first process writes
-    report = None
-    if started:
-        log.say("weights    of the run so far")
-    else:
-        params, stats, report = initialise(config, params, stats)
-    if first:
-        claim_workdir(workdir, config, free=FREE_KEYS, started=started)
-        if report is not None:
-            write_json(workdir / REPORT_FILE, report)
+    mesh.barrier("looked")  # every process has looked before process 0 writes
+    network = _start_network(config, workdir, devices, started=started)
     output = make_output(config.output, dataset)
-    found = find_data(config, dataset, output, workdir, started=started, first=first)
-    count = len(pipeline.records(found.train, config.data.sampling, config.data.patches_per_case))
-    per_epoch = pipeline.steps_per_epoch(count, config.data.batch)
-    network = (graphdef, params, stats)
+    first = jax.process_index() == 0
+    data = find_data(config.data, config.seed, dataset, output, workdir, started=started, first=first)
+    per_epoch = data.steps_per_epoch(config.data)
     program, params, stats = make_program(config, dataset, per_epoch=per_epoch, axis=devices.axis, network=network)
     if shared is None:
-        shared = Shared(jax.jit(program.init), sliding_window.make_segmenter(config, program.forward, output))
-    log.say(
-        f"data       {dataset.name}, {len(found.train)} training, {len(found.validation)} validation cases, "
-        f"fold {config.data.fold}"
-    )
-    log.say(f"steps      {config.train.epochs} epochs x {per_epoch} = {config.train.epochs * per_epoch}")
-    log.say(f"workdir    {workdir}")
-
+        segmenter = sliding_window.make_segmenter(config, program.forward, output)
+        shared = SharedPrograms(jax.jit(program.init), segmenter)
+    _describe(config, dataset, data, per_epoch, workdir)
     state = devices.put_state(shared.init(params, stats))
-    del network, params, stats  # the state has copies
-    regions = len(dataset.regions.names)
-    progress = Progress([0.0] * regions, [0] * regions)
-    checkpoints = checkpoint.open_checkpoints(workdir, log.warn, alone=own_disks)
-    restored = checkpoint.restore_latest(checkpoints, state, log.warn)
-    if restored:
-        state, progress = restored[0], Progress(**restored[1])
+    del network, params, stats  # the state has copies of them
+    checkpoints = checkpoint.open_checkpoints(workdir, log.warn, alone=separate_disks)
+    state, progress = _restore(checkpoints, state, regions=len(dataset.regions.names))
     start = int(state.step)
     if first:
         environment.record_start(workdir, start)
-    log.say(f"resume     from step {start}" if restored else "resume     nothing to resume, starting at step 0")
-
+    trackers = open_trackers(config, workdir) if first else ()
     run = Run(
         config=config.train,
         per_epoch=per_epoch,
@@ -147,32 +122,54 @@ def prepare(
         schedule=program.schedule,
         devices=devices,
         checkpoints=checkpoints,
-        recorder=open_recorder(workdir, start, writes=first, trackers=open_trackers(config, workdir) if first else ()),
+        recorder=open_recorder(workdir, start, writes=first, trackers=trackers),
         validate=make_validation(
-            shared.segmenter, config.predict, dataset, found.validation, overlays=config.train.overlays
+            shared.segmenter, config.predict, dataset, data.validation, overlays=config.train.overlays
         ),
         stop=stop,
         regions=dataset.regions.names,
         workdir=workdir,
     )
+    validated = any(r["kind"] == "validation" and r["step"] == start for r in read_records(workdir))
 
     def open_stream() -> Iterator[dict[str, Any]]:
-        return pipeline.make_stream(
-            found.train,
-            sampling=config.data.sampling,
-            size=whole_size(config.data.patch),
-            flat=networks.spatial_axes(config.model) == 2,
-            foreground=config.data.foreground,
-            patches_per_case=config.data.patches_per_case,
-            batch=config.data.batch,
-            seed=config.seed,
-            start_step=start,
-            threads=config.data.threads,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            facts=found.facts,
-            activity=run.activity,
-        )
+        return data.open_stream(config.data, seed=config.seed, start_step=start, activity=run.activity)
 
-    validated = any(r["kind"] == "validation" and r["step"] == start for r in read_records(workdir))
-    return Ready(run, program, state, progress, validated, open_stream, shared)
+    return OpenRun(run, program, state, progress, validated, open_stream, shared)
+
+
+def _start_network(config: Config, workdir: Path, devices: Devices, *, started: bool) -> tuple[Any, Any, Any]:
+    """Build the network with its initial weights, and claim the workdir.
+
+    A run that has ``started`` gets random weights here, because its checkpoint replaces them.
+    """
+    graphdef, params, stats = make_network(config.model, seed=config.seed, remat=config.train.remat, axis=devices.axis)
+    count = networks.count_parameters(params)
+    log.say(f"network    {config.model.name}, {count:,} parameters, {config.train.precision}")
+    report = None
+    if started:
+        log.say("weights    from the last checkpoint of this run")
+    else:
+        params, stats, report = initialise(config.init, config.model, config.seed, params, stats)
+    if jax.process_index() == 0:
+        claim_workdir(workdir, config, free=FREE_KEYS, started=started)
+        if report is not None:
+            write_json(workdir / REPORT_FILE, report)
+    return graphdef, params, stats
+
+
+def _describe(config: Config, dataset: Dataset, data: RunData, per_epoch: int, workdir: Path) -> None:
+    counts = f"{len(data.train)} training, {len(data.validation)} validation cases"
+    log.say(f"data       {dataset.name}, {counts}, fold {config.data.fold}")
+    log.say(f"steps      {config.train.epochs} epochs x {per_epoch} = {config.train.epochs * per_epoch}")
+    log.say(f"workdir    {workdir}")
+
+
+def _restore(checkpoints: checkpoint.Checkpoints, state: TrainState, *, regions: int) -> tuple[TrainState, Progress]:
+    """Return state and progress of the latest checkpoint, or the given state if there is no checkpoint."""
+    restored = checkpoint.restore_latest(checkpoints, state, log.warn)
+    if not restored:
+        log.say("resume     nothing to resume, starting at step 0")
+        return state, Progress([0.0] * regions, [0] * regions)
+    log.say(f"resume     from step {int(restored[0].step)}")
+    return restored[0], Progress(**restored[1])

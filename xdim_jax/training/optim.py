@@ -1,4 +1,4 @@
-"""Learning-rate schedules, the optimisers and LookAhead, from the ``optim`` section of a config."""
+"""Learning-rate schedules and optimisers, from the ``optim`` section of a config."""
 
 import fnmatch
 import math
@@ -18,7 +18,7 @@ Schedule = Callable[[Any], Any]
 
 
 def _constant_then_cosine(options: Mapping[str, Any], epochs: float, per_epoch: int) -> Schedule:
-    """``peak`` for ``constant_epochs``, then half a cosine down to ``final`` at the end (paper, Sect. 3.1.3)."""
+    """``peak`` for ``constant_epochs``, then a cosine decay to ``final`` at the last step (paper, Sect. 3.1.3)."""
     constant = round(options["constant_epochs"] * per_epoch)
     decay = max(round(epochs * per_epoch) - constant, 1)
     cosine = optax.cosine_decay_schedule(options["peak"], decay, alpha=options["final"] / options["peak"])
@@ -32,7 +32,7 @@ def _exponential(options: Mapping[str, Any], epochs: float, per_epoch: int) -> S
 
 
 def _polynomial(options: Mapping[str, Any], epochs: float, per_epoch: int) -> Schedule:
-    """``final + (peak - final) * (1 - t)^power``; t is the share of the run that is done (as nnU-Net's, power 0.9)."""
+    """``final + (peak - final) * (1 - t)^power``, where t is the completed fraction of the run (nnU-Net: power 0.9)."""
     steps = max(round(epochs * per_epoch), 1)
     return optax.polynomial_schedule(options["peak"], options["final"], options["power"], steps)
 
@@ -45,10 +45,17 @@ SCHEDULES: dict[str, Callable[[Mapping[str, Any], float, int], Schedule]] = {
 
 
 def make_schedule(config: Mapping[str, Any], *, epochs: float, per_epoch: int) -> Schedule:
-    """Step to learning rate; with ``warmup_epochs``, it rises to the schedule's value in equal steps first.
+    """Return the learning rate as a function of the step.
+
+    During the first ``warmup_epochs``, the rate of the schedule is multiplied by a factor that rises linearly to 1.
+
+    Args:
+        config: The ``optim.schedule`` section of a config.
+        epochs: Length of the run.
+        per_epoch: Steps per epoch.
 
     Raises:
-        UserError: an unknown name, or rates that are not positive.
+        UserError: The name is unknown, or a rate is not positive.
     """
     name = config["name"]
     if name not in SCHEDULES:
@@ -65,7 +72,13 @@ def make_schedule(config: Mapping[str, Any], *, epochs: float, per_epoch: int) -
 
 
 class NadamState(NamedTuple):
-    """``product`` of the momenta so far (Dozat's ``mu``); the two moments."""
+    """State of `scale_by_scheduled_nadam`.
+
+    Attributes:
+        count: Number of updates.
+        product: Product of the momenta of all updates so far (``P_t``).
+        mu, nu: First and second moment of the gradients.
+    """
 
     count: jax.Array
     product: jax.Array
@@ -76,13 +89,18 @@ class NadamState(NamedTuple):
 def scale_by_scheduled_nadam(
     b1: float, b2: float, eps: float, momentum_decay: float, *, warm: bool
 ) -> optax.GradientTransformation:
-    """Nadam with a momentum that grows: ``mu_t = b1 (1 - 0.5 * 0.96^(t * momentum_decay))``.
+    """Nadam with Dozat's momentum schedule, ``mu_t = b1 (1 - 0.5 * 0.96^(t * momentum_decay))``.
 
-    The direction is ``(c_t g + d_t m_t) / (sqrt(v_t / (1 - b2^t)) + eps)`` with ``m`` and ``v`` as in Adam,
-    ``d_t = mu_(t+1) / (1 - mu_1 ... mu_(t+1))``, and, with ``P_t = mu_1 ... mu_t``, ``c_t = (1 - mu_t) / (1 - P_t)``
-    as in ``torch.optim.NAdam``. With ``warm`` it is ``(1 - b1) / (1 - P_t)``, as in the authors' code: the weights do
-    not sum to one, so that steps are short at first and reach full length after some 10^4 (spec: architecture,
-    section 9).
+    The update is ``(c_t g + d_t m_t) / (sqrt(v_t / (1 - b2^t)) + eps)``, where ``m`` and ``v`` are the moments of Adam,
+    ``P_t = mu_1 ... mu_t`` and ``d_t = mu_(t+1) / (1 - P_(t+1))``.
+
+    Args:
+        b1, b2: Decay rates of the two moments.
+        eps: Added to the denominator.
+        momentum_decay: Speed of the momentum schedule.
+        warm: False for ``c_t = (1 - mu_t) / (1 - P_t)``, as in ``torch.optim.NAdam``. True for
+            ``c_t = (1 - b1) / (1 - P_t)``, as in the authors' code. Then the weights of ``g`` and ``m`` do not sum to
+            one, and updates reach their full length only after some 10^4 steps.
     """
 
     def momentum(t: jax.Array) -> jax.Array:
@@ -115,7 +133,7 @@ def scale_by_scheduled_nadam(
 
 # name -> b1, b2, eps, momentum_decay -> transformation
 OPTIMIZERS: dict[str, Callable[[float, float, float, float], optax.GradientTransformation]] = {
-    # Dozat's with constant momentum, as in optax: full steps from the first on
+    # Dozat's Nadam with constant momentum, as in optax: updates have their full length from the first step
     "nadam": lambda b1, b2, eps, _: optax.scale_by_adam(b1, b2, eps, nesterov=True),
     # torch.optim.NAdam
     "nadam_torch": lambda b1, b2, eps, decay: scale_by_scheduled_nadam(b1, b2, eps, decay, warm=False),
@@ -128,17 +146,21 @@ OPTIMIZERS: dict[str, Callable[[float, float, float, float], optax.GradientTrans
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """The key path of a leaf as ``encoder.blocks.0.1.bn1.scale``."""
+    """Return the key path of a leaf as a dotted name, such as ``encoder.blocks.0.1.bn1.scale``."""
     return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def rates_of(params: Any, rates: str) -> Any:
-    """A tree of factors of the learning rate, from e.g. ``"encoder.*=0.1,conv.*=0"``; others are 1.
+    """Return a tree with the learning-rate factor of each parameter.
 
-    A pattern is of a leaf's whole name, with ``*`` for anything; where several fit, the last counts.
+    Args:
+        params: Tree of parameters.
+        rates: Comma-separated ``pattern=factor`` words, such as ``"encoder.*=0.1,conv.*=0"``. A pattern is compared
+            with the whole dotted name of a parameter; ``*`` matches anything. If several patterns match, the last one
+            counts; if none does, the factor is 1. A factor of 0 freezes the parameter.
 
     Raises:
-        UserError: a word that is not ``pattern=factor``, a factor below zero, or a pattern that fits no leaf.
+        UserError: A word is not ``pattern=factor``, a factor is negative, or a pattern matches no parameter.
     """
     words, problems = [], []
     names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -149,10 +171,10 @@ def rates_of(params: Any, rates: str) -> Any:
         except ValueError:
             factor = math.nan
         if not pattern or not 0 <= factor < math.inf:
-            problems.append(f"{word!r} is not <pattern>=<factor>, with a factor of 0 (frozen) or more")
+            problems.append(f"{word!r}: expected <pattern>=<factor>, with a factor of 0 (frozen) or more")
         elif not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             known = ", ".join(f"{n}.*" for n in sorted({name.partition(".")[0] for name in names}))
-            problems.append(f"{pattern!r} fits no parameter; parts of this network: {known}")
+            problems.append(f"{pattern!r} matches no parameter; parts of this network: {known}")
         words.append((pattern, factor))
     if problems:
         raise UserError(f"config.optim.rates={rates}: " + "; ".join(problems))
@@ -167,7 +189,7 @@ def rates_of(params: Any, rates: str) -> Any:
 def _scale_by_rates(rates: str) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        # a frozen leaf takes exactly nothing, whatever its gradient
+        # the update of a frozen parameter is exactly zero, even if its gradient is not finite
         scaled = jax.tree.map(lambda u, r: u * r if r else jnp.zeros_like(u), updates, rates_of(updates, rates))
         return scaled, state
 
@@ -183,7 +205,7 @@ def _without_frozen(rates: str) -> optax.GradientTransformation:
 
 
 def _decayed(params: Any) -> Any:
-    """Which leaves weight decay takes: kernels; neither biases nor the scales of norms."""
+    """Return a tree that is True for parameters with weight decay: kernels, but neither biases nor scales of norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: leaf_name(path).rpartition(".")[2] == "kernel", params)
 
 
@@ -192,51 +214,60 @@ def _decayed(params: Any) -> Any:
 DECAYS = ("decoupled", "l2")
 
 
-def is_on(value: Any) -> bool:
-    """Whether a value that is off at zero is on. One that only the program knows (of several runs at once) is."""
-    return isinstance(value, jax.Array) or value != 0
+def make_optimizer(
+    config: Mapping[str, Any], schedule: Schedule, traced: Mapping[str, jax.Array] | None = None
+) -> optax.GradientTransformation:
+    """Build the optimiser: one of the Nadam variants, inside LookAhead if ``lookahead.period`` is above 0.
 
+    The operations are applied in this order:
 
-def make_optimizer(config: Mapping[str, Any], schedule: Schedule) -> optax.GradientTransformation:
-    """One of the Nadams, inside LookAhead when ``lookahead.period`` is above 0.
+    1. The gradients of frozen parameters are set to zero.
+    2. The gradients are clipped to the global norm ``clip_norm`` (0: no clipping).
+    3. Weight decay of kind ``l2`` is added to the gradients.
+    4. Nadam computes the update.
+    5. Weight decay of kind ``decoupled`` is added to the update (Loshchilov and Hutter 2019).
+    6. The update is multiplied by the factors of ``rates`` (see `rates_of`) and by the learning rate.
 
-    In this order: gradients of frozen parts are dropped; the others are clipped to ``clip_norm`` (by their global norm;
-    0: not); weight decay of kind ``l2`` is added to them; Nadam; ``decoupled`` weight decay (Loshchilov and Hutter
-    2019); the factors of ``rates`` (see `rates_of`); the learning rate. Weight decay takes kernels alone unless
-    ``decay_all``.
+    Weight decay applies to kernels only, unless ``decay_all`` is set. With LookAhead the parameters are a pair, see
+    `init_params`, `xdim_jax.runs.state.fast` and `xdim_jax.runs.state.slow`.
 
-    With LookAhead the parameters are a pair: see `init_params`, `fast` and `slow`.
+    Args:
+        config: The ``optim`` section of a config.
+        schedule: Learning rate as a function of the step.
+        traced: Numbers that replace those of the config, by dotted key such as ``lookahead.step_size``. They may be
+            traced. The config alone decides which of the operations above are part of the program.
 
     Raises:
-        UserError: unknown names.
+        UserError: A name is unknown.
     """
+    numbers = {"lookahead.step_size": config["lookahead"]["step_size"], **config, **(traced or {})}
     if config["name"] not in OPTIMIZERS:
         raise UserError(f"config.optim.name={config['name']!r} is unknown; known: {', '.join(OPTIMIZERS)}")
     if config["decay"] not in DECAYS:
         raise UserError(f"config.optim.decay={config['decay']!r} is unknown; known: {', '.join(DECAYS)}")
     mask = None if config["decay_all"] else _decayed
-    decay = [optax.add_decayed_weights(config["weight_decay"], mask)] if is_on(config["weight_decay"]) else []
-    nadam = OPTIMIZERS[config["name"]](config["b1"], config["b2"], config["eps"], config["momentum_decay"])
+    decay = [optax.add_decayed_weights(numbers["weight_decay"], mask)] if config["weight_decay"] else []
+    nadam = OPTIMIZERS[config["name"]](numbers["b1"], numbers["b2"], numbers["eps"], numbers["momentum_decay"])
     rates = config["rates"]
     tx = optax.chain(
         *([_without_frozen(rates)] if rates else []),
-        *([optax.clip_by_global_norm(config["clip_norm"])] if is_on(config["clip_norm"]) else []),
+        *([optax.clip_by_global_norm(numbers["clip_norm"])] if config["clip_norm"] else []),
         *(decay if config["decay"] == "l2" else []),
         nadam,
         *(decay if config["decay"] == "decoupled" else []),
         *([_scale_by_rates(rates)] if rates else []),
         optax.scale_by_learning_rate(schedule),
     )
-    ahead = config["lookahead"]
-    return optax.lookahead(tx, ahead["period"], ahead["step_size"]) if ahead["period"] else tx
+    period = config["lookahead"]["period"]
+    return optax.lookahead(tx, period, numbers["lookahead.step_size"]) if period else tx
 
 
 def init_params(config: Mapping[str, Any], params: Any) -> Any:
-    """The parameters in the form the optimiser updates: a LookAhead pair, or as they are."""
+    """Return the parameters as the optimiser updates them: a LookAhead pair, or unchanged if LookAhead is off."""
     return optax.LookaheadParams.init_synced(params) if config["lookahead"]["period"] else params
 
 
 def ema_decay(decay: float | jax.Array, step: jax.Array) -> jax.Array:
-    """Decay of the moving average after ``step`` steps: short at first, ``(1 + t) / (10 + t)``, then ``decay``."""
+    """Return the decay of the moving average after ``step`` = t steps: ``(1 + t) / (10 + t)``, at most ``decay``."""
     t = step.astype(jnp.float32)
     return jnp.minimum(decay, (1 + t) / (10 + t))

@@ -1,13 +1,13 @@
-"""Several runs in one program: their parameters, optimiser states and settings stacked along a first axis.
+"""Several runs in one program: parameters, optimiser states and settings are stacked along a new first axis.
 
-Runs fit into one pack when their programs have the same shapes; see `signature`. What they are is ordinary: each has a
-workdir of its own, with its record and its checkpoints, and any of them may be gone on with alone.
+Runs can share a pack if their programs have the same shapes and operations, see `signature`. Each remains an ordinary
+run with its own workdir, record and checkpoints, and any of them can be resumed alone.
 
-Three layouts of the stack:
+The stack has one of three layouts:
 
-    vmap       one program on arrays that have one axis more
-    scan       one after the other inside the program; an empty place costs nothing
-    devices    places spread over the devices, one after the other on each
+    vmap       one program whose arrays have an additional axis
+    scan       the runs are computed one after the other inside the program; an empty slot costs nothing
+    devices    the slots are distributed over the devices, and computed one after the other on each device
 """
 
 import contextlib
@@ -32,22 +32,25 @@ from xdim_jax.data.case import Dataset
 from xdim_jax.inference.output import make_output
 from xdim_jax.ops.compilation import needed_bytes
 from xdim_jax.runs.state import TrainState
-from xdim_jax.training import mesh, open_run, program
-from xdim_jax.training.check import FREE_KEYS, check_config
-from xdim_jax.training.loop import Course, compile_step
+from xdim_jax.training import mesh, program
+from xdim_jax.training.check import FREE_KEYS, resolve_config
+from xdim_jax.training.compiling import compile_step
+from xdim_jax.training.loop import RunController
+from xdim_jax.training.open_run import OpenRun, SharedPrograms, open_run
 from xdim_jax.training.watchdog import Watchdog
 
 LAYOUTS = ("auto", "vmap", "scan", "devices")
-_TRIAL = "trial"  # the mesh axis of layout devices
+_TRIAL = "trial"  # mesh axis of the layout "devices"
 
-# numbers of the program that every run has for itself; one that is 0, and so not in the program, is shared
+# numbers that every run of a pack has for itself. A number that is 0 is not part of the program, so all runs must agree
+# on whether it is 0
 STACKED_KEYS = (
     *(f"optim.{key}" for key in ("b1", "b2", "eps", "momentum_decay", "weight_decay", "clip_norm", "ema")),
     "optim.lookahead.step_size",
     "loss.eps",
     "loss.weights",
 )
-# what the program does not hold: it reads the learning rate, and batches
+# settings that are not part of the program: learning rates and batches are its arguments
 _OUTSIDE = (
     *FREE_KEYS,
     "seed",
@@ -61,7 +64,7 @@ _OUTSIDE_SECTIONS = ("optim.schedule.", "init.", "data.phantom.", "data.prepare.
 
 
 def signature(config: Config) -> dict[str, Any]:
-    """What runs of one pack must share: every value that the program is made of."""
+    """Return the settings that all runs of a pack must share: those that determine the program."""
     found: dict[str, Any] = {}
     for key, value in leaves(config):
         if key in _OUTSIDE or key.startswith(_OUTSIDE_SECTIONS):
@@ -74,24 +77,24 @@ def signature(config: Config) -> dict[str, Any]:
 
 
 def check_packable(config: Config, slots: int, layout: str) -> None:
-    """Raises UserError for settings that a pack does not have, and places that do not fit the devices."""
+    """Raise UserError if a pack does not support the config, or if the slots do not fit the devices."""
     choose_layout(layout, slots)
     problems = []
     if jax.process_count() > 1:
-        problems.append("a pack is one process, which may have several devices; start without --coordinator")
+        problems.append("a pack runs in one process, which may have several devices; start without --coordinator")
     for key, expected in (("mesh.space", 1), ("mesh.parallel", "jit"), ("train.profile_steps", 0)):
         section, name = key.split(".")
         if config[section][name] != expected:
-            problems.append(f"config.{key}={config[section][name]}: runs of a pack have {expected}")
+            problems.append(f"config.{key}={config[section][name]}: runs of a pack need {expected}")
     if problems:
         raise UserError("--pack: " + "\n  ".join(problems))
 
 
 def choose_layout(layout: str, slots: int) -> tuple[str, int]:
-    """The layout that is meant, and how many devices it takes.
+    """Return the layout (for ``auto``: the one that is chosen) and the number of devices that it uses.
 
     Raises:
-        UserError: it is unknown, or the places do not divide over the devices.
+        UserError: The layout is unknown, or the slots do not divide over the devices.
     """
     if layout not in LAYOUTS:
         raise UserError(f"--layout={layout} is unknown; known: {', '.join(LAYOUTS)}")
@@ -106,7 +109,7 @@ def choose_layout(layout: str, slots: int) -> tuple[str, int]:
         return layout, 1
     if slots > devices and slots % devices:
         raise UserError(
-            f"--layout=devices: {slots} places do not divide over {devices} devices; "
+            f"--layout=devices: {slots} runs do not divide over {devices} devices; "
             f"give --pack={slots // devices * devices} or --pack={-(-slots // devices) * devices}"
         )
     return layout, min(slots, devices)
@@ -117,21 +120,21 @@ class Member:
     """A run in a pack.
 
     Attributes:
-        workdir: of the run.
-        slot: its place.
-        ready: the run.
-        course: its steps.
-        values: its numbers, by key.
-        rates: learning rate of every step.
-        group: of the runs that read the same batches at the same steps.
-        file: that its lines go to.
-        error: why it ended, if it failed.
+        workdir: Folder of the run.
+        slot: Index along the first axis of the stack.
+        opened: The run.
+        controller: Records, saves and validates the run.
+        values: Numbers of this run, by config key.
+        rates: Learning rate of every step.
+        group: Runs with an equal group read the same batches at the same steps.
+        file: Log file of the run.
+        error: Message of the error that ended the run; empty if there is none.
     """
 
     workdir: Path
     slot: int
-    ready: open_run.Ready
-    course: Course
+    opened: OpenRun
+    controller: RunController
     values: dict[str, np.ndarray]
     rates: np.ndarray
     group: Any
@@ -140,26 +143,26 @@ class Member:
 
     @property
     def running(self) -> bool:
-        """Whether it has a further step to take."""
-        return self.course.goes_on and not self.error
+        """True if the run has a further step."""
+        return not (self.controller.finished or self.error)
 
 
 class Pack:
-    """Places for runs that share a program, which is compiled once.
+    """Slots for runs that share one program, which is compiled once.
 
     Args:
-        config: of any of the runs.
-        slots: places.
-        layout: of `LAYOUTS`; ``auto``: devices where there are several, else scan on CPU and vmap elsewhere.
-        stop: heard by all runs.
+        config: Config of any of the runs.
+        slots: Number of slots.
+        layout: One of `LAYOUTS`. ``auto`` is devices if there are several, else scan on CPU and vmap elsewhere.
+        stop: Signals that the process receives; they stop all runs.
 
     Raises:
-        UserError: the config has settings that a pack does not have, or the places do not divide over the devices.
+        UserError: A pack does not support the config, or the slots do not divide over the devices.
     """
 
     def __init__(self, config: Config, slots: int, layout: str, stop: StopRequest):
+        config, dataset = resolve_config(config)
         check_packable(config, slots, layout)
-        dataset = check_config(config)
         self.slots, self.stop = slots, stop
         self.signature = signature(config)
         self.layout, count = choose_layout(layout, slots)
@@ -167,8 +170,8 @@ class Pack:
         self._channels = len(make_output(config.output, dataset).channels)
         self._mesh = _devices(count)
         self._stacked = NamedSharding(self._mesh, PartitionSpec(_TRIAL))
-        self._lone = mesh.make_devices(1, 1, batch=config.data.batch, accumulate=config.train.accumulate)
-        self._shared: open_run.Shared | None = None
+        self._one_device = mesh.make_devices(1, 1, batch=config.data.batch, accumulate=config.train.accumulate)
+        self._shared: SharedPrograms | None = None
         self._program: program.Program | None = None
         self._state: Any = None
         self._compiled: Any = None
@@ -176,40 +179,41 @@ class Pack:
         self._streams: dict[Any, tuple[Iterator[dict[str, Any]], contextlib.ExitStack, Watchdog]] = {}
 
     def fits(self, config: Config) -> bool:
-        """Whether a run of this config can take a place."""
-        return signature(config) == self.signature
+        """Return True if a run of this config can join the pack."""
+        return signature(resolve_config(config)[0]) == self.signature
 
     @property
     def free(self) -> int:
-        """Empty places."""
+        """Number of empty slots."""
         return sum(member is None for member in self.members)
 
     def add(self, config: Config, workdir: Path) -> Member:
-        """A run takes an empty place, from the last checkpoint in its workdir on, if there is one.
+        """Put a run into an empty slot. If its workdir has a checkpoint, the run is resumed.
 
         Raises:
-            UserError: as `xdim_jax.training.open_run.prepare`.
+            UserError: See `xdim_jax.training.open_run.open_run`.
         """
-        if not self.fits(config):
-            raise ValueError("the run has another program than this pack")
+        config, dataset = resolve_config(config)
+        if signature(config) != self.signature:
+            raise ValueError("the program of this run differs from that of the pack")
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / log.LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115
         try:
             with log.into(file):
-                member = self._make(config, workdir, file)
+                member = self._make_member(config, dataset, workdir, file)
                 self.members[member.slot] = member
                 self._put(member)
-                member.course.resume(self._state, validated=member.ready.validated)
+                member.controller.start(self._state, validated=member.opened.validated)
         except BaseException as error:
             file.write(f"error: {error}\n")
             file.close()
             raise
         if self._compiled is not None:
-            member.course.begin()
+            member.controller.program_is_compiled()
         return member
 
     def remove(self, member: Member) -> None:
-        """A run leaves its place. Raises UserError if what it writes cannot be written."""
+        """Take a run out of its slot. Raises UserError if its files cannot be written."""
         self.members[member.slot] = None
         if not any(m.group == member.group for m in self.members if m is not None):
             _, stack, _ = self._streams.pop(member.group, (None, contextlib.ExitStack(), None))
@@ -217,15 +221,19 @@ class Pack:
         with contextlib.closing(member.file), log.into(member.file):
             if member.error:
                 log.say(f"error: {member.error}")
-            member.ready.close()
+            member.opened.close()
 
     def step(self) -> None:
-        """One step of every run that goes on. One that fails gets its `Member.error`; the others go on."""
+        """Compute one step of every run that is not finished.
+
+        If a run fails, its `Member.error` is set, and the other runs continue.
+        """
         read: dict[Any, dict[str, Any] | UserError] = {}
         batches: dict[int, dict[str, np.ndarray]] = {}
         for member in self._running():
-            with _kept(member):
-                batches[member.slot] = member.course.read(functools.partial(self._next, member, read), self._state)
+            with _errors_recorded(member):
+                next_batch = functools.partial(self._next, member, read)
+                batches[member.slot] = member.controller.next_batch(next_batch, self._state)
         running = self._running()
         if not running:
             return
@@ -237,59 +245,59 @@ class Pack:
         if self._compiled is None:
             self._compiled = compile_step(self._lower, self._state, batch, *arguments)
             for member in running:
-                member.course.begin()
+                member.controller.program_is_compiled()
         self._state, metrics = self._compiled(self._state, batch, *arguments)
         self._steps += 1
         for member in running:
-            with _kept(member):
-                member.course.take(dict(metrics), self._state)
+            with _errors_recorded(member):
+                member.controller.after_step(dict(metrics), self._state)
 
     def _running(self) -> list[Member]:
         return [member for member in self.members if member is not None and member.running]
 
-    # -- a run ----------------------------------------------------------------------------------------------------
+    # -- one run --------------------------------------------------------------------------------------------------
 
-    def _make(self, config: Config, workdir: Path, file: IO[str]) -> Member:
+    def _make_member(self, config: Config, dataset: Dataset, workdir: Path, file: IO[str]) -> Member:
         slot = self.members.index(None)
-        dataset = check_config(config)
-        ready = open_run.prepare(config, dataset, workdir, self.stop, self._lone, shared=self._shared)
-        self._shared = ready.shared
-        self._program = self._program or ready.program
-        steps = jnp.arange(ready.run.total)
-        rates = jnp.broadcast_to(jax.jit(jax.vmap(ready.run.schedule))(steps), steps.shape)
+        opened = open_run(config, dataset, workdir, self.stop, self._one_device, shared=self._shared)
+        self._shared = opened.shared
+        self._program = self._program or opened.program
+        steps = jnp.arange(opened.run.total)
+        rates = jnp.broadcast_to(jax.jit(jax.vmap(opened.run.schedule))(steps), steps.shape)
         read = {k: v for k, v in leaves(config) if k.startswith("data.") or k in ("seed", "output")}
-        done = int(ready.state.step)
+        done = int(opened.state.step)
+        extract = functools.partial(self._extract, slot)
         return Member(
             workdir=workdir,
             slot=slot,
-            ready=ready,
-            course=Course(ready.run, done, ready.progress, slot=slot, pick=functools.partial(self._pick, slot)),
+            opened=opened,
+            controller=RunController(opened.run, done, opened.progress, slot=slot, extract=extract),
             values=_values(config, self._channels),
             rates=np.asarray(rates),
             group=(repr(sorted(read.items())), self._steps - done),
             file=file,
         )
 
-    def _pick(self, slot: int, stacked: Any) -> Any:
-        """A run's own state, on one device."""
-        return jax.device_put(_take_slot(stacked, slot), NamedSharding(self._lone.mesh, PartitionSpec()))
+    def _extract(self, slot: int, stacked: Any) -> Any:
+        """Return the state of the run in a slot, on one device."""
+        return jax.device_put(_take_slot(stacked, slot), NamedSharding(self._one_device.mesh, PartitionSpec()))
 
     def _put(self, member: Member) -> None:
-        """A run's state into its place; nothing is compiled anew when another run had been there."""
+        """Copy the state of a run into its slot. Nothing is compiled again if the slot was used before."""
         if self._state is None:
-            blank = jax.tree.map(lambda a: np.zeros((self.slots, *a.shape), a.dtype), member.ready.state)
+            blank = jax.tree.map(lambda a: np.zeros((self.slots, *a.shape), a.dtype), member.opened.state)
             self._state = jax.device_put(blank, self._stacked)
-        state = jax.device_put(member.ready.state, NamedSharding(self._mesh, PartitionSpec()))
+        state = jax.device_put(member.opened.state, NamedSharding(self._mesh, PartitionSpec()))
         self._state = _put_slot(self._state, member.slot, state)
 
     def _next(self, member: Member, read: dict[Any, Any]) -> dict[str, Any]:
-        """The run's next batch, which another may have read already."""
+        """Return the next batch of a run; ``read`` has those that runs of the same group have read in this step."""
         if member.group not in read:
             try:
                 if member.group not in self._streams:
-                    stack, run = contextlib.ExitStack(), member.ready.run
+                    stack, run = contextlib.ExitStack(), member.opened.run
                     watchdog = stack.enter_context(Watchdog(run.config["watchdog_seconds"], run.activity, log.say))
-                    self._streams[member.group] = member.ready.open_stream(), stack, watchdog
+                    self._streams[member.group] = member.opened.open_stream(), stack, watchdog
                 stream, _, watchdog = self._streams[member.group]
                 read[member.group] = watchdog.next(stream)
             except UserError as error:
@@ -301,11 +309,11 @@ class Pack:
     # -- the program ----------------------------------------------------------------------------------------------
 
     def _arguments(self, running: Sequence[Member]) -> tuple[Any, dict[str, Any], Any]:
-        """Keys, values and which places go on; an empty place has what any run has."""
+        """Return keys, numbers and a mask of the active slots. An empty slot gets the values of the first run."""
         here = [m if m is not None and m.running else running[0] for m in self.members]
         values = {k: np.stack([m.values[k] for m in here]) for k in running[0].values}
-        values["rate"] = np.array([m.rates[m.course.done] for m in here])
-        keys = jnp.stack([m.ready.run.key for m in here])
+        values["rate"] = np.array([m.rates[m.controller.steps_done] for m in here])
+        keys = jnp.stack([m.opened.run.key for m in here])
         active = np.array([m is not None and m.running for m in self.members])
         return jax.device_put((keys, values, active), self._stacked)
 
@@ -315,12 +323,12 @@ class Pack:
 
 
 def _lower(one_program: program.Program, layout: str, devices: Mesh, *arguments: Any) -> Any:
-    """The step of a pack, lowered: of states, batches, keys, values and which places go on."""
+    """Lower the step of a pack: a function of states, batches, keys, numbers and the mask of the active slots."""
 
     def one(state: TrainState, batch: Any, key: jax.Array, values: dict[str, jax.Array]) -> Any:
-        own = {k: v for k, v in values.items() if k != "rate"}
+        traced = {k: v for k, v in values.items() if k != "rate"}
         config, graphdef, output = one_program.config, one_program.graphdef, one_program.output
-        step = program.make_step(config, graphdef, output, lambda _: values["rate"], values=own)
+        step = program.make_step(config, graphdef, output, lambda _: values["rate"], traced=traced)
         return step(state, batch, key)
 
     def every(states: Any, batches: Any, keys: Any, values: Any, active: jax.Array) -> Any:
@@ -336,7 +344,7 @@ def _lower(one_program: program.Program, layout: str, devices: Mesh, *arguments:
 
 
 def step_bytes(config: Config, dataset: Dataset, slots: int, layout: str) -> int:
-    """What the step of a pack takes on each of its devices, by the compiler."""
+    """Return the memory that the step of a pack needs on each of its devices, as the compiler reports it, in bytes."""
     layout, count = choose_layout(layout, slots)
     devices = _devices(count)
     made, params, stats = program.make_program(config, dataset, per_epoch=1, abstract=True)
@@ -353,21 +361,33 @@ def _devices(count: int) -> Mesh:
 
 
 def _values(config: Config, channels: int) -> dict[str, np.ndarray]:
-    """The numbers that a run of a pack has for itself."""
+    """Return the numbers that a run of a pack has for itself, by config key."""
     numbers = dict(leaves(config))
     values = {key: numbers[key] for key in STACKED_KEYS if numbers[key] != 0}
     values["loss.weights"] = numbers["loss.weights"] or (1.0,) * channels
     return {key: np.asarray(value, np.float32) for key, value in values.items()}
 
 
-def train_all(runs: Sequence[tuple[Config, Path]], slots: int, layout: str, stop: StopRequest) -> None:
-    """Trains runs of one program, given by config and workdir, up to ``slots`` at a time, until the last or a signal.
+def train_runs(runs: Sequence[tuple[Config, Path]], *, slots: int, layout: str, stop: StopRequest) -> int:
+    """Train runs with the same program, up to ``slots`` at a time, until the last one ends or a signal arrives.
+
+    Args:
+        runs: Config and workdir of each run.
+        slots: Number of runs that are trained at the same time.
+        layout: One of `LAYOUTS`.
+        stop: Signals that the process receives.
+
+    Returns:
+        The exit status of the process.
 
     Raises:
-        UserError: of runs that failed, after the others have ended.
+        UserError: Some runs have failed. It is raised after the other runs have ended.
     """
     pack = Pack(runs[0][0], min(slots, len(runs)), layout, stop)
-    log.say(f"pack       {pack.slots} of {len(runs)} runs at a time, layout {pack.layout}; see {log.LOG_FILE} of each")
+    log.say(
+        f"pack       {pack.slots} of {len(runs)} runs at a time, layout {pack.layout}; each logs to {log.LOG_FILE} in "
+        "its workdir"
+    )
     waiting, errors = list(runs), []
 
     def leave(member: Member) -> None:
@@ -377,7 +397,7 @@ def train_all(runs: Sequence[tuple[Config, Path]], slots: int, layout: str, stop
             member.error = member.error or str(error)
         if member.error:
             errors.append(f"{member.workdir}: {member.error}")
-        log.say(f"{'failed' if member.error else 'ended':<10} {member.workdir} at step {member.course.done}")
+        log.say(f"{'failed' if member.error else 'ended':<10} {member.workdir} at step {member.controller.steps_done}")
 
     try:
         while pack.members.count(None) < pack.slots or (waiting and not stop.signal):
@@ -395,10 +415,11 @@ def train_all(runs: Sequence[tuple[Config, Path]], slots: int, layout: str, stop
             leave(member)
     if errors:
         raise UserError("\n  ".join(errors))
+    return stop.status if stop.signal else 0
 
 
 def _one_after_the_other(one: Callable[..., Any], active: jax.Array, states: Any, others: Any) -> Any:
-    """``one(state, *others)`` of every active place; states stay where they are in memory."""
+    """Compute ``one(state, *others)`` for each active slot. The states are updated in place."""
     metrics = jax.eval_shape(lambda s, o: one(_take_slot(s, 0), *_take_slot(o, 0))[1], states, others)
     blank = jax.tree.map(lambda a: jnp.zeros((active.size, *a.shape), a.dtype), metrics)
 
@@ -414,19 +435,19 @@ def _one_after_the_other(one: Callable[..., Any], active: jax.Array, states: Any
 
 @jax.jit
 def _take_slot(stacked: Any, slot: Any) -> Any:
-    """One of several trees that are stacked along a first axis."""
+    """Return one of several trees that are stacked along a first axis."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, slot, keepdims=False), stacked)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put_slot(stacked: Any, slot: Any, tree: Any) -> Any:
-    """The stack with one of its trees replaced."""
+    """Return the stack with one of its trees replaced."""
     return jax.tree.map(lambda s, a: jax.lax.dynamic_update_index_in_dim(s, a, slot, 0), stacked, tree)
 
 
 @contextlib.contextmanager
-def _kept(member: Member) -> Iterator[None]:
-    """What the run says goes to its file, and what fails it is kept."""
+def _errors_recorded(member: Member) -> Iterator[None]:
+    """Inside the block, the run logs to its own file, and a UserError becomes the error of the run."""
     with log.into(member.file):
         try:
             yield

@@ -1,7 +1,6 @@
-"""From a config to what is compiled: the network, what its channels mean, the optimiser and the training step."""
+"""From a config to the functions that are compiled: the network, its output, the optimiser and the training step."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,15 +23,15 @@ from xdim_jax.training.step import Step, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a run computes; nothing is compiled yet.
+    """The functions of a run. None of them is compiled yet.
 
     Attributes:
-        graphdef: of the network.
-        output: what its channels mean.
-        schedule: step to learning rate.
-        step: see `xdim_jax.training.step.make_train_step`.
-        forward: ``forward((params, stats), image)`` to logits, in evaluation mode.
-        config: the whole config.
+        graphdef: Static part of the network.
+        output: Meaning of the network's channels.
+        schedule: Learning rate as a function of the step.
+        step: Training step, see `xdim_jax.training.step.make_train_step`.
+        forward: ``forward((params, stats), image) -> logits``, in evaluation mode.
+        config: The whole config.
     """
 
     graphdef: Any
@@ -43,28 +42,37 @@ class Program:
     config: Any
 
     def init(self, params: Any, stats: Any) -> TrainState:
-        """The state before the first step."""
+        """Return the state before the first step."""
         options = self.config.optim
         tx = optim.make_optimizer(options, self.schedule)
         return init_state(optim.init_params(options, params), stats, tx, ema=bool(options.ema))
 
 
-def make_network(config: Any, *, axis: str | None = None, abstract: bool = False) -> tuple[Any, Any, Any]:
-    """The network of a config, split (see `xdim_jax.nets.functional.split_model`), as its training needs it.
+def make_network(
+    model: Mapping[str, Any], *, seed: int, remat: str = "", axis: str | None = None, abstract: bool = False
+) -> tuple[Any, Any, Any]:
+    """Build a network for training and split it, see `xdim_jax.nets.functional.split_model`.
 
     Args:
-        config: of a recipe.
-        axis: of `xdim_jax.training.mesh.Devices`.
-        abstract: shapes in place of random weights.
+        model: The ``model`` section of a config.
+        seed: Seed of the random weights.
+        remat: Stages whose activations are recomputed in the backward pass (``train.remat``).
+        axis: Name of the ``pmap`` axis over which batch statistics are averaged.
+        abstract: True for shapes in place of random weights.
+
+    Returns:
+        Static part, parameters, running statistics.
 
     Raises:
-        UserError: ``config.train.remat`` names a stage that the network does not have.
+        UserError: ``remat`` names a stage that the network does not have.
     """
-    model = networks.build_abstract(config.model) if abstract else networks.build(config.model, seed=config.seed)
-    networks.set_remat(model, config.train.remat)
+    module = networks.build_abstract(model) if abstract else networks.build(model, seed=seed)
+    networks.set_remat(module, remat)
     if axis is not None:
-        _average_statistics_over(model, axis)
-    return split_model(model)
+        for _, part in nnx.iter_modules(module):
+            if isinstance(part, Norm):
+                part.axis = axis
+    return split_model(module)
 
 
 def make_program(
@@ -76,22 +84,24 @@ def make_program(
     abstract: bool = False,
     network: tuple[Any, Any, Any] | None = None,
 ) -> tuple[Program, Any, Any]:
-    """A program, and the parameters and running statistics of its network.
+    """Build the program of a config, and the parameters and running statistics of its network.
 
     Args:
-        config: of a recipe, as `xdim_jax.training.check.check_config` leaves it.
-        dataset: what the network is trained on.
-        per_epoch: steps in an epoch.
-        axis, abstract: of `make_network`.
-        network: of `make_network`, where there is one already.
+        config: Config of a recipe, as `xdim_jax.training.check.resolve_config` returns it.
+        dataset: Data set on which the network is trained.
+        per_epoch: Steps per epoch.
+        axis, abstract: See `make_network`.
+        network: Result of `make_network`, if there is one already.
 
     Raises:
-        UserError: choices that are unknown or do not go together.
+        UserError: Values of the config are unknown or do not go together.
     """
     output = make_output(config.output, dataset)
-    graphdef, params, stats = network or make_network(config, axis=axis, abstract=abstract)
+    graphdef, params, stats = network or make_network(
+        config.model, seed=config.seed, remat=config.train.remat, axis=axis, abstract=abstract
+    )
     schedule = optim.make_schedule(config.optim.schedule, epochs=config.train.epochs, per_epoch=per_epoch)
-    optim.rates_of(params, config.optim.rates)  # raises for a pattern that fits nothing
+    optim.rates_of(params, config.optim.rates)  # raises if a pattern matches no parameter
     step = make_step(config, graphdef, output, schedule, axis=axis)
     forward = ops.in_form(config.train.ops, make_forward(graphdef, precision(config.train)))
     return Program(graphdef, output, schedule, step, forward, config), params, stats
@@ -104,44 +114,42 @@ def make_step(
     schedule: optim.Schedule,
     *,
     axis: str | None = None,
-    values: Mapping[str, jax.Array] | None = None,
+    traced: Mapping[str, Any] | None = None,
 ) -> Step:
-    """The training step of a config.
+    """Build the training step of a config.
 
     Args:
-        config: of a recipe.
-        graphdef: of the network.
-        output: what its channels mean.
-        schedule: step to learning rate.
-        axis: of `make_network`.
-        values: in place of those of the config, by dotted key of ``optim`` or ``loss``; they may be traced.
+        config: Config of a recipe.
+        graphdef: Static part of the network.
+        output: Meaning of the network's channels.
+        schedule: Learning rate as a function of the step.
+        axis: See `make_network`.
+        traced: Numbers that replace those of the ``optim`` and ``loss`` sections, by dotted key such as ``optim.b1``.
+            They may be traced, so that one program serves several runs (`xdim_jax.training.pack`).
     """
-    sections = {name: config[name].to_dict() for name in ("optim", "loss")}
-    for key, value in (values or {}).items():
-        *path, last = key.split(".")
-        functools.reduce(lambda section, name: section[name], path, sections)[last] = value
+    traced = traced or {}
+    optimiser = optim.make_optimizer(config.optim, schedule, _below("optim.", traced))
+    loss = make_loss(config.loss, output.activation, len(output.channels), _below("loss.", traced))
     step = make_train_step(
         graphdef,
-        make_loss(sections["loss"], output.activation, len(output.channels)),
+        loss,
         output,
-        optim.make_optimizer(sections["optim"], schedule),
+        optimiser,
         make_augment(config.augment, networks.spatial_axes(config.model)),
         dtype=precision(config.train),
         accumulate=config.train.accumulate,
-        ema=sections["optim"]["ema"],
+        ema=traced.get("optim.ema", config.optim.ema),
         axis=axis,
     )
     return ops.in_form(config.train.ops, step)
 
 
-def _average_statistics_over(model: nnx.Module, axis: str) -> None:
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, Norm):
-            module.axis = axis
+def _below(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
 
 
 def step_arguments(program: Program, dataset: Dataset, params: Any, stats: Any) -> tuple[Any, Any, Any]:
-    """State, batch and key of a training step, as shapes."""
+    """Return the shapes of the arguments of a training step: state, batch and key."""
     data = program.config.data
     shapes = {
         "image": jax.ShapeDtypeStruct((data.batch, *data.patch, program.config.model.in_channels), jnp.float32),

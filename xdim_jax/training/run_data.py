@@ -1,14 +1,14 @@
-"""The data of a run: found, checked, split and prepared."""
+"""The data of a run: found, checked, split into training and validation cases, and prepared."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from xdim_jax.base import log
-from xdim_jax.base.config import Config
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import read_json, write_json
 from xdim_jax.data import case as data_case
@@ -23,76 +23,129 @@ from xdim_jax.training.check import whole_size
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """The data of a run: what trains, and what validates; facts by case id that go with every sample."""
+class RunData:
+    """The data of a run.
+
+    Attributes:
+        train: Prepared training cases.
+        validation: Validation cases, on disk and prepared.
+        facts: By case id, arrays that accompany every sample of the case.
+    """
 
     train: list[store.Entry]
     validation: list[tuple[Case, store.Entry]]
     facts: Mapping[str, Mapping[str, np.ndarray]]
 
+    def steps_per_epoch(self, data: Any) -> int:
+        """Return the number of steps per epoch, given the ``data`` section of a config."""
+        samples = pipeline.records(self.train, data.sampling, data.patches_per_case)
+        return pipeline.steps_per_epoch(len(samples), data.batch)
 
-def find_data(config: Config, dataset: Dataset, output: Output, workdir: Path, *, started: bool, first: bool) -> Found:
-    """Prepared training and validation cases; without a root, phantoms are written below the workdir first.
+    def open_stream(
+        self, data: Any, *, seed: int, start_step: int, activity: pipeline.Activity
+    ) -> Iterator[dict[str, Any]]:
+        """Return this process's share of the batches, from the one after ``start_step`` steps.
+
+        Args:
+            data: The ``data`` section of a config.
+            seed: Seed of the run.
+            start_step: Number of steps done.
+            activity: Is told what the reading threads are doing.
+        """
+        return pipeline.make_stream(
+            self.train,
+            sampling=data.sampling,
+            size=whole_size(data.patch),
+            flat=len(data.patch) == 2,
+            foreground=data.foreground,
+            patches_per_case=data.patches_per_case,
+            batch=data.batch,
+            seed=seed,
+            start_step=start_step,
+            threads=data.threads,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            facts=self.facts,
+            activity=activity,
+        )
+
+
+def find_data(
+    data: Any, seed: int, dataset: Dataset, output: Output, workdir: Path, *, started: bool, first: bool
+) -> RunData:
+    """Find, split and prepare the cases of a run. Without a root folder, phantoms are written below the workdir first.
 
     Args:
-        config: of the run.
-        dataset: that it names.
-        output: of the network.
-        workdir: of the run.
-        started: whether the run has trained already.
-        first: whether this process writes into the workdir.
+        data: The ``data`` section of a config.
+        seed: Seed of the run.
+        dataset: Data set that the section names.
+        output: Output of the network.
+        workdir: Folder of the run.
+        started: True if the run has been trained already.
+        first: True if this process writes to the workdir.
 
     Raises:
-        UserError: the data cannot be used, or a run that has ``started`` was split otherwise: cases that it trained on
-            could come to validate it.
+        UserError: The data cannot be used, or the cases of a run that has ``started`` differ from those it started
+            with. Training cases could otherwise become validation cases.
     """
-    data = config.data
     root = Path(data.root or workdir / "phantom" / "train")
     if not data.root and first:
-        _write_phantoms(config, root.parent)
+        _write_phantoms(data, seed, root.parent)
     mesh.barrier("phantoms")
+    train, validation = _split(data, seed, dataset, root)
+    if first:
+        _record_split(workdir, root, train, validation, started=started)
+        write_json(workdir / DATA_FILE, data_case.describe(dataset))
+    entries = _prepare(data, dataset, root, [*train, *validation])
+    chosen = entries[: len(train)]
+    pipeline.check_size(chosen, data.sampling, whole_size(data.patch))
+    facts = _annotations(dataset, output, train)
+    return RunData(chosen, list(zip(validation, entries[len(train) :], strict=True)), facts)
+
+
+def _split(data: Any, seed: int, dataset: Dataset, root: Path) -> tuple[list[Case], list[Case]]:
     scan = data_case.scan_cases(dataset, root, need_labels=True)
     cases = data_case.usable_cases(scan, root)
     for problem in scan.problems:
         log.warn(str(problem))
     data_case.check_grids(cases)
     if data.split == "official":
-        train, validation = official_split(cases, scan.splits, data.fold)
-    else:
-        if scan.splits:
-            log.say(f"split      by config.data.folds; the list in {root} would be --config.data.split=official")
-        train, validation = split_cases(cases, fold=data.fold, folds=data.folds, seed=config.seed)
-    if first:
-        _keep_split(workdir, root, train, validation, started=started)
-        write_json(workdir / DATA_FILE, data_case.describe(dataset))
-    entries = _prepare(dataset, config, root, [*train, *validation])
-    chosen = entries[: len(train)]
-    pipeline.check_size(chosen, data.sampling, whole_size(data.patch))
+        return official_split(cases, scan.splits, data.fold)
+    if scan.splits:
+        log.say(
+            f"split      by config.data.folds; to use the list that comes with {root}: --config.data.split=official"
+        )
+    return split_cases(cases, fold=data.fold, folds=data.folds, seed=seed)
+
+
+def _annotations(dataset: Dataset, output: Output, cases: list[Case]) -> dict[str, dict[str, np.ndarray]]:
+    """Return the channels and regions that are annotated in each case, if some cases have fewer than all."""
+    if dataset.annotated is None:
+        return {}
     facts = {}
-    if dataset.annotated is not None:
-        for case in train:
-            shown = dataset.annotated(case)
-            facts[case.case_id] = {
-                "annotated": output.annotated_channels(shown),
-                "annotated_regions": np.array([name in shown for name in dataset.regions.names]),
-            }
-    return Found(chosen, list(zip(validation, entries[len(train) :], strict=True)), facts)
+    for case in cases:
+        shown = dataset.annotated(case)
+        facts[case.case_id] = {
+            "annotated": output.annotated_channels(shown),
+            "annotated_regions": np.array([name in shown for name in dataset.regions.names]),
+        }
+    return facts
 
 
-def _prepare(dataset: Dataset, config: Config, root: Path, cases: list[Case]) -> list[store.Entry]:
-    """The entries of all cases; where there are several processes, each prepares its share first."""
-    folder = config.data.store or store.default_folder(root)
-    settings = Preparation.from_config(config.data.prepare)
+def _prepare(data: Any, dataset: Dataset, root: Path, cases: list[Case]) -> list[store.Entry]:
+    """Return the prepared cases. With several processes, each prepares its share before all of them read the store."""
+    folder = data.store or store.default_folder(root)
+    settings = Preparation.from_config(data.prepare)
     index, count = jax.process_index(), jax.process_count()
     if count > 1:
-        store.prepare_cases(dataset, cases[index::count], settings, folder, jobs=config.data.threads)
+        store.prepare_cases(dataset, cases[index::count], settings, folder, jobs=data.threads)
         mesh.barrier("prepared")
     return store.prepare_cases(
-        dataset, cases, settings, folder, jobs=config.data.threads, say=log.say, progress=log.bar("prepare")
+        dataset, cases, settings, folder, jobs=data.threads, say=log.say, progress=log.bar("prepare")
     )
 
 
-def _keep_split(workdir: Path, root: Path, train: list[Case], validation: list[Case], *, started: bool) -> None:
+def _record_split(workdir: Path, root: Path, train: list[Case], validation: list[Case], *, started: bool) -> None:
     sides = {"train": train, "validation": validation}
     split = {"root": str(root.absolute())} | {side: [case.case_id for case in cases] for side, cases in sides.items()}
     path = workdir / SPLIT_FILE
@@ -101,23 +154,22 @@ def _keep_split(workdir: Path, root: Path, train: list[Case], validation: list[C
         for side in ("train", "validation"):
             if changed := sorted(set(before[side]) ^ set(split[side])):
                 raise UserError(
-                    f"the {side} cases are not those that {workdir} began with ({len(changed)} differ: "
-                    f"{shorten(changed)}). Restore the data in {root} to go on, "
-                    "or give another --workdir"
+                    f"the {side} cases in {root} are not those that the run in {workdir} started with: {len(changed)} "
+                    f"differ ({shorten(changed)}). Restore the data to resume the run, or give another --workdir"
                 )
     write_json(path, split)
 
 
-def _write_phantoms(config: Config, folder: Path) -> None:
-    options, name = config.data.phantom, config.data.dataset
+def _write_phantoms(data: Any, seed: int, folder: Path) -> None:
+    options, name = data.phantom, data.dataset
     write, first = phantom.WRITERS[name]
     shared = {
         "shape": tuple(options.shape),
-        "seed": config.seed,
+        "seed": seed,
         "difficulty": phantom.Difficulty(noise=options.noise, bias=options.bias),
         "progress": log.say,
     }
     if name == "brats":
-        shared["convention"] = config.data.convention
+        shared["convention"] = data.convention
     write(folder / "train", cases=options.cases, first=first, **shared)
     write(folder / "held_out", cases=options.held_out, first=first + options.cases, **shared)

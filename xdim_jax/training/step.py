@@ -1,4 +1,4 @@
-"""The training state and one optimisation step, as pure functions on plain trees of arrays."""
+"""One optimisation step, as a pure function of plain trees of arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +11,13 @@ from flax import nnx
 from xdim_jax.inference.output import Output
 from xdim_jax.runs.state import TrainState, fast
 from xdim_jax.training.loss import Loss, hard_dice
-from xdim_jax.training.optim import ema_decay, is_on
-
-_SMALL = 4096  # numbers
-
+from xdim_jax.training.optim import ema_decay
 
 Batch = dict[str, jax.Array]
 Augment = Callable[[Batch], Batch]
 Step = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+
+_SMALL = 4096  # arrays with fewer elements are concatenated before their norm is taken
 
 
 def make_train_step(
@@ -33,24 +32,28 @@ def make_train_step(
     ema: float | jax.Array = 0.0,
     axis: str | None = None,
 ) -> Step:
-    """``step(state, batch, key) -> state, metrics``; randomness is ``fold_in(key, state.step)``.
+    """Build ``step(state, batch, key) -> state, metrics``. Dropout uses the key ``fold_in(key, state.step)``.
 
     Args:
-        graphdef: of the network, see `split_model`.
-        loss: of logits, the masks of ``output``, and ``batch["annotated"]`` if there is one.
-        output: what the channels mean.
-        tx: the optimiser.
-        augment: changes the batch first; its randomness is in the batch.
-        dtype: of the image, hence of all activations but norms, losses and logits, which are float32 or better.
-        accumulate: the batch is taken in so many parts, one after the other, and their losses and gradients are
-            averaged. The result is that of the whole batch, but for what a loss or a norm takes over the batch: batch
-            norm, a Dice per batch, and means over channels that only some samples show.
-        ema: decay of the moving average, 0: none.
-        axis: name of the ``pmap`` axis over whose devices gradients, statistics and metrics are averaged.
+        graphdef: Static part of the network, see `xdim_jax.nets.functional.split_model`.
+        loss: Loss of logits, given the masks of ``output`` and, if present, ``batch["annotated"]``.
+        output: Meaning of the channels.
+        tx: Optimiser.
+        augment: Augmentation, applied to the batch first. Its random keys are part of the batch.
+        dtype: Type of the image, and so of all activations except norms, losses and logits, which are computed in
+            float32 or better.
+        accumulate: Number of parts in which the batch is processed, one after the other. Losses and gradients are
+            averaged over the parts. The result equals that of the whole batch, except for statistics over the batch:
+            batch norm, a Dice per batch, and means over channels that only some samples have annotated.
+        ema: Decay of the moving average, if the state has one.
+        axis: Name of the ``pmap`` axis over whose devices gradients, statistics and metrics are averaged.
 
-    Metrics: ``loss`` and its parts, ``grad_norm``, ``update_norm``, and ``score``: the hard Dice per region, averaged
-    over the samples whose reference shows it, NaN where none does. ``ask`` of a batch, one number per sample, comes
-    back as its maximum: what one process asks for, all learn at the same step.
+    The batch has ``image`` (batch, spatial axes, channels) and ``label`` (batch, spatial axes), and optionally
+    ``annotated`` (batch, channels), ``annotated_regions`` (batch, regions) and ``ask`` (batch,).
+
+    The metrics are ``loss`` and its parts, ``grad_norm``, ``update_norm``, and ``score``: for each region, the hard
+    Dice averaged over the samples in which it is annotated, NaN if there is none. If the batch has ``ask``, the metrics
+    have its maximum over all processes, so that every process learns at the same step what one of them requests.
     """
 
     def gradients(state: TrainState, stats: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict[str, Any], Any]:
@@ -73,7 +76,7 @@ def make_train_step(
         return grads, metrics, stats
 
     def _scores(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        """Per region: the sum of the Dice over samples whose reference shows it, and their number."""
+        """Return, for each region, the sum of the Dice over the samples that have it annotated, and their number."""
         dice = hard_dice(output.predicted_regions(logits), output.regions.encode(batch["label"], jnp))
         shown = batch.get("annotated_regions", jnp.ones(dice.shape, bool))
         return {"score": jnp.sum(dice * shown, 0), "scored": jnp.sum(shown, 0).astype(dice.dtype)}
@@ -97,7 +100,7 @@ def make_train_step(
         if ask is not None:
             metrics["ask"] = jnp.max(ask) if axis is None else jax.lax.pmax(jnp.max(ask), axis)
         average = state.ema
-        if is_on(ema):
+        if average:
             new, decay = {"params": fast(params), "stats": stats}, ema_decay(ema, state.step)
             average = jax.tree.map(lambda a, b: (a + (1 - decay) * (b - a)).astype(a.dtype), average, new)
         return TrainState(state.step + 1, params, stats, opt_state, average), metrics
@@ -106,7 +109,7 @@ def make_train_step(
 
 
 def _norm(tree: Any) -> jax.Array:
-    """The global norm. Small arrays are put end to end first: hundreds of sums take long to compile, and to start."""
+    """Return the global norm. Small arrays are concatenated first, because hundreds of sums are slow to compile."""
     leaves = jax.tree.leaves(tree)
     small = [leaf.ravel() for leaf in leaves if leaf.size < _SMALL]
     parts = [leaf for leaf in leaves if leaf.size >= _SMALL] + ([jnp.concatenate(small)] if small else [])
@@ -116,9 +119,9 @@ def _norm(tree: Any) -> jax.Array:
 def _accumulated(
     gradients: Callable[..., Any], state: TrainState, batch: Batch, key: jax.Array, parts: int
 ) -> tuple[Any, dict[str, Any], Any]:
-    """The mean of the gradients and metrics of ``parts`` parts of the batch; statistics go from part to part.
+    """Return the mean gradients and metrics over ``parts`` parts of the batch, and the statistics after the last part.
 
-    Part i has every sample ``i + k * parts``, so that each part lies on all devices that the batch lies on.
+    Part i has the samples ``i + k * parts``, so that each part is distributed over the same devices as the batch.
     """
 
     def take(stats: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, Any]:
@@ -143,13 +146,16 @@ def _accumulated(
 
 
 def _with_levels(value: jax.Array, coarse: list[jax.Array]) -> jax.Array:
-    """Deep supervision: the mean of the levels' losses, each weighing half of the one that is finer (as in nnU-Net)."""
+    """Return the loss with deep supervision: a weighted mean in which each level has half the weight of the finer one.
+
+    The weights are those of nnU-Net.
+    """
     weights = [0.5**i for i in range(len(coarse) + 1)]
     return sum((w * v for w, v in zip(weights[1:], coarse, strict=True)), value) / sum(weights)
 
 
 def resized(masks: jax.Array, size: tuple[int, ...]) -> jax.Array:
-    """Nearest-neighbour sampling of ``(batch, *spatial, channels)`` on a coarser grid, at the voxels' centres."""
+    """Sample ``(batch, *spatial, channels)`` on a coarser grid, at the voxel centres, with the nearest neighbour."""
     for axis, (n, m) in enumerate(zip(masks.shape[1:-1], size, strict=True), 1):
         index = [(2 * i + 1) * n // (2 * m) for i in range(m)]
         masks = jnp.take(masks, jnp.asarray(index), axis)

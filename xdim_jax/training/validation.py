@@ -1,4 +1,4 @@
-"""Validation of whole cases during training: Dice per region, and pictures of some of them."""
+"""Validation on whole cases during training: the Dice of each region, and pictures of some cases."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,14 +18,14 @@ from xdim_jax.pages.colours import PALETTE, to_rgb
 from xdim_jax.scoring import masks
 from xdim_jax.training import mesh
 
-OVERLAYS = "overlays"  # folder of the workdir
+OVERLAYS = "overlays"  # folder of the pictures, in the workdir
 
 
 class InterruptedValidationError(Exception):
-    """Raised inside a validation when a stop was asked for."""
+    """Raised inside a validation if a signal has asked the run to stop."""
 
 
-# (params, stats), stop -> mean Dice per region; pictures by case id, uint8 (H, W, 3)
+# validate((params, stats), stop) -> mean Dice by region; pictures by case id, uint8 (H, W, 3)
 Validation = Callable[[Any, StopRequest], tuple[dict[str, float], dict[str, np.ndarray]]]
 
 
@@ -37,11 +37,18 @@ def make_validation(
     *,
     overlays: int,
 ) -> Validation:
-    """Validation of whole images on their own grid: mean Dice per region over the cases, after post-processing.
+    """Build a function that validates on whole images, on their original grid, after post-processing.
 
-    A region that is empty in both maps counts 1, as on the BraTS platform; one that a case's reference does not show
-    (CHAOS task 4) is left out. Several processes share the cases. The first ``overlays`` cases are drawn. ``options``
-    is the ``predict`` section of a config.
+    The score of a region is its mean Dice over the cases. If a region is empty in prediction and reference, its Dice is
+    1, as on the BraTS platform. A case in which a region is not annotated (CHAOS task 4) does not count for that
+    region. Several processes divide the cases among themselves.
+
+    Args:
+        segmenter: Segments the prepared cases.
+        options: The ``predict`` section of a config.
+        dataset: Data set of the cases.
+        cases: Validation cases, on disk and prepared.
+        overlays: Number of cases of which pictures are drawn: the first ones.
     """
     names = dataset.regions.names
 
@@ -68,7 +75,7 @@ def make_validation(
                     scores[number, r] = 1.0 if np.isnan(dice) else dice
             if volume is not None:
                 pictures[case.case_id] = draw(volume.image[..., 0], truth, label)
-        every = mesh.gather(scores)  # (processes, cases, regions), NaN where another process has the case
+        every = mesh.gather(scores)  # (processes, cases, regions); NaN for the cases of other processes
         known = np.isfinite(every)
         total, count = np.where(known, every, 0).sum((0, 1)), known.sum((0, 1))
         return {name: float(t / n) if n else 1.0 for name, t, n in zip(names, total, count, strict=True)}, pictures
@@ -76,17 +83,20 @@ def make_validation(
     return validate
 
 
-_COLOURS = np.array([to_rgb(colour) for colour in PALETTE])  # of the structures, in order
+_COLOURS = np.array([to_rgb(colour) for colour in PALETTE])  # of the labels, in order
 
 
 def draw(image: np.ndarray, reference: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """The slice with most structure: image, reference and prediction side by side, uint8 (H, 3 W, 3).
+    """Draw image, reference and prediction side by side, in the slice with the most labelled pixels.
 
     Args:
-        image: (D, H, W), any range.
-        reference, predicted: label indices (D, H, W).
+        image: Image (D, H, W), with any range of values.
+        reference, predicted: Label indices (D, H, W).
+
+    Returns:
+        uint8 (H, 3 W, 3).
     """
-    structure = reference if reference.any() else predicted  # an early prediction may be everywhere
+    structure = reference if reference.any() else predicted  # early predictions may fill the whole volume
     at = int(np.argmax((structure > 0).sum((1, 2))))
     plane = image[at].astype(np.float32)
     low, high = np.percentile(plane, [1, 99])
@@ -100,7 +110,7 @@ def draw(image: np.ndarray, reference: np.ndarray, predicted: np.ndarray) -> np.
 
 
 def keep_pictures(workdir: Path, pictures: dict[str, np.ndarray]) -> None:
-    """The latest pictures as ``overlays/<case id>.png``. Raises UserError if the disk refuses them."""
+    """Write the pictures to ``overlays/<case id>.png``. Raises UserError if they cannot be written."""
     for case_id, picture in pictures.items():
         with atomic_path(workdir / OVERLAYS / f"{case_id}.png") as temporary:
             Image.fromarray(picture).save(temporary, format="png")

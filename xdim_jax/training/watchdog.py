@@ -1,4 +1,4 @@
-"""A watchdog over the input: says what the readers are doing when no batch comes for a while."""
+"""A watchdog for the input pipeline: it logs what the reading threads are doing if no batch arrives for a while."""
 
 import threading
 import time
@@ -10,12 +10,12 @@ from xdim_jax.data.pipeline import Activity
 
 
 class Watchdog:
-    """Use as a context around the loop, and `next` in place of the stream's.
+    """Context manager around the training loop; inside it, call `next` instead of the builtin ``next(stream)``.
 
     Args:
-        seconds: without a batch before it speaks; then again after every further so many. 0: never.
-        activity: of the readers.
-        say: takes its lines.
+        seconds: Waiting time after which a line is logged, and again after each further multiple of it. 0 for never.
+        activity: What the reading threads are doing.
+        say: Function that logs a line.
     """
 
     def __init__(self, seconds: float, activity: Activity, say: Callable[[str], None]):
@@ -36,7 +36,7 @@ class Watchdog:
             self._thread.join()
 
     def next(self, stream: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        """The next batch."""
+        """Return the next batch of the stream."""
         self._said, self._since = 0, time.monotonic()
         try:
             return next(stream)
@@ -50,5 +50,5 @@ class Watchdog:
             if waited < (self._said + 1) * self._seconds:
                 continue
             self._said += 1
-            lines = self._activity.lines() or ["no reader is busy: all wait for the stream"]
+            lines = self._activity.lines() or ["no thread is reading: all of them wait for the stream"]
             self._say(f"waiting    {waited:.0f} s for a batch: " + "; ".join(lines))

@@ -1,0 +1,85 @@
+"""A training run from beginning to end."""
+
+import signal
+from pathlib import Path
+
+import jax
+
+from xdim_jax import ops
+from xdim_jax.base import log
+from xdim_jax.base.config import Config
+from xdim_jax.base.signals import StopRequest
+from xdim_jax.data.case import Dataset
+from xdim_jax.nets import networks
+from xdim_jax.runs import environment
+from xdim_jax.training.check import resolve_config
+from xdim_jax.training.loop import fit
+from xdim_jax.training.mesh import Devices, make_devices
+from xdim_jax.training.open_run import open_run
+
+
+def train_run(
+    config: Config, dataset: Dataset, workdir: Path, stop: StopRequest, *, separate_disks: bool = False
+) -> int:
+    """Train one run to its end, or until a signal arrives. A run that was interrupted is resumed.
+
+    Args:
+        config: Config of a recipe, as `xdim_jax.training.check.resolve_config` returns it.
+        dataset: Data set on which the network is trained.
+        workdir: Folder of the run.
+        stop: Signals that the process receives.
+        separate_disks: True if each process has a workdir of its own, see `open_run`.
+
+    Returns:
+        The exit status of the process.
+
+    Raises:
+        UserError: Weights or data cannot be used, or the workdir belongs to another config or cannot be written.
+    """
+    devices = _make_devices(config)
+    opened = open_run(config, dataset, workdir, stop, devices, separate_disks=separate_disks)
+    try:
+        fit(opened.run, opened.state, opened.progress, opened.open_stream(), validated=opened.validated)
+    finally:
+        opened.close()
+        stop.busy = False
+    if stop.signal:
+        name = signal.Signals(stop.signal).name
+        log.say(f"stopped    by {name}, everything is saved; run the same command again to resume")
+        return stop.status
+    log.say(
+        f"done       predict with: python -m xdim_jax.predict --workdir={workdir} --input=<cases> --output=<folder>"
+    )
+    return 0
+
+
+def train_one_by_one(runs: list[tuple[Config, Path]], stop: StopRequest, *, separate_disks: bool = False) -> int:
+    """Train several runs, given by config and workdir, one after the other.
+
+    Returns:
+        The first exit status that is not 0, or 0.
+    """
+    for number, (config, workdir) in enumerate(runs):
+        log.say(f"fold       {number} of {len(runs)}, {workdir}")
+        config, dataset = resolve_config(config)
+        if status := train_run(config, dataset, workdir, stop, separate_disks=separate_disks):
+            return status
+    return 0
+
+
+def _make_devices(config: Config) -> Devices:
+    """Lay out the devices that the config asks for, and log them with the operations that the program will use."""
+    options = config.mesh
+    devices = make_devices(
+        options.data,
+        options.space,
+        batch=config.data.batch,
+        parallel=options.parallel,
+        accumulate=config.train.accumulate,
+    )
+    rows, space = devices.mesh.shape["data"], devices.mesh.shape["space"]
+    networks.check_space(config.model, config.data.patch, space)
+    log.say(f"devices    {environment.devices()} in {jax.process_count()} processes")
+    log.say(f"mesh       data {rows} x space {space}, {devices.parallel}")
+    log.say(f"operations {ops.describe_forms('sharded' if space > 1 else config.train.ops)}")
+    return devices
