@@ -35,7 +35,7 @@ def on(section, ndim):
 
 def keys_of(seed):
     root = jax.random.wrap_key_data(jnp.asarray([0, seed], jnp.uint32))
-    return {name: jax.random.fold_in(root, i) for i, name in enumerate(augment_table.DEFAULTS)}
+    return {name: jax.random.fold_in(root, number) for name, number in augment_table.STREAMS.items()}
 
 
 @functools.cache
@@ -48,6 +48,14 @@ def one(section, seed, image, label):
     batch = {"image": image[None], "label": label[None], "key": np.array([[0, seed]], np.uint32)}
     out = compiled(json.dumps(section), label.ndim)(batch)
     return np.asarray(out["image"][0]), np.asarray(out["label"][0])
+
+
+def test_random_streams_keep_their_numbers():
+    """With another number, the same seed would give other samples."""
+    released = "scale rotate translate shear flip elastic blur noise brightness contrast lowres gamma window cutout"
+    assert [augment_table.STREAMS[name] for name in released.split()] == list(range(14))
+    assert augment_table.STREAMS.keys() == augment_table.DEFAULTS.keys()
+    assert len(set(augment_table.STREAMS.values())) == len(augment_table.STREAMS)
 
 
 # -- geometry -----------------------------------------------------------------------------------------------------

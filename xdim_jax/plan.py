@@ -1,20 +1,20 @@
-"""What a recipe needs: memory and floating-point operations of its step and of prediction, before anything runs.
+"""Report the memory and the floating-point operations that a recipe needs for a training step and for prediction.
 
-Every combination of the choices given is compiled for the devices that are here, with shapes in place of arrays, so
-neither data nor room for the arrays is needed. Memory is what the compiler reserves, per device: state, batch and
-temporaries. Operations are those of the mathematics, for all devices together; a multiply-add counts two.
+Every combination of the given settings is compiled for the devices of this machine, with shapes in place of arrays, so
+neither data nor memory for the arrays is needed. Memory is what the compiler reserves per device: state, batch and
+temporaries. Operations are those of the mathematics, for all devices together; a multiply-add counts as two.
 
-With --parts, a table follows for each choice of what the parts of the network do in a step: operations, and the bytes
-that its convolutions and matrix products bring in and out at the least (see `xdim_jax.training.roofline`). With
---ceilings as well, the least time that these take on a device of so many operations and bytes a second.
+With --parts, a table follows for each combination: operations of each part of the network in a step, and the bytes that
+its convolutions and matrix products read and write at least. With --ceilings as well, the table has the least time that
+these take on a device with the given rates.
 
-With --budget, each line says whether it fits; with --largest=patch or --largest=batch as well, the choices are not
-listed but searched for the largest that fits.
+With --budget, the table says whether each combination fits. With --largest=patch or --largest=batch as well, the
+command searches for the largest one that fits.
 """
 
 import argparse
 import dataclasses
-import itertools
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,71 +28,44 @@ from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_json
 from xdim_jax.ops.compilation import cache_programs
+from xdim_jax.training import needs
 from xdim_jax.training.check import resolve_config
-from xdim_jax.training.needs import (
-    Choice,
-    Need,
-    format_parts,
-    format_rows,
-    growing,
-    largest,
-    measure,
-    name_of,
-    parse_bytes,
-    step_products,
-)
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line, see ``--help``."""
-    parser = _parser()
-    options, overrides = parser.parse_known_args(argv)
-    config = load_config(options.config, overrides)
-    config, dataset = resolve_config(config, needs_data=False)
-    budget = parse_bytes(options.budget) if options.budget else None
+    """Run the command line, see ``--help``."""
+    options, overrides = _parser().parse_known_args(argv)
+    config, dataset = resolve_config(load_config(options.config, overrides), needs_data=False)
+    budget = needs.parse_bytes(options.budget) if options.budget else None
     if options.largest and budget is None:
         raise UserError(f"--largest={options.largest} needs --budget=<memory of a device>, e.g. --budget=16GiB")
     if options.ceilings and not options.parts:
-        raise UserError(f"--ceilings={options.ceilings} needs --parts, the table that has the times")
+        raise UserError(f"--ceilings={options.ceilings} needs --parts, whose table has the times")
     ceilings = _ceilings(options.ceilings) if options.ceilings else None
+    choices = needs.make_choices(
+        config,
+        [_numbers("--patch", text) for text in options.patch],
+        _numbers("--batch", options.batch) if options.batch else (),
+        options.precision.split(",") if options.precision else (),
+        options.remat or (),
+    )
     cache_programs()
-    patches = [_numbers("--patch", text) for text in options.patch] or [tuple(config.data.patch)]
-    batches = _numbers("--batch", options.batch) if options.batch else (config.data.batch,)
-    precisions = options.precision.split(",") if options.precision else [config.train.precision]
-    remats = options.remat or [config.train.remat]
-    choices = [Choice(*c) for c in itertools.product(patches, batches, precisions, remats)]
     device = jax.devices()[0]
-    log.say(f"devices    {jax.device_count()} x {device.device_kind} ({device.platform}): numbers are of its programs")
-    rows: list[tuple[Choice, Need]] = []
-    known: dict[Choice, Need] = {}
-
-    def need(choice: Choice) -> Need:
-        if choice not in known:
-            known[choice] = measure(config, dataset, choice)
-        return known[choice]
-
+    log.say(f"devices    programs are compiled for {jax.device_count()} x {device.device_kind} ({device.platform})")
+    measure = functools.cache(functools.partial(needs.measure, config, dataset))
     if options.largest and budget is not None:
-        for start in dict.fromkeys(_without(c, options.largest) for c in choices):
-            log.say(f"search     for the largest {options.largest} in {options.budget}")
-            found = largest(
-                growing(config, start, options.largest), lambda c: need(c).step_bytes <= budget, say=log.say
-            )
-            if found is None:
-                log.say(f"           nothing fits with {start.precision}, remat {start.remat or 'none'}")
-            else:
-                rows.append((found, need(found)))
-    else:
-        rows = [(choice, need(choice)) for choice in choices]
-    for line in format_rows(rows, budget):
+        log.say(f"search     for the largest {options.largest} in {options.budget}")
+        fits = lambda choice: measure(choice).step_bytes <= budget  # noqa: E731
+        choices = needs.search_largest(config, choices, options.largest, fits, say=log.say)
+    rows = [(choice, measure(choice)) for choice in choices]
+    for line in needs.format_rows(rows, budget):
         log.say(line)
-    for choice, _ in rows if options.parts else ():
-        log.say(f"parts      {name_of(choice)}")
-        for line in format_parts(*step_products(config, dataset, choice), ceilings):
+    for choice in choices if options.parts else ():
+        log.say(f"parts      {choice}")
+        for line in needs.format_parts(*needs.step_products(config, dataset, choice), ceilings):
             log.say(line)
     if budget is not None and not options.largest:
-        fitting = [c for c, n in rows if n.step_bytes <= budget]
-        best = max(fitting, key=lambda c: c.voxels, default=None)
-        log.say("largest    " + (name_of(best) if best else "none of them fits") + f" (budget {options.budget})")
+        log.say(f"largest    {needs.format_best(rows, budget)} (budget {options.budget})")
     if options.json:
         write_json(options.json, [dataclasses.asdict(c) | dataclasses.asdict(n) for c, n in rows])
     return 0
@@ -102,45 +75,41 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "xdim_jax.plan",
         __doc__ or "",
-        "exit status: 0 done, 2 unusable input\n\nexamples:\n"
+        "Exit status: 0 done; 2 unusable input.\n\nexamples:\n"
         "  python -m xdim_jax.plan --config=configs/brats_dxnet.py --patch=96,96,96 --patch=128,128,128 \\\n"
         "      --precision=float32,bfloat16 --budget=16GiB\n"
         "  python -m xdim_jax.plan --config=configs/brats_dxnet.py --budget=16GiB --largest=patch",
     )
     parser.add_argument("--config", required=True, metavar="FILE[:WORDS]", help="a recipe, e.g. configs/brats_dxnet.py")
     parser.add_argument("--patch", action="append", default=[], metavar="D,H,W", help="may be given several times")
-    parser.add_argument("--batch", metavar="N,N,...", help="samples of all devices together")
-    parser.add_argument("--precision", metavar="P,P", help="of float32 and bfloat16")
-    parser.add_argument("--remat", action="append", metavar="STAGES", help="see config.train.remat; several times")
+    parser.add_argument("--batch", metavar="N,N,...", help="numbers of samples, over all devices")
+    parser.add_argument("--precision", metavar="P,P", help="float32, bfloat16 or both")
+    parser.add_argument("--remat", action="append", metavar="STAGES", help="see config.train.remat; may be repeated")
     parser.add_argument("--budget", metavar="SIZE", help="memory of a device, e.g. 16GiB")
-    parser.add_argument("--largest", choices=("patch", "batch"), help="search for it within the budget")
-    parser.add_argument("--parts", action="store_true", help="what the parts of the network do in a step")
+    parser.add_argument("--largest", choices=("patch", "batch"), help="search for the largest that fits the budget")
+    parser.add_argument("--parts", action="store_true", help="show the operations of each part of the network")
     parser.add_argument(
         "--ceilings",
         metavar="TFLOP/S,TB/S",
-        help="of a device, e.g. 989,4.8 (H200, bfloat16): least times beside --parts",
+        help="rates of a device, e.g. 989,4.8 (H200, bfloat16): adds least times to --parts",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file as well")
     return parser
 
 
-def _without(choice: Choice, what: str) -> Choice:
-    """A choice of which only the rest counts."""
-    return dataclasses.replace(choice, batch=1) if what == "batch" else choice
-
-
 def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    """Return comma-separated positive whole numbers."""
     try:
         numbers = tuple(int(word) for word in text.strip("()").split(",") if word.strip())
     except ValueError as error:
-        raise UserError(f"{flag}={text}: expected whole numbers with commas between them") from error
+        raise UserError(f"{flag}={text}: expected whole numbers separated by commas") from error
     if not numbers or min(numbers) < 1:
-        raise UserError(f"{flag}={text}: expected whole numbers above 0 with commas between them")
+        raise UserError(f"{flag}={text}: expected whole numbers above 0 separated by commas")
     return numbers
 
 
 def _ceilings(text: str) -> tuple[float, float]:
-    """``989,4.8`` to operations and bytes a second."""
+    """Return operations and bytes per second, given a text such as ``989,4.8``."""
     try:
         flops, bandwidth = (1e12 * float(word) for word in text.split(","))
     except ValueError as error:
@@ -153,7 +122,7 @@ def _ceilings(text: str) -> tuple[float, float]:
 
 
 def command() -> NoReturn:
-    """The console entry point."""
+    """Console entry point."""
     run(main)
 
 

@@ -1,9 +1,9 @@
-"""Augmentation on the device: batched, jitted, 2D and 3D; part of the training step.
+"""Augmentation on the device: batched, jitted, in 2D and 3D, as a part of the training step.
 
-Every sample brings 64 random bits of its own (``batch["key"]``, see `xdim_jax.data.pipeline`), so what happens to it
-depends on the seed and its place in the stream alone, not on devices, processes or threads. All geometric transforms
-of a sample are composed into one map of coordinates, so the image is interpolated once (linearly) and the label looked
-up once (nearest neighbour). A transform whose probability is 0 is not part of the program.
+Every sample has 64 random bits of its own (``batch["key"]``, see `xdim_jax.data.pipeline`). So its augmentation depends
+only on the seed and on its position in the stream, not on devices, processes or threads. All geometric transforms of a
+sample are composed into one map of coordinates: the image is interpolated once (linearly), and the label once (nearest
+neighbour). A transform with probability 0 is not part of the program.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xdim_jax.training.augment_table import DEFAULTS, settings
+from xdim_jax.training.augment_table import STREAMS, settings
 
 _GEOMETRIC = ("scale", "rotate", "translate", "shear", "flip", "elastic")
 
@@ -23,10 +23,13 @@ Batch = dict[str, jax.Array]
 
 
 def make_augment(section: Mapping[str, Mapping[str, Any]], ndim: int) -> Callable[[Batch], Batch] | None:
-    """``augment(batch) -> batch`` for images ``(B, *spatial, C)`` and labels ``(B, *spatial)``; None if nothing is on.
+    """Build ``augment(batch) -> batch`` for images ``(B, *spatial, C)`` and labels ``(B, *spatial)``.
+
+    Returns:
+        The function, or None if every probability is 0.
 
     Raises:
-        UserError: as `settings` does.
+        UserError: See `xdim_jax.training.augment_table.settings`.
     """
     full = settings(section, ndim)
     on = {name: values for name, values in full.items() if values["p"] > 0}
@@ -43,10 +46,10 @@ def make_augment(section: Mapping[str, Mapping[str, Any]], ndim: int) -> Callabl
 def augment_sample(
     on: Mapping[str, Mapping[str, Any]], key: jax.Array, image: jax.Array, label: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One sample: image f32 ``(*spatial, C)``, label ``(*spatial)``, key uint32 (2,)."""
+    """Augment one sample: key uint32 (2,), image float32 ``(*spatial, C)``, label ``(*spatial)``."""
     root = jax.random.wrap_key_data(key)
-    # each transform has a key of its own, so that turning one off leaves the others as they were
-    keys = {name: jax.random.fold_in(root, i) for i, name in enumerate(DEFAULTS)}
+    # every transform has its own key, so switching one off does not change the others
+    keys = {name: jax.random.fold_in(root, number) for name, number in STREAMS.items()}
     if any(name in on for name in _GEOMETRIC):
         at = coordinates(on, keys, label.shape)
         image, label = sample_linear(image, at), sample_nearest(label, at)
@@ -68,7 +71,7 @@ def _uniform(key: jax.Array, low: float, high: float, shape: tuple[int, ...] = (
 
 
 def matrix(on: Mapping[str, Mapping[str, Any]], keys: Mapping[str, jax.Array], ndim: int) -> jax.Array:
-    """The linear map from output to input, about the centre, in voxels: rotation, shear, scale and flips in one."""
+    """Return the linear map from output to input coordinates, relative to the centre, in voxels, ``(ndim, ndim)``."""
     out = jnp.eye(ndim)
     if "flip" in on:
         flipped = _chosen(keys["flip"], on["flip"]["p"], (ndim,))
@@ -106,7 +109,7 @@ def _rotation(ndim: int, plane: tuple[int, int], angle: jax.Array) -> jax.Array:
 def coordinates(
     on: Mapping[str, Mapping[str, Any]], keys: Mapping[str, jax.Array], shape: tuple[int, ...]
 ) -> list[jax.Array]:
-    """For every output voxel, where it is read in the input: one array of ``shape`` per axis, in voxels."""
+    """Return the input coordinates of every output voxel, in voxels: one array of ``shape`` per axis."""
     ndim = len(shape)
     linear = matrix(on, keys, ndim)
     centre = [(n - 1) / 2 for n in shape]
@@ -134,9 +137,9 @@ def coordinates(
 
 
 def sample_linear(image: jax.Array, at: list[jax.Array]) -> jax.Array:
-    """Linear interpolation of ``(*spatial, C)`` at coordinates in voxels; beyond the edge lie zeros."""
+    """Interpolate ``(*spatial, C)`` linearly at coordinates in voxels. Values outside of the image are 0."""
     ndim, channels = image.ndim - 1, image.shape[-1]
-    padded = jnp.pad(image, [(1, 1)] * ndim + [(0, 0)])  # a ring of zeros, so that no index leaves the array
+    padded = jnp.pad(image, [(1, 1)] * ndim + [(0, 0)])  # a border of zeros, so that no index is out of bounds
     flat = padded.reshape(-1, channels)
     strides = np.cumprod([1, *padded.shape[ndim - 1 : 0 : -1]])[::-1]
     lower, weight = [], []
@@ -155,7 +158,7 @@ def sample_linear(image: jax.Array, at: list[jax.Array]) -> jax.Array:
 
 
 def sample_nearest(label: jax.Array, at: list[jax.Array]) -> jax.Array:
-    """The value of the nearest voxel of ``(*spatial)``; beyond the edge lies 0."""
+    """Return the values of ``(*spatial)`` at the nearest voxels. Values outside of the label map are 0."""
     index, inside = jnp.zeros((), jnp.int32), jnp.ones((), bool)
     for place, n in zip(at, label.shape, strict=True):
         near = jnp.floor(place + 0.5).astype(jnp.int32)
@@ -168,7 +171,7 @@ def sample_nearest(label: jax.Array, at: list[jax.Array]) -> jax.Array:
 
 
 def _by_channel(values: Mapping[str, Any], key: jax.Array, image: jax.Array, changed: jax.Array) -> jax.Array:
-    """Each channel is changed with probability p."""
+    """Return the changed image for each channel with probability p, else the original channel."""
     return jnp.where(_chosen(key, values["p"], (image.shape[-1],)), changed, image)
 
 
@@ -202,7 +205,7 @@ def _gamma(values: Mapping[str, Any], key: jax.Array, image: jax.Array) -> jax.A
 
 
 def _window(values: Mapping[str, Any], key: jax.Array, image: jax.Array) -> jax.Array:
-    """Clips to a window of random level and width, and stretches what is left to the old range."""
+    """Clip to a window of random level and width, and stretch the result to the old range."""
     channels = (image.shape[-1],)
     low, span = _range(image)
     width = _uniform(key, values["low"], values["high"], channels)
@@ -217,7 +220,7 @@ def _blur(values: Mapping[str, Any], key: jax.Array, image: jax.Array) -> jax.Ar
 
 
 def gaussian_blur(image: jax.Array, sigma: jax.Array, largest: float) -> jax.Array:
-    """Gaussian of ``sigma`` voxels along the spatial axes of ``(*spatial, C)``, cut at 4 ``largest``; edges repeat."""
+    """Blur ``(*spatial, C)`` with a Gaussian of ``sigma`` voxels, cut at 4 ``largest``; edge values are repeated."""
     radius = math.ceil(4 * largest)
     steps = jnp.arange(-radius, radius + 1)
     taps = jnp.exp(-0.5 * (steps / sigma) ** 2)
@@ -230,17 +233,17 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array, largest: float) -> jax.Arr
 
 
 def _lowres(values: Mapping[str, Any], key: jax.Array, image: jax.Array) -> jax.Array:
-    """As if scanned with fewer voxels: nearest neighbours on a coarser grid, linear interpolation back."""
+    """Simulate a lower resolution: nearest-neighbour sampling on a coarser grid, linear interpolation back."""
     share = _uniform(key, values["low"], values["high"])
     return _by_channel(values, key, image, coarsen(image, share))
 
 
 def coarsen(image: jax.Array, share: jax.Array) -> jax.Array:
-    """``(*spatial, C)`` seen on a grid with ``share`` of the voxels per side, interpolated back."""
+    """Sample ``(*spatial, C)`` on a grid with ``share`` of the voxels per side, and interpolate back."""
     for axis in range(image.ndim - 1):
         n = image.shape[axis]
         count = jnp.maximum(jnp.round(n * share), 1)
-        place = jnp.clip((jnp.arange(n) + 0.5) * count / n - 0.5, 0, count - 1)  # on the coarse grid
+        place = jnp.clip((jnp.arange(n) + 0.5) * count / n - 0.5, 0, count - 1)  # position on the coarse grid
         lower = jnp.floor(place)
         upper = jnp.minimum(lower + 1, count - 1)
         weight = (place - lower).reshape([-1 if a == axis else 1 for a in range(image.ndim)])

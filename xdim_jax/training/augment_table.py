@@ -1,38 +1,62 @@
-"""What augmentation there is, and its settings; `xdim_jax.training.augment` does it, on the device."""
+"""The augmentation transforms and their settings. `xdim_jax.training.augment` computes them on the device."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from xdim_jax.base.errors import UserError
 
-# transform -> its settings, with values that are usual; p is the probability that a sample (or channel) gets it
+# transform -> settings with usual values; p is the probability that a sample (or channel) is transformed
 DEFAULTS: dict[str, dict[str, Any]] = {
     "scale": {"p": 0.0, "low": 0.8, "high": 1.25},  # factor of size, the same along all axes
-    # about every axis, in voxels: where slices are thicker than wide, keep to their plane (plane)
+    # about every axis, in voxels; plane=True rotates in the plane of the slices only, for slices thicker than pixels
     "rotate": {"p": 0.0, "degrees": 15.0, "plane": False},
-    "translate": {"p": 0.0, "share": 0.1},  # of the side, along every axis
+    "translate": {"p": 0.0, "share": 0.1},  # largest shift along every axis, as a share of the side
     "shear": {"p": 0.0, "amount": 0.1},  # tangent of the angle, for every pair of axes
-    "flip": {"p": 0.0, "axes": ()},  # each of these spatial axes, each with probability p
-    "elastic": {"p": 0.0, "cells": 5, "share": 0.015},  # displacements drawn at cells; sd: share of the side
+    "flip": {"p": 0.0, "axes": ()},  # spatial axes, each flipped with probability p
+    # random displacements at cells x cells points, interpolated; share: standard deviation as a share of the side
+    "elastic": {"p": 0.0, "cells": 5, "share": 0.015},
     "blur": {"p": 0.0, "low": 0.5, "high": 1.5},  # standard deviation in voxels
-    "noise": {"p": 0.0, "sd": 0.1},  # uniform from 0 to sd, in units of the standardised image
+    "noise": {"p": 0.0, "sd": 0.1},  # largest standard deviation, in units of the standardised image
     "brightness": {"p": 0.0, "low": 0.75, "high": 1.25},  # factor, by channel
-    "contrast": {"p": 0.0, "low": 0.75, "high": 1.25},  # factor about the mean, in the old range, by channel
-    "lowres": {"p": 0.0, "low": 0.5, "high": 1.0},  # share of the voxels per side that are left, by channel
-    "gamma": {"p": 0.0, "low": 0.7, "high": 1.5},  # exponent, on the range of the channel
-    "window": {"p": 0.0, "level": 0.1, "low": 0.7, "high": 1.0},  # of the range: shift of the level, width
-    "cutout": {"p": 0.0, "share": 0.25},  # of the side: a box of zeros
+    "contrast": {"p": 0.0, "low": 0.75, "high": 1.25},  # factor about the mean, clipped to the old range, by channel
+    "lowres": {"p": 0.0, "low": 0.5, "high": 1.0},  # remaining share of the voxels per side, by channel
+    "gamma": {"p": 0.0, "low": 0.7, "high": 1.5},  # exponent, applied to the range of the channel
+    # as shares of the range of the channel: largest shift of the window level, and width of the window
+    "window": {"p": 0.0, "level": 0.1, "low": 0.7, "high": 1.0},
+    "cutout": {"p": 0.0, "share": 0.25},  # side of a box of zeros, as a share of the side of the image
 }
-# smallest and largest value of a setting, where it has these names
+# Each transform has a random stream of its own. The numbers must never change: with other numbers, the same seed would
+# give other samples. A new transform gets the next free number.
+STREAMS = {
+    "scale": 0,
+    "rotate": 1,
+    "translate": 2,
+    "shear": 3,
+    "flip": 4,
+    "elastic": 5,
+    "blur": 6,
+    "noise": 7,
+    "brightness": 8,
+    "contrast": 9,
+    "lowres": 10,
+    "gamma": 11,
+    "window": 12,
+    "cutout": 13,
+}
+# smallest and largest value of a setting, by its name
 _LIMITS = {"degrees": (0, 180), "share": (0, 1), "amount": (0, 1), "cells": (2, 64), "sd": (0, 10), "level": (0, 0.5)}
 _LARGEST_BLUR = 10  # the filter's taps are unrolled
 
 
 def settings(section: Mapping[str, Mapping[str, Any]], ndim: int) -> dict[str, dict[str, Any]]:
-    """The full settings of a config's ``augment`` section, which names the transforms that differ from `DEFAULTS`.
+    """Return the settings of all transforms, given an ``augment`` section with those that differ from `DEFAULTS`.
+
+    Args:
+        section: The ``augment`` section of a config.
+        ndim: Number of spatial axes.
 
     Raises:
-        UserError: unknown transforms or settings, probabilities outside 0 to 1, an axis that is not there: all at once.
+        UserError: Transforms or settings are unknown, or values are out of range. The message lists all of them.
     """
     full = {name: dict(values) for name, values in DEFAULTS.items()}
     problems = []
@@ -56,7 +80,7 @@ def settings(section: Mapping[str, Mapping[str, Any]], ndim: int) -> dict[str, d
     if full["blur"]["high"] > _LARGEST_BLUR:
         problems.append(f"config.augment.blur.high={full['blur']['high']}: expected at most {_LARGEST_BLUR} voxels")
     if full["lowres"]["high"] > 1 or full["window"]["high"] > 1:
-        problems.append("config.augment.lowres.high and window.high are shares: expected at most 1")
+        problems.append("config.augment.lowres.high and config.augment.window.high are shares: expected at most 1")
     if full["flip"]["p"] > 0 and not full["flip"]["axes"]:
         problems.append("config.augment.flip has no axes: give the spatial axes to flip, e.g. axes=(2,)")
     if bad := [a for a in full["flip"]["axes"] if not 0 <= a < ndim]:

@@ -1,8 +1,8 @@
-"""Devices: one mesh with the axes ``data`` (samples) and ``space`` (depth of a volume), and programs laid out on it.
+"""Devices: a mesh with the axes ``data`` (samples) and ``space`` (depth of a volume), and programs distributed over it.
 
-``jit`` compiles one program for the whole mesh: losses and batch statistics are those of the global batch by
-construction, and XLA inserts the communication. ``pmap`` compiles the program of one device, which averages gradients
-and statistics by name of the axis; it has the axis ``data`` alone.
+With ``jit``, one program is compiled for the whole mesh. Losses and batch statistics are those of the global batch, and
+XLA inserts the communication. With ``pmap``, a program for one device is compiled, which averages gradients and
+statistics over a named axis; only the axis ``data`` is available.
 """
 
 import contextlib
@@ -23,21 +23,21 @@ DATA, SPACE = "data", "space"
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """A mesh, and how programs are laid out on it; see `make_devices`."""
+    """A mesh, and how arrays and programs are distributed over it; see `make_devices`."""
 
     mesh: Mesh
     parallel: str = "jit"
 
     @property
     def axis(self) -> str | None:
-        """Name of the axis over which a program averages by itself: of ``pmap``."""
+        """Name of the axis over which a ``pmap`` program must average; None for ``jit``."""
         return DATA if self.parallel == "pmap" else None
 
     def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's share of a batch on its devices: samples over ``data``, the first spatial axis over ``space``.
+        """Copy this process's share of a batch to its devices.
 
-        What has no spatial axis lies over ``data``. For ``pmap`` the devices of this process come first:
-        ``(devices, samples, ...)``.
+        Samples are distributed over ``data``. The first spatial axis, if there is one, is distributed over ``space``.
+        For ``pmap``, the result has a leading axis for the devices of this process: ``(devices, samples, ...)``.
         """
         if self.parallel == "pmap":
             here = len(self.mesh.local_devices)
@@ -47,7 +47,7 @@ class Devices:
         return {k: jax.make_array_from_process_local_data(images if v.ndim > 2 else rows, v) for k, v in batch.items()}
 
     def abstract_batch(self, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-        """The global batch as `put_batch` lays it out, in shapes."""
+        """Return the shapes and shardings of the global batch, given its shapes, as in `put_batch`."""
 
         def laid_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             if self.parallel == "pmap":
@@ -59,9 +59,10 @@ class Devices:
         return {k: laid_out(v) for k, v in batch.items()}
 
     def put_state(self, tree: Any) -> Any:
-        """A tree of arrays, copied to every device; every process has the same values.
+        """Copy a tree of arrays to every device. All processes must have the same values.
 
-        No two results are one array, as LookAhead's two weights are at first: those could not be donated both.
+        Every leaf becomes an array of its own, even if two leaves are the same array, as LookAhead's two weights are at
+        first: a training step could not donate the same array twice.
         """
         replicated = NamedSharding(self.mesh, PartitionSpec())
 
@@ -76,7 +77,7 @@ class Devices:
         return jax.tree.map(put, tree)
 
     def lower(self, step: Callable[..., Any], state: Any, batch: Any, key: Any) -> Any:
-        """``step(state, batch, key) -> state, metrics`` lowered for the devices; the state's memory is used again."""
+        """Lower ``step(state, batch, key) -> state, metrics`` for the devices. The state is donated."""
         if self.parallel == "pmap":
             devices = list(self.mesh.devices.flat)
             program = jax.pmap(
@@ -90,31 +91,37 @@ class Devices:
 
 
 def make_devices(data: int, space: int, *, batch: int, parallel: str = "jit", accumulate: int = 1) -> Devices:
-    """A mesh of ``data * space`` devices; ``data=-1`` takes all that ``space`` leaves.
+    """Build a mesh of ``data * space`` devices.
+
+    Args:
+        data: Devices along the axis ``data``; -1 for all devices, divided by ``space``.
+        space: Devices along the axis ``space``.
+        batch: Number of samples of the global batch.
+        parallel: ``jit`` or ``pmap``.
+        accumulate: Number of parts in which a step processes the batch.
 
     Raises:
-        UserError: the numbers do not fit the devices, or the global batch does not divide over ``data`` (and the parts
-            that it is taken in, ``accumulate``).
+        UserError: The numbers do not fit the devices, or the batch does not divide over ``data`` and ``accumulate``.
     """
     if parallel not in PARALLELS:
         raise UserError(f"config.mesh.parallel={parallel!r} is unknown; known: {', '.join(PARALLELS)}")
     if parallel == "pmap" and space != 1:
-        raise UserError(f"config.mesh.space={space}: pmap has the axis data alone; set mesh.parallel=jit")
+        raise UserError(f"config.mesh.space={space}: pmap supports only the axis data; set --config.mesh.parallel=jit")
     devices, processes = jax.devices(), jax.process_count()
     if space < 1 or len(devices) % space:
         raise UserError(f"config.mesh.space={space} does not divide the {len(devices)} devices")
     if processes > 1 and jax.local_device_count() % space:
         raise UserError(
-            f"config.mesh.space={space} does not divide the {jax.local_device_count()} devices of a process: a volume "
-            "must lie within one"
+            f"config.mesh.space={space} does not divide the {jax.local_device_count()} devices of a process, but a "
+            "volume cannot be distributed over several processes"
         )
     rows = len(devices) // space if data == -1 else data
     if rows < 1 or rows * space > len(devices):
         raise UserError(f"config.mesh asks for {rows} x {space} devices; there are {len(devices)}")
     if processes > 1 and rows * space != len(devices):
         raise UserError(
-            f"config.mesh takes {rows} x {space} of {len(devices)} devices; with several processes it must take all: "
-            "set mesh.data=-1"
+            f"config.mesh uses {rows} x {space} of {len(devices)} devices; with several processes it must use all: "
+            "set --config.mesh.data=-1"
         )
     parts = rows * accumulate
     if batch % parts or batch % processes:
@@ -130,24 +137,25 @@ def make_devices(data: int, space: int, *, batch: int, parallel: str = "jit", ac
 
 
 def local(tree: Any) -> Any:
-    """Arrays that lie on every device of a mesh, as arrays on one device of this process."""
+    """Return arrays on one device of this process, given arrays that are replicated over a mesh."""
     return jax.tree.map(lambda a: a.addressable_data(0), tree)
 
 
 def join_processes(coordinator: str, count: int | None, index: int | None) -> None:
-    """Joins the processes of a run, before anything else asks JAX for devices.
+    """Join the processes of a run. Call it before anything else asks JAX for devices.
 
     Args:
-        coordinator: ``host:port`` of process 0, which all can reach; ``auto`` where the launcher tells (SLURM, Open
-            MPI, TPU pods, GKE); empty: this process is alone.
-        count, index: of the processes, where the launcher does not tell.
+        coordinator: Address ``host:port`` of process 0; ``auto`` if the launcher provides it (SLURM, Open MPI, TPU
+            pods, GKE); empty for a run with one process.
+        count: Number of processes, if the launcher does not provide it.
+        index: Number of this process, if the launcher does not provide it.
 
     Raises:
-        UserError: incomplete or contradictory numbers, or the others cannot be reached.
+        UserError: The arguments are incomplete or contradictory, or the other processes cannot be reached.
     """
     if not coordinator:
         if count is not None or index is not None:
-            raise UserError("--processes and --process go with --coordinator=<host:port>")
+            raise UserError("--processes and --process need --coordinator=<host:port>")
         return
     known: dict[str, Any] = {"num_processes": count, "process_id": index}
     if coordinator != "auto":
@@ -159,7 +167,7 @@ def join_processes(coordinator: str, count: int | None, index: int | None) -> No
         if not coordinator.rpartition(":")[2].isdigit() or ":" not in coordinator:
             raise UserError(f"--coordinator={coordinator}: expected host:port, e.g. node0:12345, or auto")
         known["coordinator_address"] = coordinator
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM; see xdim_jax.base.signals
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM; see xdim_jax.base.signals
     try:
         jax.distributed.initialize(**{k: v for k, v in known.items() if v is not None})
     except (RuntimeError, ValueError) as error:
@@ -170,7 +178,7 @@ def join_processes(coordinator: str, count: int | None, index: int | None) -> No
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes are here."""
+    """Wait until all processes have reached the barrier with this name."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -178,12 +186,12 @@ def barrier(name: str) -> None:
 
 
 def agree(flag: bool) -> bool:
-    """Whether any process has the flag set; every process must ask."""
+    """Return True if the flag is True in any process. Every process must call this."""
     return bool(gather(np.array(flag)).any())
 
 
 def gather(values: np.ndarray) -> np.ndarray:
-    """The same array of every process, stacked: ``(processes, *shape)``."""
+    """Return the arrays of all processes, stacked: ``(processes, *shape)``. Every process must call this."""
     if jax.process_count() == 1:
         return values[None]
     from jax.experimental import multihost_utils

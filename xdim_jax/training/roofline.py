@@ -1,8 +1,8 @@
-"""The least time that a program can take: its convolutions and matrix products, by the part of the network they are in.
+"""The least time that a program can take, from its convolutions and matrix products (Williams et al. 2009, roofline).
 
-Each of them has to do its operations, and to bring its operands in and its result out once; what is element by element
-(norms, activations, sums) is counted as if fused into these (Williams et al. 2009, the roofline model). Counted are the
-products of the plain form; Winograd's way, and kernels composed with upsampling, need fewer.
+Each product must compute its operations, and must read its operands and write its result once. Elementwise operations
+(norms, activations, sums) are treated as fused into the products. The products of the reference implementation are
+counted; the Winograd transform, and kernels that are composed with upsampling, need fewer operations.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ class Product:
     """A convolution or a matrix product.
 
     Attributes:
-        part: of the network, e.g. ``decoder5`` or ``inner.encoder``; empty outside of all parts.
-        backward: whether it computes a gradient.
-        flops: operations; a multiply-add counts two, those with padding included.
-        bytes: of operands and result, each once.
+        part: Part of the network, such as ``decoder5`` or ``inner.encoder``; empty if it is outside of all parts.
+        backward: True if it computes a gradient.
+        flops: Operations, including those on padding; a multiply-add counts as two.
+        bytes: Size of operands and result.
     """
 
     part: str
@@ -36,13 +36,13 @@ class Product:
     bytes: float
 
     def seconds(self, flops: float, bandwidth: float) -> float:
-        """The least time on a device of ``flops`` operations and ``bandwidth`` bytes a second."""
+        """Return the least time on a device with ``flops`` operations and ``bandwidth`` bytes per second."""
         return max(self.flops / flops, self.bytes / bandwidth)
 
 
 def find_products(function: Callable[..., Any], *arguments: Any, parts: Sequence[str]) -> list[Product]:
-    """The products of a function, in the plain form; arguments may be shapes. ``parts``: names of `part_of`."""
-    with ops.use_form("reference"):  # a function of its own: JAX keeps what it traced of one, whatever the form
+    """Return the products of a function; its arguments may be shapes. ``parts``: names of the parts of the network."""
+    with ops.use_form("reference"):  # a new function, because JAX caches traces by function
         jaxpr = jax.make_jaxpr(lambda *a: function(*a))(*arguments)
     return [
         Product(
@@ -57,18 +57,18 @@ def find_products(function: Callable[..., Any], *arguments: Any, parts: Sequence
 
 
 def part_of(name: str, parts: Iterable[str]) -> str:
-    """The part in the name of an operation, as in ``jit(step)/transpose(jvp(inner))/decoder5/add``."""
+    """Return the part in an operation's name, such as ``jit(step)/transpose(jvp(inner))/decoder5/add``."""
     known = {word for part in parts for word in part.split(".")}
     return ".".join(dict.fromkeys(word for word in re.findall(r"\w+", name) if word in known))
 
 
 def is_backward(name: str) -> bool:
-    """Whether the operation of a name computes a gradient, or an activation again for one."""
+    """Return True if the operation computes a gradient, or recomputes an activation for one."""
     return "transpose(" in name or "rematted_computation" in name
 
 
 def _equations(jaxpr: Any, outer: str, times: int) -> Iterator[tuple[str, Any, int]]:
-    """All equations with their names, and how often each runs."""
+    """Yield all equations with their names, and how often each runs."""
     for eqn in jaxpr.eqns:
         name = f"{outer}/{eqn.source_info.name_stack}"
         yield name, eqn, times
@@ -92,7 +92,7 @@ def _flops(eqn: Any) -> float:
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2.0 * math.prod(out.shape) * math.prod(eqn.invars[0].aval.shape[a] for a in contracted)
     _, features, *window = (operand.shape[a] for a in eqn.params["dimension_numbers"].rhs_spec)
-    # of the taps on a stretched input, most meet the zeros in between
+    # in a dilated input, most taps are multiplied with the inserted zeros
     return 2.0 * math.prod(out.shape) * features * math.prod(window) / math.prod(eqn.params["lhs_dilation"])
 
 
