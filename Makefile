@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test test-slow lint docs format check venv clean help
+.PHONY: demo test test-slow golden lint docs format check venv clean help
 
 help:
 	@echo "make demo      phantoms -> train -> predict -> evaluate -> HTML report (minutes, CPU, no data needed)"
 	@echo "make test      the tests (they need torch and timm, which are installed)"
 	@echo "make test-slow the tests that take minutes each: every encoder and network against PyTorch"
+	@echo "make golden    rewrites the golden files of the recipes, after a change of a recipe"
 	@echo "make docs      the documentation into site/; a warning is an error"
 	@echo "make check     lint, types, docs and tests, as CI runs them"
 	@echo "make format    ruff format and fixes      make clean     remove .venv and runs/demo"
@@ -22,6 +23,9 @@ demo: $(VENV)/.package
 
 test: venv
 	$(BIN)/python -m pytest
+
+golden: venv
+	$(BIN)/python -m tests.golden
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow --dist load

@@ -1,64 +1,89 @@
-"""Omnia-Net B0 on CAMUS (Messaoudi et al. 2023, Sect. 2.1.1 and 3.1.1).
+"""Omnia-Net B0 on CAMUS: weight transfer in 2D (Messaoudi et al. 2023, Sect. 2.1.1 and 3.1.1).
 
     python -m xdim_jax.train --config=configs/camus_omnianet.py --config.data.root=/data/CAMUS_public \\
         --workdir=runs/camus
     python -m xdim_jax.train --config=configs/camus_omnianet.py:phantom --workdir=runs/camus-demo  # no data needed, CPU
 
-Words after the colon: ``phantom`` (small phantoms, minutes on two CPU cores; random weights), ``fold=K`` (0 to 4) or
+Words after the colon: ``phantom`` (small phantoms, random weights; minutes on two CPU cores), ``fold=K`` (0 to 4) or
 ``fold=all``, ``scratch`` (random weights instead of noisy-student ones).
 
-Said by the paper: every value that has no comment. Hardware: one GPU of 16 GB (the paper used a Tesla P100), or a CPU:
+A value without a comment is stated in the paper. Hardware: one GPU of 16 GB (the paper used a Tesla P100), or a CPU;
 docs/results.md has measured results.
-Paper's score (Table 2, CAMUS test set), Dice / MAD in mm: LV_endo ED 0.945 / 1.5, ES 0.922 / 1.6; LV_epi ED 0.956 /
-1.8, ES 0.951 / 1.8.
+Score in the paper (Table 2, CAMUS test set), Dice / MAD in mm: LV_endo ED 0.945 / 1.5, ES 0.922 / 1.6; LV_epi ED
+0.956 / 1.8, ES 0.951 / 1.8.
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import common, networks
+from configs import _shared
 
 
 def get_config(arg: str = "") -> Any:
-    """The recipe; ``arg`` holds the words after the colon."""
-    words = common.parse(arg, flags=("phantom", "scratch"))
-    config = common.get_config()
-    config.data = ConfigDict(
+    """Return the recipe; ``arg`` holds the words after the colon."""
+    words = _shared.parse(arg, flags=("phantom", "scratch"))
+    config = _shared.get_config(words)
+    config.data.update(
         {
             "dataset": "camus",
-            "root": "",  # the folder that holds database_nifti, or patient folders
+            "root": "",  # the folder with database_nifti, or with the patient folders
             "views": ("2CH", "4CH"),
             "instants": ("ED", "ES"),
             "quality": ("Good", "Medium", "Poor"),
+            "sampling": "slices",
             "patch": (256, 256),  # the paper does not say
             "batch": 8,  # the paper does not say
             "patches_per_case": 1,
             "foreground": 0.0,
             # images are resampled to one size, whatever their shape
             "prepare": {"crop": "none", "spacing": (), "size": (256, 256), "window": (), "normalise": "zscore"},
-            **common.data(words),
-            "sampling": "slices",
+            # phantoms that are written if there is no root; 0 cases: a root is required
             "phantom": {"cases": 0, "held_out": 0, "shape": (549, 389), "noise": 0.06, "bias": 0.1},
         }
+    )  # no augmentation
+    config.output = "softmax"  # Sect. 2.1.1; Eq. 5 says sigmoid: output=sigmoid has one channel per structure
+    config.model = ConfigDict(
+        {
+            "name": "omnianet",  # paper and released code agree
+            "in_channels": 1,
+            "out_channels": 4,  # background and three structures
+            "encoder": {
+                "name": "efficientnet_b0",
+                "eps": 1e-5,  # as in the released code; the pre-trained weights need 1e-3, see below
+                # as in the released code; the pre-trained weights were trained with "same", which shifts their features
+                # by less than one pixel of their resolution
+                "padding": "symmetric",
+                "drop_path": 0.4,  # as in the released code; the paper does not say, EfficientNet itself has 0.2
+            },
+            "norm": "batch",
+            "activation": "relu",
+            "upsampling": "nearest",
+            "filters": (256, 128, 64, 32, 16),  # of the decoder, coarsest first
+            "deep_supervision": False,  # True: the loss includes logits of coarser decoder stages; not in the paper
+        }
     )
-    config.augment = common.augmentation()  # none
-    config.output = "softmax"  # Sect. 2.1.1; Eq. 5 says sigmoid: output=sigmoid has a channel for each structure
-    config.loss = common.dice_and_entropy()
-    # 1e-5 "defines the end of the training", which -5 % an epoch reach after 66.3; yet trained on "less than 50 epochs"
-    rate = common.schedule("exponential", peak=3e-4)
-    config.optim = common.nadam(rate, b1=0.95, b2=0.99)  # the paper says Nadam; the values are those of the 3D networks
+    # the paper says Nadam; b1 and b2 are those of the 3D networks
+    config.optim.update({"name": "nadam", "b1": 0.95, "b2": 0.99})
+    # -5 % per epoch. A rate of 1e-5 "defines the end of the training", which is reached after 66.3 epochs; yet the
+    # networks were trained for "less than 50 epochs"
+    config.optim.schedule.update({"name": "exponential", "peak": 3e-4, "final": 1e-5, "factor": 0.95})
     config.train.epochs = 50
-    config.model = networks.omnianet("b0", in_channels=1, out_channels=4)  # background and three structures
     config.predict = ConfigDict({"overlap": 0.5, "threshold": 0.5})
-    common.pretrained(config, config.model.encoder, "b0", words)
+    if not {"scratch", "phantom"} & words.keys():  # fetched from the Hugging Face hub at the first use
+        config.init.weights = "tf_efficientnet_b0.ns_jft_in1k"
+        config.init.accept = "padding"
+        config.model.encoder.eps = 1e-3
     if "phantom" in words:
-        config.data.update({"phantom": {"cases": 10, "held_out": 4, "shape": (160, 128)}, "patch": (96, 96)})
-        config.data.update({"prepare": {"size": (96, 96)}})
-        config.data.threads = 2
-        config.model.encoder.drop_path = 0.1
-        config.optim.schedule.peak = 1e-3
-        config.train.epochs = 12
-        config.train.log_every = 4
-        config.train.validate_every = 4
+        _shrink(config)
     return config
+
+
+def _shrink(config: Any) -> None:
+    """Use the same network and recipe at a size that a laptop trains in minutes, on phantoms."""
+    config.data.phantom.update({"cases": 10, "held_out": 4, "shape": (160, 128)})
+    config.data.patch = config.data.prepare.size = (96, 96)
+    config.data.threads = 2
+    config.model.encoder.drop_path = 0.1
+    config.optim.schedule.peak = 1e-3
+    config.train.update({"epochs": 12, "log_every": 4, "validate_every": 4})

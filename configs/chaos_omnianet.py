@@ -1,78 +1,105 @@
-"""Omnia-Net B4 on CHAOS (Messaoudi et al. 2023, Sect. 3.1.2).
+"""Omnia-Net B4 on CHAOS: weight transfer in 2D (Messaoudi et al. 2023, Sect. 2.1.1 and 3.1.2).
 
     python -m xdim_jax.train --config=configs/chaos_omnianet.py --config.data.root=/data/CHAOS/Train_Sets \\
         --workdir=runs/chaos
     python -m xdim_jax.train --config=configs/chaos_omnianet.py:task=2 ...                         # liver on CT alone
     python -m xdim_jax.train --config=configs/chaos_omnianet.py:phantom --workdir=runs/chaos-demo  # no data needed, CPU
 
-Words after the colon: ``task=K``: 1 liver on CT and MR, 2 liver on CT, 3 liver on MR, 4 all organs on CT and MR
-(default: the paper has one network for all tasks), 5 all organs on MR; ``phantom`` (small phantoms and encoder, minutes
-on two CPU cores; random weights), ``fold=K`` (0 to 4) or ``fold=all``, ``scratch`` (random weights instead of
+Words after the colon: ``task=K``: 1 liver on CT and MR, 2 liver on CT, 3 liver on MR, 4 all organs on CT and MR (the
+default, because the paper has one network for all tasks), 5 all organs on MR; ``phantom`` (small phantoms and encoder,
+random weights; minutes on two CPU cores), ``fold=K`` (0 to 4) or ``fold=all``, ``scratch`` (random weights instead of
 noisy-student ones).
 
-In task 4, kidneys and spleen are not annotated on CT: there they count as background in the loss (training/loss.py).
+In task 4, kidneys and spleen are not annotated on CT: there, their probability counts as background in the loss
+(xdim_jax/training/loss.py).
 
-Said by the paper: every value that has no comment. Hardware: one GPU of 16 GB. Not measured by us on a GPU yet.
-Paper's score (Table 4, CHAOS test set), mean score of the tasks 1 to 5: 73.62, 82.98, 72.88, 61.80, 69.32.
+A value without a comment is stated in the paper. Hardware: one GPU of 16 GB. Not measured on a GPU yet.
+Score in the paper (Table 4, CHAOS test set), mean score of the tasks 1 to 5: 73.62, 82.98, 72.88, 61.80, 69.32.
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import common, networks
+from configs import _shared
 
-STRUCTURES = {1: 1, 2: 1, 3: 1, 4: 4, 5: 4}  # of each task
+STRUCTURES = {1: 1, 2: 1, 3: 1, 4: 4, 5: 4}  # number of structures of each task
 
 
 def get_config(arg: str = "") -> Any:
-    """The recipe; ``arg`` holds the words after the colon."""
-    words = common.parse(arg, flags=("phantom", "scratch"), numbers=("fold", "task"))
+    """Return the recipe; ``arg`` holds the words after the colon."""
+    words = _shared.parse(arg, flags=("phantom", "scratch"), numbers=("fold", "task"))
     task = words.get("task", 4)
     if task not in STRUCTURES:
         raise ValueError(f"task={task}: CHAOS has the tasks 1 to 5")
-    config = common.get_config()
-    config.data = ConfigDict(
+    config = _shared.get_config(words)
+    config.data.update(
         {
             "dataset": "chaos",
             "root": "",  # the folder Train_Sets
             "task": task,
-            "phase": "each",  # of T1-DUAL, whose two images share a reference: in, out, each; the paper does not say
+            # the two T1-DUAL images, in- and out-phase, share a reference: in, out, each; the paper does not say
+            "phase": "each",
+            "sampling": "slices",
             "patch": (512, 512),
             "batch": 8,
             "patches_per_case": 1,
             "foreground": 0.0,
-            # the window, in HU, is abdominal soft tissue's; the paper names none. MR is standardised as it is
             "prepare": {
                 "crop": "none",
                 "spacing": (),
                 "size": (512, 512),
+                # centre and width in HU, for abdominal soft tissue on CT; the paper gives none. MR has no window
                 "window": () if task in (3, 5) else (60.0, 400.0),
                 "normalise": "zscore",
             },
-            **common.data(words),
-            "sampling": "slices",
+            # phantoms that are written if there is no root; 0 cases: a root is required
             "phantom": {"cases": 0, "held_out": 0, "shape": (512, 512, 80), "noise": 0.06, "bias": 0.1},
         }
     )
-    # each with probability 0.5; their strengths are not said (xdim_jax/training/augment_table.py)
-    config.augment = common.augmentation(scale=0.5, rotate=0.5, translate=0.5, shear=0.5, window=0.5, noise=0.5)
+    for transform in ("scale", "rotate", "translate", "shear", "window", "noise"):
+        config.augment[transform].p = 0.5  # the paper does not give their strengths
     config.output = "softmax"  # as on CAMUS
-    config.loss = common.dice_and_entropy()
-    # -5 % an epoch reach 1e-5 after 89.8 epochs; the paper does not say how many there were
-    config.optim = common.nadam(common.schedule("exponential", peak=1e-3), b1=0.95, b2=0.99)
+    config.model = ConfigDict(
+        {
+            "name": "omnianet",  # paper and released code agree
+            "in_channels": 1,
+            "out_channels": 1 + STRUCTURES[task],  # background and the structures
+            "encoder": {
+                "name": "efficientnet_b4",
+                "eps": 1e-5,  # as in the released code; the pre-trained weights need 1e-3, see below
+                # as in the released code; the pre-trained weights were trained with "same", which shifts their features
+                # by less than one pixel of their resolution
+                "padding": "symmetric",
+                "drop_path": 0.4,  # as in the released code; the paper does not say, EfficientNet itself has 0.2
+            },
+            "norm": "batch",
+            "activation": "relu",
+            "upsampling": "nearest",
+            "filters": (256, 128, 64, 32, 16),  # of the decoder, coarsest first
+            "deep_supervision": False,  # True: the loss includes logits of coarser decoder stages; not in the paper
+        }
+    )
+    # the paper says Nadam; b1 and b2 are those of the 3D networks
+    config.optim.update({"name": "nadam", "b1": 0.95, "b2": 0.99})
+    # -5 % per epoch reach 1e-5 after 89.8 epochs; the paper does not say how many there were
+    config.optim.schedule.update({"name": "exponential", "peak": 1e-3, "final": 1e-5, "factor": 0.95})
     config.train.epochs = 100
-    config.model = networks.omnianet("b4", in_channels=1, out_channels=1 + STRUCTURES[task])
     config.predict = ConfigDict({"overlap": 0.5, "threshold": 0.5})
-    common.pretrained(config, config.model.encoder, "b4", words)
+    if not {"scratch", "phantom"} & words.keys():  # fetched from the Hugging Face hub at the first use
+        config.init.weights = "tf_efficientnet_b4.ns_jft_in1k"
+        config.init.accept = "padding"
+        config.model.encoder.eps = 1e-3
     if "phantom" in words:
-        config.data.update({"phantom": {"cases": 6, "held_out": 2, "shape": (96, 96, 16)}, "patch": (96, 96)})
-        config.data.update({"prepare": {"size": (96, 96)}})
-        config.data.folds = 3
-        config.data.threads = 2
-        config.model = networks.omnianet("b0", in_channels=1, out_channels=1 + STRUCTURES[task])
-        config.model.encoder.drop_path = 0.1
-        config.train.epochs = 8
-        config.train.log_every = 10
-        config.train.validate_every = 2
+        _shrink(config)
     return config
+
+
+def _shrink(config: Any) -> None:
+    """Use the same recipe with a smaller encoder at a size that a laptop trains in minutes, on phantoms."""
+    config.data.phantom.update({"cases": 6, "held_out": 2, "shape": (96, 96, 16)})
+    config.data.patch = config.data.prepare.size = (96, 96)
+    config.data.folds = 3
+    config.data.threads = 2
+    config.model.encoder.update({"name": "efficientnet_b0", "drop_path": 0.1})
+    config.train.update({"epochs": 8, "log_every": 10, "validate_every": 2})

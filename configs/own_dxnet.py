@@ -4,20 +4,66 @@
     python -m xdim_jax.train --config=configs/own_dxnet.py --config.data.dataset=decathlon \\
         --config.data.root=/data/Task01_BrainTumour --workdir=runs/task01
 
-Channels and structures are those of ``dataset.json``. Set ``--config.data.prepare.spacing`` where voxel sizes vary, and
-a patch that holds the structures (multiples of 32). Words after the colon: ``fold=K``, ``released``,
-``scratch`` (as without it: random weights).
+Channels and structures are those of ``dataset.json``. Set ``--config.data.prepare.spacing`` if voxel sizes vary, and a
+patch that contains the structures (multiples of 32). Words after the colon: ``fold=K``, ``released`` (the network as in
+the released code), ``scratch`` (random weights, which is also the default).
+
+Only the network and the optimiser are from the paper (Sect. 2.2.1 and 3.1.3).
 """
 
 from typing import Any
 
-from configs import common, networks, own
+from ml_collections import ConfigDict
+
+from configs import _shared
 
 
 def get_config(arg: str = "") -> Any:
-    """The recipe; ``arg`` holds the words after the colon."""
-    words = common.parse(arg, flags=("released", "scratch"))
-    config = own.get_config(words)
-    config.data.patch = (96, 96, 96)
-    config.model = networks.dxnet(in_channels=0, out_channels=0, released="released" in words)  # 0: from the data
+    """Return the recipe; ``arg`` holds the words after the colon."""
+    words = _shared.parse(arg, flags=("released", "scratch"))
+    config = _shared.get_config(words)
+    config.data.update(
+        {
+            "dataset": "nnunet",  # nnunet or decathlon: a folder with dataset.json, imagesTr and labelsTr
+            "root": "",
+            "patch": (96, 96, 96),
+            "batch": 2,
+            "patches_per_case": 4,  # per epoch
+            "foreground": 0.5,  # share of patches with a voxel of a structure
+            # spacing: mm along D,H,W to resample to, 0 keeps an axis; size: pixels H,W of every slice; window: centre
+            # and width in HU. Empty: unchanged
+            "prepare": {"crop": "none", "spacing": (), "size": (), "window": (), "normalise": "zscore"},
+            "phantom": {"cases": 0},
+        }
+    )
+    for transform in ("scale", "rotate", "translate", "noise", "brightness", "contrast", "gamma"):
+        config.augment[transform].p = 0.3
+    config.augment.blur.p = config.augment.lowres.p = 0.1
+    config.augment.rotate.plane = True  # slices are often thicker than pixels are wide: rotate in their plane
+    config.model = ConfigDict(
+        {
+            "name": "dxnet",
+            "in_channels": 0,  # from the data
+            "out_channels": 0,  # from the data
+            "encoder": {
+                "name": "efficientnet_b0",
+                "eps": 1e-5,  # as in the released code; weights of timm's tf_* models need 1e-3
+                # as in the released code; weights of timm's tf_* models were trained with "same"
+                "padding": "symmetric",
+                "drop_path": 0.4,  # as in the released code; the paper does not say, EfficientNet itself has 0.2
+            },
+            "norm": "batch" if "released" in words else "instance",
+            "activation": "silu",
+            "upsampling": "transposed",
+            "filters": (256, 128, 64, 32, 16),  # of the decoder, coarsest first
+            "deep_supervision": False,  # True: the loss includes logits of coarser decoder stages
+            # the axis that the 2D encoder does not have; "edge" and "slice" make inflation exact (nets/inflate.py)
+            "depth": {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)},
+        }
+    )
+    config.optim.update({"name": "nadam", "b1": 0.95, "b2": 0.99, "lookahead": {"period": 6, "step_size": 0.5}})
+    config.optim.schedule.update({"name": "constant_then_cosine", "peak": 1e-3, "final": 1e-5, "constant_epochs": 50})
+    config.train.epochs = 100
+    config.train.validate_after_score = 0.5  # mean training Dice of an epoch
+    config.predict = ConfigDict({"overlap": 0.5, "threshold": 0.5})
     return config

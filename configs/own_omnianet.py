@@ -4,21 +4,64 @@
         --config.init.weights=b0.safetensors --config.model.encoder.eps=1e-3 --config.init.accept=padding \\
         --workdir=runs/own
 
-Channels and structures are those of ``dataset.json``. An epoch visits every slice once; slices are resampled to the
-size of the patch (multiples of 32). Words after the colon: ``fold=K``, ``scratch``
-(as without it: random weights).
+Channels and structures are those of ``dataset.json``. An epoch has every slice once; slices are resampled to the size
+of the patch (multiples of 32). Words after the colon: ``fold=K``, ``scratch`` (random weights, which is also the
+default).
+
+Only the network and the optimiser are from the paper (Sect. 2.1.1 and 3.1.3).
 """
 
 from typing import Any
 
-from configs import common, networks, own
+from ml_collections import ConfigDict
+
+from configs import _shared
 
 
 def get_config(arg: str = "") -> Any:
-    """The recipe; ``arg`` holds the words after the colon."""
-    config = own.get_config(common.parse(arg, flags=("scratch",)))
-    config.data.patch = config.data.prepare.size = (256, 256)
-    config.data.sampling = "slices"
-    config.data.batch = 8
-    config.model = networks.omnianet("b0", in_channels=0, out_channels=0)  # 0: from the data
+    """Return the recipe; ``arg`` holds the words after the colon."""
+    config = _shared.get_config(_shared.parse(arg, flags=("scratch",)))
+    config.data.update(
+        {
+            "dataset": "nnunet",  # nnunet or decathlon: a folder with dataset.json, imagesTr and labelsTr
+            "root": "",
+            "sampling": "slices",
+            "patch": (256, 256),
+            "batch": 8,
+            "patches_per_case": 4,  # not used with slices
+            "foreground": 0.5,  # not used with slices
+            # spacing: mm along D,H,W to resample to, 0 keeps an axis; size: pixels H,W of every slice; window: centre
+            # and width in HU. Empty: unchanged
+            "prepare": {"crop": "none", "spacing": (), "size": (256, 256), "window": (), "normalise": "zscore"},
+            "phantom": {"cases": 0},
+        }
+    )
+    for transform in ("scale", "rotate", "translate", "noise", "brightness", "contrast", "gamma"):
+        config.augment[transform].p = 0.3
+    config.augment.blur.p = config.augment.lowres.p = 0.1
+    config.augment.rotate.plane = True
+    config.model = ConfigDict(
+        {
+            "name": "omnianet",
+            "in_channels": 0,  # from the data
+            "out_channels": 0,  # from the data
+            "encoder": {
+                "name": "efficientnet_b0",
+                "eps": 1e-5,  # as in the released code; weights of timm's tf_* models need 1e-3
+                # as in the released code; weights of timm's tf_* models were trained with "same"
+                "padding": "symmetric",
+                "drop_path": 0.4,  # as in the released code; the paper does not say, EfficientNet itself has 0.2
+            },
+            "norm": "batch",
+            "activation": "relu",
+            "upsampling": "nearest",
+            "filters": (256, 128, 64, 32, 16),  # of the decoder, coarsest first
+            "deep_supervision": False,  # True: the loss includes logits of coarser decoder stages
+        }
+    )
+    config.optim.update({"name": "nadam", "b1": 0.95, "b2": 0.99, "lookahead": {"period": 6, "step_size": 0.5}})
+    config.optim.schedule.update({"name": "constant_then_cosine", "peak": 1e-3, "final": 1e-5, "constant_epochs": 50})
+    config.train.epochs = 100
+    config.train.validate_after_score = 0.5  # mean training Dice of an epoch
+    config.predict = ConfigDict({"overlap": 0.5, "threshold": 0.5})
     return config

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from scipy import ndimage
 
-from configs import common
+from configs import _shared
 from xdim_jax.base.errors import UserError
 from xdim_jax.data import regions
 from xdim_jax.inference import output
@@ -333,7 +333,7 @@ def test_the_step_trains_on_what_augmentation_gives(rng):
     """A step with a function that blanks the labels is the step on blank labels."""
     graphdef, params, stats = split_model(Scale())
     tx = optax.sgd(0.1)
-    parts = graphdef, loss.make_loss(common.dice_and_entropy(), "sigmoid", 1), PLANE, tx
+    parts = graphdef, loss.make_loss(_shared.get_config({}).loss, "sigmoid", 1), PLANE, tx
     batch = {"image": rng.normal(size=(2, 8, 8, 1)).astype(np.float32), "label": np.ones((2, 8, 8), np.uint8)}
     blank = batch | {"label": np.zeros((2, 8, 8), np.uint8)}
 

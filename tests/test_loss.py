@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs import common
+from configs import _shared
 from xdim_jax.base.errors import UserError
 from xdim_jax.data import regions
 from xdim_jax.inference.output import make_output
@@ -24,10 +24,13 @@ WEIGHTS = (0.5, 2.0, 1.0, 0.25)
 ANNOTATED = np.array([[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 0, 0]], bool)
 
 
+def section(**keys):
+    """The ``loss`` section of a config."""
+    return _shared.get_config({}).loss.to_dict() | keys
+
+
 def make(name, activation, channels, **keys):
-    config = common.dice_and_entropy(name)
-    config.update(keys)
-    return loss.make_loss(config, activation, channels)
+    return loss.make_loss(section(name=name, **keys), activation, channels)
 
 
 def sample(rng, activation, annotated=None):
@@ -119,7 +122,7 @@ def test_cross_entropy_is_pytorchs_function(rng, doubles, weights):
 def test_single_precision_jit_and_2d(rng, name, activation):
     logits, masks = sample(rng, activation, ANNOTATED)
     logits, masks = logits[:, 0], masks[:, 0]
-    config = common.dice_and_entropy(name).to_dict()
+    config = section(name=name)
     function = jax.jit(loss.make_loss(config, activation, CHANNELS))
     value, _ = function(jnp.asarray(logits, jnp.float32), masks, ANNOTATED)
     assert value.dtype == jnp.float32
@@ -357,20 +360,20 @@ def test_voxels_of_classes_without_weight_do_not_make_the_loss_nan():
     ],
 )
 def test_misuses_are_refused(keys, activation, words):
-    config = common.dice_and_entropy().to_dict() | keys
+    config = section() | keys
     with pytest.raises(UserError, match=words):
         loss.make_loss(config, activation, 3)
 
 
 def test_every_problem_is_told_at_once():
-    config = common.dice_and_entropy().to_dict() | {"dice": "x", "cross_entropy": "y", "eps": 0.0, "weights": (1.0,)}
+    config = section() | {"dice": "x", "cross_entropy": "y", "eps": 0.0, "weights": (1.0,)}
     with pytest.raises(UserError) as error:
         loss.make_loss(config, "softmax", 3)
     assert all(f"config.loss.{key}=" in str(error.value) for key in ("dice", "cross_entropy", "eps", "weights"))
 
 
 def test_infinite_weights_are_refused():
-    config = common.dice_and_entropy().to_dict() | {"weights": (1.0, math.inf)}
+    config = section() | {"weights": (1.0, math.inf)}
     with pytest.raises(UserError):
         loss.make_loss(config, "softmax", 2)
 

@@ -93,7 +93,7 @@ TABLE = {
     "processes without a meeting place": (
         "train",
         f"{CAMUS} --workdir={{new}} --processes=2",
-        ["go with --coordinator"],
+        ["--processes", "--coordinator"],
     ),
     "a pack without folds": ("train", f"{CAMUS} --workdir={{new}} --pack=3", ["--pack=3", "fold=all"]),
     # data

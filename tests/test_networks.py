@@ -1,8 +1,5 @@
 """The encoders and the three networks: sizes, parameter counts, modes, forms, and what is refused."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,17 +121,19 @@ def test_recipes_have_the_papers_parameters(name):
     assert count(networks.build_abstract(config.model)) == CONFIGS[name]
 
 
-@pytest.mark.parametrize("name", ["omnianet-b0", "omnianet-b4", "dxnet", "dsnet"])
-def test_released_variants_are_what_released_files_hold(name):
-    """configs/networks.py and the port, which cannot import it, agree."""
-    sys.path.insert(0, str(Path.cwd()))
-    from configs import networks
-
-    make, _, size = name.partition("net-") if "-" in name else (name, "", "")
-    options = {"in_channels": 4, "out_channels": 3} | ({} if size else {"released": True})  # Omnia-Net has no two forms
-    section = getattr(networks, f"{make}net" if size else make)(*([size] if size else []), **options)
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("omnianet-b0", "camus_omnianet:scratch"),
+        ("omnianet-b4", "chaos_omnianet:scratch"),
+        ("dxnet", "brats_dxnet:released"),
+        ("dsnet", "brats_dsnet:released"),
+    ],
+)
+def test_released_variants_are_what_released_files_hold(name, recipe):
+    """The recipes and the port, which does not import them, agree."""
     held = named(networks.plain(authors.NETWORKS[name]))
-    stated = named(networks.plain(section))
+    stated = named(networks.plain(load_config(recipe, []).model))
     read = {"in_channels", "out_channels", "norm", "filters", "images", "inner.norm", "inner.filters"}
     assert {k: v for k, v in stated.items() if k not in read} == held
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 import torch
 
-from configs import common
+from configs import _shared
 from tests.conftest import TOY_MODEL
 from xdim_jax.base.errors import UserError
 from xdim_jax.nets import networks
@@ -27,8 +27,10 @@ CONSTANT = 1e6  # momentum_decay with which PyTorch's momentum is b1 from the fi
 
 
 def make_config(name="nadam", *, b1=0.9, b2=0.999, lookahead=0, rate=None, **keys):
-    config = common.nadam(rate or common.schedule("exponential", peak=1e-3), b1=b1, b2=b2, lookahead=lookahead)
-    config.update({"name": name, **keys})
+    config = _shared.get_config({}).optim
+    config.update({"b1": b1, "b2": b2, "lookahead": {"period": lookahead}, "name": name, **keys})
+    if rate is not None:
+        config.schedule = rate
     return config
 
 
@@ -382,7 +384,9 @@ def test_a_lookahead_pair_starts_equal_and_without_there_is_one_copy():
 
 
 def make_schedule(name, *, epochs, per_epoch, **keys):
-    return optim.make_schedule(common.schedule(name, **keys), epochs=epochs, per_epoch=per_epoch)
+    section = _shared.get_config({}).optim.schedule.to_dict()
+    assert keys.keys() <= section.keys()
+    return optim.make_schedule(section | {"name": name, **keys}, epochs=epochs, per_epoch=per_epoch)
 
 
 def rates_at(schedule, steps):
@@ -489,6 +493,6 @@ def test_unknown_names_list_the_known_ones():
 @pytest.mark.parametrize("key", ["peak", "final"])
 @pytest.mark.parametrize("value", [0.0, -1e-3, math.nan, math.inf])
 def test_rates_that_are_not_positive_are_refused(key, value):
-    config = common.schedule("exponential", peak=1e-3).to_dict() | {key: value}
+    config = _shared.get_config({}).optim.schedule.to_dict() | {key: value}
     with pytest.raises(UserError, match=f"optim.schedule.{key}={value}: expected a positive learning rate"):
         optim.make_schedule(config, epochs=1, per_epoch=1)

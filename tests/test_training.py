@@ -10,9 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
-from configs import common
+from configs import _shared
 from tests.conftest import TOY_MODEL, toy_model
 from xdim_jax.base import log, signals
+from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.data import regions
 from xdim_jax.inference import output
@@ -23,8 +24,8 @@ from xdim_jax.runs.records import METRICS_FILE, close_recorder, open_recorder, r
 from xdim_jax.runs.state import TrainState, init_state
 from xdim_jax.training import loop, loss, mesh, optim, step, step_metrics, validation
 
-OPTIM = common.nadam_lookahead(constant_epochs=40).to_dict()
-LOSS = common.dice_and_entropy().to_dict()
+RECIPE = load_config("brats_dxnet:scratch", [])
+OPTIM, LOSS = RECIPE.optim.to_dict(), RECIPE.loss.to_dict()
 BRATS = output.Output("sigmoid", regions.BRATS, regions.TISSUES)
 PLANE = output.Output("sigmoid", regions.Regions({"one": (1,)}), ("background", "one"))
 
@@ -39,7 +40,7 @@ def make_run(tmp_path, **options):
     settings = {
         "epochs": 3, "checkpoint_minutes": 99.0, "log_every": 100, "validate_every": 1, "validate_after_score": 0
     }  # fmt: skip
-    settings = common.get_config().train.to_dict() | settings
+    settings = _shared.get_config({}).train.to_dict() | settings
     fields = {
         "per_epoch": 4,
         "step": count,

@@ -13,8 +13,6 @@ from ml_collections.config_flags import config_flags
 
 from xdim_jax.base.errors import UserError
 
-_NOT_RECIPES = ("__init__", "common", "networks", "brats", "own")  # what the recipes in configs/ import
-
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 
 
@@ -31,7 +29,7 @@ def load_config(spec: str, overrides: Sequence[str]) -> Config:
     """
     name, _, variant = spec.partition(":")
     path = _find_config(name)
-    for folder in (shipped_configs().parent, path.parent.parent.absolute()):  # a config imports configs.common
+    for folder in (shipped_configs().parent, path.parent.parent.absolute()):  # a recipe imports configs._shared
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
     module_spec = importlib.util.spec_from_file_location("xdim_config", path)
@@ -77,8 +75,8 @@ def shipped_configs() -> Path:
 
 
 def shipped_recipes() -> list[str]:
-    """Their names, for ``--config``."""
-    return sorted(path.stem for path in shipped_configs().glob("*.py") if path.stem not in _NOT_RECIPES)
+    """Return the names of the recipes, for ``--config``. Files whose names start with an underscore are not recipes."""
+    return sorted(path.stem for path in shipped_configs().glob("*.py") if not path.stem.startswith("_"))
 
 
 def _find_config(name: str) -> Path:

@@ -1,8 +1,8 @@
 """Memory and floating-point operations of a training step and of prediction, before anything runs.
 
 A program is compiled for the devices of this machine, with shapes in place of arrays, so neither data nor memory for
-the arrays is needed. Memory is what the compiler reserves per device: state, batch and temporaries. Operations are those of
-the mathematics, for all devices together; a multiply-add counts as two.
+the arrays is needed. Memory is what the compiler reserves per device: state, batch and temporaries. Operations are
+those of the mathematics, for all devices together; a multiply-add counts as two.
 """
 
 import dataclasses
