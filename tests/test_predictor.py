@@ -1,8 +1,15 @@
 """Networks from Python: arrays in any order of their axes, files of every kind, ensembles that do not go together."""
 
 import json
+import logging
+import os
 import shutil
+import signal
+import sys
+import threading
+import warnings
 
+import jax
 import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
@@ -76,6 +83,34 @@ def image():
 @pytest.fixture(scope="module")
 def found(predictor, image):
     return predictor.predict(image, spacing=(2.0, 1.0, 1.0))
+
+
+def process_state():
+    """What belongs to the process that uses this package as a library, and must not be changed by it."""
+    loggers = [logging.getLogger(), *(logging.getLogger(name) for name in sorted(logging.root.manager.loggerDict))]
+    return {
+        "levels": {logger.name: logger.level for logger in loggers},
+        "handlers": {logger.name: list(logger.handlers) for logger in loggers},
+        "log filters": {logger.name: list(logger.filters) for logger in loggers},
+        "warnings": list(warnings.filters),
+        "hooks": (sys.unraisablehook, sys.excepthook, threading.excepthook),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+        "environment": dict(os.environ),
+        "jax": dict(jax.config.values),
+    }
+
+
+def test_library_calls_leave_the_process_as_it_was(workdir, image, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("absl"), "level", logging.INFO)
+    monkeypatch.setattr(logging.getLogger("asyncio"), "level", logging.DEBUG)
+    before = process_state()
+    xdim_jax.load_model(workdir)
+    xdim_jax.Predictor(workdir).predict(image)
+    after = process_state()
+    new = after["levels"].keys() - before["levels"].keys()  # libraries may create loggers of their own
+    for key in ("levels", "handlers", "log filters"):
+        after[key] = {name: value for name, value in after[key].items() if name not in new}
+    assert {key for key in before if before[key] != after[key]} == set()
 
 
 def test_an_array_gives_labels_probabilities_and_uncertainty(predictor, found, image):

@@ -25,6 +25,7 @@ from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.signals import REQUEUE, catch_signals
 from xdim_jax.ops.compilation import cache_programs
+from xdim_jax.runs import checkpoint
 from xdim_jax.sweeps import study as studies
 from xdim_jax.sweeps.arguments import add_study_arguments, storage_of
 from xdim_jax.sweeps.dry import rehearse
@@ -119,6 +120,7 @@ def main(argv: Sequence[str]) -> int:
         beat = min(studies.BEAT, options.grace / 4)
         if options.pack:
             cache_programs()
+            checkpoint.quieten_process()
             packed = PackedWorker(
                 study, job, stop, slots=options.pack, layout=options.layout, beat=beat, grace=options.grace
             )

@@ -19,6 +19,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.signals import REQUEUE, catch_signals, listen
 from xdim_jax.data.splits import ALL_FOLDS
 from xdim_jax.ops.compilation import cache_programs
+from xdim_jax.runs import checkpoint
 from xdim_jax.training import crossval, mesh, pack
 from xdim_jax.training.check import resolve_config
 from xdim_jax.training.train import train_one_by_one, train_run
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
         if options.pack:
             pack.check_packable(resolved, options.pack, options.layout)
         cache_programs()
+        checkpoint.quieten_process()
         with bucket.workdir(options.workdir, writes=not jax.process_index()) as workdir:
             mesh.barrier("fetched")  # every process has read the bucket before process 0 changes it
             separate_disks = bucket.is_address(options.workdir)

@@ -100,7 +100,7 @@ def _arrays(folder: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: it cannot be read.
     """
-    checkpoint.quieten_orbax()
+    checkpoint.quieten_process()
     item = next((folder / name for name in ("state", "weights") if (folder / name).is_dir()), folder)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:

@@ -4,6 +4,7 @@
 <workdir>/best/<step>/          weights and running statistics of the best validation
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -12,7 +13,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,38 @@ class Checkpoints:
     alone: bool = False
 
 
-def quieten_orbax() -> None:
-    """orbax logs every save at INFO; and when one write fails, which it raises, every other array of that save
-    complains as well: in the logs, of coroutines never awaited, and of a closed event loop."""
-    for name in ("absl", "asyncio"):
+_LOGGERS = ("absl", "asyncio")  # orbax logs every save and restore at INFO
+
+
+def quieten_process() -> None:
+    """Silence messages of orbax for the rest of the process. For entry points only, because it changes global state.
+
+    If a write fails, orbax raises an error, and in addition every other array of that save logs, warns that a coroutine
+    was never awaited, or reports a closed event loop. These messages come from background threads, at any time.
+    """
+    for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    sys.unraisablehook = _without_closed_loops
+    sys.unraisablehook = _ignore_closed_loops
 
 
-def _without_closed_loops(event: Any) -> None:
+def _ignore_closed_loops(event: Any) -> None:
     if str(event.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(event)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the log of orbax inside the block, and restore the levels of its loggers afterwards."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def exist(workdir: Path) -> bool:
@@ -71,7 +92,6 @@ def open_checkpoints(
 
     ``alone``: see `Checkpoints`; of no effect where there is one process.
     """
-    quieten_orbax()
     alone = alone and jax.process_count() > 1
     if alone and jax.process_index():
         return Checkpoints(None, None, alone)
@@ -254,7 +274,6 @@ def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]
     Raises:
         UserError: the workdir has no checkpoint, or it does not fit the network.
     """
-    quieten_orbax()
     for _ in range(_TRIES):
         if best := _newest(workdir / BEST_FOLDER):
             folder, source = best / "weights", f"best validation, step {best.name}"
@@ -266,7 +285,8 @@ def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]
                 f"with python -m xdim_jax.train --config=... --workdir={workdir}"
             )
         try:
-            return *_read(folder, {"params": params, "stats": stats}), source
+            with _quiet():
+                return *_read(folder, {"params": params, "stats": stats}), source
         except (ValueError, KeyError, OSError) as error:
             now = _newest(workdir / BEST_FOLDER) or _newest(workdir / LATEST_FOLDER)
             if now != folder.parent:  # a run that goes on put newer weights in its place
