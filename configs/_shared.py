@@ -35,6 +35,11 @@ def parse(arg: str, flags: tuple[str, ...], numbers: tuple[str, ...] = ("fold",)
     return words
 
 
+def section(values: dict[str, Any]) -> Any:
+    """Return a section of a config."""
+    return ConfigDict(values)
+
+
 def get_config(words: Words) -> Any:
     """Return a config with every key that does not depend on the recipe."""
     config: Any = ConfigDict()

@@ -19,8 +19,6 @@ ET 83.88 / 89.74.
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from configs import _shared
 
 
@@ -44,7 +42,7 @@ def get_config(arg: str = "") -> Any:
             "phantom": {"cases": 0, "held_out": 0, "shape": (240, 240, 155), "noise": 0.06, "bias": 0.1},
         }
     )  # no augmentation (Sect. 3.1.3)
-    config.model = ConfigDict(
+    config.model = _shared.section(
         {
             "name": "dxnet",
             "in_channels": 4,  # released code: 1
@@ -74,7 +72,7 @@ def get_config(arg: str = "") -> Any:
     config.optim.schedule.update({"name": "constant_then_cosine", "peak": 1e-3, "final": 1e-5, "constant_epochs": 40})
     config.train.epochs = 90
     config.train.validate_after_score = 0.85  # mean training Dice of an epoch, over the three regions
-    config.predict = ConfigDict(
+    config.predict = _shared.section(
         {
             "overlap": 0.5,  # of neighbouring windows; the paper does not say
             "threshold": 0.5,

@@ -15,8 +15,6 @@ Score in the paper (Table 2, CAMUS test set), Dice / MAD in mm: LV_endo ED 0.945
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from configs import _shared
 
 
@@ -43,7 +41,7 @@ def get_config(arg: str = "") -> Any:
         }
     )  # no augmentation
     config.output = "softmax"  # Sect. 2.1.1; Eq. 5 says sigmoid: output=sigmoid has one channel per structure
-    config.model = ConfigDict(
+    config.model = _shared.section(
         {
             "name": "omnianet",  # paper and released code agree
             "in_channels": 1,
@@ -69,7 +67,7 @@ def get_config(arg: str = "") -> Any:
     # networks were trained for "less than 50 epochs"
     config.optim.schedule.update({"name": "exponential", "peak": 3e-4, "final": 1e-5, "factor": 0.95})
     config.train.epochs = 50
-    config.predict = ConfigDict({"overlap": 0.5, "threshold": 0.5})
+    config.predict = _shared.section({"overlap": 0.5, "threshold": 0.5})
     if not {"scratch", "phantom"} & words.keys():  # fetched from the Hugging Face hub at the first use
         config.init.weights = "tf_efficientnet_b0.ns_jft_in1k"
         config.init.accept = "padding"

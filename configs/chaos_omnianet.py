@@ -19,8 +19,6 @@ Score in the paper (Table 4, CHAOS test set), mean score of the tasks 1 to 5: 73
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from configs import _shared
 
 STRUCTURES = {1: 1, 2: 1, 3: 1, 4: 4, 5: 4}  # number of structures of each task
@@ -60,7 +58,7 @@ def get_config(arg: str = "") -> Any:
     for transform in ("scale", "rotate", "translate", "shear", "window", "noise"):
         config.augment[transform].p = 0.5  # the paper does not give their strengths
     config.output = "softmax"  # as on CAMUS
-    config.model = ConfigDict(
+    config.model = _shared.section(
         {
             "name": "omnianet",  # paper and released code agree
             "in_channels": 1,
@@ -85,7 +83,7 @@ def get_config(arg: str = "") -> Any:
     # -5 % per epoch reach 1e-5 after 89.8 epochs; the paper does not say how many there were
     config.optim.schedule.update({"name": "exponential", "peak": 1e-3, "final": 1e-5, "factor": 0.95})
     config.train.epochs = 100
-    config.predict = ConfigDict({"overlap": 0.5, "threshold": 0.5})
+    config.predict = _shared.section({"overlap": 0.5, "threshold": 0.5})
     if not {"scratch", "phantom"} & words.keys():  # fetched from the Hugging Face hub at the first use
         config.init.weights = "tf_efficientnet_b4.ns_jft_in1k"
         config.init.accept = "padding"

@@ -13,8 +13,6 @@ Only the network and the optimiser are from the paper (Sect. 2.2.1 and 3.1.3).
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from configs import _shared
 
 
@@ -40,7 +38,7 @@ def get_config(arg: str = "") -> Any:
         config.augment[transform].p = 0.3
     config.augment.blur.p = config.augment.lowres.p = 0.1
     config.augment.rotate.plane = True  # slices are often thicker than pixels are wide: rotate in their plane
-    config.model = ConfigDict(
+    config.model = _shared.section(
         {
             "name": "dxnet",
             "in_channels": 0,  # from the data
@@ -65,5 +63,5 @@ def get_config(arg: str = "") -> Any:
     config.optim.schedule.update({"name": "constant_then_cosine", "peak": 1e-3, "final": 1e-5, "constant_epochs": 50})
     config.train.epochs = 100
     config.train.validate_after_score = 0.5  # mean training Dice of an epoch
-    config.predict = ConfigDict({"overlap": 0.5, "threshold": 0.5})
+    config.predict = _shared.section({"overlap": 0.5, "threshold": 0.5})
     return config

@@ -9,16 +9,10 @@ import numpy as np
 from weight_port.sources import import_timm, import_torch
 from weight_port.timm_models import TimmName
 from xdim_jax.inference.model import make_model
+from xdim_jax.nets.encoders import get_family
 from xdim_jax.nets.weights import Weights
 
 SIZE = 64  # pixels of the probe image's side
-_TAPS = {
-    "efficientnet": ("bn1", "blocks.1", "blocks.2", "blocks.4", "blocks.6"),
-    "resnet": ("act1", "layer1", "layer2", "layer3", "layer4"),
-    "vgg16": ("features.12", "features.22", "features.32", "features.42", "features.43"),
-    "vgg19": ("features.12", "features.25", "features.38", "features.51", "features.52"),
-    "convnext": (None, "stages.0", "stages.1", "stages.2", "stages.3"),
-}
 
 
 def timm_features(model: Any, encoder: str, image: Any) -> list[Any]:
@@ -26,7 +20,7 @@ def timm_features(model: Any, encoder: str, image: Any) -> list[Any]:
 
     timm's own ``features_only`` taps other layers than the paper's networks use.
     """
-    taps = next(taps for family, taps in _TAPS.items() if encoder.startswith(family))
+    taps = get_family(encoder).taps[encoder]
     found: dict[str, Any] = {}
     handles = [
         model.get_submodule(tap).register_forward_hook(

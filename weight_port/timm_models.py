@@ -10,7 +10,7 @@ import numpy as np
 from weight_port.names import export_state, import_state
 from weight_port.sources import Source, download, import_timm, read_source
 from xdim_jax.base.errors import UserError
-from xdim_jax.nets.encoders import CONVENTIONS, ENCODERS, get_family
+from xdim_jax.nets.encoders import FAMILIES, get_family
 from xdim_jax.nets.weights import Weights, abstract_encoder
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -18,21 +18,8 @@ HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 # how the images of a training were normalised; other tags are asked of timm where it is installed
 INPUTS = {"ns_jft_in1k": IMAGENET, "aa_in1k": IMAGENET, "in1k": IMAGENET, "ra_in1k": IMAGENET, "ap_in1k": HALF}
 
-_SYMMETRIC = CONVENTIONS["authors"]  # also timm's for all that were not trained in TensorFlow
-
-
-def _architectures() -> dict[str, tuple[str, dict[str, Any]]]:
-    table: dict[str, tuple[str, dict[str, Any]]] = {}
-    for i in range(8):
-        table[f"tf_efficientnet_b{i}"] = (f"efficientnet_b{i}", CONVENTIONS["timm"])
-        table[f"efficientnet_b{i}"] = (f"efficientnet_b{i}", _SYMMETRIC)
-    for name in ENCODERS:
-        if not name.startswith("efficientnet"):
-            table[name] = (name, _SYMMETRIC | ({"eps": 1e-6} if name.startswith("convnext") else {}))
-    return table
-
-
-ARCHITECTURES = _architectures()  # timm's architecture to our encoder and its convention
+# timm's architecture to our encoder, and the padding and eps of its training
+ARCHITECTURES = {name: known for family in FAMILIES for name, known in family.timm.items()}
 
 
 class TimmName(NamedTuple):

@@ -11,17 +11,13 @@ from typing import Any
 from flax import nnx
 
 from xdim_jax.nets.encoders import convnext, efficientnet, resnet, vgg
-from xdim_jax.nets.encoders.family import Family
+from xdim_jax.nets.encoders.family import CONVENTIONS, Family
 from xdim_jax.nets.layers import Depth, Style
 
 FAMILIES: tuple[Family, ...] = (efficientnet.FAMILY, resnet.FAMILY, vgg.FAMILY, convnext.FAMILY)
-ENCODERS: dict[str, Family] = {name: family for family in FAMILIES for name in family.members}
+__all__ = ["CONVENTIONS", "ENCODERS", "FAMILIES", "Family", "get_family", "make_encoder"]
 
-# how weights were trained: TensorFlow's EfficientNets as timm carries them (``tf_*``), and the authors' released files
-CONVENTIONS: dict[str, dict[str, Any]] = {
-    "timm": {"padding": "same", "eps": 1e-3},
-    "authors": {"padding": "symmetric", "eps": 1e-5},
-}
+ENCODERS: dict[str, Family] = {name: family for family in FAMILIES for name in family.members}
 
 
 def get_family(name: str) -> Family:

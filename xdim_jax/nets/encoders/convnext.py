@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from xdim_jax import ops
-from xdim_jax.nets.encoders.family import Family
+from xdim_jax.nets.encoders.family import SYMMETRIC, Family
 from xdim_jax.nets.layers import Conv, Dense, DropPath, LayerNorm, Style, filled
 
 REPEATS = {"convnext_tiny": (3, 3, 9, 3)}
@@ -106,4 +106,11 @@ class ConvNeXt(nnx.Module):
         return features
 
 
-FAMILY = Family(members=tuple(REPEATS), stem="stem.0", make=ConvNeXt, unused=("head.",))
+FAMILY = Family(
+    members=tuple(REPEATS),
+    stem="stem.0",
+    make=ConvNeXt,
+    unused=("head.",),
+    timm={name: (name, {**SYMMETRIC, "eps": 1e-6}) for name in REPEATS},
+    taps=dict.fromkeys(REPEATS, (None, "stages.0", "stages.1", "stages.2", "stages.3")),
+)

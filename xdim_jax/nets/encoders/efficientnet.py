@@ -11,7 +11,7 @@ import math
 import jax
 from flax import nnx
 
-from xdim_jax.nets.encoders.family import Family
+from xdim_jax.nets.encoders.family import CONVENTIONS, SYMMETRIC, Family
 from xdim_jax.nets.layers import Conv, DropPath, Norm, SqueezeExcite, Style
 
 
@@ -167,9 +167,14 @@ class EfficientNet(nnx.Module):
         return features
 
 
+_MEMBERS = tuple(f"{PREFIX}{size}" for size in SCALING)
+_IN_TIMM = tuple(name for name in _MEMBERS if not name.endswith("toy"))
 FAMILY = Family(
-    members=tuple(f"{PREFIX}{size}" for size in SCALING),
+    members=_MEMBERS,
     stem="conv_stem",
     make=EfficientNet,
     unused=("conv_head.", "bn2.", "classifier."),
+    timm={f"tf_{name}": (name, CONVENTIONS["timm"]) for name in _IN_TIMM}
+    | {name: (name, SYMMETRIC) for name in _IN_TIMM},
+    taps=dict.fromkeys(_MEMBERS, ("bn1", "blocks.1", "blocks.2", "blocks.4", "blocks.6")),
 )

@@ -1,20 +1,32 @@
-"""What an encoder family says about itself."""
+"""What an encoder family states about itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+# how weights were trained: TensorFlow's EfficientNets in timm (``tf_*``), and the files that the authors released
+CONVENTIONS: dict[str, dict[str, Any]] = {
+    "timm": {"padding": "same", "eps": 1e-3},
+    "authors": {"padding": "symmetric", "eps": 1e-5},
+}
+SYMMETRIC = CONVENTIONS["authors"]  # also the convention of timm's models that were not trained in TensorFlow
 
 
 class Family(NamedTuple):
-    """An encoder family. The attributes of its module are named as timm's, so that a weight's path is its name there.
+    """An encoder family. The attributes of its module have timm's names, so the path of a weight is its name in timm.
 
     Attributes:
-        members: names that a config may give.
-        stem: path of the convolution that meets the image.
-        make: ``(name, channels, *, style, drop_path, rngs)`` to the module.
-        unused: prefixes of timm's weights that no segmentation network calls (the classifier).
+        members: Names that a config may give.
+        stem: Path of the first convolution.
+        make: Function ``(name, channels, *, style, drop_path, rngs)`` that builds the module.
+        unused: Prefixes of timm's weights that no segmentation network uses (the classifier).
+        timm: timm's architectures, each with the member that it is and the padding and eps of its training.
+        taps: For each member, the layers of timm's model whose outputs are the five features; None for a level
+            without a feature.
     """
 
     members: tuple[str, ...]
     stem: str
     make: Callable[..., Any]
     unused: tuple[str, ...]
+    timm: Mapping[str, tuple[str, Mapping[str, Any]]]
+    taps: Mapping[str, tuple[str | None, ...]]

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from xdim_jax import ops
-from xdim_jax.nets.encoders.family import Family
+from xdim_jax.nets.encoders.family import SYMMETRIC, Family
 from xdim_jax.nets.layers import Conv, DropPath, Norm, Style
 
 REPEATS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
@@ -101,4 +101,11 @@ class ResNet(nnx.Module):
         return features
 
 
-FAMILY = Family(members=tuple(REPEATS), stem="conv1", make=ResNet, unused=("fc.",))
+FAMILY = Family(
+    members=tuple(REPEATS),
+    stem="conv1",
+    make=ResNet,
+    unused=("fc.",),
+    timm={name: (name, SYMMETRIC) for name in REPEATS},
+    taps=dict.fromkeys(REPEATS, ("act1", "layer1", "layer2", "layer3", "layer4")),
+)

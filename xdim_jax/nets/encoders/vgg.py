@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from xdim_jax import ops
-from xdim_jax.nets.encoders.family import Family
+from xdim_jax.nets.encoders.family import SYMMETRIC, Family
 from xdim_jax.nets.layers import Conv, Norm, Style
 
 CONVOLUTIONS = {"vgg16_bn": (2, 2, 3, 3, 3), "vgg19_bn": (2, 2, 4, 4, 4)}  # before each of the five poolings
@@ -60,4 +60,14 @@ class VGG(nnx.Module):
         return [*features[1:], x]
 
 
-FAMILY = Family(members=tuple(CONVOLUTIONS), stem="features.0", make=VGG, unused=("pre_logits.", "head."))
+FAMILY = Family(
+    members=tuple(CONVOLUTIONS),
+    stem="features.0",
+    make=VGG,
+    unused=("pre_logits.", "head."),
+    timm={name: (name, SYMMETRIC) for name in CONVOLUTIONS},
+    taps={
+        "vgg16_bn": ("features.12", "features.22", "features.32", "features.42", "features.43"),
+        "vgg19_bn": ("features.12", "features.25", "features.38", "features.51", "features.52"),
+    },
+)
