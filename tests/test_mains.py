@@ -386,43 +386,32 @@ def test_nan_stops_with_the_step(run, tmp_path):
 # -- wrong input --------------------------------------------------------------------------------------------------
 
 DATA = "--config.data.root={phantoms}"
+# of the command line and the config; further ones, of every command, are in tests/test_misuse.py
 MISUSES = {
-    "no data": (["--config=configs/brats_dxnet.py"], ["--config.data.root=", "_{flair,t1,t1ce,t2,seg}", ":phantom"]),
-    "no such root": (["--config=configs/brats_dxnet.py", "--config.data.root=/nowhere"], ["/nowhere is not a folder"]),
     "typo": ([f"--config={RECIPE}", "--config.optim.lookahed.period=3"], ["mean --config.optim.lookahead.period?"]),
     "section": ([f"--config={RECIPE}", "--config.optim=3"], ["--config.optim is not a key"]),
-    "no value": ([f"--config={RECIPE}", "--config.seed"], ["--config.seed has no value"]),
-    "wrong type": ([f"--config={RECIPE}", "--config.train.epochs=many"], ["--config.train.epochs=many", "int"]),
-    "unknown flag": ([f"--config={RECIPE}", "--epochs=3"], ["unknown argument --epochs=3"]),
-    "unknown recipe": (["--config=configs/dxnet.py"], ["configs/dxnet.py does not exist", "configs/brats_dxnet.py"]),
-    "unknown variant": (["--config=configs/brats_dxnet.py:phantm"], ["'phantm'; known: phantom, released, scratch"]),
     "unknown convention": ([f"--config={RECIPE}", "--config.data.convention=x"], ["known: brats2021, brats2023, "]),
-    "patch": ([f"--config={RECIPE}", "--config.data.patch=64,70,64"], ["axis H is 70: level 1/4 would halve 35"]),
     "channels": ([f"--config={RECIPE}", "--config.model.in_channels=1"], ["config.model.in_channels=1: BraTS needs 4"]),
     "fold": ([f"--config={RECIPE}", "--config.data.fold=5"], ["config.data.fold=5"]),
     "several": (
         [f"--config={RECIPE}", "--config.data.batch=0", "--config.predict.overlap=1.0", "--config.train.log_every=0"],
-        ["3 values out of range", "config.data.batch=0: expected 1 to inf", "predict.overlap=1.0", "train.log_every=0"],
+        ["3 values", "config.data.batch=0: expected 1 to inf", "predict.overlap=1.0", "train.log_every=0"],
     ),
     "filters": ([f"--config={RECIPE}", "--config.model.filters=16,16"], ["filters=(16, 16): expected 5 numbers"]),
-    "not a recipe": (["--config=README.md"], ["README.md is not a Python file"]),
-    "encoder": ([f"--config={RECIPE}", DATA, "--config.model.encoder.name=b9"], ["unknown encoder 'b9'; known: eff"]),
     "other convention": ([f"--config={RECIPE}", DATA, "--config.data.convention=brats2023"], ["convention=brats2021"]),
     "unknown data set": ([f"--config={RECIPE}", "--config.data.dataset=brain"], ["known: brats, camus, chaos, nnunet"]),
     "no list of splits": ([f"--config={RECIPE}", DATA, "--config.data.split=official"], ["without a list of splits"]),
-    "sampling": ([f"--config={RECIPE}", "--config.data.sampling=all"], ["sampling='all': known: patches, slices"]),
+    "sampling": ([f"--config={RECIPE}", "--config.data.sampling=all"], ["sampling='all'", "patches, slices"]),
     "preparation": ([f"--config={RECIPE}", "--config.data.prepare.crop=brain"], ["prepare.crop='brain': known: none"]),
-    "slices in 3D": ([f"--config={RECIPE}", "--config.data.sampling=slices"], ["sampling=slices: with a 3D patch"]),
+    "slices in 3D": ([f"--config={RECIPE}", "--config.data.sampling=slices"], ["sampling=slices", "3D patch"]),
     "cut volumes": ([f"--config={RECIPE}", DATA, "--config.data.sampling=volumes"], ["larger than", "prepare.size"]),
-    "store in a file": (
-        [f"--config={RECIPE}", DATA, "--config.data.store=/dev/null"],
-        ["cannot write /dev/null/", "--config.data.store=<folder>"],
-    ),
-    "too few patients": ([f"--config={RECIPE}", DATA, "--config.data.folds=9"], ["6 patients cannot be split"]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("misuse", MISUSES)
+PROCESSES = ("typo", "several", "other convention")  # through the real command
+
+
+@pytest.mark.parametrize("misuse", [name for name in MISUSES if name not in PROCESSES])
 def test_misuse_of_train_is_one_clear_message(misuse, phantoms, tmp_path, monkeypatch):
     monkeypatch.setenv("XDIM_JAX_CACHE", "off")
     arguments, words = MISUSES[misuse]
@@ -433,7 +422,7 @@ def test_misuse_of_train_is_one_clear_message(misuse, phantoms, tmp_path, monkey
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("misuse", ["typo", "several", "other convention"])
+@pytest.mark.parametrize("misuse", PROCESSES)
 def test_misuse_ends_the_process_with_its_message_alone(run, misuse, phantoms, tmp_path):
     arguments, words = MISUSES[misuse]
     out = run("train", *(a.format(phantoms=phantoms) for a in arguments), f"--workdir={tmp_path / 'run'}", code=2)
