@@ -1,13 +1,22 @@
 """Shared fixtures. Real networks are slow to differentiate: tests use the toy encoder and small volumes."""
 
+import socket
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from absl import flags
 
+from configs import _shared
+from xdim_jax.base.signals import StopRequest
 from xdim_jax.data import phantom
+from xdim_jax.runs import checkpoint
+from xdim_jax.runs.records import open_recorder
+from xdim_jax.runs.state import TrainState
+from xdim_jax.training import loop, mesh
 
 flags.FLAGS.mark_as_parsed()  # grain asks absl for its flags
 
@@ -45,6 +54,38 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("phantoms")
     phantom.write_brats(root, cases=6, convention=CONVENTION, shape=(64, 64, 64))
     return root
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def small_state(value, at=0):
+    """A training state of a few numbers, after ``at`` steps."""
+    params = optax.LookaheadParams(fast={"w": jnp.full(4, value)}, slow={"w": jnp.full(4, value / 2)})
+    return TrainState(jnp.int32(at), params, {"n": {"mean": jnp.full(2, value)}}, {"mu": jnp.zeros(4)}, {})
+
+
+def make_run(workdir, step, regions, *, first=0, config=None, **options):
+    """A run of 3 epochs of 4 steps with a training step and regions of the caller's; ``first``: steps that are done."""
+    settings = {"epochs": 3, "checkpoint_minutes": 99.0, "log_every": 100, "watchdog_seconds": 0.0}
+    settings = _shared.get_config({}).train.to_dict() | settings | (config or {})
+    fields = {
+        "per_epoch": 4,
+        "step": step,
+        "key": jax.random.key(0),
+        "schedule": lambda at: 1e-3,
+        "devices": mesh.make_devices(1, 1, batch=1),
+        "checkpoints": checkpoint.open_checkpoints(workdir),
+        "recorder": open_recorder(workdir, first, writes=True),
+        "validate": lambda weights, stop: (dict.fromkeys(regions, 0.5), {}),
+        "stop": StopRequest(),
+        "regions": regions,
+        "workdir": workdir,
+    }
+    return loop.Run(config=settings, **(fields | options))
 
 
 def toy_model(**encoder):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests import test_pack as packs
+from tests.conftest import free_port
 from tests.test_pack import OWN, RECIPE, alone, assert_same, data, overrides, shrunk  # noqa: F401  (two fixtures)
 from xdim_jax import sweep, train
 from xdim_jax.base import bucket
@@ -26,12 +26,6 @@ from xdim_jax.nets.functional import split_model
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import STEPS_FILE, read_records
 from xdim_jax.training import check
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

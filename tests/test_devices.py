@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -22,6 +21,7 @@ import torch
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.conftest import free_port
 from tests.kill_and_resume import OPTIONS
 from xdim_jax import ops, train
 from xdim_jax.base.config import load_config
@@ -766,12 +766,6 @@ def camus(tmp_path_factory):
     return root
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def start_processes(root, workdir, count, *overrides, code=None):
     """``count`` processes of one training run, each with one CPU device."""
     environment = os.environ | {
@@ -861,21 +855,24 @@ def test_a_signal_to_any_process_stops_all_at_one_step(camus, tmp_path, signalle
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["infer.segment", "loop._end_epoch"])
+@pytest.mark.parametrize("moment", ["sliding_window.segment", "loop.RunController._end_epoch"])
 def test_a_signal_to_one_process_is_agreed_upon_in_a_validation_and_at_an_epochs_end(camus, tmp_path, moment):
     """Process 1 sends itself the signal; all must leave together, none may wait for the other for ever."""
-    module, name = moment.split(".")
+    place, _, name = moment.rpartition(".")
     code = f"""
 import os, signal, sys
-from xdim_jax import cli, infer, loop, train
+from xdim_jax import train
+from xdim_jax.base.command import run
+from xdim_jax.inference import sliding_window
+from xdim_jax.training import loop
 original = {moment}
 def signalled(*arguments, **options):
     if "--process=1" in sys.argv:
         os.kill(os.getpid(), signal.SIGTERM)
     return original(*arguments, **options)
-{module}.{name} = signalled
+{place}.{name} = signalled
 sys.argv[0] = "train"
-cli.run(train.main)
+run(train.main)
 """
     workdir = tmp_path / "run"
     processes = start_processes(camus, workdir, 2, "train.validate_every=1", "train.epochs=3", code=code)

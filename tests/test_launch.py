@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.test_devices import EPOCHS, OPTIONS, camus, free_port, wait_for_step  # noqa: F401  (camus is a fixture)
+from tests.conftest import free_port
+from tests.test_devices import EPOCHS, OPTIONS, camus, wait_for_step  # noqa: F401  (camus is a fixture)
 from xdim_jax.base import signals
 from xdim_jax.base.config import load_config
 from xdim_jax.runs.records import STEPS_FILE, read_records

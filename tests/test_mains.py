@@ -552,9 +552,10 @@ def test_metrics_and_data_do_not_import_jax(tmp_path):
     code = "import sys; sys.modules['torch'] = sys.modules['timm'] = None; import xdim_jax.train, xdim_jax.predict"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
     code = (
-        "import sys, xdim_jax.train, xdim_jax.predict; from xdim_jax import log; log.open_recorder(log.Path('.'), 0, "
+        "import sys, xdim_jax.train, xdim_jax.predict; from xdim_jax.runs import records; "
+        "records.open_recorder(records.Path(sys.argv[1]), 0, "
     )
-    code = code.replace("log.Path('.')", "log.Path(sys.argv[1])") + "writes=True); assert 'torch' not in sys.modules"
+    code += "writes=True); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=REPO)
 
 

@@ -341,7 +341,7 @@ def postgres(tmp_path_factory):
     """A server of the test's own, on a socket and a port that are free."""
     if not POSTGRES or not shutil.which("runuser"):
         pytest.skip("PostgreSQL is not installed (Debian: postgresql)")
-    from tests.test_devices import free_port
+    from tests.conftest import free_port
 
     base = Path("/tmp") / f"xdim_jax_postgres_{os.getpid()}"
     port, programs = free_port(), POSTGRES[-1]

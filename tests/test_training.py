@@ -10,8 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
-from configs import _shared
-from tests.conftest import TOY_MODEL, toy_model
+from tests import conftest
+from tests.conftest import TOY_MODEL, small_state, toy_model
 from xdim_jax.base import log, signals
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
@@ -22,7 +22,7 @@ from xdim_jax.nets.functional import split_model
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import METRICS_FILE, close_recorder, open_recorder, read_records, record
 from xdim_jax.runs.state import TrainState, init_state
-from xdim_jax.training import loop, loss, mesh, optim, step, step_metrics, validation
+from xdim_jax.training import loop, loss, optim, step, step_metrics, validation
 
 RECIPE = load_config("brats_dxnet:scratch", [])
 OPTIM, LOSS = RECIPE.optim.to_dict(), RECIPE.loss.to_dict()
@@ -30,31 +30,14 @@ BRATS = output.Output("sigmoid", regions.BRATS, regions.TISSUES)
 PLANE = output.Output("sigmoid", regions.Regions({"one": (1,)}), ("background", "one"))
 
 
-def make_run(tmp_path, **options):
-    """A run whose step only counts; its training score is 0.25."""
+def count(state, batch, key):
+    """A step that only counts; its training score is 0.25."""
+    numbers = {name: jnp.float32(0.5) for name in ("loss", "grad_norm", "update_norm")}
+    return state._replace(step=state.step + 1), numbers | {"score": jnp.full(3, 0.25)}
 
-    def count(state, batch, key):
-        numbers = {name: jnp.float32(0.5) for name in ("loss", "grad_norm", "update_norm")}
-        return state._replace(step=state.step + 1), numbers | {"score": jnp.full(3, 0.25)}
 
-    settings = {
-        "epochs": 3, "checkpoint_minutes": 99.0, "log_every": 100, "validate_every": 1, "validate_after_score": 0
-    }  # fmt: skip
-    settings = _shared.get_config({}).train.to_dict() | settings
-    fields = {
-        "per_epoch": 4,
-        "step": count,
-        "key": jax.random.key(0),
-        "schedule": lambda at: 1e-3,
-        "devices": mesh.make_devices(1, 1, batch=1),
-        "checkpoints": checkpoint.open_checkpoints(tmp_path),
-        "recorder": open_recorder(tmp_path, 0, writes=True),
-        "validate": lambda weights, stop: (dict.fromkeys(("WT", "TC", "ET"), 0.5), {}),
-        "stop": signals.StopRequest(),
-        "regions": ("WT", "TC", "ET"),
-        "workdir": tmp_path,
-    }
-    return loop.Run(config=settings | options.pop("config", {}), **(fields | options))
+def make_run(workdir, **options):
+    return conftest.make_run(workdir, count, ("WT", "TC", "ET"), **options)
 
 
 def blank_batch():
@@ -255,11 +238,6 @@ def test_wherever_a_stop_is_asked_for_no_step_is_lost(tmp_path, asked_at, log_ev
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------
-
-
-def small_state(value, at):
-    params = optax.LookaheadParams(fast={"w": jnp.full(4, value)}, slow={"w": jnp.full(4, value / 2)})
-    return TrainState(jnp.int32(at), params, {"n": {"mean": jnp.full(2, value)}}, {"mu": jnp.zeros(4)}, {})
 
 
 def save_states(workdir, steps):
