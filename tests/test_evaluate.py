@@ -1017,7 +1017,7 @@ def test_brats_2022_of_files_of_2023(tmp_path):
 
 
 def test_brats_case_355_of_2020(tmp_path):
-    """Spec, section 3.5: its reference has another name in the common copy."""
+    """In a common copy of the data, the reference of this case has another name (docs/challenges.md, BraTS: files)."""
     name = "BraTS20_Training_355"
     ref, pred = tmp_path / "ref", tmp_path / "pred"
     for n in (354, 355):

@@ -43,7 +43,7 @@ NONE = box((0, 0), (0, 0), (0, 0))
 
 
 def test_parameters():
-    """Spec, section 4.2."""
+    """See docs/challenges.md, BraTS 2023: lesion by lesion."""
     expected = {"GLI": (3, 50), "SSA": (3, 50), "PED": (3, 50), "MEN": (1, 50), "MET": (1, 2)}
     assert {name: (c.dilation, c.volume) for name, c in COHORTS.items()} == expected
 

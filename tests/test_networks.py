@@ -39,7 +39,7 @@ ENCODERS = {
 }
 BLOCKS = {"b0": 16, "b1": 23, "b2": 23, "b3": 26, "b4": 32, "b5": 39, "b6": 45, "b7": 55, "toy": 8}
 
-# whole networks: the totals of the architecture page, section 6, minus the head that is never called
+# whole networks: parameters counted in PyTorch, minus the head that is never called (docs/networks.md, section Sizes)
 HEAD_B0, HEAD_B4 = 412_160, 806_400
 NETWORKS = {
     "encoder-b0": 4_007_548 - HEAD_B0,  # with three input channels, as in DS-Net
@@ -93,7 +93,7 @@ def test_efficientnets_have_timms_blocks(size):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_released_networks_have_their_parameters(name):
-    """Spec: architecture, section 6, with its numbers of channels."""
+    """The sizes in docs/networks.md, with the numbers of channels of the released networks."""
     section = dict(authors.NETWORKS[name])
     if "ndim" in section:
         options = {k: v for k, v in section.items() if k != "name"}
@@ -156,8 +156,8 @@ def test_the_report_can_name_every_network(name, words):
         ("b4", [12, 6, 6, *[8] * 4, *[14] * 4, *[28] * 6, *[40] * 6, *[68] * 8, 112], 25, 0.3875),
     ],
 )
-def test_blocks_as_the_specification_lists_them(name, widths, residuals, largest):
-    """Squeeze-excite widths, residual blocks and drop-path rates (spec: architecture, section 2)."""
+def test_blocks_have_the_published_widths_and_rates(name, widths, residuals, largest):
+    """Squeeze-excite widths, residual blocks and drop-path rates."""
     encoder = nnx.eval_shape(lambda: make_encoder(f"efficientnet_{name}", drop_path=0.4))
     blocks = [b for stage in encoder.blocks for b in stage]
     assert [b.se.conv_reduce.kernel.shape[-1] for b in blocks] == widths

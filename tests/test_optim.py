@@ -83,7 +83,7 @@ def assert_same_path(found, expected, **tolerance):
 
 
 class ByHand:
-    """The table of spec: architecture, section 9, on one array, in numpy."""
+    """The formulas of docs/networks.md, section Nadam, on one array, in numpy."""
 
     def __init__(self, name, weights, b1, b2, eps):
         self.name, self.w, self.b1, self.b2, self.eps = name, weights.copy(), b1, b2, eps
@@ -185,7 +185,7 @@ def test_nadams_by_hand(rng, doubles, name, decay):
     ],
 )
 def test_steps_under_a_constant_gradient(name, eps, lengths):
-    """Spec: architecture, section 9, in units of the learning rate, b1 = 0.95; in single precision, as trained."""
+    """Step lengths in units of the learning rate, b1 = 0.95; in single precision, as trained."""
     tx = optim.make_optimizer(make_config(name, b1=0.95, b2=0.99, eps=eps), lambda count: 0.5)
     params = {"w": jnp.ones(())}
 
@@ -406,7 +406,7 @@ def pytorchs_rates(make, peak, count):
 
 @pytest.mark.parametrize(("peak", "epochs"), [(3e-4, 66.3), (1e-3, 89.8)])
 def test_exponential_schedule(peak, epochs):
-    """Spec: rows 20 and 21; per epoch PyTorch's ExponentialLR, until the floor is reached, and constant then."""
+    """Per epoch PyTorch's ExponentialLR, until the floor is reached, and constant then."""
     schedule = make_schedule("exponential", peak=peak, epochs=50, per_epoch=7)
     found = rates_at(schedule, range(120 * 7)).reshape(120, 7)
     assert (found == found[:, :1]).all(), "one rate in an epoch"

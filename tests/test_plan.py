@@ -12,7 +12,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.training import check, needs
 from xdim_jax.training.program import make_program
 
-# multiply-adds of one image (spec: architecture, section 6), counted there on PyTorch's modules: convolutions alone
+# multiply-adds of one image (docs/networks.md, section Sizes), counted on PyTorch's modules: convolutions alone
 PUBLISHED = {
     "camus_omnianet": ((256, 256), 3.21e9),
     "chaos_omnianet": ((512, 512), 19.6e9),

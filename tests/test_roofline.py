@@ -70,7 +70,7 @@ def test_parts_in_names(name, part, backward):
 @pytest.mark.parametrize("remat", ["", "decoder*"])
 @pytest.mark.parametrize("name", ["brats_dxnet", pytest.param("brats_dsnet", marks=pytest.mark.slow)])
 def test_every_product_of_a_step_is_in_a_part(name, remat):
-    """Forward as published (spec: architecture, section 6): 124 and 377 G multiply-adds at 128^3. Backward twice that,
+    """Forward as in docs/networks.md, section Sizes: 124 and 377 G multiply-adds at 128^3. Backward twice that,
     but for the image's gradient; computing a part again adds its forward products."""
     config = load_config(f"configs/{name}.py:scratch", [])
     remat = remat.replace("decoder", "dec") if name == "brats_dsnet" else remat

@@ -191,7 +191,7 @@ def test_rotated_axes_are_not_skewed_and_equal_brute_force(border):
 
 @pytest.mark.parametrize(("tilt", "skewed"), [(0.0, False), (9e-4, False), (1.1e-3, True), (-1.1e-3, True)])
 def test_from_a_thousandth_on_axes_are_skewed(tilt, skewed):
-    """Spec, section 2.2: a slice step that deviates from the normal by more than 1e-3."""
+    """The slice step deviates from the normal by more than 1e-3."""
     axes = np.diag([3.0, 1.0, 1.0])
     axes[1, 0] = 3.0 * tilt
     assert Geometry((4, 4, 4), (3.0, 1.0, 1.0), axes).skewed == skewed
@@ -397,7 +397,7 @@ FLAT = Geometry((1, 8, 9), (1.0, 0.5, 0.25))
     ("pred", "ref", "dice"), [(EMPTY, SOME, 0.0), (SOME, EMPTY, 0.0), (EMPTY, EMPTY, 1.0)], ids=["P", "G", "both"]
 )
 def test_camus_empty_masks(pred, ref, dice):
-    """Spec, section 1.2."""
+    """See docs/evaluation.md, section Empty and missing masks."""
     found = camus.score({"LA": pred}, {"LA": ref}, FLAT)["LA"]
     assert found["dice"] == dice
     assert math.isnan(found["mad"]) and math.isnan(found["hd"])
@@ -414,7 +414,7 @@ def test_camus_is_measured_in_the_plane():
 
 
 def test_camus_structures():
-    """Spec, section 1.1: the epicardium is cavity and muscle together."""
+    """The epicardium is cavity and muscle together."""
     label = np.array([[[0, 1, 2, 3]]])
     found = camus.CODING.masks(label, Path("label"))
     assert {name: m[0, 0].tolist() for name, m in found.items()} == {
@@ -435,7 +435,7 @@ ORGAN, NOTHING, ALL = box(BLOCK.shape, (1, 4), (2, 6), (3, 8)), np.zeros(BLOCK.s
 
 
 def test_chaos_prediction_empty():
-    """Spec, section 2.5: DICE 0, RAVD 100, the cuboid's diagonal in mm, and four scores of 0, also where the diagonal
+    """An empty prediction: DICE 0, RAVD 100, the cuboid's diagonal in mm, and four scores of 0, also where the diagonal
     of a small image is within the threshold of 60 mm."""
     found = chaos.score({"liver": NOTHING}, {"liver": ORGAN}, BLOCK)["liver"]
     assert (found["dice"], found["ravd"]) == (0, 100)
@@ -503,7 +503,7 @@ def test_chaos_scores_at_the_thresholds(metric, value, score):
 
 
 def test_paper_table_4_obeys_the_scores():
-    """Spec, section 2.3: a mean score is the mean of four, and the average that of the five tasks."""
+    """A mean score is the mean of four, and the average that of the five tasks."""
     values = chaos.with_scores({"dice": 0.9808, "ravd": (100 - 70.31) / 20, "assd": 0.15 * 4.46, "mssd": 0.6 * 32})
     assert values["score"] == pytest.approx(82.98, abs=0.005)
     means = []
@@ -521,7 +521,7 @@ SHAPE_2022 = (240, 240, 155)
 
 
 def test_brats_2022_empty_masks():
-    """Spec, section 3.2; the diagonal of a BraTS volume is 373.1287 voxels."""
+    """Empty masks; the diagonal of a BraTS volume is 373.1287 voxels."""
     empty, one = np.zeros(SHAPE_2022, bool), box(SHAPE_2022, (0, 1), (0, 1), (0, 1))
     assert brats.region_2022(empty, empty) == {"dice": 1, "hd95": 0, "sensitivity": 1, "specificity": 1}
     missed, false_alarm = brats.region_2022(empty, one), brats.region_2022(one, empty)
@@ -556,7 +556,7 @@ def test_brats_2022_unreadable():
     ],
 )
 def test_brats_regions_by_convention(convention, members):
-    """Spec, sections 3.1, 4.1 and 4.3."""
+    """See docs/challenges.md, sections on BraTS."""
     values = sorted(set().union(*members.values()))
     found = brats.CODINGS[convention].masks(np.array([[[0, *values]]]), Path("label"))
     assert {
@@ -565,7 +565,7 @@ def test_brats_regions_by_convention(convention, members):
 
 
 def test_brats_2023_whole_image_by_hand():
-    """Spec, section 4.2: both empty 1, 0, sensitivity 1; one empty 0 and 374."""
+    """Both empty: 1, 0, sensitivity 1; one empty 0 and 374."""
     grid = Geometry((6, 6, 6), (1.0, 1.0, 1.0))
     none, cube = np.zeros((6, 6, 6), bool), box((6, 6, 6), (1, 4), (1, 4), (1, 4))
     keys = ("dice_whole", "hd95_whole", "sensitivity", "specificity")
@@ -630,7 +630,7 @@ def test_chaos_averages_scores_not_values():
 
 
 def test_chaos_tasks_are_those_of_the_challenge():
-    """Spec, section 2.1."""
+    """See docs/challenges.md, CHAOS: tasks."""
     four = {"liver", "right kidney", "left kidney", "spleen"}
     expected = {
         "1": ({"CT", "MR"}, {"liver"}),
@@ -653,7 +653,7 @@ def test_chaos_tasks_are_those_of_the_challenge():
     ],
 )
 def test_chaos_greys(grey, organ):
-    """Spec, section 2.6."""
+    """See docs/challenges.md, CHAOS: files."""
     found = chaos.MR.masks(np.array([[[grey, 63]]]), Path("mask"))
     assert [name for name, m in found.items() if m[0, 0, 0]] == ([organ] if organ else [])
     assert found["liver"][0, 0, 1]
@@ -661,7 +661,7 @@ def test_chaos_greys(grey, organ):
 
 
 def test_platform_2022_by_hand():
-    """Spec, section 3.3: every row is computed over the cases and the rows above it."""
+    """Every row is computed over the cases and the rows above it."""
     values = [0.9, 0.5, 0.7, 0.0]
     mean = 2.1 / 4
     column = [*values, mean]

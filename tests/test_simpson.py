@@ -1,4 +1,4 @@
-"""Simpson's biplane rule against a slow implementation of the steps of the specification, and against geometry."""
+"""Simpson's biplane rule against a slow implementation of the steps in docs/challenges.md, and against geometry."""
 
 import itertools
 import math
