@@ -176,7 +176,7 @@ def test_values_beyond_float32_are_named_as_infinite(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dim": [3, 30000, 30000, 30000, 1, 1, 1, 1]}, "says 30000 x 30000 x 30000 voxels, but has"),
+        ({"dim": [3, 30000, 30000, 30000, 1, 1, 1, 1]}, "30000 x 30000 x 30000 voxels"),
         ({"dim": [1, 5, 1, 1, 1, 1, 1, 1]}, "has shape 5"),
         ({"dim": [3, 5, 0, 7, 1, 1, 1, 1]}, "has shape 5 x 0 x 7"),
         ({"dim": [3, 5, -6, 7, 1, 1, 1, 1]}, r"has shape 5 x -6 x 7|negative dimensions"),

@@ -164,7 +164,7 @@ def prepare_cases(
             pool.shutdown(cancel_futures=True)
             raise
     if problems:
-        raise data_error(problems, f"problems in {len(todo)} cases; the others are prepared")
+        raise data_error(*problems, summary=f"problems in {len(todo)} cases; the others are prepared")
     return [entry for entry in found if entry is not None]
 
 
@@ -238,8 +238,16 @@ def _write(shelf: Shelf, case: Case, settings: Preparation) -> Entry:
         signature, content = _signature(case), _content(case)
     except OSError as error:
         path = Path(error.filename or case.files[0])
-        found = f"cannot be read ({error.strerror or error})"
-        raise data_error([Problem("unreadable", path, found, "a file", "fetch it again", case.case_id)], "") from error
+        raise data_error(
+            Problem(
+                "unreadable",
+                path,
+                found=f"cannot be read ({error.strerror or error})",
+                expected="a file",
+                suggestion="fetch it again",
+                case_id=case.case_id,
+            )
+        ) from error
     place = _place(shelf, case, content)
     facts = shelf.facts(place)
     if facts is not None and _serves(facts, case):  # another process has prepared it meanwhile
