@@ -33,7 +33,6 @@ class Slice:
     orientation: np.ndarray | None  # direction along a row, then down a column
     spacing: tuple[float, float] | None  # between rows, between columns
     echo_time: float | None
-    series: str
 
 
 def natural(path: Path) -> list[Any]:
@@ -80,7 +79,6 @@ def _header(path: Path, data: Any) -> Slice:
         numbers("ImageOrientationPatient", 6),
         (float(spacing[0]), float(spacing[1])) if spacing is not None else None,
         float(echo) if echo not in (None, "") else None,
-        str(data.get("SeriesInstanceUID", "")),
     )
 
 
