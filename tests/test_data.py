@@ -167,13 +167,13 @@ FAULTS = {
     "affine": (lambda r: rewrite(part(r, 0, "seg"), shift), ["BraTS2021_00000_seg.nii.gz", "1.50 voxels"]),
     "label 3": (
         lambda r: rewrite(part(r, 0, "seg"), lambda a, affine: (np.where(a == 4, 3, a).astype(np.uint8), affine)),
-        ["BraTS2021_00000_seg.nii.gz holds label 3", "0, 1, 2, 4", "brats2023"],
+        ["BraTS2021_00000_seg.nii.gz contains label 3", "0, 1, 2, 4", "brats2023"],
     ),
     "label 0.5": (
         lambda r: rewrite(part(r, 0, "seg"), lambda a, affine: ((a / 2).astype(np.float32), affine)),
-        ["holds label 0.5"],
+        ["label 0.5"],
     ),
-    "nan": (lambda r: spoil(part(r, 0, "flair"), np.nan), ["BraTS2021_00000_flair.nii.gz holds", "NaN"]),
+    "nan": (lambda r: spoil(part(r, 0, "flair"), np.nan), ["BraTS2021_00000_flair.nii.gz contains", "NaN"]),
     "four axes": (
         lambda r: rewrite(part(r, 0, "t1"), lambda a, affine: (np.stack([a, a], -1), affine)),
         ["BraTS2021_00000_t1.nii.gz has shape (64, 64, 64, 2)"],

@@ -169,7 +169,7 @@ def test_values_beyond_float32_are_named_as_infinite(tmp_path):
     values = np.ones((5, 6, 7))
     values[1, 2, 3] = 1e300
     nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii.gz")
-    with pytest.raises(DataError, match="holds 1 NaN or infinite"):
+    with pytest.raises(DataError, match="1 NaN or infinite"):
         read_case(Case("a", "a", (tmp_path / "a.nii.gz",), ("CT",), None, LABELS))
 
 
@@ -203,5 +203,5 @@ def test_values_beyond_float32_are_named_in_one_of_several_files(tmp_path):
         values[1, 2, 3] = 1e300 * k
         sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / f"{k}.mha"))
     case = Case("a", "a", tuple(tmp_path / f"{k}.mha" for k in range(2)), ("T1", "T2"), None, LABELS)
-    with pytest.raises(DataError, match=r"1.mha holds 1 NaN or infinite"):
+    with pytest.raises(DataError, match=r"1.mha .*1 NaN or infinite"):
         read_case(case)

@@ -97,7 +97,7 @@ def _add_verify(commands: Any) -> None:
     _add_dataset(parser, list(DATASETS))
     everything = {name: entry.everything for name, entry in DATASETS.items()}
     _add_options(parser, _OPTIONS, everything)
-    parser.add_argument("--no-labels", action="store_true", help="cases without reference labels are complete, too")
+    parser.add_argument("--no-labels", action="store_true", help="do not report missing reference labels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the problems to FILE; - is the screen")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 also if there are only warnings")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at a time (default: all cores)")
@@ -146,8 +146,8 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 _PREPARE = """Crop, resample and standardise every case, and write the store of arrays that training reads.
-Training does this itself if the store is missing; several runs can use one store. Run again after an interruption or a
-change of the data, the command prepares only the cases that are missing or have changed.
+Training does this itself if the store is missing; several runs can use one store. If the command is run again, for
+example after an interruption, it prepares only the cases that are missing or have changed.
 
 With --config, the recipe defines the preparation. With --dataset, cases are prepared as in the paper (BraTS: brain
 crop, z-score of nonzero voxels; CAMUS: z-score of each image; CHAOS: slices of 512x512, a window on CT, z-score).

@@ -1,4 +1,4 @@
-"""What all data sets have in common: a case on disk, a case in memory, and reading the one into the other."""
+"""What all data sets have in common: a case on disk, a case in memory, and the functions that read it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -295,7 +295,7 @@ def _load_images(case: Case) -> tuple[np.ndarray | None, Grid | None, list[Probl
                 Problem(
                     "not_finite",
                     path,
-                    found=f"holds {count} NaN or infinite voxels",
+                    found=f"contains {count} NaN or infinite voxels",
                     expected="finite intensities",
                     suggestion="repair the file",
                 )
@@ -336,7 +336,7 @@ def _load_label(case: Case, source: Source, grid: Grid | None) -> tuple[np.ndarr
                     Problem(
                         "shape" if values.shape[2] == grid.shape[2] else "slice_count",
                         path,
-                        found=f"holds {values.shape[2]} masks of {values.shape[1]} x {values.shape[0]} pixels",
+                        found=f"contains {values.shape[2]} masks of {values.shape[1]} x {values.shape[0]} pixels",
                         expected=f"{grid.shape[2]} of {grid.shape[1]} x {grid.shape[0]}, one for each slice of the "
                         "image",
                         suggestion="fetch the masks again",
@@ -394,9 +394,9 @@ def label_problems(labels: Labels, path: Path, values: np.ndarray, unknown: Sequ
             Problem(
                 "label_value",
                 path,
-                found=f"holds {'only ' * alone}the values {listed}, which mean no structure",
+                found=f"contains {'only ' * alone}the values {listed}, which are those of no structure",
                 expected=f"the grey values {known} of {labels.name}",
-                suggestion="map the values" if alone else "look at it: these values are read as background",
+                suggestion="map the values" if alone else "check these voxels: they are read as background",
                 severity=ERROR if alone else WARNING,
             )
         ]
@@ -405,7 +405,7 @@ def label_problems(labels: Labels, path: Path, values: np.ndarray, unknown: Sequ
             Problem(
                 "label_scale",
                 path,
-                found="holds the values 0 and 255",
+                found="contains the values 0 and 255",
                 expected=f"the labels {known} of {labels.name}",
                 suggestion="divide it by 255",
             )
@@ -415,7 +415,7 @@ def label_problems(labels: Labels, path: Path, values: np.ndarray, unknown: Sequ
             Problem(
                 "dtype",
                 path,
-                found=f"holds label {listed}",
+                found=f"contains label {listed}",
                 expected=f"whole numbers; {labels.name} has only {known}",
                 suggestion="resample labels by nearest neighbour and store whole numbers",
             )
@@ -427,7 +427,7 @@ def label_problems(labels: Labels, path: Path, values: np.ndarray, unknown: Sequ
         Problem(
             "label_value",
             path,
-            found=f"holds label {listed}",
+            found=f"contains label {listed}",
             expected=f"the labels of {labels.name}, which are {known}",
             suggestion=step,
         )

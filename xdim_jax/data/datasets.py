@@ -106,7 +106,9 @@ DATASETS = {
         everything={"instants": camus.ALL_INSTANTS},
         scoring=camus.scoring,
         phantoms=Phantoms(
-            phantom.write_camus, (549, 389), options={"layout": Option("nifti", "release", phantom.CAMUS_LAYOUTS)}
+            phantom.write_camus,
+            (549, 389),
+            options={"layout": Option("nifti", "files as in the public or the older release", phantom.CAMUS_LAYOUTS)},
         ),
         volumetric=False,
     ),
@@ -149,7 +151,8 @@ def get_dataset(data: Mapping[str, Any]) -> Dataset:
             option = entry.options[key]
             known = f", one of {', '.join(option.choices)}" if option.choices else ""
             raise UserError(
-                f"data set {name} needs {key} ({option.help}{known}); give --config.data.{key}=, or --{key}="
+                f"data set {name} needs {key} ({option.help}{known}): "
+                f"give --config.data.{key}=<value>, or --{key}=<value>"
             )
     return entry.make(**options)
 
@@ -170,9 +173,10 @@ def trained_dataset(data: Mapping[str, Any], description: Mapping[str, Any]) -> 
 
 
 def scoring_rules(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the name of the scoring rules for a ``data`` section, and the values of those options that it determines.
+    """Return the scoring rules for the ``data`` section of a config.
 
-    The names are those of ``--rules`` and the further flags of ``xdim_jax.evaluate``.
+    Returns:
+        The value of the flag ``--rules`` of ``xdim_jax.evaluate``; and values of further flags of it, by name.
     """
     return get_entry(data["dataset"]).scoring(data)
 
@@ -182,7 +186,7 @@ def write_phantoms(data: Mapping[str, Any], folder: Path, *, seed: int, progress
 
     Args:
         data: Section with the name of the data set, its options, and the section ``phantom``.
-        folder: Folder of the two folders.
+        folder: Parent of the two folders.
         seed: Seed of the phantoms.
         progress: Called with a line of text after each case.
 

@@ -1,4 +1,4 @@
-"""Label conventions: how a data set codes its structures as values in files, which become indices in memory."""
+"""Label conventions: the label values in the files of a data set, and the structures that they mean."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ class Labels:
         ranges: For each index but 0, the values ``low < value <= high`` that are read as this index; all other values
             are background. Empty if every value must be one of ``values``.
         others: Ranges of values that are known, but are read as background.
-        elsewhere: Values of other conventions and the names of those, as hints for messages.
+        elsewhere: Pairs of a value and the name of another convention that has it, as hints for messages.
     """
 
     name: str

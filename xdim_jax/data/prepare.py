@@ -199,7 +199,7 @@ def check_preparation(dataset: Dataset, settings: Preparation) -> None:
 
 
 def target_shape(shape: tuple[int, ...], spacing: tuple[float, ...], settings: Preparation) -> tuple[int, ...]:
-    """Return the shape (D, H, W) after resampling of an array with this shape (D, H, W) and this spacing in mm."""
+    """Return the shape (D, H, W) that an array with the given shape and spacing (mm) has after resampling."""
     if settings.size:
         return (shape[0], *settings.size)
     wanted = settings.spacing or (0.0, 0.0, 0.0)

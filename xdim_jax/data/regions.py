@@ -2,7 +2,7 @@
 
 In memory a label map contains indices of a data set's structures. The values in its files (in BraTS, 4 is ET up to 2022
 and a resection cavity in 2024) are converted by `xdim_jax.data.labels`. A network predicts one channel per region, and
-regions may be nested. docs/challenges.md, section "BraTS: labels and regions", explains those of BraTS.
+regions may be nested. docs/challenges.md, section "BraTS: labels and regions", explains the regions of BraTS.
 """
 
 import dataclasses
@@ -90,9 +90,9 @@ class Regions:
         """Convert scores to a label map.
 
         Outer regions are written first and inner regions over them, so that predicted regions become nested (paper,
-        Sect. 3.1.3: ET is kept unaltered, NCR is extracted from TC and ED from WT). Between disjoint regions the higher
-        score decides, where the score of a region is the highest of its own and those of all regions inside it; of
-        equal scores the first region wins.
+        Sect. 3.1.3: ET is kept unaltered, NCR is extracted from TC and ED from WT). If a voxel is above the threshold
+        in several disjoint regions, it belongs to the region with the highest score (the first one if scores are
+        equal). The score of a region is then the maximum over the region and all regions inside it.
 
         Args:
             scores: Probabilities or masks ``(..., R)``.

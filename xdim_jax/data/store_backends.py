@@ -1,7 +1,7 @@
 """Storage of prepared cases: a folder with ``.npy`` files, or a bucket with zarr arrays.
 
-Each entry has a name, the arrays ``image``, ``label`` and ``voxels``, and the facts in ``case.json``. The latter is
-written last and contains the sizes of the other files, so that an incomplete entry is recognised and ignored.
+Each entry has a name, the arrays ``image``, ``label`` and ``voxels``, and the facts in ``case.json``. This file is
+written last and contains the sizes of the others, so that an incomplete entry is recognised and ignored.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_error, write_json, write_text
 
 FACTS = "case.json"
-_OTHER_FOLDER = "prepared cases are stored elsewhere with --config.data.store=<folder>, or prepare --store=<folder>"
+_OTHER_FOLDER = "to use another folder, give --config.data.store=<folder>, or prepare --store=<folder>"
 _CHUNK = (32, 64, 64)  # voxels of a zarr chunk: small, because a patch is read in whole chunks
 _CHUNK_VOXELS = 2**16  # elements of a chunk of the list of labelled voxels
 _CACHE = 2**29  # bytes of chunks that are cached in memory
 
-Location = Path | str  # of an entry or a store: a folder, or an address in a bucket
+Location = Path | str  # location of an entry or a store: a folder, or an address in a bucket
 _PARSER = threading.Lock()  # see `_open_npy`
 
 

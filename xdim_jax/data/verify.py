@@ -153,7 +153,7 @@ def _series_headers(files: Sequence[Path]) -> list[Problem]:
 
 
 def _nifti_header(path: Path) -> list[Problem]:
-    """Return contradictions within a header, because of which programs may read different geometries."""
+    """Return the contradictions within a header, which other programs may resolve in another way than xdim_jax."""
     import nibabel as nib
 
     try:
@@ -347,7 +347,9 @@ def _duplicates(inspections: Sequence[Inspection]) -> list[Problem]:
                     where(_source(case, channels[0])),
                     found=f"contains the same image as {name}{some}",
                     expected="different images",
-                    suggestion="keep one: otherwise validation data could be in training" if leak else "keep one",
+                    suggestion="keep one: the same image could be in training and in validation"
+                    if leak
+                    else "keep one",
                     case_id=case.case_id,
                     severity=ERROR if leak else WARNING,
                 )
@@ -377,7 +379,7 @@ def _missing_structures(inspections: Sequence[Inspection], dataset: Dataset) -> 
                         where(case.label),
                         found=f"contains no {name}, but {len(group) - len(without)} other cases do",
                         expected=name,
-                        suggestion="look at it",
+                        suggestion="check whether the case really lacks it",
                         case_id=case.case_id,
                         severity=WARNING,
                     )

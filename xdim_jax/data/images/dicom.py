@@ -1,7 +1,8 @@
 """DICOM series and stacks of PNG masks; see docs/challenges.md, section "CHAOS: files".
 
-A series is a list of files in the natural order of their names, by which CHAOS defines it. The affine follows from the
-positions of the slices. SliceThickness is not used, because it need not be the distance between slices.
+A series is a list of files in the natural order of their names, which is the order that CHAOS defines. The affine
+follows from the positions of the slices. SliceThickness is not used, because it need not be the distance between
+slices.
 """
 
 import dataclasses
@@ -15,8 +16,8 @@ import numpy as np
 from xdim_jax.base.problem import ERROR, WARNING, DataError, Problem, data_error, errors
 from xdim_jax.data.images.grid import Axes, Grid, make_grid
 
-# deviation of a step from the median step, as a share of the latter: above which a warning is given, and above which a
-# slice is taken to be missing
+# relative deviations of a step from the median step: above the first a warning is given, above the second a slice is
+# considered missing
 _UNEVEN, _GAP = 0.1, 0.5
 
 
@@ -41,7 +42,10 @@ def natural(path: Path) -> list[Any]:
 
 
 def files_in_order(folder: Path, *suffixes: str) -> tuple[Path, ...]:
-    """Return the files of a folder in natural order, without hidden files (``._*`` of macOS); empty if no folder."""
+    """Return the files with these suffixes in natural order, without hidden files (``._*`` of macOS).
+
+    The result is empty if the folder does not exist.
+    """
     if not folder.is_dir():
         return ()
     found = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]

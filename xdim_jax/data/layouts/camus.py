@@ -111,7 +111,7 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
     without_facts: list[str] = []
     for (group, patient), (folder, parts) in sorted(patients.items()):
         name = f"{group}_{patient}" if group else patient
-        # of a folder with several patients it is not known whose cfg file it contains
+        # if a folder contains several patients, it is unknown to which of them its cfg files belong
         one_patient = sum(other == folder for other, _ in patients.values()) == 1
         for view in views:
             info, found = _facts(folder, view, name) if one_patient else ({}, [])
@@ -157,7 +157,10 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
 
 
 def _find(root: Path) -> tuple[dict[tuple[str, str], tuple[Path, _Parts]], list[Problem]]:
-    """Return folder and files by (group, patient): in the older release, test patients are numbered from 1 again."""
+    """Return the folder and the files of each (group, patient), and all problems.
+
+    The group separates the test patients of the older release, which are numbered from 1 again.
+    """
     patients: dict[tuple[str, str], tuple[Path, _Parts]] = {}
     problems = []
     for path in sorted([*root.glob("*"), *root.glob("*/*"), *root.glob("*/*/*"), *root.glob("*/*/*/*")]):
@@ -323,7 +326,7 @@ def _splits(root: Path, patients: set[str]) -> tuple[tuple[dict[str, tuple[str, 
                 Problem(
                     "missing_file",
                     path,
-                    found=f"names {len(absent)} patients that do not exist: {shorten(absent)}",
+                    found=f"lists {len(absent)} patients that do not exist: {shorten(absent)}",
                     expected="patients of this copy",
                     suggestion="fetch them, or correct the list",
                     severity=WARNING,

@@ -33,7 +33,7 @@ MR_LABELS = Labels(
 )
 # in files, any grey value above 0 is the liver; predictions are written as 63
 CT_LABELS = Labels("CHAOS CT", ("background", "liver"), (0, 63), ((0, 255),))
-# prefix of the ids of Test_Sets where Train_Sets is in the same folder: both number their patients from 1
+# prefix of the case ids of Test_Sets if Train_Sets is in the same folder: both number their patients from 1
 TESTING = "test_"
 
 # task -> modalities and structures
@@ -195,7 +195,7 @@ def _mask_problems(ground: Path, masks: Sequence[Path], phases: Mapping[str, tup
                 Problem(
                     "slice_count",
                     ground,
-                    found=f"holds {len(masks)} masks for the {len(files)} slices of {files[0].parent.name}",
+                    found=f"contains {len(masks)} masks for the {len(files)} slices of {files[0].parent.name}",
                     expected="one for each slice",
                     suggestion="fetch both folders again",
                 )
@@ -262,7 +262,7 @@ def _phases(dicom: Path) -> tuple[dict[str, tuple[Path, ...]], list[Problem]]:
             Problem(
                 "slice_count",
                 dicom,
-                found=f"holds {len(found['in'])} in-phase and {len(found['out'])} out-phase slices",
+                found=f"contains {len(found['in'])} in-phase and {len(found['out'])} out-phase slices",
                 expected="an in-phase and an out-phase slice at each position",
                 suggestion="fetch the series again",
             )

@@ -151,7 +151,7 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
             path,
             found=f"names its labels {labels!r}",
             expected='"labels": {"background": 0, "name": 1, ...}',
-            suggestion="name them",
+            suggestion="name at least the background and one structure",
         )
     if all(str(key).isdigit() for key in labels):  # Decathlon and nnU-Net 1: value -> name
         labels = {name: int(value) for value, name in labels.items()}
@@ -376,7 +376,7 @@ def _splits(root: Path, cases: set[str]) -> tuple[tuple[dict[str, tuple[str, ...
                 Problem(
                     "missing_file",
                     path,
-                    found=f"names {len(absent)} cases that do not exist: {shorten(absent)}",
+                    found=f"lists {len(absent)} cases that do not exist: {shorten(absent)}",
                     expected="cases of this folder",
                     suggestion="correct it",
                     severity=WARNING,

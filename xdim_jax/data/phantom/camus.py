@@ -55,7 +55,7 @@ class Heart:
     atrium: float
 
     def scale(self, phase: float) -> tuple[float, float]:
-        """Return factors for length and radius, whose product ``length * radius^2`` gives the remaining volume."""
+        """Return the factors of length and radius; the factor of the volume is then ``length * radius^2``."""
         volume = 1 - self.ejection * phase
         length = 1 - 0.3 * self.ejection * phase
         return length, math.sqrt(volume / length)
