@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     data = options.out / "data"
-    phantom.WRITERS["camus"][0](data, cases=10, shape=(160, 128))
+    phantom.write_camus(data, cases=10, shape=(160, 128))
     rows = []
     for case in options.cases.split(","):
         for way in options.ways.split(","):

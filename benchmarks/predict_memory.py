@@ -66,7 +66,7 @@ def predict(folder: Path, patch: str) -> dict:
     from xdim_jax.base.config import load_config
     from xdim_jax.base.files import write_json
     from xdim_jax.data import case as data_case
-    from xdim_jax.data.layouts.datasets import get_dataset
+    from xdim_jax.data.datasets import get_dataset
     from xdim_jax.inference import memory, predictions, predictor
     from xdim_jax.nets import networks
     from xdim_jax.nets.functional import split_model

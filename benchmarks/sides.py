@@ -129,7 +129,7 @@ def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Call
 def make_our_program(case: Case, precision: str, remat: str = "") -> tuple[Any, Any, Any, Any]:
     """The recipe with what both sides do, its program, parameters and statistics."""
     from xdim_jax.base.config import load_config
-    from xdim_jax.data.layouts.datasets import get_dataset
+    from xdim_jax.data.datasets import get_dataset
     from xdim_jax.training.program import make_program
 
     config = load_config(f"configs/{case.recipe}.py:scratch", [])

@@ -169,14 +169,14 @@ def test_values_beyond_float32_are_named_as_infinite(tmp_path):
     values = np.ones((5, 6, 7))
     values[1, 2, 3] = 1e300
     nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii.gz")
-    with pytest.raises(DataError, match="holds 1 NaN or infinite"):
+    with pytest.raises(DataError, match="1 NaN or infinite"):
         read_case(Case("a", "a", (tmp_path / "a.nii.gz",), ("CT",), None, LABELS))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dim": [3, 30000, 30000, 30000, 1, 1, 1, 1]}, "says 30000 x 30000 x 30000 voxels, but has"),
+        ({"dim": [3, 30000, 30000, 30000, 1, 1, 1, 1]}, "30000 x 30000 x 30000 voxels"),
         ({"dim": [1, 5, 1, 1, 1, 1, 1, 1]}, "has shape 5"),
         ({"dim": [3, 5, 0, 7, 1, 1, 1, 1]}, "has shape 5 x 0 x 7"),
         ({"dim": [3, 5, -6, 7, 1, 1, 1, 1]}, r"has shape 5 x -6 x 7|negative dimensions"),
@@ -203,5 +203,5 @@ def test_values_beyond_float32_are_named_in_one_of_several_files(tmp_path):
         values[1, 2, 3] = 1e300 * k
         sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / f"{k}.mha"))
     case = Case("a", "a", tuple(tmp_path / f"{k}.mha" for k in range(2)), ("T1", "T2"), None, LABELS)
-    with pytest.raises(DataError, match=r"1.mha holds 1 NaN or infinite"):
+    with pytest.raises(DataError, match=r"1.mha .*1 NaN or infinite"):
         read_case(case)

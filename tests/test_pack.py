@@ -102,7 +102,7 @@ def small():
 def data(tmp_path_factory) -> Path:
     """Four phantom patients of CAMUS. Read only, but for the prepared store beside it."""
     root = tmp_path_factory.mktemp("camus") / "data"
-    phantom.WRITERS["camus"][0](root, cases=4, shape=(96, 64))
+    phantom.write_camus(root, cases=4, shape=(96, 64))
     return root
 
 

@@ -25,9 +25,9 @@ from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_json
 from xdim_jax.data import case as data_case
+from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.images.image import read_volume
 from xdim_jax.data.labels import Labels
-from xdim_jax.data.layouts.datasets import trained_dataset
 from xdim_jax.inference import memory, predictions
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model

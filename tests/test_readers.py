@@ -23,9 +23,9 @@ from scipy.ndimage import binary_dilation, distance_transform_edt
 from xdim_jax.base.errors import UserError
 from xdim_jax.data import phantom
 from xdim_jax.data.case import encode_label, list_cases, read_case, read_label, scan_cases
+from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.images.image import read_grid, read_image, read_volume
 from xdim_jax.data.images.nifti import write_volume
-from xdim_jax.data.layouts.datasets import get_dataset
 
 # a small anatomy: ANATOMY[z, y, x] with axes to superior, posterior, left, and where its voxels lie in mm, LPS
 SIZE = np.array([3, 4, 5])  # x, y, z

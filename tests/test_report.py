@@ -14,9 +14,9 @@ from xdim_jax import evaluate, report
 from xdim_jax.base.files import write_json
 from xdim_jax.data import phantom
 from xdim_jax.data.case import encode_label, list_cases, read_grid, read_label
+from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.images.image import where
 from xdim_jax.data.images.nifti import write_volume
-from xdim_jax.data.layouts.datasets import get_dataset
 from xdim_jax.runs import environment
 
 CHROMIUM = next(

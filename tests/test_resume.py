@@ -97,7 +97,7 @@ def small(monkeypatch):
 def data(tmp_path_factory) -> Path:
     """Four phantom patients of CAMUS, 96 x 64 pixels. Read only."""
     root = tmp_path_factory.mktemp("camus") / "data"
-    phantom.WRITERS["camus"][0](root, cases=4, shape=(96, 64))
+    phantom.write_camus(root, cases=4, shape=(96, 64))
     return root
 
 

@@ -24,7 +24,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.problem import ERROR, KINDS, WARNING, DataError, Problem
 from xdim_jax.data import phantom
 from xdim_jax.data.__main__ import command, main
-from xdim_jax.data.layouts.datasets import get_dataset
+from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.verify import verify
 
 # -- clean data ---------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.base.files import read_json, write_json
 from xdim_jax.base.huge_pages import prefer_huge_pages
+from xdim_jax.data.datasets import scoring_rules
 from xdim_jax.runs.workdir import find_members, read_config
 from xdim_jax.scoring import challenges, results, tables
 from xdim_jax.scoring.evaluation import describe, score_jobs, write
@@ -122,13 +123,11 @@ def _validation(options: Any) -> set[str]:
     from xdim_jax.inference import predictions  # with JAX, which scoring does without
 
     config = read_config(find_members([options.workdir])[0])
-    data = config.data.to_dict()
-    usual = {"camus": "camus", "chaos": "chaos", "brats": f"brats{data.get('convention', '')[-4:]}"}
-    options.rules = options.rules or usual.get(data["dataset"], "generic").replace("brats2021", "brats2022")
-    if options.rules.startswith("brats"):
-        options.convention = options.convention or data["convention"]
-    if options.rules == "chaos":
-        options.task = options.task or [str(data["task"])]
+    usual, determined = scoring_rules(config.data.to_dict())
+    options.rules = options.rules or usual
+    for key, value in determined.items():  # those that rules of another challenge do not have are not needed
+        if challenges.takes(options.rules, key) and not getattr(options, key):
+            setattr(options, key, value)
     options.pred = options.workdir / "predictions"
     options.out = options.out or options.workdir / "evaluation"
     options.ref, cases = predictions.predict_validation(options.workdir, options.pred)

@@ -1,4 +1,4 @@
-"""What can be wrong with a data set: one record per finding, and the kinds there are."""
+"""Problems found in a data set: one record per finding, and the table of the kinds of findings."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -6,39 +6,39 @@ from pathlib import Path
 
 from xdim_jax.base.errors import UserError, join_problems
 
-# kind -> what it means; docs, --help and tests read this table
+# kind -> its meaning; the documentation, --help and the tests read this table
 KINDS = {
-    "missing_image": "an image, modality or phase of a case is not there",
-    "missing_label": "a case has no reference labels where they are needed",
-    "missing_view": "a patient lacks a view, an instant or a sequence that others have",
-    "missing_info": "a file with the facts of an examination is missing or lacks a fact",
+    "missing_image": "an image, modality or phase of a case is missing",
+    "missing_label": "a case has no reference labels although labels are needed",
+    "missing_view": "a patient lacks a view, an instant or a sequence that other patients have",
+    "missing_info": "a file with the facts of an examination is missing or incomplete",
     "missing_file": "a list names a file or patient that does not exist",
-    "extra_file": "a file belongs to no case: another modality, a label without an image, a name that fits no pattern",
-    "wrong_convention": "files are named as in another convention of the data set",
-    "duplicate_case": "one case lies in two places",
-    "duplicate_content": "two cases hold the same image",
+    "extra_file": "a file belongs to no case: unknown modality, label without an image, or unknown name pattern",
+    "wrong_convention": "files are named by another convention of the data set",
+    "duplicate_case": "one case is stored in two places",
+    "duplicate_content": "two cases contain the same image",
     "patient_in_two_folds": "a split lists a patient on two sides",
-    "unreadable": "a file cannot be read: truncated, damaged, or of another format",
+    "unreadable": "a file cannot be read: truncated, damaged, or in another format",
     "shape": "arrays of one case differ in shape, or have a wrong number of axes or channels",
-    "affine": "files of one case lie at different places in space",
-    "spacing": "voxel sizes of one case differ between its files, or within a series",
+    "affine": "files of one case differ in position or orientation in space",
+    "spacing": "voxel sizes differ between the files of a case, or within a series",
     "no_geometry": "a voxel size is zero, or an affine or a slice position is missing or singular",
-    "implausible_spacing": "a voxel size outside 0.01 to 50 mm",
-    "not_finite": "an image holds NaN or infinite values",
-    "constant": "an image has one value everywhere",
+    "implausible_spacing": "a voxel size is outside 0.01 to 50 mm",
+    "not_finite": "an image contains NaN or infinite values",
+    "constant": "an image has the same value everywhere",
     "empty_slice": "a slice inside an image is constant",
     "dtype": "voxels are not numbers, or labels are stored as fractions",
-    "label_value": "a label value that the convention does not have",
-    "label_scale": "labels look scaled: 0 and 255 where 0 and 1 belong",
-    "empty_label": "a label map holds no structure",
-    "missing_structure": "a structure that other cases have is absent from a case",
-    "slice_count": "numbers of slices differ between the series of a case",
+    "label_value": "a label value does not exist in the convention",
+    "label_scale": "labels seem to be scaled: 0 and 255 instead of 0 and 1",
+    "empty_label": "a label map contains no structure",
+    "missing_structure": "a case lacks a structure that other cases have",
+    "slice_count": "the series of a case differ in their numbers of slices",
     "slice_gap": "a slice is missing from a series",
-    "duplicate_slice": "two slices of a volume are at one place, or are the same image",
-    "slice_order": "slices are not in the order of their positions",
+    "duplicate_slice": "two slices of a volume have the same position or the same image",
+    "slice_order": "slices are not sorted by their positions",
     "label_order": "label slices seem to be in reverse order",
     "slice_name": "a label slice is not named after its image",
-    "intensity_range": "intensities do not look like the modality",
+    "intensity_range": "intensities are implausible for the modality",
     "dataset_json": "dataset.json is missing, is not JSON, or contradicts the files",
 }
 ERROR, WARNING = "error", "warning"
@@ -46,10 +46,21 @@ ERROR, WARNING = "error", "warning"
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One finding. An error keeps the case from being used; a warning is for a person to look at."""
+    """One finding.
+
+    Attributes:
+        kind: Key of `KINDS`.
+        path: File or folder with the problem.
+        found: What was found; the end of a sentence that begins with the path.
+        expected: What was expected instead.
+        suggestion: What the user can do about it.
+        case_id: Case with the problem; empty if the finding belongs to no single case.
+        severity: `ERROR` if the case cannot be used; `WARNING` if a person should look at it.
+    """
 
     kind: str
     path: Path | str
+    _: dataclasses.KW_ONLY
     found: str
     expected: str
     suggestion: str
@@ -63,28 +74,33 @@ class Problem:
         return f"{self.path} {self.found}; expected {self.expected}: {self.suggestion}"
 
     def to_json(self) -> dict[str, str]:
-        """Plain strings."""
+        """Return all fields as strings."""
         return {key: str(value) for key, value in dataclasses.asdict(self).items()}
 
 
 def errors(problems: Iterable[Problem]) -> list[Problem]:
-    """Those that keep a case from being used."""
+    """Return the problems that make a case unusable."""
     return [p for p in problems if p.severity == ERROR]
 
 
+def in_case(case_id: str, problems: Iterable[Problem]) -> list[Problem]:
+    """Return the problems with the id of their case, which the readers of files do not know."""
+    return [dataclasses.replace(p, case_id=case_id) for p in problems]
+
+
 class DataError(UserError):
-    """A UserError that carries the findings it was made of."""
+    """A UserError that also carries the problems it reports."""
 
     def __init__(self, message: str, problems: list[Problem]):
         super().__init__(message)
         self.problems = problems
 
-    def of_case(self, case_id: str) -> list[Problem]:
-        """The findings with the case that they are of, which a reader of files does not know."""
-        return [dataclasses.replace(p, case_id=case_id) for p in self.problems]
 
+def data_error(*problems: Problem, summary: str = "problems") -> DataError:
+    """Return one error that lists all problems.
 
-def data_error(problems: Iterable[Problem], summary: str) -> DataError:
-    """One error that lists all findings."""
-    problems = list(problems)
-    return DataError(str(join_problems([str(p) for p in problems], summary)), problems)
+    Args:
+        problems: One or more problems.
+        summary: Words after their number in the first line, which is left out for a single problem.
+    """
+    return DataError(str(join_problems([str(p) for p in problems], summary)), list(problems))

@@ -1,1 +1,1 @@
-"""Data sets on disk, preparation, and the input pipeline. Nothing here imports jax."""
+"""Data sets on disk, their preparation, and the input pipeline. This folder does not import jax."""

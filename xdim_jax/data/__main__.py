@@ -1,10 +1,10 @@
-"""Data sets on disk: check them, prepare them for training, or write synthetic ones in their layouts."""
+"""Check data sets on disk, prepare them for training, or write synthetic ones in their layouts."""
 
 import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,18 +16,19 @@ from xdim_jax.base.files import write_json
 from xdim_jax.base.problem import KINDS
 from xdim_jax.data import phantom
 from xdim_jax.data.case import Dataset, list_cases
-from xdim_jax.data.layouts import brats, camus, chaos
-from xdim_jax.data.layouts.datasets import DATASETS, get_dataset
+from xdim_jax.data.datasets import DATASETS, REQUIRED, Option, get_dataset
 from xdim_jax.data.prepare import Preparation
 from xdim_jax.data.store import default_folder, prepare_cases, store_key
-from xdim_jax.data.store_backends import open_shelf
+from xdim_jax.data.store_backends import open_backend
 from xdim_jax.data.verify import format_findings, verify
 
-_OPTIONS = ("convention", "views", "instants", "quality", "task", "phase")  # flags that are a data set's own
+# options of the data sets; --root is a flag of all of them
+_OPTIONS = {name: {k: o for k, o in entry.options.items() if k != "root"} for name, entry in DATASETS.items()}
+_PHANTOMS = {name: entry.phantoms for name, entry in DATASETS.items() if entry.phantoms}
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line, see ``--help``."""
+    """Run the command line; see ``--help``."""
     parser = make_parser("xdim_jax.data", __doc__ or "", "exit status: 0 done, 1 verify found errors, 2 unusable input")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_verify(commands)
@@ -44,15 +45,41 @@ def main(argv: Sequence[str]) -> int:
 def _add_dataset(parser: argparse.ArgumentParser, names: Sequence[str], *, required: bool = True) -> None:
     parser.add_argument("--dataset", choices=names, required=required)
     parser.add_argument("--root", type=Path, required=required, help="folder of the data set")
-    parser.add_argument("--convention", choices=sorted(brats.CONVENTIONS), help="of BraTS; never guessed")
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--views", help=f"of CAMUS, with commas (default {','.join(camus.VIEWS)})")
-    parser.add_argument("--instants", help=f"of CAMUS (default {','.join(camus.INSTANTS)}; half_sequence)")
-    parser.add_argument("--quality", help=f"of CAMUS (default {','.join(camus.QUALITIES)})")
-    parser.add_argument("--task", type=int, choices=list(chaos.TASKS), help="of CHAOS (default 5; 4 reads CT and MR)")
-    parser.add_argument("--phase", choices=chaos.PHASES, help="of T1-DUAL (default in)")
+def _add_options(
+    parser: argparse.ArgumentParser,
+    options: Mapping[str, Mapping[str, Option]],
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Add a flag for each option; several data sets may have an option of one name and type.
+
+    Args:
+        parser: Parser of a command.
+        options: Data set -> name -> option.
+        defaults: Data set -> name -> default that the command uses instead of that of the option.
+    """
+    for key in _keys(options):
+        takers = {name: taken[key] for name, taken in options.items() if key in taken}
+        for name, values in (defaults or {}).items():
+            if key in values:
+                takers[name] = dataclasses.replace(takers[name], default=values[key])
+        parser.add_argument(
+            f"--{key}",
+            type=int if all(isinstance(option.default, int) for option in takers.values()) else str,
+            choices=list(dict.fromkeys(c for option in takers.values() for c in option.choices)) or None,
+            help="; ".join(_option_help(name, option) for name, option in takers.items()),
+        )
+
+
+def _keys(options: Mapping[str, Mapping[str, Option]]) -> list[str]:
+    return list(dict.fromkeys(key for taken in options.values() for key in taken))
+
+
+def _option_help(name: str, option: Option) -> str:
+    if isinstance(option.default, tuple):
+        return f"{name}: {option.help}, separated by commas (default {','.join(option.default)})"
+    return f"{name}: {option.help} ({'required' if option.default == REQUIRED else f'default {option.default}'})"
 
 
 # -- verify -------------------------------------------------------------------------------------------------------
@@ -63,15 +90,17 @@ def _add_verify(commands: Any) -> None:
     parser = commands.add_parser(
         "verify",
         help="find everything wrong with a data set",
-        description="Reads every file and lists all problems: file, found, expected, what to do.\n\nkinds:\n" + kinds,
+        description="Read every file, and list all problems: the file, what was found, what was expected, and what to "
+        "do.\n\nkinds of problems:\n" + kinds,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_dataset(parser, list(DATASETS))
-    _add_options(parser)
-    parser.add_argument("--no-labels", action="store_true", help="the cases need no reference labels")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there as well; - is the screen")
-    parser.add_argument("--strict", action="store_true", help="warnings count as errors in the exit status")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at once (default: all cores)")
+    everything = {name: entry.everything for name, entry in DATASETS.items()}
+    _add_options(parser, _OPTIONS, everything)
+    parser.add_argument("--no-labels", action="store_true", help="do not report missing reference labels")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the problems to FILE; - is the screen")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 also if there are only warnings")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at a time (default: all cores)")
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -98,28 +127,30 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _section(options: argparse.Namespace) -> dict[str, Any]:
-    """The flags as the ``data`` section of a config. Raises UserError for a flag that the data set does not have."""
+    """Return the flags as the ``data`` section of a config. Raises UserError if the data set lacks one of them."""
     known = DATASETS[options.dataset].options
     section: dict[str, Any] = {"dataset": options.dataset, "root": str(options.root or "")}
-    for key in _OPTIONS:
-        value = getattr(options, key, None)
-        if value is None:
-            continue
+    for key, value in _given(options).items():
         if key not in known:
             raise UserError(f"--{key} is not an option of --dataset={options.dataset}; it has: {', '.join(known)}")
-        section[key] = tuple(value.split(",")) if isinstance(known[key], tuple) else value
+        section[key] = tuple(value.split(",")) if isinstance(known[key].default, tuple) else value
     return section
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the given flags that are options of data sets."""
+    return {key: value for key in _keys(_OPTIONS) if (value := getattr(options, key)) is not None}
 
 
 # -- prepare ------------------------------------------------------------------------------------------------------
 
 
-_PREPARE = """Crops, resamples and standardises every case, and writes the store of arrays that training reads.
-Training does the same where the store is missing; several runs share one store. Run again, it goes on where it was,
-and prepares only what is new or has changed.
+_PREPARE = """Crop, resample and standardise every case, and write the store of arrays that training reads.
+Training does this itself if the store is missing; several runs can use one store. If the command is run again, for
+example after an interruption, it prepares only the cases that are missing or have changed.
 
-With --config: as a recipe says. With --dataset: as the paper does (BraTS: brain crop, z-score of non-zero voxels;
-CAMUS: z-score of each image; CHAOS: slices of 512x512, a window on CT, z-score).
+With --config, the recipe defines the preparation. With --dataset, cases are prepared as in the paper (BraTS: brain
+crop, z-score of nonzero voxels; CAMUS: z-score of each image; CHAOS: slices of 512x512, a window on CT, z-score).
 
 examples:
   python -m xdim_jax.data prepare --config=configs/brats_dxnet.py --config.data.root=/data/BraTS2021_Training_Data
@@ -130,70 +161,72 @@ examples:
 def _add_prepare(commands: Any) -> None:
     parser = commands.add_parser(
         "prepare",
-        help="prepare a data set for training, once",
+        help="prepare a data set for training",
         description=_PREPARE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE[:WORDS]", help="a recipe; takes --config.<key>=<value> too")
+    parser.add_argument(
+        "--config", metavar="FILE[:WORDS]", help="a recipe; its keys can be changed by --config.<key>=<value>"
+    )
     _add_dataset(parser, list(DATASETS), required=False)
-    _add_options(parser)
-    parser.add_argument("--store", help="folder to write to, or gs://, s3:// (default: <root>_prepared)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at once (default: all cores)")
+    _add_options(parser, _OPTIONS)
+    parser.add_argument("--store", help="folder to write to, or an address gs://, s3:// (default: <root>_prepared)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at a time (default: all cores)")
 
 
 def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if bool(options.config) == bool(options.dataset):
         raise UserError("give either --config=<recipe>, or --dataset=<name> and --root=<folder>")
     if options.config:
-        if surplus := [f"--{key}" for key in ("root", *_OPTIONS) if getattr(options, key) is not None]:
-            raise UserError(f"{', '.join(surplus)} goes with --dataset; with --config, write --config.data.<key>")
+        if surplus := [f"--{key}" for key in ({"root": options.root} if options.root else {}) | _given(options)]:
+            raise UserError(f"{', '.join(surplus)} needs --dataset; with --config, give --config.data.<key>=<value>")
         data = load_config(options.config, overrides).data
     else:
         if overrides:
-            raise UserError(f"unknown arguments {' '.join(overrides)}; --config.<key> goes with --config")
+            raise UserError(f"unknown arguments {' '.join(overrides)}; --config.<key>=<value> needs --config")
         data = _section(options)
     if not data["root"]:
         raise UserError("give " + ("--config.data.root" if options.config else "--root") + "=<folder of the data>")
     root = Path(data["root"])
     dataset = get_dataset(data)
-    settings = Preparation.from_config(data["prepare"]) if options.config else _papers(options.dataset, dataset)
+    if options.config:
+        settings = Preparation.from_config(data["prepare"])
+    else:
+        settings = _paper_preparation(options.dataset, dataset)
     cases = list_cases(dataset, root, need_labels=True)
-    folder = options.store or data.get("store", "") or default_folder(root)
-    prepare_cases(dataset, cases, settings, folder, jobs=options.jobs, say=log.say, progress=log.bar("prepare"))
-    shelf = open_shelf(folder, store_key(dataset, settings)[0])
-    size = sum(map(shelf.size, {place for case in cases for place in shelf.places(case.case_id)}))
-    log.say(f"done       {len(cases)} cases in {shelf}, {gib(size)}")
+    base = options.store or data.get("store", "") or default_folder(root)
+    prepare_cases(dataset, cases, settings, base, jobs=options.jobs, say=log.say, progress=log.bar("prepare"))
+    backend = open_backend(base, store_key(dataset, settings)[0])
+    entries = {entry for case in cases for entry in backend.find_entries(case.case_id)}
+    log.say(f"done       {len(cases)} cases in {backend}, {gib(sum(map(backend.size, entries)))}")
     return 0
 
 
-def _papers(name: str, dataset: Dataset) -> Preparation:
-    """How the paper prepares a data set; a window is for CT."""
+def _paper_preparation(name: str, dataset: Dataset) -> Preparation:
+    """Return the preparation of a data set in the paper, without the window if the data set has no CT."""
     settings = DATASETS[name].preparation
     return settings if dataset.holds_ct else dataclasses.replace(settings, window=())
 
 
 # -- phantom ------------------------------------------------------------------------------------------------------
 
-_LARGEST = 1024  # side of a phantom
+_LARGEST = 1024  # voxels along a side of a phantom
 
 
 def _add_phantom(commands: Any) -> None:
     parser = commands.add_parser("phantom", help="write synthetic cases", description=phantom.__doc__)
-    _add_dataset(parser, ["brats", "camus", "chaos"])
-    parser.add_argument(
-        "--cases", type=int, default=10, help="patients; of CHAOS, of CT and of MR (default %(default)s)"
-    )
-    parser.add_argument("--first", type=int, help="number of the first (default 0; CAMUS and CHAOS 1)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--shape",
-        metavar="X,Y[,Z]",
-        help="voxels (default: BraTS 240,240,155; CAMUS 549,389; CHAOS CT 512,512,80, from which MR follows)",
-    )
-    parser.add_argument("--layout", choices=["nifti", "metaimage"], help="release of CAMUS (default nifti)")
-    parser.add_argument("--noise", type=float, help="standard deviation, in units of signal (default 0.06)")
-    parser.add_argument("--bias", type=float, help="standard deviation of the bias field (default 0.1)")
-    parser.add_argument("--contrast", type=float, help="of tissues, 0 to 1 (default 1)")
+    _add_dataset(parser, list(_PHANTOMS))
+    _add_options(parser, {name: phantoms.options for name, phantoms in _PHANTOMS.items()})
+    firsts = ", ".join(f"{name} {phantoms.first}" for name, phantoms in _PHANTOMS.items())
+    shapes = "; ".join(f"{name} {','.join(map(str, phantoms.shape))}" for name, phantoms in _PHANTOMS.items())
+    add = parser.add_argument
+    add("--cases", type=int, default=10, help="number of patients; of chaos, for CT and for MR (default %(default)s)")
+    add("--first", type=int, help=f"number of the first patient (default: {firsts})")
+    add("--seed", type=int, default=0, help="seed of the random numbers (default %(default)s)")
+    add("--shape", metavar="X,Y[,Z]", help=f"number of voxels; of chaos, on CT (default: {shapes})")
+    add("--noise", type=float, help="standard deviation of the noise, in units of the signal (default 0.06)")
+    add("--bias", type=float, help="standard deviation of the bias field (default 0.1)")
+    add("--contrast", type=float, help="contrast of the tissues, 0 to 1 (default 1)")
 
 
 def _phantom(options: argparse.Namespace) -> int:
@@ -201,20 +234,22 @@ def _phantom(options: argparse.Namespace) -> int:
         raise UserError(f"--cases={options.cases}: expected 1 or more")
     if options.seed < 0 or (options.first or 0) < 0:
         raise UserError(f"--seed={options.seed}, --first={options.first}: expected 0 or more")
-    for flag, name in (("convention", "brats"), ("layout", "camus")):
-        if getattr(options, flag) is not None and options.dataset != name:
-            raise UserError(f"--{flag} is an option of --dataset={name}")
-    chosen = {key: getattr(options, key) for key in ("noise", "bias", "contrast")}
-    difficulty = phantom.Difficulty(**{key: value for key, value in chosen.items() if value is not None})
-    shared: dict[str, Any] = {"cases": options.cases, "seed": options.seed, "difficulty": difficulty}
-    shared |= {"progress": log.say} | ({} if options.first is None else {"first": options.first})
-    shape = _shape(options.shape, 2 if options.dataset == "camus" else 3) if options.shape else None
-    shared |= {"shape": shape} if shape else {}
-    if options.dataset == "brats":
-        shared["convention"] = options.convention or "brats2021"
-    elif options.dataset == "camus":
-        shared["layout"] = options.layout or "nifti"
-    phantom.WRITERS[options.dataset][0](options.root, **shared)
+    phantoms = _PHANTOMS[options.dataset]
+    for name, other in _PHANTOMS.items():
+        for key in other.options.keys() - phantoms.options.keys():
+            if getattr(options, key) is not None:
+                raise UserError(f"--{key} is an option of --dataset={name}, not of --dataset={options.dataset}")
+    difficulty = {key: getattr(options, key) for key in ("noise", "bias", "contrast")}
+    phantoms.write(
+        options.root,
+        cases=options.cases,
+        first=phantoms.first if options.first is None else options.first,
+        seed=options.seed,
+        shape=_shape(options.shape, len(phantoms.shape)) if options.shape else phantoms.shape,
+        difficulty=phantom.Difficulty(**{key: value for key, value in difficulty.items() if value is not None}),
+        progress=log.say,
+        **{key: getattr(options, key) or option.default for key, option in phantoms.options.items()},
+    )
     return 0
 
 
@@ -222,14 +257,14 @@ def _shape(text: str, sides: int) -> tuple[int, ...]:
     try:
         shape = tuple(int(n) for n in text.split(","))
     except ValueError as error:
-        raise UserError(f"--shape={text}: expected {sides} numbers with commas") from error
+        raise UserError(f"--shape={text}: expected {sides} numbers separated by commas") from error
     if len(shape) != sides or max(shape) > _LARGEST:
-        raise UserError(f"--shape={text}: expected {sides} numbers with commas, at most {_LARGEST}")
+        raise UserError(f"--shape={text}: expected {sides} numbers separated by commas, at most {_LARGEST}")
     return shape
 
 
 def command() -> NoReturn:
-    """The console entry point."""
+    """Console entry point."""
     run(main)
 
 

@@ -1,4 +1,4 @@
-"""What all data sets share: a case on disk, a case in memory, and reading one into the other."""
+"""What all data sets have in common: a case on disk, a case in memory, and the functions that read it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from xdim_jax.base.errors import UserError, shorten
-from xdim_jax.base.problem import ERROR, WARNING, DataError, Problem, data_error, errors
+from xdim_jax.base.problem import ERROR, WARNING, DataError, Problem, data_error, errors, in_case
 from xdim_jax.data.images.dicom import load_masks
 from xdim_jax.data.images.grid import Axes, Grid, compare_grids
 from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, strip, where
@@ -18,18 +18,20 @@ from xdim_jax.data.regions import Regions
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One image to segment on disk: a volume, a series of slices, or a single image.
+    """One image to segment, on disk: a volume, a series of slices, or a single 2D image.
 
     Attributes:
-        case_id: unique in its data set; the name of its prediction.
-        patient: cases of one patient never lie on both sides of a split.
-        images: one source per channel, or one that holds all channels.
-        channels: names, in the order of the channels.
-        label: reference labels, on the grid of the first image; of PNG files, one for each of its slices.
-        labels: what the values of the label files mean.
-        axes: how file axes come into memory.
-        beside: other series that share the label; they must lie on the same grid, and only `verify` reads them.
-        info: facts of the examination, e.g. view, instant, quality, modality.
+        case_id: Unique name in the data set, which also names its prediction.
+        patient: Name of the patient. All cases of a patient are on the same side of a split.
+        images: One source per channel, or one source with all channels.
+        channels: Names of the channels, in their order.
+        label: Reference labels on the grid of the first image; PNG masks contain one file per slice of the image.
+            None if the case has no reference.
+        labels: Meaning of the values in the label files.
+        axes: How file axes are converted to axes in memory.
+        same_grid: Further series for which the reference is valid. They must be on the grid of the image; only
+            `xdim_jax.data.verify` reads them.
+        info: Facts of the examination, e.g. view, instant, quality, modality.
     """
 
     case_id: str
@@ -39,19 +41,26 @@ class Case:
     label: Source | None
     labels: Labels
     axes: Axes = "anatomical"
-    beside: tuple[Source, ...] = ()
+    same_grid: tuple[Source, ...] = ()
     info: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file of the case."""
+        """All files of the images and of the reference."""
         sources = [*self.images, *([self.label] if self.label else [])]
         return tuple(path for source in sources for path in files_of(source))
 
 
 @dataclasses.dataclass(frozen=True)
 class Volume:
-    """A case in memory: ``image`` float32 (D, H, W, C), ``label`` uint8 (D, H, W) of label indices or None."""
+    """A case in memory.
+
+    Attributes:
+        case_id: Name of the case.
+        image: float32 (D, H, W, C).
+        label: Label indices, uint8 (D, H, W); None if the case has no reference.
+        grid: Grid of the first image file.
+    """
 
     case_id: str
     image: np.ndarray
@@ -61,10 +70,13 @@ class Volume:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """What lies below a folder: the usable cases, what is wrong with the others, and the splits that come with them.
+    """The result of listing the cases below a folder.
 
-    ``splits`` holds, for every official fold, side (training, validation, testing) to patients. ``incomplete`` are
-    cases that lack something, with the files that are there: `verify` looks into them all the same.
+    Attributes:
+        cases: Complete cases.
+        problems: Everything wrong with the other files and folders.
+        splits: Official folds that come with the data; each maps a side (training, validation, testing) to patients.
+        incomplete: Cases that lack files, with the files that exist; `xdim_jax.data.verify` inspects them, too.
     """
 
     cases: list[Case]
@@ -75,20 +87,23 @@ class Scan:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """How one data set lies on disk, and what it means.
+    """How a data set is stored on disk, and what its channels and labels mean.
 
     Attributes:
-        name: of the data set.
-        layout: the expected tree, for messages.
-        channels: names of the image channels.
-        labels: of the label maps in memory and of predictions.
-        regions: what a network predicts and what is scored.
-        scan: ``scan(root, need_labels)``.
-        axes: how file axes come into memory.
-        holds_ct: some of its cases are CT, in HU; they say so in their info.
-        annotated: the regions that the reference of a case shows, where some show fewer than all; else None.
-        same_structures: every case is expected to hold every structure.
-        inspect: ``inspect(case, image)`` finds intensities that do not look like the data set's images.
+        name: Name of the data set, for messages.
+        layout: Expected tree of files, for messages.
+        channels: Names of the image channels.
+        labels: Labels of the reference maps in memory and of predictions.
+        regions: Regions that a network predicts and that are scored.
+        scan: ``scan(root, need_labels)`` lists the cases below a folder.
+        axes: How file axes are converted to axes in memory.
+        holds_ct: True if some cases are CT in HU; the ``modality`` in their info tells which.
+        annotated: ``annotated(case)`` returns the names of the regions annotated in the reference of a case; None if
+            all references annotate all regions.
+        same_structures: True if every case is expected to contain every structure.
+        inspect: ``inspect(case, image)`` returns the intensities that are implausible for the data set.
+        case_from_files: ``case_from_files(paths)`` makes a case from files outside the layout, one per channel, and
+            checks their names; None if their names have no meaning.
     """
 
     name: str
@@ -102,13 +117,14 @@ class Dataset:
     annotated: Callable[[Case], tuple[str, ...]] | None = None
     same_structures: bool = True
     inspect: Callable[[Case, np.ndarray], list[Problem]] = lambda case, image: []
+    case_from_files: Callable[[Sequence[Path]], Case] | None = None
 
 
 def scan_cases(dataset: Dataset, root: Path, *, need_labels: bool) -> Scan:
-    """The cases below ``root`` by name, and every problem that names and folders show.
+    """List the cases below a folder, in the order of their names, and every problem with names and folders.
 
     Raises:
-        UserError: no such folder, or no case in it.
+        UserError: The folder does not exist, or contains no case.
     """
     root = Path(root)
     if not root.is_dir():
@@ -125,27 +141,35 @@ def scan_cases(dataset: Dataset, root: Path, *, need_labels: bool) -> Scan:
 
 
 def list_cases(dataset: Dataset, root: Path, *, need_labels: bool) -> list[Case]:
-    """The cases below ``root``, by name.
+    """Return the cases below a folder, in the order of their names.
 
     Raises:
-        UserError: no such folder; no case in it; and, all at once, every error that names and folders show.
+        UserError: The folder does not exist or contains no case, or there are errors in names and folders, which are
+            all listed.
     """
     return usable_cases(scan_cases(dataset, root, need_labels=need_labels), root)
 
 
 def usable_cases(scan: Scan, root: Path) -> list[Case]:
-    """The cases of a scan without errors. Raises DataError with all of them."""
+    """Return the cases of a scan. Raises DataError with all errors of the scan, if there are any."""
     if fatal := errors(scan.problems):
-        raise data_error(fatal, f"incomplete or misplaced files below {root}")
+        raise data_error(*fatal, summary=f"incomplete or misplaced files below {root}")
     return scan.cases
 
 
 def case_from_files(sources: Sequence[Source], dataset: Dataset, modality: str = "") -> Case:
-    """A case from its files (or series of slices), one per channel in the data set's order, or one that holds all.
+    """Return a case made from files (or series of slices) that need not be in the layout of the data set.
+
+    Args:
+        sources: One file or series per channel, in the order of the data set, or one with all channels.
+        dataset: Data set with the meaning of channels and labels.
+        modality: "CT" or "MR", needed if the data set has both.
 
     Raises:
-        UserError: another number of files, a file that does not exist, or no modality where the data set has two.
+        UserError: The number of files is wrong, a file does not exist, or the modality is needed and missing.
     """
+    if dataset.case_from_files and all(isinstance(source, Path) for source in sources):
+        return dataset.case_from_files([path for path in sources if isinstance(path, Path)])
     paths = [where(source) for source in sources]
     order = ", ".join(dataset.channels)
     if len(paths) not in (1, len(dataset.channels)):
@@ -154,25 +178,25 @@ def case_from_files(sources: Sequence[Source], dataset: Dataset, modality: str =
         raise UserError(f"{', '.join(absent)}: no such file; expected one per channel, in the order {order}")
     if dataset.holds_ct and not modality:
         raise UserError(
-            f"{paths[0]} does not tell whether it is CT or MR; say so with --modality, or give a folder in the layout "
-            f"of {dataset.name}, {dataset.layout}"
+            f"{paths[0]} does not show whether it is CT or MR: give --modality, or a folder in the layout of "
+            f"{dataset.name}, {dataset.layout}"
         )
-    first = paths[0].absolute()  # of a series: its folder, whose name may hold dots
+    first = paths[0].absolute()  # for a series, this is its folder, whose name may contain dots
     name = first.name if isinstance(sources[0], tuple) else (strip(first.name) or first.stem).removesuffix("_0000")
     info = {"modality": modality} if modality else {}
     return Case(name, name, tuple(sources), dataset.channels, None, dataset.labels, dataset.axes, info=info)
 
 
 def without_label(case: Case) -> Case:
-    """The case as a network sees it: its reference is not read."""
+    """Return the case without its reference, which is then not read."""
     return dataclasses.replace(case, label=None)
 
 
 def check_grids(cases: Sequence[Case]) -> None:
-    """Compares shape, voxel size and affine of all files of all cases by their headers alone.
+    """Compare shape, voxel size and affine of all files of each case, reading only headers.
 
     Raises:
-        DataError: every unreadable header and every file that does not lie on its case's grid, at once.
+        DataError: Lists every unreadable header, and every file that is not on the grid of its case.
     """
     problems = []
     for case in cases:
@@ -184,9 +208,9 @@ def check_grids(cases: Sequence[Case]) -> None:
                 problems += error.problems
                 continue
             first = first or grid
-            problems += compare_grids(where(source), grid, where(case.images[0]), first, case.case_id)
+            problems += compare_grids(where(source), grid, where(case.images[0]), first)
     if problems:
-        raise data_error(problems, "files that do not fit their case")
+        raise data_error(*problems, summary="files that do not fit their case")
 
 
 def _is_masks(source: Source) -> bool:
@@ -194,144 +218,224 @@ def _is_masks(source: Source) -> bool:
 
 
 def read_case(case: Case) -> Volume:
-    """Reads all files of a case and checks that they lie on one grid and hold what they should.
+    """Read all files of a case, and check that they are on one grid and have valid contents.
 
     Raises:
-        DataError: every problem of the case at once: unreadable files, shapes or affines that differ, NaN or
-            infinite intensities, label values that the convention does not have.
+        DataError: Lists every problem of the case: unreadable files, shapes or affines that differ, NaN or infinite
+            intensities, label values that do not exist in the convention.
     """
     volume, problems = load_case(case)
     if volume is None or errors(problems):
-        raise data_error(errors(problems), f"problems in case {case.case_id}")
+        raise data_error(*errors(problems), summary=f"problems in case {case.case_id}")
     return volume
 
 
 def load_case(case: Case) -> tuple[Volume | None, list[Problem]]:
-    """The case as far as it can be read, and everything wrong with it; None where arrays do not fit together."""
-    problems: list[Problem] = []
-    image: np.ndarray | None = None
-    grids: list[Grid] = []
-    whole = True
-    per_file = len(case.channels) // len(case.images)
-    for k, source in enumerate(case.images):
-        try:
-            array, grid = read_image(source, "stored" if grids and grids[0].flat else case.axes)
-        except DataError as error:
-            problems += error.of_case(case.case_id)
-            continue
-        path = where(source)
-        if array.shape[3] != per_file:
-            shape = (*grid.shape, array.shape[3])
-            expected = f"{per_file} channel{'s' * (per_file > 1)} in a file"
-            problems.append(
-                Problem("shape", path, f"has shape {shape}", expected, "split or stack the file", case.case_id)
-            )
-            continue
-        if grids:
-            problems += compare_grids(path, grid, where(case.images[0]), grids[0], case.case_id)
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
-            if image is None and len(case.images) == 1:
-                image = array = array.astype(np.float32, copy=False)
-            else:  # file by file into one array, so that there is never a second one of all channels
-                image = np.empty((*array.shape[:3], len(case.channels)), np.float32) if image is None else image
-                whole = whole and image.shape[:3] == array.shape[:3]
-                if image.shape[:3] == array.shape[:3]:
-                    place = image[..., k * per_file : (k + 1) * per_file]
-                    place[:] = array
-                    array = place
-        if count := sum(plane.size - np.count_nonzero(np.isfinite(plane)) for plane in array):
-            found, expected = f"holds {count} NaN or infinite voxels", "finite intensities"
-            problems.append(Problem("not_finite", path, found, expected, "repair the file", case.case_id))
-        grids.append(grid)
+    """Read a case as far as possible.
+
+    Returns:
+        The case, or None if its image is incomplete; and all its problems.
+    """
+    image, grid, problems = _load_images(case)
     label = None
     if case.label:
-        label, found = _load_label(case, case.label, grids[0] if grids else None)
+        label, found = _load_label(case, case.label, grid)
         problems += found
-    if image is None or len(grids) < len(case.images) or not whole:
-        return None, problems
-    return Volume(case.case_id, image, label, grids[0]), problems
+    volume = None if image is None or grid is None else Volume(case.case_id, image, label, grid)
+    return volume, in_case(case.case_id, problems)
+
+
+def _load_images(case: Case) -> tuple[np.ndarray | None, Grid | None, list[Problem]]:
+    """Read all channels.
+
+    Returns:
+        float32 (D, H, W, C), or None if a file cannot be used; the grid of the first usable file; all problems.
+    """
+    problems: list[Problem] = []
+    image: np.ndarray | None = None
+    grid: Grid | None = None
+    complete = True
+    per_file = len(case.channels) // len(case.images)
+    for k, source in enumerate(case.images):
+        path = where(source)
+        try:
+            array, own_grid = read_image(source, "stored" if grid and grid.flat else case.axes)
+        except DataError as error:
+            problems += error.problems
+            complete = False
+            continue
+        if array.shape[3] != per_file:
+            problems.append(
+                Problem(
+                    "shape",
+                    path,
+                    found=f"has shape {(*own_grid.shape, array.shape[3])}",
+                    expected=f"{per_file} channel{'s' * (per_file > 1)} per file",
+                    suggestion="split or stack the file",
+                )
+            )
+            complete = False
+            continue
+        if grid:
+            problems += compare_grids(path, own_grid, where(case.images[0]), grid)
+        grid = grid or own_grid
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are then reported
+            if image is None and len(case.images) == 1:
+                image = array = array.astype(np.float32, copy=False)
+            else:  # each file is copied into one array, so that there is never a second array of all channels
+                image = np.empty((*array.shape[:3], len(case.channels)), np.float32) if image is None else image
+                if image.shape[:3] == array.shape[:3]:
+                    channels = image[..., k * per_file : (k + 1) * per_file]
+                    channels[:] = array
+                    array = channels
+                else:
+                    complete = False
+        if count := sum(plane.size - np.count_nonzero(np.isfinite(plane)) for plane in array):
+            problems.append(
+                Problem(
+                    "not_finite",
+                    path,
+                    found=f"contains {count} NaN or infinite voxels",
+                    expected="finite intensities",
+                    suggestion="repair the file",
+                )
+            )
+    return image if complete else None, grid, problems
 
 
 def read_label(case: Case) -> np.ndarray:
-    """The reference of a case alone, label indices uint8 (D, H, W). Raises DataError as `read_case` does."""
+    """Read only the reference of a case, as label indices uint8 (D, H, W). Raises DataError, see `read_case`."""
     assert case.label is not None, case.case_id
     label, problems = _load_label(case, case.label, read_grid(case.images[0], case.axes))
     if label is None or errors(problems):
-        raise data_error(errors(problems), f"problems in the labels of case {case.case_id}")
+        raise data_error(*errors(problems), summary=f"problems in the labels of case {case.case_id}")
     return label
 
 
 def _load_label(case: Case, source: Source, grid: Grid | None) -> tuple[np.ndarray | None, list[Problem]]:
-    """Label indices on the grid of the image, and everything wrong with them; without a grid, the latter alone."""
+    """Read the reference of a case.
+
+    Args:
+        case: Case of the reference.
+        source: Files of the reference.
+        grid: Grid of the image; None if the image could not be read.
+
+    Returns:
+        Label indices on the grid of the image, or None if there is no grid or the reference does not fit it; and all
+        problems.
+    """
     path, problems = where(source), []
     try:
         if _is_masks(source):
             assert isinstance(source, tuple)
             values = load_masks(source)
             if grid is None:
-                return None, label_problems(case.labels, path, values, case.labels.decode(values)[1], case.case_id)
+                return None, label_problems(case.labels, path, values, case.labels.decode(values)[1])
             if values.shape != grid.shape:
-                found = f"holds {values.shape[2]} masks of {values.shape[1]} x {values.shape[0]} pixels"
-                expected = f"{grid.shape[2]} of {grid.shape[1]} x {grid.shape[0]}, one for each slice of the image"
-                kind = "shape" if values.shape[2] == grid.shape[2] else "slice_count"
-                return None, [Problem(kind, path, found, expected, "fetch the masks again", case.case_id)]
+                return None, [
+                    Problem(
+                        "shape" if values.shape[2] == grid.shape[2] else "slice_count",
+                        path,
+                        found=f"contains {values.shape[2]} masks of {values.shape[1]} x {values.shape[0]} pixels",
+                        expected=f"{grid.shape[2]} of {grid.shape[1]} x {grid.shape[0]}, one for each slice of the "
+                        "image",
+                        suggestion="fetch the masks again",
+                    )
+                ]
             values = grid.to_memory(values)
         else:
             stored, label_grid = read_image(source, "stored" if grid and grid.flat else case.axes)
             if grid is not None:
-                problems += compare_grids(path, label_grid, where(case.images[0]), grid, case.case_id)
+                problems += compare_grids(path, label_grid, where(case.images[0]), grid)
             if stored.shape[3] != 1:
-                shape = (*label_grid.shape, stored.shape[3])
                 problems.append(
-                    Problem("shape", path, f"has shape {shape}", "one label map", "split the file", case.case_id)
+                    Problem(
+                        "shape",
+                        path,
+                        found=f"has shape {(*label_grid.shape, stored.shape[3])}",
+                        expected="one label map",
+                        suggestion="split the file",
+                    )
                 )
             values = stored[..., 0]
     except DataError as error:
-        return None, error.of_case(case.case_id)
+        return None, error.problems
     label, unknown = case.labels.decode(values)
-    problems += label_problems(case.labels, path, values, unknown, case.case_id)
+    problems += label_problems(case.labels, path, values, unknown)
     misplaced = grid is None or any(p.kind in ("shape", "slice_count") for p in problems)
     return None if misplaced else label, problems
 
 
 def encode_label(case: Case, label: np.ndarray) -> np.ndarray:
-    """Label indices to the values of the case's convention.
+    """Convert label indices to the values of the case's convention.
 
-    Structures that it does not have become background: of CHAOS's CT only the liver is asked for, whatever a network
-    that knows more finds there.
+    Structures that the convention lacks become background: in CHAOS only the liver is labelled on CT, but a network
+    that was also trained on MR may find other organs there.
     """
     return case.labels.encode(np.where(label < len(case.labels.values), label, 0))
 
 
-def label_problems(
-    labels: Labels, path: Path, values: np.ndarray, unknown: Sequence[float], case_id: str
-) -> list[Problem]:
-    """What is wrong with the values of a label map."""
+def label_problems(labels: Labels, path: Path, values: np.ndarray, unknown: Sequence[float]) -> list[Problem]:
+    """Return what is wrong with the values of a label map.
+
+    Args:
+        labels: Convention of the label map.
+        path: File or folder of the label map.
+        values: Stored values.
+        unknown: Values that do not exist in the convention, from `Labels.decode`.
+    """
     if not unknown:
         return []
-    shown = shorten([f"{v:g}" for v in unknown], 6)
+    listed = shorten([f"{v:g}" for v in unknown], 6)
     known = ", ".join(str(v) for v in labels.values)
     if labels.ranges:
         alone = not labels.decode(values)[0].any()
-        found = f"holds {'only ' * alone}values {shown}, which are no structure"
-        expected = f"the grey values {known} of {labels.name}"
-        step = "map the values" if alone else "look at it: they are read as background"
-        return [Problem("label_value", path, found, expected, step, case_id, ERROR if alone else WARNING)]
+        return [
+            Problem(
+                "label_value",
+                path,
+                found=f"contains {'only ' * alone}the values {listed}, which are those of no structure",
+                expected=f"the grey values {known} of {labels.name}",
+                suggestion="map the values" if alone else "check these voxels: they are read as background",
+                severity=ERROR if alone else WARNING,
+            )
+        ]
     if set(unknown) == {255.0} and set(np.unique(values).tolist()) <= {0, 255}:
-        found, step = "holds values 0 and 255", "divide it by 255"
-        return [Problem("label_scale", path, found, f"the labels {known} of {labels.name}", step, case_id)]
+        return [
+            Problem(
+                "label_scale",
+                path,
+                found="contains the values 0 and 255",
+                expected=f"the labels {known} of {labels.name}",
+                suggestion="divide it by 255",
+            )
+        ]
     if any(v != int(v) for v in unknown if np.isfinite(v)) or not np.isfinite(unknown).all():
-        found, step = f"holds label {shown}", "resample labels by nearest neighbour and store whole numbers"
-        return [Problem("dtype", path, found, f"whole numbers; {labels.name} has only {known}", step, case_id)]
+        return [
+            Problem(
+                "dtype",
+                path,
+                found=f"contains label {listed}",
+                expected=f"whole numbers; {labels.name} has only {known}",
+                suggestion="resample labels by nearest neighbour and store whole numbers",
+            )
+        ]
     step = "map the values, or leave the case out"
     if fits := [name for value, name in labels.elsewhere if value in unknown]:
-        step = f"{' and '.join(fits)} have it: is the convention right?"
-    found = f"holds label {shown}"
-    return [Problem("label_value", path, found, f"the labels of {labels.name}, which has only {known}", step, case_id)]
+        step = f"the label exists in {' and '.join(fits)}: check the convention"
+    return [
+        Problem(
+            "label_value",
+            path,
+            found=f"contains label {listed}",
+            expected=f"the labels of {labels.name}, which are {known}",
+            suggestion=step,
+        )
+    ]
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """What a trained network needs to know of its data, for the workdir."""
+    """Return what a trained network must know about its data, for the workdir."""
     return {
         "dataset": dataset.name,
         "channels": list(dataset.channels),

@@ -1,25 +1,25 @@
-"""How a data set codes its structures: values in files, indices in memory."""
+"""Label conventions: the label values in the files of a data set, and the structures that they mean."""
 
 import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
 
-_TOLERANCE = 1e-3  # copies exist whose labels are floats, off by rounding
+_TOLERANCE = 1e-3  # some copies of data sets store labels as floats with rounding errors
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """The label convention of a data set. It is stated, and never guessed from the values.
+    """The label convention of a data set. It is always given, never guessed from the values.
 
-    Args:
-        name: for messages, e.g. ``brats2021``.
-        structures: names by index; the first is the background.
-        values: value written for each index, in the order of ``structures``.
-        ranges: for each index but 0, the values ``low < value <= high`` that are read as it; other values are
-            background. Without ranges every value must be one of ``values``.
-        others: ranges of structures that are known and read as background.
-        elsewhere: values that other conventions have, and their names: hints for messages.
+    Attributes:
+        name: Name for messages, e.g. ``brats2021``.
+        structures: Names of the structures by index; the first is the background.
+        values: Value written for each index, in the order of ``structures``.
+        ranges: For each index but 0, the values ``low < value <= high`` that are read as this index; all other values
+            are background. Empty if every value must be one of ``values``.
+        others: Ranges of values that are known, but are read as background.
+        elsewhere: Pairs of a value and the name of another convention that has it, as hints for messages.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Labels:
     elsewhere: tuple[tuple[int, str], ...] = ()
 
     def decode(self, values: np.ndarray) -> tuple[np.ndarray, list[float]]:
-        """Values of a file to indices uint8, and the values found that mean nothing."""
+        """Convert the values of a file to indices uint8; also return the found values that have no meaning."""
         label = np.zeros(values.shape, np.uint8)
         if self.ranges:
             for index, (low, high) in enumerate(self.ranges, 1):
@@ -48,13 +48,13 @@ class Labels:
         return label, unknown
 
     def encode(self, label: np.ndarray) -> np.ndarray:
-        """Indices to the values of the convention: uint8, or uint16 where they need it."""
+        """Convert indices to the values of the convention: uint8, or uint16 if a value is above 255."""
         return np.array(self.values, np.uint8 if max(self.values) < 256 else np.uint16)[label]
 
     def select(self, structures: tuple[str, ...]) -> "Labels":
-        """The same files with fewer structures: the others are read as background."""
+        """Return the convention of the same files with fewer structures; the others are read as background."""
         kept = [self.structures.index(name) for name in structures]
-        assert self.ranges, "only ranges can leave a value out"
+        assert self.ranges, "without ranges every value must be a structure"
         return Labels(
             self.name,
             (self.structures[0], *structures),
@@ -64,12 +64,12 @@ class Labels:
         )
 
     def to_json(self) -> Mapping[str, object]:
-        """For records; `from_json` reads it."""
+        """Return the convention as JSON values; see `from_json`."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(value: Mapping[str, object]) -> "Labels":
-        """Reads `to_json`."""
+        """Return the convention from the result of `to_json`."""
 
         def frozen(v: object) -> object:
             return tuple(frozen(x) for x in v) if isinstance(v, list | tuple) else v

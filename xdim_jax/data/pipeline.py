@@ -1,10 +1,10 @@
-"""From prepared cases to batches. The stream of training batches is a pure function of (seed, step).
+"""The stream of training batches from prepared cases, which is a pure function of (seed, step).
 
-Three ways of sampling, all of which give arrays of one size:
+There are three kinds of sampling, each of which gives arrays of one size:
 
-    patches     3D patches at random places; with patch depth 1, random slices
-    slices      every slice of every volume once in an epoch, in random order: 2D networks on 3D data, and 2D images
-    volumes     every volume once in an epoch, whole: padded to a common size
+    patches     3D patches at random positions; with patch depth 1, random slices
+    slices      every slice of every volume once per epoch, in random order: for 2D networks on 3D data, and 2D images
+    volumes     every volume once per epoch, padded to a common size
 """
 
 import threading
@@ -26,19 +26,28 @@ Sample = tuple[np.ndarray, np.ndarray]  # image float32 (D, H, W, C), label uint
 
 
 def records(entries: Sequence[Entry], sampling: str, per_case: int) -> list[tuple[Entry, int]]:
-    """What one epoch visits: an entry, and the number of its slice (or of its visit)."""
+    """Return the samples of one epoch.
+
+    Args:
+        entries: Prepared cases.
+        sampling: One of `SAMPLINGS`.
+        per_case: Patches per case and epoch.
+
+    Returns:
+        For each sample its entry, and the number of its slice (or of its patch).
+    """
     if sampling == "slices":
         return [(entry, k) for entry in entries for k in range(entry.shape[0])]
     return [(entry, k) for k in range(1 if sampling == "volumes" else per_case) for entry in entries]
 
 
 def steps_per_epoch(count: int, batch: int) -> int:
-    """Full batches in one pass over ``count`` records; at least one."""
+    """Return the number of full batches among ``count`` samples, but at least 1."""
     return max(count // batch, 1)
 
 
 def check_size(entries: Sequence[Entry], sampling: str, size: Size) -> None:
-    """Raises UserError if whole images do not fit into ``size``, which would cut them."""
+    """Raise UserError if sampling uses whole images and one of them is larger than ``size`` (D, H, W)."""
     if sampling == "patches":
         return
     axes = (0, 1, 2) if sampling == "volumes" else (1, 2)
@@ -46,16 +55,22 @@ def check_size(entries: Sequence[Entry], sampling: str, size: Size) -> None:
         if any(entry.shape[a] > size[a] for a in axes):
             raise UserError(
                 f"case {entry.case_id} is {'x'.join(map(str, entry.shape))} once prepared, larger than "
-                f"config.data.patch={size}, but config.data.sampling={sampling} takes whole images: resample with "
+                f"config.data.patch={size}, but config.data.sampling={sampling} uses whole images: resample with "
                 "config.data.prepare.size or .spacing, enlarge the patch, or sample patches"
             )
 
 
 def cut(entry: Entry, start: Sequence[int], size: Size) -> Sample:
-    """The part of a case from ``start``, standardised; where ``size`` is larger than the case, zeros around it."""
+    """Return a standardised part of a case.
+
+    Args:
+        entry: The prepared case.
+        start: First voxel along D, H, W.
+        size: Size along D, H, W; along an axis where it is larger than the case, zeros are added on both sides.
+    """
     prepared = entry.load()
     if prepared.label is None:
-        raise UserError(f"case {entry.case_id} in {entry.folder} has no label; training needs one")
+        raise UserError(f"case {entry.case_id} in {entry.location} has no label; training needs one")
     box = tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
     image, label = prepared.image(box), np.asarray(prepared.label[box])
     pads = [((p - n) // 2, p - n - (p - n) // 2) for p, n in zip(size, label.shape, strict=True)]
@@ -65,10 +80,10 @@ def cut(entry: Entry, start: Sequence[int], size: Size) -> Sample:
 
 
 def random_start(entry: Entry, size: Size, foreground: float, rng: np.random.Generator) -> list[int]:
-    """Where a random patch begins.
+    """Return the first voxel (D, H, W) of a random patch.
 
-    With probability ``foreground`` it holds a labelled voxel: a structure that is present is drawn first, then one of
-    its voxels, then a position of the patch that contains it. Otherwise every position is equally likely.
+    With probability ``foreground`` the patch contains a labelled voxel: a structure of the case is drawn first, then
+    one of its voxels, then a position of the patch that contains it. Otherwise every position is equally likely.
     """
     spans = [max(n - p, 0) for n, p in zip(entry.shape, size, strict=True)]  # largest start along each axis
     starts = [int(rng.integers(0, span + 1)) for span in spans]
@@ -93,24 +108,24 @@ def _sampler(
 
 
 class Activity:
-    """What the reading threads are doing now."""
+    """The current tasks of the reading threads."""
 
     def __init__(self) -> None:
         self._busy: dict[int, tuple[str, float]] = {}
 
-    def begin(self, what: str) -> None:
-        """The calling thread begins with something."""
-        self._busy[threading.get_ident()] = (what, time.monotonic())
+    def begin(self, task: str) -> None:
+        """Record that the calling thread begins a task."""
+        self._busy[threading.get_ident()] = (task, time.monotonic())
 
     def end(self) -> None:
-        """The calling thread is done with it."""
+        """Record that the calling thread has finished its task."""
         self._busy.pop(threading.get_ident(), None)
 
     def lines(self) -> list[str]:
-        """One line per thread that is busy, longest first."""
+        """Return one line per busy thread, the longest task first."""
         now = time.monotonic()
         busy = sorted(self._busy.copy().values(), key=lambda item: item[1])
-        return [f"reading {what} for {now - since:.0f} s" for what, since in busy]
+        return [f"reading {task} for {now - since:.0f} s" for task, since in busy]
 
 
 def make_stream(
@@ -130,15 +145,32 @@ def make_stream(
     facts: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     activity: Activity | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Batches from ``start_step`` on, without end.
+    """Return an endless iterator over batches.
 
-    ``image`` f32 (B, D, H, W, C), ``label`` uint8 (B, D, H, W), ``key`` uint32 (B, 2): random bits of the sample, for
-    its augmentation; ``digest`` uint32 (B,): CRC-32 of these three. ``flat`` drops D, which must be 1. ``facts`` are
-    further arrays by case id, which go with every sample of the case. ``activity`` is told what threads read.
+    Each epoch visits all samples (see `records`) in a new order. The random numbers of a sample depend on the seed and
+    its index in the stream. Batches are therefore equal for any number of threads, and resuming needs only the step. An
+    exception in a thread is raised by the iterator with its traceback.
 
-    Every pass visits each record (see `records`) in a new order. ``batch`` counts all processes; each gets its share.
-    A record's random numbers depend on the seed and its index in the stream, so batches are the same for any number
-    of threads, and resuming needs only the step. An error in a thread is raised here with its own traceback.
+    Args:
+        entries: Prepared cases.
+        sampling: One of `SAMPLINGS`.
+        size: Size of a sample along D, H, W.
+        flat: True to remove the axis D, whose size must be 1.
+        foreground: Share of patches that contain a labelled voxel, see `random_start`.
+        patches_per_case: Patches per case and epoch.
+        batch: Samples per batch, over all processes.
+        seed: Seed of the order and of all random numbers.
+        start_step: Number of the first batch.
+        threads: Number of reading threads.
+        process_index: Number of this process.
+        process_count: Number of processes, each of which reads its share of a batch.
+        facts: Further arrays by case id, which are added to every sample of the case.
+        activity: Record of the tasks of the threads.
+
+    Returns:
+        An iterator over dictionaries with ``image`` float32 (B, D, H, W, C), ``label`` uint8 (B, D, H, W), ``key``
+        uint32 (B, 2), random bits for the augmentation of the sample, ``digest`` uint32 (B,), CRC-32 of these three,
+        and the facts.
     """
     sample = _sampler(sampling, size, foreground)
 

@@ -1,7 +1,7 @@
-"""From a case to what a network sees, and back: crop, resampling, window, standardisation.
+"""The preparation of a case for a network: crop, resampling, intensity window, standardisation; and its inverse.
 
-Intensities are kept as they are up to the last step, so that a prepared case can lie on disk as int16 and any part of
-it is standardised when it is read, to the same bits as the whole.
+Standardisation is the last step, and is applied when a prepared case or a part of it is read. Prepared cases can
+therefore be stored as int16, and a part has bitwise the same values as in the whole image.
 """
 
 import dataclasses
@@ -26,15 +26,16 @@ class Preparation:
     """The ``data.prepare`` section of a config.
 
     Attributes:
-        crop: "nonzero" keeps the smallest box around voxels that are not 0 in every channel; "none".
-        spacing: mm along D, H, W to resample to; 0 keeps an axis; empty: as stored.
-        size: pixels H, W to resample every slice to, whatever its spacing; empty: as stored.
-        window: centre and width in HU to clip CT images to; empty: none. Other modalities are left alone.
-        normalise: "zscore" of all voxels of a channel, "zscore_nonzero" of those that are not 0 while the others stay
-            0, or "none".
+        crop: "nonzero" for the smallest box with all voxels that are not 0 in at least one channel; "none".
+        spacing: Spacing in mm along D, H, W after resampling; 0 to keep an axis, empty to keep all.
+        size: Pixels along H, W of every slice after resampling, whatever its spacing; empty to keep the size.
+        window: Centre and width in HU to which CT images are clipped; empty for no window. Other modalities are never
+            clipped.
+        normalise: "zscore" of all voxels of a channel, "zscore_nonzero" of its voxels that are not 0 (the others stay
+            0), or "none".
 
     Raises:
-        UserError: every value that is not one of these, at once.
+        UserError: Lists every value that is not allowed.
     """
 
     crop: str = "none"
@@ -46,29 +47,29 @@ class Preparation:
     def __post_init__(self) -> None:
         wrong = []
         if self.crop not in CROPS:
-            wrong.append(f"crop={self.crop!r}: known: {', '.join(CROPS)}")
+            wrong.append(f"crop={self.crop!r}: expected one of {', '.join(CROPS)}")
         if self.normalise not in NORMS:
-            wrong.append(f"normalise={self.normalise!r}: known: {', '.join(NORMS)}")
+            wrong.append(f"normalise={self.normalise!r}: expected one of {', '.join(NORMS)}")
         numbers = {"spacing": self.spacing, "size": self.size, "window": self.window}
         for name, values in numbers.items():
             if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
                 raise UserError(f"config.data.prepare.{name}={values}: expected numbers")
-            kind = int if name == "size" else float  # 1 and 1.0 are one setting
+            kind = int if name == "size" else float  # 1 and 1.0 have the same digest
             object.__setattr__(self, name, tuple(kind(v) for v in values))
         if self.spacing and (len(self.spacing) != 3 or any(v and not 0.01 <= v <= 100 for v in self.spacing)):
-            wrong.append(f"spacing={self.spacing}: expected 0.01 to 100 mm along D,H,W, 0 to keep an axis")
+            wrong.append(f"spacing={self.spacing}: expected 0.01 to 100 mm along D,H,W, or 0 to keep an axis")
         if self.size and (len(self.size) != 2 or not 1 <= min(self.size) <= max(self.size) <= 4096):
-            wrong.append(f"size={self.size}: expected pixels H,W")
+            wrong.append(f"size={self.size}: expected 1 to 4096 pixels along H,W")
         if self.size and self.spacing and any(self.spacing[1:]):
             wrong.append(f"size={self.size} and spacing={self.spacing} both resample slices; give one of them")
         if self.window and (len(self.window) != 2 or self.window[1] <= 0):
-            wrong.append(f"window={self.window}: expected centre and width in HU")
+            wrong.append(f"window={self.window}: expected centre and width in HU, the width above 0")
         if wrong:
             raise UserError("\n".join(f"config.data.prepare.{line}" for line in wrong))
 
     @staticmethod
     def from_config(section: Mapping[str, Any]) -> "Preparation":
-        """From the section of a config or of a record. Raises UserError as the class does."""
+        """Return the preparation in the section of a config or a record. Raises UserError if a value is not allowed."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in section.items()}
         if unknown := values.keys() - {f.name for f in dataclasses.fields(Preparation)}:
             raise UserError(f"config.data.prepare has unknown keys: {', '.join(sorted(unknown))}")
@@ -77,16 +78,17 @@ class Preparation:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A prepared case: what a network sees, and where it lies in the source.
+    """A prepared case, and its position in the source array.
 
     Attributes:
-        raw: (D, H, W, C), int16 or float32, cropped, resampled and clipped, not yet standardised.
-        label: uint8 (D, H, W), or None.
-        shift, scale: per channel; the network sees ``(raw - shift) * scale``.
-        masked: voxels that are 0 stay 0.
-        box: of the source array that was kept.
-        source: shape (D, H, W) of the source array.
-        spacing: mm along D, H, W of the prepared grid.
+        raw: int16 or float32 (D, H, W, C), cropped, resampled and clipped, but not yet standardised.
+        label: Label indices, uint8 (D, H, W); None if the case has no reference.
+        shift: One number per channel; the input of the network is ``(raw - shift) * scale``.
+        scale: One number per channel.
+        masked: True if voxels that are 0 stay 0.
+        box: Part of the source array that was kept by the crop.
+        source: Shape (D, H, W) of the source array.
+        spacing: Spacing in mm along D, H, W of the prepared grid.
     """
 
     raw: np.ndarray
@@ -103,7 +105,7 @@ class Prepared:
         return self.raw.shape[:3]
 
     def image(self, part: tuple[slice, ...] = ()) -> np.ndarray:
-        """The standardised image float32, or a part of it."""
+        """Return the standardised image, or a part of it, as float32."""
         raw = np.asarray(self.raw[part])
         out = (raw.astype(np.float32) - np.array(self.shift, np.float32)) * np.array(self.scale, np.float32)
         if self.masked:
@@ -111,7 +113,7 @@ class Prepared:
         return np.ascontiguousarray(out)
 
     def restore(self, scores: np.ndarray) -> np.ndarray:
-        """Scores ``(D, H, W, R)`` on the prepared grid to the source grid; outside the box they are 0."""
+        """Resample scores ``(D, H, W, R)`` from the prepared grid to the source grid; outside the box they are 0."""
         inside = resample(scores, tuple(b.stop - b.start for b in self.box))
         if inside.shape[:3] == tuple(self.source):
             return inside
@@ -121,7 +123,7 @@ class Prepared:
 
 
 def prepare(case: Case, volume: Volume, settings: Preparation) -> Prepared:
-    """What a network sees of a case."""
+    """Crop, resample and clip a case, and compute how it is standardised."""
     image, label = volume.image, volume.label
     box = nonzero_box(image) if settings.crop == "nonzero" else _whole(image.shape)
     image, label = image[box], label if label is None else label[box]
@@ -131,7 +133,7 @@ def prepare(case: Case, volume: Volume, settings: Preparation) -> Prepared:
     if shape != image.shape[:3]:
         image = resample(image, shape)
         label = label if label is None else nearest(label, shape)
-        if background is not None:  # interpolation spreads the brain's edge into the background
+        if background is not None:  # interpolation would spread the edge of the brain into the background
             image[nearest(background, shape)] = 0
     limits = None
     if settings.window and (ct := _ct_channels(case.channels, case.info.get("modality", ""))):
@@ -148,16 +150,16 @@ def prepare(case: Case, volume: Volume, settings: Preparation) -> Prepared:
 def needed_bytes(
     stored: Sequence[tuple[np.dtype, int]], channels: int, grid: Grid, settings: Preparation
 ) -> tuple[int, int]:
-    """Memory that reading and preparing a case takes at the most, by the headers of its files.
+    """Estimate the memory for reading and preparing a case, from the headers of its files.
 
     Args:
-        stored: for every image file what `image.voxel_type` says of it.
-        channels: of the image.
-        grid: of the source.
-        settings: how it is prepared.
+        stored: Result of `xdim_jax.data.images.image.voxel_type` for every image file.
+        channels: Number of channels of the image.
+        grid: Grid of the source.
+        settings: How the case is prepared.
 
     Returns:
-        the bytes at the peak, and those of the prepared case that stays.
+        The number of bytes at the peak, and the number of bytes of the prepared case.
     """
     source = grid.in_memory[0][::-1]
     shape = target_shape(source, grid.spacing, settings)
@@ -175,27 +177,29 @@ def needed_bytes(
         preparing = max(preparing + n, image + 3 * n)
     if shape != source:
         smooth = 4 * n * any(t < s for s, t in zip(source, shape, strict=True))
-        masks = 3 * channels * max(n, m) if settings.normalise == "zscore_nonzero" else 0  # of zeros, and resampling it
+        masks = (
+            3 * channels * max(n, m) if settings.normalise == "zscore_nonzero" else 0
+        )  # the background and its resampling
         preparing = image + 4 * channels * m + masks + max(smooth, kept)
     return max(reading, preparing), kept
 
 
 def _ct_channels(channels: Sequence[str], modality: str) -> list[int]:
-    """Channels in HU: all of a CT case, else those that are named CT (as nnU-Net has it)."""
+    """Return the channels in HU: all channels of a CT case, else those with the name CT, as in nnU-Net."""
     return [i for i, name in enumerate(channels) if modality == "CT" or name.upper() == "CT"]
 
 
 def check_preparation(dataset: Dataset, settings: Preparation) -> None:
-    """Raises UserError if there is a window and no image that it would be for."""
+    """Raise UserError if there is an intensity window, but the data set has no CT images."""
     if settings.window and not dataset.holds_ct and not _ct_channels(dataset.channels, ""):
         raise UserError(
-            f"config.data.prepare.window={settings.window} is for CT, but none of the channels of {dataset.name} is: "
-            f"{', '.join(dataset.channels)}; name the channel CT in dataset.json, or leave the window out"
+            f"config.data.prepare.window={settings.window} is for CT images, but {dataset.name} has only the channels "
+            f"{', '.join(dataset.channels)}; name the channel CT in dataset.json, or remove the window"
         )
 
 
 def target_shape(shape: tuple[int, ...], spacing: tuple[float, ...], settings: Preparation) -> tuple[int, ...]:
-    """The shape after resampling of an array of ``shape`` with voxels of ``spacing``."""
+    """Return the shape (D, H, W) that an array with the given shape and spacing (mm) has after resampling."""
     if settings.size:
         return (shape[0], *settings.size)
     wanted = settings.spacing or (0.0, 0.0, 0.0)
@@ -210,9 +214,13 @@ def _whole(shape: tuple[int, ...]) -> Box:
 
 
 def nonzero_box(image: np.ndarray) -> Box:
-    """The smallest box that holds every voxel of ``(D, H, W, C)`` that is not 0 in some channel (paper, Sect. 3.1.3).
+    """Return the smallest box with all voxels that are not 0 in at least one channel (paper, Sect. 3.1.3).
 
-    An image of zeros gives the whole volume.
+    Args:
+        image: (D, H, W, C).
+
+    Returns:
+        The box; the whole volume if all voxels are 0.
     """
     mask = np.empty(image.shape[:3], bool)
     for plane, into in zip(image, mask, strict=True):
@@ -225,7 +233,7 @@ def nonzero_box(image: np.ndarray) -> Box:
 
 
 def _statistics(image: np.ndarray, normalise: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Shift and scale of every channel. A channel that is constant, or has no voxel to count, becomes 0."""
+    """Return shift and scale of every channel. A channel that is constant, or has no voxels to average, becomes 0."""
     channels = np.moveaxis(image, -1, 0)
     if normalise == "none":
         return (0.0,) * len(channels), (1.0,) * len(channels)
@@ -238,7 +246,10 @@ def _statistics(image: np.ndarray, normalise: str) -> tuple[tuple[float, ...], t
 
 
 def _moments(channel: np.ndarray, *, masked: bool) -> tuple[float, float]:
-    """Mean and standard deviation in double precision, slice by slice: a volume may fill half of the memory."""
+    """Return mean and standard deviation in double precision.
+
+    They are computed slice by slice, because a double-precision copy of a volume might not fit into memory.
+    """
 
     def planes() -> Iterator[np.ndarray]:
         return (p[p != 0] if masked else p for p in channel)
@@ -252,7 +263,7 @@ def _moments(channel: np.ndarray, *, masked: bool) -> tuple[float, float]:
 
 
 def _compact(image: np.ndarray, limits: Sequence[tuple[float, float]] | None) -> np.ndarray:
-    """Clipped to the limits of every channel, as int16 where that loses nothing; the image itself is left alone."""
+    """Return a copy that is clipped to the limits of every channel, as int16 if that is exact, else as float32."""
     bounds = np.array(limits, np.float32).T if limits else None
     whole = _clipped(image, bounds, np.int16)
     if whole is not None:
@@ -265,7 +276,7 @@ def _compact(image: np.ndarray, limits: Sequence[tuple[float, float]] | None) ->
 
 
 def _clipped(image: np.ndarray, bounds: np.ndarray | None, dtype: Any) -> np.ndarray | None:
-    """A copy of another type, plane by plane; None where that has not all values."""
+    """Return a clipped copy of another type; None if the type cannot represent all values."""
     out = np.empty(image.shape, dtype)
     for plane, into in zip(image, out, strict=True):
         values = plane if bounds is None else np.clip(plane, *bounds)
@@ -278,9 +289,10 @@ def _clipped(image: np.ndarray, bounds: np.ndarray | None, dtype: Any) -> np.nda
 
 
 def resample(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Linear interpolation of ``(D, H, W, C)`` to another grid over the same extent, float32.
+    """Resample ``(D, H, W, C)`` linearly to another shape (D, H, W) over the same extent, as float32.
 
-    Axes that become coarser are smoothed first, by half of what a voxel grows, so that nothing aliases.
+    Against aliasing, an axis that becomes coarser is smoothed first, by a Gaussian with a standard deviation of half
+    the growth of a voxel.
     """
     if image.shape[:3] == tuple(shape):
         return image
@@ -296,9 +308,9 @@ def resample(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def nearest(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Nearest-neighbour resampling of an array to ``shape`` (D, H, W), at the voxels' centres."""
+    """Resample an array to another shape (D, H, W) by nearest neighbour, at the centres of the voxels."""
     sizes = sorted(zip(label.shape[:3], shape, range(3), strict=True), key=lambda s: s[1] / s[0])
-    for n, m, axis in sizes:  # what becomes smaller first, so that nothing between is larger than both ends
+    for n, m, axis in sizes:  # axes that become smaller first, to save memory
         if n != m:
             label = np.take(label, [(2 * i + 1) * n // (2 * m) for i in range(m)], axis)
     return np.ascontiguousarray(label)

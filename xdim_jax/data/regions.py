@@ -1,8 +1,8 @@
-"""Structures as sets of labels, and the nested regions that BraTS scores (spec: challenges, section 3.1).
+"""Regions: named sets of labels that a network predicts, such as the nested regions of BraTS.
 
-Inside the package a label map holds the indices of a data set's tissues; the data set's own values (4 is ET up to 2022
-and a resection cavity in 2024) exist only in its files, see `xdim_jax.data.labels`. A network predicts one channel per
-region; regions may lie inside one another.
+In memory a label map contains indices of a data set's structures. The values in its files (in BraTS, 4 is ET up to 2022
+and a resection cavity in 2024) are converted by `xdim_jax.data.labels`. A network predicts one channel per region, and
+regions may be nested. docs/challenges.md, section "BraTS: labels and regions", explains the regions of BraTS.
 """
 
 import dataclasses
@@ -18,11 +18,16 @@ from scipy.ndimage import label as connected
 
 @dataclasses.dataclass(frozen=True)
 class Regions:
-    """Named sets of label indices. Any two are disjoint or one lies in the other.
+    """Named sets of label indices, any two of which are disjoint or nested.
+
+    The own label of a region is the label that belongs to it, but to no region inside it. A label map can be computed
+    from predicted regions because every region has exactly one.
+
+    Attributes:
+        sets: Label indices of each region, in the order of the network's channels.
 
     Raises:
-        ValueError: two regions overlap in part or are equal, or a region has not exactly one label that no region
-            inside it has, so that labels could not be told from regions.
+        ValueError: Two regions are equal or overlap in part, or a region does not have exactly one own label.
     """
 
     sets: Mapping[str, tuple[int, ...]]
@@ -37,27 +42,27 @@ class Regions:
             inner = set().union(*(rest for _, rest in items if rest < labels))
             if len(labels - inner) != 1:
                 raise ValueError(
-                    f"region {name} has the labels {sorted(labels - inner)} of its own; expected exactly one, so that "
-                    "a label map can be made from predicted regions"
+                    f"region {name} has the own labels {sorted(labels - inner)}, which are in no region inside it; "
+                    "expected exactly one, so that a label map can be computed from predicted regions"
                 )
 
     @property
     def names(self) -> tuple[str, ...]:
-        """In the order of the channels."""
+        """Names in the order of the channels."""
         return tuple(self.sets)
 
-    def around(self, name: str) -> int:
-        """The label that only the region has that this one lies in; 0 where it lies in none."""
+    def enclosing_label(self, name: str) -> int:
+        """Return the own label of the smallest region that encloses this one; 0 if there is none."""
         inner = set(self.sets[name])
-        outer = [set(v) for v in self.sets.values() if inner < set(v)]
-        if not outer:
+        enclosing = [set(v) for v in self.sets.values() if inner < set(v)]
+        if not enclosing:
             return 0
-        near = min(outer, key=len)
-        return (near - set().union(*(set(v) for v in self.sets.values() if set(v) < near))).pop()
+        smallest = min(enclosing, key=len)
+        return (smallest - set().union(*(set(v) for v in self.sets.values() if set(v) < smallest))).pop()
 
     @functools.cached_property
     def _forest(self) -> list["_Node"]:
-        """Outermost regions, each with those inside it."""
+        """The outermost regions; each node contains the regions inside it."""
 
         def inside(outer: set[int] | None) -> list[_Node]:
             below = [(c, set(v)) for c, v in enumerate(self.sets.values()) if outer is None or set(v) < outer]
@@ -72,19 +77,30 @@ class Regions:
         return inside(None)
 
     def encode(self, label: Any, xp: Any = np) -> Any:
-        """Label map ``(..., D, H, W)`` to masks ``bool (..., D, H, W, R)``.
+        """Convert a label map ``(..., D, H, W)`` to masks ``bool (..., D, H, W, R)``.
 
-        ``xp`` is the array library: numpy, or ``jax.numpy`` inside a jitted program.
+        Args:
+            label: Label indices.
+            xp: Array library: numpy, or ``jax.numpy`` inside a jitted program.
         """
-        # comparisons, not isin, which flattens what may lie on several devices
+        # comparisons instead of isin, which would flatten arrays that are sharded over several devices
         return xp.stack([functools.reduce(operator.or_, (label == i for i in v)) for v in self.sets.values()], -1)
 
     def decode(self, scores: Any, threshold: float | Mapping[str, float] = 0.5, xp: Any = np) -> Any:
-        """Scores ``(..., R)`` (probabilities, or masks) to a label map uint8; ``threshold``: of all, or by region.
+        """Convert scores to a label map.
 
-        Outer regions are written first and inner ones over them, so regions that are not nested are made so (paper,
-        Sect. 3.1.3: ET is kept unaltered, NCR is extracted from TC and ED from WT). Between regions that lie apart
-        decides the highest score of each with all that lies inside it; the first wins a tie.
+        Outer regions are written first and inner regions over them, so that predicted regions become nested (paper,
+        Sect. 3.1.3: ET is kept unaltered, NCR is extracted from TC and ED from WT). If a voxel is above the threshold
+        in several disjoint regions, it belongs to the region with the highest score (the first one if scores are
+        equal). The score of a region is then the maximum over the region and all regions inside it.
+
+        Args:
+            scores: Probabilities or masks ``(..., R)``.
+            threshold: Score above which a voxel is in a region: one for all regions, or one for each.
+            xp: Array library: numpy, or ``jax.numpy`` inside a jitted program.
+
+        Returns:
+            Label indices, uint8 ``(...)``.
         """
         limits = threshold if isinstance(threshold, Mapping) else dict.fromkeys(self.names, threshold)
 
@@ -104,7 +120,7 @@ class Regions:
 
 @dataclasses.dataclass(frozen=True)
 class _Node:
-    """A region: its channel, the label that no region inside it has, and those regions."""
+    """A region: its channel, its own label, and the regions directly inside it."""
 
     channel: int
     label: int
@@ -112,20 +128,22 @@ class _Node:
 
     @property
     def channels(self) -> list[int]:
-        """Its own and those of all regions inside it."""
+        """The channels of this region and of all regions inside it."""
         return [self.channel, *(c for node in self.inner for c in node.channels)]
 
 
-# BraTS: indices of the tissues, and the regions; nested, each a part of the one before
+# BraTS: indices of the tissues, and the regions; each region is a part of the one before it
 TISSUES = ("background", "NCR", "ED", "ET")
-NCR, ED, ET, RC = 1, 2, 3, 4  # RC: resection cavity, since 2024, part of no region above
+NCR, ED, ET, RC = 1, 2, 3, 4  # RC: resection cavity, since 2024, not a part of the other regions
 BRATS = Regions({"WT": (NCR, ED, ET), "TC": (NCR, ET), "ET": (ET,)})
 BRATS_2024 = Regions({**BRATS.sets, "RC": (RC,)})
 
 
 def keep_largest(label: np.ndarray, regions: Regions, names: Sequence[str]) -> np.ndarray:
-    """Keeps the largest 26-connected part of each named region; the others become what lies around the region: the own
-    label of the region that it lies in, or background."""
+    """Keep only the largest 26-connected component of each named region.
+
+    The other components get the enclosing region's own label, or become background if there is no enclosing region.
+    """
     if not names:
         return label
     label = label.copy()
@@ -140,12 +158,12 @@ def keep_largest(label: np.ndarray, regions: Regions, names: Sequence[str]) -> n
         if count > 1:
             sizes = sum(np.bincount(plane.ravel(), minlength=count + 1) for plane in parts)
             largest = 1 + int(np.argmax(np.asarray(sizes)[1:]))
-            label[box][mask[box] & (parts != largest)] = regions.around(name)
+            label[box][mask[box] & (parts != largest)] = regions.enclosing_label(name)
     return label
 
 
 def drop_small_et(label: np.ndarray, minimum: int) -> np.ndarray:
-    """Relabels ET as NCR when the whole case has fewer than ``minimum`` voxels of it (paper, Sect. 3.1.3); 0: never."""
+    """Relabel ET as NCR if the case has fewer than ``minimum`` voxels of ET (paper, Sect. 3.1.3); never if 0."""
     et = label == ET
     if np.count_nonzero(et) >= minimum:
         return label

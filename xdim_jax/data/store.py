@@ -1,16 +1,19 @@
-"""Prepared cases, made once and read by every run: on disk, memory-mapped, or in a bucket, as zarr arrays.
+"""The store of prepared cases, which are prepared once and read by every run.
 
-    <folder>/<key>/store.json                       the settings that the key stands for
+The store is a folder of memory-mapped files:
+
+    <folder>/<key>/store.json                       the settings from which the key is computed
     <folder>/<key>/<case id>-<content>/image.npy    int16 or float32 (D, H, W, C), as `Prepared.raw`
                                       /label.npy    uint8 (D, H, W)
-                                      /voxels.npy   int32: flat indices of labelled voxels, by structure
-                                      /case.json    what the rest of `Prepared` holds, and the sources
+                                      /voxels.npy   int32: flat indices of labelled voxels, sorted by structure
+                                      /case.json    the other attributes of `Prepared`, and the source files
 
-The key is a digest of data set, label convention and preparation, and an entry is named after a digest of the case's
-source files, so other settings and other content never meet, and no entry that a run may be reading is ever replaced.
-Names, sizes and times of the sources tell that they have not changed; where those differ, their content is digested
-anew. Cases are written whole or not at all, so an interrupted preparation goes on where it was, and several processes
-may prepare into one folder. Entries of files that have changed since stay: remove the folder to free the room.
+or the same in a bucket, with zarr arrays. The key is a digest of the data set, its label convention and the
+preparation, and the name of an entry contains a digest of the case's source files. The store is thus keyed by content
+and settings, and an entry that a run may be reading is never replaced. An entry is found by the names, sizes and times
+of the source files; if these differ, the content of the files is compared. Cases are written completely or not at all,
+so that an interrupted preparation can be resumed, and several processes can prepare cases into one folder. Entries of
+files that have changed since remain: remove the folder to free the space.
 """
 
 import concurrent.futures
@@ -18,7 +21,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +31,38 @@ from xdim_jax.base.errors import UserError, gib
 from xdim_jax.base.problem import DataError, Problem, data_error
 from xdim_jax.data.case import Case, Dataset, read_case
 from xdim_jax.data.prepare import Preparation, Prepared, check_preparation, prepare
-from xdim_jax.data.store_backends import Place, Shelf, open_entry, open_shelf, open_voxels
+from xdim_jax.data.store_backends import Location, StoreBackend, open_backend, open_entry, open_voxels
 
-_VERSION = 1  # of the files' format and of what preparation computes
+_VERSION = 1  # increased when the file format or the result of a preparation changes
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One prepared case."""
+    """One prepared case.
+
+    Attributes:
+        case_id: Name of the case.
+        patient: Name of the patient.
+        location: Folder or address of the entry.
+        shape: Shape (D, H, W) of the prepared image.
+        structures: Label index of each structure and position of its first voxel in voxels.npy; then -1 and the number
+            of all voxels.
+    """
 
     case_id: str
     patient: str
-    folder: Place
-    shape: tuple[int, ...]  # D, H, W
-    structures: tuple[tuple[int, int], ...]  # label index and its first place in voxels.npy, in order; the end last
+    location: Location
+    shape: tuple[int, ...]
+    structures: tuple[tuple[int, int], ...]
 
     def load(self) -> Prepared:
-        """The case with its arrays, read as they are indexed. Raises UserError if its files are gone or damaged."""
+        """Open the case, whose arrays are read when they are indexed.
+
+        Raises:
+            UserError: Files are missing or damaged.
+        """
         with self._reading():
-            facts, image, label = open_entry(self.folder)
+            facts, image, label = open_entry(self.location)
             box = tuple(slice(*b) for b in facts["box"])
             return Prepared(
                 image,
@@ -60,14 +76,14 @@ class Entry:
             )
 
     def voxel(self, rng: np.random.Generator) -> tuple[int, ...] | None:
-        """A random labelled voxel: a structure that is present first, then one of its voxels; None without any."""
+        """Return the indices of a random voxel of a random structure of the case; None if it contains no structure."""
         count = len(self.structures) - 1
         if count < 1:
             return None
         chosen = int(rng.integers(count))
         start, stop = self.structures[chosen][1], self.structures[chosen + 1][1]
         with self._reading():
-            flat = int(open_voxels(self.folder)[int(rng.integers(start, stop))])
+            flat = int(open_voxels(self.location)[int(rng.integers(start, stop))])
             return tuple(int(i) for i in np.unravel_index(flat, self.shape))
 
     @contextlib.contextmanager
@@ -76,13 +92,13 @@ class Entry:
             yield
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:  # a UserError is a ValueError
             raise UserError(
-                f"the prepared case {self.folder} is damaged ({type(error).__name__}: {error}); run the same command "
-                "again: it is prepared anew"
+                f"the prepared case {self.location} is damaged ({type(error).__name__}: {error}); run the same command "
+                "again, which prepares it again"
             ) from error
 
 
 def store_key(dataset: Dataset, settings: Preparation) -> tuple[str, dict[str, Any]]:
-    """The digest that names a store, and what it is a digest of."""
+    """Return the digest that names a store, and the settings from which it is computed."""
     facts = {
         "version": _VERSION,
         "dataset": dataset.name,
@@ -90,15 +106,15 @@ def store_key(dataset: Dataset, settings: Preparation) -> tuple[str, dict[str, A
         "labels": dataset.labels.to_json(),
         "prepare": dataclasses.asdict(settings),
     }
-    facts = json.loads(json.dumps(facts))  # as it is read back
+    facts = json.loads(json.dumps(facts))  # equal to what is read from store.json
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12], facts
 
 
 def default_folder(root: Path) -> Path:
-    """Beside the data: ``<root>_prepared``. Raises UserError for a root that has no name to put it beside."""
+    """Return ``<root>_prepared``, in the parent folder of the data. Raises UserError if the root has no parent."""
     root = root.resolve()
     if not root.name:
-        raise UserError(f"{root} has no folder beside it: give --config.data.store=<folder>, or --store")
+        raise UserError(f"{root} has no parent folder: give --config.data.store=<folder>, or --store=<folder>")
     return root.with_name(f"{root.name}_prepared")
 
 
@@ -106,85 +122,98 @@ def prepare_cases(
     dataset: Dataset,
     cases: Sequence[Case],
     settings: Preparation,
-    folder: Place,
+    base: Location,
     *,
     jobs: int = 2,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Entry]:
-    """The entries of all cases; those that are missing or out of date are prepared first.
+    """Return the entries of all cases; those that are missing or out of date are prepared first.
 
-    The size of what is to be written is estimated from one case and said before the others begin. Each of
-    ``jobs`` threads holds one case in memory.
+    Args:
+        dataset: Data set of the cases.
+        cases: Cases to prepare.
+        settings: How they are prepared.
+        base: Folder or address of the stores of all settings.
+        jobs: Number of threads; each has one case in memory.
+        say: Called with lines for the log; before the second case is prepared, with an estimate of the size.
+        progress: Called with the number of prepared cases and the number of cases to prepare.
 
     Raises:
-        DataError: every case that cannot be used, at once; the others are prepared.
-        UserError: not enough room on the disk, or it cannot be written to.
+        DataError: Lists all cases that cannot be used; the others have been prepared.
+        UserError: The store cannot be written, or the disk has not enough space.
     """
     check_preparation(dataset, settings)
     key, facts = store_key(dataset, settings)
-    shelf = open_shelf(folder, key)
-    shelf.begin(facts)
+    backend = open_backend(base, key)
+    backend.create(facts)
     with concurrent.futures.ThreadPoolExecutor(max(jobs, 1)) as pool:
-        found = list(pool.map(lambda case: _find(shelf, case), cases))
-    todo = [i for i, entry in enumerate(found) if entry is None]
-    say(f"store      {shelf}: {len(cases) - len(todo)} of {len(cases)} cases prepared")
+        entries = list(pool.map(lambda case: _find(backend, case), cases))
+    missing = [i for i, entry in enumerate(entries) if entry is None]
+    say(f"store      {backend}: {len(cases) - len(missing)} of {len(cases)} cases prepared")
     problems: list[Problem] = []
-    done = 0
+    prepared = _prepare_missing(backend, [cases[i] for i in missing], settings, jobs, say)
+    with contextlib.closing(prepared):
+        for done, (i, outcome) in enumerate(zip(missing, prepared, strict=True), 1):
+            if isinstance(outcome, DataError):
+                problems += outcome.problems
+            else:
+                entries[i] = outcome
+            progress(done, len(missing))
+    if problems:
+        raise data_error(*problems, summary=f"problems in {len(missing)} cases; the others are prepared")
+    return [entry for entry in entries if entry is not None]
 
-    def run(i: int) -> Entry | DataError:
+
+def _prepare_missing(
+    backend: StoreBackend, cases: Sequence[Case], settings: Preparation, jobs: int, say: Callable[[str], None]
+) -> Generator[Entry | DataError]:
+    """Prepare cases, and yield the entry or the error of each, in their order.
+
+    The first case that can be prepared is finished before the others begin, because its size tells their size.
+    """
+
+    def run(case: Case) -> Entry | DataError:
         try:
-            return _write(shelf, cases[i], settings)
+            return _write(backend, case, settings)
         except DataError as error:
             return error
 
-    def take(i: int, outcome: Entry | DataError) -> None:
-        nonlocal done
-        done += 1
-        if isinstance(outcome, DataError):
-            problems.extend(outcome.problems)
-        else:
-            found[i] = outcome
-        progress(done, len(todo))
-
-    rest = list(todo)
-    while rest:  # one whole case tells the size of the others
-        first = rest.pop(0)
-        outcome = run(first)
-        take(first, outcome)
+    rest = list(cases)
+    while rest:
+        outcome = run(rest.pop(0))
+        yield outcome
         if isinstance(outcome, Entry):
             if rest:
-                _announce(shelf, outcome, len(rest), say)
+                _check_space(backend, outcome, len(rest), say)
             break
     with concurrent.futures.ThreadPoolExecutor(max(jobs, 1)) as pool:
         try:
-            for i, outcome in zip(rest, pool.map(run, rest), strict=True):
-                take(i, outcome)
+            yield from pool.map(run, rest)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    if problems:
-        raise data_error(problems, f"problems in {len(todo)} cases; the others are prepared")
-    return [entry for entry in found if entry is not None]
 
 
-def _announce(shelf: Shelf, first: Entry, others: int, say: Callable[[str], None]) -> None:
-    size, free = shelf.size(first.folder), shelf.free()
+def _check_space(backend: StoreBackend, first: Entry, others: int, say: Callable[[str], None]) -> None:
+    """Estimate the size of the other cases from the first one. Raises UserError if it exceeds the free space."""
+    size, free = backend.size(first.location), backend.free()
     room = "" if free is None else f"; {gib(free)} free"
     say(f"store      {others} cases to prepare, about {gib(size * others)}{room}")
     if free is not None and size * others > free:
         raise UserError(
-            f"{shelf}: the {others} cases left need about {gib(size * others)}, but only {gib(free)} are free; make "
-            "room, or choose another folder with --config.data.store=<folder>, and run the same command again"
+            f"{backend}: the {others} cases left need about {gib(size * others)}, but only {gib(free)} are free; free "
+            "some space, or choose another folder with --config.data.store=<folder>, and run the same command again"
         )
 
 
 def _signature(case: Case) -> list[list[Any]]:
-    """Name, size and time of every source file, and its place among them."""
+    """Return name, size and time of every source file, in their order."""
     return [[p.name, (s := p.stat()).st_size, s.st_mtime_ns] for p in case.files]
 
 
 def _content(case: Case) -> str:
+    """Return a digest of the names and the contents of all source files."""
     digest = hashlib.blake2b(digest_size=20)
     for path in case.files:
         digest.update(path.name.encode() + b"\0")
@@ -194,33 +223,33 @@ def _content(case: Case) -> str:
     return digest.hexdigest()
 
 
-def _find(shelf: Shelf, case: Case) -> Entry | None:
-    """The entry of a case that was made of these sources, if there is one and it is whole."""
-    known = {place: shelf.facts(place) for place in shelf.places(case.case_id)}
-    facts = {place: found for place, found in known.items() if found is not None and _serves(found, case)}
-    if not facts:
+def _find(backend: StoreBackend, case: Case) -> Entry | None:
+    """Return the complete entry that was prepared from the current source files of a case; None if there is none."""
+    known = {entry: backend.read_facts(entry) for entry in backend.find_entries(case.case_id)}
+    valid = {entry: facts for entry, facts in known.items() if facts is not None and _is_valid(facts, case)}
+    if not valid:
         return None
     try:
         signature = _signature(case)
-        for place, found in facts.items():
-            if found["signature"] == signature:
-                return _entry(case, place, found)
-        place = _place(shelf, case, _content(case))
-        if place in facts:
-            with contextlib.suppress(UserError):  # a store that one may only read serves as well
-                shelf.keep(place, facts[place] | {"signature": signature})
-            return _entry(case, place, facts[place])
-    except OSError:  # a source is gone: preparing it says which
+        for location, facts in valid.items():
+            if facts["signature"] == signature:
+                return _entry(case, location, facts)
+        location = _location(backend, case, _content(case))
+        if location in valid:
+            with contextlib.suppress(UserError):  # a read-only store can be used, too
+                backend.write_facts(location, valid[location] | {"signature": signature})
+            return _entry(case, location, valid[location])
+    except OSError:  # a source file is missing, which is reported when the case is prepared
         return None
     return None
 
 
-def _place(shelf: Shelf, case: Case, content: str) -> Place:
-    return shelf.place(f"{case.case_id}-{content[:16]}")
+def _location(backend: StoreBackend, case: Case, content: str) -> Location:
+    return backend.location(f"{case.case_id}-{content[:16]}")
 
 
-def _serves(facts: Any, case: Case) -> bool:
-    """Whether what case.json says is of this case as it is read now."""
+def _is_valid(facts: Any, case: Case) -> bool:
+    """Return whether an entry with these facts was prepared with the current attributes of the case."""
     try:
         same = facts["axes"] == case.axes and facts["patient"] == case.patient
         return same and facts["structures"] is not None
@@ -228,22 +257,30 @@ def _serves(facts: Any, case: Case) -> bool:
         return False
 
 
-def _entry(case: Case, folder: Place, facts: dict[str, Any]) -> Entry:
+def _entry(case: Case, location: Location, facts: dict[str, Any]) -> Entry:
     structures = tuple((int(i), int(start)) for i, start in facts["structures"])
-    return Entry(case.case_id, case.patient, folder, tuple(facts["shape"]), structures)
+    return Entry(case.case_id, case.patient, location, tuple(facts["shape"]), structures)
 
 
-def _write(shelf: Shelf, case: Case, settings: Preparation) -> Entry:
+def _write(backend: StoreBackend, case: Case, settings: Preparation) -> Entry:
     try:
         signature, content = _signature(case), _content(case)
     except OSError as error:
         path = Path(error.filename or case.files[0])
-        found = f"cannot be read ({error.strerror or error})"
-        raise data_error([Problem("unreadable", path, found, "a file", "fetch it again", case.case_id)], "") from error
-    place = _place(shelf, case, content)
-    facts = shelf.facts(place)
-    if facts is not None and _serves(facts, case):  # another process has prepared it meanwhile
-        return _entry(case, place, facts)
+        raise data_error(
+            Problem(
+                "unreadable",
+                path,
+                found=f"cannot be read ({error.strerror or error})",
+                expected="a file",
+                suggestion="fetch it again",
+                case_id=case.case_id,
+            )
+        ) from error
+    location = _location(backend, case, content)
+    facts = backend.read_facts(location)
+    if facts is not None and _is_valid(facts, case):  # another process has prepared it in the meantime
+        return _entry(case, location, facts)
     prepared = prepare(case, read_case(case), settings)
     voxels, structures = _voxels(prepared.label)
     arrays = {"image": prepared.raw, "label": prepared.label, "voxels": voxels}
@@ -265,18 +302,18 @@ def _write(shelf: Shelf, case: Case, settings: Preparation) -> Entry:
         "structures": structures,
     }
     present = {name: array for name, array in arrays.items() if array is not None}
-    return _entry(case, place, shelf.write(place, present, facts, lambda other: _serves(other, case)))
+    return _entry(case, location, backend.write(location, present, facts, lambda other: _is_valid(other, case)))
 
 
 def _voxels(label: np.ndarray | None) -> tuple[np.ndarray, list[list[int]]]:
-    """Flat indices of labelled voxels by structure; structures with their first places, then -1 with the end."""
+    """Return the flat indices of labelled voxels, sorted by structure, and `Entry.structures`."""
     if label is None:
         return np.zeros(0, np.int32), [[-1, 0]]
     flat = label.ravel()
     parts, structures, start = [], [], 0
     for index in np.unique(flat[flat > 0]).tolist():
-        places = np.flatnonzero(flat == index).astype(np.int32)
-        parts.append(places)
+        indices = np.flatnonzero(flat == index).astype(np.int32)
+        parts.append(indices)
         structures.append([index, start])
-        start += len(places)
+        start += len(indices)
     return np.concatenate([np.zeros(0, np.int32), *parts]), [*structures, [-1, start]]

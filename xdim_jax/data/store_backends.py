@@ -1,7 +1,7 @@
-"""Where prepared cases lie: a folder with ``.npy`` files, or a bucket with zarr arrays.
+"""Storage of prepared cases: a folder with ``.npy`` files, or a bucket with zarr arrays.
 
-An entry of either has a name, the arrays ``image``, ``label`` and ``voxels``, and ``case.json``, which is written last
-and tells the sizes of the others: an entry that was not written to its end is not there.
+Each entry has a name, the arrays ``image``, ``label`` and ``voxels``, and the facts in ``case.json``. This file is
+written last and contains the sizes of the others, so that an incomplete entry is recognised and ignored.
 """
 
 import contextlib
@@ -22,73 +22,93 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_error, write_json, write_text
 
 FACTS = "case.json"
-ELSEWHERE = "--config.data.store=<folder>, or prepare --store=<folder>, puts prepared cases elsewhere"
-_CHUNK = (32, 64, 64)  # voxels of a zarr chunk: what a patch reads beside itself stays below that
-_CHUNK_VOXELS = 2**16  # of the list of labelled voxels
-_CACHE = 2**29  # bytes of chunks that are kept in memory
+_OTHER_FOLDER = "to use another folder, give --config.data.store=<folder>, or prepare --store=<folder>"
+_CHUNK = (32, 64, 64)  # voxels of a zarr chunk: small, because a patch is read in whole chunks
+_CHUNK_VOXELS = 2**16  # elements of a chunk of the list of labelled voxels
+_CACHE = 2**29  # bytes of chunks that are cached in memory
 
-Place = Path | str  # of an entry: a folder, or an address
+Location = Path | str  # location of an entry or a store: a folder, or an address in a bucket
 _PARSER = threading.Lock()  # see `_open_npy`
 
 
-class Shelf(Protocol):
-    """Entries of one key."""
+class StoreBackend(Protocol):
+    """The prepared cases that have one key, see `xdim_jax.data.store.store_key`."""
 
-    def begin(self, key: dict[str, Any]) -> None:
-        """Makes it, with what the key is a digest of. Raises UserError if that cannot be written."""
+    def create(self, key: dict[str, Any]) -> None:
+        """Create the store if it does not exist, and record the settings of its key.
 
-    def places(self, case_id: str) -> list[Place]:
-        """Entries of a case that were there when the shelf was opened."""
+        Raises:
+            UserError: The store cannot be written.
+        """
+
+    def find_entries(self, case_id: str) -> list[Location]:
+        """Return the entries of a case that existed when the backend was opened."""
         ...
 
-    def place(self, name: str) -> Place:
-        """Where an entry of this name is, or would be."""
+    def location(self, name: str) -> Location:
+        """Return the location of the entry with this name, whether it exists or not."""
         ...
 
-    def facts(self, place: Place) -> dict[str, Any] | None:
-        """What case.json says, if the entry is whole."""
+    def read_facts(self, entry: Location) -> dict[str, Any] | None:
+        """Read case.json; None if the entry is incomplete."""
         ...
 
-    def keep(self, place: Place, facts: dict[str, Any]) -> None:
-        """Replaces case.json."""
+    def write_facts(self, entry: Location, facts: dict[str, Any]) -> None:
+        """Replace case.json."""
 
     def write(
-        self, place: Place, arrays: Mapping[str, np.ndarray], facts: dict[str, Any], whole: Callable[[Any], bool]
+        self, entry: Location, arrays: Mapping[str, np.ndarray], facts: dict[str, Any], is_valid: Callable[[Any], bool]
     ) -> dict[str, Any]:
-        """Writes an entry, and returns its facts with the sizes; ``whole(facts)`` tells whether another one serves."""
+        """Write an entry, unless another process has written it in the meantime.
+
+        Args:
+            entry: Location of the entry.
+            arrays: Arrays by name.
+            facts: Contents of case.json, without the sizes of files.
+            is_valid: ``is_valid(facts)`` tells whether an existing entry can be used instead.
+
+        Returns:
+            The facts with the sizes of files.
+        """
         ...
 
-    def size(self, place: Place) -> int:
-        """Bytes of an entry."""
+    def size(self, entry: Location) -> int:
+        """Return the number of bytes of an entry."""
         ...
 
     def free(self) -> int | None:
-        """Bytes that are left; None where there is no end."""
+        """Return the number of bytes that can still be written; None if there is no limit."""
 
 
-def open_shelf(base: Place, key: str) -> Shelf:
-    """The shelf of a key below a folder or an address."""
-    return _Bucket(f"{base}/{key}") if is_address(base) else _Folder(Path(base) / key)
+def open_backend(base: Location, key: str) -> StoreBackend:
+    """Return the backend for a key below a folder or an address."""
+    return ZarrBackend(f"{base}/{key}") if is_address(base) else FolderBackend(Path(base) / key)
 
 
-def open_entry(place: Place) -> tuple[dict[str, Any], Any, Any]:
-    """Facts, image and label (None without one); the arrays are read when they are indexed."""
-    if is_address(place):
-        return _open_zarr(str(place))[:3]
-    folder = Path(place)
+def open_entry(entry: Location) -> tuple[dict[str, Any], Any, Any]:
+    """Return the facts, the image and the label of an entry.
+
+    The label is None if the entry has none. The arrays are read when they are indexed.
+    """
+    if is_address(entry):
+        return _open_zarr_entry(str(entry))[:3]
+    folder = Path(entry)
     facts = read_json(folder / FACTS)
     label = _open_npy(folder / "label.npy") if "label.npy" in facts["files"] else None
     return facts, _open_npy(folder / "image.npy"), label
 
 
-def open_voxels(place: Place) -> Any:
-    """The list of labelled voxels, read when it is indexed."""
-    return _open_zarr(str(place))[3] if is_address(place) else _open_npy(Path(place) / "voxels.npy")
+def open_voxels(entry: Location) -> Any:
+    """Return the list of labelled voxels of an entry, which is read when it is indexed."""
+    return _open_zarr_entry(str(entry))[3] if is_address(entry) else _open_npy(Path(entry) / "voxels.npy")
 
 
 def _open_npy(path: Path) -> np.ndarray:
-    """Memory-mapped. One thread at a time: numpy has Python parse the header, and CPython 3.11.7 raised ``SystemError``
-    (AST constructor recursion depth mismatch) where threads did that at once."""
+    """Map an array into memory, in one thread at a time.
+
+    numpy has Python parse the header, and CPython 3.11.7 raised ``SystemError`` (AST constructor recursion depth
+    mismatch) when several threads did this at once.
+    """
     with _PARSER:
         return np.load(path, mmap_mode="r")
 
@@ -96,67 +116,69 @@ def _open_npy(path: Path) -> np.ndarray:
 # -- folders ------------------------------------------------------------------------------------------------------
 
 
-class _Folder:
+class FolderBackend:
+    """Prepared cases in a folder."""
+
     def __init__(self, base: Path):
         self.base = base
-        self._there: dict[str, list[Place]] = {}
+        self._entries: dict[str, list[Location]] = {}
         for path in sorted(base.glob("*/")):
-            self._there.setdefault(path.name.rpartition("-")[0], []).append(path)
+            self._entries.setdefault(path.name.rpartition("-")[0], []).append(path)
 
     def __str__(self) -> str:
         return str(self.base)
 
-    def begin(self, key: dict[str, Any]) -> None:
+    def create(self, key: dict[str, Any]) -> None:
         if not (self.base / "store.json").is_file():
             try:
                 write_json(self.base / "store.json", key)
             except UserError as error:
-                raise UserError(f"{error} ({ELSEWHERE})") from error
+                raise UserError(f"{error} ({_OTHER_FOLDER})") from error
 
-    def places(self, case_id: str) -> list[Place]:
-        return self._there.get(case_id, [])
+    def find_entries(self, case_id: str) -> list[Location]:
+        return self._entries.get(case_id, [])
 
-    def place(self, name: str) -> Place:
+    def location(self, name: str) -> Location:
         return self.base / name
 
-    def facts(self, place: Place) -> dict[str, Any] | None:
-        folder = Path(place)
+    def read_facts(self, entry: Location) -> dict[str, Any] | None:
+        folder = Path(entry)
         try:
             facts = read_json(folder / FACTS)
-            whole = all((folder / name).stat().st_size == size for name, size in facts["files"].items())
-            return facts if whole else None
+            complete = all((folder / name).stat().st_size == size for name, size in facts["files"].items())
+            return facts if complete else None
         except (UserError, UnicodeDecodeError, KeyError, TypeError, AttributeError, OSError):
             return None
 
-    def keep(self, place: Place, facts: dict[str, Any]) -> None:
-        write_json(Path(place) / FACTS, facts)
+    def write_facts(self, entry: Location, facts: dict[str, Any]) -> None:
+        write_json(Path(entry) / FACTS, facts)
 
     def write(
-        self, place: Place, arrays: Mapping[str, np.ndarray], facts: dict[str, Any], whole: Callable[[Any], bool]
+        self, entry: Location, arrays: Mapping[str, np.ndarray], facts: dict[str, Any], is_valid: Callable[[Any], bool]
     ) -> dict[str, Any]:
-        folder = Path(place)
-        temporary = _aside(folder)
+        folder = Path(entry)
+        temporary = _temporary_name(folder)
         try:
             temporary.mkdir(parents=True)
             for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", array)
             facts = facts | {"files": {p.name: p.stat().st_size for p in temporary.iterdir()}}
             write_text(temporary / FACTS, json.dumps(facts, indent=1))
-            self._take_place(temporary, folder, whole)
+            self._move(temporary, folder, is_valid)
         except OSError as error:
-            raise UserError(f"{write_error(folder, error)} ({ELSEWHERE})") from error
+            raise UserError(f"{write_error(folder, error)} ({_OTHER_FOLDER})") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return facts
 
-    def _take_place(self, temporary: Path, folder: Path, whole: Callable[[Any], bool]) -> None:
-        """Another process may have been first with the same content: then that one stays. What is damaged goes."""
+    def _move(self, temporary: Path, folder: Path, is_valid: Callable[[Any], bool]) -> None:
+        """Rename a complete entry to its final name; a valid entry of that name is kept, a damaged one is replaced."""
         try:
             temporary.rename(folder)
         except OSError:
-            if whole(self.facts(folder)):
+            if is_valid(self.read_facts(folder)):  # another process was first
                 return
-            old = _aside(folder)
+            old = _temporary_name(folder)
             folder.rename(old)
             temporary.rename(folder)
             if old.is_dir():
@@ -164,30 +186,32 @@ class _Folder:
             else:
                 old.unlink()
 
-    def size(self, place: Place) -> int:
-        return sum(p.stat().st_size for p in Path(place).iterdir())
+    def size(self, entry: Location) -> int:
+        return sum(p.stat().st_size for p in Path(entry).iterdir())
 
     def free(self) -> int | None:
         return shutil.disk_usage(self.base).free
 
 
-def _aside(folder: Path) -> Path:
+def _temporary_name(folder: Path) -> Path:
     return folder.with_name(f".{uuid.uuid4().hex[:8]}.partial.{folder.name}")
 
 
 # -- buckets ------------------------------------------------------------------------------------------------------
 
 
-class _Bucket:
+class ZarrBackend:
+    """Prepared cases in a bucket, as zarr arrays."""
+
     def __init__(self, base: str):
         self.base = base
         self._fs, self._root = open_filesystem(base)
-        self._sizes: dict[str, dict[str, int]] = {}  # bytes of the objects of every entry, by name
+        self._sizes: dict[str, dict[str, int]] = {}  # entry -> object -> bytes
         with no_answer(base, "read"):
-            self._look("")
+            self._list_objects("")
 
-    def _look(self, name: str) -> None:
-        """What is there now, of one entry or (empty) of all."""
+    def _list_objects(self, name: str) -> None:
+        """Update the sizes of the objects of one entry, or of all entries if the name is empty."""
         self._fs.invalidate_cache()
         try:
             found = self._fs.find(f"{self._root}/{name}".rstrip("/"), detail=True)
@@ -202,19 +226,19 @@ class _Bucket:
     def __str__(self) -> str:
         return self.base
 
-    def begin(self, key: dict[str, Any]) -> None:
+    def create(self, key: dict[str, Any]) -> None:
         with no_answer(self.base, "written"):
             if not self._fs.exists(f"{self._root}/store.json"):
                 self._fs.pipe_file(f"{self._root}/store.json", json.dumps(key, indent=2).encode())
 
-    def places(self, case_id: str) -> list[Place]:
+    def find_entries(self, case_id: str) -> list[Location]:
         return [f"{self.base}/{name}" for name in sorted(self._sizes) if name.rpartition("-")[0] == case_id]
 
-    def place(self, name: str) -> Place:
+    def location(self, name: str) -> Location:
         return f"{self.base}/{name}"
 
-    def facts(self, place: Place) -> dict[str, Any] | None:
-        name = str(place).rpartition("/")[2]
+    def read_facts(self, entry: Location) -> dict[str, Any] | None:
+        name = _entry_name(entry)
         sizes = self._sizes.get(name, {})
         if FACTS not in sizes:
             return None
@@ -225,49 +249,54 @@ class _Bucket:
             except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
                 return None
 
-    def keep(self, place: Place, facts: dict[str, Any]) -> None:
-        name = str(place).rpartition("/")[2]
+    def write_facts(self, entry: Location, facts: dict[str, Any]) -> None:
         with no_answer(self.base, "written"):
-            self._fs.pipe_file(f"{self._root}/{name}/{FACTS}", json.dumps(facts, indent=1).encode())
+            path = f"{self._root}/{_entry_name(entry)}/{FACTS}"
+            self._fs.pipe_file(path, json.dumps(facts, indent=1).encode())
 
     def write(
-        self, place: Place, arrays: Mapping[str, np.ndarray], facts: dict[str, Any], whole: Callable[[Any], bool]
+        self, entry: Location, arrays: Mapping[str, np.ndarray], facts: dict[str, Any], is_valid: Callable[[Any], bool]
     ) -> dict[str, Any]:
-        name = str(place).rpartition("/")[2]
+        name = _entry_name(entry)
         with no_answer(self.base, "written"):
-            self._look(name)
-            there = self.facts(place)
-            if there is not None and whole(there):  # another process was first with the same content
-                return there
-            with contextlib.suppress(FileNotFoundError):  # what an interrupted preparation left
+            self._list_objects(name)
+            existing = self.read_facts(entry)
+            if existing is not None and is_valid(existing):  # another process was first
+                return existing
+            with contextlib.suppress(FileNotFoundError):  # remains of an interrupted preparation
                 self._fs.rm(f"{self._root}/{name}", recursive=True)
             for kind, array in arrays.items():
-                _zarr(f"{place}/{kind}", array)[...].write(array).result()
-            self._look(name)
+                _zarr(f"{entry}/{kind}", array)[...].write(array).result()
+            self._list_objects(name)
         facts = facts | {"files": {k: v for k, v in self._sizes[name].items() if k != FACTS}}
-        self.keep(place, facts)
+        self.write_facts(entry, facts)
         self._sizes[name][FACTS] = 0
         return facts
 
-    def size(self, place: Place) -> int:
-        return sum(self._sizes[str(place).rpartition("/")[2]].values())
+    def size(self, entry: Location) -> int:
+        return sum(self._sizes[_entry_name(entry)].values())
 
     def free(self) -> int | None:
         return None
 
 
+def _entry_name(entry: Location) -> str:
+    return str(entry).rpartition("/")[2]
+
+
 @functools.lru_cache(maxsize=4096)
-def _open_zarr(place: str) -> tuple[dict[str, Any], Any, Any, Any]:
-    fs, root = open_filesystem(place)
-    with no_answer(place, "read"):
+def _open_zarr_entry(entry: str) -> tuple[dict[str, Any], Any, Any, Any]:
+    """Return facts, image, label and labelled voxels."""
+    fs, root = open_filesystem(entry)
+    with no_answer(entry, "read"):
         facts = json.loads(fs.cat_file(f"{root}/{FACTS}"))
-        kinds = {name.partition("/")[0] for name in facts["files"]}
-        label = _Lazy(f"{place}/label") if "label" in kinds else None
-        return facts, _Lazy(f"{place}/image"), label, _Lazy(f"{place}/voxels")
+        arrays = {name.partition("/")[0] for name in facts["files"]}
+        label = _LazyArray(f"{entry}/label") if "label" in arrays else None
+        return facts, _LazyArray(f"{entry}/image"), label, _LazyArray(f"{entry}/voxels")
 
 
-class _Lazy:
-    """An array of a bucket; a part of it is read when it is asked for."""
+class _LazyArray:
+    """An array in a bucket, parts of which are read when it is indexed."""
 
     def __init__(self, address: str):
         self._address, self._array = address, _zarr(address)
@@ -291,10 +320,10 @@ def _context() -> Any:
 
 
 def _zarr(address: str, like: np.ndarray | None = None) -> Any:
-    """A zarr array (version 3): a new one like an array, chunked and compressed, or the one that is there."""
+    """Open the zarr array (version 3) at an address; create it, chunked and compressed, if ``like`` is given."""
     import tensorstore
 
-    spec: dict[str, Any] = {"driver": "zarr3", "kvstore": _store(address)}
+    spec: dict[str, Any] = {"driver": "zarr3", "kvstore": _kvstore(address)}
     if like is None:
         return tensorstore.open(spec, read=True, context=_context()).result()
     chunk = [min(n, c) for n, c in zip(like.shape, _CHUNK if like.ndim > 1 else (_CHUNK_VOXELS,), strict=False)]
@@ -306,13 +335,16 @@ def _zarr(address: str, like: np.ndarray | None = None) -> Any:
             {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 3, "shuffle": "shuffle"}},
         ],
     }
-    spec["store_data_equal_to_fill_value"] = True  # so that a chunk that is gone is missed
+    spec["store_data_equal_to_fill_value"] = True  # otherwise a deleted chunk would be read as zeros
     made = {"create": True, "dtype": like.dtype, "shape": like.shape}
     return tensorstore.open(spec, context=_context(), **made).result()
 
 
-def _store(address: str) -> dict[str, Any]:
-    """tensorstore's description of an address. The stores' emulators are found by what their own clients read."""
+def _kvstore(address: str) -> dict[str, Any]:
+    """Return tensorstore's description of an address.
+
+    Emulators of object stores are found by the environment variables that the stores' own clients read.
+    """
     scheme, _, rest = address.partition("://")
     if scheme == "file":
         return {"driver": "file", "path": f"{rest}/"}
@@ -327,4 +359,4 @@ def _store(address: str) -> dict[str, Any]:
         if endpoint:
             found |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"}
         return found
-    raise UserError(f"{address}: prepared cases may lie in a folder, gs:// or s3://")
+    raise UserError(f"{address}: prepared cases can be stored in a folder, or at an address gs:// or s3://")

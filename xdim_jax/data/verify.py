@@ -1,4 +1,4 @@
-"""Finds everything wrong with a data set in one pass: names, headers, contents, and cases against one another."""
+"""The check of a data set: file names, headers, contents, and comparisons between cases."""
 
 import concurrent.futures
 import dataclasses
@@ -11,21 +11,28 @@ from typing import Any
 import numpy as np
 
 from xdim_jax.base.errors import shorten
-from xdim_jax.base.problem import ERROR, KINDS, WARNING, DataError, Problem, errors
+from xdim_jax.base.problem import ERROR, KINDS, WARNING, DataError, Problem, errors, in_case
 from xdim_jax.data.case import Case, Dataset, Volume, load_case, scan_cases
 from xdim_jax.data.images import dicom, nifti
 from xdim_jax.data.images.grid import compare_grids
 from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, where
 
 _PLAUSIBLE_MM = (0.01, 50.0)
-_RARE = 10  # a structure that one case of so many lacks, or fewer, is worth a warning
-_REVERSED_GAIN = 0.8  # of the intensities' spread inside the structures, when label slices are turned round
-_FEW = 3  # labelled slices, below which the order of label slices is not judged
+_RARE = 10  # a missing structure is reported if at most one case in 10 lacks it
+_REVERSED_GAIN = 0.8  # label slices seem reversed if reversing them reduces the spread of intensities by this factor
+_MIN_SLICES = 3  # labelled slices that are needed to judge the order of label slices
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What one case holds: its problems, a digest of each channel, and the structures in its label map."""
+    """The result of reading one case.
+
+    Attributes:
+        case: The case.
+        problems: All problems of its files.
+        digests: A digest of each channel; empty if the case could not be read.
+        structures: Label indices in its reference; None if it has no readable reference.
+    """
 
     case: Case
     problems: list[Problem]
@@ -35,7 +42,7 @@ class Inspection:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """The outcome for a data set."""
+    """The result of checking a data set: the number of complete cases, and all problems."""
 
     cases: int
     problems: list[Problem]
@@ -53,10 +60,20 @@ def verify(
     jobs: int = 2,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Findings:
-    """All findings, by case. Each of ``jobs`` threads holds one case in memory.
+    """Check all cases of a data set.
+
+    Args:
+        dataset: Data set to check.
+        root: Folder of the data set.
+        need_labels: True if a case without reference is an error.
+        jobs: Number of threads; each has one case in memory.
+        progress: Called with the number of inspected cases and the number of all cases.
+
+    Returns:
+        All problems, sorted by severity, case, kind and path.
 
     Raises:
-        UserError: no such folder, or no case in it.
+        UserError: The folder does not exist, or contains no case.
     """
     scan = scan_cases(dataset, root, need_labels=need_labels)
     inspections = []
@@ -65,40 +82,40 @@ def verify(
         for inspection in pool.map(lambda case: inspect(case, dataset), cases):
             inspections.append(inspection)
             progress(len(inspections), len(cases))
-    problems = _once([*scan.problems, *(p for i in inspections for p in i.problems)])
-    problems += _twins(inspections) + _absences(inspections, dataset)
+    problems = _without_repetitions([*scan.problems, *(p for i in inspections for p in i.problems)])
+    problems += _duplicates(inspections) + _missing_structures(inspections, dataset)
     order = {kind: i for i, kind in enumerate(KINDS)}
     problems.sort(key=lambda p: (p.severity, p.case_id, order[p.kind], str(p.path)))
     return Findings(len(scan.cases), problems)
 
 
 def inspect(case: Case, dataset: Dataset) -> Inspection:
-    """Reads a case whole and looks at what it holds."""
+    """Read a case completely and check its contents."""
     volume, problems = load_case(case)
-    problems = _once([*_headers(case), *problems, *_beside(case)])
-    if volume is None:
-        return Inspection(case, problems, (), None)
-    problems += _spacing(case, volume) + _image(case, volume) + dataset.inspect(case, volume.image)
-    structures = None
-    if volume.label is not None:
-        structures = frozenset(np.unique(volume.label).tolist()) - {0}
-        if not any(p.kind in ("label_scale", "label_value", "dtype") for p in problems):
-            problems += _label(case, volume, structures)
-    return Inspection(case, problems, tuple(map(_digest, np.moveaxis(volume.image, -1, 0))), structures)
+    problems = _without_repetitions([*_headers(case), *problems, *_same_grid_images(case)])
+    digests, structures = (), None
+    if volume is not None:
+        problems += _spacing(case, volume) + _image(case, volume) + dataset.inspect(case, volume.image)
+        digests = tuple(map(_digest, np.moveaxis(volume.image, -1, 0)))
+        if volume.label is not None:
+            structures = frozenset(np.unique(volume.label).tolist()) - {0}
+            if not any(p.kind in ("label_scale", "label_value", "dtype") for p in problems):
+                problems += _label(case, volume, structures)
+    return Inspection(case, in_case(case.case_id, problems), digests, structures)
 
 
-def _once(problems: Sequence[Problem]) -> list[Problem]:
-    """What header and content show alike, or two cases that share files, is said once: as it was found first."""
+def _without_repetitions(problems: Sequence[Problem]) -> list[Problem]:
+    """Keep the first of equal problems: header and content may show the same problem, and cases may share files."""
 
     def key(p: Problem) -> tuple[str, ...]:
-        alone = p.kind in ("unreadable", "slice_count")  # one of them on a file is all there is to say
-        return (p.kind, str(p.path)) if alone else (p.kind, str(p.path), p.found)
+        once_per_file = p.kind in ("unreadable", "slice_count")
+        return (p.kind, str(p.path)) if once_per_file else (p.kind, str(p.path), p.found)
 
     return list({key(p): p for p in reversed(problems)}.values())[::-1]
 
 
 def _digest(channel: np.ndarray) -> str:
-    """Of what a channel holds; "" for one that is constant."""
+    """Return a digest of the shape and the values; empty for a constant channel."""
     if channel.min() == channel.max():
         return ""
     return hashlib.blake2b(repr(channel.shape).encode() + np.ascontiguousarray(channel).tobytes()).hexdigest()
@@ -109,58 +126,72 @@ def _digest(channel: np.ndarray) -> str:
 
 def _headers(case: Case) -> list[Problem]:
     problems = []
-    for source in (*case.images, *case.beside):
-        problems += _series_headers(source, case.case_id) if isinstance(source, tuple) else []
-    for source in case.beside:
-        if len(files_of(source)) != len(files_of(case.images[0])):  # said by the listing
+    for source in (*case.images, *case.same_grid):
+        problems += _series_headers(source) if isinstance(source, tuple) else []
+    for source in case.same_grid:
+        if len(files_of(source)) != len(files_of(case.images[0])):  # reported when the folder was listed
             continue
         try:
-            pair = [read_grid(s, case.axes) for s in (source, case.images[0])]
-        except DataError:  # said above
+            grid, first = (read_grid(s, case.axes) for s in (source, case.images[0]))
+        except DataError:  # reported above
             continue
-        problems += compare_grids(where(source), pair[0], where(case.images[0]), pair[1], case.case_id)
+        problems += compare_grids(where(source), grid, where(case.images[0]), first)
     for path in [*case.images, case.label]:
         if isinstance(path, Path) and path.name.endswith(nifti.SUFFIXES):
-            problems += _nifti_header(path, case.case_id)
+            problems += _nifti_header(path)
     return problems
 
 
-def _series_headers(files: Sequence[Path], case_id: str) -> list[Problem]:
+def _series_headers(files: Sequence[Path]) -> list[Problem]:
     slices, problems = [], []
     for path in files:
         try:
             slices.append(dicom.read_header(path))
         except DataError as error:
-            problems += error.of_case(case_id)
-    return problems or dicom.series_problems(slices, case_id)
+            problems += error.problems
+    return problems or dicom.series_problems(slices)
 
 
-def _nifti_header(path: Path, case_id: str) -> list[Problem]:
-    """A header that says two things: programs that read the one and the other would disagree."""
+def _nifti_header(path: Path) -> list[Problem]:
+    """Return the contradictions within a header, which other programs may resolve in another way than xdim_jax."""
     import nibabel as nib
 
     try:
         header: Any = nib.load(path).header  # pyright: ignore[reportAttributeAccessIssue]
         sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
         zooms = np.array(header.get_zooms()[:3], np.float64)
-    except Exception:  # what cannot be read is found when the case is loaded
+    except Exception:  # unreadable files are reported when the case is loaded
         return []
-    problems = []
-    if sform is not None:
-        lengths = np.sqrt((sform[:3, :3] ** 2).sum(0))[: len(zooms)]
-        if not np.allclose(lengths, zooms, rtol=1e-2):
-            found = f"has voxel sizes {_sizes(zooms)} in pixdim and {_sizes(lengths)} in its sform"
-            step = "write it anew with the right one"
-            problems.append(Problem("spacing", path, found, "one voxel size", step, case_id, WARNING))
-        elif qform is not None:
-            corner = np.ones(4)
-            corner[: len(zooms)] = header.get_data_shape()[: len(zooms)]
-            shift = np.abs((sform - qform) @ corner)[:3].max() / max(lengths.min(), 1e-6)
-            if shift > 0.5:
-                found = f"has an sform and a qform that differ by {shift:.2f} voxels"
-                step = "write it anew with the right one; the sform is read here"
-                problems.append(Problem("affine", path, found, "one place in space", step, case_id, WARNING))
-    return problems
+    if sform is None:
+        return []
+    lengths = np.sqrt((sform[:3, :3] ** 2).sum(0))[: len(zooms)]
+    if not np.allclose(lengths, zooms, rtol=1e-2):
+        return [
+            Problem(
+                "spacing",
+                path,
+                found=f"has voxel sizes {_sizes(zooms)} in pixdim and {_sizes(lengths)} in its sform",
+                expected="one voxel size",
+                suggestion="rewrite the file with the right one",
+                severity=WARNING,
+            )
+        ]
+    if qform is not None:
+        corner = np.ones(4)
+        corner[: len(zooms)] = header.get_data_shape()[: len(zooms)]
+        shift = np.abs((sform - qform) @ corner)[:3].max() / max(lengths.min(), 1e-6)
+        if shift > 0.5:
+            return [
+                Problem(
+                    "affine",
+                    path,
+                    found=f"has an sform and a qform that differ by {shift:.2f} voxels",
+                    expected="one position in space",
+                    suggestion="rewrite the file with the right one; xdim_jax reads the sform",
+                    severity=WARNING,
+                )
+            ]
+    return []
 
 
 def _sizes(values: Sequence[float] | np.ndarray) -> str:
@@ -171,22 +202,29 @@ def _spacing(case: Case, volume: Volume) -> list[Problem]:
     spacing = volume.grid.spacing[1:] if volume.grid.flat or case.axes != "anatomical" else volume.grid.spacing
     if all(_PLAUSIBLE_MM[0] <= s <= _PLAUSIBLE_MM[1] for s in spacing):
         return []
-    found, step = f"has voxels of {_sizes(spacing[::-1])} mm", "restore its header; sizes are in mm"
-    expected = f"{_PLAUSIBLE_MM[0]} to {_PLAUSIBLE_MM[1]:g} mm"
-    return [Problem("implausible_spacing", where(case.images[0]), found, expected, step, case.case_id, WARNING)]
+    return [
+        Problem(
+            "implausible_spacing",
+            where(case.images[0]),
+            found=f"has voxels of {_sizes(spacing[::-1])} mm",
+            expected=f"{_PLAUSIBLE_MM[0]} to {_PLAUSIBLE_MM[1]:g} mm",
+            suggestion="restore its header; sizes are in mm",
+            severity=WARNING,
+        )
+    ]
 
 
-def _beside(case: Case) -> list[Problem]:
-    """Series that share the label, looked at for themselves."""
+def _same_grid_images(case: Case) -> list[Problem]:
+    """Inspect the images of the series that share the reference."""
     problems = []
-    for source in case.beside:
+    for source in case.same_grid:
         try:
             array, grid = read_image(source, case.axes)
         except DataError as error:
-            problems += error.of_case(case.case_id)
+            problems += error.problems
             continue
-        alone = dataclasses.replace(case, images=(source,), channels=case.channels[:1], beside=())
-        problems += _image(alone, Volume(case.case_id, array.astype(np.float32), None, grid))
+        other = dataclasses.replace(case, images=(source,), channels=case.channels[:1], same_grid=())
+        problems += _image(other, Volume(case.case_id, array.astype(np.float32), None, grid))
     return problems
 
 
@@ -194,7 +232,7 @@ def _beside(case: Case) -> list[Problem]:
 
 
 def _source(case: Case, channel: int) -> Source:
-    return case.images[min(channel, len(case.images) - 1)]  # one file may hold all channels
+    return case.images[min(channel, len(case.images) - 1)]  # one file may contain all channels
 
 
 def _image(case: Case, volume: Volume) -> list[Problem]:
@@ -202,80 +240,125 @@ def _image(case: Case, volume: Volume) -> list[Problem]:
     for c, name in enumerate(case.channels):
         channel, path = volume.image[..., c], where(_source(case, c))
         if float(channel.min()) == float(channel.max()):
-            found, step = f"is {float(channel.min()):g} everywhere ({name})", "fetch it again"
-            problems.append(Problem("constant", path, found, "an image", step, case.case_id))
+            problems.append(
+                Problem(
+                    "constant",
+                    path,
+                    found=f"is {float(channel.min()):g} everywhere ({name})",
+                    expected="an image",
+                    suggestion="fetch it again",
+                )
+            )
             continue
-        flat = [bool(plane.min() == plane.max()) for plane in channel]
-        inside = [k for k, constant in enumerate(flat) if not constant]
-        if gaps := [k for k in range(min(inside, default=0), max(inside, default=0)) if flat[k]]:
-            found = f"has constant slices inside, of {len(channel)}: {shorten(gaps, 6)} ({name})"
-            step = "fetch it again, or leave it out"
-            problems.append(Problem("empty_slice", path, found, "an image in every slice", step, case.case_id, WARNING))
-        if same := [k for k in range(1, len(channel)) if not flat[k] and (channel[k] == channel[k - 1]).all()]:
-            found = f"has slices that equal the one before, of {len(channel)}: {shorten(same, 6)} ({name})"
-            step = "remove the copies, or fetch it again"
-            problems.append(Problem("duplicate_slice", path, found, "different slices", step, case.case_id, WARNING))
+        constant = [bool(plane.min() == plane.max()) for plane in channel]
+        inside = [k for k, flat in enumerate(constant) if not flat]
+        if gaps := [k for k in range(min(inside, default=0), max(inside, default=0)) if constant[k]]:
+            problems.append(
+                Problem(
+                    "empty_slice",
+                    path,
+                    found=f"has constant slices inside: {shorten(gaps, 6)} of {len(channel)} ({name})",
+                    expected="an image in every slice",
+                    suggestion="fetch it again, or leave the case out",
+                    severity=WARNING,
+                )
+            )
+        if same := [k for k in range(1, len(channel)) if not constant[k] and (channel[k] == channel[k - 1]).all()]:
+            problems.append(
+                Problem(
+                    "duplicate_slice",
+                    path,
+                    found=f"has slices that equal the previous slice: {shorten(same, 6)} of {len(channel)} ({name})",
+                    expected="different slices",
+                    suggestion="remove the copies, or fetch it again",
+                    severity=WARNING,
+                )
+            )
     return problems
 
 
 def _label(case: Case, volume: Volume, structures: frozenset[int]) -> list[Problem]:
     assert case.label is not None and volume.label is not None
-    path = where(case.label)
     if not structures:
-        found, step = "holds no structure", "check that it is the right file, or leave the case out"
-        expected = ", ".join(case.labels.structures[1:])
-        return [Problem("empty_label", path, found, expected, step, case.case_id, WARNING)]
+        return [
+            Problem(
+                "empty_label",
+                where(case.label),
+                found="contains no structure",
+                expected=", ".join(case.labels.structures[1:]),
+                suggestion="check that it is the right file, or leave the case out",
+                severity=WARNING,
+            )
+        ]
     if isinstance(case.label, tuple) and _seems_reversed(volume.image[..., 0], volume.label):
-        found = "fits the image better when its slices are taken in reverse order"
-        step = "pair masks and slices by rank of their names; rename the masks if they were exported backwards"
-        return [Problem("label_order", path, found, "masks in the order of the slices", step, case.case_id, WARNING)]
+        return [
+            Problem(
+                "label_order",
+                where(case.label),
+                found="fits the image better if its slices are read in reverse order",
+                expected="masks in the order of the slices",
+                suggestion="the k-th mask by name belongs to the k-th slice by name: rename the masks if they were "
+                "exported in reverse order",
+                severity=WARNING,
+            )
+        ]
     return []
 
 
 def _seems_reversed(image: np.ndarray, label: np.ndarray) -> bool:
-    """Whether the structures are more homogeneous under the label slices in reverse order.
+    """Return whether the structures are more homogeneous if the label slices are reversed.
 
-    An organ has about one intensity, so a mask on the wrong slice takes in its surroundings.
+    An organ has about one intensity, whereas a mask on a wrong slice includes the surroundings of the organ.
     """
-    if np.count_nonzero(label.any((1, 2))) < _FEW:
+    if np.count_nonzero(label.any((1, 2))) < _MIN_SLICES:
         return False
 
-    def spread(order: np.ndarray) -> float:
+    def spread(label: np.ndarray) -> float:
         deviations = []
-        for index in np.unique(order)[1:]:
-            values = image[order == index]
+        for index in np.unique(label)[1:]:
+            values = image[label == index]
             low, high = np.percentile(values, [25, 75])
             deviations.append((high - low + values.std()) * len(values))
-        return float(np.sum(deviations) / np.count_nonzero(order))
+        return float(np.sum(deviations) / np.count_nonzero(label))
 
     return spread(label[::-1]) < _REVERSED_GAIN * spread(label)
 
 
-# -- cases against one another ------------------------------------------------------------------------------------
+# -- comparisons between cases ------------------------------------------------------------------------------------
 
 
-def _twins(inspections: Sequence[Inspection]) -> list[Problem]:
+def _duplicates(inspections: Sequence[Inspection]) -> list[Problem]:
+    """Return the cases that contain an image of an earlier case."""
     first: dict[str, Case] = {}
     problems = []
     for inspection in inspections:
         case = inspection.case
-        shared: dict[str, list[int]] = defaultdict(list)  # other case -> channels that it has too
+        shared: dict[str, list[int]] = defaultdict(list)  # earlier case -> channels that are in both
         for c, digest in enumerate(inspection.digests):
-            if digest and (twin := first.setdefault(digest, case)) is not case:
-                shared[twin.case_id].append(c)
+            if digest and (earlier := first.setdefault(digest, case)) is not case:
+                shared[earlier.case_id].append(c)
         for name, channels in shared.items():
-            twin = next(case for case in first.values() if case.case_id == name)
-            leak = twin.patient != case.patient
+            earlier = next(case for case in first.values() if case.case_id == name)
+            leak = earlier.patient != case.patient
             some = f" ({', '.join(case.channels[c] for c in channels)})" if len(channels) < len(case.channels) else ""
-            found = f"holds the same image as {name}{some}"
-            step = "keep one: in training and in validation they would leak" if leak else "keep one"
-            severity, path = ERROR if leak else WARNING, where(_source(case, channels[0]))
-            problems.append(Problem("duplicate_content", path, found, "different images", step, case.case_id, severity))
+            problems.append(
+                Problem(
+                    "duplicate_content",
+                    where(_source(case, channels[0])),
+                    found=f"contains the same image as {name}{some}",
+                    expected="different images",
+                    suggestion="keep one: the same image could be in training and in validation"
+                    if leak
+                    else "keep one",
+                    case_id=case.case_id,
+                    severity=ERROR if leak else WARNING,
+                )
+            )
     return problems
 
 
-def _absences(inspections: Sequence[Inspection], dataset: Dataset) -> list[Problem]:
-    """Structures that nearly all cases of one kind of image have."""
+def _missing_structures(inspections: Sequence[Inspection], dataset: Dataset) -> list[Problem]:
+    """Return the structures that a case lacks although nearly all cases of its modality have them."""
     if not dataset.same_structures:
         return []
     groups: dict[str, list[Inspection]] = defaultdict(list)
@@ -290,9 +373,17 @@ def _absences(inspections: Sequence[Inspection], dataset: Dataset) -> list[Probl
                 continue
             for case in without:
                 assert case.label is not None
-                found, step = f"holds no {name}, which {len(group) - len(without)} other cases hold", "look at it"
-                path = where(case.label)
-                problems.append(Problem("missing_structure", path, found, name, step, case.case_id, WARNING))
+                problems.append(
+                    Problem(
+                        "missing_structure",
+                        where(case.label),
+                        found=f"contains no {name}, but {len(group) - len(without)} other cases do",
+                        expected=name,
+                        suggestion="check whether the case really lacks it",
+                        case_id=case.case_id,
+                        severity=WARNING,
+                    )
+                )
     return problems
 
 
@@ -300,7 +391,7 @@ def _absences(inspections: Sequence[Inspection], dataset: Dataset) -> list[Probl
 
 
 def format_findings(findings: Findings, root: Path) -> list[str]:
-    """One block of lines per finding, in columns, and a count by kind."""
+    """Return the lines of a report: two lines for each problem, in columns, and the number of problems by kind."""
     rows: list[str] = []
     if not findings.problems:
         return [f"{findings.cases} cases, no problem found"]

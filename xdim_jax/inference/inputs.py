@@ -9,11 +9,10 @@ from xdim_jax.base.problem import ERROR
 from xdim_jax.data.case import Case, Dataset, case_from_files, scan_cases
 from xdim_jax.data.images.dicom import files_in_order
 from xdim_jax.data.images.image import strip
-from xdim_jax.data.layouts import brats
 
 
 def find_cases(
-    dataset: Dataset, paths: Sequence[Path], *, convention: str = "", modality: str = ""
+    dataset: Dataset, paths: Sequence[Path], *, modality: str = ""
 ) -> tuple[list[Case], dict[str, list[str]]]:
     """The cases of some paths, and what is wrong with others by case id.
 
@@ -21,7 +20,6 @@ def find_cases(
         dataset: that the network was trained on.
         paths: the files of one case, one per channel; or one path: a file, a folder in the data set's layout, one of
             its case folders, of DICOM slices, or (one channel) of any images.
-        convention: of BraTS file names; empty for other data sets.
         modality: CT or MR, where the data set has both and the path does not tell.
 
     Raises:
@@ -29,8 +27,6 @@ def find_cases(
     """
     problems: dict[str, list[str]] = {}
     if len(paths) > 1 or paths[0].is_file():
-        if convention:
-            return [brats.case_from_files(paths, brats.get_convention(convention))], {}
         return [case_from_files(paths, dataset, modality)], {}
     folder = paths[0]
     if not folder.exists():

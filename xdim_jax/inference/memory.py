@@ -52,7 +52,7 @@ def needs(predictor: Predictor, cases: Sequence[Case]) -> tuple[int, int]:
         source = grid.in_memory[0][::-1]
         peak, stays = needed_bytes(stored, len(case.channels), grid, predictor.preparation)
         reading, kept, voxels = max(reading, peak), max(kept, stays), max(voxels, math.prod(source))
-        if predictor.segmenter.want and grid.turn[-1, 0] != 2:  # rows of such a file lie on all of its pages
+        if predictor.segmenter.want and grid.orientation[-1, 0] != 2:  # rows of such a file lie on all of its pages
             beside = max(beside, 4 * math.prod(source) * (predictor.segmenter.channels - 1))
         volumes.append((target_shape(source, grid.spacing, predictor.preparation), source))
     if not volumes:

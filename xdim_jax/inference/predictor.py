@@ -17,9 +17,9 @@ from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import read_json
 from xdim_jax.data import regions
 from xdim_jax.data.case import Case, Dataset, Volume, encode_label, read_case, without_label
+from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.images.grid import Grid
 from xdim_jax.data.images.nifti import SUFFIXES, write_volume
-from xdim_jax.data.layouts.datasets import trained_dataset
 from xdim_jax.data.prepare import Preparation, Prepared, prepare
 from xdim_jax.inference import inputs, sliding_window
 from xdim_jax.inference.output import make_output
@@ -126,7 +126,7 @@ class Predictor:
         if settings is not None and keywords:
             raise UserError(f"settings and {', '.join(keywords)} were given: put them into the settings")
         self.workdirs = find_members([Path(w) for w in several])
-        self.settings, self.convention = settings or Settings(**keywords), convention
+        self.settings = settings or Settings(**keywords)
         configs = [read_config(w) for w in self.workdirs]
         _check_common(self.workdirs, configs)
         self.config = config = configs[0]
@@ -201,8 +201,7 @@ class Predictor:
     ) -> tuple[list[Case], dict[str, list[str]]]:
         """The cases of a path, or of the files of one case, and what is wrong with others; see `inputs.find_cases`."""
         several = [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
-        convention = self.config.data.get("convention", "") if self.config.data.dataset == "brats" else ""
-        return inputs.find_cases(self.dataset, several, convention=self.convention or convention, modality=modality)
+        return inputs.find_cases(self.dataset, several, modality=modality)
 
     def _only_case(self, paths: str | Path | Sequence[str | Path], modality: str) -> Case:
         cases, problems = self.find_cases(paths, modality)

@@ -14,6 +14,7 @@ import numpy as np
 
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json
+from xdim_jax.data.datasets import DATASETS
 from xdim_jax.data.images.image import Source, read_image, source_at
 from xdim_jax.pages import figures
 from xdim_jax.pages.figures import View
@@ -22,10 +23,7 @@ from xdim_jax.scoring.results import number
 from xdim_jax.scoring.rules import Job, Rules, Scored, coding_of, column
 
 ROLES = (("Best", 1.0), ("75th percentile", 0.75), ("Median", 0.5), ("25th percentile", 0.25), ("Worst", 0.0))
-# channels that are shown, of those an image may have: the paper's Fig. 12
-_SHOWN = {"brats": ("t2", "t1ce")}
 _LONG = 12  # rows of a table of all metrics, beyond which it is folded away where the paper's tables stand before it
-_THREE_PLANES = ("brats", "nnunet", "decathlon", "")
 
 
 def describe_network(model: Mapping[str, Any]) -> str:
@@ -214,7 +212,7 @@ def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels
     values, grid = job.ref.load()
     found, _ = job.predicted().load()
     coding = coding_of(rules, job.ref, values, found)
-    dataset = config["data"]["dataset"] if config else ""
+    entry = DATASETS[config["data"]["dataset"]] if config else None
     images: dict[str, np.ndarray] = {}
     sources = _image_sources(job, pred)
     for i, source in enumerate(sources):
@@ -222,8 +220,9 @@ def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels
         names = channels if len(channels) == array.shape[3] else channels[i : i + 1]
         for k in range(array.shape[3]):
             images[names[k] if k < len(names) else f"image {i + k + 1}"] = array[..., k]
-    wanted = [name for name in _SHOWN.get(dataset, ()) if name in images] or list(images)[:2]
-    planes = "three" if dataset in _THREE_PLANES and rules.name not in ("chaos", "camus") else "slices"
+    wanted = [name for name in (entry.shown_channels if entry else ()) if name in images] or list(images)[:2]
+    volumetric = entry is None or entry.volumetric
+    planes = "three" if volumetric and rules.name not in ("chaos", "camus") else "slices"
     return View(
         {name: images[name] for name in wanted if images[name].shape == values.shape},
         coding.masks(found, job.pred.path),

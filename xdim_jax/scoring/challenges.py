@@ -28,6 +28,11 @@ OPTIONS = tuple(_TAKEN_BY)
 _DEFAULTS = {"cohort": "GLI", "step": "largest", "contour": "official", "border": "outside"}
 
 
+def takes(name: str, option: str) -> bool:
+    """Return whether rules have an option."""
+    return name in _TAKEN_BY[option]
+
+
 def resolved(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The options that change what the rules measure, with the defaults of those that were not given."""
     found = {k: getattr(options, k) for k in OPTIONS}

@@ -229,7 +229,7 @@ def score_case(rules: Rules, ref: LabelMap, pred: LabelMap | None, more: Sequenc
         pred = Job(ref, pred, {}).predicted()
         try:
             predicted, pred_grid = pred.load()
-            if apart := compare_grids(pred.path, pred_grid, ref.path, grid, ref.case_id):
+            if apart := compare_grids(pred.path, pred_grid, ref.path, grid):
                 raise UserError("; ".join(map(str, apart)))
         except UserError as error:
             predicted, problem = None, str(error)

@@ -90,7 +90,7 @@ def _checked(
             values, grid = label_map.load()
             coding(label_map).masks(values, label_map.path)
             image_grid = read_grid(source_at(Path(images[case][0])), label_map.axes)
-            problems += map(str, compare_grids(label_map.path, grid, Path(images[case][0]), image_grid, case))
+            problems += map(str, compare_grids(label_map.path, grid, Path(images[case][0]), image_grid))
             found.append((label_map, image_grid))
         except UserError as error:
             problems.append(str(error))

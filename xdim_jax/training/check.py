@@ -11,7 +11,7 @@ from xdim_jax.base.config import Config
 from xdim_jax.base.errors import UserError, join_problems
 from xdim_jax.data import pipeline
 from xdim_jax.data.case import Dataset
-from xdim_jax.data.layouts.datasets import get_dataset
+from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.prepare import Preparation, check_preparation
 from xdim_jax.data.splits import ALL_FOLDS, check_fold
 from xdim_jax.inference.output import make_output

@@ -19,7 +19,7 @@ from xdim_jax.base.config import Config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_json
 from xdim_jax.data.case import scan_cases
-from xdim_jax.data.layouts.datasets import get_dataset
+from xdim_jax.data.datasets import get_dataset
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import read_records
 

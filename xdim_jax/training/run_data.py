@@ -12,8 +12,9 @@ from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import read_json, write_json
 from xdim_jax.data import case as data_case
-from xdim_jax.data import phantom, pipeline, store
+from xdim_jax.data import pipeline, store
 from xdim_jax.data.case import Case, Dataset
+from xdim_jax.data.datasets import write_phantoms
 from xdim_jax.data.prepare import Preparation
 from xdim_jax.data.splits import official_split, split_cases
 from xdim_jax.inference.output import Output
@@ -90,7 +91,7 @@ def find_data(
     """
     root = Path(data.root or workdir / "phantom" / "train")
     if not data.root and first:
-        _write_phantoms(data, seed, root.parent)
+        write_phantoms(data, root.parent, seed=seed, progress=log.say)
     mesh.barrier("phantoms")
     train, validation = _split(data, seed, dataset, root)
     if first:
@@ -158,18 +159,3 @@ def _record_split(workdir: Path, root: Path, train: list[Case], validation: list
                     f"differ ({shorten(changed)}). Restore the data to resume the run, or give another --workdir"
                 )
     write_json(path, split)
-
-
-def _write_phantoms(data: Any, seed: int, folder: Path) -> None:
-    options, name = data.phantom, data.dataset
-    write, first = phantom.WRITERS[name]
-    shared = {
-        "shape": tuple(options.shape),
-        "seed": seed,
-        "difficulty": phantom.Difficulty(noise=options.noise, bias=options.bias),
-        "progress": log.say,
-    }
-    if name == "brats":
-        shared["convention"] = data.convention
-    write(folder / "train", cases=options.cases, first=first, **shared)
-    write(folder / "held_out", cases=options.held_out, first=first + options.cases, **shared)

@@ -1,1 +1,1 @@
-"""Image files to arrays in one orientation, and back."""
+"""Reading image files as arrays in one orientation, and writing arrays back."""

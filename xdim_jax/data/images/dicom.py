@@ -1,7 +1,8 @@
-"""DICOM series, and stacks of PNG masks beside them (spec: challenges, section 2.6).
+"""DICOM series and stacks of PNG masks; see docs/challenges.md, section "CHAOS: files".
 
-A series is a list of files whose order is given: that of the file names, by which CHAOS defines it. The affine comes
-from the slices' positions, and never from SliceThickness, which need not be the distance of slices.
+A series is a list of files in the natural order of their names, which is the order that CHAOS defines. The affine
+follows from the positions of the slices. SliceThickness is not used, because it need not be the distance between
+slices.
 """
 
 import dataclasses
@@ -15,29 +16,36 @@ import numpy as np
 from xdim_jax.base.problem import ERROR, WARNING, DataError, Problem, data_error, errors
 from xdim_jax.data.images.grid import Axes, Grid, make_grid
 
-_UNEVEN, _GAP = 0.1, 0.5  # share of the usual step by which a step may differ: to be looked at; a slice is missing
+# relative deviations of a step from the median step: above the first a warning is given, above the second a slice is
+# considered missing
+_UNEVEN, _GAP = 0.1, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """What the header of one file says. Positions and directions in mm, LPS; None: the tag is missing or unusable."""
+    """Geometry from the header of one file.
+
+    Positions and directions are in mm, in the LPS frame. A value is None if its tag is missing or unusable.
+    """
 
     path: Path
     size: tuple[int, int]  # rows, columns
     position: np.ndarray | None
-    orientation: np.ndarray | None  # along a row, down a column
+    orientation: np.ndarray | None  # direction along a row, then down a column
     spacing: tuple[float, float] | None  # between rows, between columns
     echo_time: float | None
-    series: str
 
 
 def natural(path: Path) -> list[Any]:
-    """Sorts names with numbers by the numbers: img2 before img10."""
+    """Return a sort key that compares numbers in file names by value: img2 before img10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def files_in_order(folder: Path, *suffixes: str) -> tuple[Path, ...]:
-    """The files of a folder in natural order of their names; hidden ones (``._*`` of macOS) are left out."""
+    """Return the files with these suffixes in natural order, without hidden files (``._*`` of macOS).
+
+    The result is empty if the folder does not exist.
+    """
     if not folder.is_dir():
         return ()
     found = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
@@ -45,7 +53,7 @@ def files_in_order(folder: Path, *suffixes: str) -> tuple[Path, ...]:
 
 
 def read_header(path: Path) -> Slice:
-    """Reads everything but the pixels. Raises DataError for a file that is not DICOM."""
+    """Read everything but the pixels. Raises DataError if the file is not DICOM."""
     return _header(path, _read(path, stop_before_pixels=True))
 
 
@@ -54,7 +62,7 @@ def _read(path: Path, **options: Any) -> Any:
 
     try:
         return pydicom.dcmread(path, **options)
-    except Exception as error:  # pydicom raises many kinds for damaged files
+    except Exception as error:  # pydicom raises many types for damaged files
         raise unreadable(path, "DICOM", error) from error
 
 
@@ -75,41 +83,79 @@ def _header(path: Path, data: Any) -> Slice:
         numbers("ImageOrientationPatient", 6),
         (float(spacing[0]), float(spacing[1])) if spacing is not None else None,
         float(echo) if echo not in (None, "") else None,
-        str(data.get("SeriesInstanceUID", "")),
     )
 
 
-def series_problems(slices: Sequence[Slice], case_id: str = "") -> list[Problem]:
-    """Everything in the headers of a series that does not fit."""
+def series_problems(slices: Sequence[Slice]) -> list[Problem]:
+    """Return every contradiction between the headers of a series."""
     first, problems = slices[0], []
     for s in slices:
         if s.size != first.size:
-            found = f"has {s.size[0]} x {s.size[1]} pixels, but {first.path.name} has {first.size[0]} x {first.size[1]}"
-            problems.append(Problem("shape", s.path, found, "one size per series", "fetch the series again", case_id))
+            problems.append(
+                Problem(
+                    "shape",
+                    s.path,
+                    found=f"has {s.size[0]} x {s.size[1]} pixels, but {first.path.name} has "
+                    f"{first.size[0]} x {first.size[1]}",
+                    expected="one size per series",
+                    suggestion="fetch the series again",
+                )
+            )
         tags = {"ImagePositionPatient": s.position, "ImageOrientationPatient": s.orientation, "PixelSpacing": s.spacing}
         if missing := [tag for tag, value in tags.items() if value is None]:
-            found, step = f"lacks {', '.join(missing)}", "restore the tags, or leave the series out"
-            problems.append(Problem("no_geometry", s.path, found, "the tags of an image in space", step, case_id))
+            problems.append(
+                Problem(
+                    "no_geometry",
+                    s.path,
+                    found=f"lacks {', '.join(missing)}",
+                    expected="the tags of an image in space",
+                    suggestion="restore the tags, or leave the series out",
+                )
+            )
         elif s.spacing is not None and min(s.spacing) <= 0:
-            found, step = f"has PixelSpacing {s.spacing[0]:g} x {s.spacing[1]:g}", "restore the tag"
-            problems.append(Problem("no_geometry", s.path, found, "pixels larger than zero", step, case_id))
-    if problems:
-        return problems
+            problems.append(
+                Problem(
+                    "no_geometry",
+                    s.path,
+                    found=f"has PixelSpacing {s.spacing[0]:g} x {s.spacing[1]:g}",
+                    expected="pixel sizes above zero",
+                    suggestion="restore the tag",
+                )
+            )
+    return problems or _plane_problems(slices) or _step_problems(slices)
+
+
+def _plane_problems(slices: Sequence[Slice]) -> list[Problem]:
+    """Return the slices whose pixel size or orientation differs from the first slice."""
+    first, problems = slices[0], []
     assert first.spacing is not None and first.orientation is not None
     for s in slices[1:]:
         assert s.spacing is not None and s.orientation is not None
         if not np.allclose(s.spacing, first.spacing, rtol=1e-3):
-            found = f"has pixels of {s.spacing[0]:g} mm, but {first.path.name} has {first.spacing[0]:g}"
             problems.append(
-                Problem("spacing", s.path, found, "one pixel size per series", "part the series by folder", case_id)
+                Problem(
+                    "spacing",
+                    s.path,
+                    found=f"has pixels of {s.spacing[0]:g} mm, but {first.path.name} has {first.spacing[0]:g}",
+                    expected="one pixel size per series",
+                    suggestion="put each series into a folder of its own",
+                )
             )
         if not np.allclose(s.orientation, first.orientation, atol=1e-3):
-            found = f"is turned against {first.path.name}"
-            problems.append(Problem("affine", s.path, found, "parallel slices", "part the series by folder", case_id))
-    return problems or _step_problems(slices, case_id)
+            problems.append(
+                Problem(
+                    "affine",
+                    s.path,
+                    found=f"is not parallel to {first.path.name}",
+                    expected="parallel slices",
+                    suggestion="put each series into a folder of its own",
+                )
+            )
+    return problems
 
 
-def _step_problems(slices: Sequence[Slice], case_id: str) -> list[Problem]:
+def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
+    """Return the slices whose distance from the slice before differs from the median distance."""
     if len(slices) < 2:
         return []
     first = slices[0]
@@ -120,76 +166,103 @@ def _step_problems(slices: Sequence[Slice], case_id: str) -> list[Problem]:
     usual = float(np.median(np.abs(steps)))
     problems = []
     for i, step in enumerate(steps):
-        pair = f"{slices[i].path.name} and {slices[i + 1].path.name}"
-        where = slices[i + 1].path
+        previous, path = slices[i].path, slices[i + 1].path
         if abs(step) < 1e-3:
-            found, do = f"lies where {slices[i].path.name} does", "remove one of the two"
-            problems.append(Problem("duplicate_slice", where, found, "one slice at a place", do, case_id))
+            problems.append(
+                Problem(
+                    "duplicate_slice",
+                    path,
+                    found=f"has the same position as {previous.name}",
+                    expected="slices at different positions",
+                    suggestion="remove one of the two",
+                )
+            )
         elif np.sign(step) != np.sign(along[-1] - along[0]):
-            found = f"lies behind {slices[i].path.name}, against the direction of the series"
-            do = "name the files in the order of their positions"
-            problems.append(Problem("slice_order", where, found, "names in the order of positions", do, case_id))
+            problems.append(
+                Problem(
+                    "slice_order",
+                    path,
+                    found=f"follows {previous.name} by name, but precedes it by position",
+                    expected="file names in the order of the positions",
+                    suggestion="rename the files in the order of their positions",
+                )
+            )
         elif abs(abs(step) - usual) > _UNEVEN * usual:
-            found = f"leaves {abs(step):.2f} mm between {pair}, where the usual step is {usual:.2f} mm"
-            do = "fetch the missing slice, or resample the series"
-            severity = ERROR if abs(abs(step) - usual) > _GAP * usual else WARNING
-            problems.append(Problem("slice_gap", where, found, "equal steps", do, case_id, severity))
+            problems.append(
+                Problem(
+                    "slice_gap",
+                    path,
+                    found=f"is {abs(step):.2f} mm away from {previous.name}, but the median distance is {usual:.2f} mm",
+                    expected="equal distances",
+                    suggestion="fetch the missing slice, or resample the series",
+                    severity=ERROR if abs(abs(step) - usual) > _GAP * usual else WARNING,
+                )
+            )
     return problems
 
 
 def series_grid(slices: Sequence[Slice], axes: Axes) -> Grid:
-    """The grid of a series in the given order: columns, rows, slices.
+    """Return the grid of a series in the given order; its file axes are columns, rows, slices.
 
     Raises:
-        DataError: the headers do not fit together.
+        DataError: The headers contradict each other.
     """
     first, last = slices[0], slices[-1]
     if fatal := errors(series_problems(slices)):
-        raise data_error(fatal, "slices that do not fit together")
+        raise data_error(*fatal, summary="slices that do not fit together")
     assert first.position is not None and last.position is not None
     assert first.orientation is not None and first.spacing is not None
     across, down = first.orientation[:3], first.orientation[3:]
     affine = np.eye(4)
     affine[:3, 0] = across * first.spacing[1]
     affine[:3, 1] = down * first.spacing[0]
-    alone = np.cross(across, down) * first.spacing[0]  # one slice has no step; any makes a volume of it
-    affine[:3, 2] = (last.position - first.position) / (len(slices) - 1) if len(slices) > 1 else alone
+    if len(slices) > 1:
+        affine[:3, 2] = (last.position - first.position) / (len(slices) - 1)
+    else:  # a single slice has no step; any step gives a volume
+        affine[:3, 2] = np.cross(across, down) * first.spacing[0]
     affine[:3, 3] = first.position
-    affine[:2] *= -1  # DICOM's frame is LPS, nibabel's RAS
+    affine[:2] *= -1  # DICOM's frame is LPS, nibabel's is RAS
     return make_grid(first.path.parent, (first.size[1], first.size[0], len(slices)), affine, axes=axes)
 
 
 def load(files: Sequence[Path], axes: Axes) -> tuple[np.ndarray, Grid]:
-    """The stored values with slope and intercept applied, ``(x, y, z)`` in the given order, and the grid."""
+    """Read the voxels ``(x, y, z)`` in the given order, with slope and intercept applied, and the grid."""
     headers, planes, problems = [], [], []
     for path in files:
         try:
             data = _read(path)
             planes.append(_rescaled(path, data))
-            headers.append(_header(path, data))  # of the slice as it was read nothing else is kept
+            headers.append(_header(path, data))  # `data` itself is not kept, because it contains the pixels
         except DataError as error:
             problems += error.problems
     if problems:
-        raise data_error(problems, "damaged slices")
+        raise data_error(*problems, summary="damaged slices")
     grid = series_grid(headers, axes)
     real = any(plane.dtype.kind == "f" for plane in planes)
     array = np.empty((len(planes), *planes[0].shape), np.float32 if real else np.int32)
     for k in range(len(array)):
-        array[k] = planes.pop(0)  # a plane is freed as soon as it is copied
+        array[k] = planes.pop(0)  # each plane is freed as soon as it is copied
     return array.transpose(2, 1, 0), grid
 
 
-VOXEL_TYPE = np.dtype(np.int32), 4  # as `load` returns them, or float32; and bytes per voxel that it takes
+VOXEL_TYPE = np.dtype(np.int32), 4  # dtype from `load` (float32 has the same size), and bytes per voxel at its peak
 
 
 def _rescaled(path: Path, data: Any) -> np.ndarray:
     try:
         pixels = data.pixel_array
-    except Exception as error:  # pydicom and its decoders raise many kinds for damaged pixels
+    except Exception as error:  # pydicom and its decoders raise many types for damaged pixels
         raise unreadable(path, "DICOM", error) from error
     if pixels.ndim != 2:
-        found = f"has pixels of shape {pixels.shape}"
-        raise data_error([Problem("shape", path, found, "one grey plane", "split it, or save it without colours")], "")
+        raise data_error(
+            Problem(
+                "shape",
+                path,
+                found=f"has pixels of shape {pixels.shape}",
+                expected="one grey plane",
+                suggestion="split it, or save it without colours",
+            )
+        )
     slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
     if slope.is_integer() and intercept.is_integer():
         return pixels.astype(np.int32) * int(slope) + int(intercept)
@@ -197,7 +270,7 @@ def _rescaled(path: Path, data: Any) -> np.ndarray:
 
 
 def load_masks(files: Sequence[Path]) -> np.ndarray:
-    """Grey values of PNG files in the given order, uint8 ``(x, y, z)``; a mask of one bit gives 0 and 1."""
+    """Read grey values of PNG files in the given order as uint8 ``(x, y, z)``; a 1-bit mask gives 0 and 1."""
     planes: list[np.ndarray] = []
     problems = []
     for path in files:
@@ -207,12 +280,19 @@ def load_masks(files: Sequence[Path]) -> np.ndarray:
             problems += error.problems
             continue
         if planes and plane.shape != planes[0].shape:
-            found = f"has {plane.shape[0]} x {plane.shape[1]} pixels, but others have "
-            found += f"{planes[0].shape[0]} x {planes[0].shape[1]}"
-            problems.append(Problem("shape", path, found, "one size per series", "fetch the masks again"))
+            problems.append(
+                Problem(
+                    "shape",
+                    path,
+                    found=f"has {plane.shape[0]} x {plane.shape[1]} pixels, but the first mask has "
+                    f"{planes[0].shape[0]} x {planes[0].shape[1]}",
+                    expected="one size per series",
+                    suggestion="fetch the masks again",
+                )
+            )
         planes.append(plane)
     if problems:
-        raise data_error(problems, "damaged masks")
+        raise data_error(*problems, summary="damaged masks")
     return np.stack(planes, -1).swapaxes(0, 1)
 
 
@@ -222,19 +302,32 @@ def _read_mask(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             plane = np.asarray(image)
-    except Exception as error:  # Pillow raises many kinds for damaged files
+    except Exception as error:  # Pillow raises many types for damaged files
         raise unreadable(path, "PNG", error) from error
-    if plane.ndim == 3 and (plane == plane[..., :1]).all():  # grey, saved as colours
+    if plane.ndim == 3 and (plane == plane[..., :1]).all():  # a grey image that was saved in colour
         plane = plane[..., 0]
     if plane.ndim != 2:
-        found = f"has an array of shape {plane.shape}"
-        raise data_error([Problem("shape", path, found, "one grey plane", "save it without colours")], "")
-    return np.minimum(plane, 255).astype(np.uint8)  # what is brighter is a structure too
+        raise data_error(
+            Problem(
+                "shape",
+                path,
+                found=f"has an array of shape {plane.shape}",
+                expected="one grey plane",
+                suggestion="save it without colours",
+            )
+        )
+    return np.minimum(plane, 255).astype(np.uint8)  # values above 255 are structure, too
 
 
-def unreadable(path: Path, form: str, error: Exception) -> DataError:
-    """The error for a file that a library could not read."""
+def unreadable(path: Path, format_name: str, error: Exception) -> DataError:
+    """Return the error for a file that a library could not read."""
     size = f"{path.stat().st_size} bytes" if path.is_file() else "not a file"
-    found = f"cannot be read as {form} ({type(error).__name__}: {error}); it is {size}"
-    step = "perhaps a truncated or damaged download: fetch it again"
-    return data_error([Problem("unreadable", path, found, f"a whole {form} file", step)], "")
+    return data_error(
+        Problem(
+            "unreadable",
+            path,
+            found=f"cannot be read as {format_name} ({type(error).__name__}: {error}); it is {size}",
+            expected=f"a complete {format_name} file",
+            suggestion="the download may be truncated or damaged: fetch it again",
+        )
+    )

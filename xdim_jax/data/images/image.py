@@ -1,4 +1,4 @@
-"""Images of any format: NIfTI, MetaImage and NRRD files, and series of DICOM slices."""
+"""Images in any supported format: NIfTI, MetaImage and NRRD files, and series of DICOM slices."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,27 +19,27 @@ Source = Path | tuple[Path, ...]
 
 
 def strip(name: str) -> str | None:
-    """A file name without the suffix of an image; None for other files."""
+    """Return a file name without its image suffix; None if it has no image suffix."""
     return next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s)), None)
 
 
 def where(source: Source) -> Path:
-    """The path that messages name: the file, or the folder of a series."""
+    """Return the path that messages name: the file, or the folder of a series."""
     return source if isinstance(source, Path) else source[0].parent
 
 
 def files_of(source: Source) -> tuple[Path, ...]:
-    """All files of an image."""
+    """Return all files of an image."""
     return (source,) if isinstance(source, Path) else source
 
 
 def source_at(path: Path) -> Source:
-    """What `where` named: a file, or the series of DICOM slices in a folder."""
+    """Return the image at a path that `where` returned: a file, or the series of DICOM slices in a folder."""
     return dicom.files_in_order(path, ".dcm") if path.is_dir() else path
 
 
 def _reader(path: Path) -> tuple[str, Any]:
-    """What the format is called, and the module that reads it, by the name."""
+    """Return the name of the format of a file, and the module that reads it."""
     return ("MetaImage or NRRD", metaimage) if path.name.endswith(metaimage.SUFFIXES) else ("NIfTI", nifti)
 
 
@@ -51,76 +51,97 @@ def _reading(source: Source) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         path = Path(error.filename or where(source))
-        problem = Problem("unreadable", path, "does not exist", "a file", "fetch it again")
-        raise data_error([problem], "") from error
-    except Exception as error:  # nibabel, zlib, ITK and pydicom raise many kinds for damaged files
-        form = "DICOM" if isinstance(source, tuple) else _reader(source)[0]
-        raise dicom.unreadable(where(source), form, error) from error
+        raise data_error(
+            Problem("unreadable", path, found="does not exist", expected="a file", suggestion="fetch it again")
+        ) from error
+    except Exception as error:  # nibabel, zlib, ITK and pydicom raise many types for damaged files
+        name = "DICOM" if isinstance(source, tuple) else _reader(source)[0]
+        raise dicom.unreadable(where(source), name, error) from error
 
 
 def read_grid(source: Source, axes: Axes = "anatomical") -> Grid:
-    """Reads the header alone.
+    """Read the grid of an image from its header, without the voxels.
 
     Raises:
-        DataError: as `read_image` does, for what a header shows.
+        DataError: The header has one of the problems for which `read_image` raises an error.
     """
     with _reading(source):
         if isinstance(source, tuple):
             return dicom.series_grid([dicom.read_header(path) for path in source], axes)
-        _exists(source)
+        _check_exists(source)
         return _reader(source)[1].load_grid(source, axes)
 
 
 def voxel_type(source: Source) -> tuple[np.dtype, int]:
-    """Of the array that `read_image` returns, and the bytes per voxel that it takes at its peak; from the header.
+    """Return the dtype of the array from `read_image`, and the bytes per voxel at its peak, from the header alone.
 
     Raises:
-        DataError: as `read_grid` does.
+        DataError: The header cannot be read, see `read_grid`.
     """
     if isinstance(source, tuple):
         return dicom.VOXEL_TYPE
     with _reading(source):
-        _exists(source)
+        _check_exists(source)
         return _reader(source)[1].voxel_type(source)
 
 
-def _exists(path: Path) -> None:
+def _check_exists(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(2, "no such file", str(path))
 
 
 def read_image(source: Source, axes: Axes = "anatomical") -> tuple[np.ndarray, Grid]:
-    """Reads an image as ``(D, H, W, C)`` in the file's own scaled values.
+    """Read an image as ``(D, H, W, C)``, with the scaling of the file applied, and its grid.
 
     Raises:
-        DataError: missing, truncated or of another format; fewer than two or more than four axes; no usable affine.
+        DataError: The file is missing, truncated or in another format, has fewer than two or more than four axes, or
+            has no usable affine.
     """
     with _reading(source):
         if isinstance(source, tuple):
             array, grid = dicom.load(source, axes)
         else:
-            _exists(source)
+            _check_exists(source)
             array, grid = _reader(source)[1].load(source, axes)
-    path = where(source)
     if array.dtype.kind not in "biuf":
-        problem = Problem("dtype", path, f"holds {array.dtype} voxels", "real numbers", "convert the file")
-        raise data_error([problem], "")
+        raise data_error(
+            Problem(
+                "dtype",
+                where(source),
+                found=f"contains {array.dtype} voxels",
+                expected="real numbers",
+                suggestion="convert the file",
+            )
+        )
     array = array.reshape(array.shape + (1,) * (4 - array.ndim))
     if array.ndim != 4:
-        problem = Problem("shape", path, f"has shape {array.shape}", "two to four axes", "split the file")
-        raise data_error([problem], "")
+        raise data_error(
+            Problem(
+                "shape",
+                where(source),
+                found=f"has shape {array.shape}",
+                expected="two to four axes",
+                suggestion="split the file",
+            )
+        )
     return grid.to_memory(array), grid
 
 
 def read_volume(source: Source, axes: Axes = "anatomical") -> tuple[np.ndarray, Grid]:
-    """Reads an image of one channel as ``(D, H, W)``.
+    """Read an image of one channel as ``(D, H, W)``, and its grid.
 
     Raises:
-        DataError: as `read_image` does, and for more than one channel.
+        DataError: See `read_image`; also raised if the image has more than one channel.
     """
     array, grid = read_image(source, axes)
     if array.shape[3] != 1:
-        shape = (*grid.shape, array.shape[3])
-        problem = Problem("shape", where(source), f"has shape {shape}", "one 3D volume", "split it by its last axis")
-        raise data_error([problem], "")
+        raise data_error(
+            Problem(
+                "shape",
+                where(source),
+                found=f"has shape {(*grid.shape, array.shape[3])}",
+                expected="one 3D volume",
+                suggestion="split it along its last axis",
+            )
+        )
     return array[..., 0], grid

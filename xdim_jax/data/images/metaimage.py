@@ -1,4 +1,4 @@
-"""MetaImage and NRRD, with SimpleITK: in; and MetaImage out."""
+"""Reading MetaImage and NRRD files, and writing MetaImage files, with SimpleITK."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ SUFFIXES = (".mhd", ".mha", ".nrrd")
 
 
 def load(path: Path, axes: Axes) -> tuple[np.ndarray, Grid]:
-    """The array in the file's axes ``(x, y[, z][, c])``, and its grid."""
+    """Read the array in the axes of the file ``(x, y[, z][, c])``, and its grid."""
     import SimpleITK as sitk  # a large library that most runs do not need
 
     image = sitk.ReadImage(str(path))
@@ -22,45 +22,46 @@ def load(path: Path, axes: Axes) -> tuple[np.ndarray, Grid]:
 
 
 def load_grid(path: Path, axes: Axes) -> Grid:
-    """Reads the header alone."""
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
-    return _grid(path, reader, axes)
+    """Read the grid from the header."""
+    return _grid(path, _read_header(path), axes)
 
 
 def voxel_type(path: Path) -> tuple[np.dtype, int]:
-    """Of the array that `load` returns, and the bytes per voxel that it takes: ITK's image is copied."""
+    """Return the dtype of the array from `load`, and the bytes per voxel at its peak: ITK's image is copied."""
+    import SimpleITK as sitk
+
+    dtype = sitk.GetArrayViewFromImage(sitk.Image([1] * 2, _read_header(path).GetPixelID())).dtype
+    return dtype, 2 * dtype.itemsize
+
+
+def _read_header(path: Path) -> Any:
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
-    dtype = sitk.GetArrayViewFromImage(sitk.Image([1] * 2, reader.GetPixelID())).dtype
-    return dtype, 2 * dtype.itemsize
+    return reader
 
 
 def write(path: Path, array: np.ndarray, grid: Grid) -> None:
-    """Writes a ``(D, H, W)`` array as MetaImage (``.mhd`` with its ``.raw`` beside it, or ``.mha``), uncompressed.
+    """Write a ``(D, H, W)`` array as uncompressed MetaImage: ``.mhd`` with a ``.raw`` file, or ``.mha``.
 
     A grid of one slice is written as a 2D image.
 
     Raises:
-        ValueError: the array is not of the grid's size.
+        ValueError: The array does not have the shape of the grid.
     """
     import SimpleITK as sitk
 
     volume = grid.to_file(array)
     n = 2 if volume.ndim == 2 or volume.shape[2] == 1 else 3
     image = sitk.GetImageFromArray(np.ascontiguousarray(volume.reshape(volume.shape[:n]).T))
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ grid.affine  # nibabel's frame is RAS, ITK's LPS
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ grid.affine  # nibabel's frame is RAS, ITK's is LPS
     lengths = np.sqrt((affine[:3, :3] ** 2).sum(0))
     image.SetSpacing([float(s) for s in lengths[:n]])
     image.SetOrigin([float(v) for v in affine[:n, 3]])
     direction = (affine[:3, :3] / lengths)[:n, :n]
-    if abs(np.linalg.det(direction)) > 0.5:  # else the plane is not that of the first two axes of space
+    if abs(np.linalg.det(direction)) > 0.5:  # smaller if a 2D image is not in the plane of the first two axes of space
         image.SetDirection([float(v) for v in direction.ravel()])
     sitk.WriteImage(image, str(path))
 
@@ -72,5 +73,5 @@ def _grid(path: Path, image: Any, axes: Axes) -> Grid:
     direction = np.reshape(image.GetDirection(), (full, full))[:n, :n]
     affine[:n, :n] = direction * np.asarray(image.GetSpacing()[:n])
     affine[:n, 3] = image.GetOrigin()[:n]
-    affine[:2] *= -1  # ITK's frame is LPS, nibabel's RAS
+    affine[:2] *= -1  # ITK's frame is LPS, nibabel's is RAS
     return make_grid(path, tuple(image.GetSize()), affine, axes=axes)

@@ -1,4 +1,7 @@
-"""NIfTI files that are written part by part, so that the whole array is never in memory."""
+"""Writing a NIfTI file part by part, so that the whole array is never in memory.
+
+nibabel makes the header; it can write voxels only from a whole array.
+"""
 
 import contextlib
 import errno
@@ -15,43 +18,45 @@ from xdim_jax.base.files import atomic_path
 from xdim_jax.data.images.grid import Grid
 
 Write = Callable[[tuple[slice, ...], np.ndarray], None]
-_OFFSET = 352  # bytes before the voxels of a NIfTI-1 file without extensions
 
 
 @contextlib.contextmanager
 def stream_volume(path: Path, grid: Grid, channels: int = 0, note: str = "") -> Iterator[Write]:
-    """Makes a file of zeros, float32; gives ``write(index, values)`` into its array ``(D, H, W)``, with ``channels``
-    ``(D, H, W, channels)``.
+    """Create a float32 file of zeros, and yield a function ``write(index, values)`` that assigns parts of its array.
+
+    The array is ``(D, H, W)``, or ``(D, H, W, channels)`` if there are channels. The file is complete when the context
+    ends.
 
     Args:
-        path: ``.nii``: compressed files cannot be written in parts.
-        grid: of the image.
-        channels: of a fourth axis in the file; 0: none.
-        note: for the header's description, at most 79 letters.
+        path: Name of the file, ``.nii``: compressed files cannot be written in parts.
+        grid: Grid of the array.
+        channels: Length of a fourth axis; 0 for no such axis.
+        note: Description for the header, at most 79 ASCII characters.
 
     Raises:
-        UserError: the file cannot be written; nothing is left of it.
+        UserError: The file cannot be written; nothing of it remains.
     """
     shape = (*grid.shape, channels) if channels else tuple(grid.shape)
     with atomic_path(path) as temporary:
         template = nib.Nifti1Header() if grid.header is None else grid.header.copy()
         template.set_data_dtype(np.float32)
-        image = nib.Nifti1Image(np.broadcast_to(np.float32(0), shape), grid.affine, template)
-        header = image.header
+        header = nib.Nifti1Image(np.broadcast_to(np.float32(0), shape), grid.affine, template).header
         header.set_slope_inter(1, 0)
         header["cal_min"] = header["cal_max"] = 0
-        header["vox_offset"], header["magic"], header["descrip"] = _OFFSET, b"n+1", note.encode("ascii")
+        header["descrip"] = note.encode("ascii")
+        header.extensions.clear()
         with open(temporary, "wb") as file:
-            file.write(header.binaryblock + bytes(_OFFSET - len(header.binaryblock)))
-            _reserve(file.fileno(), _OFFSET + 4 * math.prod(shape))
+            header.write_to(file)
+            offset = file.tell()
+            _reserve(file.fileno(), offset + 4 * math.prod(shape))
         with open(temporary, "r+b") as file:
             pages = mmap.mmap(file.fileno(), 0)
         stored = np.dtype(np.float32).newbyteorder(header.endianness)
-        voxels = grid.to_memory(np.ndarray(shape, stored, pages, _OFFSET, order="F"))
+        voxels = grid.to_memory(np.ndarray(shape, stored, pages, offset, order="F"))
 
         def write(index: tuple[slice, ...], values: np.ndarray) -> None:
             voxels[index] = values
-            if hasattr(mmap, "MADV_DONTNEED"):  # written pages stay with the system and are no longer the process's
+            if hasattr(mmap, "MADV_DONTNEED"):  # the written pages no longer count as memory of this process
                 pages.madvise(mmap.MADV_DONTNEED)
 
         yield write
@@ -59,7 +64,10 @@ def stream_volume(path: Path, grid: Grid, channels: int = 0, note: str = "") -> 
 
 
 def _reserve(file: int, size: int) -> None:
-    """A full disk is told now, not by SIGBUS when voxels are written; not every system can."""
+    """Allocate the disk space now: a full disk then raises OSError here, and not SIGBUS when voxels are written.
+
+    Does nothing on systems without ``posix_fallocate``.
+    """
     try:
         os.posix_fallocate(file, 0, size)
     except AttributeError:

@@ -1,1 +1,1 @@
-"""Data sets as they are laid out on disk."""
+"""The layouts of data sets on disk."""

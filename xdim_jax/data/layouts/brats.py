@@ -1,15 +1,17 @@
-"""BraTS as it lies on disk (spec: challenges, sections 3.5 and 4.1).
+"""The layout of BraTS on disk; see docs/challenges.md, sections "BraTS: files" and "BraTS: labels and regions".
 
     <root>/BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2,seg}.nii.gz             convention brats2021 (2019-2022)
     <root>/BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t2f,t1n,t1c,t2w,seg}.nii.gz      conventions brats2023, brats2024
 
-Case folders may lie one level deeper (``HGG/``, ``LGG/``); files may be ``.nii``. The convention says what the label
-values mean and is never guessed from them: label 4 is the enhancing tumour up to 2022 and a resection cavity in 2024.
+Case folders may be one level deeper (``HGG/``, ``LGG/``), and files may be ``.nii``. The convention defines the meaning
+of the label values and is never guessed from them: label 4 is the enhancing tumour up to 2022 and a resection cavity in
+2024.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,25 +21,36 @@ from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images import nifti
 from xdim_jax.data.images.image import where
 from xdim_jax.data.labels import Labels
-from xdim_jax.data.regions import BRATS, BRATS_2024, TISSUES
+from xdim_jax.data.regions import BRATS, BRATS_2024, TISSUES, Regions
 
-MODALITIES: tuple[str, ...] = ("flair", "t1", "t1ce", "t2")  # the order of the image channels
+MODALITIES: tuple[str, ...] = ("flair", "t1", "t1ce", "t2")  # names of the image channels, in their order
 
 
 @dataclasses.dataclass(frozen=True)
 class Convention:
-    """File names and label values of one generation of the challenge."""
+    """File names, label values and scoring rules of one generation of the challenge.
+
+    Attributes:
+        name: Name of the convention.
+        separator: Character between the name of a case and the name of a modality.
+        modalities: This generation's names of `MODALITIES`, in the same order.
+        labels: Meaning of the label values.
+        regions: Regions that are predicted and scored.
+        rules: Name of the scoring rules, see `xdim_jax.scoring.challenges`.
+    """
 
     name: str
     separator: str
-    modalities: tuple[str, ...]  # as `MODALITIES`, in this generation's words
+    modalities: tuple[str, ...]
     labels: Labels
+    regions: Regions
+    rules: str
 
     def file_name(self, case: str, part: str) -> str:
         return f"{case}{self.separator}{part}"
 
     def layout(self) -> str:
-        """The expected tree, for messages."""
+        """Return the expected tree, for messages."""
         case = "BraTS2021_00000" if self.separator == "_" else "BraTS-GLI-00000-000"
         parts = ",".join((*self.modalities, "seg"))
         return f"<root>/{case}/{case}{self.separator}{{{parts}}}.nii.gz"
@@ -50,63 +63,87 @@ CONVENTIONS = {
         "_",
         ("flair", "t1", "t1ce", "t2"),
         Labels("brats2021", TISSUES, (0, 1, 2, 4), elsewhere=((3, "brats2023 (ET)"), (3, "brats2024 (ET)"))),
+        BRATS,
+        rules="brats2022",
     ),
     "brats2023": Convention(
         "brats2023",
         "-",
         _NEW_NAMES,
         Labels("brats2023", TISSUES, (0, 1, 2, 3), elsewhere=((4, "brats2021 (ET)"), (4, "brats2024 (RC)"))),
+        BRATS,
+        rules="brats2023",
     ),
-    "brats2024": Convention("brats2024", "-", _NEW_NAMES, Labels("brats2024", (*TISSUES, "RC"), (0, 1, 2, 3, 4))),
+    "brats2024": Convention(
+        "brats2024",
+        "-",
+        _NEW_NAMES,
+        Labels("brats2024", (*TISSUES, "RC"), (0, 1, 2, 3, 4)),
+        BRATS_2024,
+        rules="brats2024",
+    ),
 }
 
 
 def get_convention(name: str) -> Convention:
-    """Raises UserError, listing the known names, for an unknown one."""
+    """Return a convention. Raises UserError, listing the known names, if the name is unknown."""
     if name not in CONVENTIONS:
         raise UserError(f"config.data.convention={name!r} is unknown; known: {', '.join(CONVENTIONS)}")
     return CONVENTIONS[name]
 
 
 def dataset(convention: str) -> Dataset:
-    """BraTS of one convention. Raises UserError for an unknown one."""
+    """Return BraTS in one convention. Raises UserError if the convention is unknown."""
     found = get_convention(convention)
     return Dataset(
-        "BraTS",
-        found.layout(),
-        MODALITIES,
-        found.labels,
-        BRATS_2024 if found.name == "brats2024" else BRATS,
-        lambda root, need_labels: scan(root, found, need_labels),
-        same_structures=False,  # some cases have no enhancing tumour, some no necrosis
+        name="BraTS",
+        layout=found.layout(),
+        channels=MODALITIES,
+        labels=found.labels,
+        regions=found.regions,
+        scan=lambda root, need_labels: scan(root, found, need_labels),
+        same_structures=False,  # some cases have no enhancing tumour, some have no necrosis
         inspect=inspect,
+        case_from_files=lambda paths: case_from_files(paths, found),
     )
+
+
+def scoring(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of the scoring rules for the ``data`` section of a config."""
+    return get_convention(data["convention"]).rules, {"convention": data["convention"]}
 
 
 _BACKGROUND = 0.05  # smallest share of exact zeros in a skull-stripped image
 
 
 def inspect(case: Case, image: np.ndarray) -> list[Problem]:
-    """Skull-stripped magnitudes: not negative, and exactly 0 outside the brain."""
+    """Return the images that are not skull-stripped magnitudes: negative, or not exactly 0 outside the brain."""
     problems = []
     for source, name, channel in zip(case.images, case.channels, np.moveaxis(image, -1, 0), strict=True):
         zeros = np.count_nonzero(channel == 0) / channel.size
-        found = ""
         if zeros < _BACKGROUND:
-            found, step = (
-                f"is 0 on {100 * zeros:.1f} % of its voxels ({name})",
-                "strip the skull, and set the rest to 0",
-            )
+            found = f"is 0 in only {100 * zeros:.1f} % of its voxels ({name})"
+            step = "strip the skull, and set the voxels outside the brain to 0"
         elif channel.min() < 0:
-            found, step = f"has values down to {channel.min():g} ({name})", "restore the raw intensities"
-        if found:
-            expected = "a skull-stripped image, 0 outside the brain"
-            problems.append(Problem("intensity_range", where(source), found, expected, step, case.case_id, WARNING))
+            found = f"has values down to {channel.min():g} ({name})"
+            step = "restore the raw intensities"
+        else:
+            continue
+        problems.append(
+            Problem(
+                "intensity_range",
+                where(source),
+                found=found,
+                expected="a skull-stripped image, 0 outside the brain",
+                suggestion=step,
+                severity=WARNING,
+            )
+        )
     return problems
 
 
 def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
-    """The complete cases below ``root``, which may also be one case folder, and what is wrong with the others."""
+    """List the cases below ``root``, which may also be a single case folder, and the problems of incomplete cases."""
     below = [p for p in [root, *root.glob("*/"), *root.glob("*/*/")] if not p.name.startswith(".")]
     below = [p for p in below if "__MACOSX" not in p.parts]
     folders = sorted(p for p in below if _is_case(p))
@@ -116,9 +153,16 @@ def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
     for folder in folders:
         case, missing = _find_files(folder, convention, need_labels)
         if case.case_id in cases:
-            twin = cases[case.case_id].files[0].parent
-            found = f"and {twin} are both case {case.case_id}"
-            problems.append(Problem("duplicate_case", folder, found, "one folder", "keep one", case.case_id))
+            problems.append(
+                Problem(
+                    "duplicate_case",
+                    folder,
+                    found=f"and {cases[case.case_id].files[0].parent} are both case {case.case_id}",
+                    expected="one folder",
+                    suggestion="keep one",
+                    case_id=case.case_id,
+                )
+            )
         elif missing:
             problems += _missing(folder, convention, missing)
             if case.images:
@@ -128,9 +172,16 @@ def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
             problems += _surplus(folder, case)
     for folder in below:
         if folder not in folders and folder != root and _looks_like_a_broken_case(folder):
-            found = "is empty, or holds NIfTI files that are not named after it"
-            step = f"rename it, or move it out of {root}"
-            problems.append(Problem("extra_file", folder, found, convention.layout(), step, folder.name))
+            problems.append(
+                Problem(
+                    "extra_file",
+                    folder,
+                    found="is empty, or contains NIfTI files that are not named after it",
+                    expected=convention.layout(),
+                    suggestion=f"rename it, or move it out of {root}",
+                    case_id=folder.name,
+                )
+            )
     return Scan(list(cases.values()), problems, incomplete=tuple(incomplete))
 
 
@@ -146,37 +197,45 @@ def _is_case(folder: Path) -> bool:
 
 
 def _find_files(folder: Path, convention: Convention, need_labels: bool) -> tuple[Case, list[str]]:
+    """Return the case with the files that exist, and the parts that are missing."""
+
     def find(part: str) -> Path | None:
         stem = convention.file_name(folder.name, part)
         return next((p for s in nifti.SUFFIXES if (p := folder / f"{stem}{s}").is_file()), None)
 
     images = {part: find(part) for part in convention.modalities}
-    label = find("seg") or next(
-        (p for p in sorted(folder.glob("*_Segm.nii*")) if not p.name.startswith(".")), None
-    )  # BraTS20_Training_355
+    label = find("seg")
+    if label is None:  # BraTS20_Training_355 has a segmentation of another name
+        label = next((p for p in sorted(folder.glob("*_Segm.nii*")) if not p.name.startswith(".")), None)
     missing = [part for part, path in images.items() if path is None]
     if need_labels and label is None:
         missing.append("seg")
-    patient = folder.name.rsplit("-", 1)[0] if convention.separator == "-" else folder.name  # drops the time point
-    there = {name: p for name, p in zip(MODALITIES, images.values(), strict=True) if p is not None}
-    return Case(folder.name, patient, tuple(there.values()), tuple(there), label, convention.labels), missing
+    patient = folder.name.rsplit("-", 1)[0] if convention.separator == "-" else folder.name  # without the time point
+    existing = {name: p for name, p in zip(MODALITIES, images.values(), strict=True) if p is not None}
+    return Case(folder.name, patient, tuple(existing.values()), tuple(existing), label, convention.labels), missing
 
 
 def _missing(folder: Path, convention: Convention, missing: list[str]) -> list[Problem]:
     for other in CONVENTIONS.values():
         if other.separator != convention.separator and not _find_files(folder, other, False)[1]:
-            found = f"has files named as in {other.name}, but the convention is {convention.name}"
-            step = f"give --config.data.convention={other.name} (train) or --convention={other.name}"
-            return [Problem("wrong_convention", folder, found, convention.layout(), step, folder.name)]
-    step = "fetch the case again or move it out of the data root"
+            return [
+                Problem(
+                    "wrong_convention",
+                    folder,
+                    found=f"has files named as in {other.name}, but the convention is {convention.name}",
+                    expected=convention.layout(),
+                    suggestion=f"give --config.data.convention={other.name} (train) or --convention={other.name}",
+                    case_id=folder.name,
+                )
+            ]
     return [
         Problem(
             "missing_label" if part == "seg" else "missing_image",
             folder,
-            f"is missing {convention.file_name(folder.name, part)}.nii.gz",
-            convention.layout(),
-            step,
-            folder.name,
+            found=f"is missing {convention.file_name(folder.name, part)}.nii.gz",
+            expected=convention.layout(),
+            suggestion="fetch the case again or move it out of the data root",
+            case_id=folder.name,
         )
         for part in missing
     ]
@@ -184,19 +243,26 @@ def _missing(folder: Path, convention: Convention, missing: list[str]) -> list[P
 
 def _surplus(folder: Path, case: Case) -> list[Problem]:
     others = [p for p in sorted(folder.iterdir()) if p.name.endswith(nifti.SUFFIXES) and not p.name.startswith(".")]
-    found = "belongs to none of the modalities"
     return [
-        Problem("extra_file", p, found, ", ".join(MODALITIES) + " and seg", "move it away", case.case_id, WARNING)
+        Problem(
+            "extra_file",
+            p,
+            found="belongs to none of the modalities",
+            expected=", ".join(MODALITIES) + " and seg",
+            suggestion="move it to another folder",
+            case_id=case.case_id,
+            severity=WARNING,
+        )
         for p in others
         if p not in case.files and not p.name.endswith(("seg.nii.gz", "seg.nii"))
     ]
 
 
 def case_from_files(paths: Sequence[Path], convention: Convention) -> Case:
-    """A case from its modality files, given in the order of `MODALITIES`.
+    """Return a case made from its modality files, which are given in the order of `MODALITIES`.
 
     Raises:
-        UserError: not one existing file per modality.
+        UserError: There is not one existing file per modality, or the names show another order or different cases.
     """
     order = ", ".join(convention.modalities)
     if len(paths) != len(MODALITIES):
@@ -210,9 +276,9 @@ def case_from_files(paths: Sequence[Path], convention: Convention) -> Case:
             stem = stem.removesuffix(suffix)
         named = [m for m in convention.modalities if stem.endswith(f"{convention.separator}{m}")]
         if named and wanted not in named:
-            raise UserError(f"{path} is {named[0]} by its name, where {wanted} is expected; the order is {order}")
+            raise UserError(f"{path} is {named[0]} by its name, but {wanted} is expected; the order is {order}")
         stems.append(stem.removesuffix(f"{convention.separator}{wanted}") if named else "")
     if len(set(filter(None, stems))) > 1:
-        raise UserError(f"the files are of different cases: {', '.join(sorted(set(stems)))}; give those of one")
+        raise UserError(f"the files belong to different cases: {', '.join(sorted(set(stems)))}; give those of one case")
     name = stems[0] or paths[0].name.split(".")[0]
     return Case(name, name, tuple(paths), MODALITIES, None, convention.labels)

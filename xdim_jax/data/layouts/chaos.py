@@ -1,25 +1,26 @@
-"""CHAOS as it lies on disk (spec: challenges, section 2.6): abdominal CT and MR as DICOM, masks as PNG.
+"""The layout of CHAOS on disk: abdominal CT and MR as DICOM, masks as PNG; see docs/challenges.md, "CHAOS: files".
 
     Train_Sets/CT/<id>/DICOM_anon/*.dcm                            Ground/liver_GT_000.png
     Train_Sets/MR/<id>/T1DUAL/DICOM_anon/{InPhase,OutPhase}/*.dcm  Ground/IMG-....png, named after the in-phase file
     Train_Sets/MR/<id>/T2SPIR/DICOM_anon/*.dcm                     Ground/IMG-....png      (Test_Sets has no Ground)
 
-A case is one series of a patient: ``CT_1``, ``MR_1_T1DUAL``, ``MR_1_T2SPIR``. Slices are in the order of the file
-names, which defines orientation in CHAOS, and the k-th mask belongs to the k-th slice; the affine comes from the
-slices' positions, so in memory slices run upwards whatever the names' order.
+A case is one series of a patient: ``CT_1``, ``MR_1_T1DUAL``, ``MR_1_T2SPIR``. Slices are read in the order of the file
+names, which defines the orientation in CHAOS, and the k-th mask belongs to the k-th slice. The affine follows from the
+positions of the slices, so that in memory slices run upwards whatever the order of the names.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from xdim_jax.base.errors import UserError
-from xdim_jax.base.problem import ERROR, WARNING, DataError, Problem, errors
+from xdim_jax.base.problem import WARNING, DataError, Problem, errors, in_case
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images.dicom import files_in_order, read_header
-from xdim_jax.data.images.image import Source, where
+from xdim_jax.data.images.image import where
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import Regions
 
@@ -30,8 +31,10 @@ MR_LABELS = Labels(
     (0, 63, 126, 189, 252),
     ((55, 70), (110, 135), (175, 200), (240, 255)),
 )
-TESTING = "test_"  # before the ids of Test_Sets, which has numbers of its own, where Train_Sets is beside it
-CT_LABELS = Labels("CHAOS CT", ("background", "liver"), (0, 63), ((0, 255),))  # any grey; results have 63
+# in files, any grey value above 0 is the liver; predictions are written as 63
+CT_LABELS = Labels("CHAOS CT", ("background", "liver"), (0, 63), ((0, 255),))
+# prefix of the case ids of Test_Sets if Train_Sets is in the same folder: both number their patients from 1
+TESTING = "test_"
 
 # task -> modalities and structures
 TASKS: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -47,33 +50,36 @@ LAYOUT = "<root>/{CT/<id>,MR/<id>/T1DUAL,MR/<id>/T2SPIR}/{DICOM_anon/...dcm,Grou
 
 
 def dataset(task: int = 5, phase: str = "in") -> Dataset:
-    """CHAOS for one of its tasks.
+    """Return CHAOS for one of its tasks.
 
     Args:
         task: 1 CT and MR, liver; 2 CT, liver; 3 MR, liver; 4 CT and MR, liver on CT and four organs on MR; 5 MR, four
             organs.
-        phase: of T1-DUAL: "in" (after which the masks are named), "out", "each" (two cases with one mask), or "both"
-            (two channels; only without T2-SPIR and CT, which have one, so those are left out).
+        phase: Images of T1-DUAL to use: "in" (the masks are named after them), "out", "each" (two cases with one
+            mask), or "both" (two channels). "both" leaves out T2-SPIR, which has one channel, and is not possible for
+            tasks with CT.
 
     Raises:
-        UserError: an unknown task or phase.
+        UserError: The task or the phase is unknown, or they cannot be combined.
     """
     if not isinstance(task, int) or task not in TASKS:
         raise UserError(f"config.data.task={task!r}: expected a number from 1 to 5")
     if phase not in PHASES:
-        raise UserError(f"config.data.phase={phase!r}: known: {', '.join(PHASES)}")
+        raise UserError(f"config.data.phase={phase!r}: expected one of {', '.join(PHASES)}")
     if phase == "both" and TASKS[task][0] != ("MR",):
-        raise UserError(f"config.data.phase=both: two channels, which CT does not have; task {task} has CT")
+        raise UserError(
+            f"config.data.phase=both means two channels, but task {task} has CT, which has one; give another phase, or "
+            "task 3 or 5"
+        )
     modalities, structures = TASKS[task]
     labels = MR_LABELS.select(structures)
-    channels = ("in-phase", "out-phase") if phase == "both" else ("image",)
     return Dataset(
-        "CHAOS",
-        LAYOUT,
-        channels,
-        labels,
-        Regions({name: (index,) for index, name in enumerate(structures, 1)}),
-        lambda root, need_labels: scan(root, modalities, labels, phase, need_labels),
+        name="CHAOS",
+        layout=LAYOUT,
+        channels=("in-phase", "out-phase") if phase == "both" else ("image",),
+        labels=labels,
+        regions=Regions({name: (index,) for index, name in enumerate(structures, 1)}),
+        scan=lambda root, need_labels: scan(root, modalities, labels, phase, need_labels),
         holds_ct="CT" in modalities,
         annotated=(lambda case: ("liver",) if case.info["modality"] == "CT" else structures) if task == 4 else None,
         same_structures=modalities == ("MR",) or structures == ("liver",),
@@ -81,20 +87,30 @@ def dataset(task: int = 5, phase: str = "in") -> Dataset:
     )
 
 
+def scoring(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of the scoring rules for the ``data`` section of a config."""
+    return "chaos", {"task": [str(data["task"])]}
+
+
 def inspect(case: Case, image: np.ndarray) -> list[Problem]:
-    """Hounsfield units on CT, which has air around the patient; magnitudes on MR."""
+    """Return a problem if CT is not in Hounsfield units, with air around the patient, or if MR is negative."""
     low, ct = float(image.min()), case.info["modality"] == "CT"
     if low <= -500 if ct else low >= 0:
         return []
-    expected, step = "magnitudes of 0 or more", "check modality and rescale intercept"
-    if ct:
-        expected = "Hounsfield units, with air near -1000"
-    found = f"has values from {low:g}"
-    return [Problem("intensity_range", where(case.images[0]), found, expected, step, case.case_id, WARNING)]
+    return [
+        Problem(
+            "intensity_range",
+            where(case.images[0]),
+            found=f"has values from {low:g}",
+            expected="Hounsfield units, with air near -1000" if ct else "magnitudes of 0 or more",
+            suggestion="check modality and rescale intercept",
+            severity=WARNING,
+        )
+    ]
 
 
 def scan(root: Path, modalities: tuple[str, ...], mr_labels: Labels, phase: str, need_labels: bool) -> Scan:
-    """The series below ``root``, which holds CT and MR, or holds Train_Sets and Test_Sets, which do."""
+    """List the series below ``root``, which contains CT and MR, or contains Train_Sets and Test_Sets."""
     cases: list[Case] = []
     incomplete: list[Case] = []
     problems: list[Problem] = []
@@ -119,7 +135,7 @@ def scan(root: Path, modalities: tuple[str, ...], mr_labels: Labels, phase: str,
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """Patient folders in the order of their numbers."""
+    """Return the patient folders in the order of their numbers."""
     below = [p for p in folder.glob("*/") if p.name.isdigit()]
     return sorted(below, key=lambda p: int(p.name))
 
@@ -127,97 +143,156 @@ def _numbered(folder: Path) -> list[Path]:
 def _series(
     folder: Path, name: str, patient: str, modality: str, labels: Labels, phase: str, need_labels: bool
 ) -> tuple[list[Case], list[Problem]]:
+    """Return the cases of one series folder, with all problems of its files."""
     sequence = folder.name if modality == "MR" else "CT"
-    info = {"modality": modality, "sequence": sequence}
     if not folder.is_dir():
-        found, step = f"is missing series {sequence}", "fetch the patient again, or go on without the series"
-        return [], [Problem("missing_view", folder.parent, found, "T1DUAL and T2SPIR", step, name, WARNING)]
-    dicom = folder / "DICOM_anon"
+        return [], [
+            Problem(
+                "missing_view",
+                folder.parent,
+                found=f"is missing series {sequence}",
+                expected="T1DUAL and T2SPIR",
+                suggestion="fetch the patient again, or continue without the series",
+                case_id=name,
+                severity=WARNING,
+            )
+        ]
+    dicom, ground = folder / "DICOM_anon", folder / "Ground"
     if sequence == "T1DUAL":
-        phases, problems = _phases(dicom, name)
+        phases, problems = _phases(dicom)
     else:
         files = files_in_order(dicom, ".dcm")
-        phases, problems = ({"image": files} if files else {}), []
-        if not files:
-            problems.append(_no_images(dicom, name))
-    masks = files_in_order(folder / "Ground", ".png")
+        phases, problems = ({"image": files}, []) if files else ({}, [_no_images(dicom)])
+    masks = files_in_order(ground, ".png")
     if not masks and need_labels:
-        step = "fetch it again, or give Train_Sets as the root"
         problems.append(
-            Problem("missing_label", folder / "Ground", "holds no PNG", "one mask for each slice", step, name, ERROR)
+            Problem(
+                "missing_label",
+                ground,
+                found="contains no PNG",
+                expected="one mask for each slice",
+                suggestion="fetch it again, or give Train_Sets as the root",
+            )
         )
-    problems += _strangers(folder / "Ground", ".png", name) + _strangers(dicom, ".dcm", name)
-    for files in phases.values():
-        if masks and len(masks) != len(files):
-            found = f"holds {len(masks)} masks for the {len(files)} slices of {files[0].parent.name}"
-            step = "fetch both folders again"
-            problems.append(Problem("slice_count", folder / "Ground", found, "one for each slice", step, name))
-            break
-    if "in" in phases and masks and len(masks) == len(phases["in"]):
-        for image, mask in zip(phases["in"], masks, strict=True):
-            if image.stem != mask.stem:
-                found, step = f"comes {masks.index(mask) + 1}., where {image.name} does", "check the order of the masks"
-                expected = "masks named after the in-phase slices"
-                problems.append(Problem("slice_name", mask, found, expected, step, name, WARNING))
-                break
+    problems += _other_images(ground, ".png") + _other_images(dicom, ".dcm")
+    problems += _mask_problems(ground, masks, phases)
+    problems = in_case(name, problems)
     if not phases:
         return [], problems
+    info = {"modality": modality, "sequence": sequence}
     base = Case(name, patient, (), ("image",), masks or None, labels, info=info)
     return _choose(base, phases, phase), problems
 
 
+def _mask_problems(ground: Path, masks: Sequence[Path], phases: Mapping[str, tuple[Path, ...]]) -> list[Problem]:
+    """Compare the masks with the slices: their number, and on T1-DUAL their names."""
+    if not masks:
+        return []
+    problems = []
+    for files in phases.values():
+        if len(masks) != len(files):
+            problems.append(
+                Problem(
+                    "slice_count",
+                    ground,
+                    found=f"contains {len(masks)} masks for the {len(files)} slices of {files[0].parent.name}",
+                    expected="one for each slice",
+                    suggestion="fetch both folders again",
+                )
+            )
+            break
+    images = phases.get("in", ())
+    for k, (image, mask) in enumerate(zip(images, masks, strict=False), 1):
+        if len(masks) == len(images) and image.stem != mask.stem:
+            problems.append(
+                Problem(
+                    "slice_name",
+                    mask,
+                    found=f"is number {k} of the masks, but number {k} of the slices is {image.name}",
+                    expected="masks named after the in-phase slices",
+                    suggestion="check the order of the masks",
+                    severity=WARNING,
+                )
+            )
+            break
+    return problems
+
+
 def _choose(base: Case, phases: dict[str, tuple[Path, ...]], phase: str) -> list[Case]:
-    """The cases that ``phase`` asks for."""
-
-    def case(*sources: Source, suffix: str = "", channels: tuple[str, ...] = ("image",)) -> Case:
-        return dataclasses.replace(base, case_id=base.case_id + suffix, images=sources, channels=channels)
-
-    if len(phases) == 1 and "image" not in phases:  # one of two: for verify
-        return [case(*phases.values())]
-    if "image" in phases:
-        return [] if phase == "both" else [case(phases["image"])]
-    choices: dict[str, Callable[[], list[Case]]] = {
-        "in": lambda: [dataclasses.replace(case(phases["in"]), beside=(phases["out"],))],
-        "out": lambda: [dataclasses.replace(case(phases["out"]), beside=(phases["in"],))],
-        "each": lambda: [case(phases[p], suffix=f"_{p}") for p in ("in", "out")],
-        "both": lambda: [case(phases["in"], phases["out"], channels=("in-phase", "out-phase"))],
-    }
-    return choices[phase]()
+    """Return the cases that ``phase`` selects."""
+    if "image" in phases:  # not T1-DUAL
+        return [] if phase == "both" else [dataclasses.replace(base, images=(phases["image"],))]
+    if len(phases) == 1:  # the other phase is missing: an incomplete case, for verify
+        return [dataclasses.replace(base, images=tuple(phases.values()))]
+    if phase == "both":
+        channels = ("in-phase", "out-phase")
+        return [dataclasses.replace(base, images=(phases["in"], phases["out"]), channels=channels)]
+    if phase == "each":
+        names = {name: f"{base.case_id}_{name}" for name in ("in", "out")}
+        return [dataclasses.replace(base, case_id=names[name], images=(phases[name],)) for name in names]
+    other = phases["out" if phase == "in" else "in"]
+    return [dataclasses.replace(base, images=(phases[phase],), same_grid=(other,))]
 
 
-def _phases(dicom: Path, name: str) -> tuple[dict[str, tuple[Path, ...]], list[Problem]]:
-    """In- and out-phase files: by folder, or, where both lie in one, by echo time (in-phase is the longer echo)."""
+def _phases(dicom: Path) -> tuple[dict[str, tuple[Path, ...]], list[Problem]]:
+    """Return in- and out-phase files: by folder, or if both are in one, by echo time (in-phase has the longer one)."""
     found = {"in": files_in_order(dicom / "InPhase", ".dcm"), "out": files_in_order(dicom / "OutPhase", ".dcm")}
     merged = files_in_order(dicom, ".dcm")
     if merged and not any(found.values()):
         try:
             echoes = {path: read_header(path).echo_time for path in merged}
         except DataError as error:
-            return {}, error.of_case(name)
+            return {}, error.problems
         times = sorted({t for t in echoes.values() if t is not None})
         if len(times) != 2:
-            said = f"holds both phases with echo times {', '.join(f'{t:g}' for t in times) or 'unknown'}"
-            step = "part the files into InPhase and OutPhase"
-            return {}, [Problem("missing_image", dicom, said, "two echo times", step, name)]
+            return {}, [
+                Problem(
+                    "missing_image",
+                    dicom,
+                    found=f"has images with the echo times {', '.join(f'{t:g}' for t in times) or 'unknown'}",
+                    expected="two echo times",
+                    suggestion="sort the files into the folders InPhase and OutPhase",
+                )
+            ]
         for key, time in (("out", times[0]), ("in", times[1])):
             found[key] = tuple(p for p in merged if echoes[p] == time)
-    problems = [_no_images(dicom / f"{key.title()}Phase", name) for key, files in found.items() if not files]
+    problems = [_no_images(dicom / f"{key.title()}Phase") for key, files in found.items() if not files]
     if not problems and len(found["in"]) != len(found["out"]):
-        said = f"holds {len(found['in'])} in-phase and {len(found['out'])} out-phase slices"
-        step = "fetch the series again"
-        problems.append(Problem("slice_count", dicom, said, "one of each at every place", step, name))
+        problems.append(
+            Problem(
+                "slice_count",
+                dicom,
+                found=f"contains {len(found['in'])} in-phase and {len(found['out'])} out-phase slices",
+                expected="an in-phase and an out-phase slice at each position",
+                suggestion="fetch the series again",
+            )
+        )
     return {key: files for key, files in found.items() if files}, problems
 
 
-def _no_images(folder: Path, name: str) -> Problem:
-    return Problem("missing_image", folder, "holds no DICOM file", "*.dcm", "fetch the series again", name)
+def _no_images(folder: Path) -> Problem:
+    return Problem(
+        "missing_image",
+        folder,
+        found="contains no DICOM file",
+        expected="*.dcm",
+        suggestion="fetch the series again",
+    )
 
 
-def _strangers(folder: Path, suffix: str, name: str) -> list[Problem]:
+def _other_images(folder: Path, suffix: str) -> list[Problem]:
+    """Return the images in a folder that have another suffix."""
     if not folder.is_dir():
         return []
     return [
-        Problem("extra_file", p, f"is no {suffix} file", f"{suffix} files alone", "move it away", name, WARNING)
+        Problem(
+            "extra_file",
+            p,
+            found=f"is not a {suffix} file",
+            expected=f"only {suffix} files",
+            suggestion="move it to another folder",
+            severity=WARNING,
+        )
         for p in sorted(folder.iterdir())
         if p.suffix.lower() in _IMAGES and p.suffix.lower() != suffix and not p.name.startswith(".")
     ]

@@ -1,18 +1,18 @@
-"""Data with a ``dataset.json``: nnU-Net's raw format and the Medical Segmentation Decathlon, so that a user's own
-images can be trained on with a short config.
+"""Data described by a ``dataset.json``: nnU-Net's raw format and the Medical Segmentation Decathlon.
 
-nnU-Net (version 1 and 2): one file per channel, ``dataset.json`` names channels and labels.
+Users can train on their own images in one of these layouts with a short config. nnU-Net (version 1 and 2) has one file
+per channel; ``dataset.json`` names channels and labels:
 
     Dataset001_Name/dataset.json
                    /imagesTr/case_0000.nii.gz, case_0001.nii.gz, ...    labelsTr/case.nii.gz    imagesTs/...
 
-Decathlon: one file per case, channels along the fourth axis; ``dataset.json`` lists the files too.
+The Decathlon has one file per case, with the channels along the fourth axis; ``dataset.json`` also lists the files:
 
     Task01_Name/dataset.json, imagesTr/case.nii.gz, labelsTr/case.nii.gz, imagesTs/...
 
-Every case counts as a patient of its own. Where several cases are of one patient, write the splits yourself, into
-``splits.json`` beside ``dataset.json``: a list of ``{"training": [...], "validation": [...]}`` (nnU-Net's
-``splits_final.json`` with ``train`` and ``val`` is read too), and train with ``--config.data.split=official``.
+Every case counts as a separate patient. If several cases belong to one patient, write the splits yourself: into
+``splits.json`` in the folder of ``dataset.json``, as a list of ``{"training": [...], "validation": [...]}``, and train
+with ``--config.data.split=official``. nnU-Net's ``splits_final.json`` with ``train`` and ``val`` is read, too.
 """
 
 import dataclasses
@@ -30,84 +30,142 @@ from xdim_jax.data.regions import Regions
 
 NNUNET_LAYOUT = "<root>/{dataset.json,imagesTr/<case>_0000.nii.gz,labelsTr/<case>.nii.gz}"
 DECATHLON_LAYOUT = "<root>/{dataset.json,imagesTr/<case>.nii.gz,labelsTr/<case>.nii.gz}"
-_SUFFIX_DIGITS = 4  # _0000
+_CHANNEL_DIGITS = 4  # as in _0000
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a ``dataset.json`` says."""
+    """The contents of a ``dataset.json``.
+
+    Attributes:
+        channels: Names of the channels.
+        labels: Meaning of the label values.
+        regions: Regions to predict.
+        listed: Names of the listed training cases; empty if there is no list.
+        count: Stated number of training cases; None if there is none.
+    """
 
     channels: tuple[str, ...]
     labels: Labels
     regions: Regions
-    listed: tuple[str, ...] = ()  # training cases that it names
-    count: int | None = None  # of training cases, as it says
+    listed: tuple[str, ...] = ()
+    count: int | None = None
 
 
 def nnunet(root: Path | str) -> Dataset:
-    """Data in nnU-Net's raw format, described by their ``dataset.json``. Raises UserError if that cannot be used."""
+    """Return data in nnU-Net's raw format. Raises UserError if their ``dataset.json`` cannot be used."""
     return described_nnunet(read_card(Path(root) / "dataset.json"))
 
 
 def decathlon(root: Path | str) -> Dataset:
-    """A task of the Decathlon, described by its ``dataset.json``. Raises UserError if that cannot be used."""
+    """Return a task of the Decathlon. Raises UserError if its ``dataset.json`` cannot be used."""
     return described_decathlon(read_card(Path(root) / "dataset.json"))
 
 
 def described_nnunet(card: Card) -> Dataset:
-    """The layout of nnU-Net with what a card says."""
+    """Return data in nnU-Net's layout, described by a card."""
     return _dataset("nnU-Net", NNUNET_LAYOUT, card, one_file_per_channel=True)
 
 
 def described_decathlon(card: Card) -> Dataset:
-    """The layout of the Decathlon with what a card says."""
+    """Return data in the layout of the Decathlon, described by a card."""
     return _dataset("Decathlon", DECATHLON_LAYOUT, card, one_file_per_channel=False)
 
 
 def _dataset(name: str, layout: str, card: Card, *, one_file_per_channel: bool) -> Dataset:
-    def scan(folder: Path, need_labels: bool) -> Scan:
-        return _scan(folder, card, need_labels, one_file_per_channel)
+    return Dataset(
+        name=name,
+        layout=layout,
+        channels=card.channels,
+        labels=card.labels,
+        regions=card.regions,
+        scan=lambda root, need_labels: _scan(root, card, need_labels, one_file_per_channel),
+        same_structures=False,
+    )
 
-    return Dataset(name, layout, card.channels, card.labels, card.regions, scan, same_structures=False)
+
+def _card_error(path: Path, *, found: str, expected: str, suggestion: str) -> Exception:
+    return data_error(Problem("dataset_json", path, found=found, expected=expected, suggestion=suggestion))
 
 
 def read_card(path: Path) -> Card:
-    """Reads a ``dataset.json`` of any of the three kinds.
+    """Read a ``dataset.json`` of nnU-Net 1, nnU-Net 2 or the Decathlon.
 
     Raises:
-        DataError: the file is missing, is not JSON, or lacks channels or labels; all findings at once.
+        DataError: The file does not exist, is not JSON, or has channels, labels or lists that cannot be used.
     """
+    data = _read_object(path)
+    ending = data.get("file_ending", SUFFIXES[0])
+    if ending not in SUFFIXES:
+        raise _card_error(
+            path,
+            found=f"has the file_ending {ending!r}",
+            expected=", ".join(SUFFIXES),
+            suggestion="convert the images",
+        )
+    named = data.get("channel_names", data.get("modality"))
+    if not isinstance(named, dict) or sorted(named, key=str) != sorted(map(str, range(len(named)))) or not named:
+        raise _card_error(
+            path,
+            found=f"names its channels {named!r}",
+            expected='"channel_names": {"0": ..., "1": ...}',
+            suggestion="number them from 0",
+        )
+    channels = tuple(str(named[str(i)]) for i in range(len(named)))
+    labels, regions = _read_labels(path, data.get("labels"))
+    entries = data.get("training") or []
+    if not isinstance(entries, list) or not all(
+        isinstance(e, str) or (isinstance(e, dict) and "image" in e) for e in entries
+    ):
+        raise _card_error(
+            path,
+            found="has a list of training cases that cannot be read",
+            expected='[{"image": ..., "label": ...}]',
+            suggestion="correct it",
+        )
+    listed = tuple(_case_name(entry) for entry in entries)
+    count = data.get("numTraining")
+    return Card(channels, labels, regions, listed, count if isinstance(count, int) else None)
 
-    def refuse(found: str, expected: str, step: str) -> Exception:
-        return data_error([Problem("dataset_json", path, found, expected, step)], "")
 
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; any other JSON value counts as an empty object."""
     if not path.is_file():
-        raise refuse("does not exist", "a description of the data", "write it, or give the folder that holds it")
+        raise _card_error(
+            path,
+            found="does not exist",
+            expected="a description of the data",
+            suggestion="write it, or give the folder that contains it",
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise refuse(f"is not JSON ({error})", "JSON", "correct it") from error
-    ending = data.get("file_ending", SUFFIXES[0]) if isinstance(data, dict) else SUFFIXES[0]
-    if ending not in SUFFIXES:
-        raise refuse(f"has the file_ending {ending!r}", ", ".join(SUFFIXES), "convert the images")
-    named = data.get("channel_names", data.get("modality")) if isinstance(data, dict) else None
-    if not isinstance(named, dict) or sorted(named, key=str) != sorted(map(str, range(len(named)))) or not named:
-        expected = '"channel_names": {"0": ..., "1": ...}'
-        raise refuse(f"names its channels {named!r}", expected, "number them from 0")
-    channels = tuple(str(named[str(i)]) for i in range(len(named)))
-    labels = data.get("labels")
+        raise _card_error(path, found=f"is not JSON ({error})", expected="JSON", suggestion="correct it") from error
+    return data if isinstance(data, dict) else {}
+
+
+def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
+    """Return the labels and the regions that the key ``labels`` of a ``dataset.json`` defines."""
     if not isinstance(labels, dict) or len(labels) < 2:
-        raise refuse(f"names its labels {labels!r}", '"labels": {"background": 0, "name": 1, ...}', "name them")
+        raise _card_error(
+            path,
+            found=f"names its labels {labels!r}",
+            expected='"labels": {"background": 0, "name": 1, ...}',
+            suggestion="name at least the background and one structure",
+        )
     if all(str(key).isdigit() for key in labels):  # Decathlon and nnU-Net 1: value -> name
         labels = {name: int(value) for value, name in labels.items()}
     if "ignore" in labels:
-        step = "give those voxels a label of their own, or leave the cases out"
-        raise refuse('has a label "ignore"', "labels to learn; voxels to pass over are not supported", step)
+        raise _card_error(
+            path,
+            found='has a label "ignore"',
+            expected="labels to learn; voxels without a label are not supported",
+            suggestion="give those voxels a separate label, or leave the cases out",
+        )
     try:
-        if any(
-            int(v) != v or not 0 <= v < 2**16 for vs in labels.values() for v in (vs if isinstance(vs, list) else [vs])
-        ):
-            raise ValueError("a value is negative, a fraction, or too large")
+        for value in (v for vs in labels.values() for v in (vs if isinstance(vs, list) else [vs])):
+            if int(value) != value or not 0 <= value < 2**16:
+                raise ValueError("a value is negative, a fraction, or too large")
         sets = {str(n): tuple(v) if isinstance(v, list) else (int(v),) for n, v in labels.items()}
         values = sorted({int(v) for vs in sets.values() for v in vs} | {0})
         names = {vs[0]: n for n, vs in sets.items() if len(vs) == 1}
@@ -115,23 +173,16 @@ def read_card(path: Path) -> Card:
         index = {value: i for i, value in enumerate(values)}
         regions = Regions({n: tuple(index[int(v)] for v in vs) for n, vs in sets.items() if vs != (0,)})
     except (TypeError, ValueError) as error:
-        raise refuse(
-            f"has labels that cannot be used ({error})",
-            "whole numbers, and regions that are nested or apart",
-            "correct them",
+        raise _card_error(
+            path,
+            found=f"has labels that cannot be used ({error})",
+            expected="whole numbers, and regions that are nested or disjoint",
+            suggestion="correct them",
         ) from error
-    entries = data.get("training") or []
-    if not isinstance(entries, list) or not all(
-        isinstance(e, str) or (isinstance(e, dict) and "image" in e) for e in entries
-    ):
-        raise refuse("has a list of training cases that cannot be read", '[{"image": ..., "label": ...}]', "correct it")
-    listed = tuple(_name(entry) for entry in entries)
-    count = data.get("numTraining")
-    labelled = Labels(path.parent.name, structures, tuple(values))
-    return Card(channels, labelled, regions, listed, count if isinstance(count, int) else None)
+    return Labels(path.parent.name, structures, tuple(values)), regions
 
 
-def _name(entry: Any) -> str:
+def _case_name(entry: Any) -> str:
     image = entry["image"] if isinstance(entry, dict) else entry
     return strip(Path(str(image)).name) or str(image)
 
@@ -139,48 +190,89 @@ def _name(entry: Any) -> str:
 def _scan(root: Path, card: Card, need_labels: bool, one_file_per_channel: bool) -> Scan:
     folders = [root / "imagesTr", *([] if need_labels else [root / "imagesTs"])]
     if not folders[0].is_dir():
-        folders = [root]  # a folder of images alone
+        folders = [root]  # a folder of images without labels
     cases: dict[str, Case] = {}
     problems: list[Problem] = []
-    seen: set[Path] = set()
     for folder in [f for f in folders if f.is_dir()]:
         labels = dict(_images(folder.parent / "labelsTr")) if folder.name == "imagesTr" else {}
-        groups, twins = _group(folder, one_file_per_channel)
-        problems += twins
+        groups, duplicates = _group(folder, one_file_per_channel)
+        problems += duplicates
         for name, files in groups.items():
             if name in cases:
-                found, step = f"holds {name}, which imagesTr has too", "rename one of the two"
-                problems.append(Problem("duplicate_case", folder, found, "each case once", step, name))
+                problems.append(
+                    Problem(
+                        "duplicate_case",
+                        folder,
+                        found=f"contains {name}, which is in imagesTr, too",
+                        expected="each case once",
+                        suggestion="rename one of the two",
+                        case_id=name,
+                    )
+                )
                 continue
             images, wrong = _channels(folder, name, files, card, one_file_per_channel)
-            label = labels.get(name)
-            seen |= {label} if label else set()
+            label = labels.pop(name, None)
             problems += wrong
             if label is None and need_labels:
-                found, step = f"has no {name} in labelsTr", "add it, or move the image to imagesTs"
-                problems.append(Problem("missing_label", folder / name, found, "one label map per case", step, name))
+                problems.append(
+                    Problem(
+                        "missing_label",
+                        folder / name,
+                        found=f"has no {name} in labelsTr",
+                        expected="one label map per case",
+                        suggestion="add it, or move the image to imagesTs",
+                        case_id=name,
+                    )
+                )
             elif not errors(wrong):
                 cases[name] = Case(name, name, images, card.channels, label, card.labels)
-        for name, path in labels.items():
-            if path not in seen:
-                found, step = "has no image in imagesTr", "add it, or move the label away"
-                problems.append(Problem("extra_file", path, found, "an image for each label", step, name, WARNING))
+        problems += [
+            Problem(
+                "extra_file",
+                path,
+                found="has no image in imagesTr",
+                expected="an image for each label",
+                suggestion="add the image, or move the label to another folder",
+                case_id=name,
+                severity=WARNING,
+            )
+            for name, path in labels.items()
+        ]
     named = cases.keys() | {p.case_id for p in errors(problems)}
-    if folders[0] != root and (absent := [n for n in card.listed if n not in named]):
-        found, step = (
-            f"lists {len(absent)} cases that are not there: {shorten(absent)}",
-            "fetch them, or correct the list",
-        )
-        problems.append(Problem("missing_file", root / "dataset.json", found, "the files it lists", step))
-    elif need_labels and card.count is not None and card.count != len(named) and (root / "dataset.json").is_file():
-        found, step = f"says numTraining {card.count}, but {len(named)} cases are there", "correct the number"
-        problems.append(Problem("dataset_json", root / "dataset.json", found, "their number", step, "", WARNING))
+    problems += _card_problems(root, card, named, need_labels, only_images=folders[0] == root)
     splits, wrong = _splits(root, named)
     return Scan(list(cases.values()), problems + wrong, splits)
 
 
+def _card_problems(root: Path, card: Card, cases: set[str], need_labels: bool, *, only_images: bool) -> list[Problem]:
+    """Compare the list and the number of training cases in ``dataset.json`` with the existing cases."""
+    path = root / "dataset.json"
+    if not only_images and (absent := [n for n in card.listed if n not in cases]):
+        return [
+            Problem(
+                "missing_file",
+                path,
+                found=f"lists {len(absent)} cases that do not exist: {shorten(absent)}",
+                expected="only files that exist",
+                suggestion="fetch them, or correct the list",
+            )
+        ]
+    if need_labels and card.count is not None and card.count != len(cases) and path.is_file():
+        return [
+            Problem(
+                "dataset_json",
+                path,
+                found=f"states numTraining {card.count}, but {len(cases)} cases exist",
+                expected="the number of cases",
+                suggestion="correct the number",
+                severity=WARNING,
+            )
+        ]
+    return []
+
+
 def _images(folder: Path) -> list[tuple[str, Path]]:
-    """Files by their names without suffix."""
+    """Return the image files of a folder with their names without suffix."""
     if not folder.is_dir():
         return []
     found = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
@@ -188,17 +280,25 @@ def _images(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _group(folder: Path, one_file_per_channel: bool) -> tuple[dict[str, dict[str, Path]], list[Problem]]:
-    """Case to channel number to file, and files that are a second one of the same name."""
+    """Return the files by case and channel number, and a problem for every second file of the same name."""
     groups: dict[str, dict[str, Path]] = {}
     problems = []
     for name, path in _images(folder):
         case, _, number = name.rpartition("_")
-        if not (one_file_per_channel and len(number) == _SUFFIX_DIGITS and number.isdigit() and case):
+        if not (one_file_per_channel and len(number) == _CHANNEL_DIGITS and number.isdigit() and case):
             case, number = name, "" if one_file_per_channel else "0"
         files = groups.setdefault(case, {})
         if number in files:
-            found = f"and {files[number].name} are both {name}"
-            problems.append(Problem("duplicate_case", path, found, "one file", "keep one", case))
+            problems.append(
+                Problem(
+                    "duplicate_case",
+                    path,
+                    found=f"and {files[number].name} are both {name}",
+                    expected="one file",
+                    suggestion="keep one",
+                    case_id=case,
+                )
+            )
         else:
             files[number] = path
     return groups, problems
@@ -207,46 +307,86 @@ def _group(folder: Path, one_file_per_channel: bool) -> tuple[dict[str, dict[str
 def _channels(
     folder: Path, name: str, files: Mapping[str, Path], card: Card, one_file_per_channel: bool
 ) -> tuple[tuple[Path, ...], list[Problem]]:
+    """Return the files of a case in the order of the channels, and missing and surplus channels."""
     if not one_file_per_channel:
         return tuple(files.values()), []
     wanted = {f"{i:04d}": channel for i, channel in enumerate(card.channels)}
-    problems = []
-    for number, channel in wanted.items():
-        if number not in files:
-            found, step = f"lacks {name}_{number} ({channel})", "add it; files are named <case>_<channel, 4 digits>"
-            problems.append(Problem("missing_image", folder, found, f"{len(wanted)} channels", step, name))
-    for number, path in files.items():
-        if number not in wanted:
-            found, step = "is of no channel in dataset.json", "move it away, or name the channel there"
-            problems.append(Problem("extra_file", path, found, ", ".join(wanted), step, name, WARNING))
-    return tuple(files[n] for n in wanted if n in files), problems
+    missing = [
+        Problem(
+            "missing_image",
+            folder,
+            found=f"lacks {name}_{number} ({channel})",
+            expected=f"{len(wanted)} channels",
+            suggestion="add it; files are named <case>_<channel, 4 digits>",
+            case_id=name,
+        )
+        for number, channel in wanted.items()
+        if number not in files
+    ]
+    surplus = [
+        Problem(
+            "extra_file",
+            path,
+            found="belongs to no channel in dataset.json",
+            expected=", ".join(wanted),
+            suggestion="move it to another folder, or name the channel in dataset.json",
+            case_id=name,
+            severity=WARNING,
+        )
+        for number, path in files.items()
+        if number not in wanted
+    ]
+    return tuple(files[n] for n in wanted if n in files), missing + surplus
 
 
 def _splits(root: Path, cases: set[str]) -> tuple[tuple[dict[str, tuple[str, ...]], ...], list[Problem]]:
+    """Read the splits that come with the data, if there are any."""
     path = next((p for p in (root / "splits.json", root / "splits_final.json") if p.is_file()), None)
     if path is None:
         return (), []
-    words = {"train": "training", "val": "validation", "test": "testing"}
+    sides = {"train": "training", "val": "validation", "test": "testing"}
     try:
         folds = json.loads(path.read_text(encoding="utf-8"))
-        splits = tuple({str(words.get(k, k)): tuple(map(str, v)) for k, v in fold.items()} for fold in folds)
+        splits = tuple({str(sides.get(k, k)): tuple(map(str, v)) for k, v in fold.items()} for fold in folds)
     except (ValueError, AttributeError, TypeError) as error:
-        found, expected = f"cannot be read ({error})", '[{"training": [...], "validation": [...]}, ...]'
-        return (), [Problem("dataset_json", path, found, expected, "correct it")]
+        return (), [
+            Problem(
+                "dataset_json",
+                path,
+                found=f"cannot be read ({error})",
+                expected='[{"training": [...], "validation": [...]}, ...]',
+                suggestion="correct it",
+            )
+        ]
     problems = []
-    for number, sides in enumerate(splits):
-        both = sorted(set(sides.get("training", ())) & set(sides.get("validation", ())))
-        for name in both:
-            found, step = f"lists {name} on both sides of fold {number}", "keep it on one side"
-            problems.append(Problem("patient_in_two_folds", path, found, "each case once", step, name))
-        if absent := sorted({n for names in sides.values() for n in names} - cases):
-            found, step = f"names {len(absent)} cases that are not there: {shorten(absent)}", "correct it"
-            problems.append(Problem("missing_file", path, found, "cases of this folder", step, "", WARNING))
+    for number, fold in enumerate(splits):
+        problems += [
+            Problem(
+                "patient_in_two_folds",
+                path,
+                found=f"lists {name} on both sides of fold {number}",
+                expected="each case once",
+                suggestion="keep it on one side",
+                case_id=name,
+            )
+            for name in sorted(set(fold.get("training", ())) & set(fold.get("validation", ())))
+        ]
+        if absent := sorted({n for names in fold.values() for n in names} - cases):
+            problems.append(
+                Problem(
+                    "missing_file",
+                    path,
+                    found=f"lists {len(absent)} cases that do not exist: {shorten(absent)}",
+                    expected="cases of this folder",
+                    suggestion="correct it",
+                    severity=WARNING,
+                )
+            )
     return splits, problems
 
 
 def read_description(value: Mapping[str, Any]) -> Card:
-    """A card from what `xdim_jax.data.case.describe` wrote into a workdir. Raises UserError if it cannot be used."""
+    """Return the card in the record that `xdim_jax.data.case.describe` made. Raises UserError if it cannot be used."""
     try:
         labels = Labels.from_json(value["labels"])
         return Card(tuple(value["channels"]), labels, Regions({k: tuple(v) for k, v in value["regions"].items()}))

@@ -1,22 +1,13 @@
-"""Synthetic cases in the data sets' real layouts, to try everything without licensed data.
+"""Synthetic cases in the real layouts of the data sets, so that everything can be tried without licensed data.
 
-Each data set has a module that draws a case and writes it. All depends on the seed and the case's number alone, whole
-cases that exist are kept, and the settings lie beside the cases in ``phantom.json``.
+Each data set has a module that draws a case and writes it. A case depends only on the seed, its number and the
+settings, which are stored in ``phantom.json`` in the folder of the cases. Complete cases that exist are kept.
 """
 
-from collections.abc import Callable
-from pathlib import Path
-
 from xdim_jax.data.phantom.brats import brats_case, write_brats
+from xdim_jax.data.phantom.camus import LAYOUTS as CAMUS_LAYOUTS
 from xdim_jax.data.phantom.camus import write_camus
 from xdim_jax.data.phantom.chaos import write_chaos
 from xdim_jax.data.phantom.common import SETTINGS_FILE, Difficulty
 
-# data set -> its writer, and the number of its first case
-WRITERS: dict[str, tuple[Callable[..., list[Path]], int]] = {
-    "brats": (write_brats, 0),
-    "camus": (write_camus, 1),
-    "chaos": (write_chaos, 1),
-}
-
-__all__ = ["SETTINGS_FILE", "WRITERS", "Difficulty", "brats_case", "write_brats", "write_camus", "write_chaos"]
+__all__ = ["CAMUS_LAYOUTS", "SETTINGS_FILE", "Difficulty", "brats_case", "write_brats", "write_camus", "write_chaos"]

@@ -1,9 +1,9 @@
-"""A skull-stripped head with a tumour, in four modalities, in the layout of BraTS.
+"""Phantoms in the layout of BraTS: a skull-stripped head with a tumour, in four modalities.
 
-The head is an ellipsoid brain (grey matter, white matter, ventricles) with a lesion of oedema, an enhancing rim and
-a necrotic centre; every fifth case has no enhancing part. Four co-registered modalities show the tissues with the
-contrasts of the real sequences, under a smooth bias field and noise. All shapes are made of ellipsoids bent by smooth
-random fields, so they scale with the volume.
+The head is an ellipsoid brain (grey matter, white matter, ventricles) with a lesion that consists of oedema, an
+enhancing rim and a necrotic centre; every fifth case has no enhancing part. Four co-registered modalities show the
+tissues with the contrasts of the real sequences, with a smooth bias field and noise. All shapes are ellipsoids deformed
+by smooth random fields, so they scale with the volume.
 """
 
 import dataclasses
@@ -20,26 +20,36 @@ from xdim_jax.data.layouts.brats import MODALITIES, get_convention
 from xdim_jax.data.phantom.common import Difficulty, blend, claim_folder, smooth_field
 from xdim_jax.data.regions import ED, ET, NCR
 
-# relative signal of (grey, white, fluid, oedema, necrosis, enhancing), by sequence
+# relative signals of (grey, white, fluid, oedema, necrosis, enhancing) in each sequence
 _CONTRAST = {
     "flair": (0.75, 0.62, 0.25, 1.20, 0.50, 1.00),
     "t1": (0.62, 0.85, 0.30, 0.58, 0.42, 0.62),
     "t1ce": (0.62, 0.85, 0.30, 0.58, 0.38, 1.40),
     "t2": (0.78, 0.60, 1.25, 1.05, 1.12, 0.95),
 }
-_SIGNAL = 600.0  # int16 units of a relative signal of 1
-_SMALLEST = 32  # voxels along an axis, below which the lesion's parts vanish
+_SIGNAL = 600.0  # stored value for a relative signal of 1
+_SMALLEST = 32  # voxels along an axis; with fewer, parts of the lesion would vanish
 
 
 def brats_case(
     shape: tuple[int, int, int], rng: np.random.Generator, *, enhancing: bool, difficulty: Difficulty
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """One head: modality to int16 (x, y, z), background exactly 0, and the tissue indices uint8 (x, y, z)."""
+    """Draw one head.
+
+    Args:
+        shape: Voxels along x, y, z.
+        rng: Source of all random numbers.
+        enhancing: False for a tumour without enhancing part.
+        difficulty: Noise, bias field and contrast.
+
+    Returns:
+        Images int16 (x, y, z) by modality, exactly 0 in the background; and tissue indices uint8 (x, y, z).
+    """
     axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
     x, y, z = np.meshgrid(*axes, indexing="ij", sparse=True)
 
     def bent(centre: np.ndarray, radii: np.ndarray, bend: float) -> np.ndarray:
-        """Distance from an ellipsoid's centre in units of its radii, bent by a smooth field: below 1 is inside."""
+        """Return distances from the centre of a deformed ellipsoid in units of its radii; below 1 is inside."""
         r = np.sqrt(sum(((a - c) / s) ** 2 for a, c, s in zip((x, y, z), centre, radii, strict=True)))
         return r * (1 + bend * smooth_field(shape, rng, cells=6))
 
@@ -51,7 +61,7 @@ def brats_case(
     for sign in (-1, 1):
         ventricles |= bent(side * [sign, 1, 1], np.array([0.09, 0.32, 0.16]), 0.15) < 1
 
-    # the lesion's centre lies well inside the white matter of one hemisphere
+    # the centre of the lesion is well inside the white matter of one hemisphere
     centre = rng.uniform([0.15, -0.35, -0.25], [0.38, 0.35, 0.30]) * [rng.choice([-1, 1]), 1, 1]
     size = rng.uniform(0.24, 0.40) * rng.uniform(0.85, 1.15, 3)
     oedema = (bent(centre, size, 0.25) < 1) & brain
@@ -73,7 +83,7 @@ def brats_case(
         for tissue, value in ((ED, swollen), (NCR, dead), (ET, leaking)):
             signal[label == tissue] = value
         signal = gaussian_filter(signal, 0.6) * np.exp(difficulty.bias * smooth_field(shape, rng, cells=3))
-        values = np.maximum((signal * rng.uniform(0.8, 1.2) + grain) * _SIGNAL, 1)  # brain is never exactly 0
+        values = np.maximum((signal * rng.uniform(0.8, 1.2) + grain) * _SIGNAL, 1)  # never exactly 0 in the brain
         images[modality] = np.where(brain, np.rint(values), 0).astype(np.int16)
     return images, label
 
@@ -89,21 +99,28 @@ def write_brats(
     difficulty: Difficulty | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
-    """Writes ``cases`` phantoms below ``root`` in the layout of ``convention``; whole cases that exist are kept.
+    """Write phantoms in the layout of BraTS; complete cases that exist are kept.
 
-    The settings are kept in ``phantom.json`` beside the cases.
-
-    Geometry as on the challenge's files: 1 mm, affine diag(-1, -1, 1) with translation (0, ny - 1, 0).
+    The geometry is that of the challenge's files: voxels of 1 mm, affine diag(-1, -1, 1), translation (0, ny - 1, 0).
 
     Args:
-        shape: voxels along x, y, z.
-        first: number of the first case; case n depends on (seed, n, shape) alone.
+        root: Folder of the cases and of ``phantom.json``, the record of the settings.
+        cases: Number of cases.
+        convention: File names and label values, see `xdim_jax.data.layouts.brats`.
+        shape: Voxels along x, y, z.
+        seed: Seed of all cases.
+        first: Number of the first case; case n depends only on n and the settings.
+        difficulty: Noise, bias field and contrast; None for the default values.
+        progress: Called with a line of text after each case.
+
+    Returns:
+        The case folders.
 
     Raises:
-        UserError: the shape is too small, the folder holds phantoms of other settings, or a file cannot be written.
+        UserError: The shape is too small, the folder contains phantoms of other settings, or a file cannot be written.
     """
     if len(shape) != 3 or min(shape) < _SMALLEST:
-        raise UserError(f"phantom shape {tuple(shape)}: expected three sides (x,y,z) of at least {_SMALLEST} voxels")
+        raise UserError(f"phantom shape {tuple(shape)}: expected three numbers (x,y,z) of at least {_SMALLEST} voxels")
     difficulty = difficulty or Difficulty()
     generation = get_convention(convention)
     settings = {

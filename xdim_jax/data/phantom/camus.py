@@ -1,10 +1,10 @@
-"""An ultrasound sector with the left heart at end-diastole and end-systole in two views, in both layouts of CAMUS.
+"""Phantoms in both layouts of CAMUS: the left heart in two ultrasound views, from end-diastole to end-systole.
 
-The left ventricle is half an ellipsoid: its long axis lies along the beam, the base is closed by the mitral plane, its
-half-widths in the two views differ, and the axis is bent, which moves its discs aside and keeps their areas. Its volume
-is known exactly, so every patient has a true ejection fraction; that, and not an estimate from the masks, stands in the
-cfg files. Myocardium lies around it, the atrium below it. Speckle is complex noise smoothed along and across the beam,
-wider in depth, and log-compressed.
+The left ventricle is half an ellipsoid. Its long axis runs along the beam, and the mitral plane closes its base. Its
+half-widths differ between the two views. The axis is bent, which displaces the discs of the ventricle but keeps their
+areas, so that its volume and the ejection fraction are known exactly. The cfg files contain these exact values, not
+estimates from the masks. Myocardium surrounds the ventricle, and the atrium is below it. Speckle is complex noise that
+is smoothed along and across the beam, more so at greater depth, and log-compressed.
 """
 
 import dataclasses
@@ -21,43 +21,54 @@ from xdim_jax.base.files import atomic_path
 from xdim_jax.data.layouts.camus import VIEWS
 from xdim_jax.data.phantom.common import Difficulty, blend, claim_folder, smooth_field
 
-_WIDTH_MM, _HEIGHT_MM = 170.0, 120.0  # of the picture, whatever its number of pixels
-_PROBE = (0.0, -4.0)  # lateral, depth in mm: where the beams meet
+_WIDTH_MM, _HEIGHT_MM = 170.0, 120.0  # size of the picture, for any number of pixels
+_PROBE = (0.0, -4.0)  # lateral position and depth in mm of the point where the beams meet
 _HALF_ANGLE = math.radians(43)
-_SMALLEST = 64  # pixels
-# echo amplitude, of which the logarithm is shown
+_SMALLEST = 64  # pixels along a side
+# echo amplitudes; the picture shows their logarithm
 _ECHO = {"blood": 0.08, "myocardium": 0.35, "tissue": 0.90, "valve": 1.2}
 LAYOUTS = ("nifti", "metaimage")
 
 
 @dataclasses.dataclass(frozen=True)
 class Heart:
-    """A left ventricle, in mm; ``phase`` 0 is end-diastole, 1 end-systole."""
+    """A left heart. In its methods, phase 0 is end-diastole and phase 1 is end-systole.
+
+    Attributes:
+        length: Length of the ventricle in mm at end-diastole.
+        radius: Half-width of the base in mm at end-diastole, by view.
+        tilt: Angle in radians between long axis and beam, by view.
+        bend: Displacement in mm of the middle of the long axis, by view.
+        apex: Depth of the apex in mm.
+        ejection: Ejection fraction, 0 to 1.
+        wall: Thickness of the myocardium in mm at end-diastole.
+        atrium: Relative size of the atrium.
+    """
 
     length: float
-    radius: dict[str, float]  # by view
-    tilt: dict[str, float]  # of the long axis, radians
-    bend: dict[str, float]  # of the long axis: how far its middle lies aside, mm
-    apex: float  # depth
-    ejection: float  # fraction of the volume
+    radius: dict[str, float]
+    tilt: dict[str, float]
+    bend: dict[str, float]
+    apex: float
+    ejection: float
     wall: float
     atrium: float
 
     def scale(self, phase: float) -> tuple[float, float]:
-        """Of length and of radius, so that ``length * radius^2`` falls by the ejection fraction at phase 1."""
+        """Return the factors of length and radius; the factor of the volume is then ``length * radius^2``."""
         volume = 1 - self.ejection * phase
         length = 1 - 0.3 * self.ejection * phase
         return length, math.sqrt(volume / length)
 
     def volume(self, phase: float) -> float:
-        """In ml: two thirds of base area times length, ``2/3 pi r_2CH r_4CH l``."""
+        """Return the volume in ml: two thirds of the base area times the length, ``2/3 pi r_2CH r_4CH l``."""
         length, radius = self.scale(phase)
         area = math.pi * self.radius["2CH"] * self.radius["4CH"] * radius**2
         return 2 / 3 * area * self.length * length / 1000
 
 
 def draw_heart(rng: np.random.Generator) -> Heart:
-    """Sizes of an adult heart."""
+    """Draw the sizes of an adult heart."""
     return Heart(
         length=rng.uniform(68, 80),
         radius={view: rng.uniform(20, 26) for view in VIEWS},
@@ -71,7 +82,7 @@ def draw_heart(rng: np.random.Generator) -> Heart:
 
 
 def _grid(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
-    """Lateral position and depth in mm of every pixel (H, W), and the pixel's size (depth, lateral)."""
+    """Return lateral position and depth in mm of every pixel (H, W), and the pixel size in mm (depth, lateral)."""
     spacing = (_HEIGHT_MM / shape[0], _WIDTH_MM / shape[1])
     depth = (np.arange(shape[0]) + 0.5) * spacing[0]
     lateral = (np.arange(shape[1]) + 0.5) * spacing[1] - _WIDTH_MM / 2
@@ -80,15 +91,15 @@ def _grid(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, tuple[float, 
 
 
 def draw_mask(heart: Heart, view: str, phase: float, shape: tuple[int, int]) -> np.ndarray:
-    """Label map uint8 (H, W): 1 cavity, 2 myocardium, 3 atrium."""
+    """Return the label map of a view, uint8 (H, W): 1 cavity, 2 myocardium, 3 atrium."""
     x, y, _ = _grid(shape)
     length, radius = (s * v for s, v in zip(heart.scale(phase), (heart.length, heart.radius[view]), strict=True))
-    base = heart.apex + heart.length * (1 - 0.25 * (1 - heart.scale(phase)[0]))  # the base comes up a little
+    base = heart.apex + heart.length * (1 - 0.25 * (1 - heart.scale(phase)[0]))  # the base moves up a little
     tilt = heart.tilt[view]
-    # along: 0 at the base plane, `length` at the apex; across the long axis
+    # position along the long axis (0 at the base, `length` at the apex) and across it
     u, v = x - math.sin(tilt) * 20, y - base
     along, across = -v * math.cos(tilt) + u * math.sin(tilt), u * math.cos(tilt) + v * math.sin(tilt)
-    across = across + heart.bend[view] * (2 * along / length - 1) ** 2  # slides discs aside: areas stay
+    across = across + heart.bend[view] * (2 * along / length - 1) ** 2  # displaces discs, keeps their areas
     wall = heart.wall * (1 + 0.45 * phase * heart.ejection)
     inside = (along / length) ** 2 + (across / radius) ** 2 < 1
     outside = (along / (length + wall)) ** 2 + (across / (radius + wall)) ** 2 < 1
@@ -110,7 +121,7 @@ def _sector(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _speckle(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Fully developed speckle of mean 1: fine along the beam, coarser across it the deeper it lies."""
+    """Return fully developed speckle of mean 1: fine along the beam, and across it coarser with depth."""
     u, v = x - _PROBE[0], y - _PROBE[1]
     distance, angle = np.hypot(u, v), np.arctan2(u, v)
     shape = (400, 160)  # depths, beams
@@ -122,7 +133,7 @@ def _speckle(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
 
 def draw_frame(label: np.ndarray, rng: np.random.Generator, difficulty: Difficulty) -> np.ndarray:
-    """The ultrasound image uint8 (H, W) of a label map; 0 outside the sector."""
+    """Draw the ultrasound image uint8 (H, W) of a label map; 0 outside the sector."""
     x, y, _ = _grid((label.shape[0], label.shape[1]))
     echo = blend(_ECHO, difficulty.contrast)
     medium = np.full(label.shape, echo["tissue"], np.float32)
@@ -134,8 +145,8 @@ def draw_frame(label: np.ndarray, rng: np.random.Generator, difficulty: Difficul
     gain = np.exp(4 * difficulty.bias * smooth_field(label.shape, rng, cells=3)) * np.exp(-((y - 80) ** 2) / 2 / 70**2)
     amplitude = medium * gain * (0.25 + 0.75 * _speckle(x, y, rng))
     amplitude *= np.exp(difficulty.noise * rng.standard_normal(label.shape, np.float32))
-    shown = 255 * np.clip(np.log(np.maximum(amplitude, 1e-4) / 0.03) / np.log(2.4 / 0.03), 0, 1)
-    return np.where(_sector(x, y), np.maximum(np.rint(shown), 1), 0).astype(np.uint8)
+    grey = 255 * np.clip(np.log(np.maximum(amplitude, 1e-4) / 0.03) / np.log(2.4 / 0.03), 0, 1)
+    return np.where(_sector(x, y), np.maximum(np.rint(grey), 1), 0).astype(np.uint8)
 
 
 def write_camus(
@@ -150,26 +161,36 @@ def write_camus(
     difficulty: Difficulty | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
-    """Writes ``cases`` patients below ``root``; whole patients that exist are kept.
+    """Write phantoms in a layout of CAMUS; complete patients that exist are kept.
 
-    Every patient has both views, ED, ES and a half sequence, each with its reference. Every seventh has its sequences
-    the wrong way round, ES first. Split files name four fifths, a tenth and a tenth of the patients.
+    Every patient has both views with ED, ES and a half sequence, each with its reference. Every seventh patient has
+    reversed sequences, which begin with ES. Split files list four fifths of the patients for training, and a tenth each
+    for validation and testing.
 
     Args:
-        shape: pixels along x (lateral) and y (depth); the picture is 170 mm wide and 120 mm deep.
-        layout: ``nifti``, as the public release, or ``metaimage``, as the older one.
-        first: number of the first patient; patient n depends on (seed, n, shape) alone.
-        frames: in a half sequence.
+        root: Folder of the data set and of ``phantom.json``, the record of the settings.
+        cases: Number of patients.
+        shape: Pixels along x (lateral) and y (depth); the picture is 170 mm wide and 120 mm deep.
+        layout: ``nifti`` as in the public release, or ``metaimage`` as in the older one.
+        seed: Seed of all patients.
+        first: Number of the first patient; patient n depends only on n and the settings.
+        frames: Number of frames in a half sequence.
+        difficulty: Noise, bias field and contrast; None for the default values.
+        progress: Called with a line of text after each patient.
+
+    Returns:
+        The patient folders.
 
     Raises:
-        UserError: unknown layout, the shape is too small, the folder holds other phantoms, or writing fails.
+        UserError: The layout is unknown, the shape is too small, the folder contains phantoms of other settings, or a
+            file cannot be written.
     """
     if layout not in LAYOUTS:
-        raise UserError(f"phantom layout {layout!r}: known: {', '.join(LAYOUTS)}")
+        raise UserError(f"phantom layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
     if len(shape) != 2 or min(shape) < _SMALLEST:
-        raise UserError(f"phantom shape {tuple(shape)}: expected two sides (x,y) of at least {_SMALLEST} pixels")
+        raise UserError(f"phantom shape {tuple(shape)}: expected two numbers (x,y) of at least {_SMALLEST} pixels")
     if frames < 2:
-        raise UserError(f"{frames} frames: a half sequence has at least two, ED and ES")
+        raise UserError(f"{frames} frames: expected at least two, ED and ES")
     difficulty = difficulty or Difficulty()
     settings = {"dataset": "camus", "shape": list(shape), "seed": seed}
     settings |= {"layout": layout, "frames": frames} | dataclasses.asdict(difficulty)
@@ -208,8 +229,8 @@ def _write_view(
     phases = [(1 - math.cos(math.pi * i / (frames - 1))) / 2 for i in range(frames)]
     masks = [draw_mask(heart, view, phase, shape) for phase in phases]
     images = [draw_frame(mask, rng, difficulty) for mask in masks]
-    turned = number % 7 == 0
-    order = slice(None, None, -1 if turned else 1)
+    backwards = number % 7 == 0
+    order = slice(None, None, -1 if backwards else 1)
     parts = {
         "ED": (images[0], masks[0]),
         "ES": (images[-1], masks[-1]),
@@ -219,7 +240,7 @@ def _write_view(
         for ending, array in (("", image), ("_gt", mask)):
             path = folder / f"{name}_{view}_{part}{ending}"
             (_save_nifti if nifti else _save_metaimage)(path, array, spacing)
-    ed, es = (frames, 1) if turned else (1, frames)
+    ed, es = (frames, 1) if backwards else (1, frames)
     quality = ("Good", "Good", "Medium", "Poor")[number % 4]
     facts = {"ED": ed, "ES": es, "NbFrame": frames, "Sex": "FM"[number % 2], "Age": 40 + number % 40}
     facts |= {"ImageQuality": quality, "FrameRate": 50}
@@ -233,7 +254,7 @@ def _write_view(
 
 
 def _save_nifti(path: Path, array: np.ndarray, spacing: tuple[float, float]) -> None:
-    affine = np.diag([-spacing[1], -spacing[0], 1.0, 1.0])  # as the release has it
+    affine = np.diag([-spacing[1], -spacing[0], 1.0, 1.0])  # as in the release
     image = nib.Nifti1Image(array.T if array.ndim == 2 else array.transpose(2, 1, 0), affine)
     image.header.set_xyzt_units("mm")
     image.header.set_zooms((spacing[1], spacing[0], *([1.0] * (array.ndim - 2))))
@@ -249,16 +270,16 @@ def _save_metaimage(path: Path, array: np.ndarray, spacing: tuple[float, float])
 
 
 def _write_splits(root: Path, names: list[str], nifti: bool) -> None:
-    tenth = max(len(names) // 10, min(len(names) // 3, 1))  # one or two patients all train
+    tenth = max(len(names) // 10, min(len(names) // 3, 1))  # 0 for one or two patients, who are all in training
     last = len(names) - tenth
     sides = {"training": names[: last - tenth], "validation": names[last - tenth : last], "testing": names[last:]}
-    if not nifti:  # ten folds, of which each tests another tenth
+    if not nifti:  # ten folds, each of which tests another tenth
         for fold in range(10):
-            turned = names[fold * tenth :] + names[: fold * tenth]
+            order = names[fold * tenth :] + names[: fold * tenth]
             parts = {
-                "training": turned[2 * tenth :],
-                "validation": turned[tenth : 2 * tenth],
-                "testing": turned[:tenth],
+                "training": order[2 * tenth :],
+                "validation": order[tenth : 2 * tenth],
+                "testing": order[:tenth],
             }
             _write_lists(root / "listSubGroups", f"subGroup{fold + 1}_", parts)
         return

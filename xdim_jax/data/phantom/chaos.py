@@ -1,8 +1,9 @@
-"""An abdomen with liver, kidneys and spleen as CT, and as MR T1 in- and out-phase and T2, in the layout of CHAOS.
+"""Phantoms in the layout of CHAOS: an abdomen on CT, and on MR as T1 in-phase, T1 out-phase and T2.
 
 Tissues have HU on CT and relative signals on MR; out-phase images lose signal where water meets fat. Slices are DICOM
-files with true positions; their names run downwards on CT and upwards on MR, and SliceThickness is not the distance of
-slices, as in the data set. CT masks are of one bit and show the liver alone, though the other organs are there.
+files with true positions. As in the data set, the names of slices run downwards on CT and upwards on MR, and
+SliceThickness is not the distance between slices. CT masks have one bit per pixel and contain only the liver, although
+the images show the other organs, too.
 """
 
 import dataclasses
@@ -26,13 +27,21 @@ _SIGNAL: dict[str, dict[str, float]] = {
     "spir": dict(zip(_TISSUES, (0.0, 0.15, 0.25, 0.10, 0.40, 1.00, 1.00, 0.85), strict=True)),
 }
 _ECHO_TIMES = {"in": 4.6, "out": 2.3, "spir": 70.0}
-_MR_UNITS = 900.0  # of a relative signal of 1
-_SIZE_MM = (390.0, 330.0, 180.0)  # x, y, z of the field of view
+_MR_UNITS = 900.0  # stored value for a relative signal of 1
+_SIZE_MM = (390.0, 330.0, 180.0)  # field of view along x, y, z
 _SMALLEST = (64, 64, 16)
 
 
 def abdomen(shape: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
-    """Tissue indices uint8 ``(slices, rows, columns)``: columns to the patient's left, rows to his back, slices up."""
+    """Draw an abdomen.
+
+    Args:
+        shape: Slices, rows, columns.
+        rng: Source of all random numbers.
+
+    Returns:
+        Tissue indices, uint8 (slices, rows, columns): slices run up, rows to the patient's back, columns to the left.
+    """
     axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
     z, y, x = np.meshgrid(*axes, indexing="ij", sparse=True)
 
@@ -50,7 +59,7 @@ def abdomen(shape: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray
     label[body < 0.82] = index["fat"]
     label[bent(0, 0.10, 0, 0.52, 0.40, 9.0) < 1] = index["muscle"]  # bowel and vessels
     label[bent(0, 0.50, 0, 0.12, 0.16, 9.0, 0.03) < 1] = index["bone"]
-    # the patient's right is on the left of the picture
+    # the right side of the patient is on the left of the picture
     for name, side in (("right kidney", -1), ("left kidney", 1)):
         lower = -0.35 if side < 0 else -0.25
         kidney = bent(side * 0.34, 0.36, lower, 0.13, 0.15, 0.50)
@@ -71,7 +80,7 @@ def _paint(tissue: np.ndarray, values: dict[str, float], difficulty: Difficulty)
 
 
 def paint_ct(tissue: np.ndarray, difficulty: Difficulty, rng: np.random.Generator) -> np.ndarray:
-    """Hounsfield units int16; noise of 0.06 is 18 HU."""
+    """Return a CT image in HU, int16; a noise of 0.06 means 18 HU."""
     hu = _paint(tissue, _HU, difficulty) + 300 * difficulty.noise * rng.standard_normal(tissue.shape, np.float32)
     return np.clip(np.rint(hu), -1000, 2434).astype(np.int16)
 
@@ -79,9 +88,9 @@ def paint_ct(tissue: np.ndarray, difficulty: Difficulty, rng: np.random.Generato
 def paint_mr(
     tissue: np.ndarray, sequence: str, difficulty: Difficulty, rng: np.random.Generator, bias: np.ndarray
 ) -> np.ndarray:
-    """Magnitudes uint16 of 12 bits of a sequence: in, out or spir."""
+    """Return the MR image of a sequence (in, out or spir): magnitudes of 12 bits, uint16."""
     signal = _paint(tissue, _SIGNAL[sequence], difficulty)
-    if sequence == "out":  # water and fat of one voxel cancel: dark lines where they meet
+    if sequence == "out":  # signals of water and fat in one voxel cancel each other: dark lines where they meet
         fat = gaussian_filter((tissue == 1) * np.float32(1), (0, 1.0, 1.0))
         water = gaussian_filter((tissue > 1) * np.float32(1), (0, 1.0, 1.0))
         signal = signal * (1 - 2.4 * np.minimum(fat, water) ** 1)
@@ -101,18 +110,26 @@ def write_chaos(
     difficulty: Difficulty | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
-    """Writes ``cases`` CT patients and as many MR patients below ``root``; whole patients that exist are kept.
+    """Write phantoms in the layout of CHAOS; complete patients that exist are kept.
 
     Args:
-        shape: columns, rows, slices of CT; MR has half the columns and rows, and three eighths of the slices.
-        first: number of the first patient; patient n depends on (seed, n, shape) alone.
-        labels: False writes no Ground, as in Test_Sets.
+        root: Folder of the data set and of ``phantom.json``, the record of the settings.
+        cases: Number of CT patients, and also of MR patients.
+        shape: Columns, rows, slices of CT; MR has half the columns and rows, and three eighths of the slices.
+        seed: Seed of all patients.
+        first: Number of the first patient; patient n depends only on n and the settings.
+        labels: False to write no references (no folder Ground), as in Test_Sets.
+        difficulty: Noise, bias field and contrast; None for the default values.
+        progress: Called with a line of text after each patient.
+
+    Returns:
+        The patient folders.
 
     Raises:
-        UserError: a shape is too small, the folder holds phantoms of other settings, or a file cannot be written.
+        UserError: The shape is too small, the folder contains phantoms of other settings, or a file cannot be written.
     """
     if len(shape) != 3 or any(n < m for n, m in zip(shape, _SMALLEST, strict=True)):
-        raise UserError(f"phantom shape {tuple(shape)}: expected x,y,z of at least {_SMALLEST}")
+        raise UserError(f"phantom shape {tuple(shape)}: expected three numbers (x,y,z) of at least {_SMALLEST} voxels")
     mr_shape = (shape[0] // 2, shape[1] // 2, shape[2] * 3 // 8)
     difficulty = difficulty or Difficulty()
     settings = {"dataset": "chaos", "shape": list(shape)}
@@ -135,12 +152,12 @@ def write_chaos(
 
 
 def _organs(tissue: np.ndarray) -> np.ndarray:
-    """Tissue indices to those of the four organs."""
+    """Convert tissue indices to indices of the four organs; other tissues become 0."""
     return np.where(tissue >= len(_TISSUES) - len(ORGANS), tissue - (len(_TISSUES) - len(ORGANS) - 1), 0)
 
 
 def _write_ct(folder: Path, tissue: np.ndarray, rng: np.random.Generator, labels: bool, difficulty: Difficulty) -> None:
-    hu = paint_ct(tissue, difficulty, rng)[::-1]  # names run downwards
+    hu = paint_ct(tissue, difficulty, rng)[::-1]  # file names run downwards
     liver = (_organs(tissue) == 1)[::-1]
     series = _Series("CT", "CT", tissue.shape, rng, downwards=True)
     for k, plane in enumerate(hu):
@@ -182,7 +199,7 @@ class _Series:
 
         slices, rows, columns = shape
         self.spacing = (_SIZE_MM[1] / rows, _SIZE_MM[0] / columns)
-        side = min(self.spacing)  # square, as in the data set
+        side = min(self.spacing)  # pixels are square, as in the data set
         self.spacing = (round(side, 4), round(side, 4))
         self.step = round(_SIZE_MM[2] / slices, 3) * (-1 if downwards else 1)
         self.start = 1690.5 if downwards else -60.0
@@ -192,7 +209,7 @@ class _Series:
         self.study, self.series = (generate_uid(entropy_srcs=[kind, *entropy]) for kind in ("study", "series"))
 
     def save(self, path: Path, pixels: np.ndarray, k: int, *, intercept: int = 0) -> None:
-        """One plane (rows, columns) uint16."""
+        """Write slice k, uint16 (rows, columns)."""
         from pydicom.dataset import FileDataset, FileMetaDataset
         from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
@@ -207,7 +224,7 @@ class _Series:
         data.ImagePositionPatient = [*self.origin, round(self.start + k * self.step, 3)]
         data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
         data.PixelSpacing = list(self.spacing)
-        data.SliceThickness = round(abs(self.step) * 1.6, 3)  # not the distance of slices
+        data.SliceThickness = round(abs(self.step) * 1.6, 3)  # not the distance between slices
         if self.echo_time is not None:
             data.EchoTime = self.echo_time
         data.Rows, data.Columns = pixels.shape
