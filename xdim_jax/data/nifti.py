@@ -110,8 +110,8 @@ def _fill(file: Any, array: np.ndarray) -> None:
     """Raises EOFError where the file ends first."""
     view: Any = array.view(np.uint8)
     left = memoryview(view)
-    while left:
-        if not (count := file.readinto(left[: 64 * _CHUNK])):
+    while left:  # in pieces: gzip decompresses into memory of its own, since Python 3.12 twice as much as is read
+        if not (count := file.readinto(left[: 4 * _CHUNK])):
             raise EOFError(f"ends {left.nbytes} bytes before the last voxel")
         left = left[count:]
 
