@@ -1,16 +1,18 @@
 # `make demo` and `make test` are all a fresh machine needs; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
+PYTHON_NEWEST ?= python3.13
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test test-slow golden lint docs format check venv clean help
+.PHONY: demo test test-slow test-newest golden lint docs format check venv clean help
 
 help:
 	@echo "make demo      phantoms -> train -> predict -> evaluate -> HTML report (minutes, CPU, no data needed)"
 	@echo "make test      the tests (they need torch and timm, which are installed)"
 	@echo "make test-slow the tests that take minutes each: every encoder and network against PyTorch"
 	@echo "make golden    rewrites the golden files of the recipes, after a change of a recipe"
+	@echo "make test-newest  the tests with the newest libraries, in an environment of their own (PYTHON_NEWEST=python3.13)"
 	@echo "make docs      the documentation into site/; a warning is an error"
 	@echo "make check     lint, types, docs and tests, as CI runs them"
 	@echo "make format    ruff format and fixes      make clean     remove .venv and runs/demo"
@@ -29,6 +31,10 @@ golden: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow --dist load
+
+# the other end of the supported versions; its own environment, so that neither is installed over the other
+test-newest:
+	$(MAKE) test VENV=.venv-newest PYTHON=$(PYTHON_NEWEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -53,13 +59,15 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or later is needed, {v.major}.{v.minor} found: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-# one stamp per set of extras; a changed pyproject or lock installs anew
+# one stamp per set of extras; a changed pyproject or constraints file installs anew. Current JAX needs Python 3.12: the
+# environment's own interpreter decides which of the two files applies
+CONSTRAINTS = $$($(BIN)/python -c 'import sys; print("constraints" + "-newest" * (sys.version_info >= (3, 12)) + ".txt")')
 $(VENV)/.package: EXTRAS :=
 $(VENV)/.test: EXTRAS := [test]
 $(VENV)/.dev: EXTRAS := [dev]
-$(VENV)/.package $(VENV)/.test $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)'
+$(VENV)/.package $(VENV)/.test $(VENV)/.dev: pyproject.toml constraints.txt constraints-newest.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.$(EXTRAS)'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(RUN)
+	rm -rf $(VENV) .venv-newest $(RUN)

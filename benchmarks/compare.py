@@ -104,12 +104,21 @@ def compare(case: str, phase: str, options: argparse.Namespace) -> dict[str, Any
 
 
 class Side:
-    """A process of benchmarks/sides.py."""
+    """A process of benchmarks/sides.py, of this interpreter or another."""
 
-    def __init__(self, name: str, case: str, phase: str, cache: str, options: argparse.Namespace):
-        command = [sys.executable, str(ROOT / "benchmarks" / "sides.py"), f"--side={name}", f"--case={case}"]
+    def __init__(
+        self,
+        name: str,
+        case: str,
+        phase: str,
+        cache: str,
+        options: argparse.Namespace,
+        python: str = sys.executable,
+        xla: str = "",
+    ):
+        command = [python, str(ROOT / "benchmarks" / "sides.py"), f"--side={name}", f"--case={case}"]
         command += [f"--phase={phase}", f"--threads={options.threads}", f"--precision={options.precision}"]
-        command += [f"--remat={options.remat}"]
+        command += [f"--remat={options.remat}", f"--xla={xla or '{}'}"]
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"XDG_CACHE_HOME": cache, "PYTHONPATH": paths}
         self.title = f"{name} {case} {phase}"

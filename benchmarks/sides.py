@@ -80,6 +80,7 @@ def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Call
     import jax.numpy as jnp
 
     from xdim_jax import ops
+    from xdim_jax.program import needed_bytes
 
     form = "reference" if options.side == "naive" else "auto"
     with ops.use_form(form):
@@ -107,6 +108,7 @@ def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Call
         "lower_s": lowered - begin,
         "compile_s": time.perf_counter() - lowered,
         "temporaries": memory.temp_size_in_bytes if memory else None,
+        "needed": needed_bytes(run) if memory else None,
     }
     if options.hlo:
         Path(options.hlo).write_text(run.as_text())

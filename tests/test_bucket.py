@@ -322,7 +322,7 @@ def test_a_volume_is_read_by_the_chunk(plain, tmp_path):
 
 
 def test_prepared_cases_are_stored_in_known_stores_only():
-    with pytest.raises(UserError, match="az://a/b.*gs://.*s3://"):
+    with pytest.raises(UserError, match=r"az://a/b.*gs://.*s3://"):
         store_backends._kvstore("az://a/b")
 
 

@@ -99,7 +99,8 @@ def versions() -> Finding:
     return Finding("versions", OK, text, facts=facts)
 
 
-_INSTALL = "install the versions that were tested together: pip install -c constraints.txt ."
+_CONSTRAINTS = "constraints-newest.txt" if sys.version_info >= (3, 12) else "constraints.txt"
+_INSTALL = f"install the versions that were tested together: pip install -c {_CONSTRAINTS} ."
 
 
 def _installed(names: Sequence[str]) -> bool:

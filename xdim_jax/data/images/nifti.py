@@ -130,8 +130,8 @@ def _fill(file: Any, array: np.ndarray) -> None:
     """Read the bytes of an array. Raises EOFError if the file is too short."""
     view: Any = array.view(np.uint8)
     left = memoryview(view)
-    while left:  # in parts, because GzipFile.readinto copies as much as it reads
-        if not (count := file.readinto(left[: 64 * _CHUNK])):
+    while left:  # in parts: gzip decompresses into memory of its own, since Python 3.12 twice as much as it reads
+        if not (count := file.readinto(left[: 4 * _CHUNK])):
             raise EOFError(f"ends {left.nbytes} bytes before the last voxel")
         left = left[count:]
 
