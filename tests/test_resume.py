@@ -504,9 +504,11 @@ def test_a_file_that_cannot_be_read_does_not_lose_the_steps_before_it(tmp_path):
     assert go_on(tmp_path) == 12
 
 
-def test_the_steps_before_an_unreadable_file_are_on_record(tmp_path):
+@pytest.mark.parametrize("log_every", [100, 3])
+def test_the_steps_before_an_unreadable_file_are_on_record(log_every, tmp_path):
+    """The file is that of step 7; with 3, all steps before it are on record already when it is read."""
     with pytest.raises(UserError, match=r"broken\.nii\.gz"):
-        go_on(tmp_path, broken_after([0.5] * 6))
+        go_on(tmp_path, broken_after([0.5] * 6), config={"log_every": log_every})
     go_on(tmp_path)
     assert [r["step"] for r in lines_of(tmp_path / "steps.jsonl")] == list(range(1, 13))
 
