@@ -146,7 +146,7 @@ def test_a_bucket_that_was_emptied_is_a_new_start(plain, tmp_path):
     shutil.rmtree(tmp_path / "bucket")
     with bucket.workdir(plain) as here:
         assert tree(here) == {}
-    with pytest.raises(UserError, match=r"there is no run; give the --workdir of xdim_jax\.train"):
+    with pytest.raises(UserError, match=r"no run.*give the --workdir of xdim_jax\.train"):
         bucket.fetch(f"{plain}/nothing")
 
 
@@ -221,7 +221,7 @@ def test_a_bucket_that_is_away_for_a_while_is_waited_for(plain, monkeypatch, cap
     assert mirror._read_manifest() == {"a": 1}
     (mirror.folder / "b").write_text("b")
     away.set()
-    refused = pytest.raises(UserError, match=rf"All of it is in {mirror.folder}; run the same command again here")
+    refused = pytest.raises(UserError, match=rf"{mirror.folder}; run the same command again")
     with refused, mirror.following():
         pass
 

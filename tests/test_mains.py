@@ -432,7 +432,7 @@ def test_misuse_ends_the_process_with_its_message_alone(run, misuse, phantoms, t
 def test_every_main_explains_itself(run):
     for module in ("train", "predict", "evaluate", "compare", "report", "data"):
         out = run(module, "--help")
-        assert f"usage: python -m xdim_jax.{module}" in out and "exit status" in out
+        assert f"usage: python -m xdim_jax.{module}" in out and "exit status" in out.lower()
     assert "--root" in run("data", "phantom", "--help")
 
 

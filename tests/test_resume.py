@@ -542,7 +542,7 @@ def test_a_half_written_checkpoint_is_skipped_and_a_damaged_one_moved_aside(smal
     before = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name in "12345")
     out = train_small(workdir, data)
     warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
-    assert any("checkpoints/7 was not written to its end" in line for line in warnings), out
+    assert any("checkpoints/7 is incomplete" in line for line in warnings), out
     assert any("checkpoint 6" in line and "cannot be read" in line for line in warnings), out
     assert f"resume     from step {before}" in out
     assert (workdir / "damaged-checkpoint-6").is_dir()
@@ -557,7 +557,7 @@ def test_half_written_alone_is_a_new_run(tmp_path):
     checkpoints = checkpoint.open_checkpoints(tmp_path, said.append)
     assert checkpoint.restore_latest(checkpoints, small_state(0.0), said.append) is None
     checkpoint.close(checkpoints)
-    assert len(said) == 1 and "checkpoints/3 was not written to its end" in said[0]
+    assert len(said) == 1 and "checkpoints/3 is incomplete" in said[0]
 
 
 # -- pictures, TensorBoard, profile -------------------------------------------------------------------------------
@@ -842,7 +842,9 @@ def test_a_tracker_that_cannot_be_opened_is_one_message(fakes, monkeypatch, tmp_
         raise RuntimeError("no account\nmore")
 
     monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
-    with pytest.raises(UserError, match=r"config\.train\.wandb=x: cannot be opened: no account; go on without it"):
+    with pytest.raises(
+        UserError, match=r"config\.train\.wandb=x: cannot be opened: no account; .*config\.train\.wandb="
+    ):
         trackers.open_trackers(tracker_config(wandb="x"), tmp_path)
 
 

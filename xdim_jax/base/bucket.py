@@ -1,9 +1,8 @@
 """Workdirs in object stores: ``gs://bucket/path``, ``s3://bucket/path``, and any other address that fsspec knows.
 
-A run works in a folder of this machine, and what it writes follows to the bucket: every so often while it goes on, and
-at its end. Object stores have neither renames nor appends, so what belongs together is told by a manifest, which is
-written last: whoever takes up the run finds all files of one moment, or of the one before, and never a part of a
-checkpoint.
+A run works in a local folder, whose files are uploaded to the bucket every 30 seconds and at the end. Object stores can
+neither rename nor append. So each upload ends with a manifest of all files: a machine that resumes the run finds the
+files of the last complete upload, and never a part of a checkpoint.
 """
 
 import contextlib
@@ -21,18 +20,18 @@ from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.files import cache_folder
 from xdim_jax.base.log import LOG_FILE, say, warn
 
-MANIFEST = ".manifest.json"  # in the bucket: sizes by path
+MANIFEST = ".manifest.json"  # in the bucket: the sizes of all files, by path
 EVERY = 30.0  # seconds between uploads
-_UNFINISHED = (".orbax-checkpoint-tmp", ".partial.")  # in names of what is being written
+_UNFINISHED = (".orbax-checkpoint-tmp", ".partial.")  # parts of the names of files that are being written
 
 
 def is_address(text: object) -> bool:
-    """Whether this is an address in a bucket, and not a path."""
+    """Return True for an address in a bucket, and False for a path."""
     return "://" in str(text)
 
 
 def local_folder(address: str) -> Path:
-    """The folder of this machine that stands for an address; ``XDIM_JAX_SCRATCH`` says below what."""
+    """Return the local folder of an address, inside ``XDIM_JAX_SCRATCH`` or the cache folder."""
     scheme, _, path = address.rstrip("/").partition("://")
     root = Path(os.environ.get("XDIM_JAX_SCRATCH") or cache_folder() / "buckets")
     digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:8]
@@ -40,25 +39,29 @@ def local_folder(address: str) -> Path:
 
 
 def fetch(text: str | Path) -> Path:
-    """A workdir to read: the path itself, or that of a copy of what is in the bucket.
+    """Return the path of a workdir for reading; a workdir in a bucket is downloaded first.
 
     Raises:
-        UserError: the bucket cannot be reached, or holds no run there.
+        UserError: The bucket cannot be reached, or there is no run at the address.
     """
     if not is_address(text):
         return Path(text)
     mirror = Mirror(str(text))
     if not mirror.pull():
-        raise UserError(f"--workdir={text}: there is no run; give the --workdir of xdim_jax.train")
+        raise UserError(f"--workdir={text}: there is no run at this address; give the --workdir of xdim_jax.train")
     return mirror.folder
 
 
 @contextlib.contextmanager
 def workdir(text: str | Path, *, writes: bool = True) -> Iterator[Path]:
-    """A workdir to train in; what is written into it follows to the bucket, if it is in one and this process writes.
+    """Context manager that yields the path of a workdir for training.
+
+    Args:
+        text: A path, or an address in a bucket. Files of a bucket are downloaded at the beginning.
+        writes: True if this process uploads the files.
 
     Raises:
-        UserError: the bucket cannot be reached, or what was written at last could not follow.
+        UserError: The bucket cannot be reached, or the last files cannot be uploaded.
     """
     if not is_address(text):
         yield Path(text)
@@ -74,10 +77,10 @@ def workdir(text: str | Path, *, writes: bool = True) -> Iterator[Path]:
 
 
 def open_filesystem(address: str) -> tuple[Any, str]:
-    """What fsspec has for an address, and the path in it.
+    """Return fsspec's file system for an address, and the path in it.
 
     Raises:
-        UserError: the address is of a kind that no installed package knows.
+        UserError: No installed package supports this kind of address.
     """
     import fsspec
 
@@ -90,7 +93,7 @@ def open_filesystem(address: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def no_answer(address: str, what: str) -> Iterator[None]:
-    """Inside the block, an error of a store's client becomes a UserError: that the address cannot be ``what``."""
+    """Inside the block, turn any error into a UserError that says that the address cannot be ``what``, e.g. read."""
     try:
         yield
     except UserError:
@@ -98,39 +101,39 @@ def no_answer(address: str, what: str) -> Iterator[None]:
     except Exception as error:  # no such bucket, no credentials, no network
         reason = first_line(error)
         raise UserError(
-            f"{address} cannot be {what}: {type(error).__name__}: {reason}; look at the bucket's name and at your "
+            f"{address} cannot be {what}: {type(error).__name__}: {reason}; check the name of the bucket and your "
             "credentials (gcloud auth application-default login; aws configure)"
         ) from error
 
 
 class Mirror:
-    """A folder of this machine and the same in a bucket.
+    """A local folder and its copy in a bucket.
 
     Args:
-        address: of the folder in the bucket.
+        address: Address of the folder in the bucket.
 
     Raises:
-        UserError: the address is of a kind that no installed package knows.
+        UserError: No installed package supports this kind of address.
     """
 
     def __init__(self, address: str):
         self.address, self.folder = address.rstrip("/"), local_folder(address)
         self._fs, self._root = open_filesystem(self.address)
-        self._sent: dict[str, tuple[int, int]] = {}  # size and time of what is in the bucket as it is here
+        self._sent: dict[str, tuple[int, int]] = {}  # size and time of the local files that were uploaded
 
     def pull(self) -> bool:
-        """Makes the folder what the manifest says; False if there is none in the bucket: the folder is empty then."""
+        """Download the files of the manifest and delete all others. Returns False if the bucket has no manifest."""
         with no_answer(self.address, "read"):
-            # a listing that another process has changed since would be stale
+            # another process may have changed the bucket since it was listed
             self._fs.invalidate_cache()
             manifest = self._read_manifest()
             wanted = manifest or {}
             for path in self._files():
-                if path not in wanted and path != LOG_FILE:  # which whoever started this process may be writing
+                if path not in wanted and path != LOG_FILE:  # the launcher of this process may be writing it
                     (self.folder / path).unlink()
             for path, size in wanted.items():
                 here = self.folder / path
-                # small files may change and keep their length; large ones are written once
+                # small files may change without changing their size; large ones are written only once
                 if not here.is_file() or here.stat().st_size != size or size < 2**20:
                     here.parent.mkdir(parents=True, exist_ok=True)
                     part = here.with_name(f".partial.{here.name}")
@@ -143,7 +146,7 @@ class Mirror:
         return manifest is not None
 
     def push(self) -> None:
-        """Uploads what has changed, then the manifest, then removes what is here no longer."""
+        """Upload changed files, then the manifest, then delete files that no longer exist locally."""
         with no_answer(self.address, "written"):
             for _ in range(5):
                 try:
@@ -152,10 +155,10 @@ class Mirror:
                         if self._sent.get(path) != found:
                             self._fs.put_file(str(self.folder / path), f"{self._root}/{path}")
                     break
-                except FileNotFoundError:  # an old checkpoint has just been removed: look again
+                except FileNotFoundError:  # an old checkpoint has just been deleted: list the files again
                     continue
             else:
-                raise OSError(errno.EBUSY, "files come and go too fast", str(self.folder))
+                raise OSError(errno.EBUSY, "files change too fast", str(self.folder))
             if state == self._sent:
                 return
             manifest = {path: size for path, (size, _) in state.items()}
@@ -167,7 +170,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def following(self, every: float = EVERY) -> Iterator[None]:
-        """Inside the block, what is written follows every so many seconds; at its end, the last of it."""
+        """Inside the block, upload changed files every ``every`` seconds, and once more at its end."""
         done = threading.Event()
 
         def follow() -> None:
@@ -175,7 +178,7 @@ class Mirror:
                 try:
                     self.push()
                 except UserError as error:
-                    warn(f"{error}; tried again in {every:.0f} s")
+                    warn(f"{error}; trying again in {every:.0f} s")
 
         thread = threading.Thread(target=follow, name="bucket", daemon=True)
         thread.start()
@@ -187,7 +190,8 @@ class Mirror:
             try:
                 self.push()
             except UserError as error:
-                raise UserError(f"{error}. All of it is in {self.folder}; run the same command again here") from error
+                text = f"{error}. All files are in {self.folder}; run the same command again on this machine"
+                raise UserError(text) from error
 
     def _read_manifest(self) -> dict[str, int] | None:
         try:
@@ -196,7 +200,7 @@ class Mirror:
             return None
 
     def _files(self) -> list[str]:
-        """Of the folder, but for what is being written; relative, with slashes."""
+        """Return the relative paths of all complete files of the folder, with slashes."""
         found = []
         for path in self.folder.rglob("*"):
             relative = path.relative_to(self.folder).as_posix()
@@ -209,7 +213,7 @@ class Mirror:
         return stat.st_size, stat.st_mtime_ns
 
     def _drop_empty(self) -> None:
-        """Folders that hold no file any more: a checkpoint is known by its folder."""
+        """Delete folders without files, because the folder of a checkpoint stands for the checkpoint."""
         for folder in sorted((p for p in self.folder.rglob("*") if p.is_dir()), reverse=True):
             if not any(p.is_file() for p in folder.rglob("*")):
                 shutil.rmtree(folder)

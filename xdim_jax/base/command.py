@@ -10,7 +10,7 @@ from xdim_jax.base.errors import UserError, first_line
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Runs a main on the command line's arguments and exits: 0 done, 2 with one message for unusable input."""
+    """Run a command with the arguments of the process and exit: status 0 if it is done, 2 for unusable input."""
     try:
         code = main(sys.argv[1:])
     except UserError as error:
@@ -22,7 +22,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
         code = 130
     except Exception as error:
         text = explain(error)
-        if text is None:  # a fault of this package: its traceback is needed
+        if text is None:  # a bug of this package: print the traceback
             raise
         sys.stdout.flush()
         print(f"error: {text}", file=sys.stderr, flush=True)
@@ -31,7 +31,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
 
 
 def explain(error: Exception) -> str | None:
-    """A message for what the machine lacks, which JAX or Python say in their own way; None for anything else."""
+    """Return a message if the machine lacks memory or devices; None for other errors."""
     said = str(error)
     line = first_line(error)
     smaller = (
@@ -48,13 +48,13 @@ def explain(error: Exception) -> str | None:
         reason = f"JAX_PLATFORMS={asked} asks for it: unset it, or install" if asked else "Install"
         return (
             f"no device to compute on: {line}. {reason} what it needs (pip install 'xdim_jax[cuda12]' or '[tpu]'); "
-            "python -m xdim_jax.doctor looks at this machine"
+            "python -m xdim_jax.doctor checks this machine"
         )
     return None
 
 
 def make_parser(module: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """An argument parser that shows the description as written."""
+    """Return an argument parser that prints its description and epilog as they are written."""
     return argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,

@@ -20,12 +20,16 @@ Config = Any  # an ml_collections.ConfigDict, whose attributes have no static ty
 
 
 def load_config(spec: str, overrides: Sequence[str]) -> Config:
-    """Reads ``path/to/config.py[:variant,...]`` and applies ``--config.key=value`` overrides; the result is locked.
+    """Load ``path/to/config.py[:variant,...]`` and apply ``--config.key=value`` overrides.
 
-    A path that does not exist here is looked up among the recipes that ship with the package.
+    If the path does not exist, a recipe of the package with this name is loaded.
+
+    Returns:
+        The config, locked.
 
     Raises:
-        UserError: no such file, unknown variant, unknown key (with the nearest known one), value of a wrong type.
+        UserError: The file does not exist, a variant or key is unknown (the message suggests the nearest known key), or
+            a value has a wrong type.
     """
     name, _, variant = spec.partition(":")
     path = _find_config(name)
@@ -34,7 +38,7 @@ def load_config(spec: str, overrides: Sequence[str]) -> Config:
             sys.path.insert(0, str(folder))
     module_spec = importlib.util.spec_from_file_location("xdim_config", path)
     if module_spec is None or module_spec.loader is None:
-        raise UserError(f"--config: {path} is not a Python file; a recipe is one with a function get_config(words)")
+        raise UserError(f"--config: {path} is not a Python file; a recipe has a function get_config(words)")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
@@ -42,7 +46,7 @@ def load_config(spec: str, overrides: Sequence[str]) -> Config:
     except (ValueError, SyntaxError, ImportError, AttributeError, NameError) as error:
         raise UserError(f"--config={spec}: {error}") from error
     _check_overrides(config, overrides)
-    overrides = list({o.partition("=")[0]: o for o in overrides}.values())  # the last one of a key counts
+    overrides = list({o.partition("=")[0]: o for o in overrides}.values())  # the last value of a key counts
     try:
         return _overridden(config, overrides)
     except (flags.Error, TypeError, ValueError) as error:
@@ -51,7 +55,7 @@ def load_config(spec: str, overrides: Sequence[str]) -> Config:
 
 
 def _overridden(config: Config, overrides: Sequence[str]) -> Config:
-    """The config with values of its own types. Raises what absl and Python do for others."""
+    """Return the config with overrides. Raises an error of absl or Python if a value has another type."""
     values = flags.FlagValues()
     argv = ["config", *overrides]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -68,7 +72,7 @@ def _fits(config: Config, override: str) -> bool:
 
 
 def shipped_configs() -> Path:
-    """The folder of the recipes: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the recipes: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).parents[1]
     installed = package / "_recipes" / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -104,7 +108,7 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
 
 
 def leaves(config: Config, prefix: str = "") -> list[tuple[str, Any]]:
-    """Every key of a config, dotted, with its value."""
+    """Return all keys of a config, dotted, with their values."""
     found = []
     for key, value in config.items():
         if isinstance(value, ConfigDict):
@@ -115,7 +119,7 @@ def leaves(config: Config, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def differences(a: Config, b: Config, *, free: Sequence[str]) -> list[tuple[str, Any, Any]]:
-    """Keys, but for the ``free`` ones, whose values differ between two configs, with both values; lists are tuples."""
+    """Return the keys whose values differ between two configs, with both values. Keys in ``free`` are not compared."""
     x, y = dict(leaves(a)), dict(leaves(b))
     keys = [key for key in sorted(x.keys() | y.keys()) if key not in free]
     return [(k, x.get(k), y.get(k)) for k in keys if _plain(x.get(k)) != _plain(y.get(k))]

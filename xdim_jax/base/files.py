@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Files that are either complete or absent."""
 
 import contextlib
 import errno
@@ -15,18 +15,18 @@ from xdim_jax.base.errors import UserError
 
 
 def cache_folder() -> Path:
-    """Where compiled programs and copies of buckets lie: below the user's cache folder."""
+    """Return the folder of compiled programs and of copies of buckets, inside the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xdim_jax"
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path`` (same suffixes) to write to, and renames it when the block is done.
+    """Context manager that yields a temporary path with the same suffixes, and renames it to ``path`` at the end.
 
-    On any failure the temporary file or folder is removed and ``path`` is as it was.
+    If the block raises, the temporary file or folder is removed, and ``path`` remains unchanged.
 
     Raises:
-        UserError: the operating system refused to write (disk full, read-only, quota): names the file and reason.
+        UserError: The file cannot be written (disk full, read-only, quota); the message names the file and the reason.
     """
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.partial.{path.name}")
@@ -43,12 +43,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def partial_files(path: Path) -> list[Path]:
-    """What `atomic_path` left beside ``path`` where the process was killed."""
+    """Return temporary files of `atomic_path` that remained next to ``path`` because the process was killed."""
     return list(path.parent.glob(f".{'[0-9a-f]' * 8}.partial.{glob.escape(path.name)}"))
 
 
 def write_error(path: Path, error: OSError) -> UserError:
-    """The message for a write that the operating system refused; of a full disk, with the room that is left."""
+    """Return the error for a failed write; if the disk is full, the message has the free space."""
     reason = error.strerror or str(error)
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"cannot write {path}: {reason}; choose another path")
@@ -65,12 +65,12 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with contextlib.suppress(OSError):  # below a file there is nothing to remove
+        with contextlib.suppress(OSError):  # if a parent is a file, there is nothing to remove
             path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text, whole or not at all."""
+    """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -78,19 +78,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON, whole or not at all. NaN and infinity, which JSON does not have, raise ValueError."""
+    """Write indented JSON atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Reads JSON.
+    """Read JSON.
 
     Raises:
-        UserError: the file is missing or is not JSON.
+        UserError: The file is missing or is not JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); write it anew with the command that made it") from error
+        raise UserError(f"{path} is not JSON ({error}); write it again with the command that created it") from error

@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def prefer_huge_pages() -> None:
-    """On CPU, starts this command anew with glibc's allocator on huge pages, unless it runs so already.
+    """On CPU, restart this process with huge pages for glibc's allocator, unless they are in use already.
 
-    XLA asks for all temporaries anew at every step, and in pages of 4 KiB the kernel spends a tenth of a step handing
-    them out. glibc reads the setting before the program starts, hence the restart. It has no effect where the kernel
-    gives huge pages always or never.
+    XLA allocates all temporaries of a step again at every step. With pages of 4 KiB, the kernel needs a tenth of a step
+    to provide them. glibc reads the setting when a process starts, hence the restart. The setting has no effect if the
+    kernel uses huge pages always or never.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     setting = "glibc.malloc.hugetlb=1"

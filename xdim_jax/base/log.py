@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:
     pass
-LOG_FILE = "train.log"  # what a run said that had no terminal of its own
+LOG_FILE = "train.log"  # terminal lines of runs that have no terminal of their own
 
 
 _quiet = False
 
 
 def quieten() -> None:
-    """From now on this process says only warnings: of several processes, the first speaks."""
+    """Log only warnings from now on. In a run with several processes, only the first one logs everything."""
     global _quiet
     _quiet = True
 
@@ -28,7 +28,7 @@ _file: contextvars.ContextVar[IO[str] | None] = contextvars.ContextVar("file", d
 
 @contextlib.contextmanager
 def into(file: IO[str]) -> Iterator[None]:
-    """Inside the block, what this thread says goes into a file: of one run of several in a process."""
+    """Inside the block, write the lines of this thread to a file. For processes that train several runs."""
     token = _file.set(file)
     try:
         yield
@@ -37,18 +37,18 @@ def into(file: IO[str]) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """One line on the terminal, at once."""
+    """Print one line, without buffering."""
     if not _quiet:
         print(line, file=_file.get(), flush=True)
 
 
 def warn(line: str) -> None:
-    """A warning line."""
+    """Print a warning, without buffering."""
     print(f"warning: {line}", file=_file.get(), flush=True)
 
 
 def bar(title: str) -> Callable[[int, int], None]:
-    """``show(done, total)``: a progress bar on a terminal; elsewhere a line for every tenth."""
+    """Return ``show(done, total)``, which draws a progress bar on a terminal, and else prints a line at every tenth."""
     shown: list[tqdm] = []
 
     def show(done: int, total: int) -> None:
@@ -65,7 +65,7 @@ def bar(title: str) -> Callable[[int, int], None]:
 
 
 def duration(seconds: float) -> str:
-    """``42 s``, ``3 min 05 s``, ``2 h 10 min``, ``3 d 4 h``."""
+    """Return a duration as text, such as ``42 s``, ``3 min 05 s``, ``2 h 10 min`` or ``3 d 4 h``."""
     if not math.isfinite(seconds):
         return "?"
     total = round(seconds)

@@ -1,7 +1,7 @@
-"""Leaving cleanly: signals, and the exit statuses that a scheduler reads.
+"""Signals, and the exit statuses that a scheduler reads.
 
-SIGTERM and SIGUSR1 (schedulers send one of the two some time before they kill) save and end the run with `REQUEUE`,
-which means: run the same command again. Ctrl-C does the same with 130.
+Schedulers send SIGTERM or SIGUSR1 some time before they kill a process. Both save the run and end it with the exit
+status `REQUEUE`, which means: run the same command again. Ctrl-C saves and ends the run with status 130.
 """
 
 import contextlib
@@ -20,10 +20,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 @dataclasses.dataclass
 class StopRequest:
-    """The signal that asked the run to stop; 0: none.
+    """The signals that a process has received.
 
-    While ``busy``, steps are taken that only a save keeps, and the request waits for the loop. Else nothing can be
-    lost, and a signal ends the process at once.
+    Attributes:
+        signal: Number of the signal that asked the run to stop; 0 if there is none.
+        busy: True while there are training steps that are not saved. A signal then waits until the loop has saved them;
+            otherwise it ends the process at once.
     """
 
     signal: int = 0
@@ -31,13 +33,13 @@ class StopRequest:
 
     @property
     def status(self) -> int:
-        """The exit status that goes with the signal."""
+        """The exit status for the signal."""
         return 128 + signal.SIGINT if self.signal == signal.SIGINT else REQUEUE
 
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """Inside the block, signals set the request; a second Ctrl-C kills."""
+    """Inside the block, signals are recorded in the `StopRequest` that is yielded. A second Ctrl-C interrupts."""
     stop = StopRequest()
     old = {number: signal.getsignal(number) for number in SIGNALS}
     listen(stop)
@@ -49,7 +51,7 @@ def catch_signals() -> Iterator[StopRequest]:
 
 
 def listen(stop: StopRequest) -> None:
-    """Signals set the request from now on; again after a library has put a handler of its own there."""
+    """Install the signal handlers. Call it again after a library has installed handlers of its own."""
 
     def handle(number: int, _frame: Any) -> None:
         if stop.signal and number == signal.SIGINT:
@@ -58,7 +60,7 @@ def listen(stop: StopRequest) -> None:
         if stop.busy:
             say(f"{signal.Signals(number).name}: saving after this step")
             return
-        say(f"stopped    by {signal.Signals(number).name}; nothing to save; run the same command to go on")
+        say(f"stopped    by {signal.Signals(number).name}; nothing to save; run the same command again to resume")
         sys.stdout.flush()
         os._exit(stop.status)
 

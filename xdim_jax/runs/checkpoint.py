@@ -1,4 +1,4 @@
-"""Checkpoints with orbax: the whole state to resume from, and the best weights to predict with.
+"""Checkpoints with orbax: the training state, to resume from, and the best weights, to predict with.
 
 <workdir>/checkpoints/<step>/   the two latest training states, written in the background
 <workdir>/best/<step>/          weights and running statistics of the best validation
@@ -26,19 +26,22 @@ from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.runs.state import TrainState
 from xdim_jax.runs.workdir import CONFIG_FILE
 
-KEPT = 2  # latest states: should the newest turn out damaged, the one before is whole
+KEPT = 2  # latest states; if the newest is damaged, the one before it is used
 LATEST_FOLDER, BEST_FOLDER = "checkpoints", "best"
-_TRIES = 5  # to read weights that a run may replace at any time
+_TRIES = 5  # attempts to read weights that a running training may replace at any time
 _SCORE = "dice"
-_PARTIAL = ".orbax-checkpoint-tmp"  # in the name of what orbax has not finished
+_PARTIAL = ".orbax-checkpoint-tmp"  # part of the name of a checkpoint that orbax has not finished
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    """The two managers of a workdir; close with `close`.
+    """The two checkpoint managers of a workdir. Close them with `close`.
 
-    All processes of a run save together, into one folder. Where each has a disk of its own, process 0 does it ``alone``
-    (every process holds the whole state); the others have no managers.
+    Attributes:
+        latest: Manager of the latest states.
+        best: Manager of the best weights.
+        alone: False if all processes save together into one folder. True if each process has a disk of its own: process
+            0 saves alone, because every process has the whole state, and the other processes have no managers.
     """
 
     latest: ocp.CheckpointManager | None
@@ -81,22 +84,27 @@ def _quiet() -> Iterator[None]:
 
 
 def exist(workdir: Path) -> bool:
-    """Whether a run in this workdir has saved anything."""
+    """Return True if a run in this workdir has saved a checkpoint."""
     return any(_newest(workdir / folder) for folder in (LATEST_FOLDER, BEST_FOLDER))
 
 
 def open_checkpoints(
     workdir: Path, warn: Callable[[str], None] = lambda line: None, *, alone: bool = False
 ) -> Checkpoints:
-    """Opens (or makes) the checkpoint folders; half-written ones that a kill left behind are removed with a warning.
+    """Open the checkpoint folders, and create them if necessary.
 
-    ``alone``: see `Checkpoints`; of no effect where there is one process.
+    Incomplete checkpoints of a run that was killed are deleted.
+
+    Args:
+        workdir: Folder of the run.
+        warn: Called with a warning for each checkpoint that is deleted.
+        alone: See `Checkpoints`; has no effect in runs with one process.
     """
     alone = alone and jax.process_count() > 1
     if alone and jax.process_index():
         return Checkpoints(None, None, alone)
     for partial in sorted(workdir.glob(f"*/*{_PARTIAL}*")):
-        warn(f"{partial.parent.name}/{partial.name.partition('.')[0]} was not written to its end: not used, removed")
+        warn(f"{partial.parent.name}/{partial.name.partition('.')[0]} is incomplete and was deleted")
     score: Callable[[Any], float] = lambda metrics: metrics[_SCORE]  # noqa: E731
     extra: dict[str, Any] = {}
     if alone:
@@ -121,10 +129,10 @@ def _manager(folder: Path, policy: Any, **extra: Any) -> ocp.CheckpointManager:
 
 
 def close(checkpoints: Checkpoints) -> None:
-    """Waits for saves under way and closes.
+    """Wait for running saves, and close the managers.
 
     Raises:
-        UserError: a save under way failed.
+        UserError: A running save has failed.
     """
     errors = []
     for manager in (m for m in (checkpoints.latest, checkpoints.best) if m is not None):
@@ -138,10 +146,10 @@ def close(checkpoints: Checkpoints) -> None:
 
 
 def save_latest(checkpoints: Checkpoints, state: TrainState, progress: dict[str, Any]) -> None:
-    """Starts saving the state after step ``state.step`` in the background; a step that is there already is kept.
+    """Start to save a state in the background, unless there is a checkpoint of its step already.
 
     Raises:
-        UserError: this save, or the one before it, could not be written.
+        UserError: This save, or the one before it, cannot be written.
     """
     manager = checkpoints.latest
     if manager is None:
@@ -154,11 +162,11 @@ def save_latest(checkpoints: Checkpoints, state: TrainState, progress: dict[str,
 
 
 def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, score: float) -> None:
-    """Saves the weights if no score so far is as good, and waits until they are whole.
+    """Save the weights if their score is the best so far, and wait until they are complete.
 
-    The one before is removed after that, so the newest folder is the best whenever the process ends. A state still
-    being written is waited for: orbax numbers its barriers over both managers, and with several processes two saves
-    at once may meet at the wrong one.
+    The weights before them are deleted afterwards, so the newest folder has the best weights at any time. A running
+    save of a state is finished first: orbax numbers the barriers of both managers together, so with several processes, two
+    saves at the same time could wait at different barriers.
     """
     latest, best = checkpoints.latest, checkpoints.best
     if latest is None or best is None:
@@ -175,12 +183,12 @@ def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, scor
 
 
 def _held(tree: Any) -> Any:
-    """The arrays of this process, of trees that every process holds whole."""
+    """Return the arrays of this process, given trees that are replicated over all processes."""
     return jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), tree)
 
 
 def _guarded(manager: ocp.CheckpointManager, action: Callable[[], Any]) -> None:
-    """Runs a save or a wait for one; a failure becomes one message, and what it left half-written is removed."""
+    """Run a save, or wait for one. A failure becomes a UserError, and incomplete files are deleted."""
     try:
         action()
         manager.check_for_errors()
@@ -193,20 +201,24 @@ def _guarded(manager: ocp.CheckpointManager, action: Callable[[], Any]) -> None:
         reason = full if full in str(error) else first_line(error)
         raise UserError(
             f"cannot write the checkpoint in {folder} ({free:.0f} MiB free there): {reason}. Earlier checkpoints are "
-            "whole; make room and run the same command again to resume"
+            "complete; make room and run the same command again to resume"
         ) from error
 
 
 def restore_latest(
     checkpoints: Checkpoints, like: TrainState, warn: Callable[[str], None]
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest state that can be read, with its progress record; None when there is none.
+    """Return the newest state that can be read, with its progress; None if there is no checkpoint.
 
-    ``like`` gives shapes and shardings, so that a state saved on other devices is laid out anew. A damaged checkpoint
-    is moved aside with a warning.
+    Damaged checkpoints are moved to another folder.
+
+    Args:
+        checkpoints: Open checkpoint folders.
+        like: State with the shapes and shardings of the result; the checkpoint may come from other devices.
+        warn: Called with a warning for each damaged checkpoint.
 
     Raises:
-        UserError: there are checkpoints, but none can be read.
+        UserError: There are checkpoints, but none can be read.
     """
     if checkpoints.alone:
         return _restore_for_all(checkpoints, like, warn)
@@ -218,7 +230,7 @@ def restore_latest(
 def _restore_for_all(
     checkpoints: Checkpoints, like: TrainState, warn: Callable[[str], None]
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """Process 0 reads, and tells the others."""
+    """Read the checkpoint in process 0, and send it to the other processes."""
     from jax.experimental import multihost_utils
 
     found = None
@@ -242,9 +254,9 @@ def _restore(
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
         try:
             restored = manager.restore(step, args=items)
-        except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+        except Exception as error:  # orbax and tensorstore raise many types of errors for a damaged file
             reason = first_line(error)
-            warn(f"checkpoint {step} in {manager.directory} cannot be read ({reason}); trying the one before it")
+            warn(f"checkpoint {step} in {manager.directory} cannot be read ({reason}); trying the previous one")
             continue
         for broken in (s for s in steps if s > step):
             aside = Path(manager.directory).parent / f"damaged-checkpoint-{broken}"
@@ -256,23 +268,26 @@ def _restore(
     if steps:
         raise UserError(
             f"no checkpoint in {manager.directory} can be read (steps {steps}); they are damaged or belong to another "
-            "network. Give a new --workdir, or remove that folder to start again"
+            "network. Give a new --workdir, or delete this folder to start again"
         )
     return None
 
 
 def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]:
-    """Weights to predict with: the best validation's, or, if none was kept yet, those of the latest state that would be
-    validated: the moving average, the slow weights, or the only ones.
+    """Read the weights of a run for prediction.
+
+    These are the weights of the best validation. If there is none yet, they are those of the latest state: the moving
+    average if there is one, else the slow weights of LookAhead, else the parameters.
 
     Args:
-        params, stats: trees of the right shapes.
+        workdir: Folder of the run.
+        params, stats: Trees with the shapes of the result.
 
     Returns:
-        params, stats, and where they came from.
+        Parameters, running statistics, and a text that says where they come from.
 
     Raises:
-        UserError: the workdir has no checkpoint, or it does not fit the network.
+        UserError: The workdir has no checkpoint, or the checkpoint does not fit the network.
     """
     for _ in range(_TRIES):
         if best := _newest(workdir / BEST_FOLDER):
@@ -289,7 +304,7 @@ def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]
                 return *_read(folder, {"params": params, "stats": stats}), source
         except (ValueError, KeyError, OSError) as error:
             now = _newest(workdir / BEST_FOLDER) or _newest(workdir / LATEST_FOLDER)
-            if now != folder.parent:  # a run that goes on put newer weights in its place
+            if now != folder.parent:  # the run has replaced them by newer weights
                 continue
             raise UserError(
                 f"{folder} does not fit the network of {workdir}/{CONFIG_FILE}, or is damaged: {first_line(error)}"
@@ -303,9 +318,9 @@ def _newest(folder: Path) -> Path | None:
 
 
 def _read(folder: Path, weights: dict[str, Any]) -> tuple[Any, Any]:
-    """Reads the parameters and statistics that are evaluated, and nothing else of a state.
+    """Read the parameters and statistics for evaluation, and nothing else of a state.
 
-    orbax leaves a leaf that the checkpoint lacks unfilled without a word, so names and shapes are compared first.
+    If the checkpoint does not have an array, orbax silently leaves it unset. So names and shapes are compared first.
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         described = reader.metadata(folder.absolute()).item_metadata
@@ -332,7 +347,7 @@ def _read(folder: Path, weights: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _differences(found: Any, wanted: Any) -> list[str]:
-    """Leaves that only one tree has, or that differ in shape; the integer keys of lists are strings on disk."""
+    """Return leaves that only one tree has, or whose shapes differ. Integer keys of lists are strings on disk."""
     trees = [
         {".".join(str(k.key) for k in path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
         for t in (found, wanted)

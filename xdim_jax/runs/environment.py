@@ -1,4 +1,4 @@
-"""What a program runs on: versions, devices, machine. For records, so that a number can be traced to what made it."""
+"""Versions, devices and machine, for the records of a run, so that a result can be traced to its environment."""
 
 import datetime
 import importlib.metadata
@@ -10,23 +10,23 @@ from typing import Any
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_json
 
-FILE = "environment.json"  # in the workdir of a run: one entry for every start
+FILE = "environment.json"  # in the workdir of a run, with one entry for every start
 PACKAGES = ("xdim_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy", "nibabel")
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that results depend on."""
+    """Return the versions of the packages on which results depend."""
     found = {}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout that was not installed
+        except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
             found[name] = "not installed"
     return found
 
 
 def describe() -> dict[str, Any]:
-    """Versions, interpreter, machine and the devices of JAX, which is started by this."""
+    """Return versions, interpreter, machine, and the devices of JAX. Initialises JAX."""
     import jax
 
     return {
@@ -40,19 +40,19 @@ def describe() -> dict[str, Any]:
 
 
 def devices() -> str:
-    """``8 x NVIDIA H100 (gpu)``: those of all processes, as JAX names them."""
+    """Return the devices of all processes as text, such as ``8 x NVIDIA H100 (gpu)``."""
     import jax
 
     return f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
 
 
 def record_start(workdir: Path, step: int) -> None:
-    """Adds an entry to the run's file."""
+    """Add an entry to the file of a run."""
     write_json(workdir / FILE, [*read_starts(workdir), {"step": step, **describe()}])
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:
-    """The entries of a run's file; none for a run without one, or with one that is damaged."""
+    """Return the entries of the file of a run; an empty list if the file is missing or damaged."""
     try:
         entries = read_json(workdir / FILE)
     except (OSError, UserError):

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
-STEPS_FILE = "steps.jsonl"  # every step's loss, norms, and digest of its batch, exactly: what verify_run compares
+STEPS_FILE = "steps.jsonl"  # loss, norms and digests of the batch of every step, exactly; verify_run compares them
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-    """Open files of a run's record, and further trackers; all empty on processes that do not write."""
+    """Open record files of a run, and its trackers. Processes that do not write have none of them."""
 
     jsonl: IO[str] | None = None
     steps: IO[str] | None = None
@@ -34,7 +34,7 @@ class Recorder:
 
 
 def read_records(workdir: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """The records of a run, oldest first; an unfinished last line (the run was killed) is left out."""
+    """Return the records of a run, oldest first, without an incomplete last line of a run that was killed."""
     path = workdir / file
     if not path.exists():
         return []
@@ -51,10 +51,16 @@ def read_records(workdir: Path, file: str = METRICS_FILE) -> list[dict[str, Any]
 
 
 def open_recorder(workdir: Path, step: int, *, writes: bool, trackers: Sequence[Any] = ()) -> Recorder:
-    """Opens the record to go on after ``step``; what a killed run had written beyond it is dropped.
+    """Open the record files of a run.
+
+    Args:
+        workdir: Folder of the run.
+        step: Number of steps done. Records of later steps, from a run that was killed, are deleted.
+        writes: True if this process writes records.
+        trackers: Open trackers, see `xdim_jax.runs.trackers`.
 
     Raises:
-        UserError: the workdir cannot be written.
+        UserError: The workdir cannot be written.
     """
     if not writes:
         return Recorder()
@@ -71,7 +77,7 @@ def open_recorder(workdir: Path, step: int, *, writes: bool, trackers: Sequence[
 
 
 def _tensorboard() -> "type[SummaryWriter]":
-    """The writer of tensorboardX, which would import torch where it is installed: that takes seconds, for nothing."""
+    """Return tensorboardX's writer, without importing torch: tensorboardX imports it if it can, which takes seconds."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
@@ -84,7 +90,7 @@ def _tensorboard() -> "type[SummaryWriter]":
 
 
 def record(recorder: Recorder, kind: str, step: int, values: Mapping[str, float]) -> None:
-    """Appends one record and its scalars. Raises UserError if the disk refuses it."""
+    """Append one record, also to TensorBoard and the trackers. Raises UserError if it cannot be written."""
     if recorder.jsonl is None or recorder.tensorboard is None:
         return
     entry = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
@@ -103,18 +109,18 @@ def record(recorder: Recorder, kind: str, step: int, values: Mapping[str, float]
 
 
 def _tell_trackers(recorder: Recorder, tell: Callable[[Any], None]) -> None:
-    """A tracker that fails (its server is gone, its disk full) is left out from then on; training goes on."""
+    """Call every tracker. A tracker that fails (no server, full disk) is not used any more, and training continues."""
     for tracker in list(recorder.trackers):
         try:
             tell(tracker)
         except Exception as error:
             recorder.trackers.remove(tracker)
             reason = first_line(error)
-            warn(f"{type(tracker).__name__.strip('_').lower()} fails and is left out from now on: {reason}")
+            warn(f"{type(tracker).__name__.strip('_').lower()} fails and is not used any more: {reason}")
 
 
 def record_steps(recorder: Recorder, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Appends what `verify_run` compares. Raises UserError if the disk refuses it."""
+    """Append the values that `verify_run` compares. Raises UserError if they cannot be written."""
     if recorder.steps is None:
         return
     try:
@@ -125,7 +131,7 @@ def record_steps(recorder: Recorder, entries: Sequence[Mapping[str, Any]]) -> No
 
 
 def record_pictures(recorder: Recorder, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-    """Pictures uint8 (H, W, 3) by name. Raises UserError if the disk refuses them."""
+    """Record pictures, uint8 (H, W, 3), by name. Raises UserError if they cannot be written."""
     if recorder.tensorboard is None:
         return
     try:
@@ -138,7 +144,7 @@ def record_pictures(recorder: Recorder, step: int, pictures: Mapping[str, np.nda
 
 
 def close_recorder(recorder: Recorder) -> None:
-    """Closes the files; losing the last buffered scalars to a full disk is not an error of its own."""
+    """Close the files. If the disk is full, the loss of the last buffered scalars is only a warning."""
     _tell_trackers(recorder, lambda tracker: tracker.close())
     for file in (recorder.jsonl, recorder.steps, recorder.tensorboard):
         try:
@@ -154,7 +160,7 @@ class NotFiniteError(UserError):
     def __init__(self, step: int, losses: list[float]):
         shown = ", ".join(f"{x:.4g}" for x in losses)
         super().__init__(
-            f"the loss or the update is not finite at step {step} (last losses: {shown}). Checkpoints are only of "
-            "steps before. Look at the intensities of the training data, or give a lower "
+            f"the loss or the update is not finite at step {step} (last losses: {shown}). The checkpoints are "
+            "from earlier steps. Check the intensities of the training data, or give a lower "
             "--config.optim.schedule.peak with another --workdir"
         )

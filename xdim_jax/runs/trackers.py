@@ -1,4 +1,4 @@
-"""Experiment trackers beside the files of the workdir: Weights & Biases and MLflow, offline unless told otherwise."""
+"""Experiment trackers, in addition to the files of the workdir: Weights & Biases and MLflow, offline by default."""
 
 import importlib
 import os
@@ -16,7 +16,7 @@ from xdim_jax.base.files import write_text
 
 
 class Tracker(Protocol):
-    """What a run tells a tracker."""
+    """What an experiment tracker must offer."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -26,7 +26,7 @@ class Tracker(Protocol):
 
 
 class _Wandb:
-    """A run of Weights & Biases; a resumed run goes on under the same id."""
+    """A run of Weights & Biases. A resumed run keeps its id."""
 
     def __init__(self, project: str, workdir: Path, config: Config):
         wandb = _import("wandb", "wandb")
@@ -52,7 +52,7 @@ class _Wandb:
 
 
 class _Mlflow:
-    """A run of MLflow; a resumed run goes on under the id that the workdir keeps."""
+    """A run of MLflow. A resumed run keeps its id, which is stored in the workdir."""
 
     def __init__(self, experiment: str, workdir: Path, config: Config):
         mlflow = _import("mlflow", "mlflow")
@@ -82,10 +82,10 @@ class _Mlflow:
 
 
 def open_trackers(config: Config, workdir: Path) -> list[Tracker]:
-    """The trackers that ``config.train`` names.
+    """Open the trackers that ``config.train`` names.
 
     Raises:
-        UserError: a package is not installed, or a tracker cannot be opened.
+        UserError: A package is not installed, or a tracker cannot be opened.
     """
     opened: list[Tracker] = []
     for key, kind in (("wandb", _Wandb), ("mlflow", _Mlflow)):
@@ -96,16 +96,16 @@ def open_trackers(config: Config, workdir: Path) -> list[Tracker]:
             opened.append(kind(name, workdir, config))
         except UserError:
             raise
-        except Exception as error:  # each has its own kinds: no server, no account, a locked file
+        except Exception as error:  # each tracker has its own errors: no server, no account, a locked file
             reason = first_line(error)
             raise UserError(
-                f"config.train.{key}={name}: cannot be opened: {reason}; go on without it: {key}=''"
+                f"config.train.{key}={name}: cannot be opened: {reason}; to train without it: --config.train.{key}=''"
             ) from error
     return opened
 
 
 def _kept(path: Path, make: Callable[[], str]) -> str:
-    """The word that a file of the workdir keeps; made and written the first time."""
+    """Return the word in a file of the workdir; the first time, make the word and write the file."""
     if not path.exists():
         write_text(path, make())
     return path.read_text(encoding="utf-8").strip()

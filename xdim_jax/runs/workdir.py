@@ -9,13 +9,13 @@ from xdim_jax.base.config import Config, differences
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_json
 
-# in the workdir of a run: its resolved config, and what it was trained on (channels, labels, regions)
+# the resolved config of a run, and a description of its data (channels, labels, regions)
 CONFIG_FILE, DATA_FILE = "config.json", "data.json"
-SPLIT_FILE = "split.json"  # which cases it trains on and validates
+SPLIT_FILE = "split.json"  # training and validation cases
 
 
 def find_members(workdirs: Sequence[Path]) -> list[Path]:
-    """Workdirs of runs; that of a cross-validation stands for its folds."""
+    """Return the workdirs of single runs: the workdir of a cross-validation is replaced by those of its folds."""
     found: list[Path] = []
     for workdir in workdirs:
         folds = sorted(workdir.glob(f"fold*/{CONFIG_FILE}"))
@@ -24,10 +24,16 @@ def find_members(workdirs: Sequence[Path]) -> list[Path]:
 
 
 def claim_workdir(workdir: Path, config: Config, *, free: Sequence[str], started: bool) -> None:
-    """Writes the resolved config; a run that has ``started`` must have the same one, but for the ``free`` keys.
+    """Write the resolved config of a run.
+
+    Args:
+        workdir: Folder of the run.
+        config: Config of the run.
+        free: Keys that may differ from the config of a started run.
+        started: True if the run has been trained already.
 
     Raises:
-        UserError: the workdir belongs to another config (every difference is listed), or cannot be written.
+        UserError: The workdir belongs to another config (the message lists all differences), or cannot be written.
     """
     path = workdir / CONFIG_FILE
     if started:
@@ -37,19 +43,19 @@ def claim_workdir(workdir: Path, config: Config, *, free: Sequence[str], started
         ]
         if differing:
             raise UserError(
-                f"{workdir} holds a run of another config; give another --workdir, or the same config to resume it. "
+                f"{workdir} has a run with another config; give another --workdir, or the same config to resume it. "
                 "Differences:\n  " + "\n  ".join(differing)
             )
     write_json(path, config.to_dict())
 
 
 def read_config(workdir: Path) -> Config:
-    """The resolved config of a run. Raises UserError if the folder is not a workdir."""
+    """Return the resolved config of a run. Raises UserError if the folder is not a workdir."""
     if not (workdir / CONFIG_FILE).is_file():
         raise UserError(
             f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}; give the --workdir of xdim_jax.train"
         )
     config = read_json(workdir / CONFIG_FILE)
     if not isinstance(config, dict) or not {"model", "data", "predict"} <= config.keys():
-        raise UserError(f"{workdir / CONFIG_FILE} is not the config of a run: it lacks model, data or predict")
+        raise UserError(f"{workdir / CONFIG_FILE} is not the config of a run: model, data or predict is missing")
     return ConfigDict(config)
