@@ -79,7 +79,7 @@ def test_the_reference_has_every_config_value():
     assert (
         "; `0`: camus_omnianet, chaos_omnianet |" in page.partition("| `optim.lookahead.period` | `6`: brats_dsnet,")[2]
     )
-    assert "without a better score before the run ends" in page, "comments of the source are the descriptions"
+    assert "without a better score that ends the run" in page, "comments of the source are the descriptions"
     modules = hooks.python_page()
     assert "::: xdim_jax.inference.predictor\n" in modules and "::: xdim_jax.data.store\n" in modules
 

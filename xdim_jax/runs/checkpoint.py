@@ -165,8 +165,8 @@ def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, scor
     """Save the weights if their score is the best so far, and wait until they are complete.
 
     The weights before them are deleted afterwards, so the newest folder has the best weights at any time. A running
-    save of a state is finished first: orbax numbers the barriers of both managers together, so with several processes, two
-    saves at the same time could wait at different barriers.
+    save of a state is finished first: orbax numbers the barriers of both managers together, so with several processes,
+    two saves at the same time could wait at different barriers.
     """
     latest, best = checkpoints.latest, checkpoints.best
     if latest is None or best is None:
