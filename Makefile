@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test test-slow test-newest golden lint docs format check venv clean help
+.PHONY: demo quick test test-slow test-newest golden lint docs format check venv clean help
 
 help:
 	@echo "make demo      phantoms -> train -> predict -> evaluate -> HTML report (minutes, CPU, no data needed)"
+	@echo "make quick     a quick test of every folder, a minute or two"
 	@echo "make test      the tests (they need torch and timm, which are installed)"
 	@echo "make test-slow the tests that take minutes each: every encoder and network against PyTorch"
 	@echo "make golden    rewrites the golden files of the recipes, after a change of a recipe"
@@ -22,6 +23,9 @@ demo: $(VENV)/.package
 	$(BIN)/python -m xdim_jax.predict --workdir=$(RUN) --input=$(RUN)/phantom/held_out --output=$(RUN)/pred
 	$(BIN)/python -m xdim_jax.evaluate --rules=brats2022 --pred=$(RUN)/pred --ref=$(RUN)/phantom/held_out --out=$(RUN)/eval
 	$(BIN)/python -m xdim_jax.report --workdir=$(RUN) --eval=$(RUN)/eval --out=$(RUN)/report.html
+
+quick: venv
+	$(BIN)/python -m pytest -m quick
 
 test: venv
 	$(BIN)/python -m pytest

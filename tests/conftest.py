@@ -1,6 +1,8 @@
 """Shared fixtures. Real networks are slow to differentiate: tests use the toy encoder and small volumes."""
 
+import multiprocessing.process
 import socket
+import subprocess
 from pathlib import Path
 
 import jax
@@ -21,6 +23,17 @@ from xdim_jax.training import loop, mesh
 flags.FLAGS.mark_as_parsed()  # grain asks absl for its flags
 
 CONVENTION = "brats2021"
+
+
+@pytest.fixture(autouse=True)
+def _quick_tests_start_no_process(request, monkeypatch):
+    if request.node.get_closest_marker("quick"):
+
+        def refuse(*arguments, **options):
+            raise AssertionError("a test that is marked quick starts a process")
+
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+        monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
 
 
 @pytest.fixture

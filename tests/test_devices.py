@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.conftest import free_port
 from tests.kill_and_resume import OPTIONS
-from xdim_jax import ops, train
+from xdim_jax import ops
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.signals import StopRequest
@@ -38,6 +38,7 @@ from xdim_jax.runs.state import TrainState, evaluated, init_state
 from xdim_jax.training import check, mesh, program
 from xdim_jax.training.loss import make_loss
 from xdim_jax.training.step import make_train_step
+from xdim_jax.training.train import train_run
 
 REPO = Path(__file__).parent.parent
 TOY = ["--config.model.filters=(8,8,8,8,8)"]
@@ -373,7 +374,7 @@ def test_layouts_that_do_not_fit_are_refused_with_the_numbers():
         "config.mesh.space=0 does not divide the 8 devices",
         "config.data.batch=6 does not divide over 2 data-parallel devices in 1 processes in 2 parts "
         "(config.train.accumulate); set --config.data.batch=4",
-        "config.mesh.space=2: pmap ",
+        "config.mesh.space=2: pmap supports only the axis data; set --config.mesh.parallel=jit",
         "config.mesh.parallel='xmap' is unknown; known: jit, pmap",
         [{"data": 4, "space": 2}, "jit"],
         [{"data": 2, "space": 2}, "jit"],
@@ -434,7 +435,7 @@ def test_a_batch_that_does_not_divide_is_refused_at_the_start_of_a_run(tmp_path)
     with pytest.raises(
         UserError, match=r"config.data.batch=6 does not divide .* in 4 parts \(config.train.accumulate\)"
     ):
-        train.train(config, dataset, tmp_path / "run", StopRequest())
+        train_run(config, dataset, tmp_path / "run", StopRequest())
     assert not (tmp_path / "run").exists()
 
 

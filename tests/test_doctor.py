@@ -50,7 +50,7 @@ def test_the_terminal_gets_json_alone(capsys):
 )
 def test_data_that_cannot_be_read(make, text, tmp_path, capsys, monkeypatch):
     make(tmp_path / "data")
-    monkeypatch.setattr(diagnosis, "precision", lambda: diagnosis.Finding("precision", diagnosis.OK, ""))
+    monkeypatch.setattr(doctor, "precision", lambda: diagnosis.Finding("precision", diagnosis.OK, ""))
     status, out = run(capsys, "--quick", f"--data={tmp_path / 'data'}")
     assert status == 1 and text in out and out.splitlines()[-1] == "verdict    not ready: reading"
 
@@ -59,7 +59,7 @@ def test_a_check_that_breaks_is_a_failure_of_its_own(capsys, monkeypatch):
     def precision():
         raise RuntimeError("no kernel image is available\nand more")
 
-    monkeypatch.setattr(diagnosis, "precision", precision)
+    monkeypatch.setattr(doctor, "precision", precision)
     status, out = run(capsys, "--quick")
     assert status == 1 and "precision  failure  RuntimeError: no kernel image is available" in out
     assert "please report it" in out and "not ready: precision" in out

@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
         rehearse(suggest, options.config, overrides, slots=options.pack, layout=options.layout, budget=budget)
         return 0
     if config.init.weights and "init.weights" not in distributions:  # every trial would fail for want of them
-        read_start(config)
+        read_start(config.init)
     sampler = studies.make_sampler(options.sampler, distributions, options.seed)
     size = studies.grid_size(sampler)
     if size is not None and size < options.trials:
