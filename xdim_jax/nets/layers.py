@@ -8,7 +8,6 @@ Modes follow Flax: ``model.train()`` and ``model.eval()`` set ``use_running_aver
 """
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Callable
 from typing import Any
@@ -96,14 +95,21 @@ class Style:
         return tuple(sides)
 
     def strides(self, level: int) -> tuple[int, ...]:
-        """The strides of the layer that goes to 1/2^(level + 1) of the input."""
+        """Return the strides of the layer whose output has 1/2^(level + 1) of the size of the input."""
         return self.window(2, self.depth.strides[level])
+
+    @property
+    def level_strides(self) -> tuple[tuple[int, ...], ...]:
+        """The strides of every level along every axis, finest level first."""
+        return tuple(self.strides(level) for level in range(LEVELS))
 
 
 def stage(owner: nnx.Module, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call``, a part of ``owner``, known by its name in profiles; if ``owner.remat`` names it, the backward pass
-    computes its activations again."""
-    again = any(fnmatch.fnmatchcase(name, pattern) for pattern in getattr(owner, "remat", ()))
+    """Return ``call``, a part of the network ``owner``, as a function whose operations have its name in profiles.
+
+    If the name is in ``owner.remat``, the backward pass computes its activations again.
+    """
+    again = name in getattr(owner, "remat", ())
 
     def named(*arguments: Any) -> Any:
         with jax.named_scope(name):

@@ -169,17 +169,25 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def encoder_section(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Path of the encoder in a network, and what `Weights.model` would say of it."""
-    config = networks.plain(config)
-    prefix, outer, ndim = "encoder.", config, networks.spatial_axes(config)
-    if config["name"] == "dsnet":
-        prefix, outer, ndim = "inner.encoder.", config["inner"], 2
-    section = {"name": outer["encoder"]["name"], "in_channels": 0, "ndim": ndim, "norm": outer["norm"]}
-    section |= {key: outer["encoder"].get(key, default) for key, default in (("eps", 1e-5), ("padding", "symmetric"))}
-    if ndim == 3:
-        section["depth"] = dataclasses.asdict(Depth(**(config.get("depth") or {})))
-    stem = f"{prefix}{get_family(section['name']).stem}.kernel"
-    section["in_channels"] = int(module_leaves(networks.build_abstract(config))[stem].shape[-2])
+    """Find the encoder of a network.
+
+    Args:
+        config: The ``model`` section of the network.
+
+    Returns:
+        The prefix that the encoder's arrays have in the network (``encoder.``), and the encoder's description, as in
+        `Weights.model`.
+    """
+    *path, last = networks.get_network(config).encoder_path
+    outer = networks.plain(config)
+    for key in path:
+        outer = outer[key]
+    encoder, prefix = outer[last], ".".join((*path, last, ""))
+    stem = module_leaves(networks.build_abstract(config))[f"{prefix}{get_family(encoder['name']).stem}.kernel"]
+    section = {"name": encoder["name"], "in_channels": int(stem.shape[-2]), "ndim": len(stem.shape) - 2}
+    section |= {"norm": outer["norm"], "eps": encoder.get("eps", 1e-5), "padding": encoder.get("padding", "symmetric")}
+    if section["ndim"] == 3:
+        section["depth"] = dataclasses.asdict(Depth(**(outer.get("depth") or {})))
     return prefix, section
 
 
