@@ -23,7 +23,8 @@ class Network(Protocol):
 
     Attributes:
         ndim: Number of spatial axes, 2 or 3.
-        fixed_axes: Number of leading spatial axes whose size does not follow the others, such as the depth of DS-Net.
+        fixed_axes: Number of leading spatial axes that `xdim_jax.plan` does not vary when it searches for the largest
+            patch: 1 for DS-Net, whose depth is limited; else 0.
         encoder_path: Keys that lead to the encoder, both in the section and in the parameters.
         remat: Names of the stages whose activations the backward pass computes again; see `set_remat`.
     """
@@ -155,7 +156,7 @@ def _tuple(value: Any) -> Any:
 
 
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the network's constructor."""
+    """Return the arguments of the network's constructor."""
     return {key: value for key, value in plain(config).items() if key != "name"}
 
 
@@ -163,7 +164,7 @@ def check_patch(config: Mapping[str, Any], patch: Sequence[int]) -> None:
     """Check that a network can be trained with patches of this size.
 
     Raises:
-        ValueError: It cannot; names the axis, the level and the nearest valid sizes.
+        ValueError: The size is not valid; names the axis, the level and the nearest valid sizes.
     """
     network, name = get_network(config), config["name"]
     if len(patch) != network.ndim:
@@ -179,7 +180,7 @@ def check_space(config: Mapping[str, Any], patch: Sequence[int], space: int) -> 
     """Check that the first axis of a patch can be divided among ``space`` devices at every level of a network.
 
     Raises:
-        UserError: It cannot.
+        UserError: It cannot be divided; names the next valid sizes.
     """
     if space > 1:
         get_network(config).check_space(_options(config), patch, space)

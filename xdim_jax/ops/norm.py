@@ -53,7 +53,7 @@ def normalise(
         gradient and are for running averages.
     """
     if active_form() == "reference" or across is not None:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # once, so that its gradient is rounded once
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # cast once, so that its gradient is rounded once
         mean, var = _moments(wide, axes, across)
         z = (wide - mean) * lax.rsqrt(var + eps) * scale + bias
         return activate(z, activation).astype(x.dtype), lax.stop_gradient(mean), lax.stop_gradient(var)

@@ -163,10 +163,10 @@ def _from_columns(columns: jax.Array, taps: int) -> jax.Array:
 
 
 def _given(g: jax.Array, taps: int, depth: int, phase: Ints, axes: Axes, done: jax.Array | None) -> jax.Array:
-    """Return the gradients of the outputs of one phase that each input plane adds to: ``(B D, H, W, taps O)``.
+    """Return, for each input plane, the gradients of the outputs of one phase that depend on it.
 
-    The taps along the depth are channels. This array is as large as g or larger. It is computed after ``done``, a
-    result of the previous phase, so that the array of that phase is freed before.
+    The result is ``(B D, H, W, taps O)``: the taps along the depth are channels. It is at least as large as g.
+    Therefore it is computed after ``done``, a result of the previous phase, when the array of that phase is free.
     """
     stride, crop, size = axes[0]
     length = stride * (depth - 1) + taps

@@ -3,7 +3,7 @@
 Upsampling (by repetition or by a transposed convolution) and the following convolution are together one linear map,
 ``y[s i + t - c] += x[i] @ W[t]``: a transposed convolution. Each tap of its kernel W is a sum over the pairs of taps of
 the two maps that connect the same input and output. It needs fewer products than the two maps: in 3D with factor 2 and
-per output voxel, 8 instead of 27 and those of the upsampling. Neither the upsampled array nor its concatenation with
+per output voxel, 8 instead of 27 plus those of the upsampling. Neither the upsampled array nor its concatenation with
 the skip is ever in memory.
 """
 
@@ -43,7 +43,7 @@ def conv_upsampled(
     size: Ints | None = None,
     expand: Expand | None = None,
 ) -> jax.Array:
-    """Return ``conv(concatenate([upsample(x), skip]))`` with stride 1 and 3 taps and symmetric padding on every axis.
+    """Return ``conv(concatenate([upsample(x), skip]))`` with 3 taps, stride 1 and symmetric padding.
 
     Args:
         x: Array ``(batch, *spatial, in)``.
@@ -168,10 +168,10 @@ def _inside(bias: jax.Array, size: Ints) -> jax.Array:
 
 
 def _beyond(x: jax.Array, kernel: jax.Array, factors: Ints, size: Ints, expand: Expand) -> jax.Array | float:
-    """Return what the composed map adds too much to the first and the last plane of the output.
+    """Return the excess of the composed map in the first and the last plane of the output.
 
-    The composed map includes planes of the transposed convolution that ``crop`` and ``size`` leave out. The convolution
-    has zero padding in their place.
+    The composed map includes planes of the transposed convolution that ``crop`` and ``size`` leave out, but
+    the convolution has zero padding there.
     """
     (depth, *plane), (taps, *_), stride, crop = size, expand.kernel.shape, factors[0], expand.crop[0]
     begin, end = -crop, stride * (x.shape[1] - 1) + taps - crop  # planes of the transposed convolution
