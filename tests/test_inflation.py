@@ -293,7 +293,7 @@ def test_acs_keeps_a_plane_per_third():
         assert relative(deep[..., members], np.expand_dims(flat, axis + 1)[..., members].repeat(3, axis + 1)) < EXACT
         others = np.setdiff1d(np.arange(7), members)
         assert relative(deep[..., others], np.expand_dims(flat, axis + 1)[..., others]) > 0.1
-    with pytest.raises(ValueError, match=r"square kernel into a cube; this one is \(1, 7\)"):
+    with pytest.raises(ValueError, match=r"square kernel into a cube; .* \(1, 7\)"):
         inflate.inflate_kernel(np.zeros((1, 7, 1, 3)), 3, axis=0, rule="acs")
 
 
@@ -315,7 +315,7 @@ def test_layers_may_have_rules_of_their_own():
     np.testing.assert_allclose(deep.arrays["conv_stem.kernel"][0], flat.arrays["conv_stem.kernel"] / 3)
     image = np.random.default_rng(0).normal(size=(1, 33, 40, 3))
     assert worst_slice(features(flat, image), features(deep, repeated(image, 9, 0)), 0) < EXACT
-    with pytest.raises(UserError, match=r"pattern 'bloks.\*' fits no layer; layers read blocks"):
+    with pytest.raises(UserError, match=r"pattern 'bloks.\*' matches no layer.* blocks"):
         inflated(flat, "mean", layers=(("bloks.*", "centre"),))
 
 
@@ -333,8 +333,8 @@ def test_what_was_done_is_told():
     ("options", "words"),
     [
         ({"rule": "median"}, "unknown inflation rule 'median'; known: mean, repeat"),
-        ({"sigma": 0.0}, "sigma of an inflation is a number above 0; got 0.0"),
-        ({"spacing": float("inf")}, "spacing of an inflation is a number above 0; got inf"),
+        ({"sigma": 0.0}, "sigma of an inflation must be a number above 0; got 0.0"),
+        ({"spacing": float("inf")}, "spacing of an inflation must be a number above 0; got inf"),
         ({"layers": (("*", "half"),)}, "unknown inflation rule 'half'"),
     ],
 )
@@ -386,7 +386,7 @@ def test_a_whole_network_on_any_volume_slice_by_slice(axis):
 
 
 def test_only_a_whole_omnianet_inflates():
-    with pytest.raises(UserError, match="only a whole Omnia-Net can be inflated, this is encoder efficientnet_toy"):
+    with pytest.raises(UserError, match=r"only a whole Omnia-Net can be inflated.* encoder efficientnet_toy"):
         inflate_network(make_encoder(), {}, Inflation())
 
 
@@ -440,7 +440,7 @@ def test_a_map_names_channels():
     picked = input_channels.adapt_channels(kernel, 2, "map", channel_map=(2, 0))
     np.testing.assert_allclose(picked[..., 0, :] / picked[..., 1, :], kernel[..., 2, :] / kernel[..., 0, :])
     for wrong in ((0, 1), (0, 1, 3), (0, 1, -1)):
-        with pytest.raises(ValueError, match=r"for each of 3 channels, one of the source's, 0 to 2"):
+        with pytest.raises(ValueError, match="source channel, 0 to 2, for each of 3 channels"):
             input_channels.adapt_channels(kernel, 3, "map", channel_map=wrong)
 
 

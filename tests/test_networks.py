@@ -11,10 +11,11 @@ from tests.test_parity import ds_case, timm, unet_case
 from weight_port import authors
 from xdim_jax import ops
 from xdim_jax.base.config import load_config, shipped_recipes
+from xdim_jax.base.errors import UserError
 from xdim_jax.nets import encoders, layers, networks
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.layers import Depth, Style
-from xdim_jax.nets.weights import named
+from xdim_jax.nets.weights import encoder_section, named
 from xdim_jax.pages import report
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -304,6 +305,42 @@ def test_illegal_sizes_are_explained_for_every_network(section, patch, words):
     assert words in str(error.value)
 
 
+class Wrapped(nnx.Module):
+    """A network with an inner network, like DS-Net. No other file refers to it."""
+
+    ndim, fixed_axes, encoder_path, remat = 2, 0, ("body", "encoder"), ()
+    stages, parts = ("body", "body.encoder", "body.decoder5"), ("body",)
+
+    def __init__(self, *, body, rngs):
+        self.body = networks.OmniaNet(rngs=rngs, **body)
+
+    @classmethod
+    def size_problems(cls, section, size):
+        return [f"axis H is {size[0]}, not {section['body']['filters'][0]}"] if size[0] != 8 else []
+
+    @classmethod
+    def check_space(cls, section, size, devices):
+        raise UserError(f"{devices} devices")
+
+
+def test_a_new_network_needs_only_a_class_and_an_entry(monkeypatch):
+    monkeypatch.setitem(networks.NETWORKS, "wrapped", Wrapped)
+    body = {key: value for key, value in OMNIANET.items() if key != "name"} | {"filters": (8,) * 5}
+    section = {"name": "wrapped", "body": body}
+    assert networks.spatial_axes(section) == 2 and networks.parts_of(section) == ("body",)
+    prefix, encoder = encoder_section(section)
+    assert prefix == "body.encoder."
+    assert (encoder["name"], encoder["ndim"], encoder["in_channels"]) == ("efficientnet_toy", 2, 8)
+    networks.check_patch(section, (8, 9))
+    with pytest.raises(ValueError, match="does not fit wrapped; axis H is 9, not 8"):
+        networks.check_patch(section, (9, 9))
+    with pytest.raises(UserError, match="2 devices"):
+        networks.check_space(section, (8, 9), 2)
+    model = networks.build_abstract(section)
+    networks.set_remat(model, "body.dec*")
+    assert model.remat == ("body.decoder5",) and model.body.remat == ("decoder5",)
+
+
 def test_legal_sizes_pass():
     networks.check_patch(OMNIANET, (32, 64))
     for depth in (97, 128, 144):
@@ -333,13 +370,13 @@ def test_a_wrong_image_is_refused_when_the_program_is_traced():
         ({"depth": {"strides": (2, 2, 3, 2, 2)}}, "each 1 or 2, finest level first"),
         (
             {"norm": "batch", "encoder": {"name": "resnet18", "eps": -1.0}},
-            "eps of a norm is above 0 and below 1; got -1.0",
+            "eps of a norm must be above 0 and below 1; got -1.0",
         ),
         ({"name": "omnianet", "depth": {"axis": 1}}, "a 2D network has no depth options"),
         ({"width": 3}, "dxnet: got an unexpected keyword argument 'width'"),
         ({"encoder": {"name": "b9", "eps": 1e-5}}, "unknown encoder 'b9'; known: efficientnet_b0"),
         ({"encoder": {"name": "resnet18", "padding": "valid"}}, "unknown padding 'valid'; known: symmetric, same"),
-        ({"encoder": {"name": "resnet18", "drop_path": 1.0}}, "a drop-path rate is in [0, 1); got 1.0"),
+        ({"encoder": {"name": "resnet18", "drop_path": 1.0}}, "a drop-path rate must be in [0, 1); got 1.0"),
     ],
 )
 def test_unknown_choices_list_the_known_ones(change, words):

@@ -1,7 +1,7 @@
-"""Weights from PyTorch to xdim_jax and back: timm's classifiers and the authors' released networks.
+"""Conversion of weights from PyTorch to xdim_jax and back: timm's classifiers and the authors' released networks.
 
-The only place that may import torch or timm, and it does so late: safetensors files are ported without either. The
-command is ``python -m weight_port --help``; the functions below are the same in Python.
+This is the only package that may import torch or timm. It imports them only when they are needed: safetensors files are
+converted without either. The command is ``python -m weight_port --help``. The functions below offer the same in Python.
 """
 
 from weight_port.authors import NETWORKS, from_authors, to_authors

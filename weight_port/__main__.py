@@ -1,12 +1,13 @@
 """Converts PyTorch weights to xdim_jax and back, and inflates 2D weights to 3D.
 
---source says whose names the PyTorch side has:
-  timm      a classifier of timm, as an encoder (EfficientNet B0-B7, ResNet, VGG with batch norm, ConvNeXt)
+--source selects the kind of the source:
+  timm      a classifier of timm, which becomes an encoder (EfficientNet B0-B7, ResNet, VGG with batch norm, ConvNeXt)
   authors   a file that the paper's authors released, or a network trained with their code
-  xdim      no PyTorch: a file of this tool, or the workdir of a training, to inflate or to keep as one file
+  xdim      a file of this tool, or the workdir of a training, to inflate it or to write it as one file
 
-Beside OUT.safetensors comes OUT.json: the source's hash, what was done to every array, and how far one forward pass is
-from the source's. With --to-torch the way is the other one: from our file to a state_dict with the names of --source.
+Writes OUT.safetensors and OUT.json. OUT.json records the hash of the source, how every array was converted, and the
+largest difference between one forward pass of the source and one of the result.
+With --to-torch the conversion is reversed: from a file of this tool to a state_dict with the names of --source.
 """
 
 import argparse
@@ -38,47 +39,66 @@ EXAMPLES = """examples:
   python -m weight_port --source=xdim --from-file=runs/camus --inflate=centre --depth-strides=1,1,1,1,1 \\
       --squeeze=slice --out=omnianet_3d.safetensors
 
-exit status: 0 done, 2 unusable input"""
+exit status: 0 if the file was written, 2 if the input is unusable"""
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The command line, see ``--help``."""
+    """Build the parser of the command line."""
     parser = make_parser("weight_port", __doc__ or "", EXAMPLES)
     parser.add_argument("--source", required=True, choices=("timm", "authors", "xdim"))
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help=".safetensors; with --to-torch also .pth"
+        "--out", required=True, type=Path, metavar="FILE", help="file to write: .safetensors; with --to-torch also .pth"
     )
-    parser.add_argument("--from-file", type=Path, metavar="FILE", help="default for timm: the Hugging Face hub")
-    parser.add_argument("--model", metavar="NAME", help="timm's name, e.g. tf_efficientnet_b0.ns_jft_in1k")
-    parser.add_argument("--network", choices=tuple(authors.NETWORKS), help="what an authors' file is of")
-    parser.add_argument("--part", choices=("all", "encoder"), default="all", help="of a network; default all")
-    parser.add_argument("--to-torch", action="store_true", help="from our file (or a workdir) to a PyTorch state_dict")
-    parser.add_argument("--no-probe", action="store_true", help="leave out the forward passes")
-    group = parser.add_argument_group("inflation", "what each rule preserves: pydoc xdim_jax.nets.inflate")
-    group.add_argument("--inflate", choices=RULES, metavar="RULE", help=f"from 2D to 3D: {', '.join(RULES)}")
-    group.add_argument("--axis", choices=tuple(AXES), help="the new axis; default depth")
+    parser.add_argument(
+        "--from-file",
+        type=Path,
+        metavar="FILE",
+        help="file to read; default with --source=timm: download from the Hugging Face hub",
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="name of the model in timm, e.g. tf_efficientnet_b0.ns_jft_in1k"
+    )
+    parser.add_argument("--network", choices=tuple(authors.NETWORKS), help="network that the authors' file contains")
+    parser.add_argument("--part", choices=("all", "encoder"), default="all", help="part of a network; default all")
+    parser.add_argument(
+        "--to-torch", action="store_true", help="convert a file of this tool (or a workdir) to a PyTorch state_dict"
+    )
+    parser.add_argument("--no-probe", action="store_true", help="do not compare forward passes")
+    group = parser.add_argument_group("inflation", "pydoc xdim_jax.nets.inflate shows what each rule preserves")
+    group.add_argument(
+        "--inflate", choices=RULES, metavar="RULE", help=f"inflate from 2D to 3D by this rule: {', '.join(RULES)}"
+    )
+    group.add_argument("--axis", choices=tuple(AXES), help="new axis; default depth")
     group.add_argument(
         "--inflate-layer",
         action="append",
         default=[],
         metavar="PATTERN=RULE",
-        help="another rule for some layers, e.g. 'blocks.0.*=centre'; may be given several times",
+        help="another rule for the layers that match, e.g. 'blocks.0.*=centre'; may be given several times",
     )
-    group.add_argument("--sigma", type=float, help="of rule gaussian, in taps; default 1")
-    group.add_argument("--spacing", type=float, help="of rule spacing: slice distance / pixel width; default 1")
-    group.add_argument("--seed", type=int, default=0, help="of rules random and randn; default 0")
-    group.add_argument("--depth-padding", choices=DEPTH_PADDINGS, help="default zero")
-    group.add_argument("--depth-strides", metavar="S,S,S,S,S", help="1 or 2 per level, finest first; default 2")
-    group.add_argument("--squeeze", choices=SQUEEZES, help="pooling of squeeze-excite; default volume")
-    group = parser.add_argument_group("input channels", "what each rule preserves: pydoc xdim_jax.nets.input_channels")
-    group.add_argument("--channels", type=int, metavar="N", help="default: as the source")
-    group.add_argument("--channel-rule", choices=CHANNEL_RULES, help="default cycle, where the number changes")
-    group.add_argument("--channel-map", metavar="C,C,...", help="of rule map: source channels, from 0")
+    group.add_argument("--sigma", type=float, help="standard deviation for rule gaussian, in taps; default 1")
+    group.add_argument("--spacing", type=float, help="slice distance / pixel width, for rule spacing; default 1")
+    group.add_argument("--seed", type=int, default=0, help="random seed for rules random and randn; default 0")
+    group.add_argument("--depth-padding", choices=DEPTH_PADDINGS, help="padding along the new axis; default zero")
+    group.add_argument(
+        "--depth-strides",
+        metavar="S,S,S,S,S",
+        help="strides along the new axis, 1 or 2 per level, finest first; default 2",
+    )
+    group.add_argument("--squeeze", choices=SQUEEZES, help="pooling of squeeze-and-excitation; default volume")
+    group = parser.add_argument_group(
+        "input channels", "pydoc xdim_jax.nets.input_channels shows what each rule preserves"
+    )
+    group.add_argument(
+        "--channels", type=int, metavar="N", help="number of input channels; default: that of the source"
+    )
+    group.add_argument("--channel-rule", choices=CHANNEL_RULES, help="default cycle if the number of channels changes")
+    group.add_argument("--channel-map", metavar="C,C,...", help="source channels for rule map, counted from 0")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Ports one file."""
+    """Convert one file."""
     options = _parser().parse_args(argv)
     _check(options)
     if options.to_torch:
@@ -108,32 +128,35 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Options that do not go together, all at once."""
+    """Raise UserError, which lists all problems, if the options do not fit together."""
     problems = []
     if options.source == "timm" and not options.model and not options.to_torch:
         problems.append("--source=timm needs --model, e.g. --model=tf_efficientnet_b0.ns_jft_in1k")
     if options.source == "authors" and not options.network and not options.to_torch:
         problems.append(f"--source=authors needs --network: {', '.join(authors.NETWORKS)}")
     if options.from_file is None and (options.source != "timm" or options.to_torch):
-        problems.append("--from-file is needed: only timm's files are on the hub")
+        problems.append("--from-file is needed: only files of timm can be downloaded, with --source=timm")
     if options.to_torch and options.source == "xdim":
-        problems.append("--to-torch needs --source=timm or --source=authors: whose names to write")
+        problems.append("--to-torch needs --source=timm or --source=authors, which select the names to write")
     if options.to_torch and (options.inflate or options.channels or options.channel_rule or options.part != "all"):
-        problems.append("--to-torch writes the weights as they are: port with --inflate, --channels or --part first")
+        problems.append(
+            "--to-torch writes the weights unchanged: first write a file with --inflate, --channels or --part, then "
+            "convert it"
+        )
     if not options.to_torch and options.out.suffix != ".safetensors":
-        problems.append(f"--out={options.out}: expected a name that ends in .safetensors")
+        problems.append(f"--out={options.out}: expected a name that ends with .safetensors")
     for flags, needed in (
         (("axis", "inflate_layer", "sigma", "spacing", "depth_padding", "depth_strides", "squeeze"), "inflate"),
         (("channel_map",), "channel_rule"),
     ):
         for flag in flags:
             if getattr(options, flag) and not getattr(options, needed):
-                problems.append(f"{_flag(flag)} has no meaning without {_flag(needed)}")
+                problems.append(f"{_flag(flag)} has no effect without {_flag(needed)}")
     if (options.channel_rule == "map") != bool(options.channel_map):
-        problems.append("--channel-map and --channel-rule=map go together")
+        problems.append("--channel-map and --channel-rule=map must be given together")
     for flag, source in (("model", "timm"), ("network", "authors")):
         if getattr(options, flag) and (options.source != source or options.to_torch):
-            problems.append(f"{_flag(flag)} is for reading --source={source}")
+            problems.append(f"{_flag(flag)} is only for reading with --source={source}")
     if options.channels is not None and options.channels < 1:
         problems.append(f"--channels={options.channels}: expected 1 or more")
     if problems:
@@ -145,7 +168,7 @@ def _flag(name: str) -> str:
 
 
 def _read(options: argparse.Namespace) -> tuple[Weights, dict[str, Any]]:
-    """The source's weights, and the report begun."""
+    """Return the weights of the source, and the first entries of the report."""
     probes = []
     if options.source == "timm":
         name = timm_models.parse_name(options.model)
@@ -177,11 +200,11 @@ def _numbers(flag: str, words: str | None) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in (words or "").split(",") if word)
     except ValueError as error:
-        raise UserError(f"{flag}={words}: expected whole numbers with commas between them") from error
+        raise UserError(f"{flag}={words}: expected whole numbers separated by commas") from error
 
 
 def _depth(options: argparse.Namespace) -> dict[str, Any]:
-    """Fields of Depth, all of them."""
+    """Return all fields of `Depth`, from the options and the defaults."""
     given: dict[str, Any] = {"axis": AXES[options.axis or "depth"]}
     given |= {"padding": options.depth_padding, "squeeze": options.squeeze}
     if options.depth_strides:
@@ -193,12 +216,13 @@ def _depth(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _adapt(options: argparse.Namespace, weights: Weights) -> tuple[Weights, dict[str, str]]:
-    """Part, channels and inflation, as asked for."""
+    """Apply the requested part, channels and inflation; also return how each array was obtained."""
     weights = part(weights) if options.part == "encoder" else weights
     if weights.kind == "network":
         if options.channels or options.channel_rule:
             raise UserError(
-                "--channels adapts the stem of an encoder; a whole network has a block of its own before it"
+                "--channels and --channel-rule adapt the first layer of an encoder. In a whole network the encoder is "
+                "not at the input: convert the encoder alone with --part=encoder"
             )
         if options.inflate:
             return inflate_network(weights, _depth(options), _inflation(options))
@@ -206,7 +230,7 @@ def _adapt(options: argparse.Namespace, weights: Weights) -> tuple[Weights, dict
     section = dict(weights.model)
     if options.inflate:
         if section["ndim"] != 2:
-            raise UserError(f"--inflate={options.inflate}: the weights are {section['ndim']}D already")
+            raise UserError(f"--inflate={options.inflate}: expected 2D weights, found {section['ndim']}D weights")
         section |= {"ndim": 3, "depth": _depth(options)}
     section["in_channels"] = options.channels or section["in_channels"]
     channel_map = _numbers("--channel-map", options.channel_map)
@@ -216,7 +240,7 @@ def _adapt(options: argparse.Namespace, weights: Weights) -> tuple[Weights, dict
 
 
 def _flat(options: argparse.Namespace, weights: Weights) -> Weights:
-    """The 2D weights with the channels asked for: what an inflated encoder is compared with."""
+    """Return the 2D weights with the requested channels, for the comparison with the inflated encoder."""
     without = argparse.Namespace(**{**vars(options), "inflate": None, "inflate_layer": []})
     return _adapt(without, weights)[0]
 
@@ -226,10 +250,10 @@ def _shape(arrays: Mapping[str, np.ndarray], name: str) -> list[int] | None:
 
 
 def _summarise(out: Path, path: Path, ported: Weights, report: Mapping[str, Any]) -> None:
-    read_weights(out)  # what was written can be read
+    read_weights(out)  # check that the file can be read
     if report.get("zero_padding"):
-        log.say("padding    zeros along depth, as released: a volume of equal slices does not give the 2D features;")
-        log.say("           --depth-padding=edge and renorm do")
+        log.say("padding    zeros along the depth, as in the released code: for a volume of equal slices the features")
+        log.say("           differ from those in 2D; with --depth-padding=edge or renorm they are equal")
     log.say(f"wrote      {out}: {ported.kind} {ported.model['name']}, {len(ported.arrays)} arrays")
     for result in report["probes"]:
         if "skipped" in result:
@@ -242,7 +266,7 @@ def _summarise(out: Path, path: Path, ported: Weights, report: Mapping[str, Any]
 
 
 def command() -> NoReturn:
-    """The console entry point."""
+    """Run the console entry point."""
     run(main)
 
 

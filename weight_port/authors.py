@@ -1,8 +1,8 @@
-"""The authors' released networks: their names for layers, what a file says of its network, and the way back.
+"""Conversion of the authors' released networks: names of layers, facts read from a file, and the reverse conversion.
 
-Source: spec, architecture, sections 2 to 7. Their networks hold a classification head that is never called; it is kept
-under ``unused/``, and on the way back it is there again (zeros where it was not kept), since ``load_state_dict`` asks
-for it.
+Source: the authors' released code, as described in docs/networks.md. Their networks contain a classification head that
+is never used. Its arrays are kept under ``unused/``. The reverse conversion writes them again, or zeros if they were
+not kept, because ``load_state_dict`` expects them.
 """
 
 import re
@@ -20,9 +20,9 @@ from xdim_jax.nets.encoders import CONVENTIONS
 from xdim_jax.nets.encoders.efficientnet import SCALING, scaled_channels
 from xdim_jax.nets.weights import Weights, abstract_encoder, encoder_section, named
 
-HEAD = 1280  # filters of EfficientNet-B0's head, before scaling
+HEAD = 1280  # filters of the head of EfficientNet-B0; other sizes scale it
 _DEPTH = {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)}
-_DROP_PATH = 0.4  # every released network is built with it
+_DROP_PATH = 0.4  # of every released network
 
 
 def _encoder(size: str) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def _unet(name: str, size: str, activation: str, upsampling: str, **extra: Any) 
     }
 
 
-# what each released file is of; channels, filters and the kind of norm are read off the file
+# the released networks; numbers of channels and filters and the kind of norm are read from the file
 NETWORKS: dict[str, dict[str, Any]] = {
     "encoder-b0": {"name": "efficientnet_b0", "ndim": 2, **CONVENTIONS["authors"]},
     "encoder-b4": {"name": "efficientnet_b4", "ndim": 2, **CONVENTIONS["authors"]},
@@ -74,19 +74,19 @@ _DSNET_NAMES = (
 
 
 def rename_encoder(path: str) -> str:
-    """``blocks.3.0.conv_dw`` to ``enc3.0.conv_dw``."""
+    """Return the authors' name of a layer of the encoder, such as ``enc3.0.conv_dw`` for ``blocks.3.0.conv_dw``."""
     return _substituted(path, _ENCODER_NAMES)
 
 
 def rename_unet(path: str) -> str:
-    """``decoder.0.conv1.conv`` to ``decoder1.conv1.conv``; the encoder's layers under ``encoder.``."""
+    """Return the authors' name of a layer of a U-Net, such as ``decoder1.conv1.conv`` for ``decoder.0.conv1.conv``."""
     if path.startswith("encoder."):
         return "encoder." + rename_encoder(path.removeprefix("encoder."))
     return _substituted(path, _UNET_NAMES)
 
 
 def rename_dsnet(path: str) -> str:
-    """``enc.0.conv2.conv`` to ``enc3.0.conv2``; the 2D network's layers under ``model2D.``."""
+    """Return the authors' name of a layer of DS-Net, such as ``enc3.0.conv2`` for ``enc.0.conv2.conv``."""
     if path.startswith("inner."):
         return "model2D." + rename_unet(path.removeprefix("inner."))
     return _substituted(path, _DSNET_NAMES)
@@ -99,14 +99,14 @@ def _substituted(path: str, rules: Any) -> str:
 
 
 def from_authors(network: str, from_file: Path) -> Weights:
-    """A released file, or a state_dict of a network trained with the authors' code.
+    """Convert a released file, or a state_dict of a network trained with the authors' code.
 
     Args:
-        network: a key of `NETWORKS`.
-        from_file: .pth, .pt or safetensors.
+        network: A key of `NETWORKS`.
+        from_file: File of type .pth, .pt or .safetensors.
 
     Raises:
-        UserError: unknown network, unreadable file, or weights of another architecture.
+        UserError: The network is unknown, the file cannot be read, or the weights are those of another architecture.
     """
     if network not in NETWORKS:
         raise UserError(f"--network: unknown network {network!r}; known: {', '.join(NETWORKS)}")
@@ -114,22 +114,22 @@ def from_authors(network: str, from_file: Path) -> Weights:
 
 
 def convert(source: Source, network: str) -> Weights:
-    """What `from_authors` does, on arrays that are read already."""
+    """Convert like `from_authors`, from arrays that are already read."""
     section = _complete(NETWORKS[network], _Facts(source, network))
     module, rename, prefix = structure(section)
     what = f"the weights of {source.record['file']} (as --network={network})"
     unused = tuple(f"{prefix}{part}" for part in ("conv_head.", "norm_head."))
-    hint = f"Is the file of another network? Known: {', '.join(NETWORKS)}"
+    hint = f"If the file contains another network, name it with --network. Known: {', '.join(NETWORKS)}"
     arrays, apart = import_state(source.state, module, rename, unused, what, hint)
     kind = "encoder" if "ndim" in section else "network"
     return Weights(kind, section, arrays, apart, {"from": "authors", "network": network, **source.record})
 
 
 def to_authors(weights: Weights) -> dict[str, np.ndarray]:
-    """A state_dict that the authors' code loads.
+    """Return a state_dict that the authors' code can load.
 
     Raises:
-        UserError: a network that their code does not have.
+        UserError: Their code does not have this network.
     """
     section = weights.model
     _check_known(section, "encoder" if weights.kind == "encoder" else "network")
@@ -142,7 +142,7 @@ def to_authors(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def _check_known(section: Mapping[str, Any], kind: str) -> None:
-    """Raises UserError, listing how it differs from the nearest of theirs, for a network that their code lacks."""
+    """Raise UserError if the authors' code lacks a network; lists the differences from the most similar one it has."""
     differences = {
         name: _differing(named(known), named(section))
         for name, known in NETWORKS.items()
@@ -151,23 +151,23 @@ def _check_known(section: Mapping[str, Any], kind: str) -> None:
     nearest = min(differences, key=lambda name: len(differences[name]))
     if differences[nearest]:
         raise UserError(
-            f"the authors' code does not compute what these weights were trained for; {nearest} is nearest, but\n  "
+            f"the authors' code does not have the network of these weights. The most similar one is {nearest}, but\n  "
             + "\n  ".join(differences[nearest])
         )
 
 
 def _differing(known: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """What is not read off a file, nor without effect in evaluation mode, and differs."""
+    """Return the differences in keys that are not read from a file and that have an effect in evaluation mode."""
     read = ("in_channels", "out_channels", "filters", "norm", "images", "drop_path")
     return [
-        f"{key} is {found.get(key)!r} here, {known.get(key)!r} there"
+        f"{key} is {found.get(key)!r} in the weights, {known.get(key)!r} in the authors' code"
         for key in sorted(known.keys() | found.keys())
         if key.rpartition(".")[2] not in read and known.get(key) != found.get(key)
     ]
 
 
 def structure(section: Mapping[str, Any]) -> tuple[Any, Any, str]:
-    """The abstract module, its renaming, and the prefix of its encoder in the authors' names."""
+    """Return the abstract module, the function that renames its layers, and the authors' prefix of its encoder."""
     if "ndim" in section:
         return abstract_encoder(section), rename_encoder, ""
     if section["name"] == "dsnet":
@@ -176,7 +176,7 @@ def structure(section: Mapping[str, Any]) -> tuple[Any, Any, str]:
 
 
 class _Facts:
-    """What a state_dict says of its network. A missing leaf is reported as such, not as a KeyError."""
+    """Facts about a network that are read from its state_dict. A missing array raises UserError."""
 
     def __init__(self, source: Source, network: str):
         self.state, self.file, self.network = source.state, source.record["file"], network
@@ -185,15 +185,15 @@ class _Facts:
         shape = tuple(self.state[name].shape) if name in self.state else None
         if shape is None or len(shape) != rank:
             names = ", ".join(list(self.state)[:4])
-            found = f"it is {shape}" if shape else f"there is none; the file holds {names}, ..."
+            found = f"its shape is {shape}" if shape else f"it is missing; the file has {names}, ..."
             raise UserError(
-                f"--network={self.network}: {self.file} should hold {name} with {rank} axes, but {found}. Is it of "
-                f"another network? Known: {', '.join(NETWORKS)}"
+                f"--network={self.network}: expected {name} with {rank} axes in {self.file}, but {found}. If the file "
+                f"contains another network, name it. Known: {', '.join(NETWORKS)}"
             )
         return shape
 
     def norm(self, path: str) -> str:
-        """Kind of the norm at a path, by the leaves that it has."""
+        """Return the kind of the norm at a path, which follows from its arrays."""
         if f"{path}.running_var" in self.state:
             return "batch"
         return "instance" if f"{path}.weight" in self.state else "instance_noaffine"
@@ -230,7 +230,7 @@ def _complete(section: dict[str, Any], facts: _Facts) -> dict[str, Any]:
 
 
 def _empty_head(section: Mapping[str, Any], state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The never-called head: zeros, and an identity norm of the kind that the encoder has."""
+    """Return the unused classification head: zeros, and an identity norm of the same kind as in the encoder."""
     encoder = section if "ndim" in section else encoder_section(section)[1]
     if not encoder["name"].startswith("efficientnet"):
         return {}

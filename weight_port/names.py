@@ -1,8 +1,15 @@
-"""Which PyTorch leaf is which of ours, and how its array is laid out. One table serves both directions.
+"""Names and layouts of arrays in PyTorch and in this package. One table is used in both directions.
 
-A path is renamed by the family of files; the leaf's name and layout follow from the layer it belongs to: dense and
-depthwise kernels ``(O, I / groups, *k)`` are ours as ``(*k, I / groups, O)``, transposed ones ``(I, O, *k)`` as
-``(*k, I, O)`` (same tap order), linear ones ``(O, I)`` as ``(I, O)``.
+The modules for timm and for the authors' files rename the paths of layers. The name and the layout of an array follow
+from the kind of its layer:
+
+======================  =======================  =======================================
+layer                   PyTorch                  this package
+======================  =======================  =======================================
+convolution             ``(O, I / groups, *k)``  ``(*k, I / groups, O)``
+transposed convolution  ``(I, O, *k)``           ``(*k, I, O)``, taps in the same order
+linear                  ``(O, I)``               ``(I, O)``
+======================  =======================  =======================================
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +22,15 @@ from xdim_jax.nets.inflate import named_layers
 from xdim_jax.nets.layers import Conv, ConvTranspose, Dense
 from xdim_jax.nets.weights import check_leaves, module_leaves
 
-COUNTER = "num_batches_tracked"  # of PyTorch's batch norms; of no use without cumulative averages
+COUNTER = "num_batches_tracked"  # in PyTorch's batch norms; used only for cumulative averages
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
 class Leaf(NamedTuple):
-    """One array here and there; ``layout`` is ``conv``, ``transposed``, ``linear`` or ``vector``."""
+    """One array: its name in this package, its name in PyTorch, its layout and its shape in this package.
+
+    The layout is ``conv``, ``transposed``, ``linear`` or ``vector``.
+    """
 
     ours: str
     theirs: str
@@ -29,7 +39,7 @@ class Leaf(NamedTuple):
 
 
 def leaves(module: nnx.Module, rename: Callable[[str], str]) -> list[Leaf]:
-    """The table for one network (abstract or not); ``rename`` maps paths of layers here to paths there."""
+    """Return the table for a network (abstract or not). ``rename`` maps the path of a layer to its path in PyTorch."""
     layers, table = named_layers(module), []
     for name, array in module_leaves(module).items():
         path, _, leaf = name.rpartition(".")
@@ -43,7 +53,7 @@ def leaves(module: nnx.Module, rename: Callable[[str], str]) -> list[Leaf]:
 
 
 def to_ours(array: np.ndarray, layout: str) -> np.ndarray:
-    """PyTorch's layout to ours."""
+    """Convert an array from PyTorch's layout to that of this package."""
     if layout == "conv":
         return np.moveaxis(array, (0, 1), (-1, -2))
     if layout == "transposed":
@@ -52,7 +62,7 @@ def to_ours(array: np.ndarray, layout: str) -> np.ndarray:
 
 
 def to_theirs(array: np.ndarray, layout: str) -> np.ndarray:
-    """Our layout to PyTorch's."""
+    """Convert an array from the layout of this package to PyTorch's."""
     if layout == "conv":
         return np.moveaxis(array, (-1, -2), (0, 1))
     if layout == "transposed":
@@ -72,17 +82,22 @@ def import_state(
     what: str,
     hint: str = "",
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """A state_dict to our arrays and to the parts that no network calls.
+    """Convert a state_dict.
 
     Args:
-        state: arrays by PyTorch name.
-        module: the network, with shapes in place of arrays.
-        rename: see `leaves`.
-        unused: prefixes of names that belong to no layer here; the counters of batch norms are always such.
-        what, hint: of the message: what does not fit, and the next step.
+        state: Arrays by PyTorch name.
+        module: The network, with shapes in place of arrays.
+        rename: See `leaves`.
+        unused: Prefixes of the names of arrays that belong to no layer of ``module``. The counters of batch norms are
+            always unused.
+        what: Subject of the error message.
+        hint: Next step, for the error message.
+
+    Returns:
+        The arrays of ``module`` by name, and the unused arrays by PyTorch name.
 
     Raises:
-        UserError: a leaf without a partner or of another shape, on either side.
+        UserError: An array has no counterpart or another shape, on either side.
     """
     table = leaves(module, rename)
     apart = {n: a for n, a in state.items() if n.startswith(tuple(unused)) or n.endswith(COUNTER)}
@@ -93,17 +108,23 @@ def import_state(
 
 
 def to_theirs_shape(leaf: Leaf) -> tuple[int, ...]:
-    """The shape that a leaf has in PyTorch."""
+    """Return the shape of an array in PyTorch."""
     return to_theirs(np.broadcast_to(np.float32(0), leaf.shape), leaf.layout).shape
 
 
 def export_state(
     arrays: Mapping[str, np.ndarray], unused: Mapping[str, np.ndarray], module: nnx.Module, rename: Callable[[str], str]
 ) -> dict[str, np.ndarray]:
-    """Our arrays to a state_dict; a counter that was not kept is 0. Order: as the layers are built.
+    """Convert arrays to a state_dict, in the order in which the layers are built.
+
+    Args:
+        arrays: Arrays of ``module`` by name.
+        unused: Unused arrays from `import_state`. A counter of batch norm that is missing is 0.
+        module: The network, with shapes in place of arrays.
+        rename: See `leaves`.
 
     Raises:
-        UserError: the arrays are not those of the network.
+        UserError: The arrays are not those of the network.
     """
     check_leaves(arrays, module_leaves(module), "the weights")
     state: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Does a port compute what its source does? One forward pass of both, feature by feature."""
+"""Comparison of converted weights with their source: one forward pass of both, feature by feature."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +12,19 @@ from xdim_jax.inference.model import make_model
 from xdim_jax.nets.encoders import get_family
 from xdim_jax.nets.weights import Weights
 
-SIZE = 64  # pixels of the probe image's side
+SIZE = 64  # side of the test image in pixels
 
 
 def timm_features(model: Any, encoder: str, image: Any) -> list[Any]:
-    """The layers of a timm model that are our five features (None where there is none), by hooks.
+    """Return the outputs of the layers of a timm model that correspond to the five features of an encoder.
 
-    timm's own ``features_only`` taps other layers than the paper's networks use.
+    The result has None for a level without a feature. The outputs are collected by hooks, because timm's own
+    ``features_only`` uses other layers than the networks of the paper.
+
+    Args:
+        model: timm model.
+        encoder: Name of the encoder, see `xdim_jax.nets.encoders.ENCODERS`.
+        image: Tensor ``(batch, channels, H, W)``.
     """
     taps = get_family(encoder).taps[encoder]
     found: dict[str, Any] = {}
@@ -38,7 +44,16 @@ def timm_features(model: Any, encoder: str, image: Any) -> list[Any]:
 
 
 def probe_timm(weights: Weights, state: Mapping[str, np.ndarray], name: TimmName) -> dict[str, Any]:
-    """Largest difference per feature between timm's model with ``state`` and our encoder, float32, noise image."""
+    """Compare the features of timm's model with those of our encoder, in float32 on an image of noise.
+
+    Args:
+        weights: Weights of the encoder.
+        state: State_dict of timm's model.
+        name: Name of timm's model.
+
+    Returns:
+        The entry of the report: what was compared, and the largest difference of each feature.
+    """
     timm = import_timm()
     if timm is None:
         return {"skipped": "torch and timm are not installed"}
@@ -57,7 +72,11 @@ def probe_timm(weights: Weights, state: Mapping[str, np.ndarray], name: TimmName
 
 
 def probe_inflation(flat: Weights, inflated: Weights) -> dict[str, Any]:
-    """Largest difference per feature between the 2D encoder on an image and the 3D one on a volume of that image."""
+    """Compare the 2D encoder on an image with the inflated encoder on a volume whose slices are all this image.
+
+    Returns:
+        The entry of the report: what was compared, and the largest difference of each feature.
+    """
     axis, channels = inflated.model["depth"]["axis"], inflated.model["in_channels"]
     rng = np.random.default_rng(0)
     image = rng.standard_normal((1, SIZE, SIZE, channels)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Files with PyTorch weights: safetensors without torch, pickles through torch with ``weights_only``."""
+"""Files with PyTorch weights. Safetensors files are read without torch, pickles by torch with ``weights_only``."""
 
 import dataclasses
 import hashlib
@@ -21,17 +21,17 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under whi
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Arrays by PyTorch name, and the record of where they came from: file name and SHA-256."""
+    """Arrays by PyTorch name, and the name and SHA-256 of their file."""
 
     state: dict[str, np.ndarray]
     record: dict[str, Any]
 
 
 def read_source(path: Path) -> Source:
-    """Reads a safetensors file or a pickled state_dict, whichever it is by its content.
+    """Read a safetensors file or a pickled state_dict. The content of the file decides, not its name.
 
     Raises:
-        UserError: missing, truncated, neither of the two, or a pickle of more than tensors.
+        UserError: The file is missing, truncated or of another kind, or a pickle that contains more than tensors.
     """
     path = Path(path)
     try:
@@ -59,33 +59,37 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             ported = "xdim_jax" in (file.metadata() or {})
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"--from-file: {path} is not a whole safetensors file ({error}); download it again") from error
+        raise UserError(
+            f"--from-file: {path} is not a complete safetensors file ({error}); download it again"
+        ) from error
     if ported:
-        raise UserError(f"--from-file: {path} is ported already; to go on from it use --source=xdim, or --to-torch")
+        raise UserError(
+            f"--from-file: {path} is already ported; use --source=xdim to convert it further, or --to-torch"
+        )
     return {n: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for n, a in arrays.items()}
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
-    torch = import_torch(f"{path} is a PyTorch file")
+    torch = import_torch(f"reading the PyTorch file {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"--from-file: {path} is a pickle of more than tensors (a whole module, as the released DS-Net encoder "
-            "is), which runs code when it is opened. Where you trust it, save its tensors first, with its class at "
-            "hand: torch.save(torch.load(file, weights_only=False).state_dict(), 'net.pth')"
+            f"--from-file: {path} is a pickle that contains more than tensors (a whole module, like the released "
+            "DS-Net encoder). Opening it runs code from the file. If you trust it, save its tensors in a program that "
+            "can import its class: torch.save(torch.load(file, weights_only=False).state_dict(), 'net.pth')"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(
-            f"--from-file: {path} is not a whole PyTorch file ({first_line(error)}); download it again"
+            f"--from-file: {path} is not a complete PyTorch file ({first_line(error)}); download it again"
         ) from error
     for key in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise UserError(f"--from-file: {path} holds no state_dict (names to tensors)")
+        raise UserError(f"--from-file: {path} contains no state_dict (a mapping from names to tensors)")
     names = [str(n) for n in content]
-    prefix = "module." if names and all(n.startswith("module.") for n in names) else ""  # DataParallel's
+    prefix = "module." if names and all(n.startswith("module.") for n in names) else ""  # added by DataParallel
     return {str(n).removeprefix(prefix): _array(torch, t) for n, t in content.items()}
 
 
@@ -95,7 +99,10 @@ def _array(torch: Any, tensor: Any) -> np.ndarray:
 
 
 def write_state(path: Path, state: Mapping[str, np.ndarray]) -> None:
-    """Writes a state_dict, as safetensors or, for other suffixes, with ``torch.save``; whole or not at all."""
+    """Write a state_dict: a safetensors file, or with ``torch.save`` for other suffixes.
+
+    The file is complete or absent.
+    """
     if path.suffix == ".safetensors":
         write_arrays(path, state)
         return
@@ -105,36 +112,40 @@ def write_state(path: Path, state: Mapping[str, np.ndarray]) -> None:
 
 
 def download(repository: str, filename: str = "model.safetensors") -> Path:
-    """A file of the Hugging Face hub, from its cache where it lies there already.
+    """Return the path of a file of the Hugging Face hub, downloaded unless it is in the hub's cache.
 
     Raises:
-        UserError: the hub cannot be reached, or has no such file.
+        UserError: The hub cannot be reached, or has no such file.
     """
-    import huggingface_hub  # half a second that only a download needs
+    import huggingface_hub  # imported here because it takes half a second
 
     try:
         return Path(huggingface_hub.hf_hub_download(repository, filename))
-    except Exception as error:  # many kinds: no network, no such file, a proxy's answer
+    except Exception as error:  # many types: no network, no such file, an answer of a proxy
         reason = first_line(error)
         raise UserError(
-            f"cannot download {repository}/{filename} from the Hugging Face hub: {reason}. Where there is no network, "
-            f"fetch https://huggingface.co/{repository}/resolve/main/{filename} elsewhere and give it by --from-file"
+            f"cannot download {repository}/{filename} from the Hugging Face hub: {reason}. Without network, fetch "
+            f"https://huggingface.co/{repository}/resolve/main/{filename} elsewhere, and pass it with --from-file"
         ) from error
 
 
 def import_torch(why: str) -> Any:
-    """torch, or one error that says what it is needed for."""
+    """Import torch.
+
+    Raises:
+        UserError: It is not installed; the message says that ``why`` needs it.
+    """
     try:
         return importlib.import_module("torch")
     except ImportError as error:
-        raise UserError(f"{why}: that needs torch, pip install 'xdim_jax[port]'") from error
+        raise UserError(f"{why} needs torch: pip install 'xdim_jax[port]'") from error
 
 
 def import_timm() -> Any:
-    """timm, or None where it is not installed.
+    """Import timm; return None if it is not installed.
 
-    A CPU build of torch beside PyPI's torchvision (built for CUDA) refuses two of torchvision's operators when it is
-    imported. timm calls neither, so their schemas are declared and the import tried again.
+    With a CPU build of torch, importing PyPI's torchvision (built for CUDA) fails, because two of its operators are not
+    defined. timm calls neither of them. Therefore their schemas are declared and the import is repeated.
     """
     try:
         importlib.import_module("torchvision")
@@ -155,4 +166,4 @@ def import_timm() -> Any:
         return None
 
 
-_KEPT: list[Any] = []  # a library that is collected takes its operators with it
+_KEPT: list[Any] = []  # prevents garbage collection, which would remove the declared operators

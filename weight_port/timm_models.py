@@ -1,4 +1,4 @@
-"""timm's classifiers as encoders: their names, how they were trained, and the way back."""
+"""Conversion of timm's classifiers to encoders and back: names of models, and the conventions of their training."""
 
 import re
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ from xdim_jax.nets.weights import Weights, abstract_encoder
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-# how the images of a training were normalised; other tags are asked of timm where it is installed
+# normalisation of the images in training, by tag; for other tags the values of timm are used, if it is installed
 INPUTS = {"ns_jft_in1k": IMAGENET, "aa_in1k": IMAGENET, "in1k": IMAGENET, "ra_in1k": IMAGENET, "ap_in1k": HALF}
 
-# timm's architecture to our encoder, and the padding and eps of its training
+# for each architecture of timm: the name of the encoder, and the padding and eps of its training
 ARCHITECTURES = {name: known for family in FAMILIES for name, known in family.timm.items()}
 
 
 class TimmName(NamedTuple):
-    """``tf_efficientnet_b0.ns_jft_in1k``: architecture and tag (empty where none was given)."""
+    """A name such as ``tf_efficientnet_b0.ns_jft_in1k``: architecture and tag. The tag may be empty."""
 
     architecture: str
     tag: str
@@ -34,58 +34,63 @@ class TimmName(NamedTuple):
 
 
 def parse_name(name: str) -> TimmName:
-    """A timm model name, today's or the older ``tf_efficientnet_b0_ns``.
+    """Split the name of a timm model. The older names such as ``tf_efficientnet_b0_ns`` are accepted too.
 
     Raises:
-        UserError: an architecture that has no encoder here; lists the known ones.
+        UserError: The architecture has no encoder in this package; lists the known ones.
     """
     architecture, _, tag = name.partition(".")
     if old := re.fullmatch(r"(tf_efficientnet_b\d)_(ns|ap)", architecture):
         architecture, tag = old[1], {"ns": "ns_jft_in1k", "ap": "ap_in1k"}[old[2]]
     if architecture not in ARCHITECTURES:
-        raise UserError(f"--model: unknown model {name!r}; known: {', '.join(ARCHITECTURES)}, each with timm's tag")
+        raise UserError(f"--model: unknown model {name!r}; known: {', '.join(ARCHITECTURES)}, each with a tag of timm")
     return TimmName(architecture, tag)
 
 
 def from_timm(model: str, from_file: Path | None = None) -> Weights:
-    """A timm classifier's weights as those of an encoder.
+    """Convert the weights of a classifier of timm to those of an encoder.
 
     Args:
-        model: timm's name, e.g. ``tf_efficientnet_b0.ns_jft_in1k``.
-        from_file: safetensors or .pth; default: the hub.
+        model: Name of the model in timm, e.g. ``tf_efficientnet_b0.ns_jft_in1k``.
+        from_file: File of type .safetensors or .pth; None to download it from the Hugging Face hub.
 
     Raises:
-        UserError: unknown model, unreadable file, or weights of another architecture.
+        UserError: The model is unknown, the file cannot be read, or the weights are those of another architecture.
     """
     name = parse_name(model)
     return convert(read_source(from_file or fetch(name)), name)
 
 
 def fetch(name: TimmName) -> Path:
-    """The model's file from the hub. Raises UserError where no tag says which training, or the hub is out of reach."""
+    """Return the path of a model's file from the hub.
+
+    Raises:
+        UserError: The name has no tag, which identifies the training, or the download fails.
+    """
     if not name.tag:
         raise UserError(
-            f"--model={name.full}: which training? Add timm's tag, e.g. {name.architecture}.ns_jft_in1k, or --from-file"
+            f"--model={name.full} does not name a training: add timm's tag, e.g. {name.architecture}.ns_jft_in1k, or "
+            "give --from-file"
         )
     return download(f"timm/{name.full}")
 
 
 def convert(source: Source, name: TimmName) -> Weights:
-    """What `from_timm` does, on arrays that are read already."""
+    """Convert like `from_timm`, from arrays that are already read."""
     encoder, convention = ARCHITECTURES[name.architecture]
     family = get_family(encoder)
     stem = source.state.get(f"{family.stem}.weight")
     channels = 3 if stem is None or stem.ndim != 4 else int(stem.shape[1])
     section = {"name": encoder, "in_channels": channels, "ndim": 2, "norm": "batch", **convention}
     what = f"the weights of {source.record['file']} (as --model={name.full})"
-    hint = "Is the file of another model? Name the one that it is of: --model=<timm's name>"
+    hint = "If the file contains another model, name it: --model=<timm's name>"
     arrays, unused = import_state(source.state, abstract_encoder(section), _same, family.unused, what, hint)
     record = {"from": "timm", "model": name.full, **source.record, "input": _input_of(name)}
     return Weights("encoder", section, arrays, unused, record)
 
 
 def _same(path: str) -> str:
-    return path  # attributes here are named as timm's
+    return path  # the attributes of the encoders have timm's names
 
 
 def _input_of(name: TimmName) -> dict[str, list[float]] | None:
@@ -97,19 +102,20 @@ def _input_of(name: TimmName) -> dict[str, list[float]] | None:
 
 
 def to_timm(weights: Weights) -> dict[str, np.ndarray]:
-    """An encoder's weights as timm names and lays them out; the classifier is there if they came from timm.
+    """Convert the weights of an encoder to a state_dict of timm. It has the classifier if the weights came from timm.
 
     Raises:
-        UserError: not a 2D encoder with batch norm, or one that no architecture of timm computes like.
+        UserError: The weights are not those of a 2D encoder with batch norm, or timm has no architecture with the same
+            padding and eps.
     """
     if weights.kind != "encoder" or weights.model["ndim"] != 2 or weights.model["norm"] != "batch":
         raise UserError(
-            f"timm has 2D encoders with batch norm; these weights are: {weights.kind}, {_told(weights.model)}. "
-            "Of a network, port the encoder first: --source=xdim --part=encoder"
+            f"expected weights of a 2D encoder with batch norm, found: {weights.kind}, {_told(weights.model)}. "
+            "Convert the encoder of a network first: --source=xdim --part=encoder"
         )
     if not matching(weights.model):
         raise UserError(
-            f"no architecture of timm computes as this encoder does: {_told(weights.model)}; known: "
+            f"no architecture of timm has these properties: {_told(weights.model)}; known: "
             + ", ".join(f"{a} ({_told({'name': e, **c})})" for a, (e, c) in ARCHITECTURES.items())
         )
     unused = weights.unused if weights.source.get("from") == "timm" else {}
@@ -117,7 +123,7 @@ def to_timm(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def matching(section: Mapping[str, Any]) -> list[str]:
-    """timm's architectures with this encoder, padding and eps."""
+    """Return timm's architectures with the encoder, padding and eps of a section."""
     return [
         architecture
         for architecture, (encoder, convention) in ARCHITECTURES.items()

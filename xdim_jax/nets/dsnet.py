@@ -1,28 +1,29 @@
-"""DS-Net: a 3D encoder that compresses depth only, a 2D U-Net on what is left, and a 3D decoder (paper, Sect. 2.1.2).
+"""DS-Net: a 3D encoder that compresses the depth only, a 2D U-Net, and a 3D decoder (paper, Sect. 2.1.2).
 
-Source: spec, architecture, section 5. Depth is the first spatial axis and is compressed by 3, 2, 2 and 4 to three
-planes, which become the colour channels of as many 2D images as there are channels (4). These images are the batch of
-the inner network; samples of a batch are folded into it, so any batch size works.
+See docs/networks.md, section DS-Net. The depth is the first spatial axis. Strides of 3, 2, 2 and 4 compress it to three
+planes. Each of the four channels of the result becomes a 2D image, with the three planes as its colour channels. The
+images of all samples together are the batch of the inner 2D network, so any batch size works.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 
+from xdim_jax.base.errors import UserError
 from xdim_jax.nets.layers import TORCH_GAIN, Conv, ConvTranspose, Style, check_choice, conv_upsampled, stage
-from xdim_jax.nets.unet import DECODER_EPS, ConvNorm, UNet, side_problems
+from xdim_jax.nets.unet import DECODER_EPS, ConvNorm, OmniaNet, side_problems
 
-PLANES = 3  # left of the depth: the channels of a colour image
-DEPTH_STRIDES = (3, 2, 2, 4)  # of the four compressions
-UPSAMPLINGS = ((5, 3, 0), (2, 2, 0), (3, 2, 1), (4, 3, 1))  # kernel, stride, crop of the transposed convolutions
+PLANES = 3  # planes after compression: the colour channels of an image
+DEPTH_STRIDES = (3, 2, 2, 4)  # along the depth, of the four compressions
+UPSAMPLINGS = ((5, 3, 0), (2, 2, 0), (3, 2, 1), (4, 3, 1))  # kernel, stride and crop of the transposed convolutions
 DECODERS = ("transposed", "nearest")
 
 
 def compressed(depth: int) -> int:
-    """Planes that are left of a depth: 3 for 97 to 144."""
+    """Return the number of planes after the four compressions of a depth: 3 for depths 97 to 144."""
     for stride in DEPTH_STRIDES:
         depth = -(-depth // stride)
     return depth
@@ -32,7 +33,7 @@ LEGAL_DEPTHS = [d for d in range(1, 1000) if compressed(d) == PLANES]
 
 
 class Compress(nnx.Module):
-    """Two `ConvNorm`; the second is strided along depth."""
+    """Two `ConvNorm`; the second has a stride along the depth."""
 
     def __init__(self, channels: int, filters: int, stride: int, *, style: Style, rngs: nnx.Rngs):
         self.conv1 = ConvNorm(channels, filters, style=style, activation="silu", rngs=rngs)
@@ -43,10 +44,11 @@ class Compress(nnx.Module):
 
 
 class Expand(nnx.Module):
-    """Upsampling along depth to the skip's planes, concatenation, and one (``transposed``) or two `ConvNorm`.
+    """Upsampling along the depth to the planes of the skip, concatenation, and one or two `ConvNorm`.
 
-    The transposed convolution is evaluated on the skip's planes: cropped where it gives more, continued where it gives
-    fewer. So every depth that compresses to three planes works, not only the released code's 128.
+    ``decoder="transposed"`` has one `ConvNorm`, ``"nearest"`` has two. The transposed convolution is evaluated on the
+    planes of the skip: its result is cropped if it has more planes, and extended if it has fewer. Therefore every depth
+    that is compressed to three planes works, not only the 128 of the released code.
     """
 
     def __init__(
@@ -77,18 +79,24 @@ class Expand(nnx.Module):
 
 
 class DSNet(nnx.Module):
-    """DS-Net.
+    """DS-Net. The members are documented in `xdim_jax.nets.networks.Network`.
 
     Args:
-        in_channels: of the volume.
-        out_channels: logits per voxel.
-        filters: of the 3D levels, finest first (4).
-        images: 2D images per sample.
-        affine: whether the 3D instance norms have a scale and a shift.
-        decoder: ``transposed``, one block a stage, as released; ``nearest``, two blocks, as the paper says.
-        inner: the 2D `UNet` without its channels and axes.
-        deep_supervision: 1^3 convolutions to logits on the three coarser decoder stages.
+        in_channels: Number of channels of the volume.
+        out_channels: Number of logits per voxel.
+        filters: Number of filters of the four 3D levels, finest first.
+        images: Number of 2D images per sample.
+        affine: True if the 3D instance norms have a scale and a shift.
+        decoder: ``transposed`` for one block per stage, as in the released code; ``nearest`` for two blocks, as in the
+            paper.
+        inner: Arguments of the inner `OmniaNet`, without the numbers of channels.
+        deep_supervision: True to add 1^3 convolutions to logits on the three coarser decoder stages.
     """
+
+    ndim: ClassVar[int] = 3
+    fixed_axes: ClassVar[int] = 1
+    encoder_path: ClassVar[tuple[str, ...]] = ("inner", "encoder")
+    remat: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -118,7 +126,7 @@ class DSNet(nnx.Module):
                 for i in range(1, len(DEPTH_STRIDES))
             ]
         )
-        self.inner = UNet(ndim=2, in_channels=PLANES, out_channels=PLANES, rngs=rngs, **inner)
+        self.inner = OmniaNet(in_channels=PLANES, out_channels=PLANES, rngs=rngs, **inner)
         self.dec = nnx.List([])
         width = images
         for skip, upsampling, stride in zip(reversed(filters), UPSAMPLINGS, reversed(DEPTH_STRIDES), strict=True):
@@ -133,7 +141,7 @@ class DSNet(nnx.Module):
         )
 
     def _compress(self, image: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """The 2D images ``(batch * images, H, W, 3)`` and the four skips, finest first."""
+        """Return the 2D images ``(batch * images, H, W, 3)`` and the four skips, finest first."""
         if problems := volume_problems(image.shape[1:-1], self.inner.level_strides):
             raise ValueError(f"a volume of {image.shape[1:-1]} does not fit DS-Net; {'; '.join(problems)}")
         with jax.named_scope("conv1"):
@@ -149,28 +157,35 @@ class DSNet(nnx.Module):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Names of the parts whose activations can be computed again; ``inner.*`` are those of the 2D network."""
         own = ("conv2", "enc3", "enc4", "enc5", "inner", "dec1", "dec2", "dec3", "dec4")
         return (*own, *(f"inner.{name}" for name in self.inner.stages))
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names that operations have in profiles: the stages, and what lies before and behind them."""
         own = [name for name in self.stages if not name.startswith("inner")]
         inner = [f"inner.{name}" for name in self.inner.parts]
         return ("conv1", *own[:4], *inner, *own[4:], "last")
 
+    @classmethod
+    def size_problems(cls, section: Mapping[str, Any], size: Sequence[int]) -> list[str]:
+        return volume_problems(size, Style(2).level_strides)
+
+    @classmethod
+    def check_space(cls, section: Mapping[str, Any], size: Sequence[int], devices: int) -> None:
+        raise UserError(
+            f"config.mesh.space={devices}: DS-Net folds the depth into colour channels; spread the batch instead "
+            "(mesh.space=1)"
+        )
+
     def features(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array | None]:
-        """The 2D encoder's five features of every image, ``(batch * images, H / 2^i, W / 2^i, channels)``."""
+        """Return the five features of the 2D encoder, ``(batch * images, H / 2^i, W / 2^i, channels)``."""
         return self.inner.features(self._compress(image)[0], rngs)
 
     def __call__(self, image: jax.Array, rngs: nnx.Rngs | None = None, *, levels: bool = False) -> Any:
-        """``(batch, D, H, W, in_channels)`` to logits ``(batch, D, H, W, out_channels)``.
-
-        With ``levels``, a list: the logits, then those of the deep-supervision heads from fine to coarse.
+        """Return logits, as `Network` describes.
 
         Raises:
-            ValueError: the depth is not 97 to 144, or H or W is not a multiple of 32.
+            ValueError: The depth is not between 97 and 144, or H or W is not a multiple of 32.
         """
         images, skips = self._compress(image)
         y = stage(self, "inner", self.inner)(images, rngs)
@@ -187,7 +202,12 @@ class DSNet(nnx.Module):
 
 
 def volume_problems(size: Sequence[int], level_strides: Sequence[Sequence[int]]) -> list[str]:
-    """Per side that DS-Net cannot take: axis, level, and the sizes that it can."""
+    """Return one sentence per side that DS-Net cannot process: axis, level, and the valid sizes.
+
+    Args:
+        size: Depth, height and width of a volume.
+        level_strides: Strides of the inner network along height and width, for each level, finest first.
+    """
     depth, *plane = size
     problems = []
     if depth not in LEGAL_DEPTHS:

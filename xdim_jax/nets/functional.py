@@ -11,13 +11,13 @@ from xdim_jax.base.errors import UserError
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
-    """A module to its static part and two plain nested dicts: parameters and running statistics."""
+    """Split a module into its static part and two nested dicts of arrays: parameters and running statistics."""
     graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
 
 def make_forward(graphdef: nnx.GraphDef, dtype: Any = jnp.float32) -> Callable[[tuple[Any, Any], jax.Array], jax.Array]:
-    """``forward((params, stats), image) -> logits`` in evaluation mode, with activations of ``dtype``."""
+    """Return ``forward((params, stats), image) -> logits`` in evaluation mode, with activations of ``dtype``."""
 
     def forward(weights: tuple[Any, Any], image: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, *weights)
@@ -31,7 +31,11 @@ PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def precision(train: Mapping[str, Any]) -> Any:
-    """The dtype of activations. Raises UserError for an unknown name."""
+    """Return the dtype of activations that the ``train`` section of a config selects.
+
+    Raises:
+        UserError: The name of the dtype is unknown.
+    """
     if train["precision"] not in PRECISIONS:
         raise UserError(f"config.train.precision={train['precision']!r} is unknown; known: {', '.join(PRECISIONS)}")
     return PRECISIONS[train["precision"]]

@@ -1,33 +1,37 @@
-"""Dimensional transfer: the kernels of a 2D network become those of a 3D one (paper, Sect. 2.2.1).
+"""Dimensional transfer: the kernels of a 2D network become those of a 3D network (paper, Sect. 2.2.1).
 
-A kernel gains an axis of ``k`` taps; ``profile`` gives the weight of each, and the sum over them is what a volume that
-is constant along that axis meets. What each rule preserves (each line is a test in tests/test_inflation.py; "exact":
-up to rounding; "depth-constant": every slice of the volume is the same image; networks in evaluation mode):
+A kernel gains an axis of ``k`` taps, and `profile` gives the weight of each tap. On a volume that is constant along
+this axis the 3D kernel acts as the 2D kernel times the sum of the weights. The table states what each rule preserves,
+for networks in evaluation mode. "Exact" means up to rounding, and "depth-constant" means that all slices of the volume
+are the same image. Each line has a test in tests/test_inflation.py.
 
 =====================  ==========================================  ===================================================
 rule                   taps along the new axis                     preserves
 =====================  ==========================================  ===================================================
 mean                   1/k each (Carreira and Zisserman 2017)      depth-constant volumes, exact with ``edge`` or
                                                                    ``renorm`` padding along depth
-repeat                 1 each, as the paper words it; the norm     the same, with ``edge`` or ``renorm``, if a batch
-                       that follows has its statistics scaled      norm follows every kernel; else up to its eps
-repeat_uncorrected     1 each and nothing else                     nothing in evaluation mode; under batch or instance
-                                                                   statistics the same up to eps
+repeat                 1 each, as in the paper; the statistics of  the same as ``mean`` if a batch norm follows every
+                       the norm that follows are scaled            kernel; with other norms up to their eps
+repeat_uncorrected     1 each; the norm is not changed             nothing in evaluation mode; with batch or instance
+                                                                   statistics the same as ``mean`` up to eps
 centre                 1 in the middle, else 0                     depth-constant volumes with any padding; with depth
                                                                    strides 1 and squeeze ``slice`` any volume, slice by
                                                                    slice
 gaussian               a Gaussian of ``sigma`` taps, sum 1         depth-constant volumes with ``edge`` or ``renorm``
-spacing                shares of a box as long as the 2D kernel    the same; ratio 1 is ``mean``, a ratio of k or more
-                       in millimetres, slices ``spacing`` times    is ``centre``
-                       as thick as pixels are wide
-acs                    a third of the filters each in the axial,   each third: a volume that is constant along the axis
-                       coronal and sagittal plane (Yang et al.     it has no extent in
+spacing                overlap of each slice with a box that is    the same as ``gaussian``; ratio 1 is ``mean``, and
+                       as long as the 2D kernel in millimetres;    a ratio of k or more is ``centre``
+                       slices are ``spacing`` times as thick as
+                       pixels are wide
+acs                    a third of the filters each in the axial,   for each third: a volume that is constant along the
+                       coronal and sagittal plane (Yang et al.     axis perpendicular to the plane
                        2021)
-random                 none: drawn anew, with its norm; a control  nothing
+random                 random values, and the norm is reset; for   nothing
+                       control experiments
 =====================  ==========================================  ===================================================
 
-The kernel of a transposed convolution is repeated under every rule but ``random``: its stride is as long as the kernel,
-so an output meets one tap along the new axis. Where a kernel has one tap along it, all rules but ``random`` agree.
+The kernel of a transposed convolution is repeated under every rule except ``random``: its stride is as long as the
+kernel, so each output depends on one tap along the new axis. If a kernel has one tap along the new axis, all rules
+except ``random`` are the same.
 """
 
 import dataclasses
@@ -49,14 +53,14 @@ AXES = {"depth": 0, "time": 0, "height": 1, "width": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Inflation:
-    """How to inflate; along which axis, the target network's `xdim_jax.nets.layers.Depth` says.
+    """The rules of an inflation. The new axis is given by the `xdim_jax.nets.layers.Depth` of the target network.
 
     Attributes:
-        rule: see the table above.
-        sigma: of ``gaussian``, in taps.
-        spacing: of ``spacing``: slice distance divided by pixel width.
-        seed: of ``random``.
-        layers: exceptions, pairs of a pattern for layer names (``blocks.0.*``) and a rule; the first that fits counts.
+        rule: One of `RULES`; see the table above.
+        sigma: Standard deviation for ``gaussian``, in taps.
+        spacing: Slice distance divided by pixel width, for ``spacing``.
+        seed: Random seed for ``random``.
+        layers: Exceptions: pairs of a pattern for layer names (``blocks.0.*``) and a rule. The first match is used.
     """
 
     rule: str = "mean"
@@ -70,15 +74,19 @@ class Inflation:
             check_choice("inflation rule", rule, RULES)
         for name in ("sigma", "spacing"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} of an inflation is a number above 0; got {getattr(self, name)}")
+                raise ValueError(f"{name} of an inflation must be a number above 0; got {getattr(self, name)}")
 
     def rule_of(self, layer: str) -> str:
-        """The rule for one layer."""
+        """Return the rule for one layer."""
         return next((rule for pattern, rule in self.layers if fnmatch.fnmatchcase(layer, pattern)), self.rule)
 
 
 def profile(rule: str, taps: int, *, sigma: float = 1.0, spacing: float = 1.0) -> np.ndarray:
-    """Weights of the taps along the new axis, ``(taps,)`` in float64; for the rules that have such weights."""
+    """Return the weights of the taps along the new axis, ``(taps,)`` in float64.
+
+    Raises:
+        ValueError: The rule has no such weights (``acs`` and ``random``).
+    """
     offset = np.arange(taps) - (taps - 1) / 2
     if rule in ("repeat", "repeat_uncorrected"):
         return np.ones(taps)
@@ -88,7 +96,7 @@ def profile(rule: str, taps: int, *, sigma: float = 1.0, spacing: float = 1.0) -
         weights = np.ones(taps)
     elif rule == "gaussian":
         weights = np.exp(-(offset**2 - (offset**2).min()) / (2 * sigma**2))
-    elif rule == "spacing":  # overlap of each slice with the kernel's extent, both in pixel widths
+    elif rule == "spacing":  # overlap of each slice with the extent of the kernel, both in pixel widths
         low, high = (offset - 0.5) * spacing, (offset + 0.5) * spacing
         weights = np.clip(np.minimum(high, taps / 2) - np.maximum(low, -taps / 2), 0, None)
     else:
@@ -99,16 +107,21 @@ def profile(rule: str, taps: int, *, sigma: float = 1.0, spacing: float = 1.0) -
 def inflate_kernel(
     kernel: np.ndarray, taps: int, *, axis: int, rule: str, sigma: float = 1.0, spacing: float = 1.0
 ) -> np.ndarray:
-    """Gives a kernel a further spatial axis, any number of axes to one more.
+    """Add a spatial axis to a kernel.
 
     Args:
-        kernel: ``(*kernel, in / groups, out)``.
-        taps: length of the new axis.
-        axis: its place among the spatial axes.
-        rule: all of `RULES` but ``random``. ``acs`` takes cubes: the 2D kernel's sides and ``taps`` are equal.
+        kernel: Array ``(*kernel, in / groups, out)`` with any number of spatial axes.
+        taps: Length of the new axis.
+        axis: Position of the new axis among the spatial axes.
+        rule: One of `RULES` except ``random``. ``acs`` needs a 2D kernel whose sides are both equal to ``taps``.
+        sigma: See `Inflation`.
+        spacing: See `Inflation`.
 
     Returns:
-        The kernel in the dtype it had.
+        The kernel with the new axis, in the same dtype.
+
+    Raises:
+        ValueError: The rule cannot be applied to this kernel.
     """
     if rule == "acs" and taps > 1:
         return _acs(kernel, taps, axis)
@@ -118,10 +131,12 @@ def inflate_kernel(
 
 
 def _acs(kernel: np.ndarray, taps: int, axis: int) -> np.ndarray:
-    """Filters in three nearly equal groups; group g keeps its plane perpendicular to axis ``axis + g``."""
+    """Divide the filters into three nearly equal groups; the plane of group g is perpendicular to axis ``axis + g``."""
     window, filters = kernel.shape[:-2], kernel.shape[-1]
     if set(window) != {taps} or len(window) != 2:
-        raise ValueError(f"acs turns a square kernel into a cube; this one is {window} with {taps} taps to gain")
+        raise ValueError(
+            f"acs turns a square kernel into a cube; this kernel is {window}, and the new axis has {taps} taps"
+        )
     out = np.zeros((taps,) * 3 + kernel.shape[-2:], kernel.dtype)
     for group, members in enumerate(np.array_split(np.arange(filters), 3)):
         plane: list[slice | int] = [slice(None)] * 3
@@ -131,7 +146,7 @@ def _acs(kernel: np.ndarray, taps: int, axis: int) -> np.ndarray:
 
 
 def named_layers(module: nnx.Module) -> dict[str, Any]:
-    """Every layer with weights, by its path."""
+    """Return every layer that has weights, by its path."""
     kinds = (Conv, ConvTranspose, Dense, Norm, LayerNorm)
     return {".".join(map(str, path)): m for path, m in nnx.iter_modules(module) if isinstance(m, kinds)}
 
@@ -139,24 +154,25 @@ def named_layers(module: nnx.Module) -> dict[str, Any]:
 def inflate_arrays(
     arrays: Mapping[str, np.ndarray], source: nnx.Module, target: nnx.Module, inflation: Inflation, axis: int
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The weights of a 2D network for its 3D counterpart.
+    """Turn the weights of a 2D network into those of its 3D counterpart.
 
     Args:
-        arrays: weights of ``source`` by name.
-        source, target: the networks, with shapes in place of arrays; layers correspond by name.
-        inflation: the rules.
-        axis: place of the new axis among the spatial axes; 0 is depth, or time.
+        arrays: Weights of ``source`` by name.
+        source: The 2D network, with shapes in place of arrays.
+        target: The 3D network, with shapes in place of arrays. Its layers have the same names.
+        inflation: The rules.
+        axis: Position of the new axis among the spatial axes; 0 is depth, or time.
 
     Returns:
-        Weights by name, and what was done to each: ``mean``, ``copied``, ...
+        The weights by name, and how each was obtained: ``mean``, ``copied``, ...
 
     Raises:
-        UserError: a pattern of ``inflation.layers`` fits no layer; a layer cannot be inflated by its rule.
+        UserError: A pattern of ``inflation.layers`` matches no layer, or a layer cannot be inflated by its rule.
     """
     layers, wanted = named_layers(source), named_layers(target)
     convs = {name: layer for name, layer in layers.items() if isinstance(layer, Conv | ConvTranspose)}
     problems = [
-        f"the pattern {pattern!r} fits no layer; layers read {', '.join(list(convs)[:3])}, ..."
+        f"the pattern {pattern!r} matches no layer; names of layers are {', '.join(list(convs)[:3])}, ..."
         for pattern, _ in inflation.layers
         if not any(fnmatch.fnmatchcase(name, pattern) for name in convs)
     ]
@@ -173,7 +189,7 @@ def inflate_arrays(
         if isinstance(layer, ConvTranspose):
             rule = "repeat_uncorrected"
         elif rule == "repeat" and not norm:
-            rule = "mean"  # nothing behind it takes the factor out
+            rule = "mean"  # no norm follows that would remove the factor
         taps = shape[axis]
         try:
             out[f"{name}.kernel"] = inflate_kernel(arrays[f"{name}.kernel"], taps, rule=rule, **options)
@@ -189,15 +205,16 @@ def inflate_arrays(
 
 
 def _sibling(name: str, sibling: str | None) -> str:
-    """Path of the layer beside another; empty where there is none."""
+    """Return the path of a layer in the same module as another; empty if there is none."""
     parent = name.rpartition(".")[0]
     return "" if sibling is None else f"{parent}.{sibling}" if parent else sibling
 
 
 def _correct(out: dict[str, np.ndarray], done: dict[str, str], conv: str, norm: str, eps: float, taps: int) -> None:
-    """The norm meets ``taps`` times what it met: mean and standard deviation grow by that factor, eps does not.
+    """Correct the statistics of a norm whose input is now ``taps`` times as large.
 
-    The variance takes up what the constant eps would lack, so the norm's output is the same exactly.
+    Mean and standard deviation are multiplied by ``taps``. Because eps is not, the variance gets
+    ``(taps^2 - 1) * eps`` in addition, so that the output of the norm is exactly the same.
     """
     if f"{conv}.bias" in out:
         out[f"{conv}.bias"] = out[f"{conv}.bias"] * taps
@@ -211,7 +228,7 @@ def _correct(out: dict[str, np.ndarray], done: dict[str, str], conv: str, norm: 
 def _draw(
     out: dict[str, np.ndarray], done: dict[str, str], name: str, shape: tuple[int, ...], norm: str, seed: int
 ) -> None:
-    """A kernel as He et al. draw it, no bias, and the norm behind it as it is built."""
+    """Replace a kernel by random values (He et al.), its bias by 0, and reset the norm that follows."""
     dtype = out[f"{name}.kernel"].dtype
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     out[f"{name}.kernel"] = (rng.standard_normal(shape) * HE_GAIN / np.sqrt(np.prod(shape[:-1]))).astype(dtype)

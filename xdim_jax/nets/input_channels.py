@@ -1,18 +1,19 @@
-"""Input channels: a stem that was trained on red, green and blue meets another number of channels.
+"""Adaptation of the first convolution (the stem), which was trained on RGB images, to another number of channels.
 
 ========  =====================================================================  ======================================
-rule      kernel of target channel c, of C                                       preserves
+rule      kernel of target channel c, for C target channels                      preserves
 ========  =====================================================================  ======================================
-sum       sum over RGB, divided by C                                             the response to a grey image, when all
-                                                                                 C channels hold it
-mean      mean over RGB, times one factor for the layer                          the variance of the output over
+sum       sum over RGB, divided by C                                             the response to a grey image that is
+                                                                                 repeated in all C channels
+mean      mean over RGB, times one factor for the layer                          the variance of the output for
                                                                                  independent channels of equal variance
-cycle     R, G, B, R, ... times 3 / C; for C = 1 the sum (timm's rule)           the response to a grey image, when C
-                                                                                 is 1 or a multiple of 3
-map       the source channel that ``channel_map[c]`` names, times one factor     as ``mean``
-          for the layer
-randn     normal values of standard deviation 1 (the released code's rule for    nothing; kept for comparison: 8.5
-          other than 1 or 3 channels)                                            (2D) times He's value at C = 16
+cycle     R, G, B, R, ... times 3 / C; for C = 1 the sum (timm's rule)           the response to a repeated grey image,
+                                                                                 if C is 1 or a multiple of 3
+map       that of source channel ``channel_map[c]``, times one factor for        the same as ``mean``
+          the layer
+randn     normal values of standard deviation 1 (the rule of the released code   nothing. It is there for comparison:
+          if C is not 1 or 3)                                                    the deviation is 8.5 times that of He
+                                                                                 et al. in 2D at C = 16
 ========  =====================================================================  ======================================
 """
 
@@ -28,17 +29,20 @@ RULES = ("sum", "mean", "cycle", "map", "randn")
 def adapt_channels(
     kernel: np.ndarray, channels: int, rule: str, *, channel_map: Sequence[int] = (), seed: int = 0
 ) -> np.ndarray:
-    """A stem kernel for another number of input channels.
+    """Return the kernel of a stem for another number of input channels.
 
     Args:
-        kernel: ``(*kernel, source channels, out)``.
-        channels: C.
-        rule: see above.
-        channel_map: of ``map``: one source channel, counted from 0, per target channel.
-        seed: of ``randn``.
+        kernel: Array ``(*kernel, source channels, out)``.
+        channels: Number C of target channels.
+        rule: One of `RULES`; see the table above.
+        channel_map: For rule ``map``: one source channel per target channel, counted from 0.
+        seed: Random seed for rule ``randn``.
+
+    Returns:
+        Array ``(*kernel, C, out)``, in the dtype of ``kernel``.
 
     Raises:
-        ValueError: unknown rule; a map of another length or beyond the source's channels.
+        ValueError: The rule is unknown, or the map has another length or names a channel that the source lacks.
     """
     check_choice("channel rule", rule, RULES)
     found = kernel.shape[-2]
@@ -55,10 +59,10 @@ def adapt_channels(
     else:
         if len(channel_map) != channels or not all(0 <= c < found for c in channel_map):
             raise ValueError(
-                f"the channel map {tuple(channel_map)} should name, for each of {channels} channels, "
-                f"one of the source's, 0 to {found - 1}"
+                f"the channel map {tuple(channel_map)} does not fit: expected one source channel, 0 to {found - 1}, "
+                f"for each of {channels} channels"
             )
         out = kernel[..., list(channel_map), :]
-    # over independent channels of unit variance the output's variance is the sum of squares
+    # for independent channels of unit variance, the variance of the output is the sum of the squares of the kernel
     energy, kept = (float(np.square(a, dtype=np.float64).sum()) for a in (kernel, out))
     return out * np.asarray(np.sqrt(energy / kept) if kept else 1.0, kernel.dtype)

@@ -1,14 +1,13 @@
-"""Building blocks of the networks: one code for 2D and 3D, channels last.
+"""Building blocks of the networks, for 2D and 3D, channels last.
 
-Kernels are drawn with numpy when a network is built (an eager ``jax.random`` call per layer compiles a program
-per shape) and with ``jax.random`` under a transformation, so the two give different, equally distributed numbers.
-The dtype of the activations is that of the image: kernels and biases are cast to it where they are used, norms compute
-in float32 or better and return it.
-Modes follow Flax: ``model.train()`` and ``model.eval()`` set ``use_running_average`` and ``deterministic``.
+Random kernels come from numpy when a network is built, because an eager ``jax.random`` call would compile a program for
+each shape. Under a JAX transformation they come from ``jax.random``. The two give different numbers with the same
+distribution. Activations have the dtype of the image: kernels and biases are cast to it where they are used, and norms
+compute in float32 or better and cast their result. Modes follow Flax: ``model.train()`` and ``model.eval()`` set
+``use_running_average`` and ``deterministic``.
 """
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,32 +20,33 @@ from jax.core import Tracer
 
 from xdim_jax import ops
 
-PADDINGS = ("symmetric", "same")  # of an encoder; single layers may have "valid", none
+PADDINGS = ("symmetric", "same")  # of encoders; a single layer may also have "valid" (no padding)
 NORMS = ("batch", "instance", "instance_noaffine")
 DEPTH_PADDINGS = ("zero", "edge", "renorm")
 SQUEEZES = ("volume", "slice")
 LEVELS = 5  # an encoder halves its input five times
 
-HE_GAIN = math.sqrt(2)  # He et al. 2015: keeps the variance behind a rectifier
+HE_GAIN = math.sqrt(2)  # He et al. 2015: preserves the variance if a rectifier follows
 TORCH_GAIN = math.sqrt(1 / 3)  # the variance of torch's default uniform(+-1 / sqrt(fan_in))
 
 
 def check_choice(what: str, value: object, known: tuple[object, ...]) -> None:
-    """Raises ValueError, listing the known ones, if ``value`` is not one of them."""
+    """Raise ValueError, which lists the known values, if ``value`` is not one of them."""
     if value not in known:
         raise ValueError(f"unknown {what} {value!r}; known: {', '.join(map(str, known))}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Depth:
-    """How a 3D network treats the spatial axis that its 2D ancestor lacks (see `xdim_jax.nets.inflate`).
+    """How a 3D network processes the spatial axis that the corresponding 2D network lacks (`xdim_jax.nets.inflate`).
 
     Attributes:
-        axis: 0 depth (or time), 1 height, 2 width.
-        padding: along that axis: ``zero`` (as released); ``edge`` repeats the outermost slice, which makes inflation
-            exact; ``renorm`` pads with zeros and divides by the share of the kernel that lies inside the volume.
-        squeeze: squeeze-excite pools over the ``volume`` (as released) or every ``slice`` by itself.
-        strides: along that axis, of the five levels; 2 as in the plane, or 1 to keep every slice.
+        axis: Position of the axis: 0 for depth (or time), 1 for height, 2 for width.
+        padding: Padding along this axis: ``zero``, as in the released code; ``edge``, which repeats the outermost slice
+            and makes inflation exact; ``renorm``, which pads with zeros and divides by the fraction of the kernel that
+            is inside the volume.
+        squeeze: Squeeze-and-excitation pools over the ``volume``, as in the released code, or over each ``slice``.
+        strides: Strides along this axis of the five levels, finest first: 2 as in the plane, or 1 to keep all slices.
     """
 
     axis: int = 0
@@ -65,14 +65,14 @@ class Depth:
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """What the layers of one network have in common.
+    """Settings that the layers of one network share.
 
     Attributes:
-        ndim: spatial axes, 2 or 3.
+        ndim: Number of spatial axes, 2 or 3.
         norm: ``batch``, ``instance`` (affine) or ``instance_noaffine``.
-        eps: of every norm.
-        padding: ``symmetric`` (``k // 2`` on both sides) or TF's ``same``.
-        depth: of a 3D network.
+        eps: eps of every norm.
+        padding: ``symmetric`` (``k // 2`` on both sides) or TensorFlow's ``same``.
+        depth: Options of the depth axis of a 3D network.
     """
 
     ndim: int
@@ -86,24 +86,31 @@ class Style:
         check_choice("norm", self.norm, NORMS)
         check_choice("padding", self.padding, PADDINGS)
         if not 0 < self.eps < 1:
-            raise ValueError(f"eps of a norm is above 0 and below 1; got {self.eps}")
+            raise ValueError(f"eps of a norm must be above 0 and below 1; got {self.eps}")
 
     def window(self, k: int, along_depth: int | None = None) -> tuple[int, ...]:
-        """``k`` along every axis; along the depth axis of a 3D network ``along_depth``, if given."""
+        """Return ``k`` for every axis, except ``along_depth`` (if given) for the depth axis of a 3D network."""
         sides = [k] * self.ndim
         if self.ndim == 3 and along_depth is not None:
             sides[self.depth.axis] = along_depth
         return tuple(sides)
 
     def strides(self, level: int) -> tuple[int, ...]:
-        """The strides of the layer that goes to 1/2^(level + 1) of the input."""
+        """Return the strides of the layer whose output has 1/2^(level + 1) of the size of the input."""
         return self.window(2, self.depth.strides[level])
+
+    @property
+    def level_strides(self) -> tuple[tuple[int, ...], ...]:
+        """The strides of every level along every axis, finest level first."""
+        return tuple(self.strides(level) for level in range(LEVELS))
 
 
 def stage(owner: nnx.Module, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call``, a part of ``owner``, known by its name in profiles; if ``owner.remat`` names it, the backward pass
-    computes its activations again."""
-    again = any(fnmatch.fnmatchcase(name, pattern) for pattern in getattr(owner, "remat", ()))
+    """Return ``call``, a part of the network ``owner``, as a function whose operations have its name in profiles.
+
+    If the name is in ``owner.remat``, the backward pass computes its activations again.
+    """
+    again = name in getattr(owner, "remat", ())
 
     def named(*arguments: Any) -> Any:
         with jax.named_scope(name):
@@ -115,7 +122,7 @@ def stage(owner: nnx.Module, name: str, call: Callable[..., Any]) -> Callable[..
 
 
 def draw_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], gain: float) -> jax.Array:
-    """Normal values of standard deviation ``gain / sqrt(fan_in)``; ``shape`` ends in ``(in / groups, out)``."""
+    """Return normal values of standard deviation ``gain / sqrt(fan_in)``; ``shape`` ends in ``(in / groups, out)``."""
     key = rngs.params()
     std = gain / math.sqrt(math.prod(shape[:-1]))
     if isinstance(key, Tracer):
@@ -125,7 +132,7 @@ def draw_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], gain: float) -> jax.Arra
 
 
 def filled(value: float, size: int) -> jax.Array:
-    """``(size,)`` of one value: from numpy, for which nothing is compiled."""
+    """Return an array ``(size,)`` of one value. It comes from numpy, so that nothing is compiled."""
     return jnp.asarray(np.full(size, value, jnp.result_type(float)))
 
 
@@ -133,13 +140,18 @@ class Conv(nnx.Module):
     """Convolution.
 
     Args:
-        channels, filters: in and out.
-        kernel: its size, one number for all axes or one per axis.
-        style: gives the number of axes, the padding, and the treatment of depth.
-        strides: one per axis; default 1.
-        padding: instead of the style's; ``valid`` is none.
-        norm: name of the sibling norm that takes the output, if one does: inflation by repetition, which multiplies
-            the output, corrects that norm's statistics.
+        channels: Number of input channels.
+        filters: Number of output channels.
+        kernel: Size of the kernel, one number for all axes or one number per axis.
+        style: Number of axes, padding and depth options.
+        strides: One number per axis; None for 1.
+        padding: Padding; None for that of the style. ``valid`` means no padding.
+        depthwise: True for one kernel per channel.
+        bias: True to add a bias.
+        gain: Gain of the random kernel; see `draw_kernel`.
+        norm: Name of the norm in the same module that normalises the output; None if there is none. Inflation by
+            repetition multiplies the output, and corrects the statistics of this norm.
+        rngs: Random numbers of the kernel.
     """
 
     def __init__(
@@ -191,10 +203,21 @@ class Conv(nnx.Module):
 
 
 def _inverse_coverage(kernel: jax.Array, axis: int, n: int, stride: int, pad: tuple[int, int]) -> jax.Array:
-    """Per output along ``axis`` and per filter: the kernel's absolute mass, divided by that which lies inside.
+    """Return, for each output, the sum of the kernel's absolute values divided by that of the taps inside the volume.
 
-    Partial convolutions (Liu et al. 2018) count taps; here they weigh what they hold, so that it is exact for every
-    kernel that is a profile along the axis times a 2D kernel: a middle tap alone never needs a correction.
+    Partial convolutions (Liu et al. 2018) count taps. Here the taps are weighted by their absolute values, so that the
+    correction is exact for every kernel that is a profile along the axis times a 2D kernel. For example, a kernel with
+    only a middle tap needs no correction.
+
+    Args:
+        kernel: Kernel of the convolution.
+        axis: Depth axis.
+        n: Number of slices of the input.
+        stride: Stride along the axis.
+        pad: Padding along the axis.
+
+    Returns:
+        Array ``(outputs along the axis, filters)``.
     """
     k = kernel.shape[axis]
     mass = jnp.sum(jnp.abs(kernel), [i for i in range(kernel.ndim - 1) if i != axis])  # (k, filters)
@@ -207,7 +230,13 @@ def _inverse_coverage(kernel: jax.Array, axis: int, n: int, stride: int, pad: tu
 class ConvTranspose(nnx.Module):
     """Transposed convolution with bias; kernel ``(*kernel, in, out)`` in PyTorch's tap order.
 
-    Strides are as long as the kernel unless given; ``crop`` outputs are left out before the first of an axis.
+    Args:
+        channels: Number of input channels.
+        filters: Number of output channels.
+        kernel: Size of the kernel along each axis.
+        strides: One number per axis; None for the size of the kernel.
+        crop: Number of outputs left out at the start of each axis; None for 0.
+        rngs: Random numbers of the kernel.
     """
 
     def __init__(
@@ -221,13 +250,15 @@ class ConvTranspose(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.strides, self.crop = strides or kernel, crop or (0,) * len(kernel)
-        overlap = math.prod(k / s for k, s in zip(kernel, self.strides, strict=True))  # taps that meet in an output
+        overlap = math.prod(
+            k / s for k, s in zip(kernel, self.strides, strict=True)
+        )  # number of taps that contribute to an output
         gain = HE_GAIN * math.sqrt(math.prod(kernel) / overlap)
         self.kernel = nnx.Param(draw_kernel(rngs, (*kernel, channels, filters), gain))
         self.bias = nnx.Param(filled(0, filters))
 
     def __call__(self, x: jax.Array, size: tuple[int, ...] | None = None) -> jax.Array:
-        """``(batch, *spatial, in)`` to ``(batch, *size, out)``; see `xdim_jax.ops.conv_transpose`."""
+        """Map ``(batch, *spatial, in)`` to ``(batch, *size, out)``; see `xdim_jax.ops.conv_transpose`."""
         kernel = self.kernel[...].astype(x.dtype)
         y = ops.conv_transpose(x, kernel, strides=self.strides, crop=self.crop, size=size)
         return y + self.bias[...].astype(y.dtype)
@@ -242,15 +273,15 @@ def conv_upsampled(
     trans: ConvTranspose | None = None,
     size: tuple[int, ...] | None = None,
 ) -> jax.Array:
-    """``conv`` of an upsampled array and, as further channels behind it, a skip.
+    """Return ``conv`` of an upsampled array, concatenated with a skip.
 
     Args:
-        conv: 3 taps along every axis, stride 1, without bias.
-        x: ``(batch, *spatial, in)``.
-        skip: ``(batch, *size, more)``, or none.
-        factors: of the upsampling.
-        trans: upsamples, in place of nearest neighbours.
-        size: of what it gives; default: ``factors`` times that of ``x``.
+        conv: Convolution with 3 taps along every axis, stride 1 and no bias.
+        x: Array ``(batch, *spatial, in)``.
+        skip: Array ``(batch, *size, more)``, whose channels follow the upsampled ones; or None.
+        factors: Upsampling factors.
+        trans: Transposed convolution that upsamples; None for nearest neighbours.
+        size: Spatial size after upsampling; None for ``factors`` times that of ``x``.
     """
     if x.ndim == 4 or conv.depth.padding == "zero":
         expand = None if trans is None else ops.Expand(trans.kernel[...], trans.bias[...], trans.crop)
@@ -260,7 +291,7 @@ def conv_upsampled(
 
 
 class Dense(nnx.Module):
-    """The same affine map of the channels at every voxel; PyTorch's ``Linear``."""
+    """An affine map of the channels, the same for every voxel (PyTorch's ``Linear``)."""
 
     def __init__(self, channels: int, filters: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(draw_kernel(rngs, (channels, filters), HE_GAIN))
@@ -273,16 +304,16 @@ class Dense(nnx.Module):
 class Norm(nnx.Module):
     """Normalisation with the activation that follows it.
 
-    ``instance``: statistics per sample and channel, in training and evaluation alike. ``batch``: statistics of
-    the batch in training; running averages (Flax momentum 0.9 is PyTorch's 0.1, unbiased variance as in PyTorch)
-    in evaluation.
+    Instance norm uses the statistics of each sample and channel, in training and in evaluation. Batch norm uses the
+    statistics of the batch in training and running averages in evaluation. The averages are those of PyTorch: Flax's
+    momentum 0.9 is PyTorch's 0.1, and the variance is unbiased.
     """
 
     def __init__(self, channels: int, style: Style, activation: str | None = None):
         self.kind, self.eps, self.activation = style.norm, style.eps, activation
         self.momentum = 0.9
         self.use_running_average = False
-        self.axis: str | None = None  # of a pmap, whose devices share the statistics of the batch
+        self.axis: str | None = None  # name of the pmap axis over which batch statistics are averaged
         affine = style.norm != "instance_noaffine"
         self.scale = nnx.Param(filled(1, channels)) if affine else None
         self.bias = nnx.Param(filled(0, channels)) if affine else None
@@ -311,7 +342,7 @@ class Norm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Normalisation of every voxel over its channels, affine."""
+    """Affine normalisation of every voxel over its channels."""
 
     def __init__(self, channels: int, eps: float):
         self.eps = eps
@@ -323,7 +354,7 @@ class LayerNorm(nnx.Module):
 
 
 class SqueezeExcite(nnx.Module):
-    """Scales every channel by a gate computed from the channels' means over space (Hu et al. 2018)."""
+    """Multiplies every channel by a gate that is computed from the means of the channels (Hu et al. 2018)."""
 
     def __init__(self, channels: int, reduced: int, style: Style, *, rngs: nnx.Rngs):
         self.conv_reduce = Conv(channels, reduced, 1, style=style, bias=True, rngs=rngs)
@@ -336,11 +367,11 @@ class SqueezeExcite(nnx.Module):
 
 
 class DropPath(nnx.Module):
-    """Stochastic depth: drops a residual branch per sample, and divides by the keep probability (Huang et al. 2016)."""
+    """Stochastic depth (Huang et al. 2016): drops a residual branch per sample or divides by the keep probability."""
 
     def __init__(self, rate: float):
         if not 0 <= rate < 1:
-            raise ValueError(f"a drop-path rate is in [0, 1); got {rate}")
+            raise ValueError(f"a drop-path rate must be in [0, 1); got {rate}")
         self.rate = rate
         self.deterministic = False
 

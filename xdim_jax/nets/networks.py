@@ -1,85 +1,150 @@
-"""The paper's networks from the ``model`` section of a config: `build` makes one, `check_patch` checks a size."""
+"""What a network offers, the table of the networks, and the functions that build one from a ``model`` section.
+
+A new network is a class with the members of `Network` in a file of its own, an entry in `NETWORKS`, and a test.
+"""
 
 import fnmatch
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import jax
 from flax import nnx
 
 from xdim_jax.base.errors import UserError
-from xdim_jax.nets.dsnet import DSNet, volume_problems
-from xdim_jax.nets.layers import LEVELS, Depth, Style
-from xdim_jax.nets.unet import UNet, side_problems
+from xdim_jax.nets.dsnet import DSNet
+from xdim_jax.nets.unet import DXNet, OmniaNet
 
-NETWORKS: dict[str, Callable[..., nnx.Module]] = {
-    "omnianet": lambda **options: UNet(ndim=2, **options),
-    "dxnet": lambda **options: UNet(ndim=3, **options),
-    "dsnet": DSNet,
-}
+
+class Network(Protocol):
+    """A network: a ``flax.nnx.Module`` with these members.
+
+    The constructor takes the keys of the ``model`` section of a config, without ``name``, as keyword arguments, and
+    ``rngs``. The class methods take the same section; they need no built network.
+
+    Attributes:
+        ndim: Number of spatial axes, 2 or 3.
+        fixed_axes: Number of leading spatial axes that `xdim_jax.plan` does not vary when it searches for the largest
+            patch: 1 for DS-Net, whose depth is limited; else 0.
+        encoder_path: Keys that lead to the encoder, both in the section and in the parameters.
+        remat: Names of the stages whose activations the backward pass computes again; see `set_remat`.
+    """
+
+    ndim: ClassVar[int]
+    fixed_axes: ClassVar[int]
+    encoder_path: ClassVar[tuple[str, ...]]
+    remat: tuple[str, ...]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the parts whose activations can be computed again. A stage ``a.b`` is the stage ``b`` of part a."""
+        ...
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names that the operations have in profiles, in the order of the forward pass."""
+        ...
+
+    @classmethod
+    def size_problems(cls, section: Mapping[str, Any], size: Sequence[int]) -> list[str]:
+        """Return one sentence per spatial side that the network cannot process: axis, level, the nearest valid sizes.
+
+        Args:
+            section: The ``model`` section.
+            size: Spatial sides of an image that the network is trained with, ``ndim`` numbers.
+        """
+        ...
+
+    @classmethod
+    def check_space(cls, section: Mapping[str, Any], size: Sequence[int], devices: int) -> None:
+        """Check that the first spatial axis of an image of this size can be divided among devices at every level.
+
+        Raises:
+            UserError: It cannot be divided; names the config key ``mesh.space`` and the next valid sizes.
+        """
+        ...
+
+    def features(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array | None]:
+        """Return the five features of the encoder, finest first; None for a level without a feature."""
+        ...
+
+    def __call__(self, image: jax.Array, rngs: nnx.Rngs | None = None, *, levels: bool = False) -> Any:
+        """Return the logits ``(batch, *spatial, out_channels)`` of an image ``(batch, *spatial, in_channels)``.
+
+        With ``levels``, return a list: the logits, then those of the deep-supervision heads from fine to coarse.
+        """
+        ...
+
+
+NETWORKS: dict[str, type[Network]] = {"omnianet": OmniaNet, "dxnet": DXNet, "dsnet": DSNet}
+
+
+def get_network(config: Mapping[str, Any]) -> type[Network]:
+    """Return the class of the network that a ``model`` section names.
+
+    Raises:
+        ValueError: The name is unknown; lists the known ones.
+    """
+    name = config.get("name")
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}; known: {', '.join(NETWORKS)}")
+    return NETWORKS[name]
 
 
 def build(config: Mapping[str, Any], *, seed: int) -> nnx.Module:
-    """The network that the ``model`` section of a config describes, with random weights, in training mode.
+    """Build the network that a ``model`` section describes, with random weights, in training mode.
 
     Raises:
-        ValueError: unknown network, encoder, norm or other choice; missing or unknown key.
+        ValueError: A network, encoder, norm or other choice is unknown, or a key is missing or unknown.
     """
-    return _builder(config)(rngs=nnx.Rngs(seed))
+    make: Any = get_network(config)
+    try:
+        return make(rngs=nnx.Rngs(seed), **_options(config))
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise ValueError(f"{config['name']}: {str(error).partition('__init__() ')[2] or error}") from error
 
 
 def build_abstract(config: Mapping[str, Any]) -> nnx.Module:
-    """The same with shapes in place of arrays: what a weights file is compared with."""
+    """Build the same network with shapes in place of arrays, for example to compare it with a weights file."""
     return nnx.eval_shape(lambda: build(config, seed=0))
 
 
 def parts_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names that the operations of a network have in profiles, in order; see `xdim_jax.training.roofline`."""
+    """Return the names that the operations of a network have in profiles; see `xdim_jax.training.roofline`."""
     network: Any = build_abstract(config)
     return network.parts
 
 
+def spatial_axes(config: Mapping[str, Any]) -> int:
+    """Return the number of spatial axes of a network, 2 or 3."""
+    return get_network(config).ndim
+
+
 def set_remat(model: Any, names: str) -> None:
-    """Makes a network compute the activations of some stages again in the backward pass, for memory.
+    """Select the stages whose activations are computed again in the backward pass, which saves memory.
 
     Args:
-        model: of `build`.
-        names: of its ``stages``, with commas; ``*`` stands for anything. ``"*"`` is all.
+        model: Network from `build`, changed in place.
+        names: Names among its ``stages``, separated by commas; ``*`` matches any characters, so ``"*"`` selects all.
 
     Raises:
-        UserError: a name that fits no stage.
+        UserError: A name matches no stage.
     """
-    patterns = tuple(name.strip() for name in names.split(",") if name.strip())
-    if unknown := [p for p in patterns if not any(fnmatch.fnmatchcase(s, p) for s in model.stages)]:
+    patterns = [name.strip() for name in names.split(",") if name.strip()]
+    if unknown := [p for p in patterns if not fnmatch.filter(model.stages, p)]:
         raise UserError(
             f"config.train.remat={names}: {', '.join(unknown)} fits no stage of this network; it has: "
             f"{', '.join(model.stages)}"
         )
-    model.remat = patterns
-    if inner := getattr(model, "inner", None):
-        inner.remat = tuple(s for s in inner.stages if any(fnmatch.fnmatchcase(f"inner.{s}", p) for p in patterns))
-
-
-def _builder(config: Mapping[str, Any]) -> Callable[..., nnx.Module]:
-    options = plain(config)
-    name = options.pop("name", None)
-    if name not in NETWORKS:
-        raise ValueError(f"unknown network {name!r}; known: {', '.join(NETWORKS)}")
-
-    def make(rngs: nnx.Rngs) -> nnx.Module:
-        try:
-            return NETWORKS[name](rngs=rngs, **options)
-        except TypeError as error:
-            if "argument" not in str(error):
-                raise
-            raise ValueError(f"{name}: {str(error).partition('__init__() ')[2] or error}") from error
-
-    return make
+    model.remat = tuple(s for s in model.stages if any(fnmatch.fnmatchcase(s, p) for p in patterns))
+    for owner in {stage.rpartition(".")[0] for stage in model.stages} - {""}:
+        prefix = f"{owner}."
+        getattr(model, owner).remat = tuple(s.removeprefix(prefix) for s in model.remat if s.startswith(prefix))
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A section as nested dicts of plain values, lists as tuples."""
+    """Return a config section as nested dicts of plain values, with tuples in place of lists."""
     return {
         key: plain(value) if isinstance(value, Mapping) or hasattr(value, "to_dict") else _tuple(value)
         for key, value in config.items()
@@ -90,58 +155,37 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def spatial_axes(config: Mapping[str, Any]) -> int:
-    """2 or 3."""
-    return 2 if config["name"] == "omnianet" else 3
+def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the network's constructor."""
+    return {key: value for key, value in plain(config).items() if key != "name"}
 
 
 def check_patch(config: Mapping[str, Any], patch: Sequence[int]) -> None:
-    """Raises ValueError, naming level, axis and nearest legal sizes, if the network cannot take such a patch."""
-    name, ndim = config["name"], spatial_axes(config)
-    axes = "DHW"[3 - ndim :]
-    if len(patch) != ndim:
-        raise ValueError(f"data.patch has {len(patch)} axes, {tuple(patch)}; {name} takes {ndim} ({', '.join(axes)})")
-    if name == "dsnet":
-        strides = _level_strides(2, {})
-        problems = volume_problems(patch, strides)
-    else:
-        strides = _level_strides(ndim, plain(config.get("depth") or {}))
-        problems = side_problems(patch, strides)
-    if problems:
-        raise ValueError(f"data.patch={tuple(patch)} does not fit {name}; " + "; ".join(problems))
-    coarsest = [n // math.prod(s[i] for s in strides) for i, n in enumerate(patch[-len(strides[0]) :])]
-    if name != "dsnet" and config["norm"] != "batch" and set(coarsest) == {1}:
+    """Check that a network can be trained with patches of this size.
+
+    Raises:
+        ValueError: The size is not valid; names the axis, the level and the nearest valid sizes.
+    """
+    network, name = get_network(config), config["name"]
+    if len(patch) != network.ndim:
         raise ValueError(
-            f"data.patch={tuple(patch)} leaves one voxel at the coarsest level, where a norm over space has "
-            f"nothing to normalise; make at least one side {2 * max(patch)}"
+            f"data.patch has {len(patch)} axes, {tuple(patch)}; {name} takes {network.ndim} "
+            f"({', '.join('DHW'[3 - network.ndim :])})"
         )
+    if problems := network.size_problems(_options(config), patch):
+        raise ValueError(f"data.patch={tuple(patch)} does not fit {name}; " + "; ".join(problems))
 
 
 def check_space(config: Mapping[str, Any], patch: Sequence[int], space: int) -> None:
-    """Raises UserError unless the first axis of a patch can be spread over ``space`` devices at every level."""
-    if space == 1:
-        return
-    if config["name"] == "dsnet":
-        raise UserError(
-            f"config.mesh.space={space}: DS-Net folds the depth into colour channels; spread the batch instead "
-            "(mesh.space=1)"
-        )
-    strides = _level_strides(spatial_axes(config), plain(config.get("depth") or {}))
-    coarsest = patch[0] // math.prod(s[0] for s in strides)
-    if coarsest % space:
-        step = patch[0] // coarsest * space
-        low = max(patch[0] // step, 1) * step
-        raise UserError(
-            f"config.mesh.space={space} does not divide the {coarsest} planes that the coarsest level has of "
-            f"config.data.patch={tuple(patch)}; make the first side {low} or {low + step}"
-        )
+    """Check that the first axis of a patch can be divided among ``space`` devices at every level of a network.
 
-
-def _level_strides(ndim: int, depth: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    style = Style(ndim, depth=Depth(**depth))
-    return [style.strides(level) for level in range(LEVELS)]
+    Raises:
+        UserError: It cannot be divided; names the next valid sizes.
+    """
+    if space > 1:
+        get_network(config).check_space(_options(config), patch, space)
 
 
 def count_parameters(params: Any) -> int:
-    """Number of scalars in a tree of arrays."""
+    """Return the number of scalars in a tree of arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,11 +1,13 @@
 """The U-Net around an encoder: Omnia-Net in 2D, DX-Net in 3D, and the inner network of DS-Net."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 
+from xdim_jax.base.errors import UserError
 from xdim_jax.nets.encoders import make_encoder
 from xdim_jax.nets.layers import (
     LEVELS,
@@ -20,13 +22,13 @@ from xdim_jax.nets.layers import (
     stage,
 )
 
-DECODER_EPS = 1e-5  # every norm outside the encoder (spec: architecture, section 1)
+DECODER_EPS = 1e-5  # of every norm outside the encoder, as in the released code
 ACTIVATIONS = ("relu", "silu")
 UPSAMPLINGS = ("nearest", "transposed")
 
 
 class ConvNorm(nnx.Module):
-    """3^n convolution, norm, activation."""
+    """A 3^n convolution, a norm and an activation."""
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class ConvNorm(nnx.Module):
 
 
 class UpStage(nnx.Module):
-    """Decoder stage: upsampling, concatenation [upsampled, skip], two `ConvNorm` (paper, Sect. 2.1.1 and 2.2.1)."""
+    """A decoder stage: upsampling, concatenation [upsampled, skip], two `ConvNorm` (paper, Sect. 2.1.1 and 2.2.1)."""
 
     def __init__(
         self,
@@ -71,29 +73,33 @@ class UpStage(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """An encoder, and a decoder that joins its features from coarse to fine.
+    """An encoder, and a decoder that combines its features from coarse to fine.
 
-    With ``full_resolution`` a block of ``filters[-1]`` filters comes before the encoder and is the last skip (paper,
-    Fig. 2 and Sect. 3.2). The values that make it each of the paper's networks are in `xdim_jax.nets.networks`.
+    The members are documented in `xdim_jax.nets.networks.Network`. The subclasses set the number of spatial axes; the
+    recipes in configs/ set the values that distinguish the networks of the paper (docs/networks.md).
 
     Args:
-        ndim: spatial axes, 2 or 3.
-        in_channels: of the image.
-        out_channels: logits per voxel.
-        encoder: ``name``, ``eps``, ``padding``, ``drop_path``; see `xdim_jax.nets.encoders.make_encoder`.
-        norm: of all layers, encoder included: ``batch``, ``instance`` or ``instance_noaffine``.
-        activation: of the decoder and the first block, ``relu`` or ``silu``.
+        in_channels: Number of channels of the image.
+        out_channels: Number of logits per voxel.
+        encoder: ``name``, ``eps``, ``padding`` and ``drop_path``; see `xdim_jax.nets.encoders.make_encoder`.
+        norm: Norm of all layers, including the encoder: ``batch``, ``instance`` or ``instance_noaffine``.
+        activation: Activation of the decoder and of the first block, ``relu`` or ``silu``.
         upsampling: ``nearest`` or ``transposed`` (convolution).
-        filters: of the decoder stages, coarsest first.
-        full_resolution: see above.
-        deep_supervision: 1^n convolutions to logits on the four coarser decoder stages.
-        depth: fields of `xdim_jax.nets.layers.Depth`, for 3D.
+        filters: Number of filters of each decoder stage, coarsest first.
+        full_resolution: True to put a block of ``filters[-1]`` filters before the encoder, whose output is the last
+            skip (paper, Fig. 2 and Sect. 3.2).
+        deep_supervision: True to add 1^n convolutions to logits on the four coarser decoder stages.
+        depth: Fields of `xdim_jax.nets.layers.Depth`, for 3D.
     """
+
+    ndim: ClassVar[int]
+    fixed_axes: ClassVar[int] = 0
+    encoder_path: ClassVar[tuple[str, ...]] = ("encoder",)
+    remat: tuple[str, ...] = ()
 
     def __init__(
         self,
         *,
-        ndim: int,
         in_channels: int,
         out_channels: int,
         encoder: Mapping[str, Any],
@@ -110,14 +116,14 @@ class UNet(nnx.Module):
         check_choice("upsampling", upsampling, UPSAMPLINGS)
         if len(filters) != LEVELS:
             raise ValueError(f"filters={tuple(filters)}: expected {LEVELS} numbers, coarsest decoder stage first")
-        if ndim == 2 and depth:
+        if self.ndim == 2 and depth:
             raise ValueError(f"a 2D network has no depth options; got depth={dict(depth)}")
-        style = Style(ndim, norm, DECODER_EPS, depth=Depth(**(depth or {})))
-        self.level_strides = tuple(style.strides(level) for level in range(LEVELS))
+        style = Style(self.ndim, norm, DECODER_EPS, depth=Depth(**(depth or {})))
+        self.level_strides = style.level_strides
         width, full = (filters[-1], filters[-1]) if full_resolution else (in_channels, 0)
         self.conv = Conv(in_channels, full, 3, style=style, norm="norm", rngs=rngs) if full else None
         self.norm = Norm(full, style, activation) if full else None
-        self.encoder = make_encoder(channels=width, ndim=ndim, norm=norm, depth=depth, rngs=rngs, **encoder)
+        self.encoder = make_encoder(channels=width, ndim=self.ndim, norm=norm, depth=depth, rngs=rngs, **encoder)
         *skips, width = (full, *self.encoder.channels)
         self.decoder = nnx.List([])
         for level in reversed(range(LEVELS)):
@@ -142,20 +148,43 @@ class UNet(nnx.Module):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Names of the parts whose activations can be computed again (see `xdim_jax.nets.layers.stage`)."""
         return ("encoder", *(f"decoder{i + 1}" for i in range(LEVELS)))
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names that operations have in profiles: the stages, and what lies before and behind them."""
         return ("conv", *self.stages, "last")
 
+    @classmethod
+    def size_problems(cls, section: Mapping[str, Any], size: Sequence[int]) -> list[str]:
+        level_strides = cls._level_strides(section)
+        problems = side_problems(size, level_strides)
+        if not problems and section["norm"] != "batch" and set(_coarsest(size, level_strides)) == {1}:
+            problems.append(
+                "it leaves one voxel at the coarsest level, where a norm over space has nothing to normalise; make at "
+                f"least one side {2 * max(size)}"
+            )
+        return problems
+
+    @classmethod
+    def check_space(cls, section: Mapping[str, Any], size: Sequence[int], devices: int) -> None:
+        planes = _coarsest(size, cls._level_strides(section))[0]
+        if planes % devices:
+            step = size[0] // planes * devices
+            low = max(size[0] // step, 1) * step
+            raise UserError(
+                f"config.mesh.space={devices} does not divide the {planes} planes that the coarsest level has of "
+                f"config.data.patch={tuple(size)}; make the first side {low} or {low + step}"
+            )
+
+    @classmethod
+    def _level_strides(cls, section: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+        return Style(cls.ndim, depth=Depth(**(section.get("depth") or {}))).level_strides
+
     def features(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array | None]:
-        """The encoder's five features of an image, finest first."""
         return self._encode(image, rngs)[1:]
 
     def _encode(self, image: jax.Array, rngs: nnx.Rngs | None) -> list[Any]:
-        """The full-resolution feature (or None), and the encoder's five."""
+        """Return the full-resolution feature (None without that block) and the five features of the encoder."""
         if problems := side_problems(image.shape[1:-1], self.level_strides):
             raise ValueError(f"an image of {image.shape[1:-1]} does not fit this network; {'; '.join(problems)}")
         encode = stage(self, "encoder", self.encoder)
@@ -166,12 +195,10 @@ class UNet(nnx.Module):
         return [x, *encode(x, rngs)]
 
     def __call__(self, image: jax.Array, rngs: nnx.Rngs | None = None, *, levels: bool = False) -> Any:
-        """``(batch, *spatial, in_channels)`` to logits ``(batch, *spatial, out_channels)``.
-
-        With ``levels``, a list: the logits, then those of the deep-supervision heads from fine to coarse.
+        """Return logits, as `Network` describes.
 
         Raises:
-            ValueError: a side cannot be halved often enough; names level, axis and the nearest sizes that can.
+            ValueError: A side cannot be halved at every level; names the axis, the level and the nearest valid sizes.
         """
         *skips, x = self._encode(image, rngs)
         coarse = []
@@ -184,8 +211,30 @@ class UNet(nnx.Module):
         return [logits, *reversed(coarse)] if levels else logits
 
 
+class OmniaNet(UNet):
+    """Omnia-Net (paper, Sect. 2.1.1), and any other 2D network of the class `UNet`."""
+
+    ndim: ClassVar[int] = 2
+
+
+class DXNet(UNet):
+    """DX-Net (paper, Sect. 2.2), and any other 3D network of the class `UNet`."""
+
+    ndim: ClassVar[int] = 3
+
+
+def _coarsest(size: Sequence[int], level_strides: Sequence[Sequence[int]]) -> list[int]:
+    """Return the sides of the coarsest level."""
+    return [n // math.prod(strides[i] for strides in level_strides) for i, n in enumerate(size)]
+
+
 def side_problems(size: Sequence[int], level_strides: Sequence[Sequence[int]]) -> list[str]:
-    """Per side that does not divide at every level: axis, level, and the nearest sizes that do."""
+    """Return one sentence per side that is not divisible at every level: axis, level, and the nearest valid sizes.
+
+    Args:
+        size: Spatial sides of an image.
+        level_strides: Strides along each spatial axis, for each level, finest first.
+    """
     problems = []
     for i, (axis, n) in enumerate(zip("DHW"[-len(size) :], size, strict=True)):
         step, scale = 1, 1

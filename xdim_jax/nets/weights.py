@@ -1,12 +1,14 @@
-"""Weights as named arrays: the file format, and putting them into a network.
+"""Weights as named arrays: the file format, and loading them into a network.
 
-A file is safetensors. Its arrays are named by their path in the network (``encoder.blocks.0.0.conv_dw.kernel``) and
-laid out as there (channels last). The header's entry ``xdim_jax`` is JSON: format, kind (``encoder`` or ``network``),
-``model`` (what the arrays belong to) and ``source`` (where they came from). Arrays under ``unused/`` are parts of the
-source that no network here calls, kept as they were so that the way back loses nothing.
+A weights file is a safetensors file. Its arrays are named by their path in the network
+(``encoder.blocks.0.0.conv_dw.kernel``) and have the network's layout (channels last). The header has an entry
+``xdim_jax``, which is JSON with the keys ``format``, ``kind`` (``encoder`` or ``network``), ``model`` (description of
+the encoder or network) and ``source`` (origin of the weights). Arrays whose names start with ``unused/`` are parts of
+the source that no network of this package uses. They keep the names and the layout of the source, so that the weights
+can be converted back without loss.
 
-Putting weights into a network uses every array of the file once and fills every array of the network once, or raises
-an error that lists both sides.
+Loading uses every array of the file once and fills every array of the network once. Otherwise it raises an error that
+lists the names on both sides.
 """
 
 import dataclasses
@@ -31,21 +33,21 @@ from xdim_jax.nets.layers import Depth
 
 FORMAT = "xdim_jax weights 1"
 UNUSED = "unused/"
-CHECKED = ("padding", "eps", "depth")  # how an encoder computes: part of what its weights mean
-_SHOWN = 4  # names listed per side of a mismatch
+CHECKED = ("padding", "eps", "depth")  # properties of an encoder that its weights depend on
+_SHOWN = 4  # number of names that an error lists per side
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Named arrays and what they belong to.
+    """The arrays of an encoder or a network, and its description.
 
     Attributes:
         kind: ``encoder`` or ``network``.
-        model: for a network the ``model`` section of its config; for an encoder the arguments of
-            `xdim_jax.nets.encoders.make_encoder` without ``drop_path``, its channels as ``in_channels``.
-        arrays: by path.
-        unused: parts of the source that no network calls, by the source's names and in its layout.
-        source: where they came from, for the record.
+        model: For a network, the ``model`` section of its config. For an encoder, the arguments of
+            `xdim_jax.nets.encoders.make_encoder` without ``drop_path``, and with ``in_channels`` for ``channels``.
+        arrays: Arrays by their path in the encoder or network.
+        unused: Parts of the source that no network uses, with the names and the layout of the source.
+        source: Origin of the weights, for reports.
     """
 
     kind: str
@@ -59,27 +61,27 @@ class Weights:
 
 
 def write_weights(path: Path, weights: Weights) -> None:
-    """Writes a file, whole or not at all."""
+    """Write a weights file. The file is complete or absent."""
     record = {"format": FORMAT, "kind": weights.kind, "model": weights.model, "source": weights.source}
     arrays = weights.arrays | {UNUSED + name: array for name, array in weights.unused.items()}
     write_arrays(path, arrays, {"xdim_jax": json.dumps(record)})
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file, whole or not at all, that others may read where they may read one's other files."""
+    """Write a safetensors file. The file is complete or absent, and its permissions follow the umask."""
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        safetensors.numpy.save_file(arrays, temporary, metadata=metadata)  # for nobody else
+        safetensors.numpy.save_file(arrays, temporary, metadata=metadata)  # readable by the user alone
         temporary.chmod(mode)
 
 
 def read_weights(path: Path) -> Weights:
-    """Reads a file that `write_weights` wrote.
+    """Read a file that `write_weights` wrote.
 
     Raises:
-        UserError: missing, damaged, or another kind of file.
+        UserError: The file is missing, damaged, or of another kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,7 +92,7 @@ def read_weights(path: Path) -> Weights:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is not a whole safetensors file ({error}); port it again with python -m weight_port"
+            f"{path} is not a complete safetensors file ({error}); port it again with python -m weight_port"
         ) from error
     try:
         record = json.loads(metadata.get("xdim_jax", "{}"))
@@ -99,8 +101,8 @@ def read_weights(path: Path) -> Weights:
     record = record if isinstance(record, dict) else {}
     if record.get("format") != FORMAT:
         raise UserError(
-            f"{path} holds weights that were not ported ({record.get('format', 'no xdim_jax header')}; expected "
-            f"{FORMAT!r}): port them first with python -m weight_port --source=timm --model=<name of timm's> "
+            f"{path} has weights that were not ported (found {record.get('format', 'no xdim_jax header')}, expected "
+            f"{FORMAT!r}): port them first with python -m weight_port --source=timm --model=<timm's name> "
             f"--from-file={path} --out=<name>.safetensors"
         )
     if lacking := {"kind", "model", "source"} - record.keys():
@@ -118,7 +120,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def named(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves of a nested dict by path; the integer keys of lists become numbers in it."""
+    """Return the leaves of a nested dict by path. The integer keys of lists become numbers in the path."""
     leaves = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -129,7 +131,7 @@ def named(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def replaced(tree: Mapping[Any, Any], leaves: Mapping[str, Any], prefix: str = "") -> dict[Any, Any]:
-    """The tree with the leaves that ``leaves`` names in place of its own."""
+    """Return a copy of the tree in which the leaves that ``leaves`` names (by path) are replaced."""
     return {
         key: replaced(value, leaves, f"{prefix}{key}.")
         if isinstance(value, Mapping)
@@ -139,13 +141,23 @@ def replaced(tree: Mapping[Any, Any], leaves: Mapping[str, Any], prefix: str = "
 
 
 def module_leaves(module: nnx.Module) -> dict[str, Any]:
-    """Parameters and running statistics of a module (abstract or not) by path."""
+    """Return the parameters and running statistics of a module (abstract or not) by path."""
     params, stats = nnx.state(module, nnx.Param), nnx.state(module, nnx.BatchStat)
     return named(nnx.to_pure_dict(params)) | named(nnx.to_pure_dict(stats))
 
 
 def check_leaves(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str, hint: str = "") -> None:
-    """Raises UserError, listing both sides, unless both have the same names and shapes; ``hint``: the next step."""
+    """Check that two sets of arrays have the same names and shapes.
+
+    Args:
+        found: Arrays of the source, by name.
+        wanted: Arrays of the network, by name.
+        what: Subject of the error message, such as ``the weights``.
+        hint: Last line of the error message, which suggests the next step.
+
+    Raises:
+        UserError: They differ; lists the differences on both sides.
+    """
     extra = [name for name in found if name not in wanted]
     lacking = [name for name in wanted if name not in found]
     shapes = [
@@ -169,29 +181,37 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def encoder_section(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Path of the encoder in a network, and what `Weights.model` would say of it."""
-    config = networks.plain(config)
-    prefix, outer, ndim = "encoder.", config, networks.spatial_axes(config)
-    if config["name"] == "dsnet":
-        prefix, outer, ndim = "inner.encoder.", config["inner"], 2
-    section = {"name": outer["encoder"]["name"], "in_channels": 0, "ndim": ndim, "norm": outer["norm"]}
-    section |= {key: outer["encoder"].get(key, default) for key, default in (("eps", 1e-5), ("padding", "symmetric"))}
-    if ndim == 3:
-        section["depth"] = dataclasses.asdict(Depth(**(config.get("depth") or {})))
-    stem = f"{prefix}{get_family(section['name']).stem}.kernel"
-    section["in_channels"] = int(module_leaves(networks.build_abstract(config))[stem].shape[-2])
+    """Find the encoder of a network.
+
+    Args:
+        config: The ``model`` section of the network.
+
+    Returns:
+        The prefix that the encoder's arrays have in the network (``encoder.``), and the encoder's description, as in
+        `Weights.model`.
+    """
+    *path, last = networks.get_network(config).encoder_path
+    outer = networks.plain(config)
+    for key in path:
+        outer = outer[key]
+    encoder, prefix = outer[last], ".".join((*path, last, ""))
+    stem = module_leaves(networks.build_abstract(config))[f"{prefix}{get_family(encoder['name']).stem}.kernel"]
+    section = {"name": encoder["name"], "in_channels": int(stem.shape[-2]), "ndim": len(stem.shape) - 2}
+    section |= {"norm": outer["norm"], "eps": encoder.get("eps", 1e-5), "padding": encoder.get("padding", "symmetric")}
+    if section["ndim"] == 3:
+        section["depth"] = dataclasses.asdict(Depth(**(outer.get("depth") or {})))
     return prefix, section
 
 
 def abstract_encoder(section: Mapping[str, Any]) -> Any:
-    """The encoder that a section describes, with shapes in place of arrays."""
+    """Build the encoder that a section describes (see `Weights.model`), with shapes in place of arrays."""
     options = dict(section)
     name, channels = options.pop("name"), options.pop("in_channels")
     return nnx.eval_shape(lambda: make_encoder(name, channels, rngs=nnx.Rngs(0), **options))
 
 
 def part(weights: Weights) -> Weights:
-    """The encoder of a whole network's weights; an encoder's as they are."""
+    """Return the weights of the encoder of a network. Weights of an encoder are returned unchanged."""
     if weights.kind == "encoder":
         return weights
     prefix, section = encoder_section(weights.model)
@@ -208,32 +228,33 @@ def adapt_encoder(
     channel_map: Sequence[int] = (),
     accept: Sequence[str] = (),
 ) -> tuple[Weights, dict[str, str]]:
-    """The weights of an encoder for one with other input channels, another norm, or a further axis.
+    """Adapt the weights of an encoder to other input channels, another norm, or an additional axis.
 
     Args:
-        weights: of an encoder.
-        section: of the encoder wanted, see `Weights.model`.
-        inflation: rules, used when the source is 2D and the target 3D.
-        channel_rule, channel_map: see `xdim_jax.nets.input_channels`; default: ``cycle`` where the numbers of channels
-            differ.
-        accept: properties among `CHECKED` that may differ.
+        weights: Weights of an encoder.
+        section: Description of the target encoder, see `Weights.model`.
+        inflation: Rules that are used if the source is 2D and the target is 3D.
+        channel_rule: See `xdim_jax.nets.input_channels`; None for ``cycle`` if the numbers of channels differ.
+        channel_map: See `xdim_jax.nets.input_channels`.
+        accept: Properties among `CHECKED` that may differ.
 
     Returns:
-        The weights, and what was done to each array.
+        The adapted weights, and how each array was obtained.
 
     Raises:
-        UserError: another encoder; a property that differs and is not accepted; a 3D source for a 2D target.
+        UserError: The target is another encoder, or a property differs that is not in ``accept``, or the source is 3D
+            and the target is 2D.
     """
     found, wanted = weights.model, dict(section)
     if found["name"] != wanted["name"]:
-        raise UserError(f"the weights are of {found['name']}, the network's encoder is {wanted['name']}")
+        raise UserError(f"the weights are those of {found['name']}, the network's encoder is {wanted['name']}")
     if found["ndim"] > wanted["ndim"]:
         raise UserError(f"the weights are {found['ndim']}D, the network's encoder is {wanted['ndim']}D")
     if unknown := set(accept) - set(CHECKED):
         raise UserError(f"unknown property to accept: {', '.join(sorted(unknown))}; known: {', '.join(CHECKED)}")
     problems = [
-        f"the weights were trained with {key}={found[key]}, the network has {key}={wanted[key]}: set it to that, or "
-        f"put {key} among the accepted differences (accept={key}, config.init.accept={key})"
+        f"the weights were trained with {key}={found[key]}, the network has {key}={wanted[key]}: change the "
+        f"network, or accept the difference (accept={key}, config.init.accept={key})"
         for key in CHECKED
         if key not in accept and key in found and key in wanted and found[key] != wanted[key]
     ]
@@ -258,9 +279,9 @@ def adapt_encoder(
         axis = (target["depth"] or {}).get("axis", 0)
         arrays, inflated = inflate_arrays(arrays, flat, abstract_encoder(target), inflation, axis)
         done = {n: " then ".join(w for w in (done[n], inflated[n]) if w != "copied") or "copied" for n in arrays}
-        found, unused = target, {}  # a head that came along is 2D
+        found, unused = target, {}  # a classification head among them is 2D
     if found["norm"] == "batch" and wanted["norm"] != "batch":
-        unused = {}  # a head that came along has batch norm
+        unused = {}  # a classification head among them has batch norm
         kept = module_leaves(abstract_encoder({**found, "norm": wanted["norm"]}))
         for name in [n for n in arrays if n not in kept]:
             if name.rpartition(".")[2] in ("mean", "var", "scale", "bias"):
@@ -273,25 +294,27 @@ def adapt_encoder(
 
 
 def inflate_network(weights: Weights, depth: Mapping[str, Any], inflation: Inflation) -> tuple[Weights, dict[str, str]]:
-    """A whole 2D network, decoder included, as a 3D one.
+    """Turn the weights of a whole 2D network, including its decoder, into those of a 3D network.
+
+    In evaluation mode and with rule ``centre``, depth strides 1 and squeeze ``slice``, the 3D network computes the
+    output of the 2D network slice by slice, for every volume. With other rules it does so for depth-constant volumes,
+    as the table in `xdim_jax.nets.inflate` states.
 
     Args:
-        weights: of an Omnia-Net.
-        depth: fields of `xdim_jax.nets.layers.Depth`.
-        inflation: rules.
+        weights: Weights of an Omnia-Net.
+        depth: Fields of `xdim_jax.nets.layers.Depth`.
+        inflation: The rules.
 
     Returns:
-        Weights whose model is a ``dxnet`` section with the 2D network's norm, activation and upsampling, and what was
-        done to each array. In evaluation mode it gives the 2D network's output slice by slice: for every volume with
-        rule ``centre``, depth strides 1 and squeeze ``slice``; for depth-constant volumes as `xdim_jax.nets.inflate`
-        says.
+        Weights whose model is a ``dxnet`` section with the norm, activation and upsampling of the 2D network, and how
+        each array was obtained.
 
     Raises:
-        UserError: not an Omnia-Net.
+        UserError: The weights are not those of an Omnia-Net.
     """
     if weights.kind != "network" or weights.model["name"] != "omnianet":
         raise UserError(
-            f"only a whole Omnia-Net can be inflated, this is {weights.kind} {weights.model['name']}; for DX-Net "
+            f"only a whole Omnia-Net can be inflated; found {weights.kind} {weights.model['name']}. For DX-Net "
             "inflate the encoder (--part=encoder)"
         )
     depth = dataclasses.asdict(Depth(**depth))
@@ -314,22 +337,24 @@ def load(
     accept: Sequence[str] = (),
     require: bool = True,
 ) -> tuple[Any, Any, dict[str, str]]:
-    """Puts weights into a network: those of an encoder into its encoder, those of a network into all of it.
+    """Load weights into a network: those of an encoder into its encoder, those of a network into the whole network.
 
     Args:
-        config: the ``model`` section of the network.
-        params, stats: its trees; dtypes are kept.
-        weights: of an encoder, or of a network with the same section (stochastic depth may differ).
-        inflation, accept: see `adapt_encoder`; a 2D encoder is inflated for a 3D network.
-        channel_rule: see `xdim_jax.nets.input_channels`, used where the numbers of channels differ.
-        require: every array of the weights and of the network (or its encoder) must find its counterpart; else those
-            that do not are left out, and those of the network stay as they are.
+        config: The ``model`` section of the network.
+        params: Parameters of the network, a nested dict. Their dtypes are preserved.
+        stats: Running statistics of the network, a nested dict.
+        weights: Weights of an encoder, or of a network with the same section (stochastic depth may differ).
+        inflation: See `adapt_encoder`. A 2D encoder is inflated for a 3D network. None for the default rules.
+        channel_rule: Rule of `xdim_jax.nets.input_channels`, used if the numbers of channels differ.
+        accept: See `adapt_encoder`.
+        require: True if every array of the weights and of the network (or its encoder) must have a counterpart. If
+            False, arrays of the weights without a counterpart are left out, and those of the network are unchanged.
 
     Returns:
-        params, stats, and what was done to each array, by its path in the network.
+        Parameters, running statistics, and how each array was obtained, by its path in the network.
 
     Raises:
-        UserError: the weights do not fit.
+        UserError: The weights do not fit.
     """
     prefix = ""
     if weights.kind == "encoder":
@@ -342,7 +367,7 @@ def load(
         done = dict.fromkeys(weights.arrays, "copied")
         problems = _section_differences(weights.model, networks.plain(config))
         if problems and require:
-            raise join_problems(problems, "properties of the network differ from the weights'")
+            raise join_problems(problems, "properties of the network differ from those of the weights")
     arrays = {prefix + name: array for name, array in weights.arrays.items()}
     done = {prefix + name: what for name, what in done.items()}
     wanted = {name: leaf for name, leaf in (named(params) | named(stats)).items() if name.startswith(prefix)}

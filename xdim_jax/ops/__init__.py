@@ -1,15 +1,17 @@
-"""The operations the networks are made of, each in a plain and a fast form.
+"""The operations of the networks. Some have two implementations.
 
 Arrays are channels last: ``(batch, *spatial, channels)`` with two or three spatial axes. Kernels are
 ``(*kernel, in / groups, out)``. Padding is one ``(before, after)`` pair per spatial axis.
 
-Every operation has a *reference* form (one ``lax`` call) and a *fast* form that computes the same sum in an
-order that XLA compiles well. The form is chosen when a program is traced: the fast forms were measured on
-CPU, where XLA's own 3D depthwise and transposed convolutions are ten or more times slower than they need be,
-so they are taken on CPU; on GPU and TPU dense and depthwise convolutions go to the vendor's library. The
-transposed convolution and the pointwise convolution are matrix products on every platform, and resizing and
-pooling have one form. What was taken is in the log (`counted`).
-``use_form("reference")`` forces one form, for debugging and for the tests that compare the two.
+Convolutions and norms have a *reference implementation*, which is plain JAX (for a convolution, one ``lax`` call), and
+a *fast implementation*, which computes the same sums in an order that XLA compiles to faster code. The implementation
+is chosen when a program is traced. On CPU the default is the fast one: XLA's own 3D depthwise and transposed
+convolutions were measured to be ten or more times slower there. On GPU and TPU the default is the reference
+implementation, so that dense and depthwise convolutions use the vendor's library. The transposed convolution and the
+1x1 convolution are matrix products on every platform. Upsampling and pooling have one implementation.
+
+``use_form`` selects an implementation, for example ``use_form("reference")`` for debugging and for the tests that
+compare the two. `counted` tells which implementations a program uses.
 """
 
 from xdim_jax.ops.compilation import compile_program, compiler_options, keep_freed_memory, uncollected

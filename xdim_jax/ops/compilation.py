@@ -1,4 +1,4 @@
-"""Compilation: XLA options, the persistent compilation cache, and memory that a compiled program needs."""
+"""Compilation: the persistent cache, XLA options, and the memory that compiling and running programs need."""
 
 import contextlib
 import ctypes
@@ -16,17 +16,14 @@ import jax
 
 from xdim_jax.base.files import cache_folder
 
-# -- the process --------------------------------------------------------------------------------------------------
-
 
 def cache_programs() -> None:
-    """Turns on the persistent compilation cache; call before the first JAX computation.
+    """Enable the persistent compilation cache. Call this before the first JAX computation.
 
-    It lies under the user's cache folder (``JAX_COMPILATION_CACHE_DIR`` moves it, and
-    ``XDIM_JAX_CACHE=off`` turns it off), parted by processor, because CPU programs hold its instructions.
+    The cache is in the user's cache folder. ``JAX_COMPILATION_CACHE_DIR`` selects another folder, and
+    ``XDIM_JAX_CACHE=off`` disables the cache. Every kind of processor has its own subfolder, because compiled CPU
+    programs contain instructions that another processor may lack.
     """
-    import jax
-
     if os.environ.get("XDIM_JAX_CACHE") != "off" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla" / _processor_key()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -43,10 +40,11 @@ def _processor_key() -> str:
 
 @functools.cache
 def compiler_options() -> dict[str, Any]:
-    """Options that every program of the networks is compiled with.
+    """Return the options that every program of the networks is compiled with.
 
-    On CPU jaxlib 0.10 hands convolutions to YNNPACK, which runs those of few channels on one thread; without it they go
-    to Eigen, which takes all. Sums over space stay with it: there it is ten times faster than XLA's own loops.
+    On CPU jaxlib 0.10 computes convolutions with YNNPACK, which uses one thread if there are few channels. These
+    options make XLA compute them with Eigen, which uses all threads. Reductions and matrix products stay with YNNPACK:
+    its sums over space are ten times faster than XLA's own loops.
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -54,15 +52,17 @@ def compiler_options() -> dict[str, Any]:
     options = {"xla_cpu_experimental_ynn_fusion_type": ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds)}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except Exception:  # a jaxlib that does not know the option has its own way
+    except Exception:  # this jaxlib does not know the option: keep its defaults
         return {}
     return options
 
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Trace and lower a program inside the block: a third faster without the garbage collector, as tracing makes much
-    and leaves little to collect."""
+    """Disable the garbage collector inside the block, for tracing and lowering a program.
+
+    This makes tracing a third faster: it creates many objects, of which few can be collected.
+    """
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -73,10 +73,10 @@ def uncollected() -> Iterator[None]:
 
 
 def compile_program(lowered: Any) -> Any:
-    """Compiles with `compiler_options`, and gives the memory that the compiler leaves free back to the system.
+    """Compile a lowered program with `compiler_options`, and return the compiler's freed memory to the system.
 
-    A training step leaves half a GiB to one and a half. Beside the program's own arrays that would count for as long as
-    the process lives.
+    Compiling a training step leaves 0.5 to 1.5 GiB of freed memory, which would otherwise stay with the process, in
+    addition to the arrays of the program.
     """
     compiled = lowered.compile(compiler_options=compiler_options())
     if glibc := _glibc():
@@ -85,25 +85,26 @@ def compile_program(lowered: Any) -> Any:
 
 
 def keep_freed_memory() -> None:
-    """On CPU, what a program frees stays with the process from now on: for a step that is taken over and over.
+    """On CPU, keep the memory that programs free in the process from now on, for a step that is repeated many times.
 
-    XLA asks for a step's temporaries anew each time, in one piece; glibc would hand them back to the kernel at its end,
-    which fills them with zeros before the next: a tenth of a step of DX-Net at 64^3. The peak stays what it is.
+    XLA allocates the temporaries of every step in one block. By default glibc returns the block to the kernel after
+    the step, and the kernel fills it with zeros before the next one, which takes a tenth of a step of DX-Net at 64^3.
+    The peak memory is the same.
     """
     if jax.default_backend() == "cpu" and (glibc := _glibc()):
-        mmap_max, trim_threshold = -4, -1  # of mallopt(3)
+        mmap_max, trim_threshold = -4, -1  # parameters of mallopt(3)
         glibc.mallopt(mmap_max, 0)
         glibc.mallopt(trim_threshold, -1)
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library, where it is glibc."""
+    """Return the C library if it is glibc, else None."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     return library if hasattr(library, "malloc_trim") else None
 
 
 def needed_bytes(compiled: Any) -> int:
-    """Arguments, results that do not lie in arguments, temporaries and code, per device."""
+    """Return the memory per device of arguments, temporaries, code, and results that do not reuse an argument."""
     m = compiled.memory_analysis()
     results = m.output_size_in_bytes - m.alias_size_in_bytes
     return m.argument_size_in_bytes + results + m.temp_size_in_bytes + m.generated_code_size_in_bytes

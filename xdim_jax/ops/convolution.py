@@ -1,11 +1,11 @@
-"""Convolution: one entry that picks the form."""
+"""Convolution: the function that selects the implementation."""
 
 import jax
 import jax.numpy as jnp
 
 from xdim_jax.ops.dense import dense
 from xdim_jax.ops.depthwise import depthwise
-from xdim_jax.ops.form import active_form, forced_form, take
+from xdim_jax.ops.form import active_form, count_use, forced_form
 from xdim_jax.ops.layout import Ints, Pairs, conv_reference
 
 
@@ -13,17 +13,17 @@ def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pairs, grou
     """Convolution without bias.
 
     Args:
-        x: ``(batch, *spatial, in)``.
-        kernel: ``(*kernel, in / groups, out)``.
-        strides: one per spatial axis.
-        padding: zeros ``(before, after)`` per spatial axis.
+        x: Array ``(batch, *spatial, in)``.
+        kernel: Array ``(*kernel, in / groups, out)``.
+        strides: One number per spatial axis.
+        padding: Number of zeros ``(before, after)`` for each spatial axis.
         groups: 1 (dense) or the number of input channels (depthwise).
 
     Returns:
-        ``(batch, *spatial_out, out)``.
+        Array ``(batch, *spatial_out, out)``.
 
     Raises:
-        ValueError: the ranks do not fit, or ``groups`` is neither 1 nor depthwise.
+        ValueError: The numbers of axes or channels do not match, or ``groups`` has another value.
     """
     ndim = x.ndim - 2
     if not kernel.ndim == x.ndim or len(strides) != ndim or len(padding) != ndim:
@@ -36,25 +36,26 @@ def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pairs, grou
         raise ValueError(f"conv: kernel{kernel.shape} with groups={groups} does not fit x{x.shape}")
     window = kernel.shape[:ndim]
     if groups == 1 and set(window) == {1} and set(strides) == {1} and not any(map(any, padding)):
-        take("1x1 as matrix products")
+        count_use("1x1 as matrix products")
         return pointwise(x, kernel)
     if forced_form() == "sharded" and groups > 1:
-        take("depthwise by planes")
+        count_use("depthwise by planes")
         return _by_taps_of_first_axis(x, kernel, strides, padding, groups)
     if active_form() == "fast" and groups == 1:
         return dense(x, kernel, strides, padding)
     if active_form() == "fast" and kernel.shape[-1] == channels:
-        take("depthwise as shifted sums")
+        count_use("depthwise as shifted sums")
         return depthwise(x, kernel, strides, padding)
-    take("depthwise by XLA" if groups > 1 else "dense by XLA")
+    count_use("depthwise by XLA" if groups > 1 else "dense by XLA")
     return conv_reference(x, kernel, strides, padding, groups)
 
 
 def _by_taps_of_first_axis(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs, groups: int) -> jax.Array:
-    """One convolution per tap along the first spatial axis, each of one plane.
+    """Compute one convolution per tap along the first spatial axis, and add them.
 
-    Where that axis lies on several devices, XLA's partitioner (jaxlib 0.10.2) multiplies the input's gradient of a
-    depthwise convolution by the number of devices that share a batch, if the kernel reaches past a device's planes.
+    This avoids an error of XLA's partitioner (jaxlib 0.10.2): if the first spatial axis is distributed over devices
+    and the kernel is longer than the part of one device, the input's gradient of a depthwise convolution is multiplied
+    by the number of devices along the batch axis.
     """
     pads = [(0, 0), padding[0], *[(0, 0)] * (x.ndim - 2)]
     padded = jnp.pad(x, pads)
@@ -70,8 +71,8 @@ def _by_taps_of_first_axis(x: jax.Array, kernel: jax.Array, strides: Ints, paddi
 
 
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """1x1 convolution as one matrix product over all voxels."""
+    """Compute a 1x1 convolution as one matrix product over all voxels."""
     channels, out = kernel.shape[-2:]
-    if forced_form() == "sharded":  # reshaping would join axes that lie on several devices with others
+    if forced_form() == "sharded":  # a reshape would merge distributed axes with others
         return jnp.tensordot(x, kernel.reshape(channels, out), 1)
     return (x.reshape(-1, channels) @ kernel.reshape(channels, out)).reshape(*x.shape[:-1], out)

@@ -1,4 +1,4 @@
-"""Dense convolution from stride-1 2D convolutions and matrix products."""
+"""Fast implementation of the dense convolution: 2D convolutions and matrix products."""
 
 import functools
 import operator
@@ -7,24 +7,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xdim_jax.ops.form import take
+from xdim_jax.ops.form import count_use
 from xdim_jax.ops.layout import Ints, Pairs, conv_reference, delayed, moved, split_axes
 from xdim_jax.ops.scatter import Axis, scatter, scatter_gradient
 from xdim_jax.ops.slabs import kernel_gradient
 from xdim_jax.ops.winograd import suits, winograd, winograd_gradient
 
-_MANY = 3  # times as many channels out as in
+_MANY = 3  # from this ratio of output to input channels on, the depth taps are concatenated before the convolution
 
 
 def dense(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> jax.Array:
-    """Dense convolution from stride-1 2D convolutions.
+    """Compute a dense convolution; see `xdim_jax.ops.conv` for the arguments.
 
-    A strided depth axis is unrolled into channels (its taps are the only slices that are read). Strides in the plane
-    are XLA's own going forward, and by phases going backward; where a side does not divide, it is folded by
-    space-to-depth, which turns the convolution into one of stride 1.
+    A stride along the depth turns into channels: the taps along the depth are concatenated, so only the slices that
+    are needed are read. Strides in the plane are XLA's own in the forward pass. The backward pass computes each phase
+    of the stride separately. If a side is not divisible by its stride, space-to-depth turns the convolution into one
+    of stride 1.
     """
     if max(strides) > 1 and _halves(x.shape, kernel.shape, strides, padding):
-        take("dense, strided")
+        count_use("dense, strided")
         return _strided(x, kernel, strides, padding)
     if x.ndim == 5 and max(strides) > 1:
         (x, kernel), strides, padding = _fold_depth(x, kernel, strides[0], padding[0]), strides[1:], padding[1:]
@@ -34,12 +35,15 @@ def dense(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> jax
     if max(strides) > 1:
         x, kernel = _space_to_depth(x, kernel, strides, padding)
         padding = ((0, 0),) * len(strides)
-    take("dense by Winograd" if suits(x.shape, kernel.shape, padding) else "dense by 2D convolutions")
+    count_use("dense by Winograd" if suits(x.shape, kernel.shape, padding) else "dense by 2D convolutions")
     return _dense_unit(x, kernel, padding)
 
 
 def _fold_depth(x: jax.Array, kernel: jax.Array, stride: int, pad: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """(B, D, H, W, C), (k, kh, kw, C, O) -> (B, D', H, W, k C), (kh, kw, k C, O)."""
+    """Concatenate the taps along the depth as channels.
+
+    Array (B, D, H, W, C) to (B, D', H, W, k C), and kernel (k, kh, kw, C, O) to (kh, kw, k C, O).
+    """
     taps, channels = kernel.shape[0], kernel.shape[3]
     x = jnp.pad(x, [(0, 0), pad, (0, 0), (0, 0), (0, 0)])
     depth = (x.shape[1] - taps) // stride + 1
@@ -49,7 +53,7 @@ def _fold_depth(x: jax.Array, kernel: jax.Array, stride: int, pad: tuple[int, in
 
 
 def _halves(shape: Ints, kernel: Ints, strides: Ints, padding: Pairs) -> bool:
-    """Whether every output has inputs of its own in the plane, as many along an axis as its stride."""
+    """Return True if the plane is strided and its output sides are exactly the input sides divided by the strides."""
     plane = zip(shape[-3:-1], kernel[-4:-2], strides[-2:], padding[-2:], strict=True)
     return max(strides[-2:]) > 1 and all(
         0 <= before <= k - s and n % s == 0 and (n + before + after - k) // s + 1 == n // s
@@ -59,7 +63,7 @@ def _halves(shape: Ints, kernel: Ints, strides: Ints, padding: Pairs) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _strided(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> jax.Array:
-    """A strided convolution; see `_halves`."""
+    """Compute a strided convolution whose output has 1/stride of the sides in the plane; see `_halves`."""
     if x.ndim == 4:
         return conv_reference(x, kernel, strides, padding)
     x, kernel = _fold_depth(x, kernel, strides[0], padding[0])
@@ -72,7 +76,7 @@ def _strided_fwd(x, kernel, strides, padding):
 
 
 def _strided_bwd(strides, padding, residuals, g):
-    """The convolution is the transpose of a scatter of its output's gradient."""
+    """Compute the gradients by `scatter`: the transpose of a strided convolution is a transposed convolution."""
     x, kernel = residuals
     if x.ndim == 4:  # an image is a volume of one slice
         dx, dkernel = _strided_bwd((1, *strides), ((0, 0), *padding), (x[:, None], kernel[None]), g[:, None])
@@ -90,13 +94,13 @@ _strided.defvjp(_strided_fwd, _strided_bwd)
 
 
 def _space_to_depth(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> tuple[jax.Array, jax.Array]:
-    """Folds every strided axis: stride s becomes s-fold channels and a kernel of ceil(k / s) taps."""
+    """Turn the strides into channels: stride s gives s times the channels and a kernel of ceil(k / s) taps."""
     ndim = len(strides)
     pads, blocks = [], []
     for n, k, s, (before, after) in zip(x.shape[1:-1], kernel.shape[:ndim], strides, padding, strict=True):
         out = (n + before + after - k) // s + 1
         taps = -(-k // s)
-        length = (out - 1 + taps) * s  # every block that an output reads; the last may need more zeros, or fewer
+        length = (out - 1 + taps) * s  # covers every block that an output reads
         pads.append((before, length - n - before, 0))
         blocks.append(taps)
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
@@ -107,7 +111,7 @@ def _space_to_depth(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pai
     inner = [n // s for n, s in zip(x.shape[1:-1], strides, strict=True)]
     x = split_axes(x, 1, inner, strides)
     kernel = split_axes(kernel, 0, blocks, strides)
-    # the phases move in front of the channels
+    # move the phases to the axes before the channels
     x = x.transpose(0, *range(1, 2 * ndim, 2), *range(2, 2 * ndim + 1, 2), 2 * ndim + 1)
     kernel = kernel.transpose(*range(0, 2 * ndim, 2), *range(1, 2 * ndim, 2), 2 * ndim, 2 * ndim + 1)
     x = x.reshape(x.shape[0], *inner, -1)
@@ -116,11 +120,11 @@ def _space_to_depth(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pai
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense_unit(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
-    """Dense convolution of stride 1.
+    """Compute a dense convolution of stride 1.
 
-    3D: one 2D convolution of all planes that gives the depth taps as channels, then the sum of these, each moved by
-    its tap; where that is much more than what comes in, planes are first put beside one another as channels. Winograd's
-    way where it is faster.
+    In 3D one 2D convolution of all planes gives an output for each tap along the depth; these are shifted by their tap
+    and added. If the output has many more channels than the input, the planes of all taps are concatenated as channels
+    before the convolution instead. Winograd's algorithm is used where it is faster.
     """
     if suits(x.shape, kernel.shape, padding):
         return winograd(x, kernel, padding)
@@ -152,7 +156,7 @@ def _dense_unit_bwd(padding, residuals, g):
         dkernel = winograd_gradient(x, g, window, padding)
     else:
         dkernel = kernel_gradient(delayed(x, g), g, window, padding)
-    # the input's gradient is the same operation: kernel reversed, channels swapped, complementary padding
+    # the gradient of the input is a convolution with reversed kernel, swapped channels and complementary padding
     back = tuple((k - 1 - before, k - 1 - after) for k, (before, after) in zip(window, padding, strict=True))
     reversed_kernel = jnp.swapaxes(jnp.flip(delayed(kernel, dkernel), tuple(range(len(window)))), -1, -2)
     return _dense_unit(g, reversed_kernel, back), dkernel

@@ -1,4 +1,4 @@
-"""Depthwise convolution as shifted multiply-adds."""
+"""Fast implementation of the depthwise convolution: a sum of shifted arrays, each multiplied by a tap."""
 
 import functools
 import math
@@ -10,13 +10,16 @@ from jax import lax
 
 from xdim_jax.ops.layout import Ints, Pairs, largest_divisor, split_axes
 
-_UNROLLED_TAPS = 27  # more taps in one fusion and XLA:CPU stops vectorising the loop
-_TREE_ROWS = 16  # rows added element by element before a reduction over space
+_UNROLLED_TAPS = 27  # with more taps in one fusion, XLA on CPU does not vectorise the loop
+_TREE_ROWS = 16  # number of parts that are added elementwise before the reduction over space
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> jax.Array:
-    """Depthwise convolution as shifted multiply-adds; more than 27 taps loop over the first axis."""
+    """Compute a depthwise convolution; see `xdim_jax.ops.conv`.
+
+    With more than 27 taps, the taps along the first axis are a loop in the program.
+    """
     ndim = len(strides)
     window, taps = kernel.shape[:ndim], kernel.reshape(*kernel.shape[:ndim], -1)
     phases, out = _phases(x, window, strides, padding)
@@ -33,7 +36,11 @@ def depthwise(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) ->
 
 
 def _phases(x: jax.Array, window: Ints, strides: Ints, padding: Pairs) -> tuple[jax.Array, Ints]:
-    """Pads, and parts every axis into its stride phases: ``(B, *ceil(n / s), *s, C)``, and the output's size."""
+    """Pad, and split every axis into the phases of its stride.
+
+    Returns:
+        Array ``(B, *ceil(n / s), *s, C)``, and the spatial size of the output.
+    """
     ndim = len(strides)
     pads, out = [], []
     for n, k, s, (before, after) in zip(x.shape[1:-1], window, strides, padding, strict=True):
@@ -48,7 +55,7 @@ def _phases(x: jax.Array, window: Ints, strides: Ints, padding: Pairs) -> tuple[
 
 
 def _tap(phases: jax.Array, tap: Ints, strides: Ints, out: Ints) -> jax.Array:
-    """The values that kernel tap ``tap`` meets, one per output voxel."""
+    """Return the inputs that are multiplied by one tap of the kernel, one per output voxel."""
     start = [a // s for a, s in zip(tap, strides, strict=True)]
     phase = [a % s for a, s in zip(tap, strides, strict=True)]
     batch, channels = phases.shape[0], phases.shape[-1]
@@ -57,7 +64,10 @@ def _tap(phases: jax.Array, tap: Ints, strides: Ints, out: Ints) -> jax.Array:
 
 
 def _tap_sum(phases: jax.Array, taps: jax.Array, strides: Ints, out: Ints, first: range) -> jax.Array:
-    total, shape = None, (phases.shape[0], *out, phases.shape[-1])  # lax: jnp's checks of each tap take seconds in all
+    total, shape = (
+        None,
+        (phases.shape[0], *out, phases.shape[-1]),
+    )  # lax, not jnp: its checks would add seconds of tracing
     for tap in _indices(first, *map(range, taps.shape[1:-1])):
         weight = lax.slice(taps, [*tap, 0], [*(a + 1 for a in tap), taps.shape[-1]])
         weight = lax.broadcast_in_dim(lax.reshape(weight, taps.shape[-1:]), shape, (len(shape) - 1,))
@@ -90,7 +100,7 @@ depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
 
 
 def _depthwise_input_gradient(g: jax.Array, kernel: jax.Array, size: Ints, strides: Ints, padding: Pairs) -> jax.Array:
-    """Each stride phase of the input meets its own taps ``kernel[r::s]``; the phases are computed apart."""
+    """Return the gradient of the input: for phase r of the stride, a convolution with the taps ``kernel[r::s]``."""
     ndim = len(strides)
     if set(strides) == {1}:
         back = tuple(
@@ -122,7 +132,10 @@ def _depthwise_input_gradient(g: jax.Array, kernel: jax.Array, size: Ints, strid
 def _depthwise_kernel_gradient(
     x: jax.Array, g: jax.Array, shape: Sequence[int], strides: Ints, padding: Pairs
 ) -> jax.Array:
-    """Per tap, the sum over voxels of the input it meets times ``g``; the outer taps are looped over."""
+    """Return the gradient of the kernel: for each tap, the sum over voxels of its inputs times ``g``.
+
+    The taps along all axes but the last are a loop in the program.
+    """
     ndim = len(strides)
     window = tuple(shape[:ndim])
     phases, out = _phases(x, window, strides, padding)
@@ -130,7 +143,7 @@ def _depthwise_kernel_gradient(
 
     def body(i, grad):
         rows, index = phases, i
-        for axis in reversed(range(ndim - 1)):  # the tap along this axis: a slice of a phase
+        for axis in reversed(range(ndim - 1)):  # the inputs of the tap along this axis
             a, index = index % outer[axis], index // outer[axis]
             rows = lax.dynamic_index_in_dim(rows, a % strides[axis], 1 + ndim + axis)
             rows = lax.dynamic_slice_in_dim(rows, a // strides[axis], out[axis], 1 + axis)
@@ -143,7 +156,10 @@ def _depthwise_kernel_gradient(
 
 
 def _space_sum(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Sum of ``a * b`` over all axes but the last: some rows element by element, the rest by a product with ones."""
+    """Return the sum of ``a * b`` over all axes but the last.
+
+    Parts of the array are added elementwise first; the rest of the sum is a matrix product with ones.
+    """
     channels = a.shape[-1]
     rows = largest_divisor(a.shape[1], _TREE_ROWS)
     n = a.shape[1] // rows

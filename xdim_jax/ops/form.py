@@ -1,4 +1,7 @@
-"""Which form of an operation a program is traced with."""
+"""The choice between the implementations of an operation while a program is traced.
+
+The names of the choices (`FORMS`) are the values of ``config.train.ops``.
+"""
 
 import contextlib
 import contextvars
@@ -13,14 +16,21 @@ from xdim_jax.ops.compilation import compiler_options
 
 FORMS = ("auto", "fast", "reference", "sharded")
 _form: contextvars.ContextVar[str] = contextvars.ContextVar("form", default="auto")
-_taken: contextvars.ContextVar[Counter[str] | None] = contextvars.ContextVar("taken", default=None)
+_counts: contextvars.ContextVar[Counter[str] | None] = contextvars.ContextVar("counts", default=None)
 
 
 @contextlib.contextmanager
 def use_form(form: str) -> Iterator[None]:
-    """Forces a form for programs traced inside the block: ``fast``, ``reference``, or ``sharded``, for arrays whose
-    spatial axes lie on several devices: ``reference``, but for what XLA could then only do by gathering whole arrays
-    (``auto``: by platform)."""
+    """Select the implementation of the operations in programs that are traced inside the block.
+
+    Args:
+        form: ``fast``; ``reference``; ``sharded``, for arrays whose spatial axes are distributed over several devices;
+            or ``auto``, which is ``fast`` on CPU and ``reference`` elsewhere. ``sharded`` is ``reference`` except for
+            the operations that XLA would compute by gathering whole arrays on each device.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
     token = _form.set(form)
@@ -31,7 +41,7 @@ def use_form(form: str) -> Iterator[None]:
 
 
 def in_form(form: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function traced in a form; ``auto`` leaves the choice to where it is called."""
+    """Return the function, traced with `use_form` of ``form``; ``auto`` keeps the choice of the caller."""
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
     if form == "auto":
@@ -46,36 +56,40 @@ def in_form(form: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def describe_forms(form: str = "auto") -> str:
-    """What the operations of a program are traced to on this platform, in a line."""
+    """Describe the implementation of a program's operations on this platform, in one line for the log."""
     with use_form(form):
         fast = active_form() == "fast"
     own = "Winograd and 2D convolutions, composed with upsampling, depthwise as shifted sums"
     convolution = own if fast else "the platform's convolutions"
     library = ", Eigen's threads" if compiler_options() else ""
-    kind = "asked for" if form != "auto" else jax.default_backend()
+    kind = "requested" if form != "auto" else jax.default_backend()
     return f"{active_form() if form == 'auto' else form} ({kind}): {convolution}{library}; others as matrix products"
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """How often each form of a convolution is taken by what is traced inside the block, by a few words."""
-    taken: Counter[str] = Counter()
-    token = _taken.set(taken)
+    """Count how often each implementation of a convolution is used by the programs traced inside the block.
+
+    Yields:
+        Counts by the description of the implementation, such as ``dense by Winograd``.
+    """
+    counts: Counter[str] = Counter()
+    token = _counts.set(counts)
     try:
-        yield taken
+        yield counts
     finally:
-        _taken.reset(token)
+        _counts.reset(token)
 
 
-def take(words: str) -> None:
-    """Counts a form, see `counted`."""
-    taken = _taken.get()
-    if taken is not None:
-        taken[words] += 1
+def count_use(implementation: str) -> None:
+    """Count one use of an implementation, see `counted`."""
+    counts = _counts.get()
+    if counts is not None:
+        counts[implementation] += 1
 
 
 def active_form() -> str:
-    """The form of the convolutions in a program traced now: ``"fast"`` or ``"reference"``."""
+    """Return the implementation of convolutions in a program that is traced now: ``fast`` or ``reference``."""
     form = _form.get()
     if form == "auto":
         return "fast" if jax.default_backend() == "cpu" else "reference"
@@ -83,5 +97,5 @@ def active_form() -> str:
 
 
 def forced_form() -> str:
-    """The form that `use_form` asks for, or ``"auto"``."""
+    """Return the value that `use_form` was called with; ``auto`` outside of such a block."""
     return _form.get()

@@ -1,4 +1,4 @@
-"""What the operations share: padding, axis names, and cutting axes."""
+"""Helpers of the operations: padding, axis names, splitting and shifting axes, the order of computation."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,10 @@ Ints = tuple[int, ...]
 
 
 def same_padding(size: Sequence[int], kernel: Sequence[int], strides: Sequence[int]) -> Pairs:
-    """TensorFlow's "SAME" padding, as the ``tf_efficientnet_*`` weights were trained: the odd pixel goes after."""
+    """Return TensorFlow's "SAME" padding, which the ``tf_efficientnet_*`` weights were trained with.
+
+    An odd padding element is placed at the end of the axis.
+    """
     pairs = []
     for n, k, s in zip(size, kernel, strides, strict=True):
         total = max((-(-n // s) - 1) * s + k - n, 0)
@@ -20,38 +23,39 @@ def same_padding(size: Sequence[int], kernel: Sequence[int], strides: Sequence[i
 
 
 def symmetric_padding(kernel: Sequence[int]) -> Pairs:
-    """``k // 2`` on both sides, as PyTorch networks are usually written (spec: architecture, section 1)."""
+    """Return ``k // 2`` elements of padding on both sides of each axis, PyTorch's usual convention."""
     return tuple((k // 2, k // 2) for k in kernel)
 
 
 def conv_reference(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs, groups: int = 1) -> jax.Array:
-    """The convolution as one ``lax`` call."""
+    """Compute a convolution as one ``lax`` call: the reference implementation."""
     return lax.conv_general_dilated(
         x, kernel, strides, padding, dimension_numbers=layout(x.ndim - 2), feature_group_count=groups
     )
 
 
 def layout(ndim: int) -> tuple[str, str, str]:
-    """Dimension numbers for ``lax``: input, kernel, output."""
+    """Return the dimension numbers for ``lax``: input, kernel, output."""
     axes = "DHW"[3 - ndim :]
     return f"N{axes}C", f"{axes}IO", f"N{axes}C"
 
 
 def split_axes(x: jax.Array, first: int, outer: Sequence[int], inner: Sequence[int]) -> jax.Array:
-    """Cuts axis ``first + i`` into ``outer[i]`` blocks of ``inner[i]``."""
+    """Split each axis ``first + i`` into two axes, ``outer[i]`` blocks of ``inner[i]`` elements."""
     pairs = [n for pair in zip(outer, inner, strict=True) for n in pair]
     return x.reshape(*x.shape[:first], *pairs, *x.shape[first + len(outer) :])
 
 
 def largest_divisor(n: int, limit: int) -> int:
-    """The largest divisor of ``n`` that is at most ``limit``; 1 if there is none."""
+    """Return the largest divisor of ``n`` that is at most ``limit``, or 1 if there is none."""
     return max((d for d in range(1, n + 1) if n % d == 0 and d <= limit), default=1)
 
 
 def moved(x: jax.Array, by: int, size: int, stride: int = 1) -> jax.Array:
-    """Plane i moved to ``stride * i + by`` along the first spatial axis, cut to ``size``, filled up with zeros.
+    """Move plane i to ``stride * i + by`` along the first spatial axis of an array with ``size`` planes.
 
-    A pad, which is fused into the sum that takes it.
+    Planes that are moved outside are dropped, and the other planes are zero. This is one ``lax.pad``, which XLA fuses
+    into the sum that uses it.
     """
     end = by + stride * (x.shape[1] - 1) + 1
     if (by, end, stride) == (0, size, 1):
@@ -61,10 +65,12 @@ def moved(x: jax.Array, by: int, size: int, stride: int = 1) -> jax.Array:
 
 
 def delayed(x: jax.Array, other: jax.Array) -> jax.Array:
-    """``x``, not to be had before the other: for what a backward pass computes again, or from what was kept.
+    """Return ``x`` with a false dependency on ``other``, which delays its computation until ``other`` is available.
 
-    XLA on CPU drops optimisation barriers before it merges equal computations and before it puts them in order: what
-    needs no gradient is computed right after the forward pass, and all at once, and lies in memory until it is used.
-    With several devices it is ``x`` as it is: one number of an array that lies on all of them would be a message.
+    Backward passes use this for arrays that they recompute from the residuals. Without it XLA on CPU computes these
+    arrays right after the forward pass, all at once, and keeps them in memory until they are used. Optimisation
+    barriers do not help: XLA on CPU removes them before it merges equal computations and orders the others.
+    With several devices ``x`` is returned unchanged, because reading one element of a distributed array would need
+    communication.
     """
     return x if jax.device_count() > 1 else x + (0 * other[(0,) * other.ndim]).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Normalisation with the activation that follows it, and what scales channels by their means."""
+"""Normalisation with the activation that follows it, and squeeze-and-excitation."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ _ACTIVATIONS = (None, "silu", "relu", "gelu")
 
 
 def activate(x: jax.Array, activation: str | None) -> jax.Array:
-    """``None``, ``"silu"``, ``"relu"`` or ``"gelu"`` (exact, by the error function)."""
+    """Apply an activation: None, ``silu``, ``relu`` or ``gelu`` (exact, by the error function)."""
     if activation not in _ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {_ACTIVATIONS}")
     if activation == "silu":
@@ -35,22 +35,25 @@ def normalise(
     activation: str | None,
     across: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Standardises over ``axes``, scales, shifts and activates, keeping only ``x`` for the backward pass.
+    """Standardise over ``axes``, scale, shift, and apply an activation.
+
+    The fast implementation keeps only ``x`` and the statistics for the backward pass.
 
     Args:
-        x: ``(batch, *spatial, channels)``; statistics are taken in float32 or better.
-        scale, bias: ``(channels,)``.
-        axes: the spatial axes for instance norm; the batch axis too for batch norm.
-        eps: added to the (biased) variance.
-        activation: see `activate`.
-        across: name of a mapped axis (``pmap``) whose devices share the statistics.
+        x: Array ``(batch, *spatial, channels)``. Statistics are computed in float32 or better.
+        scale: Factor of each channel, ``(channels,)``.
+        bias: Shift of each channel, ``(channels,)``.
+        axes: The spatial axes for instance norm; the batch axis and the spatial axes for batch norm.
+        eps: Number that is added to the (biased) variance.
+        activation: See `activate`.
+        across: Name of a mapped axis (``pmap``) over whose devices the statistics are averaged; None for one device.
 
     Returns:
-        The result, and the mean and biased variance with ``axes`` kept as 1. The two statistics carry no
-        gradient: they are for running averages.
+        The result, the mean and the biased variance. The two statistics keep ``axes`` with size 1. They have no
+        gradient and are for running averages.
     """
     if active_form() == "reference" or across is not None:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # once, so that its gradient is rounded once
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # cast once, so that its gradient is rounded once
         mean, var = _moments(wide, axes, across)
         z = (wide - mean) * lax.rsqrt(var + eps) * scale + bias
         return activate(z, activation).astype(x.dtype), lax.stop_gradient(mean), lax.stop_gradient(var)
@@ -58,18 +61,18 @@ def normalise(
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, eps: float) -> jax.Array:
-    """Standardises every voxel over its channels, scales and shifts (Ba et al. 2016)."""
+    """Standardise every voxel over its channels, scale and shift (Ba et al. 2016)."""
     mean, var = _moments(x, (x.ndim - 1,))
     return ((x - mean) * lax.rsqrt(var + eps) * scale + bias).astype(x.dtype)
 
 
 def squeeze_excite(x: jax.Array, gate: Callable[[jax.Array], jax.Array], *, axes: Ints) -> jax.Array:
-    """Scales every channel by a gate that is computed from the channels' means (Hu et al. 2018).
+    """Multiply every channel by a gate that is computed from the means of the channels (Hu et al. 2018).
 
     Args:
-        x: ``(batch, *spatial, channels)``.
-        gate: of the means, ``x`` with ``axes`` as 1, to logits of that shape.
-        axes: that the means are taken over.
+        x: Array ``(batch, *spatial, channels)``.
+        gate: Function from the means (``x`` averaged over ``axes``, which keep size 1) to logits of the same shape.
+        axes: Axes of the mean.
     """
     return x * lax.logistic(gate(jnp.mean(x, axes, keepdims=True)))
 

@@ -1,4 +1,4 @@
-"""Operations that change the grid: transposed convolution, nearest upsampling, pooling."""
+"""Operations that change the spatial size: transposed convolution, nearest-neighbour upsampling, pooling."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xdim_jax.ops.form import forced_form, take
+from xdim_jax.ops.form import count_use, forced_form
 from xdim_jax.ops.layout import Ints, Pairs, layout
 
 
@@ -19,21 +19,21 @@ def conv_transpose(
     crop: Ints | None = None,
     size: Sequence[int] | None = None,
 ) -> jax.Array:
-    """Transposed convolution without bias: ``out[s * i - p + t] += x[i] @ kernel[t]``, PyTorch's index order.
+    """Compute a transposed convolution without bias: ``out[s * i - p + t] += x[i] @ kernel[t]``, as PyTorch does.
 
-    (``lax.conv_transpose`` does not flip, but correlates: it would need the kernel reversed on every spatial axis.)
-    One matrix product and an overlap-add, forward and backward, on every platform. Where the kernel equals the
-    stride no two taps meet, and the overlap-add is a rearrangement.
+    On every platform this is one matrix product and an overlap-add, forward and backward. If the kernel is as long as
+    the stride, no outputs overlap, and the overlap-add is a rearrangement. (``lax.conv_transpose`` has another
+    convention: it needs the kernel reversed along every spatial axis.)
 
     Args:
-        x: ``(batch, *spatial, in)``.
-        kernel: ``(*kernel, in, out)``.
-        strides: per axis; default: the kernel's size.
-        crop: outputs left out at the start of every axis, PyTorch's ``padding``; default 0.
-        size: of the output; default ``(n - 1) s - 2 p + k``. Past the last tap the output is 0.
+        x: Array ``(batch, *spatial, in)``.
+        kernel: Array ``(*kernel, in, out)``.
+        strides: One number per axis; None for the size of the kernel.
+        crop: Number of outputs left out at the start of every axis, PyTorch's ``padding``; None for 0.
+        size: Spatial size of the output; None for ``(n - 1) s - 2 p + k``. Outputs that no tap reaches are 0.
 
     Returns:
-        ``(batch, *size, out)``.
+        Array ``(batch, *size, out)``.
     """
     ndim = x.ndim - 2
     window, (channels, out) = kernel.shape[:ndim], kernel.shape[ndim:]
@@ -42,11 +42,11 @@ def conv_transpose(
     if size is None:
         sides = zip(x.shape[1:-1], window, strides, crop, strict=True)
         size = tuple((n - 1) * s - 2 * p + k for n, k, s, p in sides)
-    take("transposed by XLA" if forced_form() == "reference" else "transposed as matrix products")
+    count_use("transposed by XLA" if forced_form() == "reference" else "transposed as matrix products")
     if forced_form() == "reference":
         return _conv_transpose_reference(x, kernel, strides, crop, size)
     columns = jnp.moveaxis(kernel, ndim, 0).reshape(channels, -1)
-    if forced_form() == "sharded":  # reshaping would join axes that lie on several devices with others
+    if forced_form() == "sharded":  # a reshape would merge distributed axes with others
         y = jnp.tensordot(x, columns, 1).reshape(*x.shape[:-1], *window, out)
     else:
         y = (x.reshape(-1, channels) @ columns).reshape(*x.shape[:-1], *window, out)
@@ -64,7 +64,7 @@ def conv_transpose(
 
 
 def _overlap_add(y: jax.Array, axis: int, taps_axis: int, stride: int, crop: int, size: int) -> jax.Array:
-    """Adds tap t of position i into ``stride * i + t``: one sum per phase of the stride, then the phases interleave."""
+    """Add tap t of position i to output ``stride * i + t``: one sum per phase of the stride; the phases interleave."""
     n, taps = y.shape[axis], y.shape[taps_axis]
     rounds = -(-taps // stride)
     phases = []
@@ -103,7 +103,16 @@ def _conv_transpose_reference(x: jax.Array, kernel: jax.Array, strides: Ints, cr
 
 
 def upsample(x: jax.Array, factors: Ints, size: Sequence[int] | None = None) -> jax.Array:
-    """Nearest-neighbour upsampling by whole factors: ``out[f * i + r] = x[i]``, cropped at the end to ``size``."""
+    """Upsample by nearest neighbours: ``out[f * i + r] = x[i]``, cropped at the end of each axis to ``size``.
+
+    Args:
+        x: Array ``(batch, *spatial, channels)``.
+        factors: One whole number per spatial axis.
+        size: Spatial size of the output; None for ``factors`` times that of ``x``.
+
+    Raises:
+        ValueError: ``size`` is larger than ``factors`` times that of ``x``.
+    """
     for axis, factor in enumerate(factors, 1):
         if factor > 1:
             shape = (*x.shape[: axis + 1], factor, *x.shape[axis + 1 :])
@@ -112,14 +121,14 @@ def upsample(x: jax.Array, factors: Ints, size: Sequence[int] | None = None) -> 
         if size is not None and x.shape[axis] != size[axis - 1]:
             if x.shape[axis] < size[axis - 1]:
                 raise ValueError(
-                    f"upsample: axis {axis - 1} has {x.shape[axis]} samples, {size[axis - 1]} are asked for"
+                    f"upsample: axis {axis - 1} has {x.shape[axis]} samples, {size[axis - 1]} are requested"
                 )
             x = lax.slice_in_dim(x, 0, size[axis - 1], axis=axis)
     return x
 
 
 def max_pool(x: jax.Array, window: Ints, strides: Ints, padding: Pairs) -> jax.Array:
-    """Largest value of every window; padding never wins."""
+    """Return the largest value of every window; padding is minus infinity."""
     if math.prod(window) == 1:
         return x
     pads = ((0, 0), *padding, (0, 0))

@@ -1,6 +1,6 @@
-"""Transposed convolution of any stride by phases: what each output phase takes is a small convolution of its own.
+"""Transposed convolution of any stride, computed as one small convolution for each phase of the stride.
 
-Two products share it: the convolution behind an upsampling (`xdim_jax.ops.upsampled`), and the gradient of a strided
+It is used for the convolution of an upsampled array (`xdim_jax.ops.upsampled`) and for the gradient of a strided
 convolution (`xdim_jax.ops.dense`).
 """
 
@@ -18,15 +18,18 @@ from xdim_jax.ops.slabs import kernel_gradient
 
 
 class Axis(NamedTuple):
-    """``y[stride * i + tap - crop] += x[i]``, for outputs 0 to ``size``."""
+    """A transposed convolution along one axis: ``y[stride * i + tap - crop] += x[i]``, with ``size`` outputs."""
 
     stride: int
     crop: int
     size: int
 
     def first_tap(self, phase: int, taps: int) -> tuple[int, tuple[int, int]]:
-        """Of the taps that reach outputs ``stride * i + phase``, the one that takes the first input, the others follow
-        ``stride`` below one another; and the padding of a correlation with them."""
+        """Return the highest of the taps that reach the outputs ``stride * i + phase``, and their padding.
+
+        The other taps follow at a distance of ``stride``. The padding is that of a correlation with these taps, in
+        decreasing order.
+        """
         last = (phase + self.crop) % self.stride
         first = last + (taps - 1 - last) // self.stride * self.stride
         before, after = ((phase + self.crop - tap) // self.stride for tap in (first, last))
@@ -37,10 +40,18 @@ Axes = tuple[Axis, Axis, Axis]
 
 
 def scatter(x: jax.Array, kernel: jax.Array, axes: Axes) -> jax.Array:
-    """``(B, D, H, W, C)``, ``(*taps, C, O)`` to ``(B, *size, O)``.
+    """Compute a transposed convolution.
 
-    One 2D convolution for every phase of a plane gives all taps along depth as channels; these are added up, each moved
-    by its tap, and the phases interleave.
+    For each phase of the strides in the plane, one 2D convolution computes the outputs of all taps along the depth.
+    These are shifted by their tap and added, and the phases are interleaved.
+
+    Args:
+        x: Array ``(B, D, H, W, C)``.
+        kernel: Array ``(*taps, C, O)``.
+        axes: Stride, crop and output size along each axis.
+
+    Returns:
+        Array ``(B, *size, O)``.
     """
     y: jax.Array = _scatter(x, kernel, axes)  # pyright: ignore[reportAssignmentType]
     return y
@@ -61,7 +72,7 @@ def _scatter(x: jax.Array, kernel: jax.Array, axes: Axes) -> jax.Array:
 
 
 def _columns(kernel: jax.Array) -> jax.Array:
-    """``(kh, kw, C, kd O)``: the taps along depth as outputs."""
+    """Return the kernel with the taps along the depth as output channels: ``(kh, kw, C, kd O)``."""
     columns = kernel.transpose(1, 2, 3, 0, 4)
     return columns.reshape(*columns.shape[:3], -1)
 
@@ -71,7 +82,7 @@ def _phases(axes: Axes) -> list[Ints]:
 
 
 def _phase_kernel(columns: jax.Array, axes: Axes, phase: Ints) -> tuple[jax.Array, Pairs]:
-    """The kernel of one phase in the plane, as a correlation, and its padding."""
+    """Return the kernel of one phase in the plane, as that of a correlation, and its padding."""
     part = jnp.flip(columns, (0, 1))
     pads = []
     for i, (axis, p) in enumerate(zip(axes[1:], phase, strict=True)):
@@ -89,7 +100,7 @@ def _interleave(parts: list[jax.Array], axis: int) -> jax.Array:
 
 
 def _sum_of_depth(y: jax.Array, axis: Axis) -> jax.Array:
-    """``(B, D, H, W, taps, O)`` to ``(B, size, H, W, O)``, each tap stretched to the planes that it gives to."""
+    """Add the taps along the depth, each shifted: ``(B, D, H, W, taps, O)`` to ``(B, size, H, W, O)``."""
     parts = [moved(y[..., t, :], t - axis.crop, axis.size, axis.stride) for t in range(y.shape[-2])]
     return functools.reduce(operator.add, parts)
 
@@ -117,7 +128,14 @@ _scatter.defvjp(_scatter_fwd, _scatter_bwd)
 
 
 def scatter_gradient(x: jax.Array, g: jax.Array, window: Ints, axes: Axes) -> jax.Array:
-    """The kernel's gradient ``(*window, C, O)``, for ``x`` and the gradient of what was made of it."""
+    """Return the gradient of the kernel of `scatter`, ``(*window, C, O)``.
+
+    Args:
+        x: Input of `scatter`.
+        g: Gradient of its output.
+        window: Size of the kernel along each axis.
+        axes: See `scatter`.
+    """
     total, part = None, None
     for phase in _phases(axes):
         given = _given(g, window[0], x.shape[1], phase, axes, part)
@@ -128,7 +146,7 @@ def scatter_gradient(x: jax.Array, g: jax.Array, window: Ints, axes: Axes) -> ja
 
 
 def _phase_gradient(x: jax.Array, given: jax.Array, window: Ints, axes: Axes, phase: Ints) -> jax.Array:
-    """One phase's share of the gradient of `_columns`."""
+    """Return what one phase adds to the gradient of the kernel, in the layout of `_columns`."""
     places = [axis.first_tap(p, n) for axis, p, n in zip(axes[1:], phase, window[1:], strict=True)]
     taps = tuple(before + after + 1 for _, (before, after) in places)
     part = kernel_gradient(x.reshape(-1, *x.shape[2:]), given, taps, tuple(pads for _, pads in places))
@@ -140,14 +158,15 @@ def _phase_gradient(x: jax.Array, given: jax.Array, window: Ints, axes: Axes, ph
 
 
 def _from_columns(columns: jax.Array, taps: int) -> jax.Array:
-    """The inverse of `_columns`."""
+    """Invert `_columns`."""
     return columns.reshape(*columns.shape[:3], taps, -1).transpose(3, 0, 1, 2, 4)
 
 
 def _given(g: jax.Array, taps: int, depth: int, phase: Ints, axes: Axes, done: jax.Array | None) -> jax.Array:
-    """What every plane of the input gave to one phase, its taps along depth as channels: ``(B D, H, W, taps O)``.
+    """Return, for each input plane, the gradients of the outputs of one phase that depend on it.
 
-    That is as large as g, or larger: ``done`` is the result of the phase before, which needs its own no more then.
+    The result is ``(B D, H, W, taps O)``: the taps along the depth are channels. It is at least as large as g.
+    Therefore it is computed after ``done``, a result of the previous phase, when the array of that phase is free.
     """
     stride, crop, size = axes[0]
     length = stride * (depth - 1) + taps

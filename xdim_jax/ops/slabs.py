@@ -1,4 +1,4 @@
-"""The gradient of a dense convolution's kernel."""
+"""The gradient of the kernel of a dense convolution of stride 1."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,23 @@ from jax import lax
 
 from xdim_jax.ops.layout import Ints, Pairs, largest_divisor
 
-_SLAB_BYTES = 8 << 20  # columns that stay in the last-level cache
+_SLAB_BYTES = 8 << 20  # the arrays of a slab fit into the last-level cache
 
 
 def kernel_gradient(x: jax.Array, g: jax.Array, window: Ints, padding: Pairs) -> jax.Array:
-    """Sum over voxels of x (all taps along W) times g (all shifts along the other axes), slab by slab."""
+    """Return the gradient of a kernel, computed as a sum of matrix products over slabs of the volume.
+
+    A matrix product multiplies x, shifted by every tap along W, by g, shifted by every tap along the other axes.
+
+    Args:
+        x: Input of the convolution, ``(batch, *spatial, in)`` with two or three spatial axes.
+        g: Gradient of its output, ``(batch, *spatial_out, out)``.
+        window: Size of the kernel along each axis.
+        padding: Padding of the convolution.
+
+    Returns:
+        Array ``(*window, in, out)``.
+    """
     if x.ndim == 4:  # a 2D image is a volume of one slice
         grad = kernel_gradient(x[:, None], g[:, None], (1, *window), ((0, 0), *padding))
         return grad[0]

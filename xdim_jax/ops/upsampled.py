@@ -1,9 +1,10 @@
-"""A 3^n convolution of an upsampled array and a skip beside it, without making the upsampled array.
+"""A 3^n convolution of an upsampled array concatenated with a skip, computed without the upsampled array.
 
-Upsampling, by repetition or by a transposed convolution, and the convolution behind it are one linear map:
-``y[s i + t - c] += x[i] @ W[t]``, a transposed convolution whose kernel is the sum of all pairs of taps that meet.
-It has fewer products than the two (3D, factor 2: 8 for an output voxel instead of 27 and the transposed convolution's
-own), and neither the upsampled array nor its concatenation with the skip is ever in memory.
+Upsampling (by repetition or by a transposed convolution) and the following convolution are together one linear map,
+``y[s i + t - c] += x[i] @ W[t]``: a transposed convolution. Each tap of its kernel W is a sum over the pairs of taps of
+the two maps that connect the same input and output. It needs fewer products than the two maps: in 3D with factor 2 and
+per output voxel, 8 instead of 27 plus those of the upsampling. Neither the upsampled array nor its concatenation with
+the skip is ever in memory.
 """
 
 import functools
@@ -16,17 +17,17 @@ import numpy as np
 
 from xdim_jax.ops.convolution import conv
 from xdim_jax.ops.dense import dense
-from xdim_jax.ops.form import active_form, forced_form, take
+from xdim_jax.ops.form import active_form, count_use, forced_form
 from xdim_jax.ops.layout import Ints, moved
 from xdim_jax.ops.resize import conv_transpose, upsample
 from xdim_jax.ops.scatter import Axis, scatter
 
 _TAPS = 3
-_WORTH = 2  # products saved, for each that composing the kernels takes
+_WORTH = 2  # compose the kernels if this saves more than twice the products that it needs
 
 
 class Expand(NamedTuple):
-    """A transposed convolution with bias, as `conv_transpose` has it: kernel, bias, and outputs left out."""
+    """A transposed convolution with bias: kernel, bias and crop, as in `xdim_jax.ops.conv_transpose`."""
 
     kernel: jax.Array
     bias: jax.Array
@@ -42,21 +43,21 @@ def conv_upsampled(
     size: Ints | None = None,
     expand: Expand | None = None,
 ) -> jax.Array:
-    """``conv(concatenate([upsample(x), skip]))``: stride 1, 3 taps and a zero on both sides along every axis.
+    """Return ``conv(concatenate([upsample(x), skip]))`` with 3 taps, stride 1 and symmetric padding.
 
     Args:
-        x: ``(batch, *spatial, in)``.
-        skip: ``(batch, *size, more)``, or none.
-        kernel: ``(3, ..., 3, middle + more, out)``; ``middle`` are the channels that upsampling gives.
-        factors: of the upsampling; of ``expand`` its strides.
-        size: that upsampling gives; default: ``factors`` times that of ``x``.
-        expand: upsample by this, in place of nearest neighbours.
+        x: Array ``(batch, *spatial, in)``.
+        skip: Array ``(batch, *size, more)``, or None.
+        kernel: Array ``(3, ..., 3, middle + more, out)``; ``middle`` is the number of channels after upsampling.
+        factors: Upsampling factors; with ``expand``, its strides.
+        size: Spatial size after upsampling; None for ``factors`` times that of ``x``.
+        expand: Transposed convolution that upsamples; None for nearest neighbours.
 
     Returns:
-        ``(batch, *size, out)``.
+        Array ``(batch, *size, out)``.
 
     Raises:
-        ValueError: the kernel does not have 3 taps along every axis, or not the channels of both inputs.
+        ValueError: The kernel does not have 3 taps along every axis, or not the channels of both inputs.
     """
     size = size or tuple(n * f for n, f in zip(x.shape[1:-1], factors, strict=True))
     middle = x.shape[-1] if expand is None else expand.kernel.shape[-1]
@@ -68,7 +69,7 @@ def conv_upsampled(
         x = _upsampled(x, factors, size, expand)
         x = x if skip is None else jnp.concatenate([x, skip], -1)
         return conv(x, kernel.astype(x.dtype), strides=(1,) * len(factors), padding=pads)
-    take("composed with upsampling")
+    count_use("composed with upsampling")
     own, rest = kernel[..., :middle, :], kernel[..., middle:, :].astype(x.dtype)
     y = _composed(x, own, factors, size, expand)
     return y if skip is None else y + dense(skip, rest, (1,) * len(factors), pads)
@@ -82,7 +83,7 @@ def _upsampled(x: jax.Array, factors: Ints, size: Ints, expand: Expand | None) -
 
 
 def _composes(x: jax.Array, kernel: jax.Array, factors: Ints, size: Ints, expand: Expand | None) -> bool:
-    """Whether the form is the fast one, the geometry one that it knows, and the products that it saves many."""
+    """Return True if the fast implementation is selected, supports this geometry, and saves enough products."""
     if forced_form() == "sharded" or active_form() == "reference":
         return False
     window = factors if expand is None else expand.kernel.shape[: len(factors)]
@@ -121,7 +122,7 @@ def _composed(x: jax.Array, kernel: jax.Array, factors: Ints, size: Ints, expand
 
 
 def _compose(expand: jax.Array | None, kernel: jax.Array, factors: Ints) -> jax.Array:
-    """``(*taps, in, out)``: what a voxel gives to the outputs around it, first tap to the lowest."""
+    """Return the kernel of the composed transposed convolution, ``(*taps, in, out)``."""
     ndim = len(factors)
     window = factors if expand is None else expand.shape[:ndim]
     meets = functools.reduce(_outer, [_meets(k) for k in window])  # (taps, window, 3^n)
@@ -138,36 +139,47 @@ def _compose(expand: jax.Array | None, kernel: jax.Array, factors: Ints) -> jax.
 
 
 def _meets(taps: int) -> np.ndarray:
-    """``(taps + 2, taps, 3)``: 1 where tap r of the upsampling and tap t of the kernel give to tap ``r - t + 2``."""
+    """Return ``(taps + 2, taps, 3)``: 1 where taps r of upsampling and t of the kernel give tap ``r - t + 2``."""
     tap, r, t = np.ogrid[: taps + _TAPS - 1, :taps, :_TAPS]
     return (tap == r - t + _TAPS - 1).astype(np.float32)
 
 
 def _outer(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of two arrays of three axes, each pair of axes joined."""
+    """Return the outer product of two arrays of three axes, each pair of axes merged into one."""
     return np.einsum("art,bsu->abrstu", a, b).reshape(*(m * n for m, n in zip(a.shape, b.shape, strict=True)))
 
 
 def _inside(bias: jax.Array, size: Ints) -> jax.Array:
-    """What a constant, upsampled, adds to every output: of each tap's share, those that lie inside ``size``."""
+    """Return what the bias of the transposed convolution adds to every output of the following convolution.
+
+    Near the border fewer taps contribute, because the padding has no bias.
+
+    Args:
+        bias: What each tap contributes, ``(3, ..., 3, out)``.
+        size: Spatial size of the output.
+    """
     for axis, n in reversed(list(enumerate(size))):
         if axis > 0:
             reached = np.arange(n)[:, None] + np.arange(_TAPS) - 1
             inside = jnp.asarray((reached >= 0) & (reached < n), bias.dtype)
             bias = jnp.moveaxis(jnp.tensordot(inside, bias, ((1,), (axis,))), 0, axis)
     first, last = moved(bias[:1][None], 0, size[0])[0], moved(bias[2:][None], size[0] - 1, size[0])[0]
-    return bias[0] + bias[1] + bias[2] - first - last  # not a sum over an axis: that would be no part of a fusion
+    return bias[0] + bias[1] + bias[2] - first - last  # no sum over an axis, which XLA would not fuse
 
 
 def _beyond(x: jax.Array, kernel: jax.Array, factors: Ints, size: Ints, expand: Expand) -> jax.Array | float:
-    """What planes of the transposed convolution that were cropped would give to the first and the last output."""
+    """Return the excess of the composed map in the first and the last plane of the output.
+
+    The composed map includes planes of the transposed convolution that ``crop`` and ``size`` leave out, but
+    the convolution has zero padding there.
+    """
     (depth, *plane), (taps, *_), stride, crop = size, expand.kernel.shape, factors[0], expand.crop[0]
-    begin, end = -crop, stride * (x.shape[1] - 1) + taps - crop  # that it has
+    begin, end = -crop, stride * (x.shape[1] - 1) + taps - crop  # planes of the transposed convolution
     total: jax.Array | float = 0.0
     for place, at, tap in ((0, -1, 0), (depth - 1, depth, 2)):
         if not begin <= at < end:
             continue
-        low = max(-(-(at + crop - taps + 1) // stride), 0)  # the planes of x that reach it
+        low = max(-(-(at + crop - taps + 1) // stride), 0)  # the planes of x that reach plane ``at``
         high = min((at + crop) // stride, x.shape[1] - 1)
         own = expand._replace(bias=jnp.zeros_like(expand.bias), crop=(at + crop - stride * low, *expand.crop[1:]))
         there = _upsampled(x[:, low : high + 1], factors, (1, *plane), own)

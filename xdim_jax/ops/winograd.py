@@ -1,9 +1,9 @@
 """Dense convolution of 3 taps along the first spatial axis with half the products (Winograd 1980; Lavin and Gray 2016).
 
-Four outputs along the axis come from six products instead of twelve, ``y = A^T [(G g) * (B^T d)]``; the other axes keep
-their convolution, of six kernels instead of three. The matrices are Toom and Cook's for the points 0, +-3/4, +-3/2 and
-infinity: all sums are over numbers of like size, and in float32 the error is 1.3 times that of a plain sum of 432 terms
-(points 0, +-1, +-2: twice).
+Four outputs along the axis need six products instead of twelve: ``y = A^T [(G g) * (B^T d)]``. Each of the six products
+is a convolution over the other axes. The matrices are those of Toom and Cook for the points 0, +-3/4, +-3/2 and
+infinity. With these points all terms of the sums have similar magnitudes: in float32 the error is 1.3 times that of a
+plain sum of 432 terms. With the points 0, +-1, +-2 and infinity it is twice that of the plain sum.
 """
 
 import functools
@@ -21,18 +21,18 @@ from xdim_jax.ops.slabs import kernel_gradient
 
 _POINTS = (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2))
 _OUTPUTS, _TAPS = 4, 3
-_PRODUCTS = 5e8  # fewer take some milliseconds: compiling six small programs in place of one costs more than is saved
-_CHANNELS = {4: 40, 5: 16}  # by rank: with fewer, moving the six parts takes longer than their products
+_PRODUCTS = 5e8  # below this, compiling six convolutions in place of one costs more time than they save
+_CHANNELS = {4: 40, 5: 16}  # by number of axes: with fewer channels, moving the parts takes longer than the products
 
 
 def suits(shape: Ints, kernel: Ints, padding: Pairs) -> bool:
-    """Whether a convolution of stride 1 is faster this way: measured on CPU."""
+    """Return True if a convolution of stride 1 is possible and faster by this algorithm; the limits are from CPUs."""
     enough = min(kernel[-2:]) >= _CHANNELS[len(shape)] and math.prod(shape[:-1]) * math.prod(kernel) >= _PRODUCTS
     return enough and kernel[0] == _TAPS and padding[0] == (1, 1) and shape[1] >= _OUTPUTS
 
 
 def winograd(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
-    """The convolution, see `suits`."""
+    """Compute a convolution for which `suits` is True."""
     kernels = jnp.tensordot(jnp.asarray(_G, x.dtype), kernel, 1)
     parts = [_inner(part, kernels[j], padding[1:]) for j, part in enumerate(_inputs(x))]
     return functools.reduce(
@@ -41,7 +41,10 @@ def winograd(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
 
 
 def _inner(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
-    """The convolution of the other axes: of planes; or of rows, as an image with a kernel of one tap across them."""
+    """Compute the convolution over the other axes.
+
+    In 3D these are the planes. In 2D these are the rows: the kernel has one tap across them.
+    """
     if x.ndim == 4:
         return conv_reference(x, kernel[None], (1, 1), ((0, 0), *padding))
     y = conv_reference(x.reshape(-1, *x.shape[2:]), kernel, (1, 1), padding)
@@ -49,13 +52,13 @@ def _inner(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
 
 
 def _inputs(x: jax.Array) -> list[jax.Array]:
-    """The six parts ``B^T d`` of every tile of four: ``(batch, tiles, ..., channels)`` each."""
+    """Return the six parts ``B^T d`` of every tile of four planes, each ``(batch, tiles, ..., channels)``."""
     planes = _planes(x)
     return [_combine(row, planes) for row in _BT]
 
 
 def _planes(x: jax.Array) -> list[jax.Array]:
-    """Of every tile, the one before it, its four, and the one behind it."""
+    """Return the six planes that a tile depends on: the one before it, its four, and the one after it."""
     tiles = _tiles(x)
     count = tiles.shape[1]
     inside = [tiles[:, :, i] for i in range(_OUTPUTS)]
@@ -68,7 +71,10 @@ def _tiles(x: jax.Array) -> jax.Array:
 
 
 def winograd_gradient(x: jax.Array, g: jax.Array, window: Ints, padding: Pairs) -> jax.Array:
-    """The kernel's gradient ``G^T [(B^T d) (A g)]``, one product after the other: what each takes is large."""
+    """Return the gradient of the kernel, ``G^T [(B^T d) (A g)]``.
+
+    The six products are computed one after another, because the inputs of each are large.
+    """
     grads, done = [], g
     for part, row in zip(_BT, _A, strict=True):
         tiles = _tiles(delayed(g, done))
@@ -89,8 +95,12 @@ def _combine(weights: Sequence[float], parts: Sequence[jax.Array]) -> jax.Array:
 
 
 def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``A`` (6, 4), ``G`` (6, 3) and ``B^T`` (6, 6): evaluation, scaled evaluation, and the coefficients of the
-    polynomials that vanish at all points but one; the last row of each is the point at infinity."""
+    """Return the matrices ``A`` (6, 4), ``G`` (6, 3) and ``B^T`` (6, 6).
+
+    A evaluates a polynomial at the six points. G does so too, and scales the values. Row i of ``B^T`` has the
+    coefficients of the polynomial that vanishes at all finite points except point i. The last row of each matrix
+    belongs to the point at infinity.
+    """
 
     def vanishing(points: Sequence[Fraction]) -> list[Fraction]:
         coefficients = [Fraction(1)]

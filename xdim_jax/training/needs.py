@@ -195,7 +195,7 @@ def growing(config: Config, start: Choice, what: str) -> list[Choice]:
         rows = make_devices(config.mesh.data, config.mesh.space, batch=_MOST * jax.device_count()).mesh.shape["data"]
         unit = rows * config.train.accumulate
         return [dataclasses.replace(start, batch=unit * n) for n in range(1, _MOST // unit + 1)]
-    fixed = start.patch[:1] if config.model.name == "dsnet" else ()
+    fixed = start.patch[: networks.get_network(config.model).fixed_axes]
     choices = []
     for side in range(_STEP, _MOST + 1, _STEP):
         patch = (*fixed, *(side,) * (len(start.patch) - len(fixed)))

@@ -1,8 +1,9 @@
-"""The encoders: 2D image classifiers, each in 2D and 3D from one code, that give features at five scales.
+"""The encoders: image classifiers that give features at five scales, each in 2D and 3D from the same code.
 
-A family is one file with a module and a `Family`. The module takes ``(name, channels, style, drop_path, rngs)``, has
-``channels`` (of the five features, 0 where there is none) and is called with an image ``(batch, *spatial, channels)``;
-it returns five features at 1/2, 1/4, 1/8, 1/16 and 1/32 of the input's size, None where there is none.
+An encoder family is one file with a module and a `Family`. The module's constructor takes ``(name, channels, style,
+drop_path, rngs)``. Its attribute ``channels`` has the number of channels of each feature (0 for a level without one).
+It maps an image ``(batch, *spatial, channels)`` to a list of five features with 1/2, 1/4, 1/8, 1/16 and 1/32 of the
+spatial size (None for a level without a feature).
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,11 @@ ENCODERS: dict[str, Family] = {name: family for family in FAMILIES for name in f
 
 
 def get_family(name: str) -> Family:
-    """The family of an encoder. Raises ValueError, listing the known ones, for an unknown name."""
+    """Return the family of an encoder.
+
+    Raises:
+        ValueError: The name is unknown; lists the known ones.
+    """
     if name not in ENCODERS:
         raise ValueError(f"unknown encoder {name!r}; known: {', '.join(ENCODERS)}")
     return ENCODERS[name]
@@ -39,20 +44,21 @@ def make_encoder(
     depth: Mapping[str, Any] | None = None,
     rngs: nnx.Rngs,
 ) -> Any:
-    """An encoder with random weights, in training mode.
+    """Build an encoder with random weights, in training mode.
 
     Args:
-        name: see `ENCODERS`.
-        channels: of the image.
-        ndim: spatial axes, 2 or 3.
-        norm: ``batch``, ``instance`` or ``instance_noaffine``; the layer norms of ConvNeXt stay what they are.
-        eps: of every norm; see `CONVENTIONS` for the two that EfficientNets were trained with.
+        name: A key of `ENCODERS`.
+        channels: Number of channels of the image.
+        ndim: Number of spatial axes, 2 or 3.
+        norm: ``batch``, ``instance`` or ``instance_noaffine``. ConvNeXt has layer norms with every value.
+        eps: eps of every norm; see `CONVENTIONS` for the two values that EfficientNets were trained with.
         padding: ``symmetric`` or ``same``; see `CONVENTIONS`.
-        drop_path: largest rate of stochastic depth.
-        depth: fields of `xdim_jax.nets.layers.Depth`, for 3D.
+        drop_path: Rate of stochastic depth; see docs/networks.md for the rates of single blocks.
+        depth: Fields of `xdim_jax.nets.layers.Depth`, for 3D.
+        rngs: Random numbers of the weights.
 
     Raises:
-        ValueError: unknown name, norm, padding or depth option.
+        ValueError: The name, norm, padding or a depth option is unknown.
     """
     style = Style(ndim, norm, eps, padding, Depth(**(depth or {})))
     return get_family(name).make(name, channels, style=style, drop_path=drop_path, rngs=rngs)

@@ -1,4 +1,7 @@
-"""The ConvNeXt encoder (Liu et al. 2022), tiny, in 2D and 3D from one code. Its weights were trained with eps 1e-6."""
+"""The ConvNeXt-Tiny encoder (Liu et al. 2022), in 2D and 3D from the same code.
+
+Its weights were trained with eps 1e-6.
+"""
 
 import jax
 from flax import nnx
@@ -9,11 +12,11 @@ from xdim_jax.nets.layers import Conv, Dense, DropPath, LayerNorm, Style, filled
 
 REPEATS = {"convnext_tiny": (3, 3, 9, 3)}
 WIDTHS = (96, 192, 384, 768)
-LAYER_SCALE = 1e-6  # initial value of a block's gain
+LAYER_SCALE = 1e-6  # initial value of the gains of a block
 
 
 class Mlp(nnx.Module):
-    """Two affine maps of the channels with a GELU between them."""
+    """Two affine maps of the channels, with a GELU between them."""
 
     def __init__(self, channels: int, rngs: nnx.Rngs):
         self.fc1 = Dense(channels, 4 * channels, rngs=rngs)
@@ -24,7 +27,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Depthwise 7^n convolution, layer norm, MLP, a gain per channel, residual."""
+    """A depthwise 7^n convolution, a layer norm, an MLP and a gain per channel, added to the input."""
 
     def __init__(self, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
         self.conv_dw = Conv(channels, channels, 7, style=style, depthwise=True, bias=True, norm="norm", rngs=rngs)
@@ -38,7 +41,7 @@ class Block(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Layer norm and a 2^n convolution of stride 2 (not in the first stage), then the blocks."""
+    """A layer norm and a 2^n convolution of stride 2 (not in the first stage), then the blocks."""
 
     def __init__(
         self,
@@ -66,10 +69,11 @@ class Stage(nnx.Module):
 
 
 class ConvNeXt(nnx.Module):
-    """Four features, at 1/4 to 1/32: the stem goes to 1/4 at once. Arguments as of `EfficientNet`.
+    """ConvNeXt with four features, at 1/4 to 1/32. There is none at 1/2, because the stem has stride 4.
 
-    The norms are layer norms, whatever the style says. The stem and the other strided convolutions have kernels as
-    long as their strides, along depth too.
+    The arguments are those of `xdim_jax.nets.encoders.efficientnet.EfficientNet`, except that block i of n has the
+    stochastic-depth rate ``drop_path * i / (n - 1)``, and that all norms are layer norms, whatever ``style.norm`` is.
+    The stem and the other strided convolutions have kernels as long as their strides, along the depth too.
     """
 
     def __init__(self, name: str, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
@@ -96,7 +100,7 @@ class ConvNeXt(nnx.Module):
         self.channels = (0, *WIDTHS)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array | None]:
-        """``(batch, *spatial, channels)`` to None and four features ``(batch, *spatial / 2^i, channels_i)``."""
+        """Map ``(batch, *spatial, channels)`` to None, then ``(batch, *spatial / 2^i, channels_i)`` for i = 2 to 5."""
         conv, norm = self.stem
         x = norm(conv(x))
         features: list[jax.Array | None] = [None]

@@ -1,8 +1,8 @@
-"""The EfficientNet encoder (Tan and Le 2019) in 2D and 3D from one code, B0 to B7.
+"""The EfficientNet encoder (Tan and Le 2019), B0 to B7, in 2D and 3D from the same code.
 
-In 3D every kernel k becomes k x k x k and every stride acts on all three axes; nothing else changes (paper,
-Sect. 2.2.1; spec: architecture, section 2). Attribute names follow timm's, so that a weight's path here is its
-name there. The classification head is left out: no network of the paper calls it.
+In 3D every kernel of size k becomes k x k x k and every stride acts on all three axes; nothing else changes (paper,
+Sect. 2.2.1; docs/networks.md, section EfficientNet encoder). Attributes have timm's names, so that the path of a weight
+is its name in timm. The classification head is left out, because no network of the paper calls it.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from xdim_jax.nets.layers import Conv, DropPath, Norm, SqueezeExcite, Style
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A row of the EfficientNet-B0 table; the stride is that of the first block."""
+    """A row of the table of EfficientNet-B0. The stride is that of the first block."""
 
     repeats: int
     kernel: int
@@ -36,9 +36,9 @@ STAGES = (
     Stage(4, 5, 2, 6, 192),
     Stage(1, 3, 1, 6, 320),
 )
-TAPS = (1, 2, 4, 6)  # stages whose output is a feature; the first feature is the stem's
+TAPS = (1, 2, 4, 6)  # stages whose output is a feature; the first feature is the output of the stem
 
-# width and depth multipliers (Tan and Le 2019); "toy" is ours, for tests and quick trials
+# width and depth multipliers (Tan and Le 2019); "toy" is a small network for tests and demonstrations
 SCALING = {
     "b0": (1.0, 1.0),
     "b1": (1.0, 1.1),
@@ -54,14 +54,14 @@ PREFIX = "efficientnet_"
 
 
 def scaled_channels(channels: int, width: float) -> int:
-    """Channels times the width multiplier, to a multiple of 8, never below 90 % of the exact value."""
+    """Return channels times the width multiplier, rounded to a multiple of 8 of at least 90 % of the exact value."""
     exact = channels * width
     rounded = max(8, int(exact + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * exact else rounded
 
 
 def scaled_stages(name: str) -> tuple[int, tuple[Stage, ...]]:
-    """The stem's channels and the stages of one member of the family, e.g. ``efficientnet_b0``."""
+    """Return the channels of the stem and the stages of one member of the family, e.g. ``efficientnet_b0``."""
     width, depth = SCALING[name.removeprefix(PREFIX)]
     stages = tuple(
         dataclasses.replace(s, channels=scaled_channels(s.channels, width), repeats=math.ceil(s.repeats * depth))
@@ -71,7 +71,7 @@ def scaled_stages(name: str) -> tuple[int, tuple[Stage, ...]]:
 
 
 class Block(nnx.Module):
-    """Depthwise-separable (``expand`` 1) or inverted-residual block with squeeze-excite."""
+    """A depthwise-separable block (``expand`` 1) or an inverted residual block, with squeeze-and-excitation."""
 
     def __init__(
         self,
@@ -121,13 +121,14 @@ class Block(nnx.Module):
 
 
 class EfficientNet(nnx.Module):
-    """Five features of an image or volume, at 1/2, 1/4, 1/8, 1/16 and 1/32 of its size.
+    """EfficientNet with five features, at 1/2, 1/4, 1/8, 1/16 and 1/32 of the size of the image.
 
     Args:
-        name: member of the family, see `SCALING`.
-        channels: of the image.
-        style: axes, norm, padding, depth.
-        drop_path: stochastic-depth rate r; block i of n has rate ``r * i / n``.
+        name: Member of the family, such as ``efficientnet_b0``; see `SCALING`.
+        channels: Number of channels of the image.
+        style: Number of axes, norm, padding and depth options.
+        drop_path: Rate r of stochastic depth. Block i of n (counted from 0) has the rate ``r * i / n``.
+        rngs: Random numbers of the weights.
     """
 
     def __init__(self, name: str, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
@@ -156,7 +157,7 @@ class EfficientNet(nnx.Module):
             self.blocks.append(blocks)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
-        """``(batch, *spatial, channels)`` to five features ``(batch, *spatial / 2^i, channels_i)``, finest first."""
+        """Map ``(batch, *spatial, channels)`` to features ``(batch, *spatial / 2^i, channels_i)``, i = 1 to 5."""
         x = self.bn1(self.conv_stem(x))
         features = [x]
         for i, blocks in enumerate(self.blocks):

@@ -1,9 +1,9 @@
-"""What an encoder family states about itself."""
+"""The description of an encoder family, and the conventions of the trainings that weights come from."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-# how weights were trained: TensorFlow's EfficientNets in timm (``tf_*``), and the files that the authors released
+# padding and eps of the trainings: TensorFlow's EfficientNets in timm (``tf_*``), and the files of the authors
 CONVENTIONS: dict[str, dict[str, Any]] = {
     "timm": {"padding": "same", "eps": 1e-3},
     "authors": {"padding": "symmetric", "eps": 1e-5},

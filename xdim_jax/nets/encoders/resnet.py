@@ -1,4 +1,4 @@
-"""The ResNet encoder (He et al. 2016), 18, 34 and 50 layers, in 2D and 3D from one code."""
+"""The ResNet encoder (He et al. 2016) with 18, 34 and 50 layers, in 2D and 3D from the same code."""
 
 import jax
 from flax import nnx
@@ -8,13 +8,13 @@ from xdim_jax.nets.encoders.family import SYMMETRIC, Family
 from xdim_jax.nets.layers import Conv, DropPath, Norm, Style
 
 REPEATS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
-BOTTLENECK = {"resnet50": 4}  # widening of the last convolution of a block; the others have no bottleneck
+BOTTLENECK = {"resnet50": 4}  # factor of the channels of the last convolution of a block; others have no bottleneck
 WIDTHS = (64, 128, 256, 512)
 STEM_CHANNELS = 64
 
 
 class Block(nnx.Module):
-    """Two 3^n convolutions, or a bottleneck of 1, 3^n, 1; the stride is in the first 3^n one (as in timm)."""
+    """Two 3^n convolutions, or a bottleneck (1^n, 3^n, 1^n). The first 3^n convolution has the stride, as in timm."""
 
     def __init__(
         self,
@@ -55,12 +55,16 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """Five features: the stem's, and those of the four stages. Arguments as of `EfficientNet`."""
+    """ResNet with five features: the outputs of the stem and of the four stages.
+
+    The arguments are those of `xdim_jax.nets.encoders.efficientnet.EfficientNet`, except that block i of n has the
+    stochastic-depth rate ``drop_path * i / (n - 1)``.
+    """
 
     def __init__(self, name: str, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
         self.conv1 = Conv(channels, STEM_CHANNELS, 7, style=style, strides=style.strides(0), norm="bn1", rngs=rngs)
         self.bn1 = Norm(STEM_CHANNELS, style, "relu")
-        # where every slice is kept, slices do not meet in the pooling either
+        # if the depth stride is 1, the pooling does not combine slices either
         self.pool_window = style.window(3, 3 if style.depth.strides[1] > 1 else 1)
         self.pool_strides = style.strides(1)
         self.same = style.padding == "same"
@@ -86,7 +90,7 @@ class ResNet(nnx.Module):
         self.channels = tuple(sizes)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
-        """``(batch, *spatial, channels)`` to five features ``(batch, *spatial / 2^i, channels_i)``, finest first."""
+        """Map ``(batch, *spatial, channels)`` to features ``(batch, *spatial / 2^i, channels_i)``, i = 1 to 5."""
         x = self.bn1(self.conv1(x))
         features = [x]
         if self.same:

@@ -1,6 +1,6 @@
-"""The VGG encoder with batch norm (Simonyan and Zisserman 2015), 16 and 19 layers, in 2D and 3D from one code.
+"""The VGG encoder with batch norm (Simonyan and Zisserman 2015), 16 and 19 layers, in 2D and 3D from the same code.
 
-As the encoder of a U-Net it is the line of TernausNet and v16U-Net that the paper starts from (Sect. 1.2).
+A U-Net with this encoder is of the line of TernausNet and v16U-Net, from which the paper starts (Sect. 1.2).
 """
 
 import jax
@@ -15,7 +15,7 @@ WIDTHS = (64, 128, 256, 512, 512)
 
 
 class Pool(nnx.Module):
-    """Largest value of every 2^n block; along a depth axis of stride 1 slices do not meet."""
+    """The largest value of every 2^n block. Along a depth axis of stride 1 the block has one slice."""
 
     def __init__(self, strides: tuple[int, ...]):
         self.strides = strides
@@ -25,16 +25,17 @@ class Pool(nnx.Module):
 
 
 class Nothing(nnx.Module):
-    """Takes the place of the rectifier, which the norm before it applies, so that indices are timm's."""
+    """An identity in place of timm's rectifier, which keeps the indices; `Norm` before it applies the rectifier."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x
 
 
 class VGG(nnx.Module):
-    """Five features: before the second to fifth pooling, and after the fifth. Arguments as of `EfficientNet`.
+    """VGG with five features: the inputs of the second to fifth pooling, and the output of the fifth.
 
-    There is no residual branch, so ``drop_path`` has nothing to drop.
+    The arguments are those of `xdim_jax.nets.encoders.efficientnet.EfficientNet`. There are no residual branches, so
+    ``drop_path`` has no effect.
     """
 
     def __init__(self, name: str, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
@@ -51,7 +52,7 @@ class VGG(nnx.Module):
         self.channels = (*WIDTHS[1:], WIDTHS[-1])
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
-        """``(batch, *spatial, channels)`` to five features ``(batch, *spatial / 2^i, channels_i)``, finest first."""
+        """Map ``(batch, *spatial, channels)`` to features ``(batch, *spatial / 2^i, channels_i)``, i = 1 to 5."""
         features = []
         for layer in self.features:
             if isinstance(layer, Pool):
