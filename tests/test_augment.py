@@ -20,6 +20,7 @@ from xdim_jax.nets.functional import split_model
 from xdim_jax.runs.state import init_state
 from xdim_jax.training import augment, augment_table, loss, step
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 AFFINE = {"scale": {"p": 1.0}, "rotate": {"p": 1.0, "degrees": 40.0}, "translate": {"p": 1.0}, "shear": {"p": 1.0}}
 ELASTIC = {"elastic": {"p": 1.0}}
 

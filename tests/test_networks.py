@@ -385,7 +385,10 @@ def test_unknown_choices_list_the_known_ones(change, words):
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "resnet18", "resnet50", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "name",
+    ["efficientnet_b0", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "resnet50", "convnext_tiny"))],
+)
 def test_stochastic_depth_is_timms_schedule_and_at_work(name):
     """Rates block by block as timm's; and in training two keys give two results."""
     model = timm.create_model(name, pretrained=False, drop_path_rate=0.4)

@@ -108,7 +108,7 @@ def test_all_problems_of_a_space_are_told_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("optimiser", "configs/camus_omnianet.py:scratch"),
+        pytest.param("optimiser", "configs/camus_omnianet.py:scratch", marks=pytest.mark.slow),
         pytest.param("optimiser", "configs/brats_dsnet.py:scratch", marks=pytest.mark.slow),
         ("dxnet", "configs/brats_dxnet.py:phantom"),
         ("seeds", CAMUS),

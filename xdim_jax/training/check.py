@@ -16,7 +16,7 @@ from xdim_jax.data.prepare import Preparation, check_preparation
 from xdim_jax.data.splits import ALL_FOLDS, check_fold
 from xdim_jax.inference.output import make_output
 from xdim_jax.nets import inflate, input_channels, networks
-from xdim_jax.training.program import make_program
+from xdim_jax.training.program import make_network, make_program
 
 # keys that may change when a run is resumed, because they influence neither the data nor the numbers
 FREE_KEYS = (
@@ -109,8 +109,8 @@ def resolve_config(config: Config, *, needs_data: bool = True) -> tuple[Config, 
     check_preparation(dataset, Preparation.from_config(config.data.prepare))
     if problems := [*_range_problems(config), *_choice_problems(config), *_combination_problems(config)]:
         raise join_problems(problems, "values of the config cannot be used")
-    _check_network(config.model, config.data.patch)
-    make_program(config, dataset, per_epoch=1, abstract=True)  # raises for what the loss or the optimiser cannot use
+    network = _check_network(config)
+    make_program(config, dataset, per_epoch=1, network=network)  # raises for what the loss or the optimiser cannot use
     if config.data.split == "folds" and config.data.fold != ALL_FOLDS:
         check_fold(config.data.fold, config.data.folds)  # before any phantom is written
     return config, dataset
@@ -179,15 +179,19 @@ def _combination_problems(config: Config) -> list[str]:
     return problems
 
 
-def _check_network(model: Any, patch: Sequence[int]) -> None:
+def _check_network(config: Config) -> tuple[Any, Any, Any]:
+    """Return the network with shapes in place of arrays, see `xdim_jax.training.program.make_network`."""
     try:
-        networks.build_abstract(model)
+        network = make_network(config.model, seed=config.seed, remat=config.train.remat, abstract=True)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"config.model: {error}") from error
     try:
-        networks.check_patch(model, patch)
+        networks.check_patch(config.model, config.data.patch)
     except ValueError as error:
         raise UserError(str(error)) from error
+    return network
 
 
 def whole_size(patch: Sequence[int]) -> pipeline.Size:
