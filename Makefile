@@ -25,7 +25,7 @@ demo: $(VENV)/.package
 	$(BIN)/python -m xdim_jax.report --workdir=$(RUN) --eval=$(RUN)/eval --out=$(RUN)/report.html
 
 quick: venv
-	$(BIN)/python -m pytest -m quick
+	$(BIN)/python -m pytest -m "quick and not slow"
 
 test: venv
 	$(BIN)/python -m pytest

@@ -25,6 +25,12 @@ flags.FLAGS.mark_as_parsed()  # grain asks absl for its flags
 CONVENTION = "brats2021"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _orbax_is_quiet():
+    """Failing saves are tested; what orbax's threads say of them later would be the error of another test."""
+    checkpoint.quieten_process()
+
+
 @pytest.fixture(autouse=True)
 def _quick_tests_start_no_process(request, monkeypatch):
     if request.node.get_closest_marker("quick"):

@@ -51,6 +51,7 @@ def one(section, seed, image, label):
     return np.asarray(out["image"][0]), np.asarray(out["label"][0])
 
 
+@pytest.mark.quick
 def test_random_streams_keep_their_numbers():
     """With another number, the same seed would give other samples."""
     released = "scale rotate translate shear flip elastic blur noise brightness contrast lowres gamma window cutout"

@@ -16,6 +16,8 @@ from xdim_jax.data.images.image import read_volume
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.layouts import brats
 
+pytestmark = pytest.mark.quick
+
 BRATS_FILES = brats.get_convention("brats2021")
 BRATS, NEW = brats.dataset("brats2021"), brats.dataset("brats2023")
 

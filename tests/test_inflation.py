@@ -120,6 +120,7 @@ def conv(x, kernel, strides, pads):
     return np.asarray(lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=numbers))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", range(12))
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 def test_convolution_of_any_rank_sees_the_slice(ndim, case):
@@ -339,6 +340,7 @@ def test_what_was_done_is_told():
     assert done["bn1.mean"] == "dropped: instance norm" and done["bn1.scale"] == "copied"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -12,6 +12,8 @@ from xdim_jax.scoring import lesions
 from xdim_jax.scoring.lesions import COHORTS
 from xdim_jax.scoring.masks import Geometry
 
+pytestmark = pytest.mark.quick
+
 SHAPE = (20, 20, 40)
 TISSUES = ("WT", "TC", "NETC", "SNFH", "ET", "RC")
 

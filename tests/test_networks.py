@@ -78,6 +78,7 @@ def test_no_encoder_network_or_config_is_missing_from_the_tables():
     assert set(CONFIGS) == shipped
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoder_has_timms_parameters(name):
     encoder = nnx.eval_shape(lambda: make_encoder(name))

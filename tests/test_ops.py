@@ -75,6 +75,7 @@ def test_slabs_and_loops_are_exercised(rng):
         )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("form", ["fast", "reference"])
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_convolution_is_scipys_correlation(form, ndim, rng):
@@ -87,6 +88,7 @@ def test_convolution_is_scipys_correlation(form, ndim, rng):
         np.testing.assert_allclose(y[0, ..., o], expected, atol=1e-12)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("form", ["fast", "reference"])
 @pytest.mark.parametrize("window", [(2, 2, 2), (3, 1, 2), (2, 3)])
 def test_conv_transpose_scatters_like_torch(form, window, rng):
@@ -151,6 +153,7 @@ def test_upsample_repeats_and_crops(rng):
         ops.upsample(jnp.asarray(x), (2, 2), (5, 6))
 
 
+@pytest.mark.quick
 def test_max_pool_ignores_padding():
     x = -jnp.arange(1.0, 7.0).reshape(1, 6, 1)
     np.testing.assert_array_equal(ops.max_pool(x, (3,), (2,), ((1, 1),)).ravel(), [-1, -2, -4])
@@ -184,6 +187,7 @@ def test_normalise_keeps_digits_of_a_large_mean(rng):
     assert abs(float(jnp.std(y)) - 1) < 1e-3
 
 
+@pytest.mark.quick
 def test_squeeze_and_excitation_by_hand():
     """Means of 2 and 4 over the voxels; a gate of log 3 lets through three quarters."""
     x = jnp.array([[[1.0, 2.0], [3.0, 6.0]]])
@@ -193,6 +197,7 @@ def test_squeeze_and_excitation_by_hand():
     np.testing.assert_allclose(y, 0.75 * x, rtol=1e-6)
 
 
+@pytest.mark.quick
 def test_same_padding_by_hand():
     # 224 at stride 2: k 3 needs 1 pixel, after; k 5 needs 3; odd 65 with k 3 needs 2
     assert ops.same_padding((224, 224, 65), (3, 5, 3), (2, 2, 2)) == ((0, 1), (1, 2), (1, 1))

@@ -16,6 +16,16 @@ import xdim_jax
 REPO = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.quick
+def test_quick_tests_import_every_folder():
+    """`make quick` covers every folder of the packages."""
+    texts = [p.read_text(encoding="utf-8") for p in (REPO / "tests").glob("test_*.py")]
+    imports = "".join(text for text in texts if "pytest.mark.quick" in text)
+    found = set(re.findall(r"^(?:from|import) (xdim_jax\.\w+|weight_port|configs)", imports, re.MULTILINE))
+    folders = {f"xdim_jax.{path.parent.name}" for path in (REPO / "xdim_jax").glob("*/__init__.py")}
+    assert folders | {"weight_port", "configs"} <= found
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A source distribution, and a wheel that was made from it."""

@@ -76,6 +76,7 @@ def fitting(limit, seen):
     return fits
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("limit", [-1, 0, 1, 2, 3, 7, 30, 31, 32, 99])
 def test_the_largest_that_fits_is_found_in_few_steps(limit, monkeypatch):
     seen = []

@@ -272,6 +272,7 @@ def test_two_leaves_never_share_a_name():
 # -- names and the hub ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -300,6 +301,7 @@ def test_every_architecture_is_timms():
         assert encoder.removesuffix("_bn") in architecture
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("tag", ["ns_jft_in1k", "ap_in1k", "aa_in1k"])
 def test_normalisation_is_timms(tag):
     config = timm.get_pretrained_cfg(f"tf_efficientnet_b0.{tag}")
@@ -323,6 +325,7 @@ def test_the_hub_is_asked_for_the_right_file(monkeypatch, b0):
         weight_port.from_timm("tf_efficientnet_b0")
 
 
+@pytest.mark.quick
 def test_without_a_network_the_message_says_how_to_go_on(monkeypatch):
     def fetch(repository, filename):
         raise ConnectionError("Name or service not known\nand more")

@@ -113,6 +113,7 @@ def test_library_calls_leave_the_process_as_it_was(workdir, image, monkeypatch):
     assert {key for key in before if before[key] != after[key]} == set()
 
 
+@pytest.mark.quick
 def test_an_array_gives_labels_probabilities_and_uncertainty(predictor, found, image):
     assert found.label.shape == image.shape[:3] and found.label.dtype == np.uint8
     assert found.probabilities.shape == (*image.shape[:3], 3) and found.names == ("background", "organ", "lesion")
@@ -200,6 +201,7 @@ def test_settings_that_cannot_be(keywords, words, workdir):
     assert words in str(error.value)
 
 
+@pytest.mark.quick
 def test_arrays_that_do_not_fit(predictor, image):
     for arguments, words in [
         ((image, "zyx"), "has 4 axes, but axes='zyx' names 3"),

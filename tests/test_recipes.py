@@ -28,6 +28,7 @@ def test_a_recipe_is_what_its_golden_file_says(recipe):
     assert not changed, "if this change is intended, rewrite the golden files: python -m tests.golden"
 
 
+@pytest.mark.quick
 def test_every_golden_file_has_a_recipe():
     assert {path.stem for path in golden.FOLDER.iterdir()} == set(shipped_recipes())
 
@@ -43,6 +44,7 @@ def test_a_recipe_needs_no_other_recipe(tmp_path):
         assert alone.to_dict() == load_config(recipe, []).to_dict()
 
 
+@pytest.mark.quick
 def test_files_with_an_underscore_are_not_recipes():
     files = {path.stem for path in shipped_configs().glob("*.py")}
     assert "_shared" in files and not [name for name in shipped_recipes() if name.startswith("_")]

@@ -8,6 +8,8 @@ import pytest
 
 from xdim_jax.data import regions
 
+pytestmark = pytest.mark.quick
+
 
 def test_encode_and_decode_are_inverse():
     label = np.arange(4, dtype=np.uint8).reshape(1, 2, 2)

@@ -91,6 +91,7 @@ def made(request, tmp_path_factory):
     return name, folder
 
 
+@pytest.mark.quick
 def test_a_report_says_what_it_shows(made):
     name, folder = made
     page = (folder / "report.html").read_text()

@@ -17,6 +17,8 @@ from xdim_jax.scoring import brats, camus, chaos, generic, masks, paired, result
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair
 from xdim_jax.scoring.rules import Job, LabelMap, Scored
 
+pytestmark = pytest.mark.quick
+
 DISTANCES = ("assd_mean", "assd_pooled", "hd", "hd95_pooled", "hd95_maxdir", "nsd_0.5", "nsd_1.0", "nsd_2.0")
 
 

@@ -12,6 +12,8 @@ from skimage.measure import find_contours
 from xdim_jax.scoring import camus, simpson
 from xdim_jax.scoring.simpson import Volumes
 
+pytestmark = pytest.mark.quick
+
 KEYS = [*itertools.product(("2CH", "4CH"), ("ED", "ES"))]
 
 

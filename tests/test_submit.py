@@ -16,6 +16,8 @@ from xdim_jax.data.case import encode_label, read_case, scan_cases
 from xdim_jax.data.images.image import where
 from xdim_jax.data.images.nifti import write_volume
 
+pytestmark = pytest.mark.quick
+
 OPTIONS = {
     "camus": {"dataset": "camus"},
     "chaos": {"dataset": "chaos", "task": 4, "phase": "in"},

@@ -35,6 +35,7 @@ def conditional(trial):
             trial.suggest_categorical("deep", ["x", "y"])
 
 
+@pytest.mark.quick
 def test_every_branch_is_looked_at_at_both_ends():
     branches, found = space.explore(conditional)
     assert list(found) == ["rate", "kind", "only_b", "inner", "deep"]
@@ -173,6 +174,7 @@ def test_workers_that_ask_at_once_stay_within_the_limit(storage):
     assert studies.take(study, 5) is None
 
 
+@pytest.mark.quick
 def test_a_trial_whose_worker_is_silent_goes_on_once_under_its_number(storage):
     study = open_toy(storage)
     dead = studies.take(study, 1)
@@ -190,6 +192,7 @@ def test_a_trial_whose_worker_is_silent_goes_on_once_under_its_number(storage):
     assert studies.settled(trials) and studies.outcome(trials).value == 0.7
 
 
+@pytest.mark.quick
 def test_a_trial_that_two_workers_queue_is_run_by_one(storage):
     study = open_toy(storage)
     dead = studies.take(study, 1)
@@ -415,6 +418,7 @@ def test_the_page_shows_every_trial_from_best_to_worst(tmp_path):
     assert f"Best: trial{studies.origin_of(best):04d}, Dice {best.value:.4f}" in text
 
 
+@pytest.mark.quick
 def test_the_page_of_a_study_that_has_just_begun(tmp_path):
     study = open_toy(str(tmp_path / "s.journal"))
     studies.take(study, 3).suggest_float("x", 0, 1)

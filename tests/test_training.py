@@ -24,6 +24,8 @@ from xdim_jax.runs.records import METRICS_FILE, close_recorder, open_recorder, r
 from xdim_jax.runs.state import TrainState, init_state
 from xdim_jax.training import loop, loss, optim, step, step_metrics, validation
 
+pytestmark = pytest.mark.quick
+
 RECIPE = load_config("brats_dxnet:scratch", [])
 OPTIM, LOSS = RECIPE.optim.to_dict(), RECIPE.loss.to_dict()
 BRATS = output.Output("sigmoid", regions.BRATS, regions.TISSUES)

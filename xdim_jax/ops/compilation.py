@@ -44,8 +44,8 @@ def compiler_options() -> dict[str, Any]:
 
     On CPU jaxlib 0.10 computes convolutions with YNNPACK, which uses one thread if there are few channels. These
     options make XLA compute them with Eigen, which uses all threads. Reductions and matrix products stay with YNNPACK:
-    its sums over space are ten times faster than XLA's own loops. With jaxlib 0.12, YNNPACK uses more threads, but a step
-    of DX-Net is still faster with Eigen and needs less memory (docs/performance.md).
+    its sums over space are ten times faster than XLA's own loops. With jaxlib 0.12, YNNPACK uses more threads, but a
+    step of DX-Net is still faster with Eigen and needs less memory (docs/performance.md).
     """
     if jax.default_backend() != "cpu":
         return {}

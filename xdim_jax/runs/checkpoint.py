@@ -61,12 +61,13 @@ def quieten_process() -> None:
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    sys.unraisablehook = _ignore_closed_loops
+    report = sys.unraisablehook
 
+    def ignore_closed_loops(event: Any) -> None:
+        if str(event.exc_value) != "Event loop is closed":
+            report(event)
 
-def _ignore_closed_loops(event: Any) -> None:
-    if str(event.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(event)
+    sys.unraisablehook = ignore_closed_loops
 
 
 @contextlib.contextmanager
