@@ -1,4 +1,4 @@
-"""Segmentations judged by the challenges' own rules (spec: challenges), in numpy and scipy.
+"""Scores of segmentations by the rules of the challenges (docs/challenges.md), in numpy and scipy.
 
     masks     two masks: overlap and surface distances, every definition by its name
     lesions   BraTS 2023 and 2024: lesion by lesion

@@ -1,4 +1,4 @@
-"""BraTS: the platform of 2021 and 2022, and lesion by lesion as since 2023 (spec: challenges, sections 3 and 4)."""
+"""BraTS: the rules of the platform of 2021 and 2022, and the lesion-wise rules since 2023 (docs/challenges.md)."""
 
 import functools
 import math
@@ -82,7 +82,7 @@ def region_2022(pred: np.ndarray, ref: np.ndarray) -> dict[str, float]:
     """Dice, HD95 (voxels), sensitivity and specificity of one region, with the platform's rules for empty masks.
 
     Both empty: 1, 0, 1, 1. One empty: Dice 0 and HD95 the image's diagonal in voxels; sensitivity 0; specificity as
-    counted (spec: challenges, section 3.2).
+    counted (docs/evaluation.md, section Empty and missing masks).
     """
     grid = voxels(pred.shape)
     pair = Pair(pred, ref, grid)
@@ -154,8 +154,10 @@ def worst_2024(ref: Masks, geometry: Geometry) -> Values:
 
 
 def platform_2022(values: Sequence[float]) -> dict[str, float]:
-    """The rows that the platform of 2021 and 2022 wrote below a column: each is computed over the cases and the rows
-    already there, so sd, median and quartiles are a little off (spec: challenges, section 3.3)."""
+    """Return the rows that the platform of 2021 and 2022 wrote below a column.
+
+    The platform computed each row over the cases and the rows above it, so sd, median and quartiles are slightly wrong.
+    """
     column = [float(v) for v in values]
     rows: dict[str, float] = {}
     for name, statistic in (
@@ -178,7 +180,7 @@ def platform_table(scored: Sequence[Scored]) -> dict[str, Any]:
     }
 
 
-GRID = range(0, 751, 10)  # voxels: nnU-Net's grid for the smallest ET (spec: section 3.4)
+GRID = range(0, 751, 10)  # voxels: thresholds for the smallest ET that nnU-Net tried for BraTS 2020
 
 
 def _et_of(coding: Coding, job: Job) -> tuple[int, float, float]:

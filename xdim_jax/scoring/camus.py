@@ -1,4 +1,4 @@
-"""CAMUS: Dice, MAD and HD of LV_endo, LV_epi and LA at ED and ES, and volumes (spec: challenges, section 1)."""
+"""CAMUS: Dice, MAD and HD of LV_endo, LV_epi and LA at ED and ES, and volumes (docs/challenges.md)."""
 
 import functools
 import math

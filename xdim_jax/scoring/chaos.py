@@ -1,5 +1,4 @@
-"""CHAOS: DICE, RAVD, ASSD and MSSD per case and organ, their scores from 0 to 100, and the five tasks (spec:
-challenges, section 2).
+"""CHAOS: DICE, RAVD, ASSD and MSSD per case and organ, their scores from 0 to 100, and the five tasks (docs/challenges.md).
 
 A case is one series of a patient: ``CT_1``, ``MR_1_T1DUAL``, ``MR_1_T2SPIR``.
 """
@@ -33,7 +32,7 @@ TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "5": (("MR",), tuple(ORGANS)),
 }
 LAYOUT = "<case id>.nii.gz (CT_1, MR_1_T1DUAL, MR_1_T2SPIR), or PNG masks as in the challenge"
-# metric -> its score, from the highest value that still counts (spec: section 2.3); DICE from the lowest
+# metric -> its score, from the highest value that still gives points; for DICE from the lowest
 _THRESHOLDS = {"dice": 0.8, "ravd": 5.0, "assd": 15.0, "mssd": 60.0}
 _COLUMNS = {
     "score": Column("mean score", "", 2),

@@ -1,5 +1,6 @@
-"""BraTS 2023 and 2024: every lesion is scored by itself, and each false lesion costs as much as a missed one (spec:
-challenges, sections 4.2 and 4.3).
+"""BraTS 2023 and 2024: every lesion has a score of its own, and a false lesion costs as much as a missed one.
+
+The rules are in docs/challenges.md, sections on BraTS 2023 and 2024.
 
 Volumes are in mm^3. HD95 is that of surface areas (`xdim_jax.scoring.masks`, ``hd95_surfel``).
 """

@@ -1,4 +1,4 @@
-"""What is measured of a predicted and a reference mask (spec: challenges, section 0).
+"""Metrics of a predicted and a reference mask (docs/evaluation.md, section Metrics by name).
 
 Masks are boolean arrays of any rank. Distances are in mm when a spacing is given, else in voxels. A surface is the mask
 without its erosion by the cross (4 neighbours in 2D, 6 in 3D); all surfaces but those of `hd95_surfel` are voxels.

@@ -1,4 +1,4 @@
-"""Volumes of the left ventricle by Simpson's biplane rule, as CAMUS computes them (spec: challenges, section 1.3).
+"""Volumes of the left ventricle by Simpson's biplane rule, as CAMUS computes them (docs/challenges.md).
 
 The quirks of the official computation are kept, because the challenge's ejection fractions come from it: no half-width
 below 8 pixels, and one step for both instants, so that the end-systolic volume is taken over the end-diastolic length.
