@@ -1,4 +1,4 @@
-"""CHAOS: DICE, RAVD, ASSD and MSSD per case and organ, their scores from 0 to 100, and the five tasks (docs/challenges.md).
+"""CHAOS: DICE, RAVD, ASSD and MSSD per case and organ, scores from 0 to 100, and the five tasks (docs/challenges.md).
 
 A case is one series of a patient: ``CT_1``, ``MR_1_T1DUAL``, ``MR_1_T2SPIR``.
 """
