@@ -1,4 +1,4 @@
-"""What the channels of a network mean: sigmoids of regions, or a softmax over labels."""
+"""The meaning of a network's channels: sigmoids of regions, or a softmax over labels."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ class Output:
     """The channels of a network.
 
     Attributes:
-        activation: ``sigmoid``: a channel per region, which may lie inside one another (BraTS; paper, Sect. 3.1.3).
-            ``softmax``: a channel per label, background first (CAMUS and CHAOS; paper, Sect. 2.1.1).
-        regions: what is scored, with either.
-        labels: names of the labels, background first.
+        activation: ``sigmoid`` for one channel per region; regions may be nested (BraTS; paper, Sect. 3.1.3).
+            ``softmax`` for one channel per label, background first (CAMUS and CHAOS; paper, Sect. 2.1.1).
+        regions: Regions that are scored, with either activation.
+        labels: Names of the labels, background first.
     """
 
     activation: str
@@ -36,24 +36,24 @@ class Output:
         return self.labels if self.activation == "softmax" else self.regions.names
 
     def encode(self, label: jax.Array) -> jax.Array:
-        """Label indices ``(...)`` to the masks that the channels should give, bool ``(..., channels)``."""
+        """Return the target masks of the channels, bool ``(..., channels)``, given label indices ``(...)``."""
         if self.activation == "softmax":
             return label[..., None] == jnp.arange(len(self.labels), dtype=label.dtype)
         return self.regions.encode(label, jnp)
 
     def probabilities(self, logits: jax.Array) -> jax.Array:
-        """Of the channels, float32."""
+        """Return the probabilities of the channels, float32, given logits."""
         logits = logits.astype(jnp.float32)
         return jax.nn.softmax(logits) if self.activation == "softmax" else jax.nn.sigmoid(logits)
 
     def predicted_regions(self, logits: jax.Array) -> jax.Array:
-        """Masks of the regions, bool ``(..., regions)``, at 0.5 or by the largest logit."""
+        """Return masks of the regions, bool ``(..., regions)``: probability above 0.5, or largest logit (softmax)."""
         if self.activation == "softmax":
             return self.regions.encode(jnp.argmax(logits, -1), jnp)
         return logits > 0
 
     def decode(self, scores: Any, threshold: float | Mapping[str, float], xp: Any = np) -> Any:
-        """Probabilities ``(..., channels)`` to label indices uint8; with softmax there is no threshold.
+        """Return label indices uint8, given probabilities ``(..., channels)``; softmax needs no threshold.
 
         ``xp`` is the array library: numpy, or ``jax.numpy`` inside a jitted program.
         """
@@ -62,9 +62,9 @@ class Output:
         return self.regions.decode(scores, threshold, xp)
 
     def annotated_channels(self, regions: Sequence[str]) -> np.ndarray:
-        """Which channels a case can teach whose reference shows only some regions, bool ``(channels,)``.
+        """Return which channels are annotated in a case, bool ``(channels,)``, given its annotated regions.
 
-        A label is annotated if a annotated region has it; the background always is.
+        A label is annotated if one of its regions is. The background is always annotated.
         """
         if self.activation == "sigmoid":
             return np.array([name in regions for name in self.regions.names])
@@ -73,7 +73,7 @@ class Output:
 
 
 def make_output(activation: str, dataset: Dataset) -> Output:
-    """The output that ``config.output`` names, for a data set. Raises UserError for an unknown name."""
+    """Return the output that ``config.output`` names, for a data set. Raises UserError for an unknown name."""
     if activation not in ACTIVATIONS:
         raise UserError(f"config.output={activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
     return Output(activation, dataset.regions, dataset.labels.structures)

@@ -1,9 +1,9 @@
-"""Whole volumes from a network that takes windows, in bounded memory.
+"""Sliding-window prediction of whole volumes, in bounded memory.
 
-Windows slide over the volume with Gaussian weights and are blended on the device. They go down slab by slab: a ring of
-rows holds the weighted sums that windows still to come may add to, and nothing else. Rows that are complete are
-resampled to the source grid and turned into labels on the device, so that only label indices come to the host; no array
-of classes times volume exists anywhere.
+Windows are blended on the device with Gaussian weights, from the first slices of the volume to the last. A ring buffer
+has the weighted sums of those slices ("rows") that further windows may still change. Complete rows are resampled to the
+source grid and decoded to labels on the device. So only label indices are copied to the host, and there is never an
+array of the size classes times volume.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from xdim_jax.data import regions
 from xdim_jax.data.prepare import Prepared, resample
 from xdim_jax.inference.output import Output
 
-SIGMA = 1 / 8  # of the patch: a window's weight falls to 3e-4 at the middle of its faces (nnU-Net's choice)
-_FLOOR = 1e-3  # smallest weight, so that a corner seen by one window only is not divided by zero
-_BUCKET = 32  # sides of the ring and of resampled slices are rounded up to it, so that few programs are compiled
-_ROWS = 8  # that become labels at once
-SLICES = 8  # of a 2D network's batch: so many slices of a volume at once
+SIGMA = 1 / 8  # relative to the patch; the weight falls to 3e-4 at the middle of its faces (as in nnU-Net)
+_FLOOR = 1e-3  # smallest weight, so that a corner that is in one window only is not divided by zero
+_BUCKET = 32  # sides of the ring and of resampled slices are multiples of it, so that few programs are compiled
+_ROWS = 8  # rows that are decoded to labels at once
+SLICES = 8  # batch of a 2D network: the number of slices of a volume that are computed at once
 
 # weights, images (B, *patch, C) -> logits (B, *patch, channels)
 Forward = Callable[[Any, jax.Array], jax.Array]
@@ -34,14 +34,15 @@ Forward = Callable[[Any, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """How volumes are cut, and how often each window is looked at.
+    """How volumes are divided into windows, and how each window is mirrored.
 
     Attributes:
-        patch: D, H, W.
-        overlap: share of a window that its neighbour covers, in [0, 1), by axis.
-        batch: windows at once.
-        flips: the axes (0: D, 1: H, 2: W) along which a window is mirrored, once for each entry; ``((),)``: as it is.
-        slices: the network is 2D, so that a window may be less deep than the patch.
+        patch: Size of a window, D, H, W.
+        overlap: For each axis, the share of a window that its neighbour covers, in [0, 1).
+        batch: Number of windows that are computed at once.
+        flips: For each forward pass, the axes (0: D, 1: H, 2: W) along which the window is mirrored. ``((),)`` for one
+            pass without mirroring.
+        slices: True if the network is 2D; a window may then have fewer slices than the patch.
     """
 
     patch: tuple[int, int, int]
@@ -52,14 +53,14 @@ class Windows:
 
 
 class Sink(Protocol):
-    """Takes rows of a volume on the source grid as they become complete, from the first to the last."""
+    """Function that receives the rows of a volume on the source grid as soon as they are complete, in order."""
 
     def __call__(self, rows: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
-        """``values``: probabilities (n, H, W, channels) or uncertainty (n, H, W) of these rows, inside the box."""
+        """Receive probabilities (n, H, W, channels) or uncertainty (n, H, W) of n rows, inside of the box."""
 
 
 def gaussian_weights(patch: Sequence[int]) -> np.ndarray:
-    """Weight of every voxel of a window, float32 of shape ``patch``, 1 at the centre."""
+    """Return the weight of every voxel of a window, float32 of shape ``patch``, with 1 at the centre."""
     weights = np.ones((), np.float64)
     for n in patch:
         profile = np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (SIGMA * n)) ** 2)
@@ -68,7 +69,7 @@ def gaussian_weights(patch: Sequence[int]) -> np.ndarray:
 
 
 def window_starts(size: int, patch: int, overlap: float) -> list[int]:
-    """Starts of the fewest evenly spread windows that cover ``size`` and overlap by at least ``overlap``."""
+    """Return the starts of the fewest evenly spaced windows that cover ``size`` and overlap by at least ``overlap``."""
     if size <= patch:
         return [0]
     count = -(-(size - patch) // max(int(patch * (1 - overlap)), 1)) + 1
@@ -77,7 +78,7 @@ def window_starts(size: int, patch: int, overlap: float) -> list[int]:
 
 @functools.lru_cache(64)
 def resampling(old: int, new: int) -> np.ndarray:
-    """The matrix ``(new, old)`` by which `xdim_jax.data.prepare.resample` acts along an axis."""
+    """Return the matrix ``(new, old)`` that `xdim_jax.data.prepare.resample` applies along an axis."""
     identity = np.eye(old, dtype=np.float32).reshape(old, 1, 1, old)
     return resample(identity, (new, 1, 1))[:, 0, 0]
 
@@ -88,7 +89,7 @@ def _up(n: int, to: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Sizes for one volume. ``before``: voxels of padding that centre a volume smaller than the patch."""
+    """Sizes for one volume. A volume that is smaller than the patch is centred by ``before`` voxels of padding."""
 
     size: tuple[int, ...]
     target: tuple[int, ...]
@@ -96,23 +97,23 @@ class _Layout:
     before: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...]
     plane: tuple[int, int]  # H, W of the ring
-    batch: int  # windows at once
+    batch: int  # number of windows at once
 
     @property
     def resized(self) -> bool:
-        """Whether slices change their size on the way back."""
+        """True if slices are resized to the source grid."""
         return self.size[1:] != self.target[1:]
 
     @property
     def out(self) -> tuple[int, int]:
-        """H, W of rows as they become labels."""
+        """H and W of rows when they are decoded to labels."""
         if not self.resized:
             return self.plane
         return _up(self.target[1], _BUCKET), _up(self.target[2], _BUCKET)
 
     @functools.cached_property
     def taps(self) -> tuple[np.ndarray, np.ndarray]:
-        """For every target row: the rows of the ring's volume, and their weights, ``(D, T)``."""
+        """For each row of the source grid, the rows of the volume and their weights from which it is computed, (D, T)."""
         matrix = resampling(self.size[0], self.target[0]) if self.size[0] != self.target[0] else None
         if matrix is None:
             return np.arange(self.size[0])[:, None] + self.before[0], np.ones((self.size[0], 1), np.float32)
@@ -125,7 +126,7 @@ class _Layout:
 
     @property
     def ring(self) -> int:
-        """Rows that are held: a window's, and those above it that a target row may still need."""
+        """Number of rows of the ring: a window's, and those above it that a row of the source grid may still need."""
         return _up(self.patch[0] + (self.taps[0].shape[1] if self.size[0] != self.target[0] else 0), 8)
 
 
@@ -133,14 +134,14 @@ class Segmenter:
     """Segments whole volumes.
 
     Args:
-        forward: of the network; see `Forward`. With ``members``, its weights are taken out of the stacked ones.
-        output: what the channels mean.
-        windows: how volumes are cut.
-        threshold: of probabilities, of all regions or by region; without use for softmax.
-        members: networks whose weights are stacked along a first axis (folds); their probabilities are averaged. 0: one
-            network, not stacked.
-        want: of ``probabilities`` and ``uncertainty`` (variance over members and flips, mean over channels, blended as
-            probabilities are): handed to a sink.
+        forward: Forward pass of the network, see `Forward`.
+        output: Meaning of the channels.
+        windows: How volumes are divided into windows.
+        threshold: Threshold of the probabilities, for all regions or by region; not used with softmax.
+        members: Number of networks (e.g. folds) whose weights are stacked along a first axis, and whose probabilities
+            are averaged. 0 for one network, whose weights are not stacked.
+        want: What a sink receives in addition to labels: ``probabilities``, and ``uncertainty`` (the variance over
+            members and flips, averaged over channels, and blended like the probabilities).
     """
 
     def __init__(
@@ -213,7 +214,7 @@ class Segmenter:
         self._shift = jax.jit(_shift, donate_argnums=0)
 
     def layout(self, size: tuple[int, ...], target: tuple[int, ...]) -> _Layout:
-        """Sizes for a volume of ``size``, and of ``target`` on the source grid."""
+        """Return the sizes for a volume of ``size``, which has the size ``target`` on the source grid."""
         patch = self.windows.patch
         patch = (min(size[0], patch[0]) if self.windows.slices else patch[0], patch[1], patch[2])
         before = tuple(max(p - n, 0) // 2 for n, p in zip(size, patch, strict=True))  # centred, as in training
@@ -225,11 +226,11 @@ class Segmenter:
 
     @property
     def channels(self) -> int:
-        """Of the ring."""
+        """Number of channels of the ring."""
         return len(self.output.channels) + ("uncertainty" in self.want) + 1
 
     def __call__(self, weights: Any, prepared: Prepared, sink: Sink | None = None) -> np.ndarray:
-        """Label indices uint8 (D, H, W) on the source grid; 0 outside the box that was kept."""
+        """Return label indices uint8 (D, H, W) on the source grid; 0 outside of the box that preparation has kept."""
         plan = self.layout(prepared.shape, tuple(b.stop - b.start for b in prepared.box))
         label = np.zeros(prepared.source, np.uint8)
         inside = label[prepared.box]
@@ -243,7 +244,7 @@ class Segmenter:
                 if a
             )
         rows, taps = plan.taps
-        top = done = 0  # first row of the ring; first target row that is not written yet
+        top = done = 0  # first row of the ring; first row of the source grid that is not decoded yet
         for i, start in enumerate(plan.starts[0]):
             for batch in _batches(itertools.product([start], *plan.starts[1:]), plan.batch):
                 ring = self._blend(weights, ring, prepared, plan, batch, top, gauss)
@@ -275,9 +276,9 @@ class Segmenter:
         top: int,
         gauss: jax.Array,
     ) -> jax.Array:
-        """Adds some windows to the ring."""
+        """Compute a batch of windows, and add them to the ring."""
         count = len(batch)
-        batch = batch + batch[-1:] * (plan.batch - count)  # the last batch is filled up; weight 0
+        batch = batch + batch[-1:] * (plan.batch - count)  # fill the last batch with copies, whose weight is 0
         image = jnp.asarray(np.stack([_window(prepared, plan, start) for start in batch]))
         look, total = self._program(weights, image.shape), None
         for member, flips in self.looks:
@@ -288,7 +289,7 @@ class Segmenter:
         return self._add(ring, total, gauss, starts, valid)
 
     def _program(self, weights: Any, shape: tuple[int, ...]) -> Any:
-        """The network on windows of a shape, compiled."""
+        """Return the compiled network for windows of a shape."""
         if shape not in self._programs:
             image, flips = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((3,), jnp.bool_)
             member = jax.ShapeDtypeStruct((), jnp.int32)
@@ -296,13 +297,12 @@ class Segmenter:
         return self._programs[shape]
 
     def device_bytes(self, weights: Any, volumes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], image: int) -> int:
-        """What some volumes take on the device, one after the other, by the compiler's count of the network's
-        temporaries.
+        """Return the bytes that volumes need on the device, one after the other, as the compiler reports them.
 
         Args:
-            weights: of the network.
-            volumes: of each its size as prepared, and on the source grid.
-            image: channels of the images.
+            weights: Weights of the network.
+            volumes: Of each volume, its size after preparation and its size on the source grid.
+            image: Number of channels of the images.
         """
         plans = [self.layout(*sizes) for sizes in volumes]
         largest = max(plans, key=lambda p: p.batch * math.prod(p.patch))
@@ -312,7 +312,9 @@ class Segmenter:
         )
         ring = max(plan.ring * math.prod(plan.plane) for plan in plans) * self.channels * 4
         rows = _ROWS * self.channels * 4 * max(3 * math.prod(p.plane) + 2 * math.prod(p.out) for p in plans)
-        parts = 4 * largest.batch * math.prod(largest.patch) * self.channels * 4  # sums, their mean, what is added
+        parts = (
+            4 * largest.batch * math.prod(largest.patch) * self.channels * 4
+        )  # sums, their mean, and the weighted windows
         return network + ring + max(rows, parts)
 
 
