@@ -1,4 +1,4 @@
-"""Trained networks, alone or as an ensemble, ready to segment: from Python, and for ``python -m xdim_jax.predict``."""
+"""Prediction with trained networks, alone or as an ensemble, from Python and for ``python -m xdim_jax.predict``."""
 
 import dataclasses
 import hashlib
@@ -37,19 +37,21 @@ _COMMON = ("model", "output", "predict", "data.dataset", "data.patch", "data.pre
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to predict.
+    """Settings of a prediction.
 
     Attributes:
-        preset: ``fast``: little overlap; ``default``: as the config says; ``best``: windows overlap by half and are
-            mirrored along the axes that training mirrored (mirrored anatomy that a network has never seen harms it).
-        overlap: of windows, in [0, 1); None: the preset's.
-        flips: axes (0: D, 1: H, 2: W) to mirror along, in all combinations; None: the preset's.
-        precision: ``float32`` or ``bfloat16``; empty: the config's.
-        batch: windows at once; 0: one on CPU, four elsewhere.
-        threshold: of probabilities, of all regions or by region; None: the config's.
-        min_et: smallest ET in voxels (BraTS); None: the config's.
-        largest: regions of which only the largest connected part is kept; ``("all",)``: of each.
-        probabilities, uncertainty: wanted beside labels.
+        preset: ``fast``: little overlap. ``default``: the overlap of the config. ``best``: windows overlap by half, and
+            are mirrored along the axes along which training has mirrored them. (Mirrored anatomy that a network has
+            never been trained on makes predictions worse.)
+        overlap: Overlap of windows, in [0, 1); None for that of the preset.
+        flips: Axes (0: D, 1: H, 2: W) along which windows are mirrored, in all combinations; None for those of the
+            preset.
+        precision: ``float32`` or ``bfloat16``; empty for that of the config.
+        batch: Number of windows that are computed at once; 0 for one on CPU and four on other devices.
+        threshold: Threshold of the probabilities, for all regions or by region; None for that of the config.
+        min_et: Smallest enhancing tumour in voxels (BraTS); None for that of the config.
+        largest: Regions of which only the largest connected component is kept; ``("all",)`` for all regions.
+        probabilities, uncertainty: True to compute them in addition to labels.
     """
 
     preset: str = "default"
@@ -64,7 +66,7 @@ class Settings:
     uncertainty: bool = False
 
     def __post_init__(self) -> None:
-        """One name or axis may be given for several."""
+        """Accept a single name or axis in place of a tuple."""
         if isinstance(self.largest, str):
             object.__setattr__(self, "largest", (self.largest,) if self.largest else ())
         if isinstance(self.flips, int):
@@ -160,11 +162,11 @@ class Predictor:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the channels of probabilities."""
+        """Names of the channels of the probabilities."""
         return self.output.channels
 
     def describe(self) -> str:
-        """How it predicts, in a line."""
+        """Return a line of text that says how images are predicted."""
         windows = self.segmenter.windows
         patch = " x ".join(map(str, self.config.data.patch))
         axes = ", ".join("DHW"[a] for a in self.flips)
@@ -174,11 +176,11 @@ class Predictor:
         return "; ".join(parts)
 
     def prepare(self, case: Case, volume: Volume) -> Prepared:
-        """What the networks see of a case."""
+        """Return a case as it is given to the networks."""
         return prepare(case, volume, self.preparation)
 
     def segment(self, prepared: Prepared, sink: sliding_window.Sink | None = None) -> np.ndarray:
-        """Label indices uint8 (D, H, W) on the source grid, after post-processing."""
+        """Return label indices uint8 (D, H, W) on the source grid, after post-processing."""
         label = self.segmenter(self.weights, prepared, sink)
         sets = self.output.regions
         largest = sets.names if "all" in self.settings.largest else self.settings.largest
@@ -301,7 +303,7 @@ class Predictor:
 
 
 class _Whole(dict[str, np.ndarray]):
-    """A sink that keeps everything: float32 arrays on the source grid, 0 outside the box that was kept."""
+    """A sink that keeps all rows, in float32 arrays on the source grid; 0 outside of the box that preparation kept."""
 
     def __init__(self, prepared: Prepared):
         super().__init__()
@@ -315,7 +317,7 @@ class _Whole(dict[str, np.ndarray]):
 
 
 def _digest(config: Any, members: Sequence[Any], threshold: Any, settings: Settings, flips: tuple[int, ...]) -> str:
-    """Of all that a prediction depends on, but the image: weights, network, preparation, settings."""
+    """Return a digest of everything but the image that a prediction depends on."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(members):
         digest.update(np.asarray(leaf).tobytes())
@@ -395,7 +397,7 @@ def _apply(config: Any, settings: Settings, dataset: Dataset) -> float | dict[st
 
 
 def _flips(config: Any, settings: Settings) -> tuple[int, ...]:
-    """Axes of a volume to mirror along; a 2D network's own axes 0 and 1 are H and W."""
+    """Return the axes of a volume along which windows are mirrored; axes 0 and 1 of a 2D network are H and W."""
     flat = len(config.data.patch) == 2
     if settings.flips is not None:
         allowed = (1, 2) if flat else (0, 1, 2)

@@ -113,7 +113,7 @@ class _Layout:
 
     @functools.cached_property
     def taps(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each row of the source grid, the rows of the volume and their weights from which it is computed, (D, T)."""
+        """For each row of the source grid, the rows of the volume and the weights that give it, ``(D, T)`` each."""
         matrix = resampling(self.size[0], self.target[0]) if self.size[0] != self.target[0] else None
         if matrix is None:
             return np.arange(self.size[0])[:, None] + self.before[0], np.ones((self.size[0], 1), np.float32)
