@@ -70,6 +70,8 @@ def get_config(arg: str = "") -> Any:
             },
         }
     )
+    # Eq. 5 of the paper (xdim_jax/training/loss.py). The paper gives no eps; Eq. 5 is printed with a sum over voxels
+    config.loss.update({"name": "dice_bce", "eps": 1e-5, "dice": "sample", "cross_entropy": "mean"})
     # Nadam inside LookAhead; 1e-3 for 40 epochs, then a cosine
     config.optim.update({"name": "nadam", "b1": 0.95, "b2": 0.99, "lookahead": {"period": 6, "step_size": 0.5}})
     config.optim.schedule.update({"name": "constant_then_cosine", "peak": 1e-3, "final": 1e-5, "constant_epochs": 40})

@@ -9,7 +9,7 @@ Words after the colon: ``phantom`` (small phantoms and patches, random weights; 
 the released code).
 
 A value without a comment is stated in the paper. Where paper and released code differ, the value is that of the paper,
-and the comment gives the other one.
+and the comment gives the other one. Exceptions are ``init.inflate`` and ``loss.cross_entropy``; see there.
 
 Hardware: one GPU of 16 GB (the paper used a Tesla P100), patch 128^3, batch 1. Time: the paper reports 1.5 s per image;
 1251 cases in 5 folds are 1000 steps per epoch, so 90 epochs take about 38 hours there. Not measured on a GPU yet.
@@ -67,6 +67,8 @@ def get_config(arg: str = "") -> Any:
             "depth": {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)},
         }
     )
+    # Eq. 5 of the paper (xdim_jax/training/loss.py). The paper gives no eps; Eq. 5 is printed with a sum over voxels
+    config.loss.update({"name": "dice_bce", "eps": 1e-5, "dice": "sample", "cross_entropy": "mean"})
     # Nadam inside LookAhead; 1e-3 for 40 epochs, then a cosine
     config.optim.update({"name": "nadam", "b1": 0.95, "b2": 0.99, "lookahead": {"period": 6, "step_size": 0.5}})
     config.optim.schedule.update({"name": "constant_then_cosine", "peak": 1e-3, "final": 1e-5, "constant_epochs": 40})
@@ -83,6 +85,7 @@ def get_config(arg: str = "") -> Any:
     if not {"scratch", "phantom"} & words.keys():  # fetched from the Hugging Face hub at the first use
         config.init.weights = "tf_efficientnet_b0.ns_jft_in1k"
         config.init.accept = "padding,eps" if released else "padding"
+        config.init.inflate = "mean"  # rule for the 2D kernels (xdim_jax/nets/inflate.py); the paper: repeat
         if not released:
             config.model.encoder.eps = 1e-3
     if "phantom" in words:

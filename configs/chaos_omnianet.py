@@ -78,6 +78,8 @@ def get_config(arg: str = "") -> Any:
             "deep_supervision": False,  # True: the loss includes logits of coarser decoder stages; not in the paper
         }
     )
+    # Eq. 5 of the paper (xdim_jax/training/loss.py). The paper gives no eps; Eq. 5 is printed with a sum over voxels
+    config.loss.update({"name": "dice_bce", "eps": 1e-5, "dice": "sample", "cross_entropy": "mean"})
     # the paper says Nadam; b1 and b2 are those of the 3D networks
     config.optim.update({"name": "nadam", "b1": 0.95, "b2": 0.99})
     # -5 % per epoch reach 1e-5 after 89.8 epochs; the paper does not say how many there were

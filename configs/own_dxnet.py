@@ -59,6 +59,8 @@ def get_config(arg: str = "") -> Any:
             "depth": {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)},
         }
     )
+    # Eq. 5 of the paper (xdim_jax/training/loss.py)
+    config.loss.update({"name": "dice_bce", "eps": 1e-5, "dice": "sample", "cross_entropy": "mean"})
     config.optim.update({"name": "nadam", "b1": 0.95, "b2": 0.99, "lookahead": {"period": 6, "step_size": 0.5}})
     config.optim.schedule.update({"name": "constant_then_cosine", "peak": 1e-3, "final": 1e-5, "constant_epochs": 50})
     config.train.epochs = 100
