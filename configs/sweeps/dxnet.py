@@ -1,10 +1,10 @@
-"""DX-Net: the choices that the paper does not argue for, and the learning rate that goes with them."""
+"""Search space for DX-Net: the choices for which the paper gives no reason, and the peak learning rate."""
 
 from typing import Any
 
 
 def suggest(trial: Any) -> None:
-    """Draws the parameters of a trial."""
+    """Draw the parameters of a trial."""
     trial.suggest_float("optim.schedule.peak", 2e-4, 3e-3, log=True)
     trial.suggest_categorical("model.activation", ["relu", "silu"])
     trial.suggest_categorical("model.upsampling", ["transposed", "nearest"])

@@ -1,10 +1,10 @@
-"""Optimiser and loss of any recipe: learning rate, Nadam's kind and betas, LookAhead, weight decay."""
+"""Search space for the optimiser of any recipe: learning rate, variant and betas of Nadam, LookAhead, weight decay."""
 
 from typing import Any
 
 
 def suggest(trial: Any) -> None:
-    """Draws the parameters of a trial."""
+    """Draw the parameters of a trial."""
     trial.suggest_float("optim.schedule.peak", 1e-4, 3e-3, log=True)
     trial.suggest_float("optim.b1", 0.85, 0.98)
     trial.suggest_float("optim.b2", 0.98, 0.9999)

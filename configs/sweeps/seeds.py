@@ -1,8 +1,11 @@
-"""The same recipe from five seeds: what chance alone does. --sampler=grid --trials=5; --pack=5 trains them together."""
+"""Search space of five seeds, which measures the variation of a recipe's result by chance.
+
+Use it with ``--sampler=grid --trials=5``; ``--pack=5`` trains the five together.
+"""
 
 from typing import Any
 
 
 def suggest(trial: Any) -> None:
-    """Draws the parameters of a trial."""
+    """Draw the parameters of a trial."""
     trial.suggest_int("seed", 0, 4, step=1)
