@@ -188,7 +188,7 @@ def test_one_run_per_device(data, alone, tmp_path):
     """Four places on two devices, three of them taken, in a process that has two devices."""
     code = (
         "import sys; from tests import test_pack as t; from pathlib import Path\n"
-        "t.models.build = lambda config, seed: t.Small(config['out_channels'], seed)\n"
+        "t.networks.build = lambda config, seed: t.Small(config['out_channels'], seed)\n"
         "group = t.make_pack(Path(sys.argv[1]), 4, 'devices')\n"
         "assert group.layout == 'devices'\n"
         "for i, own in enumerate(t.OWN):\n"
