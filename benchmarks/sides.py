@@ -149,13 +149,13 @@ def _ours_predict(config: Any, program: Any, params: Any, stats: Any, facts: dic
     """A BraTS volume as a predictor sees it."""
 
     from xdim_jax.data.prepare import Prepared
-    from xdim_jax.inference import sliding_window
+    from xdim_jax.inference.sliding_window import make_segmenter
 
     size = VOLUME
     raw = np.random.default_rng(0).normal(size=(*size, 4)).astype(np.float32)
     box = tuple(slice(0, n) for n in size)
     prepared = Prepared(raw, None, (0.0,) * 4, (1.0,) * 4, False, box, size, (1.0,) * 3)  # pyright: ignore
-    segmenter = sliding_window.make_segmenter(config, program.forward, program.output)
+    segmenter = make_segmenter(program.forward, program.output, config.data.patch, config.predict.overlap)
     weights = (params, stats)
     begin = time.perf_counter()
     segmenter.device_bytes(weights, [(size, size)], 4)
@@ -272,7 +272,7 @@ def _device_name(torch: Any, device: str) -> str:
 
 def _torch_predict(torch: Any, infer: Callable[[Any], Any], device: str) -> Callable[[], None]:
     """Windows of 128^3 that overlap by half, with Gaussian weights, blended in one array; as is usual in PyTorch."""
-    from xdim_jax.inference.sliding_window import gaussian_weights, window_starts
+    from xdim_jax.inference.windows import gaussian_weights, window_starts
 
     volume = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 4, *VOLUME)).astype(np.float32))
     gauss = torch.from_numpy(gaussian_weights((128,) * 3)).to(device)

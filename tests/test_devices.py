@@ -855,7 +855,7 @@ def test_a_signal_to_any_process_stops_all_at_one_step(camus, tmp_path, signalle
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["sliding_window.segment", "loop.RunController._end_epoch"])
+@pytest.mark.parametrize("moment", ["validation.postprocess", "loop.RunController._end_epoch"])
 def test_a_signal_to_one_process_is_agreed_upon_in_a_validation_and_at_an_epochs_end(camus, tmp_path, moment):
     """Process 1 sends itself the signal; all must leave together, none may wait for the other for ever."""
     place, _, name = moment.rpartition(".")
@@ -863,8 +863,7 @@ def test_a_signal_to_one_process_is_agreed_upon_in_a_validation_and_at_an_epochs
 import os, signal, sys
 from xdim_jax import train
 from xdim_jax.base.command import run
-from xdim_jax.inference import sliding_window
-from xdim_jax.training import loop
+from xdim_jax.training import loop, validation
 original = {moment}
 def signalled(*arguments, **options):
     if "--process=1" in sys.argv:

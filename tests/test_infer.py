@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from scipy.ndimage import gaussian_filter
 from scipy.special import softmax
 
@@ -15,7 +14,7 @@ from xdim_jax.data.case import Case, Volume
 from xdim_jax.data.images.grid import Grid
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.prepare import Preparation, Prepared, prepare
-from xdim_jax.inference import output, sliding_window
+from xdim_jax.inference import output, sliding_window, windows
 
 BRATS = output.Output("sigmoid", regions.BRATS, regions.TISSUES)
 
@@ -32,18 +31,18 @@ BRATS = output.Output("sigmoid", regions.BRATS, regions.TISSUES)
     ],
 )
 def test_windows_cover_with_the_overlap(size, patch, overlap, starts):
-    assert sliding_window.window_starts(size, patch, overlap) == starts
+    assert windows.window_starts(size, patch, overlap) == starts
     gaps = np.diff(starts)
     assert all(g <= patch * (1 - overlap) for g in gaps)
 
 
 def test_gaussian_weights_are_separable_symmetric_and_positive():
-    weights = sliding_window.gaussian_weights((4, 6, 9))
+    weights = windows.gaussian_weights((4, 6, 9))
     assert weights.shape == (4, 6, 9) and weights.dtype == np.float32
     assert weights.max() == 1 and weights.min() > 0
     np.testing.assert_array_equal(weights, weights[::-1, ::-1, ::-1])
     # sigma is an eighth of the side: one sigma from the middle of 9 voxels is 1.125 voxels
-    line = sliding_window.gaussian_weights((1, 1, 9))[0, 0]
+    line = windows.gaussian_weights((1, 1, 9))[0, 0]
     assert line[5] == pytest.approx(np.exp(-0.5 * (1 / 1.125) ** 2), rel=1e-6)
 
 
@@ -57,8 +56,7 @@ def whole(image, source=None, box=None):
 
 def make(forward, patch, overlap=0.5, out=BRATS, **options):
     cut = {k: options.pop(k) for k in ("batch", "flips") if k in options}
-    windows = sliding_window.Windows(patch, (overlap,) * 3, **cut)
-    return sliding_window.Segmenter(forward, out, windows, **options)
+    return sliding_window.Segmenter(forward, out, windows.Windows(patch, (overlap,) * 3, **cut), **options)
 
 
 def collect(segmenter, weights, prepared):
@@ -130,7 +128,7 @@ def test_windows_are_weighted_by_the_gaussian():
     one = output.Output("sigmoid", regions.Regions({"a": (1,)}), ("background", "a"))
     prepared = whole(np.zeros((6, 4, 4, 1), np.float32))
     probs = collect(make(forward, (4, 4, 4), out=one, want=WANT), None, prepared)[1]["probabilities"]
-    gauss = sliding_window.gaussian_weights((4, 1, 1))[:, 0, 0]
+    gauss = windows.gaussian_weights((4, 1, 1))[:, 0, 0]
     sigmoid = 1 / (1 + np.exp(-np.arange(4.0)))
     # voxel 3 is at place 3 of window 0 and at place 1 of window 2
     expected = (gauss[3] * sigmoid[3] + gauss[1] * sigmoid[1]) / (gauss[3] + gauss[1])
@@ -185,10 +183,10 @@ def test_segment_puts_the_box_back_and_drops_small_et():
     logits[0, 0, 0] = (2, 2, 2)
     logits[2, 4, 3] = (0.4, -1, -2)
     segmenter = make(lambda weights, x: jnp.asarray(logits)[None], (3, 5, 4))
-    label = sliding_window.segment(segmenter, None, prepared, {"min_et": 0})
+    label = output.postprocess(segmenter(None, prepared), regions.BRATS)
     assert label.shape == (6, 7, 8) and np.count_nonzero(label) == 2
     assert label[2, 1, 3] == regions.ET and label[4, 5, 6] == regions.ED
-    label = sliding_window.segment(segmenter, None, prepared, {"min_et": 2})
+    label = output.postprocess(segmenter(None, prepared), regions.BRATS, min_et=2)
     assert label[2, 1, 3] == regions.NCR
     strict = make(lambda weights, x: jnp.asarray(logits)[None], (3, 5, 4), threshold={"WT": 0.7, "TC": 0.5, "ET": 0.9})
     label = strict(None, prepared)
@@ -204,13 +202,12 @@ def test_a_2d_network_sees_every_slice_once_and_in_order(rng):
         jax.debug.callback(lambda n: seen.append(int(n)), x.shape[0])
         return jnp.broadcast_to(x.mean((1, 2), keepdims=True), (*x.shape[:-1], 3))
 
-    config = ConfigDict({"data": {"patch": (32, 32)}, "predict": {"overlap": 0.5, "threshold": 0.5}})
-    segmenter = sliding_window.make_segmenter(config, forward, BRATS, want=WANT)
+    segmenter = sliding_window.make_segmenter(forward, BRATS, (32, 32), 0.5, want=WANT)
     probs = collect(segmenter, None, whole(image))[1]["probabilities"]
     jax.effects_barrier()
     expected = 1 / (1 + np.exp(-image.mean((1, 2), keepdims=True)))
     np.testing.assert_allclose(probs, np.broadcast_to(expected, probs.shape), atol=1e-6)
     assert seen == [8, 8, 8], "in batches of slices"
-    sliding_window.make_segmenter(config, forward, BRATS)(None, whole(image[:1]))
+    sliding_window.make_segmenter(forward, BRATS, (32, 32), 0.5)(None, whole(image[:1]))
     jax.effects_barrier()
     assert seen[3:] == [1], "a single image is not filled up"

@@ -234,17 +234,17 @@ def test_a_signal_in_the_loop_saves_and_the_same_command_goes_on(
 
 def test_a_signal_in_a_validation_ends_it_and_the_resumed_run_makes_it(small, data, straight, tmp_path, monkeypatch):
     """At step 4, an epoch's end."""
-    original = validation.sliding_window.segment
+    original = validation.postprocess
 
-    def segment(*arguments):
+    def interrupted(*arguments, **options):
         if checkpoint.exist(tmp_path / "run") and len(records(tmp_path / "run", "epoch")) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(validation.sliding_window, "segment", segment)
+    monkeypatch.setattr(validation, "postprocess", interrupted)
     out = train_small(tmp_path / "run", data, code=75)
     assert [r["step"] for r in records(tmp_path / "run", "validation")] == [2] and "validation at step 4" not in out
-    monkeypatch.setattr(validation.sliding_window, "segment", original)
+    monkeypatch.setattr(validation, "postprocess", original)
     out = train_small(tmp_path / "run", data)
     assert "resume     from step 4" in out and "validation at step 4" in out
     assert [(r["step"], r["dice"]) for r in records(tmp_path / "run", "validation")] == [

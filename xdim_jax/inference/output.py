@@ -10,7 +10,7 @@ import numpy as np
 
 from xdim_jax.base.errors import UserError
 from xdim_jax.data.case import Dataset
-from xdim_jax.data.regions import Regions
+from xdim_jax.data.regions import Regions, drop_small_et, keep_largest
 
 ACTIVATIONS = ("sigmoid", "softmax")
 
@@ -77,3 +77,18 @@ def make_output(activation: str, dataset: Dataset) -> Output:
     if activation not in ACTIVATIONS:
         raise UserError(f"config.output={activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
     return Output(activation, dataset.regions, dataset.labels.structures)
+
+
+def postprocess(label: np.ndarray, regions: Regions, *, largest: Sequence[str] = (), min_et: int = 0) -> np.ndarray:
+    """Apply the rules for whole label maps.
+
+    Args:
+        label: Label indices (D, H, W).
+        regions: Regions of the data set.
+        largest: Regions of which only the largest connected component is kept.
+        min_et: Smallest enhancing tumour in voxels (BraTS): a smaller one becomes NCR; 0 for no limit.
+
+    Returns:
+        Label indices (D, H, W).
+    """
+    return drop_small_et(keep_largest(label, regions, largest), min_et)

@@ -12,8 +12,8 @@ from xdim_jax.base.config import Config
 from xdim_jax.base.files import write_json
 from xdim_jax.base.signals import StopRequest
 from xdim_jax.data.case import Dataset
-from xdim_jax.inference import sliding_window
 from xdim_jax.inference.output import make_output
+from xdim_jax.inference.sliding_window import Segmenter, make_segmenter
 from xdim_jax.nets import networks
 from xdim_jax.runs import checkpoint, environment
 from xdim_jax.runs.records import close_recorder, open_recorder, read_records
@@ -40,7 +40,7 @@ class SharedPrograms:
     """
 
     init: Callable[[Any, Any], TrainState]
-    segmenter: sliding_window.Segmenter
+    segmenter: Segmenter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,10 @@ def open_run(
     per_epoch = data.steps_per_epoch(config.data)
     program, params, stats = make_program(config, dataset, per_epoch=per_epoch, axis=devices.axis, network=network)
     if shared is None:
-        segmenter = sliding_window.make_segmenter(config, program.forward, output)
+        predict = config.predict
+        segmenter = make_segmenter(
+            program.forward, output, config.data.patch, predict.overlap, threshold=predict.threshold
+        )
         shared = SharedPrograms(jax.jit(program.init), segmenter)
     _describe(config, dataset, data, per_epoch, workdir)
     state = devices.put_state(shared.init(params, stats))
@@ -124,7 +127,11 @@ def open_run(
         checkpoints=checkpoints,
         recorder=open_recorder(workdir, start, writes=first, trackers=trackers),
         validate=make_validation(
-            shared.segmenter, config.predict, dataset, data.validation, overlays=config.train.overlays
+            shared.segmenter,
+            dataset,
+            data.validation,
+            min_et=config.predict.get("min_et", 0),
+            overlays=config.train.overlays,
         ),
         stop=stop,
         regions=dataset.regions.names,

@@ -13,7 +13,8 @@ from xdim_jax.base.signals import StopRequest
 from xdim_jax.data import case as data_case
 from xdim_jax.data import store
 from xdim_jax.data.case import Case, Dataset
-from xdim_jax.inference import sliding_window
+from xdim_jax.inference.output import postprocess
+from xdim_jax.inference.sliding_window import Segmenter
 from xdim_jax.pages.colours import PALETTE, to_rgb
 from xdim_jax.scoring import masks
 from xdim_jax.training import mesh
@@ -30,11 +31,11 @@ Validation = Callable[[Any, StopRequest], tuple[dict[str, float], dict[str, np.n
 
 
 def make_validation(
-    segmenter: sliding_window.Segmenter,
-    options: Any,
+    segmenter: Segmenter,
     dataset: Dataset,
     cases: Sequence[tuple[Case, store.Entry]],
     *,
+    min_et: int,
     overlays: int,
 ) -> Validation:
     """Build a function that validates on whole images, on their original grid, after post-processing.
@@ -45,9 +46,9 @@ def make_validation(
 
     Args:
         segmenter: Segments the prepared cases.
-        options: The ``predict`` section of a config.
         dataset: Data set of the cases.
         cases: Validation cases, on disk and prepared.
+        min_et: Smallest enhancing tumour in voxels (BraTS), 0 for no limit.
         overlays: Number of cases of which pictures are drawn: the first ones.
     """
     names = dataset.regions.names
@@ -64,7 +65,7 @@ def make_validation(
                 continue
             case, entry = cases[number]
             prepared = entry.load()
-            label = sliding_window.segment(segmenter, weights, prepared, options)
+            label = postprocess(segmenter(weights, prepared), dataset.regions, min_et=min_et)
             volume = data_case.read_case(case) if number < overlays else None
             truth = data_case.read_label(case) if volume is None or volume.label is None else volume.label
             predicted, reference = dataset.regions.encode(label), dataset.regions.encode(truth)
