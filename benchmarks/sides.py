@@ -78,9 +78,9 @@ def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Call
         prefer_huge_pages()  # as the mains of the package do
     import jax
     import jax.numpy as jnp
-    from xdim_jax.program import needed_bytes
 
     from xdim_jax import ops
+    from xdim_jax.ops.compilation import needed_bytes
 
     form = "reference" if options.side == "naive" else "auto"
     with ops.use_form(form):

@@ -22,10 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from xdim_jax.files import write_json, write_text
-
 from benchmarks.compare import Side
 from benchmarks.sides import find_case
+from xdim_jax.base.files import write_json, write_text
 
 HEAD = (
     "| network, batch | phase | libraries | median ms | fastest ms | ratio | trace s | compile s "

@@ -1,5 +1,7 @@
 """The package as a user gets it: built, installed into an empty environment, and used from elsewhere."""
 
+import ast
+import importlib
 import json
 import os
 import re
@@ -24,6 +26,35 @@ def test_quick_tests_import_every_folder():
     found = set(re.findall(r"^(?:from|import) (xdim_jax\.\w+|weight_port|configs)", imports, re.MULTILINE))
     folders = {f"xdim_jax.{path.parent.name}" for path in (REPO / "xdim_jax").glob("*/__init__.py")}
     assert folders | {"weight_port", "configs"} <= found
+
+
+def our_imports(path: Path) -> list[tuple[str, str]]:
+    """The modules of this repository that a file imports anywhere, with the imported name or an empty string."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [(node.module or "", alias.name) for alias in node.names]
+    ours = {"xdim_jax", "weight_port", "configs", "benchmarks", "tests"}
+    return [(module, name) for module, name in found if module.split(".")[0] in ours]
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "docs", "launch", "xdim_jax", "weight_port", "configs", "tests"])
+def test_every_import_of_our_own_names_something_that_exists(folder):
+    """Also imports inside functions, and those of scripts that no test runs."""
+    missing = []
+    for path in sorted((REPO / folder).rglob("*.py")):
+        for module, name in our_imports(path):
+            try:
+                if name and not hasattr(importlib.import_module(module), name):
+                    importlib.import_module(f"{module}.{name}")
+                else:
+                    importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                if error.name and error.name.split(".")[0] not in ("torch", "timm", "batchgeneratorsv2"):
+                    missing.append(f"{path.relative_to(REPO)}: from {module} import {name}")
+    assert not missing
 
 
 @pytest.fixture(scope="module")

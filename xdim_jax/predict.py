@@ -28,7 +28,8 @@ from xdim_jax.data.case import (
 )
 from xdim_jax.data.layouts import brats
 from xdim_jax.inference.predictions import claim_output, predict_cases, remove_prediction
-from xdim_jax.inference.predictor import PRESETS, Predictor, Settings
+from xdim_jax.inference.predictor import Predictor
+from xdim_jax.inference.settings import PRESETS, Settings
 from xdim_jax.nets.functional import PRECISIONS
 from xdim_jax.ops.compilation import cache_programs
 from xdim_jax.runs import environment

@@ -142,7 +142,7 @@ def claim_output(
         "weights": predictor.sources,
         "digest": predictor.digest,
         "convention": predictor.dataset.labels.name,
-        "predict": predictor.config.predict.to_dict(),
+        "predict": predictor.resolved.predict,
         "settings": dataclasses.asdict(predictor.settings),
         "environment": environment.describe(),
         "made_by": made_by | {c.case_id: predictor.sources for c in every},

@@ -232,7 +232,7 @@ def make_segmenter(
     """
     if len(patch) == 3:
         d, h, w = patch
-        return Segmenter(forward, output, Windows((d, h, w), (overlap,) * 3, batch, flips), **options)
+        return Segmenter(forward, output, Windows((d, h, w), (overlap, overlap, overlap), batch, flips), **options)
 
     def forward_slices(weights: Any, volume: jax.Array) -> jax.Array:
         logits = forward(weights, volume.reshape(-1, *volume.shape[2:]))

@@ -1,0 +1,87 @@
+"""Conversion of a user's array, with any order of axes, to a case in memory and back."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from xdim_jax.base.errors import UserError
+from xdim_jax.data.case import Case, Dataset, Volume
+from xdim_jax.data.images.grid import Grid
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayCase:
+    """An array as a case.
+
+    Attributes:
+        case, volume: The case, and its image as ``(D, H, W, C)``.
+        axes: Names of the spatial axes of the array, a permutation of ``zyx`` or ``yx``.
+    """
+
+    case: Case
+    volume: Volume
+    axes: str
+
+    def restore(self, values: np.ndarray) -> np.ndarray:
+        """Convert ``(D, H, W)`` or ``(D, H, W, channels)`` to the spatial axes of the array; channels stay last."""
+        grid = self.volume.grid
+        channels = values.reshape(*values.shape[:3], -1)
+        xyz = np.stack([grid.to_file(channels[..., k]) for k in range(channels.shape[3])], -1)
+        if "z" not in self.axes:
+            xyz = xyz[:, :, 0]
+        ordered = xyz.transpose(*("xyz".index(a) for a in self.axes), xyz.ndim - 1)
+        return ordered if values.ndim > 3 else ordered[..., 0]
+
+
+def array_case(
+    image: np.ndarray,
+    axes: str,
+    spacing: Sequence[float] | None,
+    affine: np.ndarray | None,
+    dataset: Dataset,
+    modality: str,
+) -> ArrayCase:
+    """Convert an array to a case. The arguments are those of `xdim_jax.inference.predictor.Predictor.predict`.
+
+    Raises:
+        UserError: The axes, spacing, channels or values cannot be used.
+    """
+    _check(image, axes, dataset, modality)
+    spatial = axes.replace("c", "")
+    spacing = (1.0,) * len(spatial) if spacing is None else tuple(spacing)
+    if affine is None:
+        if len(spacing) != len(spatial) or not all(s > 0 for s in spacing):
+            raise UserError(f"spacing={spacing}: expected mm above 0 along {', '.join(spatial)}")
+        size = dict(zip(spatial, spacing, strict=True))
+        affine = np.diag([-size["x"], -size["y"], size.get("z", 1.0), 1.0])  # from x, y, z in the LPS frame
+    xyzc = _to_xyzc(image, axes)
+    grid = Grid(xyzc.shape[:3], np.asarray(affine, np.float64), None, dataset.axes)
+    info = {"modality": modality} if modality else {}
+    case = Case("array", "array", (), dataset.channels, None, dataset.labels, dataset.axes, info=info)
+    return ArrayCase(case, Volume("array", np.ascontiguousarray(grid.to_memory(xyzc), np.float32), None, grid), spatial)
+
+
+def _to_xyzc(image: np.ndarray, axes: str) -> np.ndarray:
+    """Transpose an array to the axes x, y, z, c; z and c have size 1 where the array lacks them."""
+    for name in "zc":
+        if name not in axes:
+            image, axes = image[..., None], axes + name
+    return image.transpose([axes.index(a) for a in "xyzc"])
+
+
+def _check(image: np.ndarray, axes: str, dataset: Dataset, modality: str) -> None:
+    if image.dtype.kind not in "biuf":
+        raise UserError(f"image holds {image.dtype}: expected an array of real numbers, or paths of images")
+    if len(set(axes)) != len(axes) or not {"y", "x"} <= set(axes) <= set("zyxc"):
+        raise UserError(f"axes={axes!r}: expected y and x, and z and c if the array has these axes, each once")
+    if image.ndim != len(axes):
+        raise UserError(f"image of shape {image.shape} has {image.ndim} axes, but axes={axes!r} names {len(axes)}")
+    channels = image.shape[axes.index("c")] if "c" in axes else 1
+    if channels != len(dataset.channels):
+        known = ", ".join(dataset.channels)
+        raise UserError(f"image of shape {image.shape} has {channels} channels; expected {known}")
+    if not np.isfinite(image).all():
+        raise UserError(f"image holds {np.count_nonzero(~np.isfinite(image))} NaN or infinite values; repair it")
+    if dataset.holds_ct and modality not in ("CT", "MR"):
+        raise UserError(f"modality={modality!r}: expected CT or MR; the network was trained on both")

@@ -1,0 +1,163 @@
+"""Settings of a prediction, and their values after the defaults of the run were filled in."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from xdim_jax.base.errors import UserError
+from xdim_jax.data.regions import Regions
+from xdim_jax.nets.functional import PRECISIONS
+
+PRESETS = ("fast", "default", "best")
+_OVERLAPS = {"fast": 0.25, "best": 0.5}  # of the presets; "default" keeps the overlap of the config
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of a prediction.
+
+    Attributes:
+        preset: ``fast``: little overlap. ``default``: the overlap of the config. ``best``: windows overlap by half, and
+            are mirrored along the axes along which training has mirrored them. (Mirrored anatomy that a network has
+            never been trained on makes predictions worse.)
+        overlap: Overlap of windows, in [0, 1); None for that of the preset.
+        flips: Axes (0: D, 1: H, 2: W) along which windows are mirrored, in all combinations; None for those of the
+            preset.
+        precision: ``float32`` or ``bfloat16``; empty for that of the config.
+        batch: Number of windows that are computed at once; 0 for one on CPU and four on other devices.
+        threshold: Threshold of the probabilities, for all regions or by region; None for that of the config.
+        min_et: Smallest enhancing tumour in voxels (BraTS); None for that of the config.
+        largest: Regions of which only the largest connected component is kept; ``("all",)`` for all regions.
+        probabilities, uncertainty: True to compute them in addition to labels.
+    """
+
+    preset: str = "default"
+    overlap: float | None = None
+    flips: tuple[int, ...] | None = None
+    precision: str = ""
+    batch: int = 0
+    threshold: float | Mapping[str, float] | None = None
+    min_et: int | None = None
+    largest: tuple[str, ...] = ()
+    probabilities: bool = False
+    uncertainty: bool = False
+
+    def __post_init__(self) -> None:
+        """Accept a single name or axis in place of a tuple."""
+        if isinstance(self.largest, str):
+            object.__setattr__(self, "largest", (self.largest,) if self.largest else ())
+        if isinstance(self.flips, int):
+            object.__setattr__(self, "flips", (self.flips,))
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedSettings:
+    """The values that a prediction uses.
+
+    Attributes:
+        predict: The ``predict`` section of the run's config, with the overlap and the ``min_et`` of the settings. It
+            is recorded beside predictions.
+        threshold: Threshold of the probabilities, for all regions or by region; not used with softmax.
+        flips: Axes of a volume (0: D, 1: H, 2: W) along which windows are mirrored.
+        precision: ``float32`` or ``bfloat16``.
+        largest: Regions of which only the largest connected component is kept.
+    """
+
+    predict: dict[str, Any]
+    threshold: float | dict[str, float]
+    flips: tuple[int, ...]
+    precision: str
+    largest: tuple[str, ...]
+
+    @property
+    def overlap(self) -> float:
+        """Overlap of windows, in [0, 1)."""
+        return self.predict["overlap"]
+
+    @property
+    def min_et(self) -> int:
+        """Smallest enhancing tumour in voxels; 0 for no limit."""
+        return self.predict.get("min_et", 0)
+
+
+def resolve(settings: Settings, config: Any, regions: Regions) -> ResolvedSettings:
+    """Check the settings of a prediction, and fill in the defaults of a run.
+
+    Args:
+        settings: What the user asks for.
+        config: Config of the run.
+        regions: Regions of the data set.
+
+    Raises:
+        UserError: A value is out of range, or is not a setting of this network or data set.
+    """
+    if settings.preset not in PRESETS:
+        raise UserError(f"--preset={settings.preset}: expected one of {', '.join(PRESETS)}")
+    if settings.precision and settings.precision not in PRECISIONS:
+        raise UserError(f"--precision={settings.precision}: expected one of {', '.join(PRECISIONS)}")
+    if settings.batch < 0:
+        raise UserError(f"--batch={settings.batch}: expected 1 or more windows, or 0")
+    if unknown := set(settings.largest) - {*regions.names, "all"}:
+        raise UserError(f"--largest: {_names(unknown)} unknown; the regions are {', '.join(regions.names)}")
+    predict = config.predict.to_dict()
+    predict["overlap"] = _overlap(settings, predict["overlap"])
+    if settings.min_et is not None:
+        if "min_et" not in predict:
+            raise UserError(f"--min_et is not a setting of this run's data set, {config.data.dataset}")
+        predict["min_et"] = settings.min_et
+    if predict.get("min_et", 0) < 0:
+        raise UserError(f"--min_et={predict['min_et']}: expected 0 or more voxels")
+    threshold = predict["threshold"]
+    if settings.threshold is not None:
+        threshold = _thresholds(settings.threshold, config.output, regions, default=float(threshold))
+    return ResolvedSettings(
+        predict=predict,
+        threshold=threshold,
+        flips=_flips(settings, config.augment.flip, slices=len(config.data.patch) == 2),
+        precision=settings.precision or config.train.precision,
+        largest=regions.names if "all" in settings.largest else settings.largest,
+    )
+
+
+def _overlap(settings: Settings, default: float) -> float:
+    overlap = _OVERLAPS.get(settings.preset, default) if settings.overlap is None else settings.overlap
+    if not 0 <= overlap < 1:
+        raise UserError(f"--overlap={overlap}: expected 0 <= overlap < 1")
+    return overlap
+
+
+def _thresholds(
+    given: float | Mapping[str, float], output: str, regions: Regions, *, default: float
+) -> dict[str, float]:
+    """Return the threshold of every region."""
+    if output == "softmax":
+        raise UserError("--threshold is for sigmoid outputs; this network has a softmax: its most probable label wins")
+    limits = dict(given) if isinstance(given, Mapping) else dict.fromkeys(regions.names, float(given))
+    if unknown := set(limits) - set(regions.names):
+        raise UserError(f"--threshold: {_names(unknown)} unknown; the regions are {', '.join(regions.names)}")
+    if not all(0 < v < 1 for v in limits.values()):
+        raise UserError(f"--threshold: {limits}: expected values between 0 and 1")
+    return {name: limits.get(name, default) for name in regions.names}
+
+
+def _flips(settings: Settings, trained: Any, *, slices: bool) -> tuple[int, ...]:
+    """Return the axes of a volume along which windows are mirrored.
+
+    Args:
+        settings: What the user asks for.
+        trained: The ``augment.flip`` section of the config.
+        slices: True for a 2D network, whose axes 0 and 1 are H and W of a volume.
+    """
+    if settings.flips is not None:
+        allowed = (1, 2) if slices else (0, 1, 2)
+        if set(settings.flips) - set(allowed):
+            known = ", ".join(f"{a} ({'DHW'[a]})" for a in allowed)
+            raise UserError(f"--flips={settings.flips}: expected axes of {known}")
+        return tuple(sorted(set(settings.flips)))
+    if settings.preset != "best" or not trained.p:
+        return ()
+    return tuple(sorted(axis + slices for axis in trained.axes))
+
+
+def _names(names: set[str]) -> str:
+    return ", ".join(sorted(names))
