@@ -67,7 +67,7 @@ def predict(folder: Path, patch: str) -> dict:
     from xdim_jax.base.files import write_json
     from xdim_jax.data import case as data_case
     from xdim_jax.data.datasets import get_dataset
-    from xdim_jax.inference import memory, predictions, predictor
+    from xdim_jax.inference import memory, predict_cases, predictor
     from xdim_jax.nets import networks
     from xdim_jax.nets.functional import split_model
     from xdim_jax.ops.compilation import cache_programs
@@ -94,8 +94,8 @@ def predict(folder: Path, patch: str) -> dict:
     case = data_case.case_from_files([folder / "data" / "imagesTr" / "a_0000.nii.gz"], dataset)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begin = time.monotonic()
-    said = memory.held() + sum(memory.needs(ready, [case]))
-    failures = predictions.predict_cases(ready, [case], folder / "out")
+    said = memory.used_bytes() + sum(memory.needs(ready, [case]))
+    failures = predict_cases.predict_cases(ready, [case], folder / "out")
     assert not failures, failures
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"peak": peak, "before": before, "said": said, "seconds": time.monotonic() - begin}

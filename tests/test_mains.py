@@ -147,17 +147,17 @@ def test_predictions_lie_on_the_source_grid_with_the_source_labels(trained):
 
 def test_predicting_what_was_trained_on_is_said(trained, tmp_path, monkeypatch, capsys):
     from xdim_jax import predict
-    from xdim_jax.inference import predictions
+    from xdim_jax.inference import predict_cases
 
-    monkeypatch.setattr(predictions, "claim_output", lambda output, predictor, mine, cases, overwrite: [])
+    monkeypatch.setattr(predict_cases, "claim_output", lambda *arguments, **options: [])
     split = json.loads((trained / "split.json").read_text())
     names = ", ".join(sorted(split["train"]))
     for folder, said in (("train", True), ("held_out", False)):
         source = trained / "phantom" / folder
         assert predict.main([f"--workdir={trained}", f"--input={source}", f"--output={tmp_path}"]) == 0
         out = "".join(capsys.readouterr())
-        assert (f"4 of 6 cases are what these networks were trained on ({names})" in out) == said
-        assert ("trained on" in out) == said
+        assert (f"4 of 6 cases were used to train these networks ({names})" in out) == said
+        assert ("used to train" in out) == said
 
 
 def test_cases_csv_and_summary_agree_with_the_files(trained):

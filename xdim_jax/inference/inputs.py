@@ -1,4 +1,4 @@
-"""From what a user points at to the cases that it holds: files, series of DICOM slices, folders of cases."""
+"""The cases of an input path: image files, folders of DICOM slices, and folders of cases."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +14,19 @@ from xdim_jax.data.images.image import strip
 def find_cases(
     dataset: Dataset, paths: Sequence[Path], *, modality: str = ""
 ) -> tuple[list[Case], dict[str, list[str]]]:
-    """The cases of some paths, and what is wrong with others by case id.
+    """Find the cases of some paths.
 
     Args:
-        dataset: that the network was trained on.
-        paths: the files of one case, one per channel; or one path: a file, a folder in the data set's layout, one of
-            its case folders, of DICOM slices, or (one channel) of any images.
-        modality: CT or MR, where the data set has both and the path does not tell.
+        dataset: Data set that the network was trained on.
+        paths: The files of one case, one per channel. Or one path: an image, a folder in the data set's layout, one of
+            its case folders, a folder of DICOM slices, or (for one channel) a folder of any images.
+        modality: CT or MR, if the data set has both and the path does not tell.
+
+    Returns:
+        The cases, and for each case that cannot be used the reasons by its case id.
 
     Raises:
-        UserError: there is nothing, or two images would have one name.
+        UserError: A path does not exist, or two images of a folder would get the same name.
     """
     problems: dict[str, list[str]] = {}
     if len(paths) > 1 or paths[0].is_file():
@@ -38,7 +41,8 @@ def find_cases(
         names = [case.case_id for case in found]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise UserError(
-                f"{folder}: several images would become {shorten([f'{n}.nii.gz' for n in twice])}; part them"
+                f"{folder}: several images would become {shorten([f'{n}.nii.gz' for n in twice])}; put them into "
+                "different folders, and predict each into an output folder of its own"
             )
         return found, {}
     scan = scan_cases(dataset, folder, need_labels=False)
@@ -51,6 +55,6 @@ def find_cases(
 
 
 def _loose_images(dataset: Dataset, folder: Path) -> list[Path]:
-    """The images of a folder that is not in the data set's layout."""
+    """Return the images of a folder; none if the folder is in the data set's layout."""
     images = sorted(p for p in folder.iterdir() if p.is_file() and strip(p.name) and not p.name.startswith("."))
     return images if images and not dataset.scan(folder, False).cases else []

@@ -1,4 +1,4 @@
-"""What predicting takes at the most, found before it begins: by the headers of the images and the compiler's count."""
+"""Memory that prediction needs, estimated from image headers and by the compiler before the first case is read."""
 
 import math
 import os
@@ -16,20 +16,24 @@ from xdim_jax.data.prepare import needed_bytes, target_shape
 from xdim_jax.inference.predictor import Predictor
 
 
-def say_needs(predictor: Predictor, cases: Sequence[Case]) -> int:
-    """Says the peak of `needs` with what the process has now; returns that of the process, in bytes, 0 without a case.
+def log_needs(predictor: Predictor, cases: Sequence[Case]) -> int:
+    """Log the memory that cases need at the most, and what the process already uses.
 
-    On a CPU the process has the device's part too.
+    Returns:
+        The peak memory of the process in bytes, which on a CPU includes the memory of the device; 0 if there is no
+        readable case, or if the network cannot be compiled.
     """
     try:
         host, device = needs(predictor, cases)
-    except Exception as error:  # a device without room for the program: told of the case that asks for it
-        log.warn(f"what prediction will take cannot be told: {type(error).__name__}")
+    except Exception as error:  # e.g. the device has too little memory: prediction reports it for the case at fault
+        log.warn(f"the memory that prediction needs cannot be estimated: {type(error).__name__}")
         return 0
     if not device:
         return 0
     shared = jax.default_backend() == "cpu"
-    parts = [(held(), "as it is"), (host, "for images and labels"), *([(device, "for the network")] if shared else [])]
+    parts = [(used_bytes(), "already in use"), (host, "for images and labels")]
+    if shared:
+        parts.append((device, "for the network"))
     total = sum(count for count, _ in parts)
     text = ", ".join(f"{gib(count)} {what}" for count, what in parts)
     log.say(f"memory     at most {gib(total)}: {text}" + ("" if shared else f"; {gib(device)} on the device"))
@@ -37,36 +41,37 @@ def say_needs(predictor: Predictor, cases: Sequence[Case]) -> int:
 
 
 def needs(predictor: Predictor, cases: Sequence[Case]) -> tuple[int, int]:
-    """Bytes that cases take at the most on the host and on the device; those whose headers cannot be read take none.
+    """Return the bytes that cases need at the most on the host and on the device.
 
-    While a case is predicted the next one is read, and the labels of the last are written.
+    While a case is predicted, the next one is read, and the labels of the previous one are written. Cases whose headers
+    cannot be read are ignored.
     """
-    reading = kept = voxels = beside = 0
+    reading = kept = voxels = maps = 0
     volumes = []
     for case in cases:
         try:
             grid = read_grid(case.images[0], case.axes)
             stored = [voxel_type(source) for source in case.images]
         except UserError:
-            continue  # it is told when its turn comes
+            continue  # prediction reports the error of this case
         source = grid.in_memory[0][::-1]
-        peak, stays = needed_bytes(stored, len(case.channels), grid, predictor.preparation)
-        reading, kept, voxels = max(reading, peak), max(kept, stays), max(voxels, math.prod(source))
-        if predictor.segmenter.want and grid.orientation[-1, 0] != 2:  # rows of such a file lie on all of its pages
-            beside = max(beside, 4 * math.prod(source) * (predictor.segmenter.channels - 1))
+        peak, after = needed_bytes(stored, len(case.channels), grid, predictor.preparation)
+        reading, kept, voxels = max(reading, peak), max(kept, after), max(voxels, math.prod(source))
+        if predictor.segmenter.want and grid.orientation[-1, 0] != 2:  # a row touches all pages of such a file
+            maps = max(maps, 4 * math.prod(source) * (predictor.segmenter.channels - 1))
         volumes.append((target_shape(source, grid.spacing, predictor.preparation), source))
     if not volumes:
         return 0, 0
     device = predictor.segmenter.device_bytes(predictor.weights, volumes, len(predictor.dataset.channels))
-    # the map, and masks that post-processing makes of it; and what is written beside it
-    labels = (11 if predictor.settings.largest else 4) * voxels + beside
+    # the label map, the masks of post-processing, and the files of probabilities and uncertainty
+    labels = (11 if predictor.settings.largest else 4) * voxels + maps
     if len(volumes) == 1:
         return max(reading, kept + labels), device
     return reading + kept + labels + 4 * voxels, device
 
 
-def held() -> int:
-    """Bytes of this process that lie in memory; where the system does not tell, the most that ever did."""
+def used_bytes() -> int:
+    """Return the resident memory of this process; its peak so far if the system does not report the current value."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):

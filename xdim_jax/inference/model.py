@@ -1,4 +1,4 @@
-"""From a file or a workdir to a function of arrays."""
+"""Networks and encoders with weights, as functions of arrays."""
 
 import functools
 from pathlib import Path
@@ -22,12 +22,12 @@ from xdim_jax.runs.workdir import CONFIG_FILE, read_config
 class Model:
     """A network with its weights, in evaluation mode.
 
-    Calling it is a pure function of the image: it can stand inside ``jax.jit``, ``jax.vmap`` and ``jax.grad``.
+    A call is a pure function of the image, so it can be used inside ``jax.jit``, ``jax.vmap`` and ``jax.grad``.
 
     Attributes:
-        config: what it was built from: the ``model`` section of a network, or the description of an encoder.
-        params, stats: its weights and running statistics, nested dicts of arrays.
-        source: where the weights came from.
+        config: Description of the network (the ``model`` section of a config) or of the encoder.
+        params, stats: Weights and running statistics, nested dicts of arrays.
+        source: Path that the weights come from.
     """
 
     def __init__(self, config: dict[str, Any], graphdef: Any, params: Any, stats: Any, source: str, *, encoder: bool):
@@ -35,7 +35,8 @@ class Model:
         self._graphdef, self._encoder = graphdef, encoder
         methods = ("__call__", "__call__" if encoder else "features")
         functions = [functools.partial(self._apply, method) for method in methods]
-        self._inner = [jax.jit(f) for f in functions]  # of another program, which has the compiler's options
+        # inside another program, the compiler options of that program apply
+        self._inner = [jax.jit(f) for f in functions]
         self._outer = [jax.jit(f, compiler_options=ops.compiler_options()) for f in functions]
 
     def _apply(self, method: str, params: Any, stats: Any, image: jax.Array) -> Any:
@@ -44,10 +45,10 @@ class Model:
         return getattr(model, method)(image)
 
     def __call__(self, image: Any) -> jax.Array:
-        """Logits ``(batch, *spatial, out_channels)`` of a float image ``(batch, *spatial, in_channels)``.
+        """Return logits ``(batch, *spatial, out_channels)`` for a float image ``(batch, *spatial, in_channels)``.
 
         Raises:
-            ValueError: wrong rank, channels, dtype, or a side that the network cannot take; or this is an encoder.
+            ValueError: The image has a wrong rank, dtype, number of channels or size; or this is an encoder.
         """
         if self._encoder:
             raise ValueError(
@@ -56,10 +57,10 @@ class Model:
         return self._run(0, image)
 
     def features(self, image: Any) -> list[jax.Array | None]:
-        """The encoder's five features of a float image, finest first; None where an encoder has none.
+        """Return the five feature maps of the encoder for a float image, finest first; None for levels it lacks.
 
         Raises:
-            ValueError: as for a call.
+            ValueError: The image has a wrong rank, dtype, number of channels or size.
         """
         return self._run(1, image)
 
@@ -80,25 +81,25 @@ class Model:
 
 
 def load_model(path: str | Path) -> Model:
-    """A network or encoder from a weights file of ``weight_port``, or the best weights of a training workdir.
+    """Load a network or encoder from a weights file of ``weight_port``, or the best weights of a training workdir.
 
     Raises:
-        UserError: nothing usable there, or the weights do not fit the network that they say they are of.
+        UserError: The path holds no weights, or weights that do not fit the network described with them.
     """
     return make_model(read_anywhere(Path(path)), str(path))
 
 
 def make_model(weights: Weights, source: str) -> Model:
-    """A model of weights in memory; ``source`` names them in messages.
+    """Build a model from weights in memory; ``source`` names them in messages.
 
     Raises:
-        UserError: the weights do not fit the network that they say they are of.
+        UserError: The weights do not fit the network described with them.
     """
     encoder = weights.kind == "encoder"
     try:
         module = abstract_encoder(weights.model) if encoder else networks.build_abstract(weights.model)
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{source}: its description of the network cannot be used: {error}") from error
+        raise UserError(f"{source}: the network described there cannot be built: {error}") from error
     check_leaves(weights.arrays, module_leaves(module), f"the weights of {source}")
     graphdef, params, stats = split_model(module)
     arrays = {n: jnp.asarray(a, jnp.promote_types(a.dtype, jnp.float32)) for n, a in weights.arrays.items()}
@@ -106,10 +107,10 @@ def make_model(weights: Weights, source: str) -> Model:
 
 
 def read_anywhere(path: Path) -> Weights:
-    """Weights of a file of ``weight_port``, or the best ones of a workdir.
+    """Read the weights of a file of ``weight_port``, or the best weights of a workdir.
 
     Raises:
-        UserError: nothing usable there.
+        UserError: The path holds no weights, or they cannot be read.
     """
     if not path.is_dir():
         return read_weights(path)

@@ -1,0 +1,111 @@
+"""The output folder of a prediction: the files of each case, what they were made from, and if they are up to date."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from xdim_jax.base.errors import UserError, shorten
+from xdim_jax.base.files import partial_files, read_json, write_json
+from xdim_jax.data.case import Case
+from xdim_jax.data.images.image import files_of, where
+from xdim_jax.data.images.nifti import read_note
+from xdim_jax.inference.predictor import Predictor
+from xdim_jax.runs import environment
+from xdim_jax.scoring import results
+from xdim_jax.scoring.rules import BESIDE
+
+_MARK = "xdim_jax"  # first word of the note in the header of a prediction
+
+
+def claim_output(
+    output: Path,
+    predictor: Predictor,
+    mine: Sequence[Case],
+    every: Sequence[Case],
+    *,
+    overwrite: bool = False,
+    replace: bool = False,
+) -> list[Case]:
+    """Write the record of a prediction, and delete the files of the cases that have to be predicted.
+
+    A case is up to date if the notes in the headers of all its files name the same networks, settings and images (see
+    `make_note`). So files that an interrupted run or another host has left are never taken for others.
+
+    Args:
+        output: The output folder.
+        predictor: The networks and settings.
+        mine: Cases that this process predicts.
+        every: Cases that all processes predict, for the record.
+        overwrite: True to predict all cases again.
+        replace: True to replace predictions of other networks or settings.
+
+    Returns:
+        The cases that have to be predicted.
+
+    Raises:
+        UserError: The folder holds predictions of other networks or settings, and neither ``overwrite`` nor ``replace``
+            is set.
+    """
+    notes = {c.case_id: {read_note(path) for path in _expected_files(output, predictor, c.case_id)} for c in mine}
+    ours = f"{_MARK} {predictor.digest} "
+    others = [
+        name for name, found in notes.items() if any(n.startswith(_MARK) and not n.startswith(ours) for n in found)
+    ]
+    if others and not (overwrite or replace):
+        raise UserError(
+            f"{output} holds predictions of other networks or settings ({shorten(others)}); give another --output, or "
+            "--overwrite"
+        )
+    todo = [case for case in mine if overwrite or notes[case.case_id] != {make_note(predictor, case)}]
+    _write_record(output / results.PREDICT_FILE, predictor, every)
+    for case in todo:
+        remove_prediction(output, case.case_id)
+    return todo
+
+
+def make_note(predictor: Predictor, case: Case) -> str:
+    """Return a line that identifies the networks, the settings, and the names, sizes and times of the image files."""
+    facts = [_identify(path) for source in case.images for path in files_of(source)]
+    return f"{_MARK} {predictor.digest} {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+
+
+def remove_prediction(output: Path, case_id: str) -> None:
+    """Delete all files of a case, including partial files of a run that was killed while it wrote them."""
+    for path in (output / f"{case_id}.nii.gz", *(output / name / f"{case_id}.nii" for name in BESIDE)):
+        path.unlink(missing_ok=True)
+        for partial in partial_files(path):
+            partial.unlink(missing_ok=True)
+
+
+def _expected_files(output: Path, predictor: Predictor, case_id: str) -> list[Path]:
+    wanted = sorted(predictor.segmenter.want)
+    return [output / f"{case_id}.nii.gz", *(output / name / f"{case_id}.nii" for name in wanted)]
+
+
+def _identify(path: Path) -> tuple[str, int, int] | str:
+    """Return name, size and time of a file, or only its name if it cannot be read."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path.name
+    return path.name, found.st_size, found.st_mtime_ns
+
+
+def _write_record(path: Path, predictor: Predictor, cases: Sequence[Case]) -> None:
+    """Write predict.json: the networks and settings, and for each case its networks and images."""
+    known = read_json(path) if path.is_file() else {}
+    images, made_by = (dict(known.get(k, {})) if isinstance(known, dict) else {} for k in ("images", "made_by"))
+    record = {
+        "workdirs": [str(w.absolute()) for w in predictor.workdirs],
+        "weights": predictor.sources,
+        "digest": predictor.digest,
+        "convention": predictor.dataset.labels.name,
+        "predict": predictor.resolved.predict,
+        "settings": dataclasses.asdict(predictor.settings),
+        "environment": environment.describe(),
+        "made_by": made_by | {c.case_id: predictor.sources for c in cases},
+        "images": images | {c.case_id: [str(where(s).absolute()) for s in c.images] for c in cases},
+    }
+    write_json(path, record)

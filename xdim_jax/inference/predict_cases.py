@@ -1,0 +1,180 @@
+"""Prediction of many cases into a folder. Reading, prediction and writing of consecutive cases overlap."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from xdim_jax.base import log
+from xdim_jax.base.errors import UserError, first_line, shorten
+from xdim_jax.base.files import read_json
+from xdim_jax.data.case import Case, Volume, encode_label, read_case, without_label
+from xdim_jax.data.images.nifti import write_volume
+from xdim_jax.data.images.stream import stream_volume
+from xdim_jax.data.prepare import Prepared
+from xdim_jax.inference import memory
+from xdim_jax.inference.folder import claim_output, make_note, remove_prediction
+from xdim_jax.inference.predictor import Predictor
+from xdim_jax.inference.sliding_window import Sink
+from xdim_jax.runs import environment
+from xdim_jax.runs.workdir import SPLIT_FILE
+
+
+def predict_paths(
+    predictor: Predictor,
+    paths: Sequence[Path],
+    output: Path,
+    *,
+    modality: str = "",
+    shard: tuple[int, int] = (0, 1),
+    overwrite: bool = False,
+) -> list[str]:
+    """Find the cases of some paths, and predict those that are not up to date in the output folder.
+
+    Args:
+        predictor: The networks and settings.
+        paths: A folder of cases, or the files of one case, see `xdim_jax.inference.inputs.find_cases`.
+        output: Folder for the predictions.
+        modality: CT or MR, if the networks were trained on both and the paths do not tell.
+        shard: ``(i, n)``: predict every n-th case, starting with case i.
+        overwrite: True to predict all cases again.
+
+    Returns:
+        The ids of the cases that failed. Each has been logged with its reason, and did not stop the others.
+
+    Raises:
+        UserError: There is no case, or the output folder holds predictions of other networks or settings.
+    """
+    cases, problems = predictor.find_cases(paths, modality=modality)
+    for source in predictor.sources:
+        log.say(f"weights    {source}")
+    log.say(f"devices    {environment.devices()}")
+    log.say(f"predict    {predictor.describe()}")
+    _warn_of_training_cases(predictor, cases)
+    first, step = shard
+    mine = cases[first::step]
+    todo = claim_output(output, predictor, mine, cases, overwrite=overwrite)
+    for name, messages in problems.items():
+        log.warn(f"case {name} left out: {'; '.join(messages)}")
+        if Path(name).name == name:  # a case, not the path of a file that belongs to no case
+            remove_prediction(output, name)
+    if len(todo) < len(mine):
+        log.say(f"skipped    {len(mine) - len(todo)} of {len(mine)} cases, whose predictions are up to date")
+    failures = [*problems, *predict_cases(predictor, todo, output)]
+    if failures:
+        log.warn(f"{len(failures)} of {len(mine) + len(problems)} cases failed: {', '.join(failures)}")
+    return failures
+
+
+def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> list[str]:
+    """Predict cases and write them to the output folder.
+
+    While a case is predicted, the next one is read and the previous one is written.
+
+    Returns:
+        The ids of the cases that failed. Each has been logged with its reason, and did not stop the others.
+    """
+    failures: list[str] = []
+    memory.log_needs(predictor, cases)
+
+    def fail(case: Case, error: Exception) -> None:
+        failures.append(case.case_id)
+        remove_prediction(output, case.case_id)
+        log.warn(f"case {case.case_id} left out: {_reason(error)}")
+
+    def wait_for_writer(writing: list[tuple[Case, concurrent.futures.Future[str]]]) -> None:
+        while writing:
+            case, future = writing.pop()
+            try:
+                log.say(future.result())
+            except Exception as error:  # writing of this case failed
+                fail(case, error)
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as reader,
+        concurrent.futures.ThreadPoolExecutor(1) as writer,
+        tqdm(total=len(cases), unit="case", disable=None if len(cases) > 1 else True) as bar,
+    ):
+        reading = reader.submit(_read, predictor, cases[0]) if cases else None
+        writing: list[tuple[Case, concurrent.futures.Future[str]]] = []
+        for number, case in enumerate(cases, 1):
+            begin = time.monotonic()
+            assert reading is not None
+            current = reading
+            reading = reader.submit(_read, predictor, cases[number]) if number < len(cases) else None
+            try:
+                prepared, volume = current.result()
+                note = make_note(predictor, case)
+                with _open_sink(predictor, volume, output, case.case_id, note) as sink:
+                    label = predictor.segment(prepared, sink)
+                wait_for_writer(writing)
+                title = f"case {number}/{len(cases)}"
+                writing.append((case, writer.submit(_write, output, case, label, volume, note, title, begin)))
+            except Exception as error:  # a damaged file, lack of memory, or a device error: only this case fails
+                fail(case, error)
+            bar.update()
+        wait_for_writer(writing)
+    return failures
+
+
+def _warn_of_training_cases(predictor: Predictor, cases: Sequence[Case]) -> None:
+    """Warn if cases were used for training, compared by case id and by the folder of the data set."""
+    found: set[str] = set()
+    for workdir in predictor.workdirs:
+        if (workdir / SPLIT_FILE).is_file():
+            split = read_json(workdir / SPLIT_FILE)
+            names, root = set(split["train"]), Path(split["root"])
+            found |= {c.case_id for c in cases if c.case_id in names and root in c.files[0].absolute().parents}
+    if found:
+        log.warn(
+            f"{len(found)} of {len(cases)} cases were used to train these networks ({shorten(sorted(found))}): their "
+            "scores do not tell how well new patients are segmented; python -m xdim_jax.evaluate --workdir=... "
+            "predicts and scores the validation cases"
+        )
+
+
+def _read(predictor: Predictor, case: Case) -> tuple[Prepared, Volume]:
+    """Read and prepare a case. The volume that is returned has no voxels, only what is needed to write its labels."""
+    volume = read_case(without_label(case))
+    prepared = predictor.prepare(case, volume)
+    return prepared, dataclasses.replace(volume, image=np.zeros((0, 0, 0, 0), np.float32))
+
+
+@contextlib.contextmanager
+def _open_sink(predictor: Predictor, volume: Volume, output: Path, case_id: str, note: str) -> Iterator[Sink | None]:
+    """Yield a sink that writes probabilities and uncertainty to files; None if neither is wanted."""
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for name in sorted(predictor.segmenter.want):
+            channels = len(predictor.names) if name == "probabilities" else 0
+            path = output / name / f"{case_id}.nii"
+            files[name] = stack.enter_context(stream_volume(path, volume.grid, channels, note))
+
+        def write_rows(rows: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
+            for name, part in values.items():
+                files[name]((rows, *box), part)
+
+        yield write_rows if files else None
+
+
+def _write(output: Path, case: Case, label: np.ndarray, volume: Volume, note: str, title: str, begin: float) -> str:
+    """Write a label map, and return the line to log."""
+    path = output / f"{case.case_id}.nii.gz"
+    write_volume(path, encode_label(case, label), volume.grid, note)
+    return f"{title} {path}  {time.monotonic() - begin:.1f} s"
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason for which a case failed, with advice if memory was exhausted."""
+    if isinstance(error, UserError):
+        return str(error)
+    line = first_line(error)[:200]
+    full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line
+    return f"{type(error).__name__}: {line}" + (
+        "; try --batch=1, --precision=bfloat16 or --preset=fast" if full else ""
+    )

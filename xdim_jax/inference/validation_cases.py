@@ -1,0 +1,66 @@
+"""Prediction of the validation cases of a run or a cross-validation."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xdim_jax.base import log
+from xdim_jax.base.errors import UserError, shorten
+from xdim_jax.base.files import read_json
+from xdim_jax.data.case import Case, scan_cases
+from xdim_jax.inference.folder import claim_output
+from xdim_jax.inference.predict_cases import predict_cases
+from xdim_jax.inference.predictor import Predictor
+from xdim_jax.runs.workdir import SPLIT_FILE, find_members, read_config
+
+
+def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
+    """Predict the validation cases of a run into a folder, except those that are up to date there.
+
+    In a cross-validation, each fold predicts the cases that it was not trained on.
+
+    Args:
+        workdir: Workdir of a run or a cross-validation.
+        output: Folder for the predictions.
+
+    Returns:
+        The folder of the references, and the ids of the validation cases as scoring names them.
+
+    Raises:
+        UserError: The data are not where they were, a case cannot be predicted, or the folds do not have one data
+            folder and disjoint validation cases.
+    """
+    members = find_members([workdir])
+    splits = {member: read_json(member / SPLIT_FILE) for member in members}
+    names = [name for split in splits.values() for name in split["validation"]]
+    root = _common_root(workdir, splits)
+    if len(set(names)) < len(names):
+        raise UserError(f"the folds of {workdir} validate on the same cases; give the workdir of one fold")
+    folds = read_config(members[0]).data.get("folds", 0)
+    if 1 < len(members) < folds:
+        log.warn(f"{workdir} has {len(members)} of {folds} folds: the validation cases of the others are not scored")
+    work = [(predictor := Predictor(member), _find(predictor, root, split)) for member, split in splits.items()]
+    for predictor, cases in work:
+        log.say(f"weights    {predictor.sources[0]}")
+        todo = claim_output(output, predictor, cases, cases, replace=True)
+        if failures := predict_cases(predictor, todo, output):
+            raise UserError(f"{len(failures)} of {len(cases)} cases cannot be predicted: {shorten(failures)}")
+    labels = root / "labelsTr"  # nnU-Net's layout has the references in a folder of their own
+    return labels if labels.is_dir() else root, {name.removesuffix("_in") for name in names}
+
+
+def _common_root(workdir: Path, splits: Mapping[Path, Mapping[str, Any]]) -> Path:
+    roots = sorted({split["root"] for split in splits.values()})
+    if len(roots) > 1:
+        raise UserError(f"the folds of {workdir} have their data in {shorten(roots)}; give the workdir of one fold")
+    return Path(roots[0])
+
+
+def _find(predictor: Predictor, root: Path, split: Mapping[str, Any]) -> list[Case]:
+    """Return the validation cases of a split."""
+    found = {c.case_id: c for c in scan_cases(predictor.dataset, root, need_labels=True).cases}
+    if absent := [name for name in split["validation"] if name not in found]:
+        raise UserError(
+            f"{root} lacks {len(absent)} of the run's {len(split['validation'])} validation cases: {shorten(absent)}"
+        )
+    return [found[name] for name in split["validation"]]

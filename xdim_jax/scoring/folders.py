@@ -1,0 +1,135 @@
+"""Evaluation of a folder of predicted label maps against a folder of references, written to a result folder."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from xdim_jax.base import log
+from xdim_jax.base.errors import UserError, join_problems, shorten
+from xdim_jax.base.files import read_json, write_json
+from xdim_jax.scoring import results, tables
+from xdim_jax.scoring.evaluation import describe, score_jobs, write
+from xdim_jax.scoring.rules import Job, Rules, Scored, column
+
+
+def evaluate_folders(
+    rules: Rules,
+    pred: Path,
+    ref: Path,
+    out: Path,
+    *,
+    options: dict[str, Any],
+    cases: Collection[str] | None = None,
+    metrics: Sequence[str] = (),
+    missing: str = "error",
+    processes: int = 1,
+) -> None:
+    """Score all predictions of a folder, and write cases.csv, summary.json, the tables and evaluate.json.
+
+    Args:
+        rules: Rules of the challenge.
+        pred: Folder of predicted label maps.
+        ref: Folder of references.
+        out: Folder for the results.
+        options: Options that the rules were made with, for the record.
+        cases: Ids of the cases that are scored; None for all.
+        metrics: Names of metrics in addition to those of the rules.
+        missing: ``error``: raise an error if a prediction is missing or unreadable. ``penalise``: give it the worst
+            values of the challenge.
+        processes: Number of processes that score.
+
+    Raises:
+        UserError: A reference cannot be used, there is nothing to score, or predictions are missing or unreadable.
+    """
+    jobs, surplus = rules.jobs(pred, ref)
+    if cases is not None:
+        jobs = [job for job in jobs if job.ref.case_id in cases]
+    without = list(dict.fromkeys(job.ref.case_id for job in jobs if job.pred is None))
+    if without and missing == "error":
+        total = len({job.ref.case_id for job in jobs})
+        raise UserError(
+            f"{len(without)} of {total} references in {ref} have no prediction in {pred}: {shorten(without)}. Predict "
+            "them, or give --missing=penalise to score them as the challenge does"
+        )
+    if surplus:
+        log.warn(f"{len(surplus)} predictions without a reference are left out: {shorten(surplus)}")
+    scored, extra_rows, extra = score_jobs(rules, jobs, metrics, processes=processes)
+    problems = list(dict.fromkeys(case.problem for case in scored if case.problem))
+    if problems and missing == "error":
+        raise join_problems(problems, "cases that cannot be scored")
+    for problem in problems:
+        log.warn(f"{problem}: scored as unreadable")
+    scored = _add_absent_structures(scored)
+    if not any(case.values for case in scored):
+        raise UserError(f"{ref} and {pred} hold no structure, only background; name the structures with --labels")
+    for line in _unevaluated_structures(scored):
+        log.warn(line)
+    summary = results.summarise(rules, scored, extra)
+    columns = dict(rules.columns) | {m: column(m) for m in metrics if m not in rules.columns}
+    write(out, rules, scored + extra_rows, summary, tables.make_tables(summary, columns))
+    record = {
+        "pred": str(pred.absolute()),
+        "ref": str(ref.absolute()),
+        "rules": rules.name,
+        "options": options | {"metrics": list(metrics), "missing": missing},
+        "cases": _record(jobs),
+    }
+    write_json(out / results.EVALUATE_FILE, record)
+    for line in describe(summary, rules):
+        log.say(line)
+    log.say(f"done       {out}: {', '.join((results.CASES_FILE, results.SUMMARY_FILE, *results.TABLES_FILES))}")
+
+
+def check_small_et_kept(pred: Path) -> None:
+    """Raise UserError if small ET was already removed from predictions, so that its best minimum cannot be found."""
+    record = pred / results.PREDICT_FILE
+    minimum = read_json(record).get("predict", {}).get("min_et", 0) if record.is_file() else 0
+    if minimum:
+        raise UserError(
+            f"--tune_min_et: {record} says that ET below {minimum} voxels was removed; predict with --min_et=0 into "
+            "another folder first"
+        )
+
+
+def _record(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Return patient and files of every case. A case has several predictions if these differ by task."""
+    found: dict[str, Any] = {}
+    for job in jobs:
+        entry = found.setdefault(job.ref.case_id, {"patient": job.ref.patient, "ref": "", "pred": []})
+        entry["ref"] = str(job.ref.path.absolute())
+        path = str(job.pred.path.absolute()) if job.pred else None
+        entry["pred"] += [path] if path and path not in entry["pred"] else []
+    return found
+
+
+def _add_absent_structures(scored: Sequence[Scored]) -> list[Scored]:
+    """Add NaN values for structures that other cases have, and that are empty in both maps of a case.
+
+    Needed for rules that read the structures from the label maps. Rules with tasks know their structures.
+    """
+    metrics = {s: tuple(v) for case in scored for s, v in case.values.items()}
+    if {case.facts.get("task") for case in scored} != {None}:
+        return list(scored)
+    filled = []
+    for case in scored:
+        absent = [s for s in metrics if s not in case.values]
+        values = {s: case.values.get(s, dict.fromkeys(metrics[s], math.nan)) for s in metrics}
+        filled.append(dataclasses.replace(case, values=values, empty={**case.empty, **dict.fromkeys(absent, "both")}))
+    return filled
+
+
+def _unevaluated_structures(scored: Sequence[Scored]) -> list[str]:
+    """Return a warning for each structure that has no defined metric because references lack it."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for case in scored:
+        for structure, which in case.empty.items():
+            values = case.values.get(structure, {})
+            if which in ("ref", "both") and values and all(map(math.isnan, values.values())):
+                found.setdefault((structure, which), []).append(case.case_id)
+    return [
+        f"{structure} is not in the reference of {shorten(list(dict.fromkeys(cases)))}, and is not evaluated there"
+        + ("; but it was predicted" if which == "ref" else "")
+        for (structure, which), cases in found.items()
+    ]
