@@ -1,9 +1,9 @@
 """Networks from Python: arrays in any order of their axes, files of every kind, ensembles that do not go together."""
 
 import json
-import re
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
