@@ -899,7 +899,7 @@ def test_the_same_run_is_the_same(tmp_path, capsys):
     a, b = (make_workdir(tmp_path / n, log_every=i) for i, n in enumerate("ab", 1))
     code, out = verified(a, b, capsys)
     assert (
-        code == 0 and "the same run" in out and "4 on record in both" in out and "checkpoints/4: the same bits" in out
+        code == 0 and "the runs are equal" in out and "4 recorded" in out and "checkpoints/4: all bits are equal" in out
     )
     assert "log_every" not in out
 
@@ -913,10 +913,10 @@ def change_step(workdir, at, **values):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"loss": 0.75}, "part at step 3: loss: 0.33333"),
-        ({"grad_norm": math.nextafter(1.5, 2)}, "part at step 3: grad_norm: 1.5 and 1.5000000000000002"),
-        ({"update_norm": 0.5}, "part at step 3: update_norm: 0.25 and 0.5"),
-        ({"batch": [30, 7]}, "part at step 3: batch: samples 1"),
+        ({"loss": 0.75}, "at step 3: loss: 0.33333"),
+        ({"grad_norm": math.nextafter(1.5, 2)}, "at step 3: grad_norm: 1.5 and 1.5000000000000002"),
+        ({"update_norm": 0.5}, "at step 3: update_norm: 0.25 and 0.5"),
+        ({"batch": [30, 7]}, "at step 3: batch: samples 1"),
     ],
 )
 def test_the_first_step_where_runs_part_is_named(values, words, tmp_path, capsys):
@@ -924,8 +924,8 @@ def test_the_first_step_where_runs_part_is_named(values, words, tmp_path, capsys
     change_step(b, 3, **values)
     for pair in ((a, b), (b, a)):
         code, out = verified(*pair, capsys)
-        assert code == 1 and "part at step 3" in out and next(iter(values)) in out and "the runs differ" in out
-        assert "checkpoints/4: the same bits" in out
+        assert code == 1 and "at step 3:" in out and next(iter(values)) in out and "the runs differ" in out
+        assert "checkpoints/4: all bits are equal" in out
         others = {"loss", "grad_norm", "update_norm", "batch"} - values.keys()
         assert not any(f"{other}:" in out for other in others)
         if pair[0] is a:
@@ -943,7 +943,7 @@ def test_an_array_that_differs_is_named(tmp_path, capsys):
     checkpoint.close(checkpoints)
     code, out = verified(a, b, capsys)
     assert code == 1 and "checkpoints/4: 1 arrays differ: params.slow.w" in out
-    assert "all the same" in out, "the steps"
+    assert "recorded in both runs, all equal" in out
 
 
 def test_zeros_of_another_sign_differ(tmp_path, capsys):
@@ -955,14 +955,14 @@ def test_zeros_of_another_sign_differ(tmp_path, capsys):
 def test_another_seed_parts_at_the_first_step(small, data, straight, tmp_path, capsys):
     train_small(tmp_path / "run", data, "--config.seed=1")
     code, out = verified(straight, tmp_path / "run", capsys)
-    assert code == 1 and "seed: 0 and 1" in out and "part at step 1: " in out and "loss" in out
+    assert code == 1 and "seed: 0 and 1" in out and "at step 1: " in out and "loss" in out
     assert "arrays differ" in out
 
 
 def test_runs_that_were_only_told_otherwise_are_the_same(small, data, straight, tmp_path, capsys):
     train_small(tmp_path / "run", data, "--config.train.log_every=5", "--config.train.checkpoint_steps=1")
     code, out = verified(straight, tmp_path / "run", capsys)
-    assert code == 0 and "6 on record in both, all the same" in out and "checkpoints/6: the same bits" in out
+    assert code == 0 and "6 recorded in both runs, all equal" in out and "checkpoints/6: all bits" in out
 
 
 def unusable(name, folder):

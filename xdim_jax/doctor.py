@@ -1,7 +1,7 @@
-"""Looks at this machine: versions, devices, memory, precision, caches, the speed of reading, a training step.
+"""Check this machine: versions, devices, memory, compilation cache, precision, speed of reading, a training step.
 
-Every line is ok, a warning (it works, but could be better), or a failure (something will not work), the last two with
-what to do. Nothing is downloaded, and nothing written but to the compilation cache.
+Each line is ok, a warning (everything works, but could work better) or a failure (something does not work). Warnings
+and failures say what to do. Nothing is downloaded, and only the compilation cache is written to.
 """
 
 if __name__ == "__main__":  # see xdim_jax/train.py
@@ -35,15 +35,15 @@ from xdim_jax.training.diagnosis import (
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line, see ``--help``."""
-    parser = make_parser(
-        "xdim_jax.doctor", __doc__ or "", "exit status: 0 nothing fails, 1 something does, 2 unusable input"
-    )
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="measure how fast its files are read")
+    """Run the command line, see ``--help``."""
+    parser = make_parser("xdim_jax.doctor", __doc__ or "", "exit status: 0 no failure, 1 a failure, 2 unusable input")
     parser.add_argument(
-        "--quick", action="store_true", help="leave out the training step, which must be compiled first"
+        "--data", type=Path, metavar="FOLDER", help="also measure how fast the files of this folder are read"
     )
-    parser.add_argument("--json", metavar="FILE", help="write all findings there as well; -: to the terminal, alone")
+    parser.add_argument(
+        "--quick", action="store_true", help="do not run the training step, which takes a minute or two to compile"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write all findings to this file; -: print only JSON")
     options = parser.parse_args(argv)
     checks: list[Callable[[], Finding]] = [versions, devices, memory, cache, operations, precision]
     if options.data is not None:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
             if finding.advice:
                 log.say(f"{'':<10} {'':<8} {finding.advice}")
             if len(findings) == len(checks) - 1 and not options.quick:
-                log.say("step       ...      compiles two programs, a minute or two on a CPU; --quick leaves it out")
+                log.say("step       ...      compiling takes a minute or two on a CPU; --quick skips this check")
     text = json.dumps({"verdict": verdict(findings), "findings": [dataclasses.asdict(f) for f in findings]}, indent=2)
     if options.json == "-":
         print(text)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def command() -> NoReturn:
-    """The console entry point."""
+    """Console entry point."""
     run(main)
 
 

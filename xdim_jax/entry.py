@@ -1,4 +1,4 @@
-"""Console scripts. Each sets up the process before the large imports."""
+"""Console scripts that set up the process before they import JAX."""
 
 from typing import NoReturn
 
@@ -6,7 +6,7 @@ from xdim_jax.base.huge_pages import prefer_huge_pages
 
 
 def train() -> NoReturn:
-    """The console entry point of ``xdim-train``."""
+    """Console entry point of ``xdim-train``."""
     prefer_huge_pages()
     from xdim_jax.train import command
 
@@ -14,7 +14,7 @@ def train() -> NoReturn:
 
 
 def predict() -> NoReturn:
-    """The console entry point of ``xdim-predict``."""
+    """Console entry point of ``xdim-predict``."""
     prefer_huge_pages()
     from xdim_jax.predict import command
 
@@ -22,7 +22,7 @@ def predict() -> NoReturn:
 
 
 def sweep() -> NoReturn:
-    """The console entry point of ``xdim-sweep``."""
+    """Console entry point of ``xdim-sweep``."""
     prefer_huge_pages()
     from xdim_jax.sweep import command
 
@@ -30,7 +30,7 @@ def sweep() -> NoReturn:
 
 
 def doctor() -> NoReturn:
-    """The console entry point of ``xdim-doctor``."""
+    """Console entry point of ``xdim-doctor``."""
     prefer_huge_pages()
     from xdim_jax.doctor import command
 

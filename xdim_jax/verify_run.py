@@ -1,9 +1,10 @@
-"""Compares two runs, bit for bit, and names the first step where they part.
+"""Compare two runs bit for bit, and name the first step at which they differ.
 
-A run is a function of its config, its data and the devices: interrupted and resumed, it must end as it would have
-without. What is compared: the configs; of every step the loss, the norms of gradient and update, and the digest of
-every sample of the batch (image, label and the bits of its augmentation); and every array of the checkpoints that both
-have: parameters (both copies of LookAhead), running statistics, optimiser, moving average.
+A run is determined by its config, its data and the devices. A run that was interrupted and resumed must therefore end
+like one that was not. Three things are compared: the configs; for each step the loss, the norms of gradient and update,
+and a digest of every sample of the batch (image, label and random bits of its augmentation); and all arrays of the
+checkpoints that both runs have (parameters with both copies of LookAhead, running statistics, optimiser state, moving
+average).
 """
 
 import dataclasses
@@ -28,45 +29,46 @@ from xdim_jax.training.optim import leaf_name
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What differs between two runs; empty fields: nothing.
+    """The differences between two runs.
 
     Attributes:
-        config: keys that differ, with both values.
-        step: the first step that differs, with what differs in it; 0: none.
-        what: the quantities of that step that differ.
-        steps: how many steps both have on record.
-        arrays: checkpoint ``<folder>/<step>`` to the arrays that differ.
-        checkpoints: those that both have.
+        config: Keys that differ, with both values.
+        step: The first step that differs; 0 if none differs.
+        quantities: The quantities of that step that differ, with both values.
+        steps: Number of steps that both runs have recorded.
+        arrays: For each checkpoint ``<folder>/<step>`` that differs, the names of the arrays that differ.
+        checkpoints: The checkpoints that both runs have.
     """
 
     config: list[str]
     step: int
-    what: list[str]
+    quantities: list[str]
     steps: int
     arrays: dict[str, list[str]]
     checkpoints: list[str]
 
     @property
     def same(self) -> bool:
+        """True if no difference was found."""
         return not (self.config or self.step or self.arrays)
 
 
 def compare(a: Path, b: Path) -> Comparison:
-    """Compares the runs in two workdirs.
+    """Compare the runs in two workdirs.
 
     Raises:
-        UserError: one is not the workdir of a run, or they have nothing in common that could be compared.
+        UserError: A folder is not the workdir of a run, or the runs have no step and no checkpoint in common.
     """
     pairs = differences(read_config(a), read_config(b), free=FREE_KEYS)
     config = [f"{key}: {x!r} and {y!r}" for key, x, y in pairs]
 
     steps = [{r["step"]: r for r in read_records(workdir, STEPS_FILE)} for workdir in (a, b)]
     common = sorted(steps[0].keys() & steps[1].keys())
-    first, what = 0, []
+    first, quantities = 0, []
     for step in common:
         differing = [k for k in steps[0][step] if steps[0][step][k] != steps[1][step].get(k)]
         if differing:
-            first, what = step, [_shown(k, steps[0][step][k], steps[1][step].get(k)) for k in differing]
+            first, quantities = step, [_describe(k, steps[0][step][k], steps[1][step].get(k)) for k in differing]
             break
 
     names = [
@@ -80,7 +82,7 @@ def compare(a: Path, b: Path) -> Comparison:
     for name in both:
         if differing := _differing(_arrays(a / name), _arrays(b / name)):
             arrays[name] = differing
-    return Comparison(config, first, what, len(common), arrays, both)
+    return Comparison(config, first, quantities, len(common), arrays, both)
 
 
 def _order(name: str) -> tuple[str, int]:
@@ -88,17 +90,18 @@ def _order(name: str) -> tuple[str, int]:
     return folder, int(step)
 
 
-def _shown(key: str, x: Any, y: Any) -> str:
+def _describe(key: str, x: Any, y: Any) -> str:
+    """Return both values of a quantity as text; of a list with one value per sample, the samples that differ."""
     if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
         return f"{key}: samples {', '.join(str(i) for i, (p, q) in enumerate(zip(x, y, strict=True)) if p != q)}"
     return f"{key}: {x!r} and {y!r}"
 
 
 def _arrays(folder: Path) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by its path.
+    """Read all arrays of a checkpoint, by their paths in the tree.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: The checkpoint cannot be read.
     """
     checkpoint.quieten_process()
     item = next((folder / name for name in ("state", "weights") if (folder / name).is_dir()), folder)
@@ -116,7 +119,7 @@ def _arrays(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _differing(x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> list[str]:
-    """Names of arrays that only one has, or whose bits differ."""
+    """Return the names of arrays that only one checkpoint has, or whose bits differ."""
     names = sorted(x.keys() | y.keys())
     return [n for n in names if n not in x or n not in y or not _same_bits(x[n], y[n])]
 
@@ -126,30 +129,30 @@ def _same_bits(x: np.ndarray, y: np.ndarray) -> bool:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line, see ``--help``."""
+    """Run the command line, see ``--help``."""
     parser = make_parser(
-        "xdim_jax.verify_run", __doc__ or "", "exit status: 0 the same bits, 1 they differ, 2 unusable input"
+        "xdim_jax.verify_run", __doc__ or "", "exit status: 0 the runs are equal, 1 they differ, 2 unusable input"
     )
     parser.add_argument("a", type=Path, metavar="A", help="workdir of a run")
-    parser.add_argument("b", type=Path, metavar="B", help="workdir of another")
+    parser.add_argument("b", type=Path, metavar="B", help="workdir of another run")
     options = parser.parse_args(argv)
     found = compare(options.a, options.b)
     for line in found.config:
         log.say(f"config     {line}")
     if found.step:
-        log.say(f"steps      they part at step {found.step}: {'; '.join(found.what)}")
+        log.say(f"steps      first difference at step {found.step}: {'; '.join(found.quantities)}")
     else:
-        log.say(f"steps      {found.steps} on record in both, all the same")
+        log.say(f"steps      {found.steps} recorded in both runs, all equal")
     for name in found.checkpoints:
         differing = found.arrays.get(name, [])
-        text = f"{len(differing)} arrays differ: {shorten(differing)}" if differing else "the same bits"
+        text = f"{len(differing)} arrays differ: {shorten(differing)}" if differing else "all bits are equal"
         log.say(f"checkpoint {name}: {text}")
-    log.say("result     " + ("the same run" if found.same else "the runs differ"))
+    log.say("result     " + ("the runs are equal" if found.same else "the runs differ"))
     return 0 if found.same else 1
 
 
 def command() -> NoReturn:
-    """The console entry point."""
+    """Console entry point."""
     run(main)
 
 

@@ -1,8 +1,4 @@
-"""Looks at this machine: versions, devices, memory, precision, caches, the speed of reading, a training step.
-
-Every line is ok, a warning (it works, but could be better), or a failure (something will not work), the last two with
-what to do. Nothing is downloaded, and nothing written but to the compilation cache.
-"""
+"""Checks of a machine: versions, devices, memory, compilation cache, precision, speed of reading, a training step."""
 
 import dataclasses
 import importlib.metadata
@@ -37,14 +33,14 @@ _PATCH = (32, 32, 64)  # of the trial step
 
 @dataclasses.dataclass
 class Finding:
-    """What a check has found.
+    """The result of a check.
 
     Attributes:
-        check: its name.
-        status: ``ok``, ``warning`` or ``failure``.
-        text: what was found.
-        advice: what to do; empty for ``ok``.
-        facts: the same for programs.
+        check: Name of the check.
+        status: ``ok``; ``warning`` if everything works, but could work better; ``failure`` if something does not work.
+        text: The result in words.
+        advice: What to do; empty if the status is ``ok``.
+        facts: The numbers and names in the text, for programs that read the JSON output.
     """
 
     check: str
@@ -55,7 +51,7 @@ class Finding:
 
 
 def examine(checks: Sequence[Callable[[], Finding]]) -> Iterator[Finding]:
-    """What each check finds; one that breaks is a failure itself, and the others go on."""
+    """Yield the finding of each check. An exception in a check is a failure of that check; the others still run."""
     for check in checks:
         try:
             yield check()
@@ -66,24 +62,21 @@ def examine(checks: Sequence[Callable[[], Finding]]) -> Iterator[Finding]:
                 "reading" if name == "lambda" else name.replace("training_step", "step"),
                 FAILURE,
                 f"{type(error).__name__}: {reason}",
-                "this should work everywhere; please report it with the output of --json",
+                "this check should work on every machine; please report it with the output of --json",
             )
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """One plain sentence."""
+    """Return a line that says whether the machine is ready, and which checks failed or gave a warning."""
     failed = [f.check for f in findings if f.status == FAILURE]
     warned = [f.check for f in findings if f.status == WARNING]
     if failed:
         return f"not ready: {', '.join(failed)}"
-    return "ready" + (f"; worth a look: {', '.join(warned)}" if warned else "")
-
-
-# -- checks -------------------------------------------------------------------------------------------------------
+    return "ready" + (f"; warnings: {', '.join(warned)}" if warned else "")
 
 
 def versions() -> Finding:
-    """Python, packages, extras."""
+    """Check Python, the packages and the extras."""
     found = environment.versions()
     python = sys.version.split()[0]
     facts = {"python": python, "packages": found, "extras": {k: _installed(v) for k, v in EXTRAS.items()}}
@@ -92,7 +85,9 @@ def versions() -> Finding:
         ", ".join(extras) or "none"
     )
     if found["jax"] != found["jaxlib"]:
-        return Finding("versions", FAILURE, f"jax {found['jax']} beside jaxlib {found['jaxlib']}", _INSTALL, facts)
+        return Finding(
+            "versions", FAILURE, f"jax {found['jax']} does not match jaxlib {found['jaxlib']}", _INSTALL, facts
+        )
     missing = [name for name, version in found.items() if version == "not installed" and name != "xdim_jax"]
     if missing:
         return Finding("versions", FAILURE, f"not installed: {', '.join(missing)}", _INSTALL, facts)
@@ -111,7 +106,7 @@ def _installed(names: Sequence[str]) -> bool:
 
 
 def devices() -> Finding:
-    """What JAX computes on."""
+    """Check the devices that JAX uses."""
     import jax
 
     text = environment.devices()
@@ -119,13 +114,13 @@ def devices() -> Finding:
     hidden = {"/dev/nvidiactl": "cuda12", "/dev/accel0": "tpu"}
     for path, extra in hidden.items():
         if jax.default_backend() == "cpu" and Path(path).exists():
-            advice = f"pip install 'xdim_jax[{extra}]', and look that JAX_PLATFORMS does not say cpu"
+            advice = f"pip install 'xdim_jax[{extra}]', and check that JAX_PLATFORMS is not set to cpu"
             return Finding("devices", WARNING, f"{text}, but this machine has an accelerator", advice, facts)
     return Finding("devices", OK, text, facts=facts)
 
 
 def memory() -> Finding:
-    """Of the host and of a device, and the room on the disk here."""
+    """Check the memory of the host and of a device, and the free space of the disk."""
     import jax
 
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
@@ -133,10 +128,12 @@ def memory() -> Finding:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts = {"host_bytes": host, "device_bytes": limit, "disk_free_bytes": free}
     text = (
-        f"{gib(host)} on the host, " + (f"{gib(limit)} a device, " if limit else "") + f"{gib(free)} of disk free here"
+        f"{gib(host)} on the host, "
+        + (f"{gib(limit)} per device, " if limit else "")
+        + f"{gib(free)} free on the disk of this folder"
     )
     if free < 5 * 2**30:
-        return Finding("memory", WARNING, text, "checkpoints and prepared cases need room: use another disk", facts)
+        return Finding("memory", WARNING, text, "checkpoints and prepared cases need space: use another disk", facts)
     if host < 8 * 2**30:
         advice = "python -m xdim_jax.plan says what a recipe needs; a smaller --config.data.patch needs less"
         return Finding("memory", WARNING, text, advice, facts)
@@ -144,14 +141,14 @@ def memory() -> Finding:
 
 
 def cache() -> Finding:
-    """The compilation cache."""
+    """Check the cache of compiled programs."""
     import jax
 
     cache_programs()
     folder = getattr(jax.config, "jax_compilation_cache_dir", None)
     if not folder:
-        advice = "XDIM_JAX_CACHE=off is set: every start compiles anew"
-        return Finding("cache", WARNING, "programs are not kept", advice, {"folder": None})
+        advice = "XDIM_JAX_CACHE=off is set: unset it, so that programs are compiled only once"
+        return Finding("cache", WARNING, "compiled programs are not kept", advice, {"folder": None})
     path = Path(folder)
     files = [p for p in path.glob("*") if p.is_file()] if path.is_dir() else []
     facts = {"folder": folder, "programs": len(files), "bytes": sum(p.stat().st_size for p in files)}
@@ -161,13 +158,13 @@ def cache() -> Finding:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        advice = "programs are compiled anew at every start; set XDG_CACHE_HOME to a folder that can be written"
+        advice = "every start compiles all programs; set XDG_CACHE_HOME to a folder that you can write to"
         return Finding("cache", WARNING, f"{folder} cannot be written ({error.strerror})", advice, facts)
     return Finding("cache", OK, f"{folder}: {len(files)} files, {gib(facts['bytes'])}", facts=facts)
 
 
 def operations() -> Finding:
-    """Which form of the operations is taken here, see xdim_jax/ops."""
+    """Check which form of the operations is used on this machine, see `xdim_jax.ops`."""
     import jax
 
     from xdim_jax import ops
@@ -176,13 +173,13 @@ def operations() -> Finding:
     facts = {"form": ops.active_form(), "compiler_options": ops.compiler_options()}
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if jax.default_backend() == "cpu" and huge.is_file() and "[never]" in huge.read_text(encoding="ascii"):
-        advice = "the kernel gives no huge pages, which takes a tenth of a step: ask for madvise in " + str(huge)
+        advice = f"huge pages are off, which makes steps about 10 % slower: write madvise to {huge}"
         return Finding("operations", WARNING, text, advice, facts)
     return Finding("operations", OK, text, facts=facts)
 
 
 def precision() -> Finding:
-    """Whether bfloat16 is right here, and what it brings."""
+    """Check the accuracy of bfloat16 products, and measure their speed."""
     import jax
     import jax.numpy as jnp
 
@@ -205,10 +202,10 @@ def precision() -> Finding:
     facts = {"tflops": rate, "bfloat16_speed": speed, "bfloat16_error": error}
     text = f"float32 {rate['float32']:.2g} TFLOP/s, bfloat16 {rate['bfloat16']:.2g} (products of {side} x {side})"
     if not error < 0.05:
-        return Finding("precision", FAILURE, f"bfloat16 products are off by {error:.1%}", "use float32", facts)
+        return Finding("precision", FAILURE, f"bfloat16 products have an error of {error:.1%}", "use float32", facts)
     if speed > 1.3:
-        return Finding("precision", OK, f"{text}: --config.train.precision=bfloat16 pays", facts=facts)
-    return Finding("precision", OK, f"{text}: stay with float32, the default", facts=facts)
+        return Finding("precision", OK, f"{text}; --config.train.precision=bfloat16 is faster", facts=facts)
+    return Finding("precision", OK, f"{text}; float32, the default, is the better choice", facts=facts)
 
 
 def _timed(function: Callable[[], Any]) -> float:
@@ -218,7 +215,7 @@ def _timed(function: Callable[[], Any]) -> float:
 
 
 def reading(folder: Path) -> Finding:
-    """How fast the files of a folder come off their disk."""
+    """Measure how fast the files of a folder are read."""
     if not folder.is_dir():
         return Finding("reading", FAILURE, f"--data={folder} is not a folder", "give the folder of your data")
     begin, count, total = time.perf_counter(), 0, 0
@@ -235,15 +232,15 @@ def reading(folder: Path) -> Finding:
         return Finding("reading", FAILURE, f"{folder} holds no files", "give the folder of your data")
     rate = total / seconds
     facts = {"folder": str(folder), "files": count, "bytes": total, "seconds": seconds, "bytes_per_second": rate}
-    text = f"{folder}: {count} files, {rate / 1e6:.0f} MB/s (what was read lately comes from memory)"
+    text = f"{folder}: {count} files, {rate / 1e6:.0f} MB/s (files that were read recently come from memory)"
     if rate < 20e6 and total > 20e6:
-        advice = "slow: prepare the cases onto a local disk, python -m xdim_jax.data prepare --store=<folder>"
+        advice = "slow: prepare the cases on a local disk with python -m xdim_jax.data prepare --store=<folder>"
         return Finding("reading", WARNING, text, advice, facts)
     return Finding("reading", OK, text, facts=facts)
 
 
 def training_step() -> Finding:
-    """Forward and backward of a small DX-Net: as the plain form computes it, and for ten seconds."""
+    """Train a small DX-Net for ten seconds, and compare its first step with the reference form of the operations."""
     import jax
     import jax.numpy as jnp
 
@@ -292,12 +289,12 @@ def training_step() -> Finding:
     facts = {"compile_s": compiled, "steps": len(times), "median_s": statistics.median(times), "loss": loss}
     facts |= {"first_loss": norms["auto"][0], "apart": apart}
     text = (
-        f"small DX-Net, {'x'.join(map(str, _PATCH))}: {1000 * facts['median_s']:.0f} ms a step over {len(times)}, loss "
-        f"{norms['auto'][0]:.3f} to {loss:.3f}; two programs compiled in {compiled:.0f} s"
+        f"small DX-Net, {'x'.join(map(str, _PATCH))}: {1000 * facts['median_s']:.0f} ms per step over {len(times)} "
+        f"steps, loss {norms['auto'][0]:.3f} to {loss:.3f}; two programs compiled in {compiled:.0f} s"
     )
     if not (math.isfinite(loss) and apart < 1e-3):
         broken = (
-            f"loss and gradient are {apart:.1%} off the plain form's"
+            f"loss or gradient norm differs by {apart:.1%} from the reference form"
             if math.isfinite(loss)
             else "the loss is not finite"
         )
