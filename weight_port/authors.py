@@ -17,7 +17,7 @@ from weight_port.sources import Source, read_source
 from xdim_jax.base.errors import UserError
 from xdim_jax.nets import networks
 from xdim_jax.nets.encoders import CONVENTIONS
-from xdim_jax.nets.encoders.efficientnet import SCALING, scaled_channels
+from xdim_jax.nets.encoders.efficientnet import MEMBERS, scaled_channels
 from xdim_jax.nets.weights import Weights, abstract_encoder, encoder_section, named
 
 HEAD = 1280  # filters of the head of EfficientNet-B0; other sizes scale it
@@ -234,7 +234,7 @@ def _empty_head(section: Mapping[str, Any], state: Mapping[str, np.ndarray], pre
     encoder = section if "ndim" in section else encoder_section(section)[1]
     if not encoder["name"].startswith("efficientnet"):
         return {}
-    width, _ = SCALING[encoder["name"].removeprefix("efficientnet_")]
+    width = MEMBERS[encoder["name"].removeprefix("efficientnet_")].width
     filters = scaled_channels(HEAD, width)
     last = max(n for n in state if re.fullmatch(re.escape(prefix) + r"enc6\.\d+\.conv_pwl\.weight", n))
     head = {f"{prefix}conv_head.weight": np.zeros((filters, state[last].shape[0], *(1,) * encoder["ndim"]), np.float32)}

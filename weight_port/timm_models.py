@@ -1,5 +1,6 @@
 """Conversion of timm's classifiers to encoders and back: names of models, and the conventions of their training."""
 
+import fnmatch
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,12 @@ from xdim_jax.nets.weights import Weights, abstract_encoder
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-# normalisation of the images in training, by tag; for other tags the values of timm are used, if it is installed
-INPUTS = {"ns_jft_in1k": IMAGENET, "aa_in1k": IMAGENET, "in1k": IMAGENET, "ra_in1k": IMAGENET, "ap_in1k": HALF}
+# normalisation of the images in training, by patterns of names; the first match applies, else the values of timm
+INPUTS = {
+    "tf_efficientnet_lite*": HALF,
+    "*.ap_in1k": HALF,
+    **dict.fromkeys(("*.ns_jft_in1k", "*.aa_in1k", "*.in1k", "*.ra_in1k"), IMAGENET),
+}
 
 # for each architecture of timm: the name of the encoder, and the padding and eps of its training
 ARCHITECTURES = {name: known for family in FAMILIES for name, known in family.timm.items()}
@@ -85,7 +90,7 @@ def convert(source: Source, name: TimmName) -> Weights:
     what = f"the weights of {source.record['file']} (as --model={name.full})"
     hint = "If the file contains another model, name it: --model=<timm's name>"
     arrays, unused = import_state(source.state, abstract_encoder(section), _same, family.unused, what, hint)
-    record = {"from": "timm", "model": name.full, **source.record, "input": _input_of(name)}
+    record = {"from": "timm", "model": name.full, **source.record, "input": input_of(name)}
     return Weights("encoder", section, arrays, unused, record)
 
 
@@ -93,9 +98,11 @@ def _same(path: str) -> str:
     return path  # the attributes of the encoders have timm's names
 
 
-def _input_of(name: TimmName) -> dict[str, list[float]] | None:
-    if name.tag in INPUTS:
-        return INPUTS[name.tag]
+def input_of(name: TimmName) -> dict[str, list[float]] | None:
+    """Return mean and standard deviation that images were normalised with in training; None if they are not known."""
+    for pattern, values in INPUTS.items():
+        if fnmatch.fnmatchcase(name.full, pattern):
+            return values
     timm = import_timm()
     config = timm.get_pretrained_cfg(name.full) if timm and name.tag else None
     return {"mean": list(config.mean), "std": list(config.std)} if config else None

@@ -11,17 +11,19 @@ from jax import lax
 from xdim_jax.ops.form import active_form
 from xdim_jax.ops.layout import Ints, delayed
 
-_ACTIVATIONS = (None, "silu", "relu", "gelu")
+_ACTIVATIONS = (None, "silu", "relu", "relu6", "gelu")
 
 
 def activate(x: jax.Array, activation: str | None) -> jax.Array:
-    """Apply an activation: None, ``silu``, ``relu`` or ``gelu`` (exact, by the error function)."""
+    """Apply an activation: None, ``silu``, ``relu``, ``relu6`` or ``gelu`` (exact, by the error function)."""
     if activation not in _ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {_ACTIVATIONS}")
     if activation == "silu":
         return x * lax.logistic(x)
     if activation == "gelu":
         return jax.nn.gelu(x, approximate=False)
+    if activation == "relu6":
+        return jnp.clip(x, 0, 6)
     return jnp.maximum(x, 0) if activation == "relu" else x
 
 
@@ -115,6 +117,8 @@ def _normalise_bwd(axes, eps, activation, residuals, cotangents):
 def _slope(z: jax.Array, activation: str) -> jax.Array:
     if activation == "relu":
         return (z > 0).astype(z.dtype)
+    if activation == "relu6":
+        return ((z > 0) & (z < 6)).astype(z.dtype)
     if activation == "gelu":
         return 0.5 * (1 + lax.erf(z / math.sqrt(2))) + z * jnp.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
     s = lax.logistic(z)

@@ -1,4 +1,7 @@
-"""The EfficientNet encoder (Tan and Le 2019), B0 to B7, in 2D and 3D from the same code.
+"""The EfficientNet encoder (Tan and Le 2019), B0 to B7 and Lite0 to Lite4, in 2D and 3D from the same code.
+
+EfficientNet-Lite has no squeeze-and-excitation and ReLU6 in place of SiLU. Its stem has the same width, and its first
+and last stage have one block, in all sizes (R. Liu, EfficientNet-Lite, TensorFlow blog, 2020).
 
 In 3D every kernel of size k becomes k x k x k and every stride acts on all three axes; nothing else changes (paper,
 Sect. 2.2.1; docs/networks.md, section EfficientNet encoder). Attributes have timm's names, so that the path of a weight
@@ -7,6 +10,7 @@ is its name in timm. The classification head is left out, because no network of 
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -38,17 +42,32 @@ STAGES = (
 )
 TAPS = (1, 2, 4, 6)  # stages whose output is a feature; the first feature is the output of the stem
 
-# width and depth multipliers (Tan and Le 2019); "toy" is a small network for tests and demonstrations
-SCALING = {
-    "b0": (1.0, 1.0),
-    "b1": (1.0, 1.1),
-    "b2": (1.1, 1.2),
-    "b3": (1.2, 1.4),
-    "b4": (1.4, 1.8),
-    "b5": (1.6, 2.2),
-    "b6": (1.8, 2.6),
-    "b7": (2.0, 3.1),
-    "toy": (0.25, 0.3),
+
+class Member(NamedTuple):
+    """Width and depth multipliers of a member of the family; ``lite`` is True for an EfficientNet-Lite."""
+
+    width: float
+    depth: float
+    lite: bool = False
+
+
+MEMBERS = {
+    "b0": Member(1.0, 1.0),
+    "b1": Member(1.0, 1.1),
+    "b2": Member(1.1, 1.2),
+    "b3": Member(1.2, 1.4),
+    "b4": Member(1.4, 1.8),
+    "b5": Member(1.6, 2.2),
+    "b6": Member(1.8, 2.6),
+    "b7": Member(2.0, 3.1),
+    "lite0": Member(1.0, 1.0, lite=True),
+    "lite1": Member(1.0, 1.1, lite=True),
+    "lite2": Member(1.1, 1.2, lite=True),
+    "lite3": Member(1.2, 1.4, lite=True),
+    "lite4": Member(1.4, 1.8, lite=True),
+    # small networks for tests and demonstrations
+    "toy": Member(0.25, 0.3),
+    "lite_toy": Member(0.25, 0.3, lite=True),
 }
 PREFIX = "efficientnet_"
 
@@ -62,16 +81,24 @@ def scaled_channels(channels: int, width: float) -> int:
 
 def scaled_stages(name: str) -> tuple[int, tuple[Stage, ...]]:
     """Return the channels of the stem and the stages of one member of the family, e.g. ``efficientnet_b0``."""
-    width, depth = SCALING[name.removeprefix(PREFIX)]
+    width, depth, lite = MEMBERS[name.removeprefix(PREFIX)]
+    fixed = (0, len(STAGES) - 1) if lite else ()
     stages = tuple(
-        dataclasses.replace(s, channels=scaled_channels(s.channels, width), repeats=math.ceil(s.repeats * depth))
-        for s in STAGES
+        dataclasses.replace(
+            s,
+            channels=scaled_channels(s.channels, width),
+            repeats=s.repeats if i in fixed else math.ceil(s.repeats * depth),
+        )
+        for i, s in enumerate(STAGES)
     )
-    return scaled_channels(STEM_CHANNELS, width), stages
+    return STEM_CHANNELS if lite else scaled_channels(STEM_CHANNELS, width), stages
 
 
 class Block(nnx.Module):
-    """A depthwise-separable block (``expand`` 1) or an inverted residual block, with squeeze-and-excitation."""
+    """A depthwise-separable block (``expand`` 1) or an inverted residual block.
+
+    It has squeeze-and-excitation and SiLU, or, if ``lite``, no squeeze-and-excitation and ReLU6.
+    """
 
     def __init__(
         self,
@@ -81,28 +108,30 @@ class Block(nnx.Module):
         kernel: int,
         strides: tuple[int, ...] | None,
         expand: int,
+        lite: bool,
         style: Style,
         drop_path: float,
         rngs: nnx.Rngs,
     ):
         width = channels * expand
         self.expanded = expand != 1
+        activation = _activation(lite)
 
         def depthwise(norm: str) -> Conv:
             return Conv(width, width, kernel, style=style, strides=strides, depthwise=True, norm=norm, rngs=rngs)
 
-        squeeze = SqueezeExcite(width, round(channels / 4), style, rngs=rngs)
+        squeeze = None if lite else SqueezeExcite(width, round(channels / 4), style, rngs=rngs)
         if self.expanded:
             self.conv_pw = Conv(channels, width, 1, style=style, norm="bn1", rngs=rngs)
-            self.bn1 = Norm(width, style, "silu")
+            self.bn1 = Norm(width, style, activation)
             self.conv_dw = depthwise("bn2")
-            self.bn2 = Norm(width, style, "silu")
+            self.bn2 = Norm(width, style, activation)
             self.se = squeeze
             self.conv_pwl = Conv(width, filters, 1, style=style, norm="bn3", rngs=rngs)
             self.bn3 = Norm(filters, style)
         else:
             self.conv_dw = depthwise("bn1")
-            self.bn1 = Norm(width, style, "silu")
+            self.bn1 = Norm(width, style, activation)
             self.se = squeeze
             self.conv_pw = Conv(width, filters, 1, style=style, norm="bn2", rngs=rngs)
             self.bn2 = Norm(filters, style)
@@ -113,18 +142,22 @@ class Block(nnx.Module):
         if self.expanded:
             y = self.bn1(self.conv_pw(x))
             y = self.bn2(self.conv_dw(y))
-            y = self.bn3(self.conv_pwl(self.se(y)))
+            y = self.bn3(self.conv_pwl(y if self.se is None else self.se(y)))
         else:
             y = self.bn1(self.conv_dw(x))
-            y = self.bn2(self.conv_pw(self.se(y)))
+            y = self.bn2(self.conv_pw(y if self.se is None else self.se(y)))
         return x + self.drop_path(y, rngs) if self.residual else y
+
+
+def _activation(lite: bool) -> str:
+    return "relu6" if lite else "silu"
 
 
 class EfficientNet(nnx.Module):
     """EfficientNet with five features, at 1/2, 1/4, 1/8, 1/16 and 1/32 of the size of the image.
 
     Args:
-        name: Member of the family, such as ``efficientnet_b0``; see `SCALING`.
+        name: Member of the family, such as ``efficientnet_b0``; see `MEMBERS`.
         channels: Number of channels of the image.
         style: Number of axes, norm, padding and depth options.
         drop_path: Rate r of stochastic depth. Block i of n (counted from 0) has the rate ``r * i / n``.
@@ -133,8 +166,9 @@ class EfficientNet(nnx.Module):
 
     def __init__(self, name: str, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
         stem, stages = scaled_stages(name)
+        lite = MEMBERS[name.removeprefix(PREFIX)].lite
         self.conv_stem = Conv(channels, stem, 3, style=style, strides=style.strides(0), norm="bn1", rngs=rngs)
-        self.bn1 = Norm(stem, style, "silu")
+        self.bn1 = Norm(stem, style, _activation(lite))
         self.channels = (stem, *(stages[i].channels for i in TAPS))
         total, built, width, level = sum(s.repeats for s in stages), 0, stem, 1
         self.blocks = nnx.List([])
@@ -148,6 +182,7 @@ class EfficientNet(nnx.Module):
                     kernel=stage.kernel,
                     strides=style.strides(level) if down else None,
                     expand=stage.expand,
+                    lite=lite,
                     style=style,
                     drop_path=drop_path * built / total,
                     rngs=rngs,
@@ -168,14 +203,14 @@ class EfficientNet(nnx.Module):
         return features
 
 
-_MEMBERS = tuple(f"{PREFIX}{size}" for size in SCALING)
-_IN_TIMM = tuple(name for name in _MEMBERS if not name.endswith("toy"))
+_NAMES = tuple(f"{PREFIX}{size}" for size in MEMBERS)
+_IN_TIMM = tuple(name for name in _NAMES if not name.endswith("toy"))
 FAMILY = Family(
-    members=_MEMBERS,
+    members=_NAMES,
     stem="conv_stem",
     make=EfficientNet,
     unused=("conv_head.", "bn2.", "classifier."),
     timm={f"tf_{name}": (name, CONVENTIONS["timm"]) for name in _IN_TIMM}
     | {name: (name, SYMMETRIC) for name in _IN_TIMM},
-    taps=dict.fromkeys(_MEMBERS, ("bn1", "blocks.1", "blocks.2", "blocks.4", "blocks.6")),
+    taps=dict.fromkeys(_NAMES, ("bn1", "blocks.1", "blocks.2", "blocks.4", "blocks.6")),
 )
