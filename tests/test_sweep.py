@@ -1,4 +1,4 @@
-"""Sweeps: spaces that fit a config, and a study from which no trial is lost."""
+"""Sweeps: spaces are checked on a config, and trials of dead workers are resumed."""
 
 import collections
 import concurrent.futures
@@ -270,7 +270,7 @@ def wait_until(true, seconds=60.0):
 
 @contextlib.contextmanager
 def held(root, count):
-    """So many trials are in the middle of training."""
+    """Pause trials after their first epoch; the yielded function waits until ``count`` trials are paused."""
     root.mkdir()
     (root / "hold").touch()
     yield lambda: wait_until(lambda: len(list(root.glob("trial*/checkpoint"))) >= count, 120)
@@ -290,7 +290,7 @@ def check_all_ended_once(storage, root, trials):
         assert len({t.params["x"] for t in attempts if t.params}) == 1, "one origin, one setting"
         assert last.value == pytest.approx(1 - abs(last.params["x"] - 0.5))
         epochs = (worker.local_workdir(root, origin) / "epochs").read_text().split()
-        # each epoch once; one that died between its record and its checkpoint is done again
+        # each epoch once; an attempt that dies between record and checkpoint repeats the epoch
         counts = collections.Counter(map(int, epochs))
         assert set(counts) == set(range(1, EPOCHS + 1)) and sum(counts.values()) - EPOCHS <= len(attempts) - 1
 
@@ -342,7 +342,7 @@ POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/p
 
 @pytest.fixture
 def postgres(tmp_path_factory):
-    """A server of the test's own, on a socket and a port that are free."""
+    """Start a PostgreSQL server on a free port."""
     if not POSTGRES or not shutil.which("runuser"):
         pytest.skip("PostgreSQL is not installed (Debian: postgresql)")
     from tests.conftest import free_port

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         dry_run(suggest, options.config, overrides, slots=options.pack, layout=options.layout, budget=budget)
         return 0
     if config.init.weights and "init.weights" not in distributions:
-        read_start(config.init)  # an error here is one message; otherwise every trial would fail with it
+        read_start(config.init)  # report an error once, before every trial fails with it
     if options.sampler == "grid":
         _check_grid(options.trials, studies.grid_size(distributions))
     study = _open_study(options, distributions)
@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--layout", choices=LAYOUTS, default="auto", help="layout of a pack, see docs/sweeps.md; default: %(default)s")
     add("--dry-run", action="store_true", help="only compile every program of the space, and check whether it fits")
-    add("--budget", metavar="SIZE", help="for --dry-run: memory of a device, e.g. 16GiB; default: of this machine's")
+    add("--budget", metavar="SIZE", help="for --dry-run: memory of a device, e.g. 16GiB; default: that of this machine")
     add("--no-wait", action="store_true", help="end when no trial is left to start, not when all trials have ended")
     return parser
 

@@ -311,8 +311,8 @@ def draw_case(view: View, title: str, scores: str) -> Picture:
 def _choose_planes(ref: np.ndarray, pred: np.ndarray, *, volumetric: bool) -> list[tuple[int, int]]:
     """Return axis and index of the planes to draw.
 
-    The planes of a volume are those with the largest area of structures. Slices are the one with the largest area, and
-    the one with the most errors.
+    For a volume, these are the planes along each axis with the largest area of structures. Otherwise, these are the
+    slice with the largest area of structures, and the slice with the most errors.
     """
     if ref.shape[0] == 1:
         return [(0, 0)]

@@ -28,7 +28,10 @@ _MAX_OPEN_ROWS = 12  # a longer table of all metrics is collapsed, unless it is 
 
 
 def describe_network(model: Mapping[str, Any]) -> str:
-    """Return a description such as ``dxnet, encoder efficientnet_b0, instance norm``; for DS-Net, of its 2D network."""
+    """Return a description such as ``dxnet, encoder efficientnet_b0, instance norm``.
+
+    For DS-Net, encoder and normalisation are those of its 2D network.
+    """
     outer = model.get("inner", model)
     return f"{model['name']}, encoder {outer['encoder']['name']}, {outer['norm']} norm"
 
@@ -123,7 +126,7 @@ def _is_paper(row: Sequence[str]) -> bool:
 
 
 def _find_jobs(rules: Rules, compared: Mapping[str, Any], left_out: list[str]) -> dict[str, Job]:
-    """Return the pairs of label maps of the evaluation, by case id; on failure, none and a message in ``left_out``."""
+    """Return the pairs of label maps of the evaluation, by case id; on failure, append a message to ``left_out``."""
     try:
         jobs, _ = rules.jobs(Path(compared["pred"]), Path(compared["ref"]))
     except UserError as error:
@@ -252,7 +255,7 @@ def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels
 
 
 def _image_sources(job: Job, pred: Path) -> list[Source]:
-    """Return the images of which the prediction was made; if they are unknown, the image of the reference, if any."""
+    """Return the images that were predicted from; if they are not recorded, the image of the reference, if any."""
     record = pred / results.PREDICT_FILE
     paths = read_json(record)["images"].get(job.ref.case_id, []) if record.is_file() else []
     found = [source_at(Path(path)) for path in paths]

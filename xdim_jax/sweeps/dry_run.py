@@ -31,7 +31,7 @@ def distinct_programs(
         overrides: Arguments ``--config.<key>=<value>``.
 
     Returns:
-        One setting of the space and its config for every program. The keys name the parameters that distinguish it.
+        One setting of the space and its config for every program, by a text with the parameters that distinguish it.
 
     Raises:
         UserError: There are more than `MAX_PROGRAMS`.
@@ -51,7 +51,7 @@ def distinct_programs(
                 f"the space has more than {MAX_PROGRAMS} programs; fix some of the parameters "
                 + ", ".join(sorted(combined_names))
             )
-    # the value of a stacked number is an input of the program, so a range of it does not distinguish programs
+    # a number in STACKED_KEYS is an input of the program, so a range of it does not distinguish programs
     shown = {name for name in distributions if name in program_keys and name not in pack.STACKED_KEYS} | combined_names
     return {_program_name(params, shown): (params, config) for params, config in programs.values()}
 

@@ -23,7 +23,7 @@ class _ActiveTrial:
     Attributes:
         trial: The trial.
         config: Its config.
-        resources: Its heartbeat, and the copying of its workdir into a bucket, if any.
+        resources: Its heartbeat and, if its workdir is in a bucket, the synchronisation; closed when it ends.
         member: Its run in the pack; None while it waits for a slot.
         reported: Number of validations that are reported to the study.
         checked_at: Time of the last check whether another worker has taken the trial over.
@@ -68,7 +68,7 @@ class PackedWorker:
         self._slots, self._layout, self._heartbeat, self._grace = slots, layout, heartbeat, grace
         self._pack: Pack | None = None
         self._trials: list[_ActiveTrial] = []
-        self._next_claim = 0.0  # time of the next attempt to claim a trial, after there was none
+        self._next_claim = 0.0  # no trial is claimed before this time; set if there was none to claim
 
     def run(self, *, wait: bool = True) -> int:
         """Train trials until all trials of the study have ended; see `xdim_jax.sweeps.worker.run_worker`."""
@@ -76,7 +76,7 @@ class PackedWorker:
             while True:
                 self._fill_slots()
                 if self._pack is not None and any(active.member for active in self._trials):
-                    self._step(self._pack)  # also after a signal: this step saves a checkpoint
+                    self._step(self._pack)  # after a signal, this step also saves a checkpoint
                 elif self._stop.signal or not (wait and self._wait_for_others()):
                     break
                 else:
@@ -90,7 +90,7 @@ class PackedWorker:
         return worker.wait_for_others(self._study, self._stop, seconds=min(self._heartbeat, 2.0))
 
     def _fill_slots(self) -> None:
-        """Claim trials and put them into empty slots, until there are no more of either."""
+        """Claim trials and put them into slots, until no slot is empty or no trial can be claimed."""
         while not self._stop.signal:
             active = next((a for a in self._trials if a.member is None), None)
             if active is None:
@@ -104,7 +104,7 @@ class PackedWorker:
                 active = self._open(trial)
             with self._finished_on_error(active):
                 if self._pack is None or not self._pack.fits(active.config):
-                    if len(self._trials) > 1:  # the other program is still in use
+                    if len(self._trials) > 1:  # trials with another program are still running
                         return
                     self._pack = Pack(active.config, self._slots, self._layout, self._stop)
                 address = worker.trial_address(self._job.root, studies.origin_of(active.trial))
@@ -139,18 +139,20 @@ class PackedWorker:
         """Report new validations of a trial, and finish it if it has ended, is pruned, or is taken over."""
         member = active.member
         assert member is not None
-        pruned, lost, run = False, False, member.opened.run
+        pruned, taken_over, run = False, False, member.opened.run
         if member.controller.steps_done % run.per_epoch == 0 or not member.running:
             before = active.reported
             active.reported = worker.report_validations(active.trial, run.workdir, before)
             pruned = active.reported > before and member.running and active.trial.should_prune()
         if time.monotonic() - active.checked_at > self._heartbeat:
-            active.checked_at, lost = time.monotonic(), not studies.is_running(self._study, active.trial)
+            active.checked_at = time.monotonic()
+            taken_over = not studies.is_running(self._study, active.trial)
         if member.error:
             self._finish(active, 2, error=member.error)
-        elif pruned or lost or not member.running:
-            # after a signal the trial is not complete: the signal may have interrupted its last validation
-            self._finish(active, REQUEUE if pruned or lost or self._stop.signal else 0, pruned=pruned)
+        elif pruned or taken_over or not member.running:
+            # after a signal, a trial that has no further step is not complete: its last validation may be missing
+            interrupted = pruned or taken_over or self._stop.signal
+            self._finish(active, REQUEUE if interrupted else 0, pruned=pruned)
 
     @contextlib.contextmanager
     def _finished_on_error(self, active: _ActiveTrial) -> Iterator[None]:

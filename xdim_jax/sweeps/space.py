@@ -116,15 +116,15 @@ def explore(suggest: Suggest) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     are then tried one at a time. Not all combinations are tried: their number grows exponentially.
 
     Returns:
-        The settings that were tried, twice for each branch: with the lower and with the upper ends of all ranges; and
-        the distribution of every parameter by name.
+        The settings that were tried: for each branch one with the lower ends of all ranges, and one with the upper
+        ends. The second result is the distribution of every parameter by name.
 
     Raises:
         ValueError: A range is impossible, or a parameter has two different ranges.
     """
     tried: list[dict[str, Any]] = []
     distributions: dict[str, Any] = {}
-    # choices to try, and the parameters that were known before the last of these choices
+    # choices to try, and the parameters whose other choices are in the queue already
     queue: list[tuple[dict[str, Any], set[str]]] = [({}, set())]
     while queue and len(tried) < _MAX_SETTINGS:
         picks, known = queue.pop(0)

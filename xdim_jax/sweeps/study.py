@@ -3,7 +3,7 @@
 optuna keeps the study in a journal file or in a database. This module adds a limit on the number of trials, and resumes
 trials whose worker has died:
 
-- While a worker trains a trial, a thread writes a heartbeat into the trial.
+- While a worker trains a trial, it stores a heartbeat in the trial: the current time, every few seconds.
 - If the heartbeats stop, any other worker marks the trial as failed and queues its parameters again.
 - The queued parameters become a new trial of optuna, which is a further *attempt* at the same trial of the sweep. All
   attempts have the same *origin*: the number of the first attempt. The workdir is named after the origin, so the new
@@ -36,7 +36,7 @@ PRUNERS = ("none", "median", "asha")
 _ORIGIN = "origin"  # number of the first attempt
 _HEARTBEAT = "alive"  # time of the last heartbeat
 _ERROR = "error"  # why training failed; the trial is not tried again
-_SURPLUS = "surplus"  # the trial was created by mistake and does not count, see `claim_trial`
+_SURPLUS = "surplus"  # the trial exceeds the limit or repeats a running one, and does not count; see `claim_trial`
 
 
 def import_optuna() -> Any:
@@ -169,7 +169,7 @@ def make_sampler(name: str, distributions: dict[str, Any], seed: int | None) -> 
         return samplers.TPESampler(seed=seed, constant_liar=True)
 
     class Grid(samplers.GridSampler):
-        """A grid sampler that does not stop the study: `claim_trial` does, and `Study.stop` fails in ask-and-tell."""
+        """A grid sampler that does not call `Study.stop` at its end, which is an error outside of `Study.optimize`."""
 
         def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
             pass
@@ -211,7 +211,7 @@ def format_value(value: Any) -> str:
 
 
 def group_attempts(study: Any) -> dict[int, list[Any]]:
-    """Return the attempts at every trial, in order, by origin. Surplus trials are left out."""
+    """Return the attempts at every trial in the order of creation, by origin. Surplus trials are left out."""
     groups: dict[int, list[Any]] = {}
     for trial in study.get_trials(deepcopy=False):
         if _SURPLUS not in trial.user_attrs:
@@ -230,7 +230,7 @@ def deciding_attempt(attempts: Sequence[Any]) -> Any:
 
 
 def has_ended(attempts: Sequence[Any]) -> bool:
-    """True if no attempt is active or will follow: the trial is complete or pruned, or has failed for good."""
+    """True if the trial is complete or pruned, or if it failed and no further attempt will follow."""
     last = deciding_attempt(attempts)
     if last.state.name == "FAIL":
         return _ERROR in last.user_attrs or len(attempts) >= MAX_ATTEMPTS
@@ -240,8 +240,9 @@ def has_ended(attempts: Sequence[Any]) -> bool:
 def claim_trial(study: Any, limit: int) -> Any | None:
     """Claim a trial for this worker: a queued one, or a new one if the study has fewer than ``limit``.
 
-    optuna cannot lock a study, so several workers may create a trial at the same time, or resume the same one. Each
-    worker therefore checks its trial after it was created. If it is one too many, the worker marks it as surplus.
+    optuna cannot lock a study. Several workers may therefore create the last trial at the same time, or claim two
+    attempts at the same trial. So each worker checks its trial after claiming it. If there is one too many, the worker
+    marks its trial as surplus, and tries again.
 
     Returns:
         An `optuna.Trial`, or None if there is no trial to claim.
@@ -282,7 +283,8 @@ def finish_trial(study: Any, trial: Any, state: str, value: float | None = None,
         error: Why training failed. With an error, the trial is not tried again.
 
     Returns:
-        False if the trial has already ended: another worker took this one for dead, and marked the trial as failed.
+        False if the trial has already ended, because another worker has marked it as failed, see
+        `requeue_dead_trials`.
     """
     optuna = import_optuna()
     try:
@@ -295,13 +297,13 @@ def finish_trial(study: Any, trial: Any, state: str, value: float | None = None,
 
 
 def is_running(study: Any, trial: Any) -> bool:
-    """True unless another worker has marked the trial as failed, because it took this worker for dead."""
+    """True unless another worker has marked the trial of this worker as failed, see `requeue_dead_trials`."""
     running = study.get_trials(deepcopy=False, states=(import_optuna().trial.TrialState.RUNNING,))
     return any(other.number == trial.number for other in running)
 
 
 def requeue_dead_trials(study: Any, grace: float = GRACE_SECONDS) -> list[int]:
-    """Mark trials of dead workers as failed, and queue a further attempt at every trial that nobody trains.
+    """Mark running trials of dead workers as failed, and queue a further attempt at every interrupted trial.
 
     Several workers may call this at the same time. If two of them queue the same trial, `claim_trial` drops one.
 

@@ -1,4 +1,4 @@
-"""A worker: it claims trials of a study, trains each in a process of its own, and stores the results in the study."""
+"""A worker, which claims trials of a study, trains each in a separate process, and stores the results in the study."""
 
 import ctypes
 import dataclasses
@@ -69,8 +69,8 @@ def run_worker(
         stop: Signals that the process receives; a signal stops the current trial and the worker.
         heartbeat: Seconds between two heartbeats.
         grace: Seconds after which a worker without a heartbeat counts as dead.
-        wait: If there is nothing to claim, wait until the trials of other workers have ended, so that trials of dead
-            workers can be resumed. False: return at once.
+        wait: If no trial can be claimed, wait until the trials of other workers have ended, in order to resume them if
+            their workers die. False: return at once.
 
     Returns:
         The exit status.
@@ -87,13 +87,13 @@ def run_worker(
 
 
 def requeue_dead_trials(study: Any, grace: float) -> None:
-    """Return the trials of dead workers to the queue, and log their numbers."""
+    """Queue interrupted trials again, see `xdim_jax.sweeps.study.requeue_dead_trials`, and log their numbers."""
     for origin in studies.requeue_dead_trials(study, grace):
-        log.say(f"trial {origin}: nobody trains it; returned to the queue, to resume from its last checkpoint")
+        log.say(f"trial {origin}: was interrupted; queued again, to resume from its last checkpoint")
 
 
 def wait_for_others(study: Any, stop: StopRequest, *, seconds: float) -> bool:
-    """Wait for a while if trials of other workers have not ended; return False at once if all have."""
+    """Return False if all trials have ended; otherwise wait for some seconds, and return True."""
     if all(map(studies.has_ended, studies.group_attempts(study).values())):
         return False
     end = time.monotonic() + seconds
@@ -110,7 +110,7 @@ def suggest_parameters(trial: Any, job: Job) -> None:
 
 
 def _train(study: Any, trial: Any, job: Job, stop: StopRequest, heartbeat: float) -> None:
-    """Train a trial in a new process. After a signal, or if the trial is pruned or lost, the process gets SIGTERM."""
+    """Train a trial in a new process. Send SIGTERM after a signal, and if the trial is pruned or taken over."""
     suggest_parameters(trial, job)
     workdir = local_workdir(job.root, studies.origin_of(trial))
     workdir.mkdir(parents=True, exist_ok=True)
@@ -129,10 +129,10 @@ def _train(study: Any, trial: Any, job: Job, stop: StopRequest, heartbeat: float
         before = reported
         reported = report_validations(trial, workdir, reported)
         pruned = pruned or (not terminated and reported > before and trial.should_prune())
-        lost = False
+        taken_over = False
         if time.monotonic() - checked_at > heartbeat:
-            checked_at, lost = time.monotonic(), not studies.is_running(study, trial)
-        if not terminated and (stop.signal or pruned or lost):
+            checked_at, taken_over = time.monotonic(), not studies.is_running(study, trial)
+        if not terminated and (stop.signal or pruned or taken_over):
             child.send_signal(signal.SIGTERM)  # training saves a checkpoint and exits
             terminated = True
     report_validations(trial, workdir, reported)
