@@ -15,7 +15,7 @@ from xdim_jax.data import phantom
 from xdim_jax.data.case import Case, list_cases, read_case
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.pages.colours import PALETTE
-from xdim_jax.pages.figures import shade
+from xdim_jax.pages.figures import overlay_labels
 
 
 def show(
@@ -27,7 +27,7 @@ def show(
     k = int(height * (len(volume.image) - 1))
     image = volume.image[k, ..., channel]
     image = image if window is None else np.clip(image, *window)
-    rgb = shade(image, volume.label[k] if label else None, PALETTE)
+    rgb = overlay_labels(image, volume.label[k] if label else None, PALETTE)
     axes.imshow(rgb, aspect=volume.grid.spacing[1] / volume.grid.spacing[2])
     axes.set_title(title, fontsize=9, color="white")
     axes.set_axis_off()

@@ -26,7 +26,7 @@ command=(python -m xdim_jax.sweep "--config=$CONFIG" "--space=$SPACE" "--trials=
     "--config.data.root=$DATA")
 status=0
 srun "${command[@]}" "$@" || status=$?
-if [ "$status" -eq 75 ]; then # its trial is given back: this worker may come again
+if [ "$status" -eq 75 ]; then # the trial is returned to the queue; requeue the worker
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -1,4 +1,4 @@
-"""Stands in for training, and a worker that trains with it: quick enough for many workers on two cores.
+"""A toy that replaces training, and a worker that trains it; quick enough for many workers on two cores.
 
 python -m tests.sweep_worker train --config=C --workdir=W --config.x=0.3       five epochs of a toy
 python -m tests.sweep_worker work STORAGE ROOT TRIALS [PRUNER]
@@ -12,15 +12,16 @@ from pathlib import Path
 
 from xdim_jax.base.signals import REQUEUE, catch_signals
 from xdim_jax.sweeps import study as studies
-from xdim_jax.sweeps.worker import Job, work
+from xdim_jax.sweeps.worker import Job, run_worker
 
 EPOCHS = 5
 
 
 def train(argv):
-    """Dice rises to 1 - |x - 0.5|; every epoch is kept, and one that was is not done again. x above 0.9 fails.
+    """Train for five epochs, in which the Dice rises to 1 - |x - 0.5|; fail if x is above 0.9.
 
-    While there is a file ``hold`` beside the trials, it waits after its first epoch.
+    Every epoch is saved, and a resumed trial does not repeat it. While the folder of the trials has a file ``hold``,
+    the toy waits after its first epoch.
     """
     values = dict(word.removeprefix("--").split("=", 1) for word in argv)
     workdir, x = Path(values["workdir"]), float(values["config.x"])
@@ -47,12 +48,12 @@ def train(argv):
 
 
 def suggest(trial):
-    """One number."""
+    """Draw one number."""
     trial.suggest_float("x", 0.0, 1.0)
 
 
 def main(argv):
-    """Trains, or works."""
+    """Train the toy, or run a worker."""
     if argv[0] == "train":
         return train(argv[1:])
     storage, root, trials, *pruner = argv[1:]
@@ -62,7 +63,8 @@ def main(argv):
     command = (sys.executable, "-m", "tests.sweep_worker", "train")
     with catch_signals() as stop:
         stop.busy = True
-        return work(study, Job("C", (), suggest, Path(root), int(trials), command), stop, beat=0.5, grace=8.0)
+        job = Job("C", (), suggest, Path(root), int(trials), command)
+        return run_worker(study, job, stop, heartbeat=0.5, grace=8.0)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from xdim_jax.data import phantom
 from xdim_jax.nets import layers, networks
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import STEPS_FILE, read_records
-from xdim_jax.sweeps import dry, packed, worker
+from xdim_jax.sweeps import dry_run, packed, worker
 from xdim_jax.sweeps import study as studies
 from xdim_jax.training import pack
 
@@ -358,12 +358,13 @@ def make_worker(folder, data, suggest, trials, stop=None, pruner=None, slots=2):
     study = studies.open_study(studies.open_storage(str(folder / "study.journal")), "toy", pruner=pruner)
     job = worker.Job(RECIPE, overrides(data, SWEPT), suggest, folder, trials)
     stop = stop or signals.StopRequest()
-    return study, packed.PackedWorker(study, job, stop, slots=slots, layout="scan", beat=0.2, grace=60.0)
+    return study, packed.PackedWorker(study, job, stop, slots=slots, layout="scan", heartbeat=0.2, grace=60.0)
 
 
 def ends(study):
-    """State names by origin, of the trial that counts."""
-    return [studies.outcome(trials).state.name for _, trials in sorted(studies.by_origin(study).items())]
+    """Return the states of all trials in the order of their origins."""
+    groups = studies.group_attempts(study)
+    return [studies.deciding_attempt(attempts).state.name for _, attempts in sorted(groups.items())]
 
 
 def test_a_sweep_trains_in_packs_what_it_would_train_alone(data, tmp_path, capsys):
@@ -391,7 +392,7 @@ def test_a_sweep_trains_in_packs_what_it_would_train_alone(data, tmp_path, capsy
     assert "5 of 5 trials have ended" in capsys.readouterr().out
 
 
-def test_a_trial_that_fails_or_is_pruned_gives_its_place_away(data, tmp_path):
+def test_the_slot_of_a_failed_or_pruned_trial_is_used_again(data, tmp_path):
     class Pruner(optuna.pruners.BasePruner):
         def prune(self, study, trial):
             return trial.number == 1
@@ -406,14 +407,14 @@ def test_a_trial_that_fails_or_is_pruned_gives_its_place_away(data, tmp_path):
         overrides=[*work._job.overrides, "--config.optim.clip_norm=1e6", "--config.optim.eps=1e-16"]
         + ["--config.train.validate_every=1"],
     )
-    assert work.work() == 0
+    assert work.run() == 0
     assert ends(study) == ["FAIL", "PRUNED", "COMPLETE", "COMPLETE", "COMPLETE"]
     trials = study.get_trials()
     assert "not finite" in trials[0].user_attrs["error"] and len(trials) == 5
     assert list(trials[1].intermediate_values) == [1] and list(trials[2].intermediate_values) == [1, 2]
 
 
-def test_a_signal_gives_trials_back_and_they_go_on(data, tmp_path, monkeypatch):
+def test_a_signal_returns_trials_to_the_queue_and_they_are_resumed(data, tmp_path, monkeypatch):
     def suggest(trial):
         trial.suggest_float("optim.schedule.peak", 1e-3, 1e-2)
 
@@ -428,13 +429,13 @@ def test_a_signal_gives_trials_back_and_they_go_on(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pack.Pack, "step", stepped)
     study, work = make_worker(tmp_path, data, suggest, 3, stop)
-    assert work.work() == signals.REQUEUE
+    assert work.run() == signals.REQUEUE
     assert ends(study) == ["FAIL", "FAIL"] and "error" not in study.trials[0].user_attrs
     assert int(checkpoint._newest(tmp_path / "trial0000" / "checkpoints").name) == 3
     stop.signal = 0
     _, again = make_worker(tmp_path, data, suggest, 3, stop)
     taken.extend([1] * 9)
-    assert again.work() == 0
+    assert again.run() == 0
     assert ends(study) == ["COMPLETE"] * 3
     steps = [r["step"] for r in read_records(tmp_path / "trial0000", STEPS_FILE)]
     assert steps == list(range(1, len(steps) + 1)), "no step twice, none lost"
@@ -443,7 +444,7 @@ def test_a_signal_gives_trials_back_and_they_go_on(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--pack=-1"], "--pack=-1: expected 0, or a number of trials"),
+        (["--pack=-1"], "--pack=-1"),
         (["--pack=2", "--config.mesh.parallel=pmap"], r"config\.mesh\.parallel=pmap"),
     ],
 )
@@ -460,7 +461,7 @@ def test_sweeps_that_cannot_be_packed(words, message, data, tmp_path):
 
 
 def test_every_program_of_a_space_is_found_once(monkeypatch):
-    """Of two choices and what the second opens; ranges that no program holds make none."""
+    """Choices of the program are combined; ranges and choices outside of the program do not add programs."""
 
     def suggest(trial):
         trial.suggest_float("optim.schedule.peak", 1e-4, 1e-2)
@@ -470,7 +471,7 @@ def test_every_program_of_a_space_is_found_once(monkeypatch):
         if trial.suggest_categorical("optim.name", ["nadam", "nadam_torch"]) == "nadam_torch":
             trial.suggest_categorical("optim.clip_norm", [0.0, 1.0])
 
-    found = dry.distinct(suggest, RECIPE, SHAPES)
+    found = dry_run.distinct_programs(suggest, RECIPE, SHAPES)
     keys = ("optim.lookahead.period", "optim.name", "optim.clip_norm")
     expected = [(p, *rest) for p in (0, 6) for rest in (("nadam", None), ("nadam_torch", 0.0), ("nadam_torch", 1.0))]
     assert sorted((tuple(p.get(k) for k in keys) for p, _ in found.values()), key=str) == expected
@@ -479,9 +480,9 @@ def test_every_program_of_a_space_is_found_once(monkeypatch):
         for key in ("rotate", "noise", "scale", "gamma", "blur"):
             trial.suggest_categorical(f"augment.{key}.p", [0.0, 0.5])
 
-    monkeypatch.setattr(dry, "MOST", 20)
-    with pytest.raises(UserError, match=r"more than 20 programs; fix some of: augment\.blur\.p"):
-        dry.distinct(many, RECIPE, SHAPES)
+    monkeypatch.setattr(dry_run, "MAX_PROGRAMS", 20)
+    with pytest.raises(UserError, match=r"more than 20 programs.*augment\.blur\.p"):
+        dry_run.distinct_programs(many, RECIPE, SHAPES)
 
 
 @pytest.mark.parametrize("slots", [0, 2])

@@ -43,7 +43,7 @@ FIGURES = {  # box plots; agreement of volumes; five cases
 
 
 def write_own(root):
-    """Two channels of a ball in a box, in nnU-Net's layout."""
+    """Write images of a ball with two channels, in the layout of nnU-Net."""
     rng = np.random.default_rng(0)
     for folder in ("imagesTr", "labelsTr"):
         (root / folder).mkdir(parents=True)
@@ -72,7 +72,7 @@ def write_data(name, root):
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def made(request, tmp_path_factory):
-    """The name, and a folder with data, predictions (references that are shifted more from case to case), report."""
+    """Return the name, and a folder with data, predictions (references with growing shifts) and the report."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     root = folder / "data"
     write_data(name, root)
@@ -92,14 +92,14 @@ def made(request, tmp_path_factory):
 
 
 @pytest.mark.quick
-def test_a_report_says_what_it_shows(made):
+def test_a_report_has_all_figures_and_facts(made):
     name, folder = made
     page = (folder / "report.html").read_text()
     assert page.count("<img ") == FIGURES[name]
     for role in ("Best", "75th percentile", "Median", "25th percentile", "Worst"):
         assert f"{role}: " in page
     assert "environment of prediction" in page and f"Python {environment.describe()['python']}" in page
-    assert "No --workdir was given: no curves and no config." in page
+    assert "no config: --workdir was not given" in page
     published = {"camus": "0.945", "chaos": "69.32", "brats": "91.22", "nnunet": None}[name]
     assert ('<tr class="paper">' in page) == (published is not None)
     assert published is None or published in page
@@ -123,7 +123,7 @@ PROBE = """<script>window.onload = () => {
 
 
 def browse(tmp_path, *arguments):
-    """Headless, with no way to any other host."""
+    """Run a headless browser that cannot reach any other host."""
     command = [
         CHROMIUM,
         "--headless=new",

@@ -1,9 +1,10 @@
-"""Writes one self-contained HTML file: scores, training curves, and cases from best to worst with their errors.
+"""Write one self-contained HTML file with scores, training curves, and pictures of cases with their errors.
 
-The tables stand beside the paper's; cases are the best, the 75th percentile, the median, the 25th percentile and the
-worst by mean Dice. Without --workdir there are no curves.
+The tables have the scores of the paper next to those of the evaluation. Pictures show the best case, the 75th
+percentile, the median, the 25th percentile and the worst case by mean Dice. Without --workdir there are no curves.
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,12 +22,8 @@ from xdim_jax.scoring.results import number
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line, see ``--help``."""
-    parser = make_parser("xdim_jax.report", __doc__ or "", "exit status: 0 done, 2 unusable input")
-    parser.add_argument("--workdir", help="folder of the training run, or gs://, s3://")
-    parser.add_argument("--eval", required=True, type=Path, help="folder that xdim_jax.evaluate wrote")
-    parser.add_argument("--out", required=True, type=Path, help="the HTML file to write")
-    options = parser.parse_args(argv)
+    """Run the command line, see ``--help``."""
+    options = _parser().parse_args(argv)
     members = find_members([bucket.fetch(options.workdir)]) if options.workdir else []
     config = read_config(members[0]).to_dict() if members else None
     records = read_records(members[0]) if len(members) == 1 else []
@@ -35,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
     compared = results.read_record(options.eval)
     if not isinstance(summary, dict) or {"rules", "structures", "groups", "empty", "unreadable"} - summary.keys():
         raise UserError(
-            f"{options.eval / results.SUMMARY_FILE} is no summary; write it with python -m xdim_jax.evaluate"
+            f"{options.eval / results.SUMMARY_FILE} is not the summary of an evaluation; create it with "
+            "python -m xdim_jax.evaluate"
         )
     environments = _environments(members[0] if members else None, Path(compared["pred"]))
     patients = {case: v["patient"] for case, v in compared["cases"].items()}
@@ -51,8 +49,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("xdim_jax.report", __doc__ or "", "Exit status: 0 done; 2 unusable input.")
+    parser.add_argument("--workdir", help="folder of the training run, or gs://, s3://")
+    parser.add_argument("--eval", required=True, type=Path, help="output folder of xdim_jax.evaluate")
+    parser.add_argument("--out", required=True, type=Path, help="HTML file to write")
+    return parser
+
+
 def _environments(workdir: Path | None, pred: Path) -> dict[str, Mapping[str, Any]]:
-    """What trained (the last start of a run) and what predicted, where these left a record."""
+    """Return the recorded environments of training (at the last start of the run) and of prediction."""
     found: dict[str, Mapping[str, Any]] = {}
     if workdir and (starts := environment.read_starts(workdir)):
         several = f", last of {len(starts)} starts" if len(starts) > 1 else ""
@@ -61,14 +67,14 @@ def _environments(workdir: Path | None, pred: Path) -> dict[str, Mapping[str, An
     try:
         entry = read_json(record).get("environment") if record.is_file() else None
     except (UserError, AttributeError):
-        entry = None  # told where its images are looked for
+        entry = None  # the search for the images of the cases reports this error
     if isinstance(entry, dict):
         found["prediction"] = entry
     return found
 
 
 def command() -> NoReturn:
-    """The console entry point."""
+    """Console entry point."""
     run(main)
 
 

@@ -1,37 +1,41 @@
-"""Searches a space of configs; run again, or on other machines too, the same command joins in as one more worker.
+"""Search a space of configs for the best validation Dice. The same command, run again, is an additional worker.
 
-Every trial is a run of xdim_jax.train in <workdir>/trial<number>, which evaluate, predict and report understand. Its
-score is the best validation Dice. The trial of a worker that dies goes on elsewhere, from its last checkpoint.
+Workers can run on several machines that share the storage of the study. Every trial is a run of xdim_jax.train in
+<workdir>/trial<number>, so evaluate, predict and report accept it. Its score is the best validation Dice. If a worker
+dies, another worker resumes its trial from the last checkpoint.
 
-The space is a Python file with a function suggest(trial) of optuna's suggest_* calls on config paths:
+The space is a Python file with a function suggest(trial) that calls suggest_* of optuna with config keys as names:
 
     def suggest(trial):
         trial.suggest_float("optim.schedule.peak", 1e-4, 3e-3, log=True)
         trial.suggest_categorical("model.activation", ["relu", "silu"])
+
+"python -m xdim_jax.sweep report --help" describes the report of a sweep.
 """
 
-if __name__ == "__main__":  # see xdim_jax/train.py: a pack trains in this process
+if __name__ == "__main__":  # before the imports, which take seconds and would be done twice; a pack trains in here
     from xdim_jax.base.huge_pages import prefer_huge_pages
 
     prefer_huge_pages()
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from xdim_jax.base import log
+from xdim_jax.base import bucket, log
 from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import write_text
 from xdim_jax.base.signals import REQUEUE, catch_signals
 from xdim_jax.ops.compilation import cache_programs
 from xdim_jax.runs import checkpoint
 from xdim_jax.sweeps import study as studies
-from xdim_jax.sweeps.arguments import add_study_arguments, storage_of
-from xdim_jax.sweeps.dry import rehearse
+from xdim_jax.sweeps.dry_run import dry_run
 from xdim_jax.sweeps.packed import PackedWorker
 from xdim_jax.sweeps.space import check_space, load_space
-from xdim_jax.sweeps.worker import Job, work
+from xdim_jax.sweeps.worker import Job, run_worker
 from xdim_jax.training.check import resolve_config
 from xdim_jax.training.initial_weights import read_start
 from xdim_jax.training.needs import parse_bytes
@@ -39,101 +43,176 @@ from xdim_jax.training.pack import LAYOUTS, check_packable
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line, see ``--help``."""
+    """Run the command line, see ``--help``."""
     if argv and argv[0] == "report":
-        from xdim_jax.sweeps import page
-
-        return page.main(argv[1:])
-    parser = make_parser(
-        "xdim_jax.sweep",
-        __doc__ or "",
-        f"exit status: 0 all trials have ended, 2 unusable input, {REQUEUE} stopped by SIGTERM or SIGUSR1, the trial "
-        "given back\n\nexamples:\n"
-        "  python -m xdim_jax.sweep --config=configs/camus_omnianet.py:phantom --space=configs/sweeps/optimiser.py \\\n"
-        "      --trials=20 --workdir=runs/sweep\n"
-        "  python -m xdim_jax.sweep report --workdir=runs/sweep --out=sweep.html",
-    )
-    add = parser.add_argument
-    add("--config", required=True, metavar="FILE[:WORDS]", help="a recipe; --config.<key>=<value> overrides it")
-    add("--space", required=True, type=Path, metavar="FILE", help="what is varied")
-    add("--trials", required=True, type=int, metavar="N", help="trials of the study, of all workers together")
-    add("--workdir", required=True, help="folder of the trials, or gs://, s3://; all workers must see it")
-    add_study_arguments(parser)
-    add("--sampler", choices=studies.SAMPLERS, default="tpe", help="default: %(default)s")
-    add("--pruner", choices=studies.PRUNERS, default="none", help="ends trials that lag behind; default: %(default)s")
-    add("--pruner-warmup", type=int, default=1, metavar="N", help="validations before a trial may be pruned")
-    add("--seed", type=int, help="of the sampler of this worker")
-    add("--grace", type=float, default=studies.GRACE, metavar="S", help="seconds after which a silent worker is dead")
-    add(
-        "--pack",
-        type=int,
-        default=0,
-        metavar="K",
-        help="train up to K trials of one shape in one program; 0: each alone",
-    )
-    add(
-        "--layout",
-        choices=LAYOUTS,
-        default="auto",
-        help="of a pack: see xdim_jax/training/pack.py; default: %(default)s",
-    )
-    add("--dry-run", action="store_true", help="compile every program that the space asks for, and say whether it fits")
-    add("--budget", metavar="SIZE", help="of a dry run: memory of a device, e.g. 16GiB; default: this one's")
-    add("--no-wait", action="store_true", help="end when there is nothing to take, not when all trials have ended")
-    options, overrides = parser.parse_known_args(argv)
-    if options.trials < 1:
-        raise UserError(f"--trials={options.trials}: expected a number above 0")
-    if options.pack < 0:
-        raise UserError(f"--pack={options.pack}: expected 0, or a number of trials")
-    if options.grace <= 0:
-        raise UserError(f"--grace={options.grace}: expected seconds above 0")
+        return _write_report(_report_parser().parse_args(argv[1:]))
+    options, overrides = _parser().parse_known_args(argv)
+    _check_numbers(options)
     config = load_config(options.config, overrides)
     resolve_config(config, needs_data=not options.dry_run)
-    suggest, text = load_space(options.space)
+    suggest, space = load_space(options.space)
     distributions = check_space(suggest, options.space, options.config, overrides)
     if options.pack:
         check_packable(config, options.pack, options.layout)
     if options.dry_run:
         cache_programs()
         budget = parse_bytes(options.budget) if options.budget else None
-        rehearse(suggest, options.config, overrides, slots=options.pack, layout=options.layout, budget=budget)
+        dry_run(suggest, options.config, overrides, slots=options.pack, layout=options.layout, budget=budget)
         return 0
-    if config.init.weights and "init.weights" not in distributions:  # every trial would fail for want of them
-        read_start(config.init)
-    sampler = studies.make_sampler(options.sampler, distributions, options.seed)
-    size = studies.grid_size(sampler)
-    if size is not None and size < options.trials:
-        raise UserError(f"--trials={options.trials}: the grid has {size} points; give --trials={size} or fewer")
-    study = studies.open_study(
-        studies.open_storage(storage_of(options)),
-        options.study,
-        sampler=sampler,
-        pruner=studies.make_pruner(options.pruner, warmup=options.pruner_warmup),
-    )
-    facts = {"config": options.config, "overrides": sorted(overrides), "space": text}
-    studies.agree(study, facts)
-    done = sum(map(studies.settled, studies.by_origin(study).values()))
-    log.say(f"study      {options.study} in {storage_of(options)}: {done} of {options.trials} trials have ended")
-    job = Job(options.config, overrides, suggest, options.workdir, options.trials)
-    with catch_signals() as stop:
-        stop.busy = True
-        beat = min(studies.BEAT, options.grace / 4)
-        if options.pack:
-            cache_programs()
-            checkpoint.quieten_process()
-            packed = PackedWorker(
-                study, job, stop, slots=options.pack, layout=options.layout, beat=beat, grace=options.grace
-            )
-            status = packed.work(wait=not options.no_wait)
-        else:
-            status = work(study, job, stop, beat=beat, grace=options.grace, wait=not options.no_wait)
+    if config.init.weights and "init.weights" not in distributions:
+        read_start(config.init)  # report an error once, before every trial fails with it
+    if options.sampler == "grid":
+        _check_grid(options.trials, studies.grid_size(distributions))
+    study = _open_study(options, distributions)
+    studies.record_search(study, {"config": options.config, "overrides": sorted(overrides), "space": space})
+    ended = sum(map(studies.has_ended, studies.group_attempts(study).values()))
+    log.say(f"study      {options.study} in {_storage(options)}: {ended} of {options.trials} trials have ended")
+    status = _work(study, Job(options.config, overrides, suggest, options.workdir, options.trials), options)
     if not status:
         log.say(f"report     python -m xdim_jax.sweep report --workdir={options.workdir} --out=<file>.html")
     return status
 
 
+def _check_numbers(options: argparse.Namespace) -> None:
+    if options.trials < 1:
+        raise UserError(f"--trials={options.trials}: expected a number above 0")
+    if options.pack < 0:
+        raise UserError(f"--pack={options.pack}: expected a number of trials, or 0 to train each trial alone")
+    if options.grace <= 0:
+        raise UserError(f"--grace={options.grace}: expected seconds above 0")
+
+
+def _check_grid(trials: int, size: int) -> None:
+    if size < trials:
+        raise UserError(f"--trials={trials}: the grid has {size} points; give --trials={size} or fewer")
+
+
+def _storage(options: argparse.Namespace) -> str:
+    """Return ``--storage``, or its default in the workdir."""
+    if not options.storage and bucket.is_address(options.workdir):
+        raise UserError(
+            f"--workdir={options.workdir}: a bucket cannot hold the study; give --storage=postgresql://..., or the "
+            "path of a journal file that all workers can access"
+        )
+    return options.storage or str(Path(options.workdir) / "study.journal")
+
+
+def _open_study(options: argparse.Namespace, distributions: dict[str, Any]) -> Any:
+    """Open the study of ``--study`` and ``--storage``; create it if it does not exist."""
+    return studies.open_study(
+        studies.open_storage(_storage(options)),
+        options.study,
+        sampler=studies.make_sampler(options.sampler, distributions, options.seed),
+        pruner=studies.make_pruner(options.pruner, warmup=options.pruner_warmup),
+    )
+
+
+def _work(study: Any, job: Job, options: argparse.Namespace) -> int:
+    """Train trials until all have ended, or until a signal arrives; return the exit status."""
+    heartbeat, grace, wait = min(studies.HEARTBEAT_SECONDS, options.grace / 4), options.grace, not options.no_wait
+    with catch_signals() as stop:
+        stop.busy = True
+        if not options.pack:
+            return run_worker(study, job, stop, heartbeat=heartbeat, grace=grace, wait=wait)
+        cache_programs()
+        checkpoint.quieten_process()
+        worker = PackedWorker(
+            study, job, stop, slots=options.pack, layout=options.layout, heartbeat=heartbeat, grace=grace
+        )
+        return worker.run(wait=wait)
+
+
+def _write_report(options: argparse.Namespace) -> int:
+    from xdim_jax.sweeps import page  # imports matplotlib, which workers do not need
+
+    storage = _storage(options)
+    if "://" not in storage and not Path(storage).is_file():
+        raise UserError(f"--storage={storage} does not exist; give the --workdir of a sweep, or its --storage")
+    study = studies.open_study(studies.open_storage(storage), options.study, create=False)
+    write_text(options.out, page.render(study))
+    log.say(f"report     {options.out.absolute()}")
+    ranked = page.rank_trials(studies.group_attempts(study))
+    for origin, trial in page.complete_trials(ranked)[:1]:
+        log.say(f"best       trial {origin}: Dice {trial.value:.4f}, {page.format_parameters(trial)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "xdim_jax.sweep",
+        __doc__ or "",
+        "Any value of the config can be overridden for all trials: --config.<key>=<value>\n\n"
+        f"Exit status: 0 all trials have ended; 2 unusable input; {REQUEUE} stopped by SIGTERM or SIGUSR1, and 130 by "
+        "Ctrl-C: the\ntrial is returned to the queue.\n\n"
+        "examples:\n"
+        "  python -m xdim_jax.sweep --config=configs/camus_omnianet.py:phantom --space=configs/sweeps/optimiser.py \\\n"
+        "      --trials=20 --workdir=runs/sweep\n"
+        "  python -m xdim_jax.sweep report --workdir=runs/sweep --out=sweep.html",
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE[:WORDS]", help="a recipe, e.g. configs/brats_dxnet.py")
+    add("--space", required=True, type=Path, metavar="FILE", help="search space, e.g. configs/sweeps/optimiser.py")
+    add("--trials", required=True, type=int, metavar="N", help="number of trials of all workers together")
+    add("--workdir", required=True, help="folder of the trials, or gs://, s3://; all workers must have access to it")
+    _add_study_arguments(parser)
+    add("--sampler", choices=studies.SAMPLERS, default="tpe", help="default: %(default)s")
+    add(
+        "--pruner",
+        choices=studies.PRUNERS,
+        default="none",
+        help="stop trials with a low validation Dice early; default: %(default)s",
+    )
+    add("--pruner-warmup", type=int, default=1, metavar="N", help="validations before a trial may be pruned")
+    add("--seed", type=int, help="seed of the sampler of this worker")
+    add(
+        "--grace",
+        type=float,
+        default=studies.GRACE_SECONDS,
+        metavar="S",
+        help="seconds after which a worker without a heartbeat counts as dead; default: %(default)s",
+    )
+    add(
+        "--pack",
+        type=int,
+        default=0,
+        metavar="K",
+        help="train up to K trials in one program; default: 0, each trial alone",
+    )
+    add("--layout", choices=LAYOUTS, default="auto", help="layout of a pack, see docs/sweeps.md; default: %(default)s")
+    add("--dry-run", action="store_true", help="only compile every program of the space, and check whether it fits")
+    add("--budget", metavar="SIZE", help="for --dry-run: memory of a device, e.g. 16GiB; default: that of this machine")
+    add("--no-wait", action="store_true", help="end when no trial is left to start, not when all trials have ended")
+    return parser
+
+
+def _report_parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "xdim_jax.sweep report",
+        "Write one self-contained HTML file about a sweep: the trials from best to worst, the importance of the "
+        "parameters,\nall parameters in parallel coordinates, and the validation curves.",
+        "Exit status: 0 done; 2 unusable input.",
+    )
+    parser.add_argument("--workdir", default=".", help="folder of the trials; default: the current folder")
+    _add_study_arguments(parser)
+    parser.add_argument("--out", required=True, type=Path, help="HTML file to write")
+    return parser
+
+
+def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a study."""
+    parser.add_argument(
+        "--study", default="sweep", metavar="NAME", help="name of the study in its storage; default: %(default)s"
+    )
+    parser.add_argument(
+        "--storage",
+        default="",
+        metavar="PATH|URL",
+        help="a journal file, sqlite:///<path> or postgresql://...; default: <workdir>/study.journal",
+    )
+
+
 def command() -> NoReturn:
-    """The console entry point."""
+    """Console entry point."""
     run(main)
 
 

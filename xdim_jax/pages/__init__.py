@@ -1,1 +1,1 @@
-"""HTML pages and their figures."""
+"""HTML reports and their figures."""

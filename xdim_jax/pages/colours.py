@@ -1,10 +1,10 @@
-"""What structures are painted in."""
+"""Colours of structures in figures."""
 
-# the paper's red, green, yellow and blue (Fig. 8, 10 and 12), then others
+# red, green, yellow and blue of the paper (Fig. 8, 10 and 12), and further colours
 PALETTE = ("#d62728", "#2ca02c", "#ffd700", "#1f77b4", "#ff7f0e", "#9467bd", "#17becf", "#e377c2")
 RED, GREEN, YELLOW, BLUE = PALETTE[:4]
 
 
 def to_rgb(colour: str) -> tuple[int, int, int]:
-    """``#rrggbb`` as numbers up to 255."""
+    """Return red, green and blue from 0 to 255, given ``#rrggbb``."""
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)

@@ -1,4 +1,7 @@
-"""The pages and pictures of a report: curves, box plots, agreement of volumes, and cases with their errors."""
+"""The figures of a report: training curves, box plots, agreement of volumes, and cases with their errors.
+
+`render_template` puts the figures into an HTML page.
+"""
 
 import base64
 import dataclasses
@@ -16,55 +19,71 @@ from xdim_jax.pages.colours import BLUE, GREEN, PALETTE, RED, YELLOW, to_rgb
 from xdim_jax.scoring.masks import bounding_box
 from xdim_jax.scoring.rules import Column, Masks, Scored
 
+# colours of the structures of the three challenges, as in the paper
 COLOURS = {
     "LV_endo": RED, "LV_epi": BLUE, "LA": GREEN,
     "liver": RED, "right kidney": YELLOW, "left kidney": BLUE, "spleen": GREEN,
     "WT": GREEN, "SNFH": GREEN, "TC": RED, "NETC": RED, "ET": YELLOW, "RC": BLUE,
 }  # fmt: skip
-# what a painted colour shows where structures lie in one another
-SHOWN = {"WT": "edema (of WT)", "TC": "necrosis / non-enhancing (of TC)", "LV_epi": "myocardium (of LV_epi)"}
-ERRORS = {"missed": "#ff00ff", "false": "#00ffff", "another structure": "#ff7f0e"}
-_OPACITY, _MARGIN = 0.55, 4
+# the visible part of a structure whose inner part is covered by another structure
+LEGEND_NAMES = {"WT": "edema (of WT)", "TC": "necrosis / non-enhancing (of TC)", "LV_epi": "myocardium (of LV_epi)"}
+ERROR_COLOURS = {"missed": "#ff00ff", "false": "#00ffff", "another structure": "#ff7f0e"}
+_OPACITY = 0.55  # of labels over an image
+_MARGIN = 4  # voxels around the part of a case that is drawn
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A PNG in base64, with what it says in words."""
+    """A figure for an HTML page.
+
+    Attributes:
+        png: PNG file in base64.
+        alt: Description for readers who do not see the figure.
+        caption: Caption below the figure.
+    """
 
     png: str
     alt: str
     caption: str
 
 
-def encode(figure: Figure, alt: str, caption: str) -> Picture:
-    """A figure as it stands in the page."""
+def encode_png(figure: Figure, alt: str, caption: str) -> Picture:
+    """Return a Matplotlib figure as a picture for an HTML page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, facecolor=figure.get_facecolor())
     return Picture(base64.b64encode(buffer.getvalue()).decode("ascii"), alt, caption)
 
 
-def fill(template: str, **values: Any) -> str:
-    """A page, from its template in this package."""
+def render_template(template: str, **values: Any) -> str:
+    """Return an HTML page, made from a template in ``xdim_jax/pages/templates``."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("xdim_jax.pages", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     return environment.get_template(template).render(**values)
 
 
-def colour_of(structures: Sequence[str]) -> dict[str, str]:
-    """The paper's colour of each structure, or one of a list."""
+def structure_colours(structures: Sequence[str]) -> dict[str, str]:
+    """Return the colour of each structure: that of `COLOURS`, or else the next one of `PALETTE`."""
     return {name: COLOURS.get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(structures)}
 
 
 # -- curves -------------------------------------------------------------------------------------------------------
 
 
-def _number(value: Any) -> float:
+def _to_float(value: Any) -> float:
+    """Return a number of a record; NaN is stored as None."""
     return math.nan if value is None else float(value)
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]]) -> list[Picture]:
-    """Loss with its parts and learning rate, and Dice in training and validation, over epochs."""
+    """Draw loss, loss terms, learning rate, and Dice in training and validation over epochs.
+
+    Args:
+        records: Records of a run, see `xdim_jax.runs.records.read_records`.
+
+    Returns:
+        One picture; none without records of training.
+    """
     train = [r for r in records if r["kind"] == "train"]
     if not train:
         return []
@@ -74,7 +93,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]]) -> list[Picture]:
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     loss_axes, dice_axes = figure.subplots(1, 2)
     for name in ["loss", *sorted(k for k in train[0] if k.endswith("_loss"))]:
-        values = [_number(r.get(name)) for r in train]
+        values = [_to_float(r.get(name)) for r in train]
         loss_axes.plot(epochs, values, label=name.replace("_loss", " term"), lw=2 if name == "loss" else 1)
     loss_axes.set(xlabel="epoch", ylabel="loss", title="Loss", ylim=(0, None))
     rate_axes = loss_axes.twinx()
@@ -83,9 +102,9 @@ def draw_curves(records: Sequence[Mapping[str, Any]]) -> list[Picture]:
     loss_axes.legend(handles=[*loss_axes.get_lines(), *rate_axes.get_lines()], fontsize=8)
     structures = [k.removeprefix("score_") for k in train[-1] if k.startswith("score_")]
     for i, name in enumerate(structures):
-        values = [_number(r.get(f"score_{name}")) for r in train]
+        values = [_to_float(r.get(f"score_{name}")) for r in train]
         dice_axes.plot(epochs, values, color=f"C{i}", lw=1, alpha=0.7, label=f"{name} training")
-        found = [(r["step"] / per_epoch, _number(r.get(f"dice_{name}"))) for r in validation]
+        found = [(r["step"] / per_epoch, _to_float(r.get(f"dice_{name}"))) for r in validation]
         dice_axes.plot(
             [x for x, _ in found],
             [y for _, y in found],
@@ -97,54 +116,77 @@ def draw_curves(records: Sequence[Mapping[str, Any]]) -> list[Picture]:
         )
     dice_axes.set(xlabel="epoch", ylabel="Dice", title="Dice", ylim=(0, 1))
     dice_axes.legend(fontsize=8, loc="lower right", ncols=2)
-    alt = f"loss falls from {_number(train[0]['loss']):.2f} to {_number(train[-1]['loss']):.2f}"
+    alt = f"loss falls from {_to_float(train[0]['loss']):.2f} to {_to_float(train[-1]['loss']):.2f}"
     alt += f"; last validation Dice {validation[-1]['dice']:.3f}" if validation else ""
-    caption = "Training: means over the logging interval, of what the network is given. Validation: whole images."
-    return [encode(figure, alt, caption)]
+    caption = "Training: means over the logging interval, on training patches. Validation: whole images."
+    return [encode_png(figure, alt, caption)]
 
 
 # -- scores over cases --------------------------------------------------------------------------------------------
 
 
 def draw_boxes(groups: Mapping[str, Sequence[Scored]], metrics: Mapping[str, Column]) -> list[Picture]:
-    """Box plots over cases: for every metric one panel, for every structure and group one box, every case a dot."""
+    """Draw box plots over cases.
+
+    Args:
+        groups: Scored cases by the name of their group.
+        metrics: Metrics to draw, by name. A metric that no case has is left out.
+
+    Returns:
+        One picture with a panel for every metric, a box for every structure and group, and a dot for every case; none
+        if there is nothing to draw.
+    """
     structures = list(dict.fromkeys(s for cases in groups.values() for c in cases for s in c.values))
     shown = [m for m in metrics if any(m in v for cases in groups.values() for c in cases for v in c.values.values())]
     if not structures or not shown:
         return []
     boxes = len(structures) * len(groups)
     figure = Figure(figsize=(10, 3.2 * len(shown)), layout="constrained")
-    colours = colour_of(structures)
-    dots = np.random.default_rng(0)
+    colours = structure_colours(structures)
+    rng = np.random.default_rng(0)
     for axes, metric in zip(np.atleast_1d(np.asarray(figure.subplots(len(shown), 1))), shown, strict=True):
-        at, names = 0, []
+        position, names = 0, []
         for structure in structures:
             for group, cases in groups.items():
                 values = [c.values[structure].get(metric, math.nan) for c in cases if structure in c.values]
                 known = np.array([v for v in values if math.isfinite(v)])
-                at += 1
+                position += 1
                 names.append(f"{structure}\n{group}" if len(groups) > 1 else structure)
                 if not known.size:
                     continue
-                axes.boxplot(known, positions=[at], widths=0.6, showfliers=False, medianprops={"color": "black"})
-                spread = dots.uniform(-0.2, 0.2, known.size)
-                axes.scatter(at + spread, known, s=16, alpha=0.8, color=colours[structure], edgecolors="black", lw=0.4)
+                axes.boxplot(known, positions=[position], widths=0.6, showfliers=False, medianprops={"color": "black"})
+                spread = rng.uniform(-0.2, 0.2, known.size)
+                axes.scatter(
+                    position + spread, known, s=16, alpha=0.8, color=colours[structure], edgecolors="black", lw=0.4
+                )
         c = metrics[metric]
         axes.set(ylabel=f"{c.title}{f' ({c.unit})' if c.unit else ''}", xlim=(0.3, boxes + 0.7))
         axes.set_xticks(range(1, boxes + 1), names, fontsize=8)
     alt = f"box plots of {', '.join(metrics[m].title for m in shown)}"
-    return [encode(figure, alt, "Boxes: quartiles and median; whiskers: 1.5 times their distance; dots: cases.")]
+    return [
+        encode_png(
+            figure, alt, "Boxes: quartiles and median. Whiskers: up to 1.5 times the interquartile range. Dots: cases."
+        )
+    ]
 
 
 def draw_agreement(values: Sequence[Mapping[str, float]]) -> list[Picture]:
-    """Volumes of patients: prediction against reference, and the differences of EF over their means (Bland-Altman)."""
+    """Draw the agreement between prediction and reference in ejection fraction (EF) and volumes (EDV, ESV).
+
+    Args:
+        values: For each patient the keys ``ef`` (%), ``edv``, ``esv`` (ml) of the prediction, and the same with the
+            suffix ``_ref`` of the reference. Patients with a value that is not finite are left out.
+
+    Returns:
+        One picture with scatter plots and a Bland-Altman plot of EF; none if no patient is left.
+    """
     usable = [v for v in values if all(math.isfinite(v[f"{n}{s}"]) for n in ("ef", "edv", "esv") for s in ("", "_ref"))]
     if not usable:
         return []
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    scatter, volumes, bland = figure.subplots(1, 3)
-    _against(scatter, usable, {"ef": ("EF", "C0")}, "%")
-    _against(volumes, usable, {"edv": ("EDV", "C1"), "esv": ("ESV", "C2")}, "ml")
+    ejection, volumes, bland = figure.subplots(1, 3)
+    _scatter(ejection, usable, {"ef": ("EF", "C0")}, "%")
+    _scatter(volumes, usable, {"edv": ("EDV", "C1"), "esv": ("ESV", "C2")}, "ml")
     pred, ref = (np.array([v[f"ef{s}"] for v in usable]) for s in ("", "_ref"))
     difference, mean = pred - ref, (pred + ref) / 2
     bias, sd = difference.mean(), difference.std(ddof=1) if len(usable) > 1 else 0.0
@@ -156,12 +198,13 @@ def draw_agreement(values: Sequence[Mapping[str, float]]) -> list[Picture]:
         )
     bland.set(xlabel="mean of both EF (%)", ylabel="prediction - reference (%)", title="Bland-Altman, EF")
     caption = "Bland-Altman: bias (line) and limits of agreement, bias ± 1.96 sd (dashed)."
-    return [encode(figure, f"EF of {len(usable)} patients: bias {bias:.1f} %, sd {sd:.1f} %", caption)]
+    return [encode_png(figure, f"EF of {len(usable)} patients: bias {bias:.1f} %, sd {sd:.1f} %", caption)]
 
 
-def _against(
+def _scatter(
     axes: Axes, values: Sequence[Mapping[str, float]], names: Mapping[str, tuple[str, str]], unit: str
 ) -> None:
+    """Plot predictions over references; ``names`` has the title and the colour of each quantity."""
     for name, (title, colour) in names.items():
         ref, pred = [v[f"{name}_ref"] for v in values], [v[name] for v in values]
         axes.scatter(ref, pred, s=14, color=colour, alpha=0.7, label=title)
@@ -179,48 +222,56 @@ def _against(
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A case to draw.
+    """The arrays of a case to draw.
 
     Attributes:
-        images: title to array (D, H, W); none: on black.
-        pred, ref: structure to mask (D, H, W).
-        spacing: mm along D, H, W.
-        planes: ``slices`` (of a series) or ``three`` (planes through a volume); one slice is drawn as it is.
+        images: Arrays (D, H, W) by title. If there are none, labels are drawn on black.
+        pred: Predicted masks (D, H, W) by structure.
+        ref: Reference masks (D, H, W) by structure.
+        spacing: Spacing in mm along D, H, W.
+        volumetric: True to draw three orthogonal planes, False to draw two slices. An image with a single slice is
+            always drawn as one slice.
     """
 
     images: Mapping[str, np.ndarray]
     pred: Masks
     ref: Masks
     spacing: tuple[float, float, float]
-    planes: str
+    volumetric: bool
 
 
-def painted(masks: Masks, order: Sequence[str]) -> np.ndarray:
-    """One number per voxel, from 1 in ``order``: later structures cover earlier ones."""
+def label_map(masks: Masks, order: Sequence[str]) -> np.ndarray:
+    """Return a label map (uint8) with 1, 2, ... for the structures in ``order``; later ones cover earlier ones."""
     label = np.zeros(next(iter(masks.values())).shape, np.uint8)
     for number, name in enumerate(order, 1):
         label[masks[name]] = number
     return label
 
 
-def paint_order(*sides: Masks) -> list[str]:
-    """Structures by volume, so that inner ones lie on top."""
-    return sorted(sides[0], key=lambda name: -sum(int(np.count_nonzero(s[name])) for s in sides))
+def drawing_order(ref: Masks, pred: Masks) -> list[str]:
+    """Return the structures by decreasing volume, so that inner structures are drawn over outer ones."""
+    return sorted(ref, key=lambda name: -sum(int(np.count_nonzero(masks[name])) for masks in (ref, pred)))
 
 
 def draw_case(view: View, title: str, scores: str) -> Picture:
-    """Rows of image, reference, prediction and errors: the image itself, two slices, or three planes."""
-    order = paint_order(view.ref, view.pred)
-    colours = colour_of(list(view.ref))
-    ref, pred = painted(view.ref, order), painted(view.pred, order)
-    cuts = _cuts(ref, pred, view.planes)
+    """Draw image, reference, prediction and errors of a case side by side, with one row for each slice or plane.
+
+    Args:
+        view: The case.
+        title: Title for the caption.
+        scores: Dice of the structures as text, for the caption.
+    """
+    order = drawing_order(view.ref, view.pred)
+    colours = structure_colours(list(view.ref))
+    ref, pred = label_map(view.ref, order), label_map(view.pred, order)
+    planes = _choose_planes(ref, pred, volumetric=view.volumetric)
     last = list(view.images)[-1] if view.images else ""
     back = view.images[last] if last else np.zeros(ref.shape, np.float32)
-    box = _around(back, ref, pred)
+    box = _crop_box(back, ref, pred)
     columns = [*view.images, "reference", "prediction", "errors"]
     spacing = view.spacing
     heights, widths = [], []
-    for axis, _ in cuts:
+    for axis, _ in planes:
         y, x = (a for a in range(3) if a != axis)
         heights.append((box[y].stop - box[y].start) * spacing[y])
         widths.append((box[x].stop - box[x].start) * spacing[x])
@@ -230,9 +281,9 @@ def draw_case(view: View, title: str, scores: str) -> Picture:
         layout="constrained",
         facecolor="black",
     )
-    panels = np.atleast_2d(np.asarray(figure.subplots(len(cuts), len(columns), squeeze=False)))
-    errors = _errors(ref, pred)
-    for row, (axis, index) in enumerate(cuts):
+    panels = np.atleast_2d(np.asarray(figure.subplots(len(planes), len(columns), squeeze=False)))
+    errors = _error_map(ref, pred)
+    for row, (axis, index) in enumerate(planes):
         y, x = (a for a in range(3) if a != axis)
 
         def cut(array: np.ndarray, axis: int = axis, index: int = index) -> np.ndarray:
@@ -240,29 +291,33 @@ def draw_case(view: View, title: str, scores: str) -> Picture:
             return plane if axis == 0 else plane[::-1]  # superior on top
 
         for column, name in enumerate(columns):
-            under = cut(view.images.get(name, back))
+            image = cut(view.images.get(name, back))
             label, palette = {
                 "reference": (cut(ref), [colours[s] for s in order]),
                 "prediction": (cut(pred), [colours[s] for s in order]),
-                "errors": (cut(errors), list(ERRORS.values())),
+                "errors": (cut(errors), list(ERROR_COLOURS.values())),
             }.get(name, (None, []))
             panel = panels[row, column]
-            panel.imshow(shade(under, label, palette), aspect=spacing[y] / spacing[x], interpolation="nearest")
+            panel.imshow(overlay_labels(image, label, palette), aspect=spacing[y] / spacing[x], interpolation="nearest")
             panel.set_axis_off()
             if row == 0:
                 panel.set_title(name, color="white", fontsize=9)
-            if column == 0 and len(cuts) > 1:
-                words = {"slices": f"slice {index + 1}", "three": ("axial", "coronal", "sagittal")[axis]}[view.planes]
-                panel.text(0.02, 0.02, words, color="white", transform=panel.transAxes, fontsize=8)
-    return encode(figure, f"{title}: image, reference, prediction and errors", f"{title}. Dice {scores}.")
+            if column == 0 and len(planes) > 1:
+                plane_name = ("axial", "coronal", "sagittal")[axis] if view.volumetric else f"slice {index + 1}"
+                panel.text(0.02, 0.02, plane_name, color="white", transform=panel.transAxes, fontsize=8)
+    return encode_png(figure, f"{title}: image, reference, prediction and errors", f"{title}. Dice {scores}.")
 
 
-def _cuts(ref: np.ndarray, pred: np.ndarray, planes: str) -> list[tuple[int, int]]:
-    """Axis and index of every row."""
+def _choose_planes(ref: np.ndarray, pred: np.ndarray, *, volumetric: bool) -> list[tuple[int, int]]:
+    """Return axis and index of the planes to draw.
+
+    For a volume, these are the planes along each axis with the largest area of structures. Otherwise, these are the
+    slice with the largest area of structures, and the slice with the most errors.
+    """
     if ref.shape[0] == 1:
         return [(0, 0)]
     shown = ref > 0 if ref.any() else pred > 0
-    if planes == "slices":
+    if not volumetric:
         largest, errors = int(np.argmax(shown.sum((1, 2)))), (ref != pred).sum((1, 2))
         return [(0, i) for i in dict.fromkeys((largest, int(np.argmax(errors)) if errors.any() else largest))]
     found = []
@@ -272,19 +327,28 @@ def _cuts(ref: np.ndarray, pred: np.ndarray, planes: str) -> list[tuple[int, int
     return found
 
 
-def _around(back: np.ndarray, *labels: np.ndarray) -> tuple[slice, ...]:
-    """The part that is not black, with all structures."""
+def _crop_box(back: np.ndarray, *labels: np.ndarray) -> tuple[slice, ...]:
+    """Return the box with all structures and all voxels that differ from the first one, which is background."""
     mask = np.any([label > 0 for label in labels], 0) | (back != back.flat[0])
     return bounding_box(mask, _MARGIN) if mask.any() else tuple(slice(0, n) for n in back.shape)
 
 
-def _errors(ref: np.ndarray, pred: np.ndarray) -> np.ndarray:
-    """1 missed, 2 false, 3 another structure."""
+def _error_map(ref: np.ndarray, pred: np.ndarray) -> np.ndarray:
+    """Return a label map of the errors, with numbers in the order of `ERROR_COLOURS`."""
     return np.select([(ref > 0) & (pred == 0), (ref == 0) & (pred > 0), ref != pred], [1, 2, 3], 0).astype(np.uint8)
 
 
-def shade(image: np.ndarray, label: np.ndarray | None, palette: Sequence[str]) -> np.ndarray:
-    """Grey image (1st to 99.5th percentile of all but its lowest value) under translucent colours: RGB in [0, 1]."""
+def overlay_labels(image: np.ndarray, label: np.ndarray | None, palette: Sequence[str]) -> np.ndarray:
+    """Draw translucent labels over a grey image.
+
+    Args:
+        image: (H, W). Black and white are the 1st and the 99.5th percentile of the values above the minimum.
+        label: Label map (H, W) with numbers from 1, and 0 for background; None to draw the image alone.
+        palette: Colours ``#rrggbb`` of the labels 1, 2, ...
+
+    Returns:
+        RGB (H, W, 3) from 0 to 1.
+    """
     image = image.astype(np.float32)
     inside = image[image > image.min()]
     low, high = np.percentile(inside, [1, 99.5]) if inside.size else (0.0, 1.0)

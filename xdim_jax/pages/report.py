@@ -1,7 +1,7 @@
-"""Writes one self-contained HTML file: scores, training curves, and cases from best to worst with their errors.
+"""The report of an evaluation as one self-contained HTML file.
 
-The tables stand beside the paper's; cases are the best, the 75th percentile, the median, the 25th percentile and the
-worst by mean Dice. Without --workdir there are no curves.
+It has the scores next to those of the paper, training curves, pictures of five cases from best to worst, and a table of
+all cases.
 """
 
 import json
@@ -22,12 +22,16 @@ from xdim_jax.scoring import challenges, results, tables
 from xdim_jax.scoring.results import number
 from xdim_jax.scoring.rules import Job, Rules, Scored, coding_of, column
 
+# the cases to draw, and their ranks by mean Dice: 1 is the best case, 0 the worst
 ROLES = (("Best", 1.0), ("75th percentile", 0.75), ("Median", 0.5), ("25th percentile", 0.25), ("Worst", 0.0))
-_LONG = 12  # rows of a table of all metrics, beyond which it is folded away where the paper's tables stand before it
+_MAX_OPEN_ROWS = 12  # a longer table of all metrics is collapsed, unless it is the first table of the page
 
 
 def describe_network(model: Mapping[str, Any]) -> str:
-    """``dxnet, encoder efficientnet_b0, instance norm``; of DS-Net, the 2D network inside."""
+    """Return a description such as ``dxnet, encoder efficientnet_b0, instance norm``.
+
+    For DS-Net, encoder and normalisation are those of its 2D network.
+    """
     outer = model.get("inner", model)
     return f"{model['name']}, encoder {outer['encoder']['name']}, {outer['norm']} norm"
 
@@ -41,16 +45,16 @@ def render(
     compared: Mapping[str, Any],
     environments: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """The page.
+    """Return the report as HTML.
 
     Args:
-        config: of the run; None without one.
-        records: of its log.
-        channels: names of its images' channels.
-        summary: of the evaluation.
-        scored: all rows of the evaluation.
-        compared: what ``evaluate.json`` holds; images and label maps are read from the files that it names.
-        environments: what trained and predicted ran on.
+        config: Config of the run; None if there is no run.
+        records: Records of the run, see `xdim_jax.runs.records.read_records`.
+        channels: Names of the image channels.
+        summary: Content of ``summary.json`` of the evaluation.
+        scored: All scored cases of the evaluation.
+        compared: Content of ``evaluate.json``. It names the files from which images and label maps are read.
+        environments: Packages and devices of training and of prediction, by name.
     """
     options = Namespace(**dict.fromkeys(challenges.OPTIONS) | compared["options"] | {"ref": compared["ref"]})
     options.metrics = tuple(compared["options"].get("metrics", ()))
@@ -59,7 +63,7 @@ def render(
     cases = [c for c in scored if c.case_id in compared["cases"]]
     chosen, left_out = choose_cases(cases, summary["unreadable"])
     if not chosen:
-        left_out.append("No pictures: cases are chosen by Dice, which this evaluation does not have.")
+        left_out.append("No pictures: they need the Dice of the cases, which this evaluation does not have.")
     overlays, legend = [], {}
     jobs = _find_jobs(rules, compared, left_out) if chosen else {}
     for role, case in chosen.items():
@@ -70,27 +74,30 @@ def render(
             continue
         shown = ", ".join(f"{s} {number(_finite(v.get('dice')), 3)}" for s, v in case.values.items())
         overlays.append(figures.draw_case(view, f"{role}: {case.case_id}", shown))
-        colours = figures.colour_of(list(view.ref))
-        legend |= {figures.SHOWN.get(name, name): colour for name, colour in colours.items()}
+        colours = figures.structure_colours(list(view.ref))
+        legend |= {figures.LEGEND_NAMES.get(name, name): colour for name, colour in colours.items()}
     if not config:
-        left_out.append("No --workdir was given: no curves and no config.")
+        left_out.append("No curves and no config: --workdir was not given.")
     elif not records:
-        left_out.append("No curves: there is no training record, or one for each fold; report a fold by itself.")
+        left_out.append(
+            "No curves: the run has no training record, or several folds with a record each. For curves, report one "
+            "fold with --workdir=<run>/fold<number>."
+        )
     volumes = [values for c in scored for structure, values in c.values.items() if structure == "LV volume"]
-    opened, further = tables.paper_tables(summary), tables.metric_tables(summary, columns)
-    if not opened or len(further[0].rows) <= _LONG:  # behind the paper's a long one is folded away
-        opened.append(further.pop(0))
+    shown_tables, collapsed_tables = tables.paper_tables(summary), tables.metric_tables(summary, columns)
+    if not shown_tables or len(collapsed_tables[0].rows) <= _MAX_OPEN_ROWS:
+        shown_tables.append(collapsed_tables.pop(0))
     phantom = config is not None and not config["data"]["root"]
     name = f"{config['model']['name']} on {config['data']['dataset']}" if config else f"Evaluation by {rules.title}"
-    return figures.fill(
+    return figures.render_template(
         "report.html.j2",
         title=name + (" phantoms" if phantom else ""),
         lead="Synthetic cases: these scores show that the program works, not how well it segments patients."
         if phantom
         else f"{compared['pred']} against {compared['ref']}",
         facts=_facts(config, records, compared, summary, environments),
-        tables=[(t, [_is_paper(row) for row in t.rows]) for t in opened],
-        further=[(t, [_is_paper(row) for row in t.rows]) for t in further],
+        tables=[(t, [_is_paper(row) for row in t.rows]) for t in shown_tables],
+        further=[(t, [_is_paper(row) for row in t.rows]) for t in collapsed_tables],
         unreadable=summary["unreadable"],
         empty=[
             (s, counts["pred"], counts["ref"], counts["both"])
@@ -101,7 +108,7 @@ def render(
         agreement=figures.draw_agreement(volumes),
         curves=figures.draw_curves(records),
         legend=list(legend.items()),
-        errors=list(figures.ERRORS.items()),
+        errors=list(figures.ERROR_COLOURS.items()),
         overlays=overlays,
         left_out=left_out,
         case_table=_case_table(rules, cases),
@@ -114,11 +121,12 @@ def _finite(value: float | None) -> float | None:
 
 
 def _is_paper(row: Sequence[str]) -> bool:
+    """True for a row with scores of the paper."""
     return any("paper" in cell for cell in row[:2])
 
 
 def _find_jobs(rules: Rules, compared: Mapping[str, Any], left_out: list[str]) -> dict[str, Job]:
-    """The label maps of the evaluation again."""
+    """Return the pairs of label maps of the evaluation, by case id; on failure, append a message to ``left_out``."""
     try:
         jobs, _ = rules.jobs(Path(compared["pred"]), Path(compared["ref"]))
     except UserError as error:
@@ -134,6 +142,7 @@ def _facts(
     summary: Mapping[str, Any],
     environments: Mapping[str, Mapping[str, Any]],
 ) -> list[tuple[str, str]]:
+    """Return names and values for the list at the top of the page."""
     facts = [
         ("predictions", compared["pred"]),
         ("references", compared["ref"]),
@@ -147,10 +156,10 @@ def _facts(
     if steps:
         seconds = float(np.median([r["seconds_per_step"] for r in steps]))
         last = steps[-1]
-        facts.append(("training", f"{last['step']} steps, {last['epoch']:.0f} epochs, {seconds:.2f} s a step"))
+        facts.append(("training", f"{last['step']} steps, {last['epoch']:.0f} epochs, {seconds:.2f} s per step"))
     if best:
         facts.append(("best validation", f"Dice {best['dice']:.3f} at step {best['step']}"))
-    return [*facts, *((f"environment of {what}", _environment(entry)) for what, entry in environments.items())]
+    return [*facts, *((f"environment of {name}", _environment(entry)) for name, entry in environments.items())]
 
 
 def _environment(entry: Mapping[str, Any]) -> str:
@@ -159,7 +168,7 @@ def _environment(entry: Mapping[str, Any]) -> str:
 
 
 def _box_groups(rules: Rules, cases: Sequence[Scored]) -> dict[str, list[Scored]]:
-    """The rules' first group of every case; all in one where they have none."""
+    """Group cases by the first group that the rules assign; all cases are one group if the rules have no groups."""
     groups: dict[str, list[Scored]] = {}
     for case in cases:
         groups.setdefault(next(iter(rules.groups(case.facts)), "all"), []).append(case)
@@ -167,6 +176,7 @@ def _box_groups(rules: Rules, cases: Sequence[Scored]) -> dict[str, list[Scored]
 
 
 def _case_table(rules: Rules, cases: Sequence[Scored]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the table of all cases."""
     structures = list(dict.fromkeys(s for c in cases for s in c.values))
     shown = rules.headline[:2]
     header = ["case", *rules.facts, *(f"{s} {rules.columns[m].title}" for s in structures for m in shown)]
@@ -180,8 +190,15 @@ def _case_table(rules: Rules, cases: Sequence[Scored]) -> tuple[list[str], list[
 
 
 def choose_cases(cases: Sequence[Scored], unreadable: Sequence[str]) -> tuple[dict[str, Scored], list[str]]:
-    """Best, 75 %, median, 25 % and worst case by mean Dice over the structures (fewer for fewer cases), and what was
-    left out; of a case that counts for several tasks, the row with most structures."""
+    """Choose the cases to draw, by their mean Dice over the structures.
+
+    Args:
+        cases: Scored cases. If a case counts for several tasks, the row with the most structures is used.
+        unreadable: Names of cases without a readable prediction. They are not drawn.
+
+    Returns:
+        The cases by the names in `ROLES`, fewer if there are fewer cases; and messages about cases that are not drawn.
+    """
     once = results.each_once(cases)
     means: dict[str, float] = {}
     for name, case in once.items():
@@ -189,7 +206,7 @@ def choose_cases(cases: Sequence[Scored], unreadable: Sequence[str]) -> tuple[di
         if name not in unreadable and dice:
             means[name] = float(np.mean(dice))
     ranked = sorted(means, key=lambda name: (means[name], name))
-    left_out = [f"{len(unreadable)} cases without a readable prediction have no picture."] if unreadable else []
+    left_out = [f"{len(unreadable)} cases without a readable prediction are not drawn."] if unreadable else []
     chosen: dict[str, Scored] = {}
     for role, share in ROLES:
         if ranked:
@@ -203,10 +220,17 @@ def choose_cases(cases: Sequence[Scored], unreadable: Sequence[str]) -> tuple[di
 
 
 def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels: Sequence[str], pred: Path) -> View:
-    """Everything that the picture of a case shows.
+    """Read the arrays that the picture of a case shows.
+
+    Args:
+        rules: Rules of the evaluation.
+        job: Label maps of the case.
+        config: Config of the run; None if there is no run.
+        channels: Names of the image channels.
+        pred: Folder of the predictions.
 
     Raises:
-        UserError: a file is gone or cannot be read.
+        UserError: A file does not exist or cannot be read.
     """
     assert job.pred is not None, job.ref.case_id
     values, grid = job.ref.load()
@@ -221,19 +245,17 @@ def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels
         for k in range(array.shape[3]):
             images[names[k] if k < len(names) else f"image {i + k + 1}"] = array[..., k]
     wanted = [name for name in (entry.shown_channels if entry else ()) if name in images] or list(images)[:2]
-    volumetric = entry is None or entry.volumetric
-    planes = "three" if volumetric and rules.name not in ("chaos", "camus") else "slices"
     return View(
         {name: images[name] for name in wanted if images[name].shape == values.shape},
         coding.masks(found, job.pred.path),
         coding.masks(values, job.ref.path),
         grid.spacing,
-        planes,
+        volumetric=rules.volumetric and (entry is None or entry.volumetric),
     )
 
 
 def _image_sources(job: Job, pred: Path) -> list[Source]:
-    """The images of a case: those that were predicted from; else those of the reference."""
+    """Return the images that were predicted from; if they are not recorded, the image of the reference, if any."""
     record = pred / results.PREDICT_FILE
     paths = read_json(record)["images"].get(job.ref.case_id, []) if record.is_file() else []
     found = [source_at(Path(path)) for path in paths]

@@ -167,5 +167,6 @@ def rules(step: str = "largest", contour: str = "official") -> Rules:
         worst,
         facts=("view", "instant"),
         groups=_groups,
+        volumetric=False,
         whole=functools.partial(whole, step=step, contour=contour),
     )

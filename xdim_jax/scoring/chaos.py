@@ -220,6 +220,7 @@ def rules(tasks: Sequence[str] = ()) -> Rules:
         facts=("task", "modality", "sequence"),
         border=False,
         groups=_groups,
+        volumetric=False,
         pair=functools.partial(pair, tasks=tuple(tasks)),
         whole=whole,
     )

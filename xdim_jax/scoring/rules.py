@@ -164,6 +164,7 @@ class Rules:
         border: see `xdim_jax.scoring.masks.Pair`.
         groups: into which groups of the summary a case goes by its facts, beside all cases together.
         pair: which prediction goes with which reference; None: by case id.
+        volumetric: True if reports show three orthogonal planes, False if they show slices.
         whole: what is computed of all cases of a patient or a task, for the summary: rows, and a table of its own.
     """
 
@@ -180,6 +181,7 @@ class Rules:
     border: bool = True
     groups: Callable[[Mapping[str, str]], tuple[str, ...]] = no_groups
     pair: Callable[[Path, dict[str, LabelMap]], tuple[list[Job], list[str]]] | None = None
+    volumetric: bool = True
     whole: Any = None
 
     def jobs(self, pred: Path, ref: Path) -> tuple[list[Job], list[str]]:

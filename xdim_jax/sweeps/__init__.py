@@ -1,1 +1,1 @@
-"""Searches over configs: a space, a study that any number of workers share, and the page that shows it."""
+"""Hyperparameter sweeps: search spaces, a study that workers share, and a report on the study."""

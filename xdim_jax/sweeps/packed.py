@@ -1,10 +1,9 @@
-"""A worker that trains several trials in one program; see `xdim_jax.training.pack`."""
+"""A worker that trains several trials in one program, see `xdim_jax.training.pack`."""
 
 import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from xdim_jax.base import bucket, log
@@ -18,29 +17,40 @@ from xdim_jax.training.pack import Member, Pack
 
 
 @dataclasses.dataclass
-class _Held:
-    """A trial of this worker: it waits for a place, or has one."""
+class _ActiveTrial:
+    """A trial that this worker has claimed.
+
+    Attributes:
+        trial: The trial.
+        config: Its config.
+        resources: Its heartbeat and, if its workdir is in a bucket, the synchronisation; closed when it ends.
+        member: Its run in the pack; None while it waits for a slot.
+        reported: Number of validations that are reported to the study.
+        checked_at: Time of the last check whether another worker has taken the trial over.
+    """
 
     trial: Any
     config: Config
-    beat: contextlib.ExitStack  # its signs of life, and what follows its workdir into a bucket
+    resources: contextlib.ExitStack
     member: Member | None = None
-    told: int = 0  # validations that the study knows
-    looked: float = dataclasses.field(default_factory=time.monotonic)  # when it was last seen to be ours
+    reported: int = 0
+    checked_at: float = dataclasses.field(default_factory=time.monotonic)
 
 
 class PackedWorker:
-    """Takes trials of a study and trains up to ``slots`` of them at a time; a place that becomes free is taken again.
+    """A worker that trains up to ``slots`` trials of a study at the same time.
 
-    A trial whose program is another waits until the pack is empty.
+    A slot that becomes empty gets the next trial. A trial that needs another program waits until the pack is empty;
+    a new pack then compiles that program.
 
     Args:
-        study: of `xdim_jax.sweeps.study`.
-        job: what all trials share.
-        stop: heard after every step.
-        slots, layout: of the pack.
-        beat: seconds between signs of life.
-        grace: seconds after which a silent worker is dead.
+        study: Study, see `xdim_jax.sweeps.study.open_study`.
+        job: Settings of the trials.
+        stop: Signals that the process receives; read after every step.
+        slots: Number of slots of the pack.
+        layout: Layout of the pack, one of `xdim_jax.training.pack.LAYOUTS`.
+        heartbeat: Seconds between two heartbeats.
+        grace: Seconds after which a worker without a heartbeat counts as dead.
     """
 
     def __init__(
@@ -51,114 +61,120 @@ class PackedWorker:
         *,
         slots: int,
         layout: str,
-        beat: float = studies.BEAT,
-        grace: float = studies.GRACE,
+        heartbeat: float = studies.HEARTBEAT_SECONDS,
+        grace: float = studies.GRACE_SECONDS,
     ):
         self._study, self._job, self._stop = study, job, stop
-        self._slots, self._layout, self._beat, self._grace = slots, layout, beat, grace
+        self._slots, self._layout, self._heartbeat, self._grace = slots, layout, heartbeat, grace
         self._pack: Pack | None = None
-        self._held: list[_Held] = []
-        self._asks = 0.0  # when to ask for a further trial, after there was none
+        self._trials: list[_ActiveTrial] = []
+        self._next_claim = 0.0  # no trial is claimed before this time; set if there was none to claim
 
-    def work(self, *, wait: bool = True) -> int:
-        """As `xdim_jax.sweeps.worker.work`."""
+    def run(self, *, wait: bool = True) -> int:
+        """Train trials until all trials of the study have ended; see `xdim_jax.sweeps.worker.run_worker`."""
         try:
             while True:
-                self._fill()
-                if self._pack is not None and any(held.member for held in self._held):
-                    self._advance(self._pack)  # after a signal, one more step, which saves
-                elif self._stop.signal or not worker.stay(
-                    self._study, self._stop, wait=wait, seconds=min(self._beat, 2.0)
-                ):
+                self._fill_slots()
+                if self._pack is not None and any(active.member for active in self._trials):
+                    self._step(self._pack)  # after a signal, this step also saves a checkpoint
+                elif self._stop.signal or not (wait and self._wait_for_others()):
                     break
                 else:
-                    self._asks = 0.0
+                    self._next_claim = 0.0
         finally:
-            for held in list(self._held):
-                self._end(held, REQUEUE)
+            for active in list(self._trials):
+                self._finish(active, REQUEUE)
         return self._stop.status if self._stop.signal else 0
 
-    def _fill(self) -> None:
-        """Trials take places while there are any of both."""
+    def _wait_for_others(self) -> bool:
+        return worker.wait_for_others(self._study, self._stop, seconds=min(self._heartbeat, 2.0))
+
+    def _fill_slots(self) -> None:
+        """Claim trials and put them into slots, until no slot is empty or no trial can be claimed."""
         while not self._stop.signal:
-            held = next((h for h in self._held if h.member is None), None)
-            if held is None:
-                if (self._pack is not None and not self._pack.free) or time.monotonic() < self._asks:
+            active = next((a for a in self._trials if a.member is None), None)
+            if active is None:
+                if (self._pack is not None and not self._pack.free) or time.monotonic() < self._next_claim:
                     return
-                worker.revive(self._study, self._grace)
-                trial = studies.take(self._study, self._job.trials)
+                worker.requeue_dead_trials(self._study, self._grace)
+                trial = studies.claim_trial(self._study, self._job.trials)
                 if trial is None:
-                    self._asks = time.monotonic() + self._beat
+                    self._next_claim = time.monotonic() + self._heartbeat
                     return
-                held = self._hold(trial)
-            with self._failing(held):
-                if self._pack is None or not self._pack.fits(held.config):
-                    if len(self._held) > 1:
-                        return  # until the pack is empty
-                    self._pack = Pack(held.config, self._slots, self._layout, self._stop)
-                address = worker.address_of(self._job.root, studies.origin_of(held.trial))
-                workdir = held.beat.enter_context(bucket.workdir(address))
-                held.member = self._pack.add(held.config, workdir)
+                active = self._open(trial)
+            with self._finished_on_error(active):
+                if self._pack is None or not self._pack.fits(active.config):
+                    if len(self._trials) > 1:  # trials with another program are still running
+                        return
+                    self._pack = Pack(active.config, self._slots, self._layout, self._stop)
+                address = worker.trial_address(self._job.root, studies.origin_of(active.trial))
+                workdir = active.resources.enter_context(bucket.workdir(address))
+                active.member = self._pack.add(active.config, workdir)
 
-    def _hold(self, trial: Any) -> _Held:
-        beat = contextlib.ExitStack()
-        beat.enter_context(studies.Beat(self._study, trial, self._beat))
-        worker.draw(trial, self._job)
+    def _open(self, trial: Any) -> _ActiveTrial:
+        """Start the heartbeat of a claimed trial, and draw its parameters."""
+        resources = contextlib.ExitStack()
+        resources.enter_context(studies.Heartbeat(trial, self._heartbeat))
+        worker.suggest_parameters(trial, self._job)
         config = load_config(self._job.config, [*self._job.overrides, *overrides_of(trial.params)])
-        held = _Held(trial, config, beat)
-        self._held.append(held)
-        return held
+        active = _ActiveTrial(trial, config, resources)
+        self._trials.append(active)
+        return active
 
-    def _advance(self, pack: Pack) -> None:
+    def _step(self, pack: Pack) -> None:
+        """Compute one step of all trials in the pack, and finish those that have ended."""
         try:
             pack.step()
-        except Exception as error:  # of the program: out of memory, a fault of the compiler
+        except Exception as error:  # of the whole program, e.g. out of memory
             text = f"{type(error).__name__}: {str(error).strip()[:500]}"
-            for held in [h for h in self._held if h.member]:
-                self._end(held, 1, error=text)
+            for active in [a for a in self._trials if a.member]:
+                self._finish(active, 1, error=text)
             self._pack = None
-            log.warn(f"a pack of {pack.slots} ({pack.layout}) cannot go on: {text}")
+            log.warn(f"a pack of {pack.slots} trials (layout {pack.layout}) failed: {text}")
             return
-        for held in [h for h in self._held if h.member]:
-            self._look(held)
+        for active in [a for a in self._trials if a.member]:
+            self._after_step(active)
 
-    def _look(self, held: _Held) -> None:
-        member, lost = held.member, False
+    def _after_step(self, active: _ActiveTrial) -> None:
+        """Report new validations of a trial, and finish it if it has ended, is pruned, or is taken over."""
+        member = active.member
         assert member is not None
-        pruned, run = False, member.opened.run
+        pruned, taken_over, run = False, False, member.opened.run
         if member.controller.steps_done % run.per_epoch == 0 or not member.running:
-            held.told, before = worker.report(held.trial, run.workdir, held.told), held.told
-            pruned = held.told > before and member.running and held.trial.should_prune()
-        if time.monotonic() - held.looked > self._beat:
-            held.looked, lost = time.monotonic(), studies.lost(self._study, held.trial)
+            before = active.reported
+            active.reported = worker.report_validations(active.trial, run.workdir, before)
+            pruned = active.reported > before and member.running and active.trial.should_prune()
+        if time.monotonic() - active.checked_at > self._heartbeat:
+            active.checked_at = time.monotonic()
+            taken_over = not studies.is_running(self._study, active.trial)
         if member.error:
-            self._end(held, 2, error=member.error)
-        elif pruned or lost or not member.running:
-            # a signal may have cut off the validation after the last step: then it is not complete
-            self._end(held, REQUEUE if pruned or lost or self._stop.signal else 0, pruned=pruned)
+            self._finish(active, 2, error=member.error)
+        elif pruned or taken_over or not member.running:
+            # after a signal, a trial that has no further step is not complete: its last validation may be missing
+            interrupted = pruned or taken_over or self._stop.signal
+            self._finish(active, REQUEUE if interrupted else 0, pruned=pruned)
 
     @contextlib.contextmanager
-    def _failing(self, held: _Held) -> Iterator[None]:
+    def _finished_on_error(self, active: _ActiveTrial) -> Iterator[None]:
+        """Inside the block, a UserError ends the trial, but not the worker."""
         try:
             yield
         except UserError as error:
-            self._end(held, 2, error=str(error))
+            self._finish(active, 2, error=str(error))
 
-    def _end(self, held: _Held, status: int, *, pruned: bool = False, error: str = "") -> None:
-        """A trial leaves, and the study is told."""
-        self._held.remove(held)
-        self._asks = 0.0
-        if held.member is not None and self._pack is not None:
-            held.member.error = held.member.error or error
+    def _finish(self, active: _ActiveTrial, status: int, *, pruned: bool = False, error: str = "") -> None:
+        """Remove a trial from the pack, and store its result in the study."""
+        self._trials.remove(active)
+        self._next_claim = 0.0
+        if active.member is not None and self._pack is not None:
+            active.member.error = active.member.error or error
             try:
-                self._pack.remove(held.member)
-            except UserError as failure:  # its last checkpoint could not be written
+                self._pack.remove(active.member)
+            except UserError as failure:  # its last checkpoint cannot be written
                 status, error = status or 2, error or str(failure)
         try:
-            held.beat.close()
-        except UserError as failure:  # what it wrote could not follow
+            active.resources.close()
+        except UserError as failure:  # its workdir cannot be copied into the bucket
             status, error = status or 2, error or str(failure)
-        worker.tell(self._study, held.trial, self._workdir(held), status, pruned=pruned, error=error)
-
-    def _workdir(self, held: _Held) -> Path:
-        return worker.workdir_of(self._job.root, studies.origin_of(held.trial))
+        workdir = worker.local_workdir(self._job.root, studies.origin_of(active.trial))
+        worker.record_result(self._study, active.trial, workdir, status, pruned=pruned, error=error)

@@ -1,11 +1,15 @@
-"""What a sweep varies: a Python file with a function ``suggest(trial)`` of ``suggest_*`` calls on config paths.
+"""Search spaces. A space is a Python file with a function ``suggest(trial)``, which calls ``suggest_*`` of optuna.
 
     def suggest(trial):
         trial.suggest_float("optim.schedule.peak", 1e-4, 3e-3, log=True)
         if trial.suggest_categorical("optim.name", ["nadam", "nadam_torch"]) == "nadam_torch":
             trial.suggest_float("optim.momentum_decay", 1e-3, 1e-2, log=True)
 
-Values are applied as ``--config.<path>=<value>`` overrides are; a tuple is written as a string: ``"(64,64,64)"``.
+The names of parameters are config keys. Their values are applied like overrides ``--config.<key>=<value>``, so tuples
+are written as strings: ``"(64,64,64)"``.
+
+Before a sweep starts, `explore` calls the function with probes instead of trials. A probe records every parameter and
+answers with a given choice, or with an end of the range. In this way `check_space` tests the space on the config.
 """
 
 import importlib.util
@@ -20,22 +24,27 @@ from xdim_jax.training.check import resolve_config
 Suggest = Callable[[Any], object]
 Params = Mapping[str, Any]
 
-_MOST = 2000  # settings that are looked at
+_MAX_SETTINGS = 2000  # settings after which `explore` stops
 
 
 def load_space(path: Path) -> tuple[Suggest, str]:
-    """The function ``suggest`` of a file, or of one that ships, and the file's text.
+    """Load a space.
+
+    Args:
+        path: A Python file, or the name of a space in ``configs/sweeps`` of the package.
+
+    Returns:
+        The function ``suggest``, and the text of the file.
 
     Raises:
-        UserError: there is no such file, it cannot be read, or it has no such function.
+        UserError: The file does not exist, cannot be imported, or has no such function.
     """
     shipped = shipped_configs() / "sweeps"
     found = next((p for p in (path, shipped / path.name, shipped / f"{path.name}.py") if p.is_file()), None)
     if found is None:
         known = ", ".join(f"configs/sweeps/{p.name}" for p in sorted(shipped.glob("[!_]*.py")))
         raise UserError(
-            f"--space={path} does not exist; give a Python file with a function suggest(trial), or one that ships: "
-            + known
+            f"--space={path} does not exist; give a Python file with a function suggest(trial), or one of {known}"
         )
     spec = importlib.util.spec_from_file_location("xdim_space", found)
     if spec is None or spec.loader is None:
@@ -47,42 +56,51 @@ def load_space(path: Path) -> tuple[Suggest, str]:
         raise UserError(f"--space={path}: {type(error).__name__}: {error}") from error
     suggest = getattr(module, "suggest", None)
     if not callable(suggest):
-        raise UserError(f"--space={path} has no function suggest(trial), which names what is varied; see --help")
+        raise UserError(f"--space={path} has no function suggest(trial); --help shows an example")
     return suggest, found.read_text(encoding="utf-8")
 
 
 class _Probe:
-    """Stands for a trial: notes what is asked for, and answers with one end of a range, or a choice."""
+    """A replacement of a trial that records the parameters of a space.
+
+    Args:
+        picks: Choices by name. For other names the first choice is taken.
+        high: True to answer with the upper end of every range, False for the lower end.
+
+    Attributes:
+        params: Values of the parameters by name.
+        distributions: Distributions of the parameters by name.
+    """
 
     def __init__(self, picks: Params, *, high: bool):
         self.picks, self.high = picks, high
         self.params: dict[str, Any] = {}
-        self.found: dict[str, Any] = {}
+        self.distributions: dict[str, Any] = {}
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> Any:
-        """As optuna's."""
+        """Same as `optuna.Trial.suggest_float`."""
         from optuna.distributions import FloatDistribution
 
-        return self._note(name, FloatDistribution(low, high, step=step, log=log))
+        return self._answer(name, FloatDistribution(low, high, step=step, log=log))
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> Any:
-        """As optuna's."""
+        """Same as `optuna.Trial.suggest_int`."""
         from optuna.distributions import IntDistribution
 
-        return self._note(name, IntDistribution(low, high, step=step, log=log))
+        return self._answer(name, IntDistribution(low, high, step=step, log=log))
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """As optuna's."""
+        """Same as `optuna.Trial.suggest_categorical`."""
         from optuna.distributions import CategoricalDistribution
 
         for choice in choices:
             if not isinstance(choice, (str, bool, int, float)):
-                raise ValueError(f"{name}: a choice is text or a number, not {choice!r}; write a tuple as text")
-        return self._note(name, CategoricalDistribution(choices))
+                raise ValueError(f"{name}: choices must be strings or numbers, not {choice!r}; write a tuple as string")
+        return self._answer(name, CategoricalDistribution(choices))
 
-    def _note(self, name: str, distribution: Any) -> Any:
-        if self.found.setdefault(name, distribution) != distribution:
-            raise ValueError(f"{name} is asked for twice, with different ranges")
+    def _answer(self, name: str, distribution: Any) -> Any:
+        if self.distributions.setdefault(name, distribution) != distribution:
+            raise ValueError(f"{name} is suggested twice, with different ranges")
         if hasattr(distribution, "choices"):
             value = self.picks.get(name, distribution.choices[0])
         else:
@@ -92,37 +110,51 @@ class _Probe:
 
 
 def explore(suggest: Suggest) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Both ends of every branch that choices open, one choice changed at a time, and all distributions by name.
+    """Visit every branch of a space.
+
+    The search starts with the first choice of every parameter. A choice may reveal further parameters, whose choices
+    are then tried one at a time. Not all combinations are tried: their number grows exponentially.
+
+    Returns:
+        The settings that were tried: for each branch one with the lower ends of all ranges, and one with the upper
+        ends. The second result is the distribution of every parameter by name.
 
     Raises:
-        ValueError: an impossible range; one name with two ranges.
+        ValueError: A range is impossible, or a parameter has two different ranges.
     """
-    branches: list[dict[str, Any]] = []
-    found: dict[str, Any] = {}
-    waiting: list[tuple[dict[str, Any], set[str]]] = [({}, set())]  # picks, and the names asked for without the last
-    while waiting and len(branches) < _MOST:
-        picks, before = waiting.pop(0)
+    tried: list[dict[str, Any]] = []
+    distributions: dict[str, Any] = {}
+    # choices to try, and the parameters whose other choices are in the queue already
+    queue: list[tuple[dict[str, Any], set[str]]] = [({}, set())]
+    while queue and len(tried) < _MAX_SETTINGS:
+        picks, known = queue.pop(0)
         probes = [_Probe(picks, high=high) for high in (False, True)]
         for probe in probes:
             suggest(probe)
-            branches.append(probe.params)
-        asked = probes[0].found | probes[1].found
-        for name, distribution in asked.items():
-            if found.setdefault(name, distribution) != distribution:
+            tried.append(probe.params)
+        suggested = probes[0].distributions | probes[1].distributions
+        for name, distribution in suggested.items():
+            if distributions.setdefault(name, distribution) != distribution:
                 raise ValueError(f"{name} has different ranges in different branches")
-            if name not in before:
-                waiting += [(picks | {name: c}, set(asked)) for c in getattr(distribution, "choices", ())[1:]]
-    return branches, found
+            if name not in known:
+                queue += [(picks | {name: c}, set(suggested)) for c in getattr(distribution, "choices", ())[1:]]
+    return tried, distributions
 
 
-def settings(suggest: Suggest, picks: Params, names: set[str]) -> Iterator[dict[str, Any]]:
-    """Both ends of every combination of the choices of these names; other choices are as picked, or the first."""
+def combine(suggest: Suggest, picks: Params, names: set[str]) -> Iterator[dict[str, Any]]:
+    """Yield the settings for all combinations of some choices, with the lower and the upper ends of all ranges.
+
+    Args:
+        suggest: Function of the space.
+        picks: Choices that are fixed.
+        names: Parameters whose choices are combined, unless they are in ``picks``. All others take their first choice.
+    """
     low = _Probe(picks, high=False)
     suggest(low)
-    is_open = next((n for n in low.found if n in names and n not in picks), None)
-    if is_open is not None:
-        for choice in low.found[is_open].choices:
-            yield from settings(suggest, {**picks, is_open: choice}, names)
+    name = next((n for n in low.distributions if n in names and n not in picks), None)
+    if name is not None:
+        for choice in low.distributions[name].choices:
+            yield from combine(suggest, {**picks, name: choice}, names)
         return
     yield low.params
     high = _Probe(picks, high=True)
@@ -131,39 +163,49 @@ def settings(suggest: Suggest, picks: Params, names: set[str]) -> Iterator[dict[
 
 
 def overrides_of(params: Params) -> list[str]:
-    """The arguments of a main."""
+    """Return the parameters of a trial as command-line arguments."""
     return [f"--config.{name}={value}" for name, value in params.items()]
 
 
 def check_space(suggest: Suggest, path: Path, spec: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The distributions by name, after every branch has been tried on the config.
+    """Try every branch of a space on a config.
+
+    Args:
+        suggest: Function of the space.
+        path: File of the space, for messages.
+        spec: Recipe, as ``FILE[:WORDS]``.
+        overrides: Arguments ``--config.<key>=<value>``.
+
+    Returns:
+        The distribution of every parameter by name.
 
     Raises:
-        UserError: paths that the config does not have, values of a wrong type, choices that do not go together.
+        UserError: Lists all problems: unknown config keys, values of a wrong type, and choices that exclude each other.
     """
     try:
-        branches, found = explore(suggest)
+        tried, distributions = explore(suggest)
     except Exception as error:
         raise UserError(f"--space={path}: {type(error).__name__}: {error}") from error
-    if not found:
+    if not distributions:
         raise UserError(
-            f"--space={path}: suggest(trial) asks for nothing; call trial.suggest_float(<config path>, ...)"
+            f"--space={path}: suggest(trial) has no parameters; call e.g. trial.suggest_float(<config key>, ...)"
         )
-    problems = dict.fromkeys(_problems(branches, spec, overrides))
+    problems = dict.fromkeys(_problems(tried, spec, overrides))
     if problems:
         raise UserError(f"--space={path} does not fit --config={spec}:\n  " + "\n  ".join(problems))
-    return found
+    return distributions
 
 
-def _problems(branches: Sequence[Params], spec: str, overrides: Sequence[str]) -> Iterator[str]:
+def _problems(tried: Sequence[Params], spec: str, overrides: Sequence[str]) -> Iterator[str]:
+    """Yield a message for every unknown config key, and for every setting that the config refuses."""
     known = {key for key, _ in leaves(load_config(spec, overrides))}
-    unknown = {name for params in branches for name in params if name not in known}
+    unknown = {name for params in tried for name in params if name not in known}
     for name in sorted(unknown):
         try:
             load_config(spec, [f"--config.{name}=0"])
         except UserError as error:
             yield str(error)
-    for params in branches:
+    for params in tried:
         usable = {name: value for name, value in params.items() if name not in unknown}
         try:
             resolve_config(load_config(spec, [*overrides, *overrides_of(usable)]), needs_data=False)

@@ -1,13 +1,20 @@
-"""A study that any number of workers on any machines share: who may train what, and what becomes of a worker's trial
-when the worker dies.
+"""A study that workers on any number of machines share.
 
-optuna keeps the trials: in a journal file, or a database. What it leaves open is settled here, for every storage alike.
-A worker that trains a trial says every so often that it lives. When it no longer does, any other worker gives the trial
-up and queues its parameters again, as a new trial of the same *origin*: the number of the first one, which names the
-workdir, so that training goes on from its last checkpoint. Of an origin one trial runs at a time, and one ends.
+optuna keeps the study in a journal file or in a database. This module adds a limit on the number of trials, and resumes
+trials whose worker has died:
+
+- While a worker trains a trial, it stores a heartbeat in the trial: the current time, every few seconds.
+- If the heartbeats stop, any other worker marks the trial as failed and queues its parameters again.
+- The queued parameters become a new trial of optuna, which is a further *attempt* at the same trial of the sweep. All
+  attempts have the same *origin*: the number of the first attempt. The workdir is named after the origin, so the new
+  attempt resumes training from the last checkpoint.
+
+optuna's own heartbeat and retry callback cannot replace this. They exist for databases only, not for journal files, and
+they require `Study.optimize`, which cannot train several trials in one program.
 """
 
 import logging
+import math
 import random
 import threading
 import time
@@ -18,15 +25,22 @@ from typing import Any
 from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.log import warn
 
-BEAT = 20.0  # seconds between signs of life
-GRACE = 120.0  # seconds without one, after which a worker counts as dead
-ATTEMPTS = 5  # that a trial gets, each time from its last checkpoint
+HEARTBEAT_SECONDS = 20.0  # time between two heartbeats
+GRACE_SECONDS = 120.0  # a worker without a heartbeat for this time counts as dead
+MAX_ATTEMPTS = 5  # attempts at a trial
 
-_ORIGIN, _ALIVE, _ERROR, _SURPLUS = "origin", "alive", "error", "surplus"
+SAMPLERS = ("tpe", "random", "grid")
+PRUNERS = ("none", "median", "asha")
+
+# user attributes of trials, as they are stored
+_ORIGIN = "origin"  # number of the first attempt
+_HEARTBEAT = "alive"  # time of the last heartbeat
+_ERROR = "error"  # why training failed; the trial is not tried again
+_SURPLUS = "surplus"  # the trial exceeds the limit or repeats a running one, and does not count; see `claim_trial`
 
 
 def import_optuna() -> Any:
-    """optuna, quiet. Raises UserError where it is not installed."""
+    """Return the module optuna, with its log reduced to warnings. Raises UserError if it is not installed."""
     try:
         import optuna
     except ImportError as error:
@@ -36,18 +50,21 @@ def import_optuna() -> Any:
 
 
 def open_storage(text: str) -> Any:
-    """A storage of optuna's.
+    """Open a storage of optuna.
 
     Args:
-        text: a path, of a journal file; or the URL of a database: ``sqlite:///sweep.db``,
+        text: Path of a journal file, or URL of a database: ``sqlite:///sweep.db``,
             ``postgresql://user:password@host/name``.
 
+    Returns:
+        An `optuna.storages.BaseStorage`.
+
     Raises:
-        UserError: it cannot be opened.
+        UserError: The storage cannot be opened.
     """
     optuna = import_optuna()
     url = text.replace("postgresql://", "postgresql+psycopg://", 1)
-    # workers of one sqlite file wait for each other; a connection that a database has closed is opened anew
+    # sqlite: seconds to wait for the lock of another worker; other databases: reconnect after a lost connection
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     attempt = 0
     while True:
@@ -56,71 +73,33 @@ def open_storage(text: str) -> Any:
                 Path(text).parent.mkdir(parents=True, exist_ok=True)
                 return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(text))
             return optuna.storages.RDBStorage(url, engine_kwargs=options)
-        except Exception as error:  # whatever the database's driver raises
+        except Exception as error:  # each database driver has its own exceptions
             attempt += 1
-            if "exists" in str(error) and attempt < 10:  # several first workers make the tables at once
+            if "exists" in str(error) and attempt < 10:  # another worker is creating the same tables
                 time.sleep(random.uniform(0.1, 1.0))
                 continue
             reason = first_line(error)
             raise UserError(
-                f"--storage={text} cannot be opened: {reason}; give a path for a journal file, or "
+                f"--storage={text} cannot be opened: {reason}; give the path of a journal file, or "
                 "<dialect>://<user>:<password>@<host>/<database> (PostgreSQL: pip install 'psycopg[binary]')"
             ) from error
 
 
-def grid_size(sampler: Any) -> int | None:
-    """The number of points of a grid; None for other samplers."""
-    return len(sampler._all_grids) if hasattr(sampler, "_all_grids") else None
-
-
-SAMPLERS = ("tpe", "random", "grid")
-PRUNERS = ("none", "median", "asha")
-
-
-def make_sampler(name: str, distributions: dict[str, Any], seed: int | None) -> Any:
-    """A sampler of optuna's.
-
-    Raises:
-        UserError: a grid over a range without steps.
-    """
-    samplers = import_optuna().samplers
-    if name == "random":
-        return samplers.RandomSampler(seed=seed)
-    if name == "tpe":  # constant_liar: workers that run at once do not look in one place
-        return samplers.TPESampler(seed=seed, constant_liar=True)
-
-    class Grid(samplers.GridSampler):
-        """Ends nothing after its last point: that is the study's limit."""
-
-        def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
-            pass
-
-    grid: dict[str, list[Any]] = {}
-    for key, d in distributions.items():
-        if hasattr(d, "choices"):
-            grid[key] = list(d.choices)
-        elif d.step and not d.log:
-            grid[key] = [d.low + i * d.step for i in range(round((d.high - d.low) / d.step) + 1)]
-        else:
-            raise UserError(f"--sampler=grid: {key} is a range without steps; give it step=..., or choices")
-    return Grid(grid, seed=seed)
-
-
-def make_pruner(name: str, *, warmup: int) -> Any:
-    """A pruner of optuna's; ``warmup`` validations are waited for."""
-    pruners = import_optuna().pruners
-    if name == "median":
-        return pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=warmup)
-    if name == "asha":
-        return pruners.SuccessiveHalvingPruner(min_resource=max(warmup, 1), reduction_factor=3)
-    return pruners.NopPruner()
-
-
 def open_study(storage: Any, name: str, *, sampler: Any = None, pruner: Any = None, create: bool = True) -> Any:
-    """A study, which maximises.
+    """Open a study that maximises the score.
+
+    Args:
+        storage: Result of `open_storage`.
+        name: Name of the study.
+        sampler: Result of `make_sampler`; None for optuna's default.
+        pruner: Result of `make_pruner`; None for optuna's default.
+        create: Create the study if it does not exist.
+
+    Returns:
+        An `optuna.Study`.
 
     Raises:
-        UserError: there is none of that name, and none is to be made.
+        UserError: The study does not exist, and ``create`` is False.
     """
     optuna = import_optuna()
     if create:
@@ -131,43 +110,108 @@ def open_study(storage: Any, name: str, *, sampler: Any = None, pruner: Any = No
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError as error:
         known = ", ".join(optuna.get_all_study_names(storage)) or "none"
-        raise UserError(f"--study={name} is not in this storage; studies there: {known}") from error
+        raise UserError(f"--study={name} is not in this storage, which has the studies: {known}") from error
 
 
-def agree(study: Any, facts: dict[str, Any]) -> None:
-    """The first worker writes down what is searched; a later one must mean the same.
+def record_search(study: Any, settings: dict[str, Any]) -> None:
+    """Store the settings of the search in a new study; compare them with those of an existing study.
 
     Raises:
-        UserError: it does not.
+        UserError: The study was started with other settings.
     """
     known = study.user_attrs
-    for key, value in facts.items():
+    for key, value in settings.items():
         if key not in known:
             study.set_user_attr(key, value)
         elif known[key] != value:
             raise UserError(
-                f"--study={study.study_name} searches with another {key}: {known[key]!r} there, {value!r} here; "
-                "give the same arguments, or another --study"
+                f"--study={study.study_name} was started with another {key}: {known[key]!r}; this command has "
+                f"{value!r}. Give the same arguments, or another --study"
             )
 
 
+# -- samplers and pruners -----------------------------------------------------------------------------------------
+
+
+def grid_size(distributions: dict[str, Any]) -> int:
+    """Return the number of points of the grid over a space. Raises UserError for a range without steps."""
+    return math.prod(len(values) for values in _grid_values(distributions).values())
+
+
+def _grid_values(distributions: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return the values of every parameter. Raises UserError for a range without steps."""
+    grid: dict[str, list[Any]] = {}
+    for key, d in distributions.items():
+        if hasattr(d, "choices"):
+            grid[key] = list(d.choices)
+        elif d.step and not d.log:
+            grid[key] = [d.low + i * d.step for i in range(round((d.high - d.low) / d.step) + 1)]
+        else:
+            raise UserError(f"--sampler=grid: {key} is a range without steps; give it step=..., or use choices")
+    return grid
+
+
+def make_sampler(name: str, distributions: dict[str, Any], seed: int | None) -> Any:
+    """Return a sampler of optuna.
+
+    Args:
+        name: One of `SAMPLERS`.
+        distributions: Distributions of the space by name, see `xdim_jax.sweeps.space.explore`.
+        seed: Seed of the sampler; None for a random one.
+
+    Raises:
+        UserError: The sampler is a grid, and the space has a range without steps.
+    """
+    samplers = import_optuna().samplers
+    if name == "random":
+        return samplers.RandomSampler(seed=seed)
+    if name == "tpe":  # constant_liar: parallel workers avoid the neighbourhood of running trials
+        return samplers.TPESampler(seed=seed, constant_liar=True)
+
+    class Grid(samplers.GridSampler):
+        """A grid sampler that does not call `Study.stop` at its end, which is an error outside of `Study.optimize`."""
+
+        def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+            pass
+
+    return Grid(_grid_values(distributions), seed=seed)
+
+
+def make_pruner(name: str, *, warmup: int) -> Any:
+    """Return a pruner of optuna.
+
+    Args:
+        name: One of `PRUNERS`.
+        warmup: Validations of a trial before it may be pruned.
+    """
+    pruners = import_optuna().pruners
+    if name == "median":
+        return pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=warmup)
+    if name == "asha":
+        return pruners.SuccessiveHalvingPruner(min_resource=max(warmup, 1), reduction_factor=3)
+    return pruners.NopPruner()
+
+
+# -- trials and their attempts ------------------------------------------------------------------------------------
+
+
 def origin_of(trial: Any) -> int:
-    """The number that a trial's workdir has."""
+    """Return the number of the first attempt at a trial."""
     return trial.user_attrs.get(_ORIGIN, trial.number)
 
 
-def name_of(origin: int) -> str:
-    """Of a trial, and of its workdir."""
+def trial_name(origin: int) -> str:
+    """Return the name of a trial, which is also the name of its workdir."""
     return f"trial{origin:04d}"
 
 
-def shown(value: Any) -> str:
-    """A parameter's value in a line or a table."""
+def format_value(value: Any) -> str:
+    """Return the value of a parameter as text for logs and tables."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def by_origin(study: Any) -> dict[int, list[Any]]:
-    """Trials, but for those that were one too many, in order."""
+def group_attempts(study: Any) -> dict[int, list[Any]]:
+    """Return the attempts at every trial in the order of creation, by origin. Surplus trials are left out."""
     groups: dict[int, list[Any]] = {}
     for trial in study.get_trials(deepcopy=False):
         if _SURPLUS not in trial.user_attrs:
@@ -175,36 +219,47 @@ def by_origin(study: Any) -> dict[int, list[Any]]:
     return groups
 
 
-def outcome(trials: Sequence[Any]) -> Any:
-    """Of the trials of an origin, the one that tells how it stands."""
-    ended = [t for t in trials if t.state.name in ("COMPLETE", "PRUNED")]
-    active = [t for t in trials if t.state.name in ("RUNNING", "WAITING")]
-    return (ended or active or trials[-1:])[0]
+def deciding_attempt(attempts: Sequence[Any]) -> Any:
+    """Return the attempt that determines the state of a trial.
+
+    This is the attempt that is complete or pruned; if there is none, the active one; else the last failed one.
+    """
+    ended = [t for t in attempts if t.state.name in ("COMPLETE", "PRUNED")]
+    active = [t for t in attempts if t.state.name in ("RUNNING", "WAITING")]
+    return (ended or active or attempts[-1:])[0]
 
 
-def settled(trials: Sequence[Any]) -> bool:
-    """Whether nothing more will come of an origin: it ended, or failed for good."""
-    last = outcome(trials)
+def has_ended(attempts: Sequence[Any]) -> bool:
+    """True if the trial is complete or pruned, or if it failed and no further attempt will follow."""
+    last = deciding_attempt(attempts)
     if last.state.name == "FAIL":
-        return _ERROR in last.user_attrs or len(trials) >= ATTEMPTS
+        return _ERROR in last.user_attrs or len(attempts) >= MAX_ATTEMPTS
     return last.state.is_finished()
 
 
-def take(study: Any, limit: int) -> Any | None:
-    """A trial for this worker: one that was given up, or else a new one while there are fewer than ``limit``."""
+def claim_trial(study: Any, limit: int) -> Any | None:
+    """Claim a trial for this worker: a queued one, or a new one if the study has fewer than ``limit``.
+
+    optuna cannot lock a study. Several workers may therefore create the last trial at the same time, or claim two
+    attempts at the same trial. So each worker checks its trial after claiming it. If there is one too many, the worker
+    marks its trial as surplus, and tries again.
+
+    Returns:
+        An `optuna.Trial`, or None if there is no trial to claim.
+    """
     state = import_optuna().trial.TrialState
     while True:
         waiting = study.get_trials(deepcopy=False, states=(state.WAITING,))
-        if not waiting and len(by_origin(study)) >= limit:
+        if not waiting and len(group_attempts(study)) >= limit:
             return None
         trial = study.ask()
-        trial.set_user_attr(_ALIVE, time.time())
-        groups = by_origin(study)
+        trial.set_user_attr(_HEARTBEAT, time.time())
+        groups = group_attempts(study)
         origin = trial.user_attrs.get(_ORIGIN)
-        if origin is None:  # several workers may have asked at once: the first ones of the study are within the limit
+        if origin is None:  # a new trial: the first ``limit`` trials of the study count
             surplus = sum(first < trial.number for first in groups) >= limit
             trial.set_user_attr(_SURPLUS if surplus else _ORIGIN, trial.number)
-        else:
+        else:  # a queued trial: the first of its running attempts counts
             others = [t for t in groups.get(origin, ()) if t.number != trial.number]
             surplus = any(
                 t.state.name in ("COMPLETE", "PRUNED") or (t.state.name == "RUNNING" and t.number < trial.number)
@@ -214,69 +269,96 @@ def take(study: Any, limit: int) -> Any | None:
                 trial.set_user_attr(_SURPLUS, trial.number)
         if not surplus:
             return trial
-        finish(study, trial, "FAIL")
+        finish_trial(study, trial, "FAIL")
 
 
-def finish(study: Any, trial: Any, state: str, value: float | None = None, error: str = "") -> bool:
-    """Ends a trial; False if it is this worker's no longer. With an ``error``, of its own, it is not tried again."""
+def finish_trial(study: Any, trial: Any, state: str, value: float | None = None, error: str = "") -> bool:
+    """Store the final state of a trial.
+
+    Args:
+        study: The study.
+        trial: The trial; without ``error``, its number is enough.
+        state: "COMPLETE", "PRUNED" or "FAIL".
+        value: Score of a complete trial.
+        error: Why training failed. With an error, the trial is not tried again.
+
+    Returns:
+        False if the trial has already ended, because another worker has marked it as failed, see
+        `requeue_dead_trials`.
+    """
     optuna = import_optuna()
     try:
         if error:
             trial.set_user_attr(_ERROR, error)
         study.tell(trial, value, state=optuna.trial.TrialState[state])
-    except (optuna.exceptions.UpdateFinishedTrialError, ValueError):  # told already, by a worker that gave it up
+    except (optuna.exceptions.UpdateFinishedTrialError, ValueError):  # ValueError: `tell` found a trial that has ended
         return False
     return True
 
 
-def lost(study: Any, trial: Any) -> bool:
-    """Whether another worker has given up this worker's trial."""
-    return study._storage.get_trial(trial._trial_id).state.is_finished()
+def is_running(study: Any, trial: Any) -> bool:
+    """True unless another worker has marked the trial of this worker as failed, see `requeue_dead_trials`."""
+    running = study.get_trials(deepcopy=False, states=(import_optuna().trial.TrialState.RUNNING,))
+    return any(other.number == trial.number for other in running)
 
 
-def revive(study: Any, grace: float = GRACE) -> list[int]:
-    """Gives up trials whose workers are dead, and queues what nobody runs; returns the origins that were queued.
+def requeue_dead_trials(study: Any, grace: float = GRACE_SECONDS) -> list[int]:
+    """Mark running trials of dead workers as failed, and queue a further attempt at every interrupted trial.
 
-    Workers may do this at once: a trial that two of them queue is dropped by one of those that take it.
+    Several workers may call this at the same time. If two of them queue the same trial, `claim_trial` drops one.
+
+    Args:
+        study: The study.
+        grace: Seconds after which a worker without a heartbeat counts as dead.
+
+    Returns:
+        The origins of the queued trials.
     """
-    optuna = import_optuna()
+    running = import_optuna().trial.TrialState.RUNNING
     now = time.time()
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        seen = trial.user_attrs.get(_ALIVE) or trial.datetime_start.timestamp()
-        if now - seen > grace:
-            try:
-                study._storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.FAIL)
-            except optuna.exceptions.UpdateFinishedTrialError:
-                continue
+    for trial in study.get_trials(deepcopy=False, states=(running,)):
+        last_heartbeat = trial.user_attrs.get(_HEARTBEAT) or trial.datetime_start.timestamp()
+        if now - last_heartbeat > grace:
+            finish_trial(study, trial.number, "FAIL")
     queued = []
-    for origin, trials in by_origin(study).items():
-        if not settled(trials) and outcome(trials).state.name == "FAIL":
-            params = max((t.params for t in trials), key=len)  # a worker may have died while it drew them
+    for origin, attempts in group_attempts(study).items():
+        if not has_ended(attempts) and deciding_attempt(attempts).state.name == "FAIL":
+            # an attempt whose worker died early may not have all parameters
+            params = max((t.params for t in attempts), key=len)
             study.enqueue_trial(dict(params), user_attrs={_ORIGIN: origin})
             queued.append(origin)
     return queued
 
 
-class Beat:
-    """Says that a worker lives, while it trains a trial."""
+class Heartbeat:
+    """A context manager that writes the heartbeats of a trial from a thread.
 
-    def __init__(self, study: Any, trial: Any, seconds: float = BEAT):
-        self._study, self._trial, self._seconds = study, trial, seconds
-        self._end = threading.Event()
+    Args:
+        trial: The trial that this worker has claimed.
+        seconds: Time between two heartbeats.
+    """
+
+    def __init__(self, trial: Any, seconds: float = HEARTBEAT_SECONDS):
+        self._trial, self._seconds = trial, seconds
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> "Beat":
+    def __enter__(self) -> "Heartbeat":
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._end.set()
+        self._stop.set()
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._end.wait(self._seconds):
+        ended = import_optuna().exceptions.UpdateFinishedTrialError
+        while not self._stop.wait(self._seconds):
             try:
-                self._study._storage.set_trial_user_attr(self._trial._trial_id, _ALIVE, time.time())
-            except Exception as error:  # ended, or the storage is away for a while
-                if not self._end.is_set() and "finished" not in str(error):
-                    warn(f"trial {self._trial.number}: no sign of life could be written: {type(error).__name__}")
+                self._trial.set_user_attr(_HEARTBEAT, time.time())
+            except ended:
+                return
+            except Exception as error:  # e.g. the database does not answer for a while
+                if not self._stop.is_set():
+                    name = type(error).__name__
+                    warn(f"trial {self._trial.number}: the heartbeat cannot be written to the study: {name}")

@@ -1,4 +1,4 @@
-"""A worker: takes trials of a study, trains each as a process of its own, and tells the study how it went."""
+"""A worker, which claims trials of a study, trains each in a separate process, and stores the results in the study."""
 
 import ctypes
 import dataclasses
@@ -17,20 +17,20 @@ from xdim_jax.runs.records import read_records
 from xdim_jax.sweeps import study as studies
 from xdim_jax.sweeps.space import Suggest, overrides_of
 
-_LINES = 3  # of it, in the error of a trial that failed
+_ERROR_LINES = 3  # last lines of the log that become the error of a failed trial
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all trials share.
+    """The settings that all trials of a sweep share.
 
     Attributes:
-        config: ``FILE[:WORDS]``.
-        overrides: ``--config.<key>=<value>``, before those of the trial.
-        suggest: draws a trial's parameters.
-        root: the trials' workdirs lie below it; a folder, or gs://, s3://.
-        trials: that the study is to have.
-        command: that trains, before its flags.
+        config: Recipe, as ``FILE[:WORDS]``.
+        overrides: Arguments ``--config.<key>=<value>``; the parameters of a trial follow them and take precedence.
+        suggest: Function that draws the parameters of a trial.
+        root: Folder of the workdirs, or an address gs://, s3://.
+        trials: Number of trials in the study.
+        command: Training command without its arguments.
     """
 
     config: str
@@ -41,73 +41,80 @@ class Job:
     command: Sequence[str] = (sys.executable, "-m", "xdim_jax.train")
 
 
-def address_of(root: str | Path, origin: int) -> str:
-    """The workdir of a trial: a path, or an address in a bucket."""
-    return f"{root}/{studies.name_of(origin)}"
+def trial_address(root: str | Path, origin: int) -> str:
+    """Return the workdir of a trial: a path, or an address in a bucket."""
+    return f"{root}/{studies.trial_name(origin)}"
 
 
-def workdir_of(root: str | Path, origin: int) -> Path:
-    """The folder of this machine that is, or stands for, the workdir of a trial."""
-    address = address_of(root, origin)
+def local_workdir(root: str | Path, origin: int) -> Path:
+    """Return the local workdir of a trial. For a workdir in a bucket, this is the folder of its local copy."""
+    address = trial_address(root, origin)
     return bucket.local_folder(address) if bucket.is_address(address) else Path(address)
 
 
-def work(
+def run_worker(
     study: Any,
     job: Job,
     stop: StopRequest,
     *,
-    beat: float = studies.BEAT,
-    grace: float = studies.GRACE,
+    heartbeat: float = studies.HEARTBEAT_SECONDS,
+    grace: float = studies.GRACE_SECONDS,
     wait: bool = True,
 ) -> int:
-    """Trains trials until the study has all of them; returns the exit status.
+    """Train trials until all trials of the study have ended.
 
-    With ``wait`` it stays until those of other workers have ended, so that a trial whose worker dies is not lost.
+    Args:
+        study: Study, see `xdim_jax.sweeps.study.open_study`.
+        job: Settings of the trials.
+        stop: Signals that the process receives; a signal stops the current trial and the worker.
+        heartbeat: Seconds between two heartbeats.
+        grace: Seconds after which a worker without a heartbeat counts as dead.
+        wait: If no trial can be claimed, wait until the trials of other workers have ended, in order to resume them if
+            their workers die. False: return at once.
+
+    Returns:
+        The exit status.
     """
     while not stop.signal:
-        revive(study, grace)
-        trial = studies.take(study, job.trials)
+        requeue_dead_trials(study, grace)
+        trial = studies.claim_trial(study, job.trials)
         if trial is not None:
-            with studies.Beat(study, trial, beat):
-                _train(study, trial, job, stop, beat)
-        elif not stay(study, stop, wait=wait, seconds=min(beat, 2.0)):
+            with studies.Heartbeat(trial, heartbeat):
+                _train(study, trial, job, stop, heartbeat)
+        elif not (wait and wait_for_others(study, stop, seconds=min(heartbeat, 2.0))):
             break
     return stop.status if stop.signal else 0
 
 
-def revive(study: Any, grace: float) -> None:
-    """Queues the trials of workers that are dead, and says so."""
-    for origin in studies.revive(study, grace):
-        log.say(f"trial {origin}: its worker is gone; it goes on from its last checkpoint")
+def requeue_dead_trials(study: Any, grace: float) -> None:
+    """Queue interrupted trials again, see `xdim_jax.sweeps.study.requeue_dead_trials`, and log their numbers."""
+    for origin in studies.requeue_dead_trials(study, grace):
+        log.say(f"trial {origin}: was interrupted; queued again, to resume from its last checkpoint")
 
 
-def stay(study: Any, stop: StopRequest, *, wait: bool, seconds: float) -> bool:
-    """Whether a worker that finds nothing to take stays; it then has waited for a while."""
-    if not wait or all(map(studies.settled, studies.by_origin(study).values())):
+def wait_for_others(study: Any, stop: StopRequest, *, seconds: float) -> bool:
+    """Return False if all trials have ended; otherwise wait for some seconds, and return True."""
+    if all(map(studies.has_ended, studies.group_attempts(study).values())):
         return False
-    _sleep(seconds, stop)
-    return True
-
-
-def _sleep(seconds: float, stop: StopRequest) -> None:
     end = time.monotonic() + seconds
     while not stop.signal and time.monotonic() < end:
         time.sleep(0.1)
+    return True
 
 
-def draw(trial: Any, job: Job) -> None:
-    """A trial's parameters."""
+def suggest_parameters(trial: Any, job: Job) -> None:
+    """Draw the parameters of a trial, and log them."""
     job.suggest(trial)
-    settings = " ".join(f"{name}={studies.shown(value)}" for name, value in trial.params.items())
+    settings = " ".join(f"{name}={studies.format_value(value)}" for name, value in trial.params.items())
     log.say(f"trial {studies.origin_of(trial)}: {settings}")
 
 
-def _train(study: Any, trial: Any, job: Job, stop: StopRequest, beat: float) -> None:
-    draw(trial, job)
-    workdir = workdir_of(job.root, studies.origin_of(trial))
+def _train(study: Any, trial: Any, job: Job, stop: StopRequest, heartbeat: float) -> None:
+    """Train a trial in a new process. Send SIGTERM after a signal, and if the trial is pruned or taken over."""
+    suggest_parameters(trial, job)
+    workdir = local_workdir(job.root, studies.origin_of(trial))
     workdir.mkdir(parents=True, exist_ok=True)
-    address = address_of(job.root, studies.origin_of(trial))
+    address = trial_address(job.root, studies.origin_of(trial))
     command = [*job.command, f"--config={job.config}", f"--workdir={address}"]
     with open(workdir / LOG_FILE, "ab") as output:
         child = subprocess.Popen(
@@ -116,59 +123,79 @@ def _train(study: Any, trial: Any, job: Job, stop: StopRequest, beat: float) -> 
             stderr=subprocess.STDOUT,
             preexec_fn=_die_with_parent,
         )
-    told, looked, pruned, asked = 0, time.monotonic(), False, False
+    reported, checked_at, pruned, terminated = 0, time.monotonic(), False, False
     while child.poll() is None:
         time.sleep(0.2)
-        told, before = report(trial, workdir, told), told
-        pruned = pruned or (not asked and told > before and trial.should_prune())
-        gone = False
-        if time.monotonic() - looked > beat:
-            looked, gone = time.monotonic(), studies.lost(study, trial)
-        if not asked and (stop.signal or pruned or gone):
-            child.send_signal(signal.SIGTERM)  # it saves, and ends
-            asked = True
-    report(trial, workdir, told)
-    tell(study, trial, workdir, child.returncode, pruned=pruned, stopped=bool(stop.signal))
+        before = reported
+        reported = report_validations(trial, workdir, reported)
+        pruned = pruned or (not terminated and reported > before and trial.should_prune())
+        taken_over = False
+        if time.monotonic() - checked_at > heartbeat:
+            checked_at, taken_over = time.monotonic(), not studies.is_running(study, trial)
+        if not terminated and (stop.signal or pruned or taken_over):
+            child.send_signal(signal.SIGTERM)  # training saves a checkpoint and exits
+            terminated = True
+    report_validations(trial, workdir, reported)
+    record_result(study, trial, workdir, child.returncode, pruned=pruned, stopped=bool(stop.signal))
 
 
 def _die_with_parent() -> None:
-    """In the child: a worker that is killed takes its training along, which else went on beside its successor."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # of Linux
+    """Make Linux kill this training process if the worker dies, because another worker will resume the trial."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # exists on Linux only
     if prctl is not None:
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def report(trial: Any, workdir: Path, told: int) -> int:
-    """Tells the study of validations that are new; returns how many it knows."""
-    scores = validations(workdir)
-    for number in range(told, len(scores)):
+def report_validations(trial: Any, workdir: Path, reported: int) -> int:
+    """Report new validation scores to the study.
+
+    Args:
+        trial: The trial.
+        workdir: Its workdir.
+        reported: Number of validations that are already reported.
+
+    Returns:
+        The number of validations that are reported now.
+    """
+    scores = validation_scores(workdir)
+    for number in range(reported, len(scores)):
         trial.report(scores[number], number + 1)
     return len(scores)
 
 
-def validations(workdir: Path) -> list[float]:
-    """The Dice of every validation so far."""
+def validation_scores(workdir: Path) -> list[float]:
+    """Return the Dice of every validation so far."""
     return [r["dice"] for r in read_records(workdir) if r["kind"] == "validation"]
 
 
-def tell(
+def record_result(
     study: Any, trial: Any, workdir: Path, status: int, *, pruned: bool, stopped: bool = False, error: str = ""
 ) -> None:
-    """How a trial's training ended, by its exit status and its record; the log's last lines, where no error is said."""
-    origin, scores = studies.origin_of(trial), validations(workdir)
+    """Store the result of a trial in the study, and log it.
+
+    Args:
+        study: The study.
+        trial: The trial.
+        workdir: Its workdir. The score is the best validation Dice in its record.
+        status: Exit status of training; negative if a signal killed the process.
+        pruned: True if the trial was stopped because it was pruned.
+        stopped: True if the trial was stopped because this worker received a signal.
+        error: Message of the error if training failed; empty to take the last lines of the log.
+    """
+    origin, scores = studies.origin_of(trial), validation_scores(workdir)
     if status == 0 and scores:
-        mine = studies.finish(study, trial, "COMPLETE", max(scores))
-        text = f"Dice {max(scores):.4f}"
+        stored = studies.finish_trial(study, trial, "COMPLETE", max(scores))
+        text = f"complete, best validation Dice {max(scores):.4f}"
     elif pruned:
-        mine, text = studies.finish(study, trial, "PRUNED"), f"pruned after {len(scores)} validations"
-    elif stopped or status == REQUEUE or status < 0:  # it can go on from its checkpoint, here or elsewhere
-        mine, text = studies.finish(study, trial, "FAIL"), "given back"
+        stored, text = studies.finish_trial(study, trial, "PRUNED"), f"pruned after {len(scores)} validations"
+    elif stopped or status == REQUEUE or status < 0:  # it can be resumed from its checkpoint, also by another worker
+        stored, text = studies.finish_trial(study, trial, "FAIL"), "stopped; returned to the queue"
     else:
         text = f"failed with status {status}: {error or _last_lines(workdir / LOG_FILE)}"
-        mine = studies.finish(study, trial, "FAIL", error=text)
-    log.say(f"trial {origin}: {text if mine else 'taken over by another worker'}")
+        stored = studies.finish_trial(study, trial, "FAIL", error=text)
+    log.say(f"trial {origin}: {text if stored else 'another worker has taken it over'}")
 
 
 def _last_lines(path: Path) -> str:
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return " / ".join(lines[-_LINES:])
+    return " / ".join(lines[-_ERROR_LINES:])

@@ -1,0 +1,122 @@
+"""The dry run of a sweep, which compiles every distinct program of its space and checks whether it fits the device."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from xdim_jax.base import log
+from xdim_jax.base.config import Config, load_config
+from xdim_jax.base.errors import UserError, gib
+from xdim_jax.sweeps.space import Suggest, combine, explore, overrides_of
+from xdim_jax.training import pack
+from xdim_jax.training.check import resolve_config
+from xdim_jax.training.needs import Choice, measure
+
+MAX_PROGRAMS = 200  # programs that a dry run compiles at most
+
+
+def distinct_programs(
+    suggest: Suggest, spec: str, overrides: Sequence[str]
+) -> dict[str, tuple[dict[str, Any], Config]]:
+    """Find the distinct programs of a space: those with different `xdim_jax.training.pack.signature`.
+
+    Parameters that change the program and have choices are tried in all combinations. Of ranges, both ends are tried.
+
+    Args:
+        suggest: Function of the space.
+        spec: Recipe, as ``FILE[:WORDS]``.
+        overrides: Arguments ``--config.<key>=<value>``.
+
+    Returns:
+        One setting of the space and its config for every program, by a text with the parameters that distinguish it.
+
+    Raises:
+        UserError: There are more than `MAX_PROGRAMS`.
+    """
+    tried, distributions = explore(suggest)
+    program_keys = pack.signature(load_config(spec, overrides))
+    combined_names = {name for name, d in distributions.items() if name in program_keys and hasattr(d, "choices")}
+    other_choices = [{k: v for k, v in params.items() if k not in combined_names} for params in tried]
+    starts = {repr(picks): picks for picks in other_choices}.values()
+    combinations = (params for picks in starts for params in combine(suggest, picks, combined_names))
+    programs: dict[str, tuple[dict[str, Any], Config]] = {}
+    for params in itertools.chain(tried, combinations):
+        config, _ = resolve_config(load_config(spec, [*overrides, *overrides_of(params)]), needs_data=False)
+        programs.setdefault(repr(pack.signature(config)), (params, config))
+        if len(programs) > MAX_PROGRAMS:
+            raise UserError(
+                f"the space has more than {MAX_PROGRAMS} programs; fix some of the parameters "
+                + ", ".join(sorted(combined_names))
+            )
+    # a number in STACKED_KEYS is an input of the program, so a range of it does not distinguish programs
+    shown = {name for name in distributions if name in program_keys and name not in pack.STACKED_KEYS} | combined_names
+    return {_program_name(params, shown): (params, config) for params, config in programs.values()}
+
+
+def _program_name(params: Mapping[str, Any], shown: set[str]) -> str:
+    return " ".join(f"{k}={v}" for k, v in params.items() if k in shown) or "the only program"
+
+
+def dry_run(
+    suggest: Suggest, spec: str, overrides: Sequence[str], *, slots: int, layout: str, budget: int | None
+) -> None:
+    """Compile every program of a sweep, and log the memory that it needs per device.
+
+    Args:
+        suggest: Function of the space.
+        spec: Recipe, as ``FILE[:WORDS]``.
+        overrides: Arguments ``--config.<key>=<value>``.
+        slots: Trials in one program; 0 if each trial is trained alone.
+        layout: Layout of a pack, one of `xdim_jax.training.pack.LAYOUTS`.
+        budget: Memory of a device in bytes; None for that of the device in this machine.
+
+    Raises:
+        UserError: Lists all programs that do not fit.
+    """
+    programs = distinct_programs(suggest, spec, overrides)
+    available = available_bytes() if budget is None else budget
+    log.say(f"programs   {len(programs)}, for {jax.device_count()} x {jax.devices()[0].device_kind}, {gib(available)}")
+    too_large = []
+    for name, (_, config) in programs.items():
+        step, validation = _needed_bytes(config, slots, layout)
+        fits = max(step, validation) <= available
+        log.say(f"           {name}: step {gib(step)}, validation {gib(validation)}{'' if fits else ': does not fit'}")
+        if not fits:
+            too_large.append(f"{name}: {gib(max(step, validation))}")
+    if too_large:
+        smaller = "a smaller --pack, " if slots > 1 else ""
+        raise UserError(
+            f"{len(too_large)} of {len(programs)} programs need more than {gib(available)}:\n  "
+            + "\n  ".join(too_large)
+            + f"\nRemove them from the space, or give {smaller}a smaller --config.data.batch or --config.data.patch, "
+            "or --config.train.remat; see python -m xdim_jax.plan"
+        )
+
+
+def _needed_bytes(config: Config, slots: int, layout: str) -> tuple[int, int]:
+    """Return the bytes per device of the training step and of validation."""
+    config, dataset = resolve_config(config, needs_data=False)
+    choice = Choice(tuple(config.data.patch), config.data.batch, config.train.precision, config.train.remat)
+    need = measure(config, dataset, choice)
+    step = pack.step_bytes(config, dataset, slots, layout) if slots else need.step_bytes
+    return step, need.predict_bytes
+
+
+def available_bytes() -> int:
+    """Return the memory limit of a device; on a CPU, the memory that is available now.
+
+    Raises:
+        UserError: The system does not report how much memory is available.
+    """
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return int(limit)
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        pass
+    raise UserError("the available memory of this system is unknown; give --budget=<size>, e.g. 16GiB")
