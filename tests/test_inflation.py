@@ -212,6 +212,8 @@ def test_the_new_axis_may_be_any(rule, axis):
     ("name", "rule", "padding"),
     [
         ("resnet18", "mean", "renorm"),
+        ("efficientnet_lite_toy", "repeat", "edge"),
+        pytest.param("efficientnet_lite0", "mean", "renorm", marks=pytest.mark.slow),
         pytest.param("resnet50", "repeat", "edge", marks=pytest.mark.slow),
         pytest.param("vgg16_bn", "repeat", "renorm", marks=pytest.mark.slow),
         pytest.param("convnext_tiny", "mean", "renorm", marks=pytest.mark.slow),
@@ -257,6 +259,7 @@ def test_what_is_not_preserved(rule, depth_padding):
     "name",
     [
         "efficientnet_toy",
+        "efficientnet_lite_toy",
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "vgg16_bn", "convnext_tiny")),
     ],
 )

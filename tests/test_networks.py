@@ -30,7 +30,13 @@ ENCODERS = {
     "efficientnet_b5": (27_288_112, (48, 40, 64, 176, 512)),
     "efficientnet_b6": (39_403_992, (56, 40, 72, 200, 576)),
     "efficientnet_b7": (62_143_440, (64, 48, 80, 224, 640)),
+    "efficientnet_lite0": (2_958_848, (32, 24, 40, 112, 320)),
+    "efficientnet_lite1": (3_723_520, (32, 24, 40, 112, 320)),
+    "efficientnet_lite2": (4_357_952, (32, 24, 48, 120, 352)),
+    "efficientnet_lite3": (6_422_016, (32, 32, 48, 136, 384)),
+    "efficientnet_lite4": (11_149_568, (32, 32, 56, 160, 448)),
     "efficientnet_toy": (140_680, (8, 8, 16, 32, 80)),
+    "efficientnet_lite_toy": (120_864, (32, 8, 16, 32, 80)),
     "resnet18": (11_176_512, (64, 64, 128, 256, 512)),
     "resnet34": (21_284_672, (64, 64, 128, 256, 512)),
     "resnet50": (23_508_032, (64, 256, 512, 1024, 2048)),
@@ -39,6 +45,7 @@ ENCODERS = {
     "convnext_tiny": (27_818_592, (0, 96, 192, 384, 768)),
 }
 BLOCKS = {"b0": 16, "b1": 23, "b2": 23, "b3": 26, "b4": 32, "b5": 39, "b6": 45, "b7": 55, "toy": 8}
+BLOCKS |= {"lite0": 16, "lite1": 21, "lite2": 21, "lite3": 24, "lite4": 30, "lite_toy": 8}
 
 # whole networks: parameters counted in PyTorch, minus the head that is never called (docs/networks.md, section Sizes)
 HEAD_B0, HEAD_B4 = 412_160, 806_400

@@ -302,20 +302,27 @@ def test_every_architecture_is_timms():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("tag", ["ns_jft_in1k", "ap_in1k", "aa_in1k"])
-def test_normalisation_is_timms(tag):
-    config = timm.get_pretrained_cfg(f"tf_efficientnet_b0.{tag}")
-    assert timm_models.INPUTS[tag] == {"mean": list(config.mean), "std": list(config.std)}
+def test_normalisation_is_timms():
+    """For every training of every architecture that timm knows."""
+    names = [timm_models.TimmName(*n.partition(".")[::2]) for n in timm.list_pretrained()]
+    known = [name for name in names if name.architecture in timm_models.ARCHITECTURES]
+    assert {name.architecture for name in known} > {"tf_efficientnet_b0", "tf_efficientnet_lite0", "resnet18"}
+    for name in known:
+        config = timm.get_pretrained_cfg(name.full)
+        assert timm_models.input_of(name) == {"mean": list(config.mean), "std": list(config.std)}, name
 
 
 def test_the_hub_is_asked_for_the_right_file(monkeypatch, b0):
     asked = []
 
-    def fetch(repository, filename):
+    def fetch(repository, filename, local_files_only=False):
+        if local_files_only:
+            raise FileNotFoundError("not in the cache")
         asked.append((repository, filename))
         return str(b0)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, timeout: None)
     weights = weight_port.from_timm("tf_efficientnet_b0_ns")
     assert asked == [("timm/tf_efficientnet_b0.ns_jft_in1k", "model.safetensors")]
     assert weights.source["model"] == "tf_efficientnet_b0.ns_jft_in1k" and len(weights.source["sha256"]) == 64
@@ -326,11 +333,18 @@ def test_the_hub_is_asked_for_the_right_file(monkeypatch, b0):
 
 
 @pytest.mark.quick
+def test_a_file_in_the_cache_of_the_hub_needs_no_network(monkeypatch, b0):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *names, local_files_only: str(b0))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *a, **o: pytest.fail("asked the hub"))
+    assert sources.download("timm/tf_efficientnet_b0.ns_jft_in1k") == b0
+
+
+@pytest.mark.quick
 def test_without_a_network_the_message_says_how_to_go_on(monkeypatch):
-    def fetch(repository, filename):
+    def ask(url, timeout):
         raise ConnectionError("Name or service not known\nand more")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", ask)
     with pytest.raises(
         UserError, match=r"cannot download .*: Name or service not known\. .*resolve/main/.*--from-file"
     ):
@@ -521,7 +535,7 @@ MISUSES = {
 @pytest.mark.parametrize("misuse", MISUSES)
 def test_misuse_is_one_clear_message(misuse, b0, tmp_path, monkeypatch):
     arguments, words = MISUSES[misuse]
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a: pytest.fail("asked the hub"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **o: pytest.fail("asked the hub"))
     with pytest.raises(UserError) as error:
         command.main([a.format(b0=b0, tmp=tmp_path) for a in arguments])
     assert all(word in str(error.value) for word in words), error.value

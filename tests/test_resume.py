@@ -1136,10 +1136,10 @@ def test_what_has_no_folds_is_refused(small, data, tmp_path):
 
 
 def no_network(monkeypatch):
-    def fetch(*arguments, **options):
+    def ask(*arguments, **options):
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", ask)
 
 
 def assert_says_what_to_do(name):

@@ -12,6 +12,8 @@ from torch import nn
 
 MULTIPLIERS = ((1.0, 1.0), (1.0, 1.1), (1.1, 1.2), (1.2, 1.4), (1.4, 1.8), (1.6, 2.2), (1.8, 2.6), (2.0, 3.1))
 WIDTH_DEPTH = {"toy": (0.25, 0.3)} | {f"b{i}": pair for i, pair in enumerate(MULTIPLIERS)}
+# EfficientNet-Lite: no squeeze-excite, ReLU6, fixed stem, and one block in the first and in the last stage
+WIDTH_DEPTH |= {"lite_toy": (0.25, 0.3)} | {f"lite{i}": pair for i, pair in enumerate(MULTIPLIERS[:5])}
 STAGES = ((1, 16, 3, 1), (2, 24, 3, 2), (2, 40, 5, 2), (3, 80, 3, 2), (3, 112, 5, 1), (4, 192, 5, 2), (1, 320, 3, 1))
 USED_STAGES = (1, 2, 4, 6)  # with the activated stem, the five features
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
@@ -84,36 +86,38 @@ class SqueezeExcite(nn.Module):
 
 
 class Separable(nn.Module):
-    def __init__(self, ndim, cin, cout, k, stride, norm, padding, eps, rate):
+    def __init__(self, ndim, cin, cout, k, stride, norm, padding, eps, rate, lite):
         super().__init__()
+        self.act = nn.ReLU6() if lite else nn.SiLU()
         self.conv_dw = make_conv(ndim, cin, cin, k, stride, groups=cin, padding=padding)
         self.bn1 = make_norm(norm, ndim, cin, eps)
-        self.se = SqueezeExcite(ndim, cin, round(cin / 4))
+        self.se = nn.Identity() if lite else SqueezeExcite(ndim, cin, round(cin / 4))
         self.conv_pw = make_conv(ndim, cin, cout, 1)
         self.bn2 = make_norm(norm, ndim, cout, eps)
         self.drop_path = DropPath(rate) if stride == 1 and cin == cout else None
 
     def forward(self, x):
-        y = self.bn2(self.conv_pw(self.se(F.silu(self.bn1(self.conv_dw(x))))))
+        y = self.bn2(self.conv_pw(self.se(self.act(self.bn1(self.conv_dw(x))))))
         return y if self.drop_path is None else self.drop_path(y) + x
 
 
 class InvertedResidual(nn.Module):
-    def __init__(self, ndim, cin, cout, k, stride, norm, padding, eps, rate):
+    def __init__(self, ndim, cin, cout, k, stride, norm, padding, eps, rate, lite):
         super().__init__()
+        self.act = nn.ReLU6() if lite else nn.SiLU()
         mid = 6 * cin
         self.conv_pw = make_conv(ndim, cin, mid, 1)
         self.bn1 = make_norm(norm, ndim, mid, eps)
         self.conv_dw = make_conv(ndim, mid, mid, k, stride, groups=mid, padding=padding)
         self.bn2 = make_norm(norm, ndim, mid, eps)
-        self.se = SqueezeExcite(ndim, mid, round(cin / 4))
+        self.se = nn.Identity() if lite else SqueezeExcite(ndim, mid, round(cin / 4))
         self.conv_pwl = make_conv(ndim, mid, cout, 1)
         self.bn3 = make_norm(norm, ndim, cout, eps)
         self.drop_path = DropPath(rate) if stride == 1 and cin == cout else None
 
     def forward(self, x):
-        y = F.silu(self.bn1(self.conv_pw(x)))
-        y = self.se(F.silu(self.bn2(self.conv_dw(y))))
+        y = self.act(self.bn1(self.conv_pw(x)))
+        y = self.se(self.act(self.bn2(self.conv_dw(y))))
         y = self.bn3(self.conv_pwl(y))
         return y if self.drop_path is None else self.drop_path(y) + x
 
@@ -126,8 +130,12 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         width, depth = WIDTH_DEPTH[name]
+        lite = name.startswith("lite")
+        self.act = nn.ReLU6() if lite else nn.SiLU()
         repeats = [math.ceil(stage[0] * depth) for stage in STAGES]
-        cin = round_channels(32, width)
+        if lite:
+            repeats[0] = repeats[-1] = 1
+        cin = 32 if lite else round_channels(32, width)
         self.conv1 = make_conv(ndim, in_channels, cin, 3, 2, padding=padding)
         self.bnorm1 = make_norm(norm, ndim, cin, eps)
         self.channels = [cin]
@@ -138,17 +146,18 @@ class Encoder(nn.Module):
             for j in range(repeats[i]):
                 rate = drop_path * index / sum(repeats)
                 block = InvertedResidual if i else Separable
-                blocks.append(block(ndim, cin, cout, k, 1 if j else stride, norm, padding, eps, rate))
+                blocks.append(block(ndim, cin, cout, k, 1 if j else stride, norm, padding, eps, rate, lite))
                 cin, index = cout, index + 1
             self.add_module(f"enc{i}", nn.Sequential(*blocks))
             if i in USED_STAGES:
                 self.channels.append(cout)
         if head:  # in the released state_dict, never called
-            self.conv_head = make_conv(ndim, cin, round_channels(1280, width), 1)
-            self.norm_head = make_norm(norm, ndim, round_channels(1280, width), eps)
+            head_channels = 1280 if lite else round_channels(1280, width)
+            self.conv_head = make_conv(ndim, cin, head_channels, 1)
+            self.norm_head = make_norm(norm, ndim, head_channels, eps)
 
     def forward(self, x):
-        x = F.silu(self.bnorm1(self.conv1(x)))
+        x = self.act(self.bnorm1(self.conv1(x)))
         features = [x]
         for i in range(len(STAGES)):
             x = getattr(self, f"enc{i}")(x)

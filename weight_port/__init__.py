@@ -5,7 +5,19 @@ converted without either. The command is ``python -m weight_port --help``. The f
 """
 
 from weight_port.authors import NETWORKS, from_authors, to_authors
+from weight_port.pypi import from_pypi, to_pypi
 from weight_port.sources import Source, download, read_source
 from weight_port.timm_models import from_timm, to_timm
 
-__all__ = ["NETWORKS", "Source", "download", "from_authors", "from_timm", "read_source", "to_authors", "to_timm"]
+__all__ = [
+    "NETWORKS",
+    "Source",
+    "download",
+    "from_authors",
+    "from_pypi",
+    "from_timm",
+    "read_source",
+    "to_authors",
+    "to_pypi",
+    "to_timm",
+]

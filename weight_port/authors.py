@@ -234,8 +234,8 @@ def _empty_head(section: Mapping[str, Any], state: Mapping[str, np.ndarray], pre
     encoder = section if "ndim" in section else encoder_section(section)[1]
     if not encoder["name"].startswith("efficientnet"):
         return {}
-    width = MEMBERS[encoder["name"].removeprefix("efficientnet_")].width
-    filters = scaled_channels(HEAD, width)
+    member = MEMBERS[encoder["name"].removeprefix("efficientnet_")]
+    filters = HEAD if member.lite else scaled_channels(HEAD, member.width)
     last = max(n for n in state if re.fullmatch(re.escape(prefix) + r"enc6\.\d+\.conv_pwl\.weight", n))
     head = {f"{prefix}conv_head.weight": np.zeros((filters, state[last].shape[0], *(1,) * encoder["ndim"]), np.float32)}
     norm = f"{prefix}norm_head."

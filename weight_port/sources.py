@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import pickle
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from xdim_jax.base.files import atomic_path
 from xdim_jax.nets.weights import write_arrays
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts put a state_dict
+
+HUB_SECONDS = 4.0  # waiting time for the first answer of the hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,18 +118,49 @@ def download(repository: str, filename: str = "model.safetensors") -> Path:
     """Return the path of a file of the Hugging Face hub, downloaded unless it is in the hub's cache.
 
     Raises:
-        UserError: The hub cannot be reached, or has no such file.
+        UserError: The hub has no such file, or does not answer within `HUB_SECONDS`.
     """
     import huggingface_hub  # imported here because it takes half a second
 
     try:
+        return Path(huggingface_hub.hf_hub_download(repository, filename, local_files_only=True))
+    except FileNotFoundError:
+        pass  # not in the cache
+    try:
+        _ask_hub(repository, filename)
         return Path(huggingface_hub.hf_hub_download(repository, filename))
     except Exception as error:  # many types: no network, no such file, an answer of a proxy
-        reason = first_line(error)
         raise UserError(
-            f"cannot download {repository}/{filename} from the Hugging Face hub: {reason}. Without network, fetch "
-            f"https://huggingface.co/{repository}/resolve/main/{filename} elsewhere, and pass it with --from-file"
+            f"cannot download {repository}/{filename} from the Hugging Face hub: {first_line(error).rstrip('.')}. "
+            f"Without network, fetch https://huggingface.co/{repository}/resolve/main/{filename} elsewhere, and pass it "
+            "with --from-file"
         ) from error
+
+
+def _ask_hub(repository: str, filename: str) -> None:
+    """Ask the hub for the size of a file, once. A download would try to reach it for half a minute.
+
+    Raises:
+        Exception: As raised by the hub's library, or TimeoutError if there is no answer within `HUB_SECONDS`.
+    """
+    import huggingface_hub
+
+    errors: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            url = huggingface_hub.hf_hub_url(repository, filename)
+            huggingface_hub.get_hf_file_metadata(url, timeout=HUB_SECONDS)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)  # the timeout above does not include the look-up of the host
+    thread.start()
+    thread.join(HUB_SECONDS)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {HUB_SECONDS:g} s")
+    if errors:
+        raise errors[0]
 
 
 def import_torch(why: str) -> Any:

