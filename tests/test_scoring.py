@@ -840,14 +840,52 @@ def test_compare_interval_draws_patients():
     assert (found.low, found.high, found.mean) == (0, 1, 0.5)
 
 
-def test_a_mask_that_fills_the_image_has_the_distances_of_a_map(monkeypatch):
-    """Faces of a box lie about equally near to many voxels: there a map is made, and gives the same."""
-    place = np.meshgrid(*(np.arange(n) - n / 2 for n in (40, 50, 60)), indexing="ij", sparse=True)
-    ball, full = sum(p**2 for p in place) < 100, np.ones((40, 50, 60), bool)
-    grid = masks.Geometry(full.shape, (0.7, 1.1, 2.3))
-    found = []
-    for seconds in (0.0, 1e9):  # always a map, never one
-        monkeypatch.setattr(masks, "_MAP_SECONDS", seconds)
-        found.append(masks.surface_distances(full, ball, grid))
-    for a, b in zip(*found, strict=True):
-        np.testing.assert_array_equal(a, b)
+def ball(shape, radius):
+    place = np.meshgrid(*(np.arange(n) - n / 2 for n in shape), indexing="ij", sparse=True)
+    return sum(p**2 for p in place) < radius**2
+
+
+@pytest.mark.parametrize("ref", [ball((40, 50, 60), 10), np.ones((40, 50, 60), bool)])
+def test_a_tree_and_a_map_find_the_same_distances(ref):
+    grid = Geometry(ref.shape, (0.7, 1.1, 2.3))
+    full = masks.surface(np.ones(ref.shape, bool), border=True)
+    other = masks.surface(ref, border=True)
+    for source, target in ((full, other), (other, full)):
+        by_tree, by_map = (
+            masks._distances(source, target, grid, nearest)
+            for nearest in (masks._nearest_by_tree, masks._nearest_by_map)
+        )
+        np.testing.assert_allclose(by_tree, by_map, rtol=1e-13)
+
+
+SHAPE = (120, 120, 120)
+FULL = np.ones(SHAPE, bool)
+
+
+@pytest.mark.parametrize(
+    ("pred", "ref", "tree"),
+    [
+        (ball(SHAPE, 50), np.roll(ball(SHAPE, 50), 2, 0), True),
+        (FULL, FULL, True),
+        (FULL, box(SHAPE, *((60, 61),) * 3), True),  # a single voxel
+        (FULL, box(SHAPE, *((3, 117),) * 3), True),
+        (np.ones((512, 512), bool), ball((512, 512), 100), True),
+        (FULL, ball(SHAPE, 20), False),
+        (np.indices(SHAPE).sum(0) % 2 > 0, ball(SHAPE, 20), False),  # every voxel is surface
+    ],
+)
+def test_the_search_for_nearest_voxels_depends_on_counts_only(pred, ref, tree, monkeypatch):
+    """Flat faces far from the other surface, and dense surfaces, are searched with a map; all else with a tree."""
+    used = []
+    for name in ("_nearest_by_tree", "_nearest_by_map"):
+        monkeypatch.setattr(masks, name, lambda points, *_, name=name: used.append(name) or points)
+    masks.surface_distances(pred, ref)
+    assert used == ["_nearest_by_tree" if tree else "_nearest_by_map"] * 2
+
+
+def test_skewed_axes_are_searched_with_a_tree(monkeypatch):
+    monkeypatch.setattr(masks, "_nearest_by_map", None)
+    axes = np.eye(3)
+    axes[0, 1] = 0.1
+    found = masks.surface_distances(FULL, ball(SHAPE, 20), Geometry(SHAPE, (1.0, 1.0, 1.0), axes))
+    assert all(distances.size for distances in found)
