@@ -30,9 +30,9 @@ from xdim_jax.base.huge_pages import prefer_huge_pages
 from xdim_jax.data.datasets import scoring_rules
 from xdim_jax.runs.workdir import find_members, read_config
 from xdim_jax.scoring import challenges, results, tables
-from xdim_jax.scoring.evaluation import describe, score_jobs, write
+from xdim_jax.scoring.evaluation import describe, score_jobs, write_evaluation
 from xdim_jax.scoring.masks import METRICS
-from xdim_jax.scoring.rules import Job, Scored, column
+from xdim_jax.scoring.rules import Job, ScoredCase, column
 
 
 def main(argv: Sequence[str]) -> int:
@@ -101,12 +101,13 @@ def _evaluate(options: Any) -> int:
         log.warn(line)
     summary = results.summarise(rules, scored, extra)
     columns = dict(rules.columns) | {m: column(m) for m in options.metrics if m not in rules.columns}
-    write(options.out, rules, scored + extra_rows, summary, tables.make_tables(summary, columns))
+    write_evaluation(options.out, rules, scored + extra_rows, summary, tables.make_tables(summary, columns))
     record = {
         "pred": str(options.pred.absolute()),
         "ref": str(options.ref.absolute()),
         "rules": rules.name,
-        "options": challenges.resolved(rules.name, options) | {"metrics": options.metrics, "missing": options.missing},
+        "options": challenges.resolve_options(rules.name, options)
+        | {"metrics": options.metrics, "missing": options.missing},
         "cases": _record(jobs),
     }
     write_json(options.out / results.EVALUATE_FILE, record)
@@ -126,7 +127,7 @@ def _validation(options: Any) -> set[str]:
     usual, determined = scoring_rules(config.data.to_dict())
     options.rules = options.rules or usual
     for key, value in determined.items():  # those that rules of another challenge do not have are not needed
-        if challenges.takes(options.rules, key) and not getattr(options, key):
+        if challenges.accepts(options.rules, key) and not getattr(options, key):
             setattr(options, key, value)
     options.pred = options.workdir / "predictions"
     options.out = options.out or options.workdir / "evaluation"
@@ -161,10 +162,10 @@ def _record(jobs: Sequence[Job]) -> dict[str, Any]:
     return found
 
 
-def _with_absent(scored: Sequence[Scored]) -> list[Scored]:
+def _with_absent(scored: Sequence[ScoredCase]) -> list[ScoredCase]:
     """Where label maps say which structures there are, one that both maps of a case lack is empty in both."""
     metrics = {s: tuple(v) for case in scored for s, v in case.values.items()}
-    facts = {case.facts.get("task") for case in scored}
+    facts = {case.attributes.get("task") for case in scored}
     if facts != {None}:
         return list(scored)
     filled = []
@@ -175,7 +176,7 @@ def _with_absent(scored: Sequence[Scored]) -> list[Scored]:
     return filled
 
 
-def _not_evaluated(scored: Sequence[Scored]) -> list[str]:
+def _not_evaluated(scored: Sequence[ScoredCase]) -> list[str]:
     """Structures whose metrics are all undefined because the reference lacks them, with their cases."""
     found: dict[tuple[str, str], list[str]] = {}
     for case in scored:

@@ -44,7 +44,7 @@ from xdim_jax.ops.compilation import cache_programs
 from xdim_jax.runs import environment
 from xdim_jax.runs.workdir import SPLIT_FILE, find_members, read_config
 from xdim_jax.scoring import results
-from xdim_jax.scoring.rules import BESIDE
+from xdim_jax.scoring.rules import EXTRA_OUTPUTS
 
 
 def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
@@ -182,7 +182,7 @@ def _stat(path: Path) -> Any:
 
 def remove_prediction(output: Path, case_id: str) -> None:
     """What an earlier run left of a case, also one that was killed while it wrote."""
-    for path in (output / f"{case_id}.nii.gz", *(output / name / f"{case_id}.nii" for name in BESIDE)):
+    for path in (output / f"{case_id}.nii.gz", *(output / name / f"{case_id}.nii" for name in EXTRA_OUTPUTS)):
         path.unlink(missing_ok=True)
         for partial in partial_files(path):
             partial.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from xdim_jax.nets import networks
 from xdim_jax.nets.functional import PRECISIONS, make_forward, split_model
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.workdir import DATA_FILE, find_members, read_config
-from xdim_jax.scoring.rules import BESIDE
+from xdim_jax.scoring.rules import EXTRA_OUTPUTS
 
 PRESETS = ("fast", "default", "best")
 _FAST_OVERLAP, _BEST_OVERLAP = 0.25, 0.5
@@ -156,7 +156,7 @@ class Predictor:
             flips=sliding_window.all_flips(self.flips),
             threshold=threshold,
             members=len(members) if len(members) > 1 else 0,
-            want=frozenset(name for name in BESIDE if getattr(self.settings, name)),
+            want=frozenset(name for name in EXTRA_OUTPUTS if getattr(self.settings, name)),
         )
         self.preparation = Preparation.from_config(config.data.prepare.to_dict())
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from xdim_jax.pages.colours import BLUE, GREEN, PALETTE, RED, YELLOW, to_rgb
 from xdim_jax.scoring.masks import bounding_box
-from xdim_jax.scoring.rules import Column, Masks, Scored
+from xdim_jax.scoring.rules import Column, Masks, ScoredCase
 
 COLOURS = {
     "LV_endo": RED, "LV_epi": BLUE, "LA": GREEN,
@@ -106,7 +106,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]]) -> list[Picture]:
 # -- scores over cases --------------------------------------------------------------------------------------------
 
 
-def draw_boxes(groups: Mapping[str, Sequence[Scored]], metrics: Mapping[str, Column]) -> list[Picture]:
+def draw_boxes(groups: Mapping[str, Sequence[ScoredCase]], metrics: Mapping[str, Column]) -> list[Picture]:
     """Box plots over cases: for every metric one panel, for every structure and group one box, every case a dot."""
     structures = list(dict.fromkeys(s for cases in groups.values() for c in cases for s in c.values))
     shown = [m for m in metrics if any(m in v for cases in groups.values() for c in cases for v in c.values.values())]

@@ -131,7 +131,7 @@ def _is_flat(mask: np.ndarray) -> bool:
     """
     other_axes = [tuple(a for a in range(mask.ndim) if a != axis) for axis in range(mask.ndim)]
     largest = max(int(np.count_nonzero(mask, axis=axes).max()) for axes in other_axes)
-    return 10 * largest > np.count_nonzero(mask)
+    return 10 * largest > int(np.count_nonzero(mask))
 
 
 def _distances(
