@@ -92,6 +92,7 @@ def _with_volume_errors(case: ScoredCase) -> ScoredCase:
 
 
 def _metrics_of(cases: Sequence[ScoredCase]) -> set[str]:
+    """Return the names of all metrics of an evaluation."""
     return {metric for case in cases for values in case.values.values() for metric in values}
 
 

@@ -27,7 +27,7 @@ from xdim_jax.scoring.submission import pack_brats, pack_camus, pack_chaos
 def main(argv: Sequence[str]) -> int:
     """Run the command line, see ``--help``."""
     parser = make_parser("xdim_jax.submit", __doc__ or "", "exit status: 0 done, 2 unusable input")
-    parser.add_argument("--challenge", required=True, choices=["camus", "chaos", "brats"])
+    parser.add_argument("--challenge", required=True, choices=["camus", "chaos", "brats"], help="challenge")
     parser.add_argument("--pred", required=True, type=Path, help="folder of predicted label maps")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; it must not exist")
     parser.add_argument("--zip", action="store_true", help="also write <out>.zip")

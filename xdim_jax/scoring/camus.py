@@ -104,6 +104,7 @@ def patient_volumes(maps: _PatientMaps, *, step: str, contour: str) -> simpson.V
 def _predicted_and_reference_volumes(
     maps: tuple[_PatientMaps, _PatientMaps], step: str, contour: str
 ) -> list[simpson.Volumes]:
+    """Return the predicted volumes and the reference volumes of a patient."""
     return [patient_volumes(m, step=step, contour=contour) for m in maps]
 
 
@@ -186,10 +187,12 @@ def agreement(pred: Sequence[float], ref: Sequence[float]) -> dict[str, float | 
 
 
 def _coding(label_map: LabelMap) -> Coding:
+    """Return the same coding for all label maps. Unlike a lambda, this function can be sent to other processes."""
     return CODING
 
 
 def _groups(attributes: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the groups of an image: its instant, and its view and instant."""
     return attributes["instant"], f"{attributes['view']} {attributes['instant']}"
 
 

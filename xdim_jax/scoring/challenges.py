@@ -44,7 +44,7 @@ def resolve_options(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of all rules to a parser."""
-    group = parser.add_argument_group("options of single rules")
+    group = parser.add_argument_group("options of individual rules")
     group.add_argument(
         "--convention",
         choices=sorted(brats.CODINGS),

@@ -66,7 +66,10 @@ _RESULT_FOLDER = re.compile(r"(?:.*/)?(CT/(\d+)|MR/(\d+)/(T1DUAL|T2SPIR))(?:/.*)
 
 
 def to_score(metric: str, value: float) -> float:
-    """Return the score of a metric value, from 0 to 100. A value at the threshold is within it. NaN has the score 0."""
+    """Return the score of a metric value, from 0 to 100.
+
+    NaN and values beyond the threshold of the metric have the score 0.
+    """
     threshold = _THRESHOLDS[metric]
     if metric == "dice":
         return 100 * value if value >= threshold else 0.0
@@ -258,10 +261,12 @@ def _mean_and_sd(values: Iterable[float]) -> dict[str, float | None]:
 
 
 def _coding(label_map: LabelMap) -> Coding:
+    """Return the coding of the modality."""
     return CT if label_map.attributes["modality"] == "CT" else MR
 
 
 def _groups(attributes: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the group of a case: its task."""
     return (f"task {attributes['task']}",)
 
 

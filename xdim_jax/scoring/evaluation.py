@@ -130,8 +130,8 @@ def _aggregate_lines(summary: dict[str, Any]) -> list[str]:
     if tuned := summary.get("min_et"):
         best, dice = tuned["best"], tuned["dice"]
         lines.append(
-            f"best smallest ET volume: {best} voxels, ET Dice {dice[str(best)]:.4f}; without a limit {dice['0']:.4f} "
-            "(set it with predict --min_et)"
+            f"the ET Dice is best with predict --min_et={best}: {dice[str(best)]:.4f}; with --min_et=0 it is "
+            f"{dice['0']:.4f}"
         )
     return lines
 

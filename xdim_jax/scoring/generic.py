@@ -97,6 +97,7 @@ def parse_structures(words: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
 
 
 def _coding(structures: Mapping[str, tuple[int, ...]] | None, label_map: LabelMap) -> Coding | None:
+    """Return a coding in which all values up to 255 may occur; None if every nonzero value is a structure."""
     return None if structures is None else Coding("--labels", structures, ignored=tuple(range(256)))
 
 

@@ -148,7 +148,7 @@ def lesionwise_2023(pred: np.ndarray, ref: np.ndarray, geometry: Geometry, cohor
 # structure -> dilation steps for merging components. The platform intended 5 for SNFH too, but a misspelling left 3.
 _MERGE_STEPS_2024 = {"NETC": 5, "RC": 5}
 _OTHER_MERGE_STEPS_2024 = 3
-# structure -> size up to which predicted components (in voxels) and lesions (in mm^3) are ignored
+# structure -> ignored size, see `_ignored_size_2024`
 _IGNORED_SIZES_2024 = {"ET": 10}
 _OTHER_IGNORED_SIZE_2024 = 20
 # structure -> neighbouring structures that merge its components, in this order
@@ -161,6 +161,7 @@ _MERGING_NEIGHBOURS_2024 = {
 
 
 def _ignored_size_2024(structure: str) -> int:
+    """Return the size up to which predicted components (in voxels) and lesions (in mm^3) are ignored."""
     return _IGNORED_SIZES_2024.get(structure, _OTHER_IGNORED_SIZE_2024)
 
 

@@ -81,8 +81,8 @@ def surface_distances(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the distance of every surface voxel of one mask to the nearest surface voxel of the other mask.
 
-    Only the bounding box of both masks is searched. It has a margin of one voxel where the image does not end, so the
-    surfaces are those of the whole image.
+    Only the bounding box of both masks is searched. The box has a margin of one voxel, except at the edge of the image,
+    so the surfaces are those of the whole image.
 
     Args:
         pred: Predicted mask P.
@@ -110,7 +110,7 @@ def surface_distances(
 
 def _tree_is_faster(pred: np.ndarray, ref: np.ndarray, surface_p: np.ndarray, surface_g: np.ndarray) -> bool:
     """Return whether a KD-tree is expected to find nearest surface voxels faster than a distance map of the box."""
-    # The rule is based on counts only, so that a pair of masks is always measured in the same way. Its constants come
+    # The rule uses counts only, so the same pair of masks is always measured in the same way. Its constants come
     # from measurements on pairs of ellipsoids, shells, cuboids and noise in 150^3 voxels, and on 2D masks. A map takes
     # 20 to 60 ns per voxel of the box. A query of the tree takes 0.5 to 3 us between the surfaces of similar masks, but
     # up to 270 us from a curved surface to a distant flat face, where many voxels are almost equally near.
@@ -127,7 +127,8 @@ def _tree_is_faster(pred: np.ndarray, ref: np.ndarray, surface_p: np.ndarray, su
 def _is_flat(mask: np.ndarray) -> bool:
     """Return whether one plane of the array (one line in 2D) contains more than a tenth of the voxels of a surface.
 
-    This is true for a cuboid, of which a plane contains at least a sixth. It is not true for a large ball: 1 to 5 %.
+    A face contains at least a sixth of the surface of a cuboid. For a ball with a radius of 15 voxels or more, a plane
+    contains at most 6 %.
     """
     other_axes = [tuple(a for a in range(mask.ndim) if a != axis) for axis in range(mask.ndim)]
     largest = max(int(np.count_nonzero(mask, axis=axes).max()) for axes in other_axes)
@@ -151,7 +152,7 @@ def _distances(
 def _nearest_by_tree(points: np.ndarray, target: np.ndarray, geometry: Geometry) -> np.ndarray:
     """Return the indices ``(n, ndim)`` of the voxels of a surface that are nearest to points ``(n, ndim)``."""
     step, candidates = _step_matrix(geometry), np.argwhere(target)
-    # a balanced or compact tree takes longer to build, and its queries were rarely faster
+    # in measurements, a balanced and compact tree was rarely faster
     tree = KDTree(candidates @ step.T, balanced_tree=False, compact_nodes=False)
     return candidates[tree.query(points @ step.T)[1]]
 

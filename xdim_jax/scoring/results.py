@@ -102,7 +102,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     wrong = [k for k, kind in types.items() if not isinstance(record, dict) or not isinstance(record.get(k), kind)]
     if wrong or any(not isinstance(v, dict) or "patient" not in v for v in record["cases"].values()):
         raise UserError(
-            f"{path} has no usable {', '.join(wrong) or 'patients of its cases'}; {_REWRITE} --out={folder}"
+            f"{path}: {', '.join(wrong) or 'the patient of a case'} is missing or has a wrong type; {_REWRITE} "
+            f"--out={folder}"
         )
     return record
 
@@ -177,7 +178,7 @@ def structure_statistics(scored: Sequence[ScoredCase]) -> dict[str, dict[str, di
 
 
 def unique_cases(scored: Sequence[ScoredCase]) -> dict[str, ScoredCase]:
-    """Return one result for each case id. If a case belongs to several tasks, the result with most structures."""
+    """Return one result for each case id: if a case has several, one per task, the one with the most structures."""
     unique: dict[str, ScoredCase] = {}
     for case in scored:
         if case.case_id not in unique or len(case.values) > len(unique[case.case_id].values):

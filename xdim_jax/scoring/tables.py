@@ -61,6 +61,7 @@ _TABLE_5_6 = {
 }
 _STATISTICS = {"mean": "mean", "median": "median", "25 % quartile": "q25", "75 % quartile": "q75"}
 _OURS, _PAPER = "this evaluation", "paper"
+_CAMUS_NOTE = "The numbers of the paper are from the test set of the challenge, both views together."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +105,12 @@ class Table:
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
+    """Return a row of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _latex_row(cells: Sequence[str]) -> str:
+    """Return a row of a LaTeX table."""
     return f"    {' & '.join(map(_escape, cells))} \\\\"
 
 
@@ -138,16 +141,15 @@ def paper_tables(summary: Mapping[str, Any]) -> list[Table]:
 
 
 def _camus(summary: Mapping[str, Any]) -> list[Table]:
+    """Return Table 2, and Table 3 if volumes of a patient are known."""
     tables = [_camus_segmentation(summary)]
     if summary["volumes"]["patients"]:
         tables.append(_camus_volumes(summary["volumes"]))
     return tables
 
 
-_CAMUS_NOTE = "The numbers of the paper are from the test set of the challenge, both views together."
-
-
 def _camus_segmentation(summary: Mapping[str, Any]) -> Table:
+    """Return Table 2: Dice, MAD and HD of every structure at ED and ES."""
     header, ours, paper = [""], [_OURS], [f"{_PAPER}, Table 2"]
     names = {"LV_endo": "LV endo", "LV_epi": "LV epi", "LA": "LA"}
     for instant in ("ED", "ES"):
@@ -163,6 +165,7 @@ def _camus_segmentation(summary: Mapping[str, Any]) -> Table:
 
 
 def _camus_volumes(volumes: Mapping[str, Any]) -> Table:
+    """Return Table 3: agreement of volumes and ejection fraction with the reference."""
     header = ("", "correlation, paper", "correlation", "bias ± sd", "mean absolute error")
     rows = []
     for name, title, unit in (("ef", "EF", "%"), ("edv", "EDV", "ml"), ("esv", "ESV", "ml")):
@@ -175,6 +178,7 @@ def _camus_volumes(volumes: Mapping[str, Any]) -> Table:
 
 
 def _chaos(summary: Mapping[str, Any]) -> list[Table]:
+    """Return Table 4: metrics and scores of every task."""
     metrics = ("score", "dice", "dice_score", "ravd", "ravd_score", "assd", "assd_score", "mssd", "mssd_score")
     header = ("", "", "mean score", "DICE", "DICE score", "RAVD (%)", "RAVD score")
     header += ("ASSD (mm)", "ASSD score", "MSSD (mm)", "MSSD score")
@@ -189,6 +193,7 @@ def _chaos(summary: Mapping[str, Any]) -> list[Table]:
 
 
 def _brats(summary: Mapping[str, Any]) -> list[Table]:
+    """Return Tables 5 and 6 as one table: statistics of the Dice of WT, TC and ET."""
     names = ("WT", "TC", "ET")
     rows: list[tuple[str, ...]] = [
         (source, statistic, *cells) for source, table in _TABLE_5_6.items() for statistic, cells in table.items()
