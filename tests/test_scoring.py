@@ -15,7 +15,7 @@ from scipy.stats import wilcoxon
 
 from xdim_jax.scoring import brats, camus, chaos, generic, masks, paired, results, tables
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair
-from xdim_jax.scoring.rules import Job, LabelMap, Scored
+from xdim_jax.scoring.rules import Job, LabelMap, ScoredCase
 
 pytestmark = pytest.mark.quick
 
@@ -427,7 +427,7 @@ def test_camus_structures():
 
 
 def test_camus_missing_image():
-    found = camus.worst({"LA": SOME, "LV_endo": EMPTY}, FLAT)
+    found = camus.score_missing({"LA": SOME, "LV_endo": EMPTY}, FLAT)
     assert found["LA"]["dice"] == 0 and math.isnan(found["LA"]["mad"]) and math.isnan(found["LA"]["hd"])
 
 
@@ -443,7 +443,7 @@ def test_chaos_prediction_empty():
     assert (found["dice"], found["ravd"]) == (0, 100)
     assert found["assd"] == pytest.approx(DIAGONAL) and found["mssd"] == pytest.approx(DIAGONAL)
     assert [found[k] for k in ("score", "dice_score", "ravd_score", "assd_score", "mssd_score")] == [0] * 5
-    assert chaos.worst({"liver": ORGAN}, BLOCK)["liver"] == found
+    assert chaos.score_missing({"liver": ORGAN}, BLOCK)["liver"] == found
 
 
 @pytest.mark.parametrize("pred", [ORGAN, NOTHING])
@@ -525,8 +525,8 @@ SHAPE_2022 = (240, 240, 155)
 def test_brats_2022_empty_masks():
     """Empty masks; the diagonal of a BraTS volume is 373.1287 voxels."""
     empty, one = np.zeros(SHAPE_2022, bool), box(SHAPE_2022, (0, 1), (0, 1), (0, 1))
-    assert brats.region_2022(empty, empty) == {"dice": 1, "hd95": 0, "sensitivity": 1, "specificity": 1}
-    missed, false_alarm = brats.region_2022(empty, one), brats.region_2022(one, empty)
+    assert brats.score_region_2022(empty, empty) == {"dice": 1, "hd95": 0, "sensitivity": 1, "specificity": 1}
+    missed, false_alarm = brats.score_region_2022(empty, one), brats.score_region_2022(one, empty)
     for found in (missed, false_alarm):
         assert (found["dice"], found["sensitivity"]) == (0, 0)
         assert found["hd95"] == pytest.approx(373.1287, abs=1e-4)
@@ -542,7 +542,7 @@ def test_brats_2022_counts_voxels_not_mm():
 
 
 def test_brats_2022_unreadable():
-    found = brats.worst_2022({"ET": ORGAN, "WT": NOTHING}, BLOCK)
+    found = brats.score_missing_2022({"ET": ORGAN, "WT": NOTHING}, BLOCK)
     assert found == {name: {"dice": 0, "hd95": 374, "sensitivity": 0, "specificity": 0} for name in ("ET", "WT")}
 
 
@@ -595,8 +595,8 @@ def test_generic_leaves_undefined_values_out():
 # -- aggregation -----------------------------------------------------------------------------------------------------
 
 
-def label_map(case, **facts):
-    return LabelMap(case, Path(case), case.rpartition("_")[0], facts)
+def label_map(case, **attributes):
+    return LabelMap(case, Path(case), case.rpartition("_")[0], attributes)
 
 
 def organ(score, **others):
@@ -609,8 +609,8 @@ def test_chaos_tasks_by_hand():
     ct, partial = {"liver": organ(90)}, {"liver": organ(50), "spleen": organ(math.nan)}
     rows = [("MR_1_T2SPIR", "4", mr), ("CT_1", "4", ct), ("MR_2_T2SPIR", "4", partial), ("CT_1", "2", ct)]
     jobs = [Job(label_map(case), None, {"task": task}) for case, task, _ in rows]
-    scored = [Scored(case, case, {"task": task}, values, {}) for case, task, values in rows]
-    extra, found = chaos.whole(jobs, scored, map)
+    scored = [ScoredCase(case, case, {"task": task}, values, {}) for case, task, values in rows]
+    extra, found = chaos.aggregate(jobs, scored, map)
     assert extra == []
     assert found["tasks"]["4"]["cases"] == 3
     assert found["tasks"]["4"]["score"] == pytest.approx({"mean": 70, "sd": 20})  # 70, 90, 50
@@ -624,8 +624,8 @@ def test_chaos_averages_scores_not_values():
     for case, ravd in (("CT_1", 0.0), ("CT_2", 10.0)):
         values = chaos.with_scores({"dice": 1.0, "ravd": ravd, "assd": 0.0, "mssd": 0.0})
         jobs.append(Job(label_map(case), None, {"task": "2"}))
-        scored.append(Scored(case, case, {"task": "2"}, {"liver": values}, {}))
-    found = chaos.whole(jobs, scored, map)[1]["tasks"]["2"]
+        scored.append(ScoredCase(case, case, {"task": "2"}, {"liver": values}, {}))
+    found = chaos.aggregate(jobs, scored, map)[1]["tasks"]["2"]
     assert found["ravd"]["mean"] == 5
     assert found["ravd_score"]["mean"] == 50
     assert found["score"]["mean"] == pytest.approx((100 + 75) / 2)
@@ -678,13 +678,13 @@ def test_platform_2022_by_hand():
     ordered = sorted(column)
     q75 = ordered[5] + 0.25 * (ordered[6] - ordered[5])  # rank 5.25 of 0..7
     expected = {"mean": mean, "sd": sd, "median": median, "q25": q25, "q75": q75}
-    assert brats.platform_2022(values) == pytest.approx(expected)
-    np.testing.assert_allclose(brats.platform_2022(values)["q75"], np.percentile(column, 75))
+    assert brats.platform_statistics(values) == pytest.approx(expected)
+    np.testing.assert_allclose(brats.platform_statistics(values)["q75"], np.percentile(column, 75))
 
 
 def test_platform_2022_differs_from_clean_statistics():
     values = np.random.default_rng(0).uniform(0, 1, 20)
-    platform, clean = brats.platform_2022(values), results.statistics(values)
+    platform, clean = brats.platform_statistics(values), results.statistics(values)
     assert platform["mean"] == pytest.approx(clean["mean"])
     assert platform["sd"] != pytest.approx(clean["sd"], rel=1e-3)
 
@@ -718,23 +718,23 @@ def test_statistics_draw_only_patients_with_a_value():
 
 def test_interval_of_two_patients():
     """The mean of two draws is 0, 1/2 or 1, with 1/4, 1/2, 1/4."""
-    assert results.interval(np.array([0.0, 1.0]), np.array(["a", "b"])) == (0, 1)
+    assert results.bootstrap_interval(np.array([0.0, 1.0]), np.array(["a", "b"])) == (0, 1)
 
 
 def test_interval_of_equal_values():
-    low, high = results.interval(np.full(7, 0.3), np.arange(7))
+    low, high = results.bootstrap_interval(np.full(7, 0.3), np.arange(7))
     assert low == pytest.approx(0.3) and high == pytest.approx(0.3)
 
 
 def test_interval_of_one_patient_is_unknown():
-    assert results.interval(np.array([0.1, 0.9, 0.5]), np.array(["a", "a", "a"])) == (None, None)
+    assert results.bootstrap_interval(np.array([0.1, 0.9, 0.5]), np.array(["a", "a", "a"])) == (None, None)
 
 
 def test_interval_draws_patients_not_cases():
     """Five cases each of two patients: as patients the ends are 0 and 1; as ten cases they lie inside."""
     values = np.repeat([0.0, 1.0], 5)
-    assert results.interval(values, np.repeat(["a", "b"], 5)) == (0, 1)
-    low, high = results.interval(values, np.arange(10))
+    assert results.bootstrap_interval(values, np.repeat(["a", "b"], 5)) == (0, 1)
+    low, high = results.bootstrap_interval(values, np.arange(10))
     assert 0.1 <= low <= 0.3 and 0.7 <= high <= 0.9
 
 
@@ -748,13 +748,13 @@ def test_interval_weighs_cases_of_uneven_patients():
         drawn.append(np.mean(np.concatenate([groups[p] for p in draw])))
         of_means.append(np.mean([np.mean(groups[p]) for p in draw]))
     ends, other = (np.percentile(d, [2.5, 97.5], method="inverted_cdf") for d in (drawn, of_means))
-    assert results.interval(values, patients) == pytest.approx(ends.tolist(), abs=0.03)
+    assert results.bootstrap_interval(values, patients) == pytest.approx(ends.tolist(), abs=0.03)
     assert np.abs(ends - other).max() > 0.1
 
 
 def test_interval_of_many_is_that_of_the_normal_law():
     values = np.random.default_rng(5).normal(3, 2, 400)
-    low, high = results.interval(values, np.arange(400))
+    low, high = results.bootstrap_interval(values, np.arange(400))
     error = values.std(ddof=1) / math.sqrt(400)
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.25 * error)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.25 * error)
@@ -764,7 +764,7 @@ def test_interval_of_many_is_that_of_the_normal_law():
 
 
 def run(values, metric="dice", structure="WT"):
-    return [Scored(f"c{i}", f"p{i}", {}, {structure: {metric: float(v)}}, {}) for i, v in enumerate(values)]
+    return [ScoredCase(f"c{i}", f"p{i}", {}, {structure: {metric: float(v)}}, {}) for i, v in enumerate(values)]
 
 
 def test_holm_by_hand():
@@ -814,11 +814,11 @@ def test_compare_with_some_equal_cases():
 def test_compare_corrects_over_all_tests_shown():
     rng = np.random.default_rng(4)
     a = [
-        Scored(f"c{i}", f"p{i}", {}, {s: {"dice": rng.random(), "hd": rng.random()} for s in "xy"}, {})
+        ScoredCase(f"c{i}", f"p{i}", {}, {s: {"dice": rng.random(), "hd": rng.random()} for s in "xy"}, {})
         for i in range(9)
     ]
     b = [
-        Scored(f"c{i}", f"p{i}", {}, {s: {"dice": rng.random(), "hd": rng.random()} for s in "xy"}, {})
+        ScoredCase(f"c{i}", f"p{i}", {}, {s: {"dice": rng.random(), "hd": rng.random()} for s in "xy"}, {})
         for i in range(9)
     ]
     every = paired.compare(a, b)
@@ -834,20 +834,58 @@ def test_compare_corrects_over_all_tests_shown():
 
 def test_compare_interval_draws_patients():
     """Two patients with five cases each, whose differences are 0 and 1."""
-    first = [Scored(f"c{i}", f"p{i // 5}", {}, {"WT": {"dice": 0.0}}, {}) for i in range(10)]
-    second = [Scored(f"c{i}", f"p{i // 5}", {}, {"WT": {"dice": float(i >= 5)}}, {}) for i in range(10)]
+    first = [ScoredCase(f"c{i}", f"p{i // 5}", {}, {"WT": {"dice": 0.0}}, {}) for i in range(10)]
+    second = [ScoredCase(f"c{i}", f"p{i // 5}", {}, {"WT": {"dice": float(i >= 5)}}, {}) for i in range(10)]
     (found,) = paired.compare(first, second)
     assert (found.low, found.high, found.mean) == (0, 1, 0.5)
 
 
-def test_a_mask_that_fills_the_image_has_the_distances_of_a_map(monkeypatch):
-    """Faces of a box lie about equally near to many voxels: there a map is made, and gives the same."""
-    place = np.meshgrid(*(np.arange(n) - n / 2 for n in (40, 50, 60)), indexing="ij", sparse=True)
-    ball, full = sum(p**2 for p in place) < 100, np.ones((40, 50, 60), bool)
-    grid = masks.Geometry(full.shape, (0.7, 1.1, 2.3))
-    found = []
-    for seconds in (0.0, 1e9):  # always a map, never one
-        monkeypatch.setattr(masks, "_MAP_SECONDS", seconds)
-        found.append(masks.surface_distances(full, ball, grid))
-    for a, b in zip(*found, strict=True):
-        np.testing.assert_array_equal(a, b)
+def ball(shape, radius):
+    place = np.meshgrid(*(np.arange(n) - n / 2 for n in shape), indexing="ij", sparse=True)
+    return sum(p**2 for p in place) < radius**2
+
+
+@pytest.mark.parametrize("ref", [ball((40, 50, 60), 10), np.ones((40, 50, 60), bool)])
+def test_a_tree_and_a_map_find_the_same_distances(ref):
+    grid = Geometry(ref.shape, (0.7, 1.1, 2.3))
+    full = masks.surface(np.ones(ref.shape, bool), border=True)
+    other = masks.surface(ref, border=True)
+    for source, target in ((full, other), (other, full)):
+        by_tree, by_map = (
+            masks._distances(source, target, grid, nearest)
+            for nearest in (masks._nearest_by_tree, masks._nearest_by_map)
+        )
+        np.testing.assert_allclose(by_tree, by_map, rtol=1e-13)
+
+
+SHAPE = (120, 120, 120)
+FULL = np.ones(SHAPE, bool)
+
+
+@pytest.mark.parametrize(
+    ("pred", "ref", "tree"),
+    [
+        (ball(SHAPE, 50), np.roll(ball(SHAPE, 50), 2, 0), True),
+        (FULL, FULL, True),
+        (FULL, box(SHAPE, *((60, 61),) * 3), True),  # a single voxel
+        (FULL, box(SHAPE, *((3, 117),) * 3), True),
+        (np.ones((512, 512), bool), ball((512, 512), 100), True),
+        (FULL, ball(SHAPE, 20), False),
+        (np.indices(SHAPE).sum(0) % 2 > 0, ball(SHAPE, 20), False),  # every voxel is surface
+    ],
+)
+def test_the_search_for_nearest_voxels_depends_on_counts_only(pred, ref, tree, monkeypatch):
+    """Flat faces far from the other surface, and dense surfaces, are searched with a map; all else with a tree."""
+    used = []
+    for name in ("_nearest_by_tree", "_nearest_by_map"):
+        monkeypatch.setattr(masks, name, lambda points, *_, name=name: used.append(name) or points)
+    masks.surface_distances(pred, ref)
+    assert used == ["_nearest_by_tree" if tree else "_nearest_by_map"] * 2
+
+
+def test_skewed_axes_are_searched_with_a_tree(monkeypatch):
+    monkeypatch.setattr(masks, "_nearest_by_map", None)
+    axes = np.eye(3)
+    axes[0, 1] = 0.1
+    found = masks.surface_distances(FULL, ball(SHAPE, 20), Geometry(SHAPE, (1.0, 1.0, 1.0), axes))
+    assert all(distances.size for distances in found)

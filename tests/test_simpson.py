@@ -317,7 +317,7 @@ def test_isotropic_by_loops(shape, spacing):
         ]
         for r in range(new[0])
     ]
-    assert simpson.isotropic(mask, spacing).tolist() == expected
+    assert simpson.resample_isotropic(mask, spacing).tolist() == expected
 
 
 # -- agreement -------------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_agreement_equals_scipy_and_numpy():
     rng = np.random.default_rng(0)
     ref = rng.normal(100, 20, 30)
     pred = ref + rng.normal(3, 8, 30)
-    found = camus.agree(pred, ref)
+    found = camus.agreement(pred, ref)
     assert found == pytest.approx(
         {
             "correlation": pearsonr(pred, ref).statistic,
@@ -339,7 +339,7 @@ def test_agreement_equals_scipy_and_numpy():
 
 
 def test_agreement_by_hand():
-    found = camus.agree([1.0, 2.0, 6.0], [2.0, 4.0, 3.0])
+    found = camus.agreement([1.0, 2.0, 6.0], [2.0, 4.0, 3.0])
     # means 3 and 3; products 2, -1, 0; squares 4 + 1 + 9 and 1 + 1 + 0; differences -1, -2, 3
     assert found["correlation"] == pytest.approx((2 - 1 + 0) / math.sqrt(14 * 2))
     assert found["bias"] == pytest.approx(0)
@@ -348,6 +348,6 @@ def test_agreement_by_hand():
 
 
 def test_agreement_of_too_few():
-    assert camus.agree([], []) == {"correlation": None, "bias": None, "sd": None, "mae": None}
-    assert camus.agree([5.0], [3.0]) == {"correlation": None, "bias": 2, "sd": None, "mae": 2}
-    assert camus.agree([5.0, 5.0], [3.0, 4.0])["correlation"] is None
+    assert camus.agreement([], []) == {"correlation": None, "bias": None, "sd": None, "mae": None}
+    assert camus.agreement([5.0], [3.0]) == {"correlation": None, "bias": 2, "sd": None, "mae": 2}
+    assert camus.agreement([5.0, 5.0], [3.0, 4.0])["correlation"] is None

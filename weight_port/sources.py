@@ -132,8 +132,8 @@ def download(repository: str, filename: str = "model.safetensors") -> Path:
     except Exception as error:  # many types: no network, no such file, an answer of a proxy
         raise UserError(
             f"cannot download {repository}/{filename} from the Hugging Face hub: {first_line(error).rstrip('.')}. "
-            f"Without network, fetch https://huggingface.co/{repository}/resolve/main/{filename} elsewhere, and pass it "
-            "with --from-file"
+            f"Without network, fetch https://huggingface.co/{repository}/resolve/main/{filename} elsewhere, and pass "
+            "it with --from-file"
         ) from error
 
 

@@ -1,13 +1,16 @@
-"""Compares two evaluations case by case: mean difference with its 95 % confidence interval (paired bootstrap over
-patients), and Wilcoxon's signed-rank test with Holm's correction over all structures and metrics shown.
+"""Compare two evaluations case by case.
 
     python -m xdim_jax.compare eval_a eval_b --metrics=dice,hd95 --out=comparison.md
+
+For every structure and metric it shows the mean difference with its 95 % confidence interval (paired bootstrap over
+patients), and the p-value of Wilcoxon's signed-rank test. The last column has p-values after Holm's correction for all
+structures and metrics that are shown.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from xdim_jax.base import log
 from xdim_jax.base.command import make_parser, run
@@ -15,56 +18,37 @@ from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import write_json, write_text
 from xdim_jax.scoring import challenges, paired, results
 from xdim_jax.scoring.comparison import make_table
-from xdim_jax.scoring.rules import Scored
+from xdim_jax.scoring.rules import ScoredCase
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line, see ``--help``."""
+    """Run the command line, see ``--help``."""
     parser = make_parser("xdim_jax.compare", __doc__ or "", "exit status: 0 done, 2 unusable input")
-    parser.add_argument("a", type=Path, help="folder that xdim_jax.evaluate wrote")
-    parser.add_argument("b", type=Path, help="another one, of the same references")
-    parser.add_argument("--metrics", default="", help="with commas (default: all; fewer make a milder correction)")
-    parser.add_argument("--out", type=Path, help="Markdown file to write; beside it .tex and .json")
+    parser.add_argument("a", type=Path, help="output folder of xdim_jax.evaluate")
+    parser.add_argument("b", type=Path, help="another one, with the same references")
+    parser.add_argument(
+        "--metrics",
+        default="",
+        help="comma-separated metrics (default: all); with fewer metrics, Holm's correction is weaker",
+    )
+    parser.add_argument("--out", type=Path, help="Markdown file to write; .tex and .json files are written next to it")
     options = parser.parse_args(argv)
     if options.out and options.out.suffix in (".json", ".tex"):
         raise UserError(
-            f"--out={options.out}: expected a Markdown file, e.g. comparison.md; .tex and .json come beside it"
+            f"--out={options.out}: expected a Markdown file, e.g. comparison.md; .tex and .json files are written next "
+            "to it"
         )
-    records = [results.read_record(folder) for folder in (options.a, options.b)]
-    settings = [{"rules": r["rules"]} | {k: r["options"].get(k) for k in challenges.OPTIONS} for r in records]
-    if apart := [k for k in settings[0] if settings[0][k] != settings[1][k]]:
-        shown = "; ".join(f"{k}: {settings[0][k]} and {settings[1][k]}" for k in apart)
-        raise UserError(f"{options.a} and {options.b} were scored differently ({shown}); evaluate both in the same way")
-    sides = [
-        results.read_cases(folder / results.CASES_FILE, {c: v["patient"] for c, v in record["cases"].items()})
-        for folder, record in zip((options.a, options.b), records, strict=True)
-    ]
-    sides = [_errors_of_volumes(side) for side in sides]
-    moved = [
-        case
-        for case, v in records[0]["cases"].items()
-        if case in records[1]["cases"] and v.get("ref") != records[1]["cases"][case].get("ref")
-    ]
-    if moved:
-        log.warn(
-            f"{len(moved)} cases were scored against references in other places ({shorten(moved)}): are they the same?"
-        )
-    wanted = tuple(m.strip() for m in options.metrics.split(",") if m.strip())
-    known = {m for side in sides for case in side for values in case.values.values() for m in values}
-    if unknown := set(wanted) - known:
-        raise UserError(
-            f"--metrics: {', '.join(sorted(unknown))} not in the results; they have {', '.join(sorted(known))}"
-        )
+    folders = (options.a, options.b)
+    records = [results.read_record(folder) for folder in folders]
+    _check_same_options(folders, records)
+    sides = [_read_cases(folder, record) for folder, record in zip(folders, records, strict=True)]
+    metrics = _parse_metrics(options.metrics, sides)
     try:
-        found = paired.compare(sides[0], sides[1], wanted)
+        found = paired.compare(sides[0], sides[1], metrics)
     except ValueError as error:
         raise UserError(f"{options.a} and {options.b}: {error}; evaluate both on the same references") from error
-    for side, other, folder in ((*sides, options.a), (*reversed(sides), options.b)):
-        if alone := sorted({c.case_id for c in side} - {c.case_id for c in other}):
-            log.warn(f"{len(alone)} cases are in {folder} alone, and left out: {shorten(alone)}")
-    one, two = ({m for case in side for values in case.values.values() for m in values} for side in sides)
-    if only := sorted((one ^ two) & set(wanted or one | two)):
-        log.warn(f"scored in one of the two alone, and left out: {', '.join(only)}")
+    _warn_about_references(records)
+    _warn_about_exclusions(folders, sides, metrics)
     table = make_table(found, str(options.a), str(options.b))
     for line in table.markdown().splitlines():
         log.say(line)
@@ -76,23 +60,78 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _errors_of_volumes(cases: Sequence[Scored]) -> list[Scored]:
-    """Volumes and EF beside those of the reference (``edv``, ``edv_ref``) become errors (``edv_error``)."""
-    found = []
-    for case in cases:
-        values = {}
-        for structure, metrics in case.values.items():
-            pairs = {m for m in metrics if f"{m}_ref" in metrics}
-            references = {f"{m}_ref" for m in pairs}
-            kept = {m: v for m, v in metrics.items() if m not in pairs | references}
-            errors = {f"{m}_error": abs(metrics[m] - metrics[f"{m}_ref"]) for m in pairs if not m.endswith("_raw")}
-            values[structure] = kept | dict(sorted(errors.items()))
-        found.append(dataclasses.replace(case, values=values))
-    return found
+def _check_same_options(folders: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UserError if the two evaluations have different rules or options."""
+    a, b = ({"rules": r["rules"]} | {k: r["options"].get(k) for k in challenges.OPTIONS} for r in records)
+    if different := [k for k in a if a[k] != b[k]]:
+        shown = "; ".join(f"{k}: {a[k]} and {b[k]}" for k in different)
+        raise UserError(
+            f"{folders[0]} and {folders[1]} were scored with different options ({shown}); evaluate both with the same"
+        )
+
+
+def _read_cases(folder: Path, record: Mapping[str, Any]) -> list[ScoredCase]:
+    """Return the scored cases of an evaluation. Volumes are replaced by their errors."""
+    patients = {case: entry["patient"] for case, entry in record["cases"].items()}
+    return [_with_volume_errors(case) for case in results.read_cases(folder / results.CASES_FILE, patients)]
+
+
+def _with_volume_errors(case: ScoredCase) -> ScoredCase:
+    """Replace each value that has a reference value (``edv``, ``edv_ref``) by the absolute error (``edv_error``).
+
+    Unrounded volumes (``edv_raw``) are removed.
+    """
+    values = {}
+    for structure, metrics in case.values.items():
+        with_reference = {m for m in metrics if f"{m}_ref" in metrics}
+        replaced = with_reference | {f"{m}_ref" for m in with_reference}
+        kept = {m: v for m, v in metrics.items() if m not in replaced}
+        rounded = sorted(m for m in with_reference if not m.endswith("_raw"))
+        values[structure] = kept | {f"{m}_error": abs(metrics[m] - metrics[f"{m}_ref"]) for m in rounded}
+    return dataclasses.replace(case, values=values)
+
+
+def _metrics_of(cases: Sequence[ScoredCase]) -> set[str]:
+    """Return the names of all metrics of an evaluation."""
+    return {metric for case in cases for values in case.values.values() for metric in values}
+
+
+def _parse_metrics(text: str, sides: Sequence[Sequence[ScoredCase]]) -> tuple[str, ...]:
+    """Return the metrics in a comma-separated list. Raises UserError if neither evaluation has one of them."""
+    metrics = tuple(m.strip() for m in text.split(",") if m.strip())
+    known = set().union(*map(_metrics_of, sides))
+    if unknown := set(metrics) - known:
+        raise UserError(
+            f"--metrics: the results have no {', '.join(sorted(unknown))}; expected some of {', '.join(sorted(known))}"
+        )
+    return metrics
+
+
+def _warn_about_references(records: Sequence[Mapping[str, Any]]) -> None:
+    """Warn if the references of the same cases have different paths."""
+    a, b = (record["cases"] for record in records)
+    if moved := [case for case, entry in a.items() if case in b and entry.get("ref") != b[case].get("ref")]:
+        log.warn(
+            f"the references of {len(moved)} cases have different paths in the two evaluations: {shorten(moved)}; "
+            "check that they are the same"
+        )
+
+
+def _warn_about_exclusions(
+    folders: Sequence[Path], sides: Sequence[Sequence[ScoredCase]], metrics: Sequence[str]
+) -> None:
+    """Warn about cases and metrics that only one of the evaluations has."""
+    ids = [{case.case_id for case in side} for side in sides]
+    for folder, here, other in ((folders[0], ids[0], ids[1]), (folders[1], ids[1], ids[0])):
+        if extra := sorted(here - other):
+            log.warn(f"{len(extra)} cases are only in {folder} and are excluded: {shorten(extra)}")
+    a, b = map(_metrics_of, sides)
+    if single := sorted((a ^ b) & set(metrics or a | b)):
+        log.warn(f"only one of the evaluations has these metrics, which are excluded: {', '.join(single)}")
 
 
 def command() -> NoReturn:
-    """The console entry point."""
+    """Run the console script."""
     run(main)
 
 

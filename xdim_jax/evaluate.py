@@ -61,7 +61,7 @@ def _evaluate(options: Any, cases: set[str] | None = None) -> None:
         options.pred,
         options.ref,
         options.out,
-        options=challenges.resolved(rules.name, options),
+        options=challenges.resolve_options(rules.name, options),
         cases=cases,
         metrics=options.metrics,
         missing=options.missing,
@@ -77,7 +77,7 @@ def _set_defaults_of_run(options: Any, workdir: Path) -> None:
     rules, rule_options = scoring_rules(config.data.to_dict())
     options.rules = options.rules or rules
     for key, value in rule_options.items():
-        if challenges.takes(options.rules, key) and not getattr(options, key):  # other rules may lack the option
+        if challenges.accepts(options.rules, key) and not getattr(options, key):  # other rules may lack the option
             setattr(options, key, value)
     options.pred = workdir / "predictions"
     options.out = options.out or workdir / "evaluation"

@@ -14,7 +14,7 @@ from xdim_jax.data.images.nifti import read_note
 from xdim_jax.inference.predictor import Predictor
 from xdim_jax.runs import environment
 from xdim_jax.scoring import results
-from xdim_jax.scoring.rules import BESIDE
+from xdim_jax.scoring.rules import EXTRA_OUTPUTS
 
 _MARK = "xdim_jax"  # first word of the note in the header of a prediction
 
@@ -73,7 +73,7 @@ def make_note(predictor: Predictor, case: Case) -> str:
 
 def remove_prediction(output: Path, case_id: str) -> None:
     """Delete all files of a case, including partial files of a run that was killed while it wrote them."""
-    for path in (output / f"{case_id}.nii.gz", *(output / name / f"{case_id}.nii" for name in BESIDE)):
+    for path in (output / f"{case_id}.nii.gz", *(output / name / f"{case_id}.nii" for name in EXTRA_OUTPUTS)):
         path.unlink(missing_ok=True)
         for partial in partial_files(path):
             partial.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from xdim_jax.nets import networks
 from xdim_jax.nets.functional import PRECISIONS, make_forward, split_model
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.workdir import DATA_FILE, find_members, read_config
-from xdim_jax.scoring.rules import BESIDE
+from xdim_jax.scoring.rules import EXTRA_OUTPUTS
 
 # sections and keys of the config that the networks of an ensemble must share
 _COMMON = ("model", "output", "predict", "data.dataset", "data.patch", "data.prepare", "data.convention", "data.phase")
@@ -127,7 +127,7 @@ class Predictor:
             flips=all_flips(self.resolved.flips),
             threshold=self.resolved.threshold,
             members=len(members) if len(members) > 1 else 0,
-            want=frozenset(name for name in BESIDE if getattr(self.settings, name)),
+            want=frozenset(name for name in EXTRA_OUTPUTS if getattr(self.settings, name)),
         )
 
     @property

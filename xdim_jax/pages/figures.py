@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from xdim_jax.pages.colours import BLUE, GREEN, PALETTE, RED, YELLOW, to_rgb
 from xdim_jax.scoring.masks import bounding_box
-from xdim_jax.scoring.rules import Column, Masks, Scored
+from xdim_jax.scoring.rules import Column, Masks, ScoredCase
 
 # colours of the structures of the three challenges, as in the paper
 COLOURS = {
@@ -125,11 +125,11 @@ def draw_curves(records: Sequence[Mapping[str, Any]]) -> list[Picture]:
 # -- scores over cases --------------------------------------------------------------------------------------------
 
 
-def draw_boxes(groups: Mapping[str, Sequence[Scored]], metrics: Mapping[str, Column]) -> list[Picture]:
+def draw_boxes(groups: Mapping[str, Sequence[ScoredCase]], metrics: Mapping[str, Column]) -> list[Picture]:
     """Draw box plots over cases.
 
     Args:
-        groups: Scored cases by the name of their group.
+        groups: ScoredCase cases by the name of their group.
         metrics: Metrics to draw, by name. A metric that no case has is left out.
 
     Returns:

@@ -20,7 +20,7 @@ from xdim_jax.pages import figures
 from xdim_jax.pages.figures import View
 from xdim_jax.scoring import challenges, results, tables
 from xdim_jax.scoring.results import number
-from xdim_jax.scoring.rules import Job, Rules, Scored, coding_of, column
+from xdim_jax.scoring.rules import Job, Rules, ScoredCase, column, find_coding
 
 # the cases to draw, and their ranks by mean Dice: 1 is the best case, 0 the worst
 ROLES = (("Best", 1.0), ("75th percentile", 0.75), ("Median", 0.5), ("25th percentile", 0.25), ("Worst", 0.0))
@@ -41,7 +41,7 @@ def render(
     records: Sequence[Mapping[str, Any]],
     channels: Sequence[str],
     summary: Mapping[str, Any],
-    scored: Sequence[Scored],
+    scored: Sequence[ScoredCase],
     compared: Mapping[str, Any],
     environments: Mapping[str, Mapping[str, Any]],
 ) -> str:
@@ -104,7 +104,7 @@ def render(
             for s, counts in summary["empty"].items()
             if any(counts.values())
         ],
-        boxes=figures.draw_boxes(_box_groups(rules, cases), {m: rules.columns[m] for m in rules.headline}),
+        boxes=figures.draw_boxes(_box_groups(rules, cases), {m: rules.columns[m] for m in rules.main_metrics}),
         agreement=figures.draw_agreement(volumes),
         curves=figures.draw_curves(records),
         legend=list(legend.items()),
@@ -167,39 +167,39 @@ def _environment(entry: Mapping[str, Any]) -> str:
     return f"{entry['devices']}; {entry['machine']}; Python {entry['python']}, {packages}; {entry['time']}"
 
 
-def _box_groups(rules: Rules, cases: Sequence[Scored]) -> dict[str, list[Scored]]:
+def _box_groups(rules: Rules, cases: Sequence[ScoredCase]) -> dict[str, list[ScoredCase]]:
     """Group cases by the first group that the rules assign; all cases are one group if the rules have no groups."""
-    groups: dict[str, list[Scored]] = {}
+    groups: dict[str, list[ScoredCase]] = {}
     for case in cases:
-        groups.setdefault(next(iter(rules.groups(case.facts)), "all"), []).append(case)
+        groups.setdefault(next(iter(rules.groups(case.attributes)), "all"), []).append(case)
     return groups
 
 
-def _case_table(rules: Rules, cases: Sequence[Scored]) -> tuple[list[str], list[list[str]]]:
+def _case_table(rules: Rules, cases: Sequence[ScoredCase]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the table of all cases."""
     structures = list(dict.fromkeys(s for c in cases for s in c.values))
-    shown = rules.headline[:2]
-    header = ["case", *rules.facts, *(f"{s} {rules.columns[m].title}" for s in structures for m in shown)]
+    shown = rules.main_metrics[:2]
+    header = ["case", *rules.attributes, *(f"{s} {rules.columns[m].title}" for s in structures for m in shown)]
     rows = []
-    for case in sorted(cases, key=lambda c: (c.case_id, *c.facts.values())):
+    for case in sorted(cases, key=lambda c: (c.case_id, *c.attributes.values())):
         cells = [
             number(_finite(case.values.get(s, {}).get(m)), rules.columns[m].digits) for s in structures for m in shown
         ]
-        rows.append([case.case_id, *(case.facts.get(f, "") for f in rules.facts), *cells])
+        rows.append([case.case_id, *(case.attributes.get(f, "") for f in rules.attributes), *cells])
     return header, rows
 
 
-def choose_cases(cases: Sequence[Scored], unreadable: Sequence[str]) -> tuple[dict[str, Scored], list[str]]:
+def choose_cases(cases: Sequence[ScoredCase], unreadable: Sequence[str]) -> tuple[dict[str, ScoredCase], list[str]]:
     """Choose the cases to draw, by their mean Dice over the structures.
 
     Args:
-        cases: Scored cases. If a case counts for several tasks, the row with the most structures is used.
+        cases: ScoredCase cases. If a case counts for several tasks, the row with the most structures is used.
         unreadable: Names of cases without a readable prediction. They are not drawn.
 
     Returns:
         The cases by the names in `ROLES`, fewer if there are fewer cases; and messages about cases that are not drawn.
     """
-    once = results.each_once(cases)
+    once = results.unique_cases(cases)
     means: dict[str, float] = {}
     for name, case in once.items():
         dice = [d for v in case.values.values() if (d := _finite(v.get("dice"))) is not None]
@@ -207,7 +207,7 @@ def choose_cases(cases: Sequence[Scored], unreadable: Sequence[str]) -> tuple[di
             means[name] = float(np.mean(dice))
     ranked = sorted(means, key=lambda name: (means[name], name))
     left_out = [f"{len(unreadable)} cases without a readable prediction are not drawn."] if unreadable else []
-    chosen: dict[str, Scored] = {}
+    chosen: dict[str, ScoredCase] = {}
     for role, share in ROLES:
         if ranked:
             name = ranked[round(share * (len(ranked) - 1))]
@@ -234,8 +234,8 @@ def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels
     """
     assert job.pred is not None, job.ref.case_id
     values, grid = job.ref.load()
-    found, _ = job.predicted().load()
-    coding = coding_of(rules, job.ref, values, found)
+    found, _ = job.prediction_with_grid().load()
+    coding = find_coding(rules, job.ref, values, found)
     entry = DATASETS[config["data"]["dataset"]] if config else None
     images: dict[str, np.ndarray] = {}
     sources = _image_sources(job, pred)

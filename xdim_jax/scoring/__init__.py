@@ -1,14 +1,19 @@
-"""Scores of segmentations by the rules of the challenges (docs/challenges.md), in numpy and scipy.
+"""Scoring of segmentations by the rules of the challenges (docs/challenges.md), with NumPy and SciPy.
 
-    masks     two masks: overlap and surface distances, every definition by its name
-    lesions   BraTS 2023 and 2024: lesion by lesion
-    simpson   CAMUS: volumes of the left ventricle from two views
-    camus, chaos, brats, generic    what each challenge measures, on which structures, and what it does with empty masks
-    rules     the challenges by name; scoring of one case
-    results   the files that come of it, and their summary
-    tables    the paper's tables, its row beside ours
-    compare   two runs, case by case
+    masks       metrics of two masks: overlap and surface distances
+    lesions     lesion-wise metrics of BraTS 2023 and 2024
+    simpson     volumes of the left ventricle from two views, for CAMUS
+    rules       the parts of a challenge's rules; scoring of one case
+    camus, chaos, brats, generic
+                the rules of each challenge: metrics, structures, empty masks
+    challenges  the rules by name, and their command-line options
+    evaluation  scoring of all cases, in several processes
+    results     result files, and statistics over cases
+    tables      the tables of the paper, with its rows and ours
+    paired      statistics of two evaluations of the same cases
+    comparison  the table of such a comparison
+    submission  conversion of predictions to the files that a challenge expects
 
-This package judges the product, so it shares none of its code for labels, regions and post-processing: label values
-stand here again.
+This package must not share mistakes with the code whose output it scores. It therefore has its own definitions of label
+values, regions and post-processing.
 """

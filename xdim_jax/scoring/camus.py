@@ -12,67 +12,88 @@ import numpy as np
 from xdim_jax.data.images.image import strip
 from xdim_jax.scoring import simpson
 from xdim_jax.scoring.masks import Geometry, Pair, measure
-from xdim_jax.scoring.rules import Coding, Column, Job, LabelMap, Masks, Rules, Scored, Values, find_files, flat
+from xdim_jax.scoring.rules import (
+    Coding,
+    Column,
+    Job,
+    LabelMap,
+    Masks,
+    Rules,
+    ScoredCase,
+    Values,
+    find_files,
+    squeeze_slice,
+)
 
 CODING = Coding("CAMUS", {"LV_endo": (1,), "LV_epi": (1, 2), "LA": (3,)})
 CAVITY = "LV_endo"
 LAYOUT = "patient0001_{2CH,4CH}_{ED,ES}[_gt].{nii.gz,mhd,...}, in one folder or one for each patient"
-TESTING = "testing_"  # before patients of the older release's testing folder, which are numbered anew
-_NAME = re.compile(rf"({TESTING})?(patient\d+)_([24]CH)_(ED|ES)(_gt)?")
+# prefix of the ids of test patients in the older release, in which they are numbered from 1 again
+TEST_PREFIX = "testing_"
+_NAME = re.compile(rf"({TEST_PREFIX})?(patient\d+)_([24]CH)_(ED|ES)(_gt)?")
 _COLUMNS = {"dice": Column("Dice"), "mad": Column("MAD", "mm", 2, False), "hd": Column("HD", "mm", 2, False)}
+
+# (view, instant) -> label map of one patient
+_PatientMaps = Mapping[tuple[str, str], LabelMap]
 
 
 def find(folder: Path) -> dict[str, LabelMap]:
-    """Label maps below a folder; where some are called ``_gt``, the others are images."""
+    """Return the label maps in a folder by case id. If some names end in ``_gt``, the other files are images."""
 
     def match(path: Path) -> re.Match[str] | None:
         return _NAME.fullmatch(strip(path.name) or "")
 
-    marked = any((m := match(p)) and m[5] for p in folder.rglob("*_gt.*")) if folder.is_dir() else False
-    facts: dict[str, Mapping[str, str]] = {}
+    only_gt = any((m := match(p)) and m[5] for p in folder.rglob("*_gt.*")) if folder.is_dir() else False
+    attributes: dict[str, dict[str, str]] = {}
+    patients: dict[str, str] = {}
 
     def name_of(path: Path) -> str | None:
         m = match(path)
-        if m is None or (marked and not m[5]):
+        if m is None or (only_gt and not m[5]):
             return None
-        testing = bool(m[1]) or "testing" in path.relative_to(folder).parts  # numbered anew in the older release
-        patient = f"{TESTING}{m[2]}" if testing else m[2]
+        is_test = bool(m[1]) or "testing" in path.relative_to(folder).parts
+        patient = f"{TEST_PREFIX}{m[2]}" if is_test else m[2]
         case = f"{patient}_{m[3]}_{m[4]}"
-        facts[case] = {"patient": patient, "view": m[3], "instant": m[4]}
+        patients[case], attributes[case] = patient, {"view": m[3], "instant": m[4]}
         return case
 
     return {
-        case: LabelMap(
-            case,
-            path,
-            facts[case]["patient"],
-            {key: facts[case][key] for key in ("view", "instant")},
-            axes="stored",
-        )
+        case: LabelMap(case, path, patients[case], attributes[case], axes="stored")
         for case, path in find_files(folder, LAYOUT, name_of).items()
     }
 
 
 def score(pred: Masks, ref: Masks, geometry: Geometry) -> Values:
-    """Per structure; MAD and HD are not defined, and left out of means, where a mask is empty."""
-    pred, plane = flat(pred, geometry)
-    ref, _ = flat(ref, geometry)
+    """Score all structures of an image.
+
+    If both masks are empty, Dice is 1. If a mask is empty, MAD and HD are NaN, so that means exclude them.
+    """
+    pred, plane = squeeze_slice(pred, geometry)
+    ref, _ = squeeze_slice(ref, geometry)
     found = {}
     for name in ref:
-        pair = Pair(pred[name], ref[name], plane)
-        values = measure(pair, ("dice", "assd_mean", "hd"))
+        values = measure(Pair(pred[name], ref[name], plane), ("dice", "assd_mean", "hd"))
         dice = 1.0 if math.isnan(values["dice"]) else values["dice"]
         found[name] = {"dice": dice, "mad": values["assd_mean"], "hd": values["hd"]}
     return found
 
 
-def worst(ref: Masks, geometry: Geometry) -> Values:
-    """A missing image: Dice 0, and no distances."""
+def score_missing(ref: Masks, geometry: Geometry) -> Values:
+    """Return the values of an image without a usable prediction: Dice 0, and NaN for distances."""
     return {name: {"dice": 0.0, "mad": math.nan, "hd": math.nan} for name in ref}
 
 
-def patient_volumes(maps: Mapping[tuple[str, str], LabelMap], *, step: str, contour: str) -> simpson.Volumes:
-    """Volumes of a patient from four label maps. Raises UserError for one that cannot be read."""
+def patient_volumes(maps: _PatientMaps, *, step: str, contour: str) -> simpson.Volumes:
+    """Compute the volumes of a patient.
+
+    Args:
+        maps: (view, instant) -> label map, for the two views and two instants.
+        step: Height of the discs, see `xdim_jax.scoring.simpson.volumes`.
+        contour: Part of the ventricle that is cut into discs, see `xdim_jax.scoring.simpson.volumes`.
+
+    Raises:
+        UserError: A label map cannot be read.
+    """
     masks = {}
     for key, label_map in maps.items():
         values, grid = label_map.load()
@@ -80,65 +101,85 @@ def patient_volumes(maps: Mapping[tuple[str, str], LabelMap], *, step: str, cont
     return simpson.volumes(masks, step=step, contour=contour)
 
 
-def _volumes_of(
-    sides: tuple[Mapping[tuple[str, str], LabelMap], ...], step: str, contour: str
+def _predicted_and_reference_volumes(
+    maps: tuple[_PatientMaps, _PatientMaps], step: str, contour: str
 ) -> list[simpson.Volumes]:
-    return [patient_volumes(maps, step=step, contour=contour) for maps in sides]
+    """Return the predicted volumes and the reference volumes of a patient."""
+    return [patient_volumes(m, step=step, contour=contour) for m in maps]
 
 
-def whole(
+def aggregate(
     jobs: Sequence[Job],
-    scored: Sequence[Scored],
+    scored: Sequence[ScoredCase],
     run: Callable[..., Any],
     *,
     step: str = "largest",
     contour: str = "official",
-) -> tuple[list[Scored], dict[str, Any]]:
-    """Volumes and ejection fraction of every patient with four images, and how well they agree over patients."""
+) -> tuple[list[ScoredCase], dict[str, Any]]:
+    """Compute volumes and ejection fraction of every patient with four images, and their agreement over patients.
+
+    Args:
+        jobs: All jobs.
+        scored: Scores of each job.
+        run: Parallel ``map``.
+        step: Height of the discs, see `xdim_jax.scoring.simpson.volumes`.
+        contour: Part of the ventricle that is cut into discs, see `xdim_jax.scoring.simpson.volumes`.
+
+    Returns:
+        A row for each patient, with predicted and reference volumes, and the entry ``volumes`` of the summary.
+    """
     patients: dict[str, dict[tuple[str, str], Job]] = {}
     for job, result in zip(jobs, scored, strict=True):
         if not result.problem:
-            patients.setdefault(job.ref.patient, {})[job.facts["view"], job.facts["instant"]] = job
+            patients.setdefault(job.ref.patient, {})[job.attributes["view"], job.attributes["instant"]] = job
     complete = {p: found for p, found in patients.items() if len(found) == 4}
-    sides = [
+    maps = [
         ({k: j.pred for k, j in found.items()}, {k: j.ref for k, j in found.items()}) for found in complete.values()
     ]
-    rows, pairs = [], {}
-    for patient, (pred, ref) in zip(
-        complete, run(functools.partial(_volumes_of, step=step, contour=contour), sides), strict=True
-    ):
-        values = {}
-        for suffix, v in (("", pred), ("_ref", ref)):
-            edv, esv = v.rounded
-            values |= {f"edv{suffix}": edv, f"esv{suffix}": esv, f"ef{suffix}": v.ef}
-            values |= {f"edv_raw{suffix}": v.edv, f"esv_raw{suffix}": v.esv}
-        rows.append(Scored(patient, patient, {"view": "", "instant": ""}, {"LV volume": values}, {}))
-        pairs[patient] = values
-    failed = sorted(p for p, v in pairs.items() if not all(map(math.isfinite, v.values())))
-    usable = [v for p, v in pairs.items() if p not in failed]
-    agreement = {
-        name: agree([v[name] for v in usable], [v[f"{name}_ref"] for v in usable]) for name in ("ef", "edv", "esv")
+    compute = functools.partial(_predicted_and_reference_volumes, step=step, contour=contour)
+    values = {
+        patient: _volume_values(pred, ref) for patient, (pred, ref) in zip(complete, run(compute, maps), strict=True)
     }
-    lacking = sorted({j.ref.patient for j in jobs} - complete.keys())
+    rows = [ScoredCase(p, p, {"view": "", "instant": ""}, {"LV volume": v}, {}) for p, v in values.items()]
+    failed = sorted(p for p, v in values.items() if not all(map(math.isfinite, v.values())))
+    usable = [v for p, v in values.items() if p not in failed]
     summary = {
-        "agreement": agreement,
+        "agreement": {
+            name: agreement([v[name] for v in usable], [v[f"{name}_ref"] for v in usable])
+            for name in ("ef", "edv", "esv")
+        },
         "patients": len(usable),
         "failed": failed,
-        "incomplete": lacking,
+        "incomplete": sorted({j.ref.patient for j in jobs} - complete.keys()),
         "step": step,
         "contour": contour,
     }
     return rows, {"volumes": summary}
 
 
-def agree(pred: Sequence[float], ref: Sequence[float]) -> dict[str, float | None]:
-    """Pearson's correlation, bias (mean of prediction minus reference), sd of the differences (ddof 1) and mean
-    absolute error; None where there are too few patients, or no spread."""
+def _volume_values(pred: simpson.Volumes, ref: simpson.Volumes) -> dict[str, float]:
+    """Return the values of a patient's row: rounded and unrounded volumes, and EF, predicted and of the reference."""
+    values = {}
+    for suffix, v in (("", pred), ("_ref", ref)):
+        edv, esv = v.rounded
+        values |= {f"edv{suffix}": edv, f"esv{suffix}": esv, f"ef{suffix}": v.ef}
+        values |= {f"edv_raw{suffix}": v.edv, f"esv_raw{suffix}": v.esv}
+    return values
+
+
+def agreement(pred: Sequence[float], ref: Sequence[float]) -> dict[str, float | None]:
+    """Return statistics of the agreement of predicted and reference values.
+
+    Returns:
+        ``correlation``: Pearson's correlation. ``bias``: mean of prediction minus reference. ``sd``: standard deviation
+        of these differences (ddof 1). ``mae``: mean absolute error. A statistic is None if there are too few values, or
+        if the values are constant.
+    """
     p, r = np.asarray(pred, float), np.asarray(ref, float)
     difference = p - r
-    spread = p.size > 1 and p.std() > 0 and r.std() > 0
+    has_spread = p.size > 1 and p.std() > 0 and r.std() > 0
     return {
-        "correlation": float(np.corrcoef(p, r)[0, 1]) if spread else None,
+        "correlation": float(np.corrcoef(p, r)[0, 1]) if has_spread else None,
         "bias": float(difference.mean()) if p.size else None,
         "sd": float(difference.std(ddof=1)) if p.size > 1 else None,
         "mae": float(np.abs(difference).mean()) if p.size else None,
@@ -146,27 +187,29 @@ def agree(pred: Sequence[float], ref: Sequence[float]) -> dict[str, float | None
 
 
 def _coding(label_map: LabelMap) -> Coding:
+    """Return the same coding for all label maps. Unlike a lambda, this function can be sent to other processes."""
     return CODING
 
 
-def _groups(facts: Mapping[str, str]) -> tuple[str, ...]:
-    return facts["instant"], f"{facts['view']} {facts['instant']}"
+def _groups(attributes: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the groups of an image: its instant, and its view and instant."""
+    return attributes["instant"], f"{attributes['view']} {attributes['instant']}"
 
 
 def rules(step: str = "largest", contour: str = "official") -> Rules:
-    """The rules of CAMUS, with the options of `xdim_jax.scoring.simpson.volumes`."""
+    """Return the rules of CAMUS. The options are those of `xdim_jax.scoring.simpson.volumes`."""
     return Rules(
-        "camus",
-        "CAMUS",
-        LAYOUT,
-        _COLUMNS,
-        tuple(_COLUMNS),
-        find,
-        _coding,
-        score,
-        worst,
-        facts=("view", "instant"),
+        name="camus",
+        title="CAMUS",
+        layout=LAYOUT,
+        columns=_COLUMNS,
+        main_metrics=tuple(_COLUMNS),
+        find=find,
+        coding=_coding,
+        score=score,
+        score_missing=score_missing,
+        attributes=("view", "instant"),
         groups=_groups,
         volumetric=False,
-        whole=functools.partial(whole, step=step, contour=contour),
+        aggregate=functools.partial(aggregate, step=step, contour=contour),
     )

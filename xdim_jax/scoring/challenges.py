@@ -1,4 +1,4 @@
-"""The rules by the names of ``--rules``, and the options of the command line that each takes."""
+"""The rules by the names of ``--rules``, and the command-line options of each."""
 
 import argparse
 from pathlib import Path
@@ -11,8 +11,8 @@ from xdim_jax.scoring.masks import METRICS
 from xdim_jax.scoring.rules import Rules
 
 NAMES = ("camus", "chaos", "brats2022", "brats2023", "brats2024", "generic")
-# option -> the rules that take it
-_TAKEN_BY = {
+# option -> rules that accept it
+_ACCEPTED_BY = {
     "convention": ("brats2022", "brats2023", "brats2024"),
     "platform_2022": ("brats2022",),
     "tune_min_et": ("brats2022",),
@@ -24,79 +24,93 @@ _TAKEN_BY = {
     "border": ("generic",),
 }
 
-OPTIONS = tuple(_TAKEN_BY)
+OPTIONS = tuple(_ACCEPTED_BY)
 _DEFAULTS = {"cohort": "GLI", "step": "largest", "contour": "official", "border": "outside"}
 
 
-def takes(name: str, option: str) -> bool:
-    """Return whether rules have an option."""
-    return name in _TAKEN_BY[option]
+def accepts(name: str, option: str) -> bool:
+    """Return whether rules accept an option."""
+    return name in _ACCEPTED_BY[option]
 
 
-def resolved(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The options that change what the rules measure, with the defaults of those that were not given."""
+def resolve_options(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that change what the rules measure. Options that were not given have their default value."""
     found = {k: getattr(options, k) for k in OPTIONS}
-    found |= {k: found[k] or v for k, v in _DEFAULTS.items() if name in _TAKEN_BY[k]}
+    found |= {k: found[k] or v for k, v in _DEFAULTS.items() if name in _ACCEPTED_BY[k]}
     if name.startswith("brats"):
         found["convention"] = found["convention"] or {"brats2022": "brats2021"}.get(name, name)
     return found
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of all rules."""
-    group = parser.add_argument_group("of some rules")
+    """Add the options of all rules to a parser."""
+    group = parser.add_argument_group("options of individual rules")
     group.add_argument(
         "--convention",
         choices=sorted(brats.CODINGS),
-        help="brats: label values of both folders; ET is 4 in brats2021, 3 since brats2023 (default: brats2021 for "
-        "brats2022, else the year's)",
+        help="brats: label values in both folders; ET is 4 in brats2021, and 3 since brats2023 (default: brats2021 for "
+        "brats2022, otherwise that of the year)",
     )
     group.add_argument(
         "--platform_2022",
         action="store_true",
         default=None,
-        help="brats2022: also the platform's own sd, median and quartiles, which counted its mean as a case",
+        help="brats2022: also compute sd, median and quartiles as the platform did, which counted its mean as a case",
     )
     group.add_argument(
         "--tune_min_et",
         action="store_true",
         default=None,
-        help="brats2022: also which smallest ET volume (0 to 750 voxels) would give the best mean Dice of ET; the "
-        "predictions must have been made with --min_et=0",
+        help="brats2022: also find the smallest ET volume (0 to 750 voxels) that gives the best mean Dice of ET; make "
+        "the predictions with --min_et=0",
     )
     group.add_argument("--cohort", choices=sorted(COHORTS), help="brats2023: part of the challenge (default: GLI)")
     group.add_argument(
-        "--task", choices=sorted(chaos.TASKS), action="append", help="chaos: 1 to 5, again for more (default: all)"
+        "--task",
+        choices=sorted(chaos.TASKS),
+        action="append",
+        help="chaos: task to score; repeat for several (default: all)",
     )
     group.add_argument(
         "--step", choices=simpson.STEPS, help="camus: height of the discs in Simpson's rule (default: largest)"
     )
     group.add_argument(
-        "--contour", choices=simpson.CONTOURS, help="camus: which part of a ventricle is cut (default: official)"
+        "--contour",
+        choices=simpson.CONTOURS,
+        help="camus: part of the ventricle that is cut into discs (default: official)",
     )
     group.add_argument(
         "--labels",
         nargs="+",
         metavar="NAME=VALUE[,VALUE]",
-        help="generic: structures (default: those of a dataset.json, or every value)",
+        help="generic: structures and their label values (default: those of a dataset.json, otherwise every value)",
     )
     group.add_argument(
         "--border",
         choices=["outside", "inside"],
-        help="generic: what lies beyond the image's edge: masks end there, or go on (default: outside)",
+        help="generic: whether positions beyond the edge of the image count as outside or inside a mask; with outside, "
+        "mask voxels at the edge are surface (default: outside)",
     )
 
 
 def make_rules(name: str, options: argparse.Namespace) -> Rules:
-    """The rules with the options that were given. Raises UserError for options that they do not take."""
-    for option, takers in _TAKEN_BY.items():
-        if getattr(options, option, None) is not None and name not in takers:
-            raise UserError(f"--{option} is of --rules={' and '.join(takers)}, not of {name}")
+    """Return the rules with the given options.
+
+    Args:
+        name: One of `NAMES`.
+        options: Parsed options, see `add_options`, and also ``metrics`` and ``ref``.
+
+    Raises:
+        UserError: The rules do not accept an option, or its value.
+    """
+    for option, accepted_by in _ACCEPTED_BY.items():
+        if getattr(options, option, None) is not None and name not in accepted_by:
+            raise UserError(f"--{option} is an option of --rules={' and '.join(accepted_by)}, not of {name}; remove it")
     if name.startswith("brats"):
         convention = options.convention or ""
         if convention and convention not in brats.conventions(name):
-            known = ", ".join(brats.conventions(name))
-            raise UserError(f"--convention={convention}: the structures of {name} need one of {known}")
+            known = " or ".join(brats.conventions(name))
+            raise UserError(f"--convention={convention} does not have the structures of {name}; give {known}")
         also = [name for name in ("platform_2022", "tune_min_et") if getattr(options, name)]
         return brats.rules(name, convention, options.cohort or "GLI", also=also)
     if name == "chaos":
@@ -104,17 +118,17 @@ def make_rules(name: str, options: argparse.Namespace) -> Rules:
     if name == "camus":
         return camus.rules(options.step or "largest", options.contour or "official")
     structures = generic.parse_structures(options.labels) if options.labels else None
-    metrics = tuple(options.metrics) or generic.USUAL
+    metrics = tuple(options.metrics) or generic.DEFAULT_METRICS
     if structures is None:
         structures = generic.read_structures(Path(options.ref))
     return generic.rules(structures, metrics, border=options.border != "inside")
 
 
 def parse_metrics(text: str) -> tuple[str, ...]:
-    """Names with commas between them. Raises UserError, listing the known ones."""
+    """Return the metric names in a comma-separated list. Raises UserError for a name that is not known."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if unknown := [name for name in names if name not in METRICS]:
-        near = sorted({m for name in unknown for m in METRICS if m.startswith(f"{name}_")})
-        hint = f"; of them {' or '.join(near)}?" if near else ""
-        raise UserError(f"--metrics: {', '.join(unknown)} unknown; known: {', '.join(METRICS)}{hint}")
+        variants = sorted({m for name in unknown for m in METRICS if m.startswith(f"{name}_")})
+        hint = f"; did you mean {' or '.join(variants)}?" if variants else ""
+        raise UserError(f"--metrics: unknown {', '.join(unknown)}; expected {', '.join(METRICS)}{hint}")
     return names

@@ -16,14 +16,28 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.data.case import list_cases
 from xdim_jax.data.images.dicom import files_in_order
 from xdim_jax.data.images.image import strip
-from xdim_jax.data.layouts.chaos import TESTING, dataset
+from xdim_jax.data.layouts.chaos import TEST_PREFIX, dataset
 from xdim_jax.scoring.masks import Geometry, Pair, measure
-from xdim_jax.scoring.rules import Coding, Column, Job, LabelMap, Masks, Rules, Scored, Values, check_folder, find_files
+from xdim_jax.scoring.rules import (
+    Coding,
+    Column,
+    Job,
+    LabelMap,
+    Masks,
+    Rules,
+    ScoredCase,
+    Values,
+    check_folder,
+    find_files,
+)
 
 ORGANS = {"liver": (63,), "right kidney": (126,), "left kidney": (189,), "spleen": (252,)}
 MR = Coding("CHAOS MR", ORGANS, {63: (55, 70), 126: (110, 135), 189: (175, 200), 252: (240, 255)})
-# references have 255 or 1, results 63; a result with several greys is coded as of MR
-CT = Coding("CHAOS CT", {"liver": (63,)}, {63: (0, 255)}, several=Coding("CHAOS CT", {"liver": (63,)}, MR.greys))
+# Foreground on CT is 255 or 1 in references, and 63 in predictions. A prediction with several values is read like MR.
+CT = Coding(
+    "CHAOS CT", {"liver": (63,)}, {63: (0, 255)}, if_several=Coding("CHAOS CT", {"liver": (63,)}, MR.grey_ranges)
+)
+# task -> modalities and organs
 TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "1": (("CT", "MR"), ("liver",)),
     "2": (("CT",), ("liver",)),
@@ -32,7 +46,7 @@ TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "5": (("MR",), tuple(ORGANS)),
 }
 LAYOUT = "<case id>.nii.gz (CT_1, MR_1_T1DUAL, MR_1_T2SPIR), or PNG masks as in the challenge"
-# metric -> its score, from the highest value that still gives points; for DICE from the lowest
+# metric -> threshold: a lower DICE, or a higher RAVD, ASSD or MSSD, has the score 0
 _THRESHOLDS = {"dice": 0.8, "ravd": 5.0, "assd": 15.0, "mssd": 60.0}
 _COLUMNS = {
     "score": Column("mean score", "", 2),
@@ -45,182 +59,233 @@ _COLUMNS = {
     "mssd": Column("MSSD", "mm", 2, False),
     "mssd_score": Column("MSSD score", "", 2),
 }
-_RESULT = re.compile(r"(?:.*/)?(CT/(\d+)|MR/(\d+)/(T1DUAL|T2SPIR))(?:/.*)?")
+_RESULT_FOLDER = re.compile(r"(?:.*/)?(CT/(\d+)|MR/(\d+)/(T1DUAL|T2SPIR))(?:/.*)?")
+
+
+# -- metrics and scores -------------------------------------------------------------------------------------------
 
 
 def to_score(metric: str, value: float) -> float:
-    """Value of a metric to its score; every threshold still counts. 0 for what is not a number."""
+    """Return the score of a metric value, from 0 to 100.
+
+    NaN and values beyond the threshold of the metric have the score 0.
+    """
     threshold = _THRESHOLDS[metric]
     if metric == "dice":
         return 100 * value if value >= threshold else 0.0
     return 100 - 100 / threshold * value if value <= threshold else 0.0
 
 
-def with_scores(values: Mapping[str, float], void: Sequence[str] = ()) -> dict[str, float]:
-    """The four metrics of an organ, their scores, and the mean of those; ``void``: metrics whose score is 0."""
-    scores = {f"{m}_score": 0.0 if m in void else to_score(m, values[m]) for m in _THRESHOLDS}
+def with_scores(values: Mapping[str, float], score_0: Sequence[str] = ()) -> dict[str, float]:
+    """Add the score of each metric, and their mean, to the four metrics of an organ.
+
+    Args:
+        values: Metric -> value.
+        score_0: Metrics whose score is 0 regardless of their value.
+    """
+    scores = {f"{m}_score": 0.0 if m in score_0 else to_score(m, values[m]) for m in _THRESHOLDS}
     return {"score": sum(scores.values()) / 4, **values, **scores}
 
 
 def score(pred: Masks, ref: Masks, geometry: Geometry) -> Values:
-    """Organs of a case. An organ that the reference lacks is not evaluated; one that the prediction lacks has RAVD 100,
-    and the image's diagonal for both distances (also where a mask has no surface, because it fills the image)."""
+    """Score all organs of a case.
+
+    If the reference of an organ is empty, all values are NaN, so that means exclude them. If only the prediction is
+    empty, all scores are 0, RAVD is 100, and both distances are the diagonal of the image. A distance is also the
+    diagonal, with score 0, if a mask has no surface because it fills the image.
+    """
     found = {}
     for name in ref:
         pair = Pair(pred[name], ref[name], geometry, border=False)
         if not pair.g:
             found[name] = dict.fromkeys(_COLUMNS, math.nan)
             continue
-        values = measure(pair, ("dice", "ravd", "assd_pooled", "hd"))
-        found[name] = {
-            "dice": values["dice"],
-            "ravd": values["ravd"],
-            "assd": values["assd_pooled"],
-            "mssd": values["hd"],
+        measured = measure(pair, ("dice", "ravd", "assd_pooled", "hd"))
+        values = {
+            "dice": measured["dice"],
+            "ravd": measured["ravd"],
+            "assd": measured["assd_pooled"],
+            "mssd": measured["hd"],
         }
-        void = [m for m, value in found[name].items() if math.isnan(value)]
-        found[name] |= dict.fromkeys(void, geometry.diagonal)
-        found[name] = with_scores(found[name], void if pair.p else tuple(_THRESHOLDS))
+        undefined = [m for m, value in values.items() if math.isnan(value)]
+        values |= dict.fromkeys(undefined, geometry.diagonal)
+        found[name] = with_scores(values, undefined if pair.p else tuple(_THRESHOLDS))
     return found
 
 
-def worst(ref: Masks, geometry: Geometry) -> Values:
-    """A missing case: nothing was found."""
+def score_missing(ref: Masks, geometry: Geometry) -> Values:
+    """Return the values of a case without a usable prediction: those of an empty prediction."""
     return score({name: np.zeros_like(mask) for name, mask in ref.items()}, ref, geometry)
 
 
+# -- files --------------------------------------------------------------------------------------------------------
+
+
 def find(folder: Path) -> dict[str, LabelMap]:
-    """References: the challenge's folders with DICOM and PNG, or label maps by their case ids."""
+    """Return the references in a folder by case id: DICOM and PNG as in the challenge, or label maps."""
     check_folder(folder, LAYOUT)
     if not any(True for _ in folder.rglob("*.dcm")):
         return find_label_maps(folder)
     found = {}
     for case in list_cases(dataset(4, "in"), folder, need_labels=True):
         assert isinstance(case.label, tuple)
-        facts = _facts(case.case_id)
-        found[case.case_id] = LabelMap(case.case_id, case.label, case.patient, facts, case.images[0], case.axes)
+        attributes = _attributes(case.case_id)
+        found[case.case_id] = LabelMap(case.case_id, case.label, case.patient, attributes, case.images[0], case.axes)
     return found
 
 
 def find_label_maps(folder: Path) -> dict[str, LabelMap]:
-    """Label maps by their case ids."""
-    found = find_files(folder, LAYOUT, _named)
-    return {case: LabelMap(case, path, _patient(case), _facts(case)) for case, path in found.items()}
+    """Return the label maps in a folder by case id. Raises UserError if there are none, or two for one case."""
+    found = find_files(folder, LAYOUT, _case_of_file)
+    return {case: LabelMap(case, path, _patient(case), _attributes(case)) for case, path in found.items()}
 
 
-def _named(path: Path) -> str | None:
-    """In- and out-phase share one reference; where both are predicted, the in-phase counts."""
+def _case_of_file(path: Path) -> str | None:
+    """Return the case id of a label map; None for other files.
+
+    The two phases of T1-DUAL have the same reference. The prediction of the in-phase is scored, and the other ignored.
+    """
     stem = (strip(path.name) or "").removesuffix("_seg").removesuffix("_in")
-    return stem if re.fullmatch(rf"({TESTING})?(CT_\d+|MR_\d+_(T1DUAL|T2SPIR))", stem) else None
+    return stem if re.fullmatch(rf"({TEST_PREFIX})?(CT_\d+|MR_\d+_(T1DUAL|T2SPIR))", stem) else None
 
 
-def _facts(case: str) -> dict[str, str]:
-    parts = case.removeprefix(TESTING).split("_")
+def _attributes(case: str) -> dict[str, str]:
+    """Return modality and sequence of a case."""
+    parts = case.removeprefix(TEST_PREFIX).split("_")
     return {"modality": parts[0], "sequence": parts[2] if parts[0] == "MR" else "CT"}
 
 
 def _patient(case: str) -> str:
-    return "_".join(case.split("_")[: 3 if case.startswith(TESTING) else 2])
+    """Return the patient of a case: the case id without the sequence."""
+    return "_".join(case.split("_")[: 3 if case.startswith(TEST_PREFIX) else 2])
 
 
-def _find_results(folder: Path, references: Mapping[str, LabelMap]) -> dict[str, LabelMap]:
-    """Predictions: label maps by their case ids, or the PNG files of a submission."""
+def _find_predictions(folder: Path, references: Mapping[str, LabelMap]) -> dict[str, LabelMap]:
+    """Return the predictions in a folder by case id: PNG files as in a submission, and label maps."""
     pngs = sorted({p.parent for p in folder.rglob("*.png") if not p.name.startswith(".")}) if folder.is_dir() else []
     found: dict[str, LabelMap] = {}
     for below in pngs:
-        match = _RESULT.fullmatch(str(below.relative_to(folder)))
+        match = _RESULT_FOLDER.fullmatch(str(below.relative_to(folder)))
         if match is None:
             continue
         case = f"CT_{match[2]}" if match[2] else f"MR_{match[3]}_{match[4]}"
         if case in found:
-            raise UserError(f"two folders of masks for case {case}: {found[case].path} and {below}; keep one")
+            raise UserError(f"there are two folders of masks for case {case}: {found[case].path} and {below}; keep one")
         files = files_in_order(below, ".png")
         ref = references.get(case)
-        found[case] = LabelMap(case, files, _patient(case), _facts(case), None, ref.axes if ref else "anatomical")
+        axes = ref.axes if ref else "anatomical"
+        found[case] = LabelMap(case, files, _patient(case), _attributes(case), None, axes)
     if not found or any(strip(p.name) for p in folder.iterdir()):
         for case, label_map in find_label_maps(folder).items():
             if case in found:
-                raise UserError(f"two label maps for case {case}: {found[case].path} and {label_map.path}; keep one")
+                raise UserError(
+                    f"there are two label maps for case {case}: {found[case].path} and {label_map.path}; keep one"
+                )
             found[case] = label_map
     return found
 
 
-def pair(pred: Path, references: dict[str, LabelMap], tasks: Sequence[str]) -> tuple[list[Job], list[str]]:
-    """One job for every task and case that belongs to it.
+# -- tasks --------------------------------------------------------------------------------------------------------
 
-    Predictions lie in ``Task1`` to ``Task5``, or one set counts for all tasks. Without ``tasks``: all that there are.
+
+def pair_predictions(pred: Path, references: dict[str, LabelMap], tasks: Sequence[str]) -> tuple[list[Job], list[str]]:
+    """Return a job for each task and each of its cases, and the ids of predictions without a reference.
+
+    Args:
+        pred: Folder of predictions. It has a subfolder ``Task1`` to ``Task5`` for each task, or one set of predictions
+            for all tasks.
+        references: References by case id.
+        tasks: Tasks to score. Empty for all tasks with a subfolder, or all tasks if there are no subfolders.
+
+    Raises:
+        UserError: The predictions of a task are missing, or no reference belongs to the tasks.
     """
     jobs: list[Job] = []
-    surplus: set[str] = set()
+    unmatched: set[str] = set()
     folders = {task: pred / f"Task{task}" for task in TASKS}
-    parted = any(f.is_dir() for f in folders.values())
-    everywhere = None if parted else _find_results(pred, references)
-    absent = [f"Task{task}" for task in tasks if parted and not folders[task].is_dir()]
-    if absent:
-        there = ", ".join(f.name for f in folders.values() if f.is_dir())
+    existing = [task for task, folder in folders.items() if folder.is_dir()]
+    if existing and (absent := [folders[task].name for task in tasks if task not in existing]):
+        names = ", ".join(folders[task].name for task in existing)
         raise UserError(
-            f"{pred} has {there}, but no {' and no '.join(absent)}; leave --task out to score what is there"
+            f"{pred} has the folders {names}, but not {', '.join(absent)}; remove --task to score all that exist"
         )
-    for task in tasks or [t for t, f in folders.items() if f.is_dir()] or list(TASKS):
+    shared = None if existing else _find_predictions(pred, references)
+    chosen = tasks or existing or list(TASKS)
+    for task in chosen:
         modalities, organs = TASKS[task]
-        predictions = everywhere or _find_results(folders[task], references)
-        surplus |= predictions.keys() - references.keys()
+        predictions = shared or _find_predictions(folders[task], references)
+        unmatched |= predictions.keys() - references.keys()
         for case, ref in sorted(references.items()):
-            if ref.facts["modality"] in modalities:
-                counted = organs if ref.facts["modality"] == "MR" else ("liver",)
-                jobs.append(Job(ref, predictions.get(case), {"task": task, **ref.facts}, counted))
+            if ref.attributes["modality"] in modalities:
+                scored_organs = organs if ref.attributes["modality"] == "MR" else ("liver",)
+                jobs.append(Job(ref, predictions.get(case), {"task": task, **ref.attributes}, scored_organs))
     if not jobs:
-        raise UserError(f"{pred}: no reference belongs to task {', '.join(tasks)}; they are {', '.join(references)}")
-    return jobs, sorted(surplus)
+        raise UserError(
+            f"{pred}: none of the references {', '.join(references)} belongs to task {', '.join(chosen)}; give another "
+            "--task"
+        )
+    return jobs, sorted(unmatched)
 
 
-def whole(
-    jobs: Sequence[Job], scored: Sequence[Scored], run: Callable[..., Any]
-) -> tuple[list[Scored], dict[str, Any]]:
-    """The tasks: every case is the mean of its organs, every task the mean and sd (ddof 1) over its cases."""
+def aggregate(
+    jobs: Sequence[Job], scored: Sequence[ScoredCase], run: Callable[..., Any]
+) -> tuple[list[ScoredCase], dict[str, Any]]:
+    """Compute the mean and sd (ddof 1) of every metric over the cases of a task, and the average over tasks.
+
+    The value of a case is the mean over its organs.
+
+    Returns:
+        No further rows, and the entries ``tasks`` and ``average`` of the summary.
+    """
     tasks: dict[str, dict[str, Any]] = {}
-    for task in dict.fromkeys(job.facts["task"] for job in jobs):
+    for task in dict.fromkeys(job.attributes["task"] for job in jobs):
         cases: list[dict[str, float]] = []
         for job, result in zip(jobs, scored, strict=True):
             organs = [v for v in result.values.values() if not math.isnan(v["score"])]
-            if job.facts["task"] == task and organs:
+            if job.attributes["task"] == task and organs:
                 cases.append({m: float(np.mean([v[m] for v in organs])) for m in _COLUMNS})
-        tasks[task] = {"cases": len(cases)} | {m: _spread(c[m] for c in cases) for m in _COLUMNS}
+        tasks[task] = {"cases": len(cases)} | {m: _mean_and_sd(c[m] for c in cases) for m in _COLUMNS}
     means = {m: [t[m]["mean"] for t in tasks.values() if t[m]["mean"] is not None] for m in _COLUMNS}
     average = {m: float(np.mean(v)) if v else None for m, v in means.items()}
     return [], {"tasks": tasks, "average": average}
 
 
-def _spread(values: Iterable[float]) -> dict[str, float | None]:
+def _mean_and_sd(values: Iterable[float]) -> dict[str, float | None]:
+    """Return mean and sd (ddof 1); None if there are too few values."""
     array = np.asarray(list(values))
     mean, sd = (float(array.mean()) if array.size else None), (float(array.std(ddof=1)) if array.size > 1 else None)
     return {"mean": mean, "sd": sd}
 
 
+# -- rules --------------------------------------------------------------------------------------------------------
+
+
 def _coding(label_map: LabelMap) -> Coding:
-    return CT if label_map.facts["modality"] == "CT" else MR
+    """Return the coding of the modality."""
+    return CT if label_map.attributes["modality"] == "CT" else MR
 
 
-def _groups(facts: Mapping[str, str]) -> tuple[str, ...]:
-    return (f"task {facts['task']}",)
+def _groups(attributes: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the group of a case: its task."""
+    return (f"task {attributes['task']}",)
 
 
 def rules(tasks: Sequence[str] = ()) -> Rules:
-    """The rules of CHAOS for some of its tasks; none named: for all that can be scored."""
+    """Return the rules of CHAOS for some of its tasks; empty for all tasks that can be scored."""
     return Rules(
-        "chaos",
-        "CHAOS",
-        LAYOUT,
-        _COLUMNS,
-        ("score", "dice", "ravd", "assd", "mssd"),
-        find,
-        _coding,
-        score,
-        worst,
-        facts=("task", "modality", "sequence"),
+        name="chaos",
+        title="CHAOS",
+        layout=LAYOUT,
+        columns=_COLUMNS,
+        main_metrics=("score", "dice", "ravd", "assd", "mssd"),
+        find=find,
+        coding=_coding,
+        score=score,
+        score_missing=score_missing,
+        attributes=("task", "modality", "sequence"),
         border=False,
         groups=_groups,
         volumetric=False,
-        pair=functools.partial(pair, tasks=tuple(tasks)),
-        whole=whole,
+        pair=functools.partial(pair_predictions, tasks=tuple(tasks)),
+        aggregate=aggregate,
     )

@@ -10,8 +10,8 @@ from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.base.files import read_json, write_json
 from xdim_jax.scoring import results, tables
-from xdim_jax.scoring.evaluation import describe, score_jobs, write
-from xdim_jax.scoring.rules import Job, Rules, Scored, column
+from xdim_jax.scoring.evaluation import describe, score_jobs, write_evaluation
+from xdim_jax.scoring.rules import Job, Rules, ScoredCase, column
 
 
 def evaluate_folders(
@@ -68,7 +68,7 @@ def evaluate_folders(
         log.warn(line)
     summary = results.summarise(rules, scored, extra)
     columns = dict(rules.columns) | {m: column(m) for m in metrics if m not in rules.columns}
-    write(out, rules, scored + extra_rows, summary, tables.make_tables(summary, columns))
+    write_evaluation(out, rules, scored + extra_rows, summary, tables.make_tables(summary, columns))
     record = {
         "pred": str(pred.absolute()),
         "ref": str(ref.absolute()),
@@ -104,13 +104,13 @@ def _record(jobs: Sequence[Job]) -> dict[str, Any]:
     return found
 
 
-def _add_absent_structures(scored: Sequence[Scored]) -> list[Scored]:
+def _add_absent_structures(scored: Sequence[ScoredCase]) -> list[ScoredCase]:
     """Add NaN values for structures that other cases have, and that are empty in both maps of a case.
 
     Needed for rules that read the structures from the label maps. Rules with tasks know their structures.
     """
     metrics = {s: tuple(v) for case in scored for s, v in case.values.items()}
-    if {case.facts.get("task") for case in scored} != {None}:
+    if {case.attributes.get("task") for case in scored} != {None}:
         return list(scored)
     filled = []
     for case in scored:
@@ -120,7 +120,7 @@ def _add_absent_structures(scored: Sequence[Scored]) -> list[Scored]:
     return filled
 
 
-def _unevaluated_structures(scored: Sequence[Scored]) -> list[str]:
+def _unevaluated_structures(scored: Sequence[ScoredCase]) -> list[str]:
     """Return a warning for each structure that has no defined metric because references lack it."""
     found: dict[tuple[str, str], list[str]] = {}
     for case in scored:

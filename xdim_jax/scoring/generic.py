@@ -1,4 +1,4 @@
-"""Any two folders of label maps, with any metrics: what users of their own data ask for."""
+"""Rules for two folders of label maps of any origin, with any metrics."""
 
 import functools
 import json
@@ -9,14 +9,14 @@ from pathlib import Path
 from xdim_jax.base.errors import UserError
 from xdim_jax.data.images.image import strip
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair, measure
-from xdim_jax.scoring.rules import Coding, LabelMap, Masks, Rules, Values, column, find_files, flat
+from xdim_jax.scoring.rules import Coding, LabelMap, Masks, Rules, Values, column, find_files, squeeze_slice
 
-LAYOUT = "<case id>.nii.gz, .nii, .mha, .mhd or .nrrd, of the same names in both folders"
-USUAL = ("dice", "assd_pooled", "hd95_pooled")
+LAYOUT = "<case id>.nii.gz, .nii, .mha, .mhd or .nrrd, with the same names in both folders"
+DEFAULT_METRICS = ("dice", "assd_pooled", "hd95_pooled")
 
 
 def find(folder: Path) -> dict[str, LabelMap]:
-    """Every image below the folder; ``_seg`` and ``_gt`` at the end of a name are left out."""
+    """Return all images in a folder by case id: the file name without suffix and without ``_seg`` or ``_gt``."""
 
     def name_of(path: Path) -> str | None:
         stem = strip(path.name) or ""
@@ -28,79 +28,98 @@ def find(folder: Path) -> dict[str, LabelMap]:
 
 
 def score(
-    pred: Masks, ref: Masks, geometry: Geometry, *, metrics: Sequence[str] = USUAL, border: bool = True
+    pred: Masks, ref: Masks, geometry: Geometry, *, metrics: Sequence[str] = DEFAULT_METRICS, border: bool = True
 ) -> Values:
-    """Whatever a metric is not defined for is left out of means, and counted; but Dice is 0 where one mask is empty."""
-    pred, plane = flat(pred, geometry)
-    ref, _ = flat(ref, geometry)
+    """Compute the metrics of all structures. A metric that is not defined for a pair of masks is NaN."""
+    pred, plane = squeeze_slice(pred, geometry)
+    ref, _ = squeeze_slice(ref, geometry)
     return {name: measure(Pair(pred[name], ref[name], plane, border=border), metrics) for name in ref}
 
 
-def worst(ref: Masks, geometry: Geometry, *, metrics: Sequence[str] = USUAL) -> Values:
-    """A missing case: overlaps are 0, and there are no distances."""
-    none = {m: math.nan if METRICS[m].unit else 0.0 for m in metrics}
-    return {name: dict(none) for name in ref}
+def score_missing(ref: Masks, geometry: Geometry, *, metrics: Sequence[str] = DEFAULT_METRICS) -> Values:
+    """Return the values of a case without a usable prediction: 0 for overlaps, and NaN for metrics with a unit."""
+    values = {m: math.nan if METRICS[m].unit else 0.0 for m in metrics}
+    return {name: dict(values) for name in ref}
 
 
 def read_structures(folder: Path) -> Mapping[str, tuple[int, ...]] | None:
-    """The labels of a ``dataset.json`` (nnU-Net) in a folder or above it; None without one.
+    """Read the structures from a ``dataset.json`` of nnU-Net or of the Medical Segmentation Decathlon.
+
+    Args:
+        folder: Folder of the file, or a subfolder of it.
+
+    Returns:
+        Name of each structure -> its values, without the background and the label "ignore". None if there is no file.
 
     Raises:
-        UserError: it cannot be used.
+        UserError: The file cannot be read, or names no structure.
     """
     for path in (folder / "dataset.json", folder.parent / "dataset.json"):
         if not path.is_file():
             continue
         try:
             labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
-            if all(str(k).isdigit() for k in labels):  # nnU-Net 1, decathlon: value -> name
+            if all(str(k).isdigit() for k in labels):  # nnU-Net 1 and the Decathlon: value -> name
                 labels = {name: int(value) for value, name in labels.items()}
             sets = {n: tuple(int(v) for v in (v if isinstance(v, list) else [v])) for n, v in labels.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'{path}: expected "labels": {{name: value, ...}} ({error}); give --labels') from error
+            raise UserError(
+                f'{path} cannot be used ({error}): expected "labels": {{name: value, ...}}; correct it or give --labels'
+            ) from error
         found = {name: values for name, values in sets.items() if values != (0,) and name != "ignore"}
         if not found:
-            raise UserError(f"{path} names no structure beside the background; correct its labels, or give --labels")
+            raise UserError(f"{path} has no structure except the background; correct its labels, or give --labels")
         return found
     return None
 
 
 def parse_structures(words: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
-    """``["liver=1", "organs=1,2"]`` to sets of values. Raises UserError for words of another form."""
+    """Parse the words of ``--labels``.
+
+    Args:
+        words: Structures as ``<name>=<value>[,<value>...]``.
+
+    Returns:
+        Name of each structure -> its values.
+
+    Raises:
+        UserError: A word has another form, or a name occurs twice.
+    """
     found = {}
     for word in words:
         name, equals, values = word.partition("=")
         if not name or not equals or not all(v.strip().isascii() and v.strip().isdigit() for v in values.split(",")):
             raise UserError(f"--labels {word}: expected <name>=<value>[,<value>...], e.g. tumour=1,3")
         if name in found:
-            raise UserError(f"--labels names {name} twice; give all its values at once: {name}=<value>,<value>")
+            raise UserError(f"--labels has {name} twice; give all its values at once: {name}=<value>,<value>")
         found[name] = tuple(int(v) for v in values.split(","))
     return found
 
 
 def _coding(structures: Mapping[str, tuple[int, ...]] | None, label_map: LabelMap) -> Coding | None:
-    return None if structures is None else Coding("--labels", structures, others=tuple(range(256)))
+    """Return a coding in which all values up to 255 may occur; None if every nonzero value is a structure."""
+    return None if structures is None else Coding("--labels", structures, ignored=tuple(range(256)))
 
 
 def rules(
-    structures: Mapping[str, tuple[int, ...]] | None, metrics: Sequence[str] = USUAL, *, border: bool = True
+    structures: Mapping[str, tuple[int, ...]] | None, metrics: Sequence[str] = DEFAULT_METRICS, *, border: bool = True
 ) -> Rules:
-    """Rules for any label maps.
+    """Return rules for any label maps.
 
     Args:
-        structures: name to values; None: every value but 0 is one.
-        metrics: of `xdim_jax.scoring.masks`.
-        border: see `xdim_jax.scoring.masks.Pair`.
+        structures: Name of each structure -> its values. None if every value except 0 is a structure.
+        metrics: Names of metrics in `xdim_jax.scoring.masks.METRICS`.
+        border: True if positions beyond the edge of the image count as outside, see `xdim_jax.scoring.masks.Pair`.
     """
     return Rules(
-        "generic",
-        "generic",
-        LAYOUT,
-        {m: column(m) for m in metrics},
-        tuple(metrics)[:4],
-        find,
-        functools.partial(_coding, structures),
-        functools.partial(score, metrics=tuple(metrics), border=border),
-        functools.partial(worst, metrics=tuple(metrics)),
+        name="generic",
+        title="generic",
+        layout=LAYOUT,
+        columns={m: column(m) for m in metrics},
+        main_metrics=tuple(metrics)[:4],
+        find=find,
+        coding=functools.partial(_coding, structures),
+        score=functools.partial(score, metrics=tuple(metrics), border=border),
+        score_missing=functools.partial(score_missing, metrics=tuple(metrics)),
         border=border,
     )

@@ -1,8 +1,7 @@
-"""BraTS 2023 and 2024: every lesion has a score of its own, and a false lesion costs as much as a missed one.
+"""Lesion-wise metrics of BraTS 2023 and 2024: each lesion is scored, and false lesions are penalised like missed ones.
 
-The rules are in docs/challenges.md, sections on BraTS 2023 and 2024.
-
-Volumes are in mm^3. HD95 is that of surface areas (`xdim_jax.scoring.masks`, ``hd95_surfel``).
+The rules are in docs/challenges.md, sections "BraTS 2023" and "BraTS 2024". Volumes are in mm^3. HD95 is the metric
+``hd95_surfel`` of `xdim_jax.scoring.masks`, in mm.
 """
 
 import dataclasses
@@ -15,8 +14,8 @@ from scipy.ndimage import binary_dilation, find_objects, generate_binary_structu
 
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair
 
-_NEIGHBOURS = generate_binary_structure(3, 2)  # 18: faces and edges; of dilations
-_CONNECTED = np.ones((3, 3, 3), bool)  # 26; of components
+_DILATION_NEIGHBOURS = generate_binary_structure(3, 2)  # 18: faces and edges
+_COMPONENT_NEIGHBOURS = np.ones((3, 3, 3), bool)  # 26: faces, edges and corners
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +23,13 @@ class Cohort:
     """Parameters of one part of the challenge.
 
     Attributes:
-        dilation: steps by which lesions are grown before those that meet count as one, and before predicted components
-            are looked for.
-        volume: lesions of at most so many mm^3 are left out of the sums.
+        dilation: Number of dilation steps, both for merging lesions of the reference that are close to each other, and
+            for matching a lesion with predicted components.
+        ignored_volume: Lesions of at most this volume are not counted, in mm^3.
     """
 
     dilation: int
-    volume: float
+    ignored_volume: float
 
 
 COHORTS = {
@@ -40,29 +39,36 @@ COHORTS = {
     "MEN": Cohort(1, 50),
     "MET": Cohort(1, 2),
 }
-_EXACT = 1 + 1e-5  # a voxel of 1 mm whose affine was rounded is one
-PENALTY_2023, PENALTY_2024 = 374.0, 337.0  # HD95 of a lesion that is missed or false, mm
+_VOLUME_TOLERANCE = 1 + 1e-5  # factor for voxels of 1 mm whose spacing has a rounding error
+PENALTY_2023, PENALTY_2024 = 374.0, 337.0  # HD95 of a missed or false lesion, in mm
 
 
-def grow(mask: np.ndarray, steps: int) -> np.ndarray:
-    """Dilation with the 18 neighbours."""
-    return binary_dilation(mask, _NEIGHBOURS, iterations=steps) if steps else mask
+def dilate(mask: np.ndarray, steps: int) -> np.ndarray:
+    """Return the dilation of a mask with the 18 neighbours."""
+    return binary_dilation(mask, _DILATION_NEIGHBOURS, iterations=steps) if steps else mask
 
 
-def components(mask: np.ndarray) -> np.ndarray:
-    """Numbers of the 26-connected components, from 1."""
-    found: Any = label(mask, _CONNECTED)
+def label_components(mask: np.ndarray) -> np.ndarray:
+    """Return the number of each voxel's 26-connected component, from 1; 0 outside the mask."""
+    found: Any = label(mask, _COMPONENT_NEIGHBOURS)
     return found[0]
 
 
-def merged(mask: np.ndarray, steps: int) -> np.ndarray:
-    """Components of a mask, those that meet when all are grown by ``steps`` counted as one."""
-    return np.where(mask, components(grow(mask, steps)), 0)
+def label_merged(mask: np.ndarray, steps: int) -> np.ndarray:
+    """Return the same as `label_components`, except that components that touch after dilation have one number."""
+    return np.where(mask, label_components(dilate(mask, steps)), 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Counted:
-    """What became of the lesions of one structure: sums over those above the volume, and numbers."""
+class LesionScores:
+    """Lesion-wise results of one structure.
+
+    Attributes:
+        scores: Metric -> sum over counted lesions and false components, divided by their number.
+        tp: Number of counted lesions that were found.
+        fp: Number of predicted components that match no lesion.
+        fn: Number of counted lesions that were missed.
+    """
 
     scores: Mapping[str, float]
     tp: int
@@ -78,65 +84,75 @@ def score_lesions(
     cohort: Cohort,
     penalty: float,
     metrics: Sequence[str] = ("dice", "hd95_surfel"),
-) -> Counted:
-    """Scores of numbered lesions: the sum over lesions and false components, divided by their number.
+) -> LesionScores:
+    """Score numbered lesions.
+
+    A predicted component matches a lesion if it touches the dilated lesion. Each lesion is compared with the union of
+    all components that match it.
 
     Args:
-        pred, ref: numbers of components and lesions, 0 outside.
-        penalty: HD95 of a lesion without a match and of a false component.
-        metrics: of a lesion against the union of all components that it meets when grown. Where nothing is to be
-            found and nothing was, overlaps are 1 and distances 0.
+        pred: Number of the predicted component at each voxel, 0 outside.
+        ref: Number of the lesion at each voxel, 0 outside.
+        geometry: Positions of the voxels.
+        cohort: Dilation and ignored volume.
+        penalty: Distance of a missed lesion or a false component. Their overlap is 0.
+        metrics: Names of metrics. If there is no counted lesion and no false component, overlaps are 1 and distances 0.
     """
     sums = dict.fromkeys(metrics, 0.0)
-    kept = tp = 0
+    counted = tp = 0
     matched: set[int] = set()
     steps, boxes = cohort.dilation, find_objects(pred)
     for number, box in enumerate(find_objects(ref), 1):
         if box is None:
             continue
         around = tuple(slice(max(s.start - steps, 0), s.stop + steps) for s in box)
-        met = np.unique(pred[around][grow(ref[around] == number, steps)])
-        met = met[met > 0]
-        matched.update(met.tolist())
-        if np.count_nonzero(ref[box] == number) * geometry.voxel <= cohort.volume * _EXACT:
+        matches = np.unique(pred[around][dilate(ref[around] == number, steps)])
+        matches = matches[matches > 0]
+        matched.update(matches.tolist())
+        volume = np.count_nonzero(ref[box] == number) * geometry.voxel_volume
+        if volume <= cohort.ignored_volume * _VOLUME_TOLERANCE:
             continue
-        kept += 1
-        tp += bool(met.size)
-        near = _union([box, *(boxes[c - 1] for c in met)], pred.shape)
-        pair = Pair(np.isin(pred[near], met), ref[near] == number, geometry)
+        counted += 1
+        tp += bool(matches.size)
+        part = _enclosing_box([box, *(boxes[c - 1] for c in matches)], pred.shape)
+        pair = Pair(np.isin(pred[part], matches), ref[part] == number, geometry)
         for name in metrics:
-            value = METRICS[name].measure(pair) if met.size else math.nan
+            value = METRICS[name].measure(pair) if matches.size else math.nan
             missed = penalty if METRICS[name].unit else 0.0
             sums[name] += missed if math.isnan(value) else value
     fp = len(set(np.unique(pred).tolist()) - {0} - matched)
     scores = {}
     for name, total in sums.items():
-        distance = bool(METRICS[name].unit)
-        count = kept + fp
-        scores[name] = (total + penalty * fp * distance) / count if count else float(not distance)
-    return Counted(scores, tp, fp, kept - tp)
+        is_distance = bool(METRICS[name].unit)
+        count = counted + fp
+        scores[name] = (total + penalty * fp * is_distance) / count if count else float(not is_distance)
+    return LesionScores(scores, tp, fp, counted - tp)
 
 
-def _union(boxes: Sequence[tuple[slice, ...]], shape: Sequence[int]) -> tuple[slice, ...]:
-    """The box around all boxes, with a margin of one voxel inside the image."""
+def _enclosing_box(boxes: Sequence[tuple[slice, ...]], shape: Sequence[int]) -> tuple[slice, ...]:
+    """Return the smallest box around all boxes, enlarged by one voxel but not beyond the image."""
     return tuple(
         slice(max(min(b[a].start for b in boxes) - 1, 0), min(max(b[a].stop for b in boxes) + 1, n))
         for a, n in enumerate(shape)
     )
 
 
-def lesionwise_2023(pred: np.ndarray, ref: np.ndarray, geometry: Geometry, cohort: Cohort) -> Counted:
-    """Two masks by the rules of 2023: close lesions of the reference are one; predicted ones are as they are."""
-    return score_lesions(components(pred), merged(ref, cohort.dilation), geometry, cohort=cohort, penalty=PENALTY_2023)
+def lesionwise_2023(pred: np.ndarray, ref: np.ndarray, geometry: Geometry, cohort: Cohort) -> LesionScores:
+    """Score two masks by the rules of 2023: close lesions of the reference are merged, predicted ones are not."""
+    predicted, lesions = label_components(pred), label_merged(ref, cohort.dilation)
+    return score_lesions(predicted, lesions, geometry, cohort=cohort, penalty=PENALTY_2023)
 
 
 # -- 2024, glioma after treatment ---------------------------------------------------------------------------------
 
-# steps by which components of a tissue are grown to be merged; the platform's SNFH was meant to have 5, but has 3
-_MERGE_2024 = {"NETC": 5, "RC": 5}
-_SMALL_2024 = {"ET": 10}  # voxels; else 20
-# tissue -> those whose components join its own, one after the other
-_JOIN_2024 = {
+# structure -> dilation steps for merging components. The platform intended 5 for SNFH too, but a misspelling left 3.
+_MERGE_STEPS_2024 = {"NETC": 5, "RC": 5}
+_OTHER_MERGE_STEPS_2024 = 3
+# structure -> ignored size, see `_ignored_size_2024`
+_IGNORED_SIZES_2024 = {"ET": 10}
+_OTHER_IGNORED_SIZE_2024 = 20
+# structure -> neighbouring structures that merge its components, in this order
+_MERGING_NEIGHBOURS_2024 = {
     "NETC": ("ET", "RC"),
     "ET": ("NETC", "RC"),
     "RC": ("ET", "NETC"),
@@ -144,59 +160,76 @@ _JOIN_2024 = {
 }
 
 
-def lesions_2024(masks: Mapping[str, np.ndarray], *, predicted: bool) -> dict[str, np.ndarray]:
-    """Numbered lesions of every structure.
+def _ignored_size_2024(structure: str) -> int:
+    """Return the size up to which predicted components (in voxels) and lesions (in mm^3) are ignored."""
+    return _IGNORED_SIZES_2024.get(structure, _OTHER_IGNORED_SIZE_2024)
 
-    Components that meet when grown are one; predicted ones of few voxels are dropped; then components of a tissue
-    that touch one and the same component of a neighbouring tissue are one.
+
+def label_lesions_2024(masks: Mapping[str, np.ndarray], *, predicted: bool) -> dict[str, np.ndarray]:
+    """Number the lesions of every structure.
+
+    1. Components that touch after dilation are merged.
+    2. Small components of a prediction are removed.
+    3. Components of a structure that touch the same component of a neighbouring structure are merged.
+
+    Args:
+        masks: Structure -> mask.
+        predicted: True for a prediction, False for a reference.
+
+    Returns:
+        Structure -> number of the lesion at each voxel, 0 outside.
     """
     numbered = {}
     for name, mask in masks.items():
-        found = merged(mask, _MERGE_2024.get(name, 3))
+        found = label_merged(mask, _MERGE_STEPS_2024.get(name, _OTHER_MERGE_STEPS_2024))
         if predicted:
-            few = np.bincount(found.ravel()) <= _SMALL_2024.get(name, 20)
-            few[0] = False
-            found = np.where(few[found], 0, found)
+            small = np.bincount(found.ravel()) <= _ignored_size_2024(name)
+            small[0] = False
+            found = np.where(small[found], 0, found)
         numbered[name] = found
-    joined = dict(numbered)
-    for name, others in _JOIN_2024.items():
-        for other in others:
-            joined[name] = _join(joined[name], numbered[other])
-    return joined
+    merged = dict(numbered)
+    for name, neighbours in _MERGING_NEIGHBOURS_2024.items():
+        for neighbour in neighbours:
+            merged[name] = _merge_touching(merged[name], numbered[neighbour])
+    return merged
 
 
-def _join(lesions: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Lesions whose first touching neighbour is the same become one; a single contact changes nothing."""
-    touching = []
+def _merge_touching(lesions: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Merge lesions that touch the same lesion of another structure.
+
+    If a lesion touches several lesions of the other structure, the one with the lowest number counts. If there is only
+    one contact in total, nothing changes.
+    """
+    contacts = []
     for number, box in enumerate(find_objects(lesions), 1):
         if box is None:
             continue
         around = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in box)
-        met = np.unique(others[around][grow(lesions[around] == number, 1)])
-        touching += [(number, int(other)) for other in met if other]
-    if len(touching) < 2:
+        touched = np.unique(others[around][dilate(lesions[around] == number, 1)])
+        contacts += [(number, int(other)) for other in touched if other]
+    if len(contacts) < 2:
         return lesions
     first: dict[int, int] = {}
-    for number, other in touching:
+    for number, other in contacts:
         first.setdefault(number, other)
     highest = int(lesions.max())
-    renamed = np.arange(highest + 1)
+    renumbered = np.arange(highest + 1)
     for number, other in first.items():
-        renamed[number] = highest + other
-    return renamed[lesions]
+        renumbered[number] = highest + other
+    return renumbered[lesions]
 
 
 def lesionwise_2024(
     pred: Mapping[str, np.ndarray], ref: Mapping[str, np.ndarray], geometry: Geometry
-) -> dict[str, Counted]:
-    """Masks of all structures by the rules of 2024 for glioma after treatment."""
-    found, wanted = lesions_2024(pred, predicted=True), lesions_2024(ref, predicted=False)
+) -> dict[str, LesionScores]:
+    """Score the masks of all structures by the rules of 2024 for glioma after treatment."""
+    predicted, lesions = label_lesions_2024(pred, predicted=True), label_lesions_2024(ref, predicted=False)
     return {
         name: score_lesions(
-            found[name],
-            wanted[name],
+            predicted[name],
+            lesions[name],
             geometry,
-            cohort=Cohort(3, _SMALL_2024.get(name, 20)),
+            cohort=Cohort(3, _ignored_size_2024(name)),
             penalty=PENALTY_2024,
             metrics=("dice", "hd95_surfel", "nsd_0.5", "nsd_1.0"),
         )

@@ -1,4 +1,4 @@
-"""Two runs case by case: is one better, and by how much?"""
+"""Statistics of two evaluations of the same cases: mean difference, confidence interval, and significance test."""
 
 import dataclasses
 import math
@@ -8,20 +8,25 @@ from typing import Any
 import numpy as np
 from scipy.stats import wilcoxon
 
-from xdim_jax.scoring.results import interval
-from xdim_jax.scoring.rules import Scored
+from xdim_jax.scoring.results import bootstrap_interval
+from xdim_jax.scoring.rules import ScoredCase
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of one metric of one structure, B minus A, over the cases that both have a value for.
+    """The difference B - A of one metric of one structure, over the cases that have a value in both evaluations.
 
     Attributes:
-        cases: how many.
-        a, b: means.
-        mean: of the differences; low, high: its 95 % confidence interval (paired bootstrap over patients).
-        p: of Wilcoxon's signed-rank test over cases, two-sided; 1 where no case differs; NaN for no case.
-        p_holm: the same after Holm's correction for all tests of the comparison.
+        structure: Name of the structure.
+        metric: Name of the metric.
+        cases: Number of cases.
+        a: Mean in evaluation A.
+        b: Mean in evaluation B.
+        mean: Mean of the differences.
+        low: Lower limit of the 95 % confidence interval of ``mean`` (bootstrap over patients); None for one patient.
+        high: Upper limit.
+        p: Two-sided p-value of Wilcoxon's signed-rank test over cases; 1 if no case differs.
+        p_holm: ``p`` after Holm's correction for all tests of the comparison.
     """
 
     structure: str
@@ -36,13 +41,21 @@ class Difference:
     p_holm: float
 
 
-def compare(a: Sequence[Scored], b: Sequence[Scored], metrics: Sequence[str] = ()) -> list[Difference]:
-    """Every structure and metric that both have (only ``metrics``, where given), over common cases.
+def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[str] = ()) -> list[Difference]:
+    """Compare two evaluations over the cases that they have in common.
+
+    Args:
+        a: Cases of evaluation A.
+        b: Cases of evaluation B.
+        metrics: Names of the metrics to compare; empty for all that both have.
+
+    Returns:
+        A difference for each structure and metric.
 
     Raises:
-        ValueError: there is nothing in common.
+        ValueError: There is no case, structure and metric in common.
     """
-    first, second = _values(a), _values(b)
+    first, second = _values_by_metric(a), _values_by_metric(b)
     patients = {c.case_id: c.patient for c in a}
     names = [key for key in first if key in second and (not metrics or key[1] in metrics)]
     found = []
@@ -53,55 +66,58 @@ def compare(a: Sequence[Scored], b: Sequence[Scored], metrics: Sequence[str] = (
             continue
         left, right = np.array([x[k] for k in keys]), np.array([y[k] for k in keys])
         difference = right - left
-        low, high = interval(difference, np.array([patients[k[0]] for k in keys]))
+        low, high = bootstrap_interval(difference, np.array([patients[k[0]] for k in keys]))
         test: Any = wilcoxon(difference) if difference.any() else None
-        p = float(test.pvalue) if test else 1.0
         found.append(
             Difference(
-                structure,
-                metric,
-                len(keys),
-                float(left.mean()),
-                float(right.mean()),
-                float(difference.mean()),
-                low,
-                high,
-                p,
+                structure=structure,
+                metric=metric,
+                cases=len(keys),
+                a=float(left.mean()),
+                b=float(right.mean()),
+                mean=float(difference.mean()),
+                low=low,
+                high=high,
+                p=float(test.pvalue) if test else 1.0,
                 p_holm=1.0,
             )
         )
     if not found:
-        raise ValueError("the two have no case, structure and metric in common")
+        raise ValueError("they have no case, structure and metric in common")
     corrected = holm([d.p for d in found])
     return [dataclasses.replace(d, p_holm=p) for d, p in zip(found, corrected, strict=True)]
 
 
-def _values(cases: Sequence[Scored]) -> Mapping[tuple[str, str], dict[tuple[str, ...], float]]:
-    """(structure, metric) to case to value. A case that counts for several tasks counts once, unless its predictions
-    differ by task: then every task has structures of its own."""
+def _values_by_metric(cases: Sequence[ScoredCase]) -> Mapping[tuple[str, str], dict[tuple[str, ...], float]]:
+    """Return (structure, metric) -> case -> value.
+
+    A case that belongs to several tasks counts once if all tasks have the same values. If they differ for any case, the
+    tasks were predicted separately; then the structures of each task are compared separately.
+    """
     tasks: dict[tuple[str, ...], dict[str, dict[str, Mapping[str, float]]]] = {}
     for case in cases:
-        key = (case.case_id, *(v for k, v in case.facts.items() if k != "task"))
+        key = (case.case_id, *(v for k, v in case.attributes.items() if k != "task"))
         for structure, values in case.values.items():
-            tasks.setdefault(key, {}).setdefault(structure, {})[case.facts.get("task", "")] = values
-    apart = any(not _equal(list(v.values())) for found in tasks.values() for v in found.values())
+            tasks.setdefault(key, {}).setdefault(structure, {})[case.attributes.get("task", "")] = values
+    separate = any(not _all_equal(list(v.values())) for found in tasks.values() for v in found.values())
     result: dict[tuple[str, str], dict[tuple[str, ...], float]] = {}
     for key, structures in tasks.items():
         for structure, by_task in structures.items():
-            for task, values in by_task.items() if apart else list(by_task.items())[:1]:
-                name = f"task {task} {structure}" if apart else structure
+            for task, values in by_task.items() if separate else list(by_task.items())[:1]:
+                name = f"task {task} {structure}" if separate else structure
                 for metric, value in values.items():
                     result.setdefault((name, metric), {})[key] = value
     return result
 
 
-def _equal(several: Sequence[Mapping[str, float]]) -> bool:
+def _all_equal(several: Sequence[Mapping[str, float]]) -> bool:
+    """Return whether all dictionaries have the same keys and values; NaN equals NaN."""
     first = several[0]
     return all(v.keys() == first.keys() and all(np.array_equal(v[k], first[k], True) for k in v) for v in several)
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction of p-values, in the order given."""
+    """Return the p-values after Holm's step-down correction, in the same order."""
     order = np.argsort(values, kind="stable")
     corrected, highest = [0.0] * len(values), 0.0
     for rank, index in enumerate(order):

@@ -1,7 +1,7 @@
-"""What the mains leave beside their output, and read of one another: file names, formats, statistics over cases.
+"""Result files of the commands, and statistics over cases.
 
-``evaluate`` writes ``cases.csv`` in long form, ``summary.json``, ``tables.md``, ``tables.tex`` and ``evaluate.json``;
-``predict`` writes ``predict.json``.
+``evaluate`` writes ``cases.csv`` with one row per value, ``summary.json``, ``tables.md``, ``tables.tex`` and
+``evaluate.json``. ``predict`` writes ``predict.json``. Other commands read these files.
 """
 
 import csv
@@ -14,42 +14,56 @@ import numpy as np
 
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import atomic_path, read_json
-from xdim_jax.scoring.rules import Rules, Scored, Values
+from xdim_jax.scoring.rules import Rules, ScoredCase, Values
 
 CASES_FILE, SUMMARY_FILE, EVALUATE_FILE, PREDICT_FILE = "cases.csv", "summary.json", "evaluate.json", "predict.json"
 TABLES_FILES = ("tables.md", "tables.tex")
-_FIRST, _LAST = ["case_id"], ["structure", "metric", "value"]
-DRAWS = 5000  # of the bootstrap
-_AGAIN = "write it with python -m xdim_jax.evaluate"
+_FIRST_COLUMNS, _LAST_COLUMNS = ["case_id"], ["structure", "metric", "value"]
+BOOTSTRAP_SAMPLES = 5000
+_REWRITE = "write it with python -m xdim_jax.evaluate"
 
 
-def write_cases(path: Path, scored: Sequence[Scored], facts: Sequence[str] = ()) -> None:
-    """One row per case, structure and metric, with the facts as further columns; whole or not at all."""
+def write_cases(path: Path, scored: Sequence[ScoredCase], attributes: Sequence[str] = ()) -> None:
+    """Write one row for each case, structure and metric. The file appears only when it is complete.
+
+    Args:
+        path: File to write.
+        scored: Scored cases.
+        attributes: Names of the attributes of cases that become columns.
+    """
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*_FIRST, *facts, *_LAST])
+        writer.writerow([*_FIRST_COLUMNS, *attributes, *_LAST_COLUMNS])
         for case in scored:
-            known = [case.facts.get(name, "") for name in facts]
+            cells = [case.attributes.get(name, "") for name in attributes]
             for structure, values in case.values.items():
                 for metric, value in values.items():
-                    writer.writerow([case.case_id, *known, structure, metric, repr(float(value))])
+                    writer.writerow([case.case_id, *cells, structure, metric, repr(float(value))])
 
 
-def read_cases(path: Path, patients: Mapping[str, str] | None = None) -> list[Scored]:
-    """Reads what `write_cases` wrote. Raises UserError if the file is missing or has other columns."""
+def read_cases(path: Path, patients: Mapping[str, str] | None = None) -> list[ScoredCase]:
+    """Read a file that `write_cases` wrote.
+
+    Args:
+        path: The file.
+        patients: Case id -> patient. A case that is not listed is its own patient.
+
+    Raises:
+        UserError: The file does not exist, has other columns, or cannot be read.
+    """
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             rows, columns = list(reader), list(reader.fieldnames or [])
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; {_AGAIN}") from error
+        raise UserError(f"{path} does not exist; {_REWRITE}") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a table ({error}); {_AGAIN}") from error
-    if columns[:1] != _FIRST or columns[-3:] != _LAST:
-        expected = ", ".join([*_FIRST, "...", *_LAST])
-        raise UserError(f"{path} has the columns {', '.join(columns)}; expected {expected}; {_AGAIN}")
+        raise UserError(f"{path} is not a CSV file ({error}); {_REWRITE}") from error
+    if columns[:1] != _FIRST_COLUMNS or columns[-3:] != _LAST_COLUMNS:
+        expected = ", ".join([*_FIRST_COLUMNS, "...", *_LAST_COLUMNS])
+        raise UserError(f"{path} has the columns {', '.join(columns)}; expected {expected}; {_REWRITE}")
     found: dict[tuple[str, ...], Values] = {}
-    facts = columns[1:-3]
+    attributes = columns[1:-3]
     for number, row in enumerate(rows, 2):
         try:
             if None in row:
@@ -57,37 +71,54 @@ def read_cases(path: Path, patients: Mapping[str, str] | None = None) -> list[Sc
             value = float(row["value"])
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"{path} line {number} has not {len(columns)} fields, or no number last; {_AGAIN}"
+                f"{path} line {number}: expected {len(columns)} fields, and a number in the last one; {_REWRITE}"
             ) from error
-        values = found.setdefault((row["case_id"], *(row[f] for f in facts)), {})
+        values = found.setdefault((row["case_id"], *(row[name] for name in attributes)), {})
         values.setdefault(row["structure"], {})[row["metric"]] = value
     if not found:
-        raise UserError(f"{path} holds no case; {_AGAIN}")
+        raise UserError(f"{path} has no cases; {_REWRITE}")
     return [
-        Scored(key[0], (patients or {}).get(key[0], key[0]), dict(zip(facts, key[1:], strict=True)), values, {})
+        ScoredCase(
+            key[0], (patients or {}).get(key[0], key[0]), dict(zip(attributes, key[1:], strict=True)), values, {}
+        )
         for key, values in found.items()
     ]
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What an evaluation compared: ``rules``, ``pred``, ``ref``, ``options``, ``cases``. Raises UserError."""
+    """Read ``evaluate.json`` in the folder of an evaluation.
+
+    Returns:
+        A dictionary with ``rules``, ``pred``, ``ref``, ``options`` and ``cases``.
+
+    Raises:
+        UserError: The file does not exist or is not complete.
+    """
     path = folder / EVALUATE_FILE
     if not path.is_file():
-        raise UserError(f"{path} does not exist; {_AGAIN} --out={folder}")
+        raise UserError(f"{path} does not exist; {_REWRITE} --out={folder}")
     record = read_json(path)
-    wanted = {"rules": str, "pred": str, "ref": str, "options": dict, "cases": dict}
-    wrong = [k for k, kind in wanted.items() if not isinstance(record, dict) or not isinstance(record.get(k), kind)]
+    types = {"rules": str, "pred": str, "ref": str, "options": dict, "cases": dict}
+    wrong = [k for k, kind in types.items() if not isinstance(record, dict) or not isinstance(record.get(k), kind)]
     if wrong or any(not isinstance(v, dict) or "patient" not in v for v in record["cases"].values()):
-        raise UserError(f"{path} lacks {', '.join(wrong) or 'the patients of its cases'}; {_AGAIN} --out={folder}")
+        raise UserError(
+            f"{path}: {', '.join(wrong) or 'the patient of a case'} is missing or has a wrong type; {_REWRITE} "
+            f"--out={folder}"
+        )
     return record
 
 
 def statistics(values: Sequence[float], patients: Sequence[str] | None = None) -> dict[str, float | None]:
-    """Of a metric over cases; what is NaN is left out and counted.
+    """Return the statistics of a metric over cases.
+
+    Args:
+        values: A value for each case. NaN is excluded.
+        patients: The patient of each case. None for no confidence interval.
 
     Returns:
-        count, missing; mean, sd (ddof 1), median, quartiles (linear), min, max; with ``patients``, low and high: the
-        95 % confidence interval of the mean (percentile bootstrap over patients). None where there are too few.
+        ``count`` and ``missing``: number of values, and of NaN. ``mean``, ``sd`` (ddof 1), ``median``, ``q25`` and
+        ``q75`` (linearly interpolated), ``min``, ``max``. ``low`` and ``high``: 95 % confidence interval of the mean,
+        see `bootstrap_interval`. A statistic is None if there are too few values.
     """
     array = np.asarray(values, np.float64)
     known = np.isfinite(array)
@@ -106,23 +137,34 @@ def statistics(values: Sequence[float], patients: Sequence[str] | None = None) -
         "min": float(some.min()),
         "max": float(some.max()),
     }
-    low, high = interval(some, np.asarray(patients)[known]) if patients is not None else (None, None)
+    low, high = bootstrap_interval(some, np.asarray(patients)[known]) if patients is not None else (None, None)
     return found | {"low": low, "high": high}
 
 
-def interval(values: np.ndarray, patients: np.ndarray) -> tuple[float | None, float | None]:
-    """95 % confidence interval of a mean, by drawing patients with replacement; None for fewer than two patients."""
+def bootstrap_interval(values: np.ndarray, patients: np.ndarray) -> tuple[float | None, float | None]:
+    """Return the 95 % confidence interval of a mean, by a percentile bootstrap over patients.
+
+    Patients are resampled instead of cases, because the cases of a patient are not independent.
+
+    Args:
+        values: A value for each case.
+        patients: The patient of each case.
+
+    Returns:
+        Lower and upper limit; None if there are fewer than two patients.
+    """
     _, index = np.unique(patients, return_inverse=True)
     sums, counts = np.bincount(index, values), np.bincount(index)
     if len(sums) < 2:
         return None, None
-    drawn = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), DRAWS)
-    low, high = np.percentile(drawn @ sums / (drawn @ counts), [2.5, 97.5])
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), BOOTSTRAP_SAMPLES)
+    low, high = np.percentile(weights @ sums / (weights @ counts), [2.5, 97.5])
     return float(low), float(high)
 
 
-def table_of(scored: Sequence[Scored]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Structure to metric to `statistics`."""
+def structure_statistics(scored: Sequence[ScoredCase]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return the `statistics` of every metric of every structure."""
     structures: dict[str, list[tuple[str, Mapping[str, float]]]] = {}
     for case in scored:
         for structure, values in case.values.items():
@@ -135,30 +177,32 @@ def table_of(scored: Sequence[Scored]) -> dict[str, dict[str, dict[str, float | 
     return table
 
 
-def each_once(scored: Sequence[Scored]) -> dict[str, Scored]:
-    """By case id; of a case that counts for several tasks, the one with most structures."""
-    once: dict[str, Scored] = {}
+def unique_cases(scored: Sequence[ScoredCase]) -> dict[str, ScoredCase]:
+    """Return one result for each case id: if a case has several, one per task, the one with the most structures."""
+    unique: dict[str, ScoredCase] = {}
     for case in scored:
-        if case.case_id not in once or len(case.values) > len(once[case.case_id].values):
-            once[case.case_id] = case
-    return once
+        if case.case_id not in unique or len(case.values) > len(unique[case.case_id].values):
+            unique[case.case_id] = case
+    return unique
 
 
-def summarise(rules: Rules, scored: Sequence[Scored], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Statistics over all cases and over the rules' groups, and how often which masks are empty.
+def summarise(rules: Rules, scored: Sequence[ScoredCase], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of ``summary.json``.
+
+    It has the statistics over all cases and over the groups of the rules, and the numbers of empty masks.
 
     Args:
-        rules: of the challenge.
-        scored: a case may occur several times, once for each task; over all cases it counts once.
-        extra: what the rules compute of all cases together.
+        rules: Rules of the challenge.
+        scored: Scored cases. If a case occurs once for each task, the statistics over all cases count it once.
+        extra: Further entries, from ``Rules.aggregate``.
     """
-    once = each_once(scored)
-    groups: dict[str, list[Scored]] = {}
+    unique = unique_cases(scored)
+    groups: dict[str, list[ScoredCase]] = {}
     for case in scored:
-        for group in rules.groups(case.facts):
+        for group in rules.groups(case.attributes):
             groups.setdefault(group, []).append(case)
     empty: dict[str, dict[str, int]] = {}
-    for case in once.values():
+    for case in unique.values():
         for structure in case.values:
             counts = empty.setdefault(structure, {"pred": 0, "ref": 0, "both": 0})
             if (which := case.empty.get(structure)) is not None:
@@ -166,9 +210,9 @@ def summarise(rules: Rules, scored: Sequence[Scored], extra: Mapping[str, Any]) 
     return {
         "rules": rules.name,
         "title": rules.title,
-        "cases": len(once),
-        "structures": table_of(list(once.values())),
-        "groups": {group: table_of(cases) for group, cases in sorted(groups.items())},
+        "cases": len(unique),
+        "structures": structure_statistics(list(unique.values())),
+        "groups": {group: structure_statistics(cases) for group, cases in sorted(groups.items())},
         "empty": empty,
         "unreadable": sorted({c.case_id for c in scored if c.problem}),
         **extra,
@@ -176,10 +220,10 @@ def summarise(rules: Rules, scored: Sequence[Scored], extra: Mapping[str, Any]) 
 
 
 def percent(share: float | None) -> str:
-    """A share in percent with two digits, as the paper's tables; a dash for None."""
+    """Format a share in percent with two decimals, as in the tables of the paper; None as a dash."""
     return "-" if share is None else f"{100 * share:.2f}"
 
 
 def number(value: float | None, digits: int) -> str:
-    """A dash for None."""
+    """Format a number with a fixed number of decimals; None as a dash."""
     return "-" if value is None else f"{value:.{digits}f}"

@@ -1,4 +1,8 @@
-"""What the rules of every challenge consist of, and the scoring of one case by them."""
+"""The parts of a challenge's scoring rules, and the scoring of one case by them.
+
+`Rules` describes one challenge; `xdim_jax.scoring.challenges` lists all of them. `score_case` reads the two label maps
+of a case, extracts a mask for each structure, and applies the rules to the masks.
+"""
 
 import dataclasses
 import math
@@ -14,8 +18,9 @@ from xdim_jax.data.images.grid import Axes, Grid, compare_grids
 from xdim_jax.data.images.image import Source, read_grid, read_volume, strip, where
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair
 
-BESIDE = ("probabilities", "uncertainty")  # folders of predict, beside the label maps
-_LABEL_TOLERANCE = 1e-3  # copies exist whose labels are floats, off by rounding
+# subfolders that predict writes next to the label maps; they contain no label maps
+EXTRA_OUTPUTS = ("probabilities", "uncertainty")
+_LABEL_TOLERANCE = 1e-3  # some published label files contain floats with rounding errors
 
 # structure -> mask
 Masks = Mapping[str, np.ndarray]
@@ -25,49 +30,61 @@ Values = dict[str, dict[str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Coding:
-    """What the values of label files mean.
+    """The meaning of the values in label files.
 
     Attributes:
-        name: for messages.
-        structures: name to the values that belong to it; a value may belong to several.
-        greys: for coded masks: value to the greys ``low < grey <= high`` that are read as it; other greys are
-            background. Without them only the values of structures, 0 and ``others`` may occur.
-        others: values that are known and belong to no structure.
-        several: the coding of maps that hold more than one value beside 0; None: the same.
-        step: what to do about an unknown value.
+        name: Name of the coding in messages.
+        structures: Name of each structure -> values that belong to it. A value may belong to several structures.
+        grey_ranges: Value -> range ``low < grey <= high`` of grey levels that are read as this value; other grey levels
+            are background. If empty, the file may contain only 0, the values of the structures, and ``ignored``.
+        ignored: Further values that may occur and belong to no structure.
+        if_several: Coding of files that contain more than one nonzero value; None for the same coding.
+        hint: Advice at the end of the message about an unknown value.
     """
 
     name: str
     structures: Mapping[str, tuple[int, ...]]
-    greys: Mapping[int, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    others: tuple[int, ...] = ()
-    several: "Coding | None" = None
-    step: str = "map the values, or give the right --rules"
+    grey_ranges: Mapping[int, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    ignored: tuple[int, ...] = ()
+    if_several: "Coding | None" = None
+    hint: str = "correct the values, or check --rules (evaluate) or --challenge (submit)"
 
     def masks(self, values: np.ndarray, path: Path) -> Masks:
-        """Masks of all structures. Raises UserError for values that mean nothing."""
-        if self.several is not None and len(np.unique(values[values != 0])) > 1:
-            return self.several.masks(values, path)
-        if self.greys:
-            label = np.zeros(values.shape, np.uint8)
-            for value, (low, high) in self.greys.items():
-                label[(values > low) & (values <= high)] = value
-            if not label.any() and values.any():
-                found = shorten([f"{v:g}" for v in np.unique(values[values != 0])])
-                wanted = ", ".join(map(str, self.greys))
-                raise UserError(
-                    f"{path} holds values {found}, which are no structure of {self.name}: expected {wanted}"
-                )
-        else:
-            known = sorted({0, *self.others, *(v for values in self.structures.values() for v in values)})
-            found = np.unique(values).astype(np.float64)
-            unknown = [v for v in found if not np.isfinite(v) or min(abs(v - k) for k in known) > _LABEL_TOLERANCE]
-            if unknown:
-                shown = shorten([f"{v:g}" for v in unknown])
-                only = known if len(known) < 20 else f"whole numbers from {known[0]} to {known[-1]}"
-                raise UserError(f"{path} holds label {shown}; {self.name} has only {only}: {self.step}")
-            label = np.rint(values)
+        """Return a mask for each structure.
+
+        Args:
+            values: Values of a label file.
+            path: The file, for messages.
+
+        Raises:
+            UserError: The file has unknown values.
+        """
+        if self.if_several is not None and len(np.unique(values[values != 0])) > 1:
+            return self.if_several.masks(values, path)
+        label = self._labels_of_greys(values, path) if self.grey_ranges else self._rounded_labels(values, path)
         return {name: np.isin(label, members) for name, members in self.structures.items()}
+
+    def _labels_of_greys(self, values: np.ndarray, path: Path) -> np.ndarray:
+        """Return the value in whose range each grey level lies, else 0. Raises UserError if all are in no range."""
+        label = np.zeros(values.shape, np.uint8)
+        for value, (low, high) in self.grey_ranges.items():
+            label[(values > low) & (values <= high)] = value
+        if not label.any() and values.any():
+            found = shorten([f"{v:g}" for v in np.unique(values[values != 0])])
+            expected = ", ".join(map(str, self.grey_ranges))
+            raise UserError(f"{path} has the values {found}, but {self.name} expects {expected}; {self.hint}")
+        return label
+
+    def _rounded_labels(self, values: np.ndarray, path: Path) -> np.ndarray:
+        """Return the values as whole numbers. Raises UserError if one is not known."""
+        known = sorted({0, *self.ignored, *(v for members in self.structures.values() for v in members)})
+        found = np.unique(values).astype(np.float64)
+        unknown = [v for v in found if not np.isfinite(v) or min(abs(v - k) for k in known) > _LABEL_TOLERANCE]
+        if unknown:
+            shown = shorten([f"{v:g}" for v in unknown])
+            expected = known if len(known) < 20 else f"whole numbers from {known[0]} to {known[-1]}"
+            raise UserError(f"{path} has the unknown label {shown}; {self.name} has only {expected}: {self.hint}")
+        return np.rint(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,196 +92,252 @@ class LabelMap:
     """A label map on disk.
 
     Attributes:
-        case_id: of the case.
-        source: a file, or the PNG masks of all slices in order.
-        patient: cases of one patient are drawn together where means get an interval.
-        facts: further columns of the results, e.g. view and instant.
-        grid: of PNG masks: the image whose slices they are.
-        axes: how file axes come into memory.
+        case_id: Id of the case.
+        source: A file, or the PNG masks of all slices in order.
+        patient: Id of the patient. Confidence intervals are bootstrapped over patients.
+        attributes: Further columns of the results and their values, e.g. view and instant.
+        grid: For PNG masks, the image whose slices they belong to.
+        axes: Order of the axes in memory, see `xdim_jax.data.images.grid`.
     """
 
     case_id: str
     source: Source
     patient: str
-    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     grid: Source | None = None
     axes: Axes = "anatomical"
 
     @property
     def path(self) -> Path:
-        """What messages name."""
+        """The file or folder that messages name."""
         return where(self.source)
 
     def load(self) -> tuple[np.ndarray, Grid]:
-        """Values of the file (D, H, W), and its grid. Raises UserError for what cannot be read."""
+        """Return the values (D, H, W) and their grid. Raises UserError if the files cannot be read."""
         if isinstance(self.source, Path):
             return read_volume(self.source, self.axes)
         assert self.grid is not None, self.case_id
         grid, values = read_grid(self.grid, self.axes), load_masks(self.source)
         if values.shape != tuple(grid.shape):
             raise UserError(
-                f"{self.path} holds {values.shape[2]} masks of {values.shape[1]} x {values.shape[0]} pixels; "
-                f"{where(self.grid)} has {grid.shape[2]} slices of {grid.shape[1]} x {grid.shape[0]}: write one mask "
-                "for each slice"
+                f"{self.path} has {values.shape[2]} masks of {values.shape[1]} x {values.shape[0]} pixels, but "
+                f"{where(self.grid)} has {grid.shape[2]} slices of {grid.shape[1]} x {grid.shape[0]}; write one mask "
+                "of the same size for each slice"
             )
         return grid.to_memory(values), grid
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A metric in results: its title, unit, digits in tables, and whether higher is better (None: neither)."""
+    """A metric in the results.
+
+    Attributes:
+        title: Column title in tables.
+        unit: Unit of the values; empty if they have none.
+        digits: Number of decimals in tables.
+        higher_is_better: True or False; None if neither higher nor lower values are better.
+    """
 
     title: str
     unit: str = ""
     digits: int = 3
-    higher: bool | None = True
+    higher_is_better: bool | None = True
 
 
 def column(metric: str) -> Column:
-    """Of a metric of `xdim_jax.scoring.masks`."""
+    """Return the column of a metric of `xdim_jax.scoring.masks`."""
     m = METRICS[metric]
-    return Column(m.title, m.unit, m.digits, m.higher)
+    return Column(m.title, m.unit, m.digits, m.higher_is_better)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One case to score: the prediction may be missing. ``structures``: those that count here; None: all."""
+    """One case to score.
+
+    Attributes:
+        ref: Reference.
+        pred: Prediction; None if there is none.
+        attributes: Further columns of the results and their values.
+        structures: Structures whose values are kept; None for all.
+    """
 
     ref: LabelMap
     pred: LabelMap | None
-    facts: Mapping[str, str]
+    attributes: Mapping[str, str]
     structures: tuple[str, ...] | None = None
 
-    def predicted(self) -> LabelMap:
-        """The prediction; PNG masks lie on the slices of the reference's image."""
+    def prediction_with_grid(self) -> LabelMap:
+        """Return the prediction. PNG masks without a grid get the image of the reference."""
         assert self.pred is not None, self.ref.case_id
         return dataclasses.replace(self.pred, grid=self.pred.grid or self.ref.grid or self.ref.source)
 
 
-def no_groups(facts: Mapping[str, str]) -> tuple[str, ...]:
-    """All cases are one group."""
+@dataclasses.dataclass(frozen=True)
+class ScoredCase:
+    """The scores of a case.
+
+    Attributes:
+        case_id: Id of the case.
+        patient: Id of the patient.
+        attributes: Further columns of the results and their values.
+        values: Structure -> metric -> value. NaN if the value is excluded by the rules.
+        empty: Structure -> which of its masks are empty: ``pred``, ``ref`` or ``both``. A structure without an empty
+            mask is not listed.
+        problem: Reason why the prediction cannot be used; the values are then the worst ones. Empty if it can be used.
+    """
+
+    case_id: str
+    patient: str
+    attributes: Mapping[str, str]
+    values: Values
+    empty: Mapping[str, str]
+    problem: str = ""
+
+
+def no_groups(attributes: Mapping[str, str]) -> tuple[str, ...]:
+    """Return no group: the summary has only the statistics over all cases."""
     return ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How one challenge scores.
+    """The scoring rules of one challenge.
 
     Attributes:
-        name: of ``--rules``.
-        title: of tables.
-        layout: what a folder of label maps may look like, for messages.
-        facts: names of the columns that it adds to the results.
-        columns: its metrics, in order.
-        headline: those that the log shows.
-        find: label maps of a folder by case id, for references or predictions.
-        coding: of a label map.
-        score: masks of the prediction and the reference to values.
-        worst: values of a case whose prediction is missing or cannot be read.
-        border: see `xdim_jax.scoring.masks.Pair`.
-        groups: into which groups of the summary a case goes by its facts, beside all cases together.
-        pair: which prediction goes with which reference; None: by case id.
-        volumetric: True if reports show three orthogonal planes, False if they show slices.
-        whole: what is computed of all cases of a patient or a task, for the summary: rows, and a table of its own.
+        name: Value of ``--rules``.
+        title: Name of the challenge in tables.
+        layout: Expected files in a folder of label maps, for messages.
+        columns: Metrics of the challenge, in the order of the tables.
+        main_metrics: Metrics that the log shows.
+        find: Function that returns the label maps in a folder by case id. It is used for references and predictions.
+        coding: Function that returns the coding of a label map; None if every nonzero value is a structure.
+        score: Function that scores the masks of a prediction against those of a reference.
+        score_missing: Function that returns the values of a case whose prediction is missing or cannot be read.
+        attributes: Names of the further columns of the results.
+        border: True if positions beyond the edge of the image count as outside, see `xdim_jax.scoring.masks.Pair`.
+        groups: Function that returns the groups of the summary to which a case belongs, from its attributes.
+        pair: Function that pairs the predictions in a folder with references. It returns the jobs, and the ids of
+            predictions without a reference. None to pair them by case id.
+        volumetric: True if reports show three orthogonal planes of a case, False if they show slices.
+        aggregate: Function of all jobs, their scores, and a parallel ``map``. It returns further rows of the results
+            and further entries of the summary. None if there are no such values.
     """
 
     name: str
     title: str
     layout: str
     columns: Mapping[str, Column]
-    headline: tuple[str, ...]
+    main_metrics: tuple[str, ...]
     find: Callable[[Path], dict[str, LabelMap]]
     coding: Callable[[LabelMap], Coding | None]
     score: Callable[[Masks, Masks, Geometry], Values]
-    worst: Callable[[Masks, Geometry], Values]
-    facts: tuple[str, ...] = ()
+    score_missing: Callable[[Masks, Geometry], Values]
+    attributes: tuple[str, ...] = ()
     border: bool = True
     groups: Callable[[Mapping[str, str]], tuple[str, ...]] = no_groups
     pair: Callable[[Path, dict[str, LabelMap]], tuple[list[Job], list[str]]] | None = None
     volumetric: bool = True
-    whole: Any = None
+    aggregate: (
+        Callable[[Sequence[Job], Sequence[ScoredCase], Callable[..., Any]], tuple[list[ScoredCase], dict[str, Any]]]
+        | None
+    ) = None
 
     def jobs(self, pred: Path, ref: Path) -> tuple[list[Job], list[str]]:
-        """What is to be scored, and the predictions that have no reference. Raises UserError for unusable folders."""
+        """Return the jobs, and the ids of predictions without a reference.
+
+        Args:
+            pred: Folder of the predictions.
+            ref: Folder of the references.
+
+        Raises:
+            UserError: A folder does not exist, or has no label maps, or has two for one case.
+        """
         references = self.find(ref)
         if self.pair is not None:
             return self.pair(pred, references)
         predictions = self.find(pred)
-        found = [Job(m, predictions.get(case), m.facts) for case, m in sorted(references.items())]
+        found = [Job(m, predictions.get(case), m.attributes) for case, m in sorted(references.items())]
         return found, sorted(predictions.keys() - references.keys())
 
 
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """A scored case.
-
-    Attributes:
-        case_id, patient, facts: of the label map.
-        values: structure to metric to value; NaN where the rules leave it out.
-        empty: structure to which masks are empty: ``pred``, ``ref`` or ``both``.
-        problem: why the prediction cannot be used; then the values are the worst.
-    """
-
-    case_id: str
-    patient: str
-    facts: Mapping[str, str]
-    values: Values
-    empty: Mapping[str, str]
-    problem: str = ""
-
-
-def score_case(rules: Rules, ref: LabelMap, pred: LabelMap | None, more: Sequence[str] = ()) -> Scored:
-    """Scores one case.
+def score_case(rules: Rules, ref: LabelMap, pred: LabelMap | None, extra_metrics: Sequence[str] = ()) -> ScoredCase:
+    """Score one case.
 
     Args:
-        rules: of the challenge.
-        ref, pred: on disk; without a prediction the values are the worst.
-        more: further metrics by name, beside those of the rules.
+        rules: Rules of the challenge.
+        ref: Reference.
+        pred: Prediction. If it is None or cannot be used, the case gets the worst values.
+        extra_metrics: Names of metrics of `xdim_jax.scoring.masks` to be computed in addition to those of the rules.
+
+    Returns:
+        The scores, with ``problem`` if the prediction cannot be used.
 
     Raises:
-        UserError: the reference cannot be used.
+        UserError: The reference cannot be used.
     """
     values, grid = ref.load()
-    geometry = geometry_of(values.shape, grid)
-    problem, predicted = ("" if pred else f"no prediction for {ref.path}"), None
-    if pred is not None:
-        pred = Job(ref, pred, {}).predicted()
-        try:
-            predicted, pred_grid = pred.load()
-            if apart := compare_grids(pred.path, pred_grid, ref.path, grid):
-                raise UserError("; ".join(map(str, apart)))
-        except UserError as error:
-            predicted, problem = None, str(error)
-    coding = coding_of(rules, ref, values, predicted)
-    wanted = coding.masks(values, ref.path)
-    masks: Masks = {}
+    geometry = geometry_from_grid(values.shape, grid)
+    predicted, problem = _load_prediction(ref, grid, pred)
+    coding = find_coding(rules, ref, values, predicted)
+    ref_masks = coding.masks(values, ref.path)
+    pred_masks: Masks = {}
     if pred is not None and predicted is not None:
         try:
-            masks = coding.masks(predicted, pred.path)
+            pred_masks = coding.masks(predicted, pred.path)
         except UserError as error:
             problem = str(error)
     if problem:
-        worst = rules.worst(wanted, geometry)
-        values_of = {
-            s: v | {m: (0.0 if m == "dice" else math.nan) for m in more if m not in v} for s, v in worst.items()
-        }
-        empty = {s: "both" if not wanted[s].any() else "pred" for s in wanted}
+        scores = rules.score_missing(ref_masks, geometry)
+        for found in scores.values():
+            found |= {m: 0.0 if m == "dice" else math.nan for m in extra_metrics if m not in found}
+        empty = {name: "pred" if mask.any() else "both" for name, mask in ref_masks.items()}
     else:
-        values_of = rules.score(masks, wanted, geometry)
-        (found, plane), (truth, _) = flat(masks, geometry), flat(wanted, geometry)
-        for name in wanted if more else ():
-            pair = Pair(found[name], truth[name], plane, border=rules.border)
-            values_of[name] |= {m: METRICS[m].measure(pair) for m in more if m not in values_of[name]}
-        empty = {s: _empty(bool(masks[s].any()), bool(wanted[s].any())) for s in wanted}
-    return Scored(ref.case_id, ref.patient, ref.facts, values_of, {s: e for s, e in empty.items() if e}, problem)
+        scores = rules.score(pred_masks, ref_masks, geometry)
+        if extra_metrics:
+            _add_metrics(scores, pred_masks, ref_masks, geometry, extra_metrics, border=rules.border)
+        which = {name: (not pred_masks[name].any(), not mask.any()) for name, mask in ref_masks.items()}
+        names = {(True, False): "pred", (False, True): "ref", (True, True): "both"}
+        empty = {name: names[key] for name, key in which.items() if key in names}
+    return ScoredCase(ref.case_id, ref.patient, ref.attributes, scores, empty, problem)
 
 
-def _empty(pred: bool, ref: bool) -> str:
-    return {(True, True): "", (False, True): "pred", (True, False): "ref", (False, False): "both"}[pred, ref]
+def _load_prediction(ref: LabelMap, grid: Grid, pred: LabelMap | None) -> tuple[np.ndarray | None, str]:
+    """Return the values of a prediction, or None and the reason why it cannot be used."""
+    if pred is None:
+        return None, f"there is no prediction for {ref.path}"
+    pred = Job(ref, pred, {}).prediction_with_grid()
+    try:
+        values, pred_grid = pred.load()
+    except UserError as error:
+        return None, str(error)
+    if differences := compare_grids(pred.path, pred_grid, ref.path, grid):
+        return None, "; ".join(map(str, differences))
+    return values, ""
 
 
-def coding_of(rules: Rules, ref: LabelMap, values: np.ndarray, predicted: np.ndarray | None) -> Coding:
-    """Of a case; where the rules name no structures, every whole number but 0 in either map is one."""
+def _add_metrics(
+    scores: Values, pred: Masks, ref: Masks, geometry: Geometry, metrics: Sequence[str], *, border: bool
+) -> None:
+    """Add metrics to the scores, unless the rules have already computed a metric of the same name."""
+    pred, plane = squeeze_slice(pred, geometry)
+    ref, _ = squeeze_slice(ref, geometry)
+    for name in ref:
+        pair = Pair(pred[name], ref[name], plane, border=border)
+        scores[name] |= {m: METRICS[m].measure(pair) for m in metrics if m not in scores[name]}
+
+
+def find_coding(rules: Rules, ref: LabelMap, values: np.ndarray, predicted: np.ndarray | None) -> Coding:
+    """Return the coding of a case.
+
+    Args:
+        rules: Rules of the challenge.
+        ref: Reference.
+        values: Values of the reference.
+        predicted: Values of the prediction; None if there is none.
+
+    Returns:
+        The coding by the rules. If they do not have one, every whole number except 0 in either map is a structure.
+    """
     if (known := rules.coding(ref)) is not None:
         return known
     found = np.unique(np.concatenate([np.unique(a) for a in (values, predicted) if a is not None]))
@@ -274,49 +347,50 @@ def coding_of(rules: Rules, ref: LabelMap, values: np.ndarray, predicted: np.nda
     return Coding("a label map", {str(v): (v,) for v in whole})
 
 
-def geometry_of(shape: Sequence[int], grid: Grid) -> Geometry:
-    """Of an array in memory; the planes of a single-slice image are measured in 2D (see `flat`)."""
+def geometry_from_grid(shape: Sequence[int], grid: Grid) -> Geometry:
+    """Return the geometry of an array (D, H, W) with the given grid."""
     affine = grid.in_memory[1][:3, :3][:, ::-1]  # columns: steps along D, H, W
     return Geometry(tuple(shape), grid.spacing, affine)
 
 
-def flat(masks: Masks, geometry: Geometry) -> tuple[Masks, Geometry]:
-    """Images of one slice as 2D: (H, W)."""
+def squeeze_slice(masks: Masks, geometry: Geometry) -> tuple[Masks, Geometry]:
+    """Return the masks of a single slice (1, H, W) as (H, W), so that they are measured in 2D; others unchanged."""
     if geometry.shape[0] != 1:
         return masks, geometry
     return {name: mask[0] for name, mask in masks.items()}, Geometry(geometry.shape[1:], geometry.spacing[1:])
 
 
 def check_folder(folder: Path, layout: str) -> None:
-    """Raises UserError if there is no such folder."""
+    """Raise UserError if a folder does not exist."""
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"--pred or --ref: {folder} {what}; expected a folder of label maps, {layout}")
+        found = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"--pred or --ref: {folder} {found}; expected a folder of label maps: {layout}")
 
 
 def find_files(folder: Path, layout: str, name_of: Callable[[Path], str | None]) -> dict[str, Path]:
-    """Files of a folder by case id.
+    """Return the label files in a folder, and up to two levels below it, by case id.
 
     Args:
-        folder: of label maps.
-        layout: for messages.
-        name_of: the case id of a file; None for files that are no label map.
+        folder: Folder of label maps.
+        layout: Expected files, for messages.
+        name_of: Function that returns the case id of a file; None if the file is not a label map.
 
     Raises:
-        UserError: no such folder, no label map in it, or two files for one case.
+        UserError: The folder does not exist, or has no label map, or has two files for one case.
     """
     check_folder(folder, layout)
     found: dict[str, Path] = {}
     for path in sorted([*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")]):
-        if path.parent.name in BESIDE or path.name.startswith(".") or strip(path.name) is None or not path.is_file():
+        hidden = path.name.startswith(".") or path.parent.name in EXTRA_OUTPUTS
+        if hidden or strip(path.name) is None or not path.is_file():
             continue
         case = name_of(path)
         if case is None:
             continue
         if case in found:
-            raise UserError(f"two label maps for case {case}: {found[case]} and {path}; keep one")
+            raise UserError(f"there are two label maps for case {case}: {found[case]} and {path}; keep one")
         found[case] = path
     if not found:
-        there = shorten(sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")))
-        raise UserError(f"no label map in {folder}: expected {layout}; found {there or 'an empty folder'}")
+        names = shorten(sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")))
+        raise UserError(f"no label map in {folder}: expected {layout}; found {names or 'an empty folder'}")
     return found

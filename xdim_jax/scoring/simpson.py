@@ -1,7 +1,10 @@
 """Volumes of the left ventricle by Simpson's biplane rule, as CAMUS computes them (docs/challenges.md).
 
-The quirks of the official computation are kept, because the challenge's ejection fractions come from it: no half-width
-below 8 pixels, and one step for both instants, so that the end-systolic volume is taken over the end-diastolic length.
+Two peculiarities of the official code are kept, because the ejection fractions of the challenge come from it:
+
+- No half-width of a disc is below 8 pixels.
+- All discs of a patient have one height. The end-systolic volume is therefore computed with the end-diastolic length,
+  which is larger.
 """
 
 import dataclasses
@@ -15,14 +18,19 @@ from scipy.ndimage import label
 VIEWS, INSTANTS = ("2CH", "4CH"), ("ED", "ES")
 STEPS, CONTOURS = ("largest", "per_instant"), ("official", "largest_part")
 _DISCS = 20
-_STEEPEST = 45.0  # degrees: the base runs from left to right
-_STRAY = 8.0  # pixels that the contour may leave the base line
-_FIRST, _STRIDE = 8.0, 0.5  # pixels: where the walk to the wall begins, and its step
+_MAX_SLOPE = 45.0  # of the base, in degrees
+_MAX_DEVIATION = 8.0  # of the contour from the line of the base, in pixels
+_WALK_START, _WALK_STEP = 8.0, 0.5  # of the search for the wall from the axis, in pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class Discs:
-    """A ventricle in one view, cut into discs: their diameters from base to apex, and their height, mm."""
+    """A ventricle in one view, cut into discs.
+
+    Attributes:
+        diameters: Diameters from base to apex, in mm.
+        height: Height of a disc, in mm.
+    """
 
     diameters: np.ndarray
     height: float
@@ -30,24 +38,29 @@ class Discs:
 
 @dataclasses.dataclass(frozen=True)
 class Volumes:
-    """Of one patient. ``edv`` and ``esv`` in ml; ``ef`` in percent, from the volumes rounded to whole ml."""
+    """Volumes of the left ventricle of one patient.
+
+    Attributes:
+        edv: End-diastolic volume in ml.
+        esv: End-systolic volume in ml.
+    """
 
     edv: float
     esv: float
 
     @property
     def rounded(self) -> tuple[float, float]:
-        """EDV and ESV in whole ml, half to even."""
+        """EDV and ESV, rounded to whole ml, half to even."""
         return float(np.rint(self.edv)), float(np.rint(self.esv))
 
     @property
     def ef(self) -> float:
-        """NaN without an end-diastolic volume."""
+        """Ejection fraction in percent, computed from the rounded volumes. NaN if the EDV is 0."""
         edv, esv = self.rounded
         return 100 * (edv - esv) / edv if edv else math.nan
 
 
-UNKNOWN = Volumes(math.nan, math.nan)
+UNDEFINED = Volumes(math.nan, math.nan)
 
 
 def volumes(
@@ -56,36 +69,51 @@ def volumes(
     step: str = "largest",
     contour: str = "official",
 ) -> Volumes:
-    """Volumes of a patient.
+    """Compute the volumes of a patient.
 
     Args:
-        masks: for every (view, instant), the mask of the cavity (rows, columns) and the spacing (row, column) in mm.
-        step: ``largest``: one height of all discs, as the official code; ``per_instant``: the larger of the two views.
-        contour: ``official``: the first contour found; ``largest_part``: only the largest 4-connected part is cut.
+        masks: (view, instant) -> mask of the cavity (rows, columns), and spacing (row, column) in mm. All four
+            combinations of view and instant are needed.
+        step: Height of the discs. "largest" for the largest height of the four masks, as in the official code;
+            "per_instant" for the larger height of the two views at each instant.
+        contour: Part of the cavity that is cut into discs. "official" for the first contour that is found;
+            "largest_part" for the largest 4-connected part.
 
     Returns:
-        NaN where a mask is empty or shows no base.
+        The volumes; NaN if a mask is empty or has no base.
+
+    Raises:
+        ValueError: ``step`` or ``contour`` is unknown.
     """
     if step not in STEPS or contour not in CONTOURS:
-        raise ValueError(f"step={step!r}, contour={contour!r}: expected one of {STEPS} and of {CONTOURS}")
+        raise ValueError(f"step={step!r}, contour={contour!r}: expected one of {STEPS} and one of {CONTOURS}")
     cut = {key: discs(mask, spacing, contour=contour) for key, (mask, spacing) in masks.items()}
     if any(found is None for found in cut.values()):
-        return UNKNOWN
+        return UNDEFINED
     known = {key: found for key, found in cut.items() if found is not None}
-    litres = []
+    millilitres = []
     for instant in INSTANTS:
         two, four = (known[view, instant] for view in VIEWS)
         heights = known.values() if step == "largest" else (two, four)
         height = max(found.height for found in heights)
-        litres.append(math.pi / 4 * height * float(two.diameters @ four.diameters) / 1000)
-    return Volumes(*litres)
+        millilitres.append(math.pi / 4 * height * float(two.diameters @ four.diameters) / 1000)
+    return Volumes(*millilitres)
 
 
 def discs(mask: np.ndarray, spacing: Sequence[float], *, contour: str = "official") -> Discs | None:
-    """One view of a ventricle; None where the mask is empty or has no base."""
+    """Cut the ventricle in one view into discs.
+
+    Args:
+        mask: Mask of the cavity (rows, columns).
+        spacing: Spacing (row, column) in mm.
+        contour: See `volumes`.
+
+    Returns:
+        The discs; None if the mask is empty or has no base.
+    """
     from skimage.measure import find_contours
 
-    mask = isotropic(np.asarray(mask, bool), spacing)
+    mask = resample_isotropic(np.asarray(mask, bool), spacing)
     if contour == "largest_part" and mask.any():
         found: Any = label(mask)
         parts = found[0]
@@ -95,7 +123,7 @@ def discs(mask: np.ndarray, spacing: Sequence[float], *, contour: str = "officia
     if not contours or (base := base_line(contours[0])) is None:
         return None
     points = contours[0]
-    left, right = base  # indices i > j
+    left, right = base  # indices of contour points; left > right
     middle = points[int(right + round((left - right) / 2))]
     apex = points[int(np.argmax(((points - middle) ** 2).sum(1)))]
     axis = apex - middle
@@ -104,14 +132,15 @@ def discs(mask: np.ndarray, spacing: Sequence[float], *, contour: str = "officia
         return None
     normal = np.array([-axis[1], axis[0]]) / length
     widths = [
-        sum(_to_wall(mask, middle + axis * (k / _DISCS), sign * normal) for sign in (1, -1)) for k in range(_DISCS)
+        sum(_distance_to_wall(mask, middle + axis * (k / _DISCS), sign * normal) for sign in (1, -1))
+        for k in range(_DISCS)
     ]
     pixel = float(min(spacing))
     return Discs(np.array(widths) * pixel, length * pixel / _DISCS)
 
 
-def isotropic(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Nearest neighbour at half-pixel centres, onto square pixels of the smaller spacing."""
+def resample_isotropic(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Resample a mask to square pixels of the smaller spacing, by nearest neighbour at the centres of the pixels."""
     index = []
     for n, s in zip(mask.shape, spacing, strict=True):
         new = round(n * float(s) / float(min(spacing)))
@@ -120,25 +149,38 @@ def isotropic(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
 
 
 def base_line(points: np.ndarray) -> tuple[int, int] | None:
-    """Indices ``i > j`` of the longest chord that may be the base: j lies to the right of i, the chord is no steeper
-    than 45 degrees, and the contour between them stays within 8 pixels of its line. Ties: the smallest i, then j."""
+    """Find the base: the longest chord of a contour that satisfies three conditions.
+
+    The chord runs from left to right, from point i to point j with i > j. It is at most 45 degrees steep. The contour
+    points between its ends are within 8 pixels of its line.
+
+    Args:
+        points: Contour points ``(n, 2)`` as (row, column).
+
+    Returns:
+        The indices (i, j). Of chords of equal length, the one with the smallest i, then j. None if there is no base.
+    """
     i, j = np.tril_indices(len(points), -1)
     i, j = i[(kept := i >= 2)], j[kept]
-    way = points[j] - points[i]
-    flat = np.abs(np.degrees(np.arctan2(way[:, 0], way[:, 1]))) <= _STEEPEST
-    i, j, way = i[flat], j[flat], way[flat]
-    length = np.hypot(way[:, 0], way[:, 1])
+    chord = points[j] - points[i]
+    admissible = np.abs(np.degrees(np.arctan2(chord[:, 0], chord[:, 1]))) <= _MAX_SLOPE
+    i, j, chord = i[admissible], j[admissible], chord[admissible]
+    length = np.hypot(chord[:, 0], chord[:, 1])
     for k in np.lexsort((j, i, -length)):
         between = points[j[k] + 1 : i[k]] - points[i[k]]
-        stray = np.abs(between[:, 0] * way[k, 1] - between[:, 1] * way[k, 0]) / length[k] if length[k] else np.inf
-        if np.all(stray <= _STRAY):
+        cross = np.abs(between[:, 0] * chord[k, 1] - between[:, 1] * chord[k, 0])
+        deviation = cross / length[k] if length[k] else np.inf
+        if np.all(deviation <= _MAX_DEVIATION):
             return int(i[k]), int(j[k])
     return None
 
 
-def _to_wall(mask: np.ndarray, start: np.ndarray, direction: np.ndarray) -> float:
-    """Pixels from a point to the first place outside the mask or the image, looked for from 8 pixels on."""
-    steps = _FIRST + _STRIDE * np.arange(2 * sum(mask.shape))
+def _distance_to_wall(mask: np.ndarray, start: np.ndarray, direction: np.ndarray) -> float:
+    """Return the distance in pixels from a point to the first position outside the mask or the image.
+
+    The search starts at a distance of 8 pixels.
+    """
+    steps = _WALK_START + _WALK_STEP * np.arange(2 * sum(mask.shape))
     at = np.rint(start + steps[:, None] * direction).astype(int)
     within = ((at >= 0) & (at < mask.shape)).all(1)
     inside = np.zeros(len(at), bool)

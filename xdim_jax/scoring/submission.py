@@ -1,12 +1,6 @@
-"""Packs predictions as a challenge wants them uploaded.
+"""Conversion of predictions to the files that a challenge expects.
 
-    camus   patient0001_{2CH,4CH}_{ED,ES}.mhd and .raw (or .nii.gz), labels 1, 2, 3, in one folder
-    chaos   Task{n}/CT/<id>/Results/img000.png ..., Task{n}/MR/<id>/{T1DUAL,T2SPIR}/Results/..., greys 63, 126, 189,
-            252, slices in the order of the DICOM files' names; --task says for which tasks
-    brats   <case id>.nii.gz with the year's labels, on the grid of its image
-
---pred is a folder that xdim_jax.predict wrote: its predict.json says where the images are, which every label map is
-compared with. Everything is checked before anything is written; --out becomes a folder, and with --zip also an archive.
+The functions check all label maps, and return a writer for each of them. So nothing is written if a check fails.
 """
 
 import functools
@@ -26,100 +20,135 @@ from xdim_jax.scoring import brats, camus, chaos
 from xdim_jax.scoring.results import PREDICT_FILE
 from xdim_jax.scoring.rules import Coding, LabelMap
 
-# writes the files of one case below a folder; returns how many
+# writes the files of one case into a folder, and returns their number
 Writer = Callable[[Path], int]
 
 
-def pack_camus(pred: Path, images: dict[str, list[str]], form: str) -> list[Writer]:
-    """One image per view and instant. Raises UserError with everything that is wrong."""
-    write = metaimage.write if form == "mhd" else write_volume
-    maps, images = _tests_alone(camus.find(pred), images, camus.TESTING)
-    found = _checked(maps, images, lambda m: camus.CODING)
-    return [functools.partial(_one_file, label_map, grid, f".{form}", write) for label_map, grid in found]
+def pack_camus(pred: Path, images: dict[str, list[str]], suffix: str) -> list[Writer]:
+    """Return writers of one file per view and instant: ``patient0001_2CH_ED.mhd`` with its ``.raw``, or ``.nii.gz``.
+
+    Args:
+        pred: Folder of predicted label maps.
+        images: Case id -> image files, from ``predict.json``.
+        suffix: ``mhd`` or ``nii.gz``.
+
+    Raises:
+        UserError: Lists all label maps that are missing or cannot be used.
+    """
+    write = metaimage.write if suffix == "mhd" else write_volume
+    maps, images = _keep_test_cases(camus.find(pred), images, camus.TEST_PREFIX)
+    checked = _check_label_maps(maps, images, lambda m: camus.CODING)
+    return [functools.partial(_write_file, label_map, grid, f".{suffix}", write) for label_map, grid in checked]
 
 
 def pack_brats(pred: Path, images: dict[str, list[str]], convention: str) -> list[Writer]:
-    """One file per case. Raises UserError with everything that is wrong."""
-    found = _checked(brats.find(pred), images, lambda m: brats.CODINGS[convention])
-    return [functools.partial(_one_file, label_map, grid, ".nii.gz", write_volume) for label_map, grid in found]
+    """Return writers of one file ``<case id>.nii.gz`` per case.
+
+    Args:
+        pred: Folder of predicted label maps.
+        images: Case id -> image files, from ``predict.json``.
+        convention: Convention of the label values, a key of `xdim_jax.scoring.brats.CODINGS`.
+
+    Raises:
+        UserError: Lists all label maps that are missing or cannot be used.
+    """
+    checked = _check_label_maps(brats.find(pred), images, lambda m: brats.CODINGS[convention])
+    return [functools.partial(_write_file, label_map, grid, ".nii.gz", write_volume) for label_map, grid in checked]
 
 
 def pack_chaos(pred: Path, images: dict[str, list[str]], tasks: Sequence[str]) -> list[Writer]:
-    """PNG files of every slice, in the order of the DICOM names. Raises UserError with everything that is wrong."""
+    """Return writers of one PNG file per slice, in the order of the DICOM file names.
+
+    Args:
+        pred: Folder of predicted label maps.
+        images: Case id -> image files, from ``predict.json``.
+        tasks: Tasks of the challenge.
+
+    Raises:
+        UserError: Lists all label maps that are missing or cannot be used; or no case belongs to the tasks.
+    """
     coding = {"CT": chaos.CT, "MR": chaos.MR}
-    # in- and out-phase share one result: the in-phase is taken
+    # the two phases of T1-DUAL have one result; the prediction of the in-phase is used
     images = {name.removesuffix("_in"): files for name, files in images.items() if not name.endswith("_out")}
-    maps, images = _tests_alone(chaos.find_label_maps(pred), images, chaos.TESTING)
-    found = _checked(maps, images, lambda m: coding[m.facts["modality"]])
-    kept = [
-        functools.partial(_slices, label_map, grid, task)
+    maps, images = _keep_test_cases(chaos.find_label_maps(pred), images, chaos.TEST_PREFIX)
+    checked = _check_label_maps(maps, images, lambda m: coding[m.attributes["modality"]])
+    writers = [
+        functools.partial(_write_slices, label_map, grid, task)
         for task in sorted(set(tasks))
-        for label_map, grid in found
-        if label_map.facts["modality"] in chaos.TASKS[task][0]
+        for label_map, grid in checked
+        if label_map.attributes["modality"] in chaos.TASKS[task][0]
     ]
-    if not kept:
-        raise UserError(f"{pred}: none of its cases belongs to task {', '.join(tasks)}")
-    return kept
+    if not writers:
+        raise UserError(f"{pred}: none of its cases belongs to task {', '.join(tasks)}; give another --task")
+    return writers
 
 
-def _tests_alone(
-    maps: dict[str, LabelMap], images: dict[str, list[str]], mark: str
+def _keep_test_cases(
+    maps: dict[str, LabelMap], images: dict[str, list[str]], prefix: str
 ) -> tuple[dict[str, LabelMap], dict[str, list[str]]]:
-    """Test patients have numbers of their own: where training patients were predicted too, those are left out."""
-    if others := [name for name in images if not name.startswith(mark)]:
+    """Remove training cases, unless all cases are training cases.
+
+    Test and training patients have the same numbers; only the prefix of their ids differs.
+    """
+    if others := [name for name in images if not name.startswith(prefix)]:
         if len(others) == len(images):
             return maps, images
-        log.warn(f"{len(others)} cases are not of the test set and left out: {shorten(others)}")
+        log.warn(f"{len(others)} cases are not in the test set and are not packed: {shorten(others)}")
     return (
-        {name: m for name, m in maps.items() if name.startswith(mark)},
-        {name: files for name, files in images.items() if name.startswith(mark)},
+        {name: m for name, m in maps.items() if name.startswith(prefix)},
+        {name: files for name, files in images.items() if name.startswith(prefix)},
     )
 
 
-def _checked(
+def _check_label_maps(
     maps: dict[str, LabelMap], images: dict[str, list[str]], coding: Callable[[LabelMap], Coding]
 ) -> list[tuple[LabelMap, Grid]]:
-    """Label maps on the grid of their image, with values that the challenge knows; the grid is the image's."""
+    """Check that each label map has known values and the grid of its image. Return it with the grid of the image."""
     problems: list[str] = []
-    found = []
+    checked = []
     for case, label_map in sorted(maps.items()):
         if case not in images:
-            problems.append(f"{label_map.path} is not in {PREDICT_FILE}; predict it anew")
+            problems.append(f"{label_map.path} is not listed in {PREDICT_FILE}; predict it again")
             continue
         try:
             values, grid = label_map.load()
             coding(label_map).masks(values, label_map.path)
             image_grid = read_grid(source_at(Path(images[case][0])), label_map.axes)
             problems += map(str, compare_grids(label_map.path, grid, Path(images[case][0]), image_grid))
-            found.append((label_map, image_grid))
+            checked.append((label_map, image_grid))
         except UserError as error:
             problems.append(str(error))
     if absent := sorted(images.keys() - maps.keys()):
-        problems.append(f"{len(absent)} cases of {PREDICT_FILE} have no label map: {shorten(absent)}; predict them")
+        problems.append(
+            f"{len(absent)} cases that {PREDICT_FILE} lists have no label map: {shorten(absent)}; predict them again"
+        )
     if problems:
-        raise join_problems(problems, "problems, nothing was packed")
-    return found
+        raise join_problems(problems, "problems; nothing was written")
+    return checked
 
 
-def _read(label_map: LabelMap) -> np.ndarray:
+def _read_labels(label_map: LabelMap) -> np.ndarray:
+    """Return the values of a label map as uint8."""
     return np.rint(label_map.load()[0]).astype(np.uint8)
 
 
-def _one_file(
+def _write_file(
     label_map: LabelMap, grid: Grid, suffix: str, write: Callable[[Path, np.ndarray, Grid], None], folder: Path
 ) -> int:
-    write(folder / f"{label_map.case_id.removeprefix(camus.TESTING)}{suffix}", _read(label_map), grid)
+    """Write a label map to one file, whose name has no prefix of test cases."""
+    write(folder / f"{label_map.case_id.removeprefix(camus.TEST_PREFIX)}{suffix}", _read_labels(label_map), grid)
     return 1
 
 
-def _slices(label_map: LabelMap, grid: Grid, task: str, folder: Path) -> int:
-    modality, number = label_map.case_id.removeprefix(chaos.TESTING).split("_")[:2]
-    series = Path(modality, number) if modality == "CT" else Path(modality, number, label_map.facts["sequence"])
+def _write_slices(label_map: LabelMap, grid: Grid, task: str, folder: Path) -> int:
+    """Write a label map to the PNG files of one task of CHAOS, with the organs of the task only."""
+    modality, patient = label_map.case_id.removeprefix(chaos.TEST_PREFIX).split("_")[:2]
+    series = Path(modality, patient) if modality == "CT" else Path(modality, patient, label_map.attributes["sequence"])
     below = folder / f"Task{task}" / series / "Results"
     below.mkdir(parents=True)
-    wanted = [value for organ in chaos.TASKS[task][1] for value in chaos.ORGANS[organ]]
-    label = _read(label_map)
-    greys = grid.to_file(np.where(np.isin(label, wanted), label, 0).astype(np.uint8))  # (x, y, slice by name)
+    kept = [value for organ in chaos.TASKS[task][1] for value in chaos.ORGANS[organ]]
+    label = _read_labels(label_map)
+    greys = grid.to_file(np.where(np.isin(label, kept), label, 0).astype(np.uint8))  # (x, y, slice by file name)
     for k in range(greys.shape[2]):
         Image.fromarray(np.ascontiguousarray(greys[:, :, k].T)).save(below / f"img{k:03d}.png")
     return greys.shape[2]

@@ -1,4 +1,4 @@
-"""Results in the form of the paper's tables, its row beside ours, as Markdown and LaTeX."""
+"""Tables of results as Markdown and LaTeX: those of the paper, with its rows and ours, and one of all metrics."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,16 +7,17 @@ from typing import Any
 from xdim_jax.scoring.results import number, percent
 from xdim_jax.scoring.rules import Column
 
-# paper, Table 2, CAMUS test set, Omnia-Net: Dice, MAD (mm), HD (mm)
+# Table 2 of the paper, CAMUS test set, Omnia-Net: (instant, structure) -> Dice, MAD (mm), HD (mm)
 _TABLE_2 = {
     ("ED", "LV_endo"): ("0.945", "1.5", "4.8"),
     ("ED", "LV_epi"): ("0.956", "1.8", "5.4"),
     ("ES", "LV_endo"): ("0.922", "1.6", "4.8"),
     ("ES", "LV_epi"): ("0.951", "1.8", "5.9"),
 }
-# paper, Table 3, CAMUS test set, Omnia-Net: correlation
+# Table 3 of the paper, CAMUS test set, Omnia-Net: correlation
 _TABLE_3 = {"ef": "0.896", "edv": "0.980", "esv": "0.974"}
-# paper, Table 4, CHAOS test set: mean score, DICE, its score, RAVD (%), its score, ASSD (mm), ..., MSSD (mm), ...
+# Table 4 of the paper, CHAOS test set: task -> mean score, DICE, RAVD (%), ASSD (mm) and MSSD (mm), each metric
+# followed by its score
 _TABLE_4 = {
     "1": (
         "73.62 ± 12.66", "0.96 ± 0.02", "96.08 ± 1.82", "2.78 ± 2.28", "50.10 ± 33.21",
@@ -43,7 +44,7 @@ _TABLE_4 = {
         "1.6 ± 1.4", "89.65 ± 8.52", "24.12 ± 17.09", "62.63 ± 21.75",
     ),
 }  # fmt: skip
-# paper, Tables 5 and 6, BraTS 2022 validation set: Dice in percent of WT, TC, ET
+# Tables 5 and 6 of the paper, BraTS 2022 validation set: network -> statistic -> Dice of WT, TC, ET in percent
 _TABLE_5_6 = {
     "DS-Net (paper, Table 5)": {
         "mean": ("91.69", "83.23", "81.75"),
@@ -60,11 +61,19 @@ _TABLE_5_6 = {
 }
 _STATISTICS = {"mean": "mean", "median": "median", "25 % quartile": "q25", "75 % quartile": "q75"}
 _OURS, _PAPER = "this evaluation", "paper"
+_CAMUS_NOTE = "The numbers of the paper are from the test set of the challenge, both views together."
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells as text; ``note`` says what the rows may be compared with."""
+    """A table of text cells.
+
+    Attributes:
+        title: Title.
+        header: Column titles.
+        rows: Cells of each row.
+        note: Text below the table; may be empty.
+    """
 
     title: str
     header: tuple[str, ...]
@@ -72,22 +81,22 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        """GitHub's tables."""
-        lines = [f"**{self.title}**", "", _line(self.header), _line(["---"] * len(self.header))]
-        lines += [_line(row) for row in self.rows]
+        """Return the table as GitHub Markdown."""
+        lines = [f"**{self.title}**", "", _markdown_row(self.header), _markdown_row(["---"] * len(self.header))]
+        lines += [_markdown_row(row) for row in self.rows]
         return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
 
     def latex(self) -> str:
-        """A table with booktabs' rules."""
+        """Return the table as LaTeX. It needs the package booktabs."""
         lines = [
             r"\begin{table}",
             r"  \centering",
             rf"  \caption{{{_escape(self.title)}. {_escape(self.note)}}}",
             rf"  \begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}",
             r"    \toprule",
-            *(f"    {' & '.join(map(_escape, row))} \\\\" for row in (self.header,)),
+            _latex_row(self.header),
             r"    \midrule",
-            *(f"    {' & '.join(map(_escape, row))} \\\\" for row in self.rows),
+            *map(_latex_row, self.rows),
             r"    \bottomrule",
             r"  \end{tabular}",
             r"\end{table}",
@@ -95,30 +104,53 @@ class Table:
         return "\n".join(lines) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
+def _markdown_row(cells: Sequence[str]) -> str:
+    """Return a row of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def _latex_row(cells: Sequence[str]) -> str:
+    """Return a row of a LaTeX table."""
+    return f"    {' & '.join(map(_escape, cells))} \\\\"
+
+
 def _escape(text: str) -> str:
+    """Escape the special characters of LaTeX."""
     known = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$"}
     known |= {c: f"\\{c}" for c in "&%_#${}"}
     return "".join(known.get(c, c) for c in text)
 
 
 def make_tables(summary: Mapping[str, Any], columns: Mapping[str, Column]) -> list[Table]:
-    """Every table that a summary has: the paper's for its challenges, then all metrics of all structures."""
+    """Return all tables of a summary.
+
+    Args:
+        summary: Content of ``summary.json``.
+        columns: Metric -> column.
+
+    Returns:
+        The tables of the paper for the challenge, if it has any, then those of all metrics.
+    """
     return [*paper_tables(summary), *metric_tables(summary, columns)]
 
 
 def paper_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """The paper's of the challenge, with its rows beside ours; none for other rules."""
+    """Return the tables of the paper for the challenge, with its rows and ours. Other rules have none."""
     make = {"camus": _camus, "chaos": _chaos, "brats2022": _brats}.get(summary["rules"])
     return make(summary) if make else []
 
 
 def _camus(summary: Mapping[str, Any]) -> list[Table]:
-    note = "The paper's numbers are of the challenge's test set, both views together."
-    header, ours, theirs = ["", *[]], [_OURS], [f"{_PAPER}, Table 2"]
+    """Return Table 2, and Table 3 if volumes of a patient are known."""
+    tables = [_camus_segmentation(summary)]
+    if summary["volumes"]["patients"]:
+        tables.append(_camus_volumes(summary["volumes"]))
+    return tables
+
+
+def _camus_segmentation(summary: Mapping[str, Any]) -> Table:
+    """Return Table 2: Dice, MAD and HD of every structure at ED and ES."""
+    header, ours, paper = [""], [_OURS], [f"{_PAPER}, Table 2"]
     names = {"LV_endo": "LV endo", "LV_epi": "LV epi", "LA": "LA"}
     for instant in ("ED", "ES"):
         for structure, name in names.items():
@@ -127,25 +159,26 @@ def _camus(summary: Mapping[str, Any]) -> list[Table]:
             for k, (metric, title, digits) in enumerate((("dice", "Dice", 3), ("mad", "MAD", 2), ("hd", "HD", 2))):
                 header.append(f"{instant} {name} {title}")
                 ours.append(number(values[metric]["mean"], digits) if values else "-")
-                theirs.append(published[k])
-    tables = [
-        Table("CAMUS, segmentation (Table 2)", tuple(header), (tuple(theirs), tuple(ours)), f"{note} MAD, HD: mm.")
-    ]
-    volumes = summary["volumes"]
-    if volumes["patients"]:
-        rows = []
-        for name, title, unit in (("ef", "EF", "%"), ("edv", "EDV", "ml"), ("esv", "ESV", "ml")):
-            a = volumes["agreement"][name]
-            spread = f"{number(a['bias'], 1)} ± {number(a['sd'], 1)} {unit}"
-            rows.append((title, _TABLE_3[name], number(a["correlation"], 3), spread, f"{number(a['mae'], 1)} {unit}"))
-        header = ("", "correlation, paper", "correlation", "bias ± sd", "mean absolute error")
-        left = len(volumes["failed"]) + len(volumes["incomplete"])
-        counted = f"{volumes['patients']} patients; left out: {left}."
-        tables.append(Table("CAMUS, volumes (Table 3)", header, tuple(rows), f"{counted} {note}"))
-    return tables
+                paper.append(published[k])
+    note = f"{_CAMUS_NOTE} MAD and HD are in mm."
+    return Table("CAMUS, segmentation (Table 2)", tuple(header), (tuple(paper), tuple(ours)), note)
+
+
+def _camus_volumes(volumes: Mapping[str, Any]) -> Table:
+    """Return Table 3: agreement of volumes and ejection fraction with the reference."""
+    header = ("", "correlation, paper", "correlation", "bias ± sd", "mean absolute error")
+    rows = []
+    for name, title, unit in (("ef", "EF", "%"), ("edv", "EDV", "ml"), ("esv", "ESV", "ml")):
+        a = volumes["agreement"][name]
+        bias = f"{number(a['bias'], 1)} ± {number(a['sd'], 1)} {unit}"
+        rows.append((title, _TABLE_3[name], number(a["correlation"], 3), bias, f"{number(a['mae'], 1)} {unit}"))
+    excluded = len(volumes["failed"]) + len(volumes["incomplete"])
+    note = f"{volumes['patients']} patients; {excluded} excluded. {_CAMUS_NOTE}"
+    return Table("CAMUS, volumes (Table 3)", header, tuple(rows), note)
 
 
 def _chaos(summary: Mapping[str, Any]) -> list[Table]:
+    """Return Table 4: metrics and scores of every task."""
     metrics = ("score", "dice", "dice_score", "ravd", "ravd_score", "assd", "assd_score", "mssd", "mssd_score")
     header = ("", "", "mean score", "DICE", "DICE score", "RAVD (%)", "RAVD score")
     header += ("ASSD (mm)", "ASSD score", "MSSD (mm)", "MSSD score")
@@ -155,26 +188,32 @@ def _chaos(summary: Mapping[str, Any]) -> list[Table]:
         rows += [(f"task {task}", _PAPER, *_TABLE_4[task]), ("", f"{_OURS}, {values['cases']} cases", *cells)]
     average = [number(summary["average"][m], 2) for m in metrics]
     rows += [("average", _PAPER, *_TABLE_4["average"]), ("", f"{_OURS}, {len(summary['tasks'])} of 5 tasks", *average)]
-    note = "The paper's numbers are of the challenge's test set. Mean ± sd over cases."
+    note = "The numbers of the paper are from the test set of the challenge. Mean ± sd over cases."
     return [Table("CHAOS (Table 4)", header, tuple(rows), note)]
 
 
 def _brats(summary: Mapping[str, Any]) -> list[Table]:
+    """Return Tables 5 and 6 as one table: statistics of the Dice of WT, TC and ET."""
     names = ("WT", "TC", "ET")
     rows: list[tuple[str, ...]] = [
         (source, statistic, *cells) for source, table in _TABLE_5_6.items() for statistic, cells in table.items()
     ]
     for title, key in _STATISTICS.items():
         rows.append((_OURS, title, *(percent(summary["structures"][n]["dice"][key]) for n in names)))
-    note = "Dice in percent. The paper's numbers are of the 219 cases of the BraTS 2022 validation set."
+    note = "Dice in percent. The numbers of the paper are from the 219 cases of the BraTS 2022 validation set."
     return [Table("BraTS (Tables 5 and 6)", ("", "", *names), tuple(rows), note)]
 
 
 def metric_tables(summary: Mapping[str, Any], columns: Mapping[str, Column]) -> list[Table]:
-    """Mean, interval, sd, median and quartiles of every metric, over all cases and in every group."""
-    header = ("", "metric", "mean", "95 % interval", "sd", "median", "q25", "q75", "min", "max", "cases", "left out")
+    """Return tables of the statistics of every metric: one over all cases, and one for each group.
+
+    Args:
+        summary: Content of ``summary.json``.
+        columns: Metric -> column.
+    """
+    header = ("", "metric", "mean", "95 % interval", "sd", "median", "q25", "q75", "min", "max", "cases", "excluded")
     tables = []
-    groups = {g: t for g, t in summary["groups"].items() if t != summary["structures"]}  # one of all cases is no news
+    groups = {g: t for g, t in summary["groups"].items() if t != summary["structures"]}  # skip a group of all cases
     for group, table in {"all cases": summary["structures"], **groups}.items():
         rows = []
         for structure, metrics in table.items():
@@ -182,9 +221,9 @@ def metric_tables(summary: Mapping[str, Any], columns: Mapping[str, Column]) -> 
                 c = columns.get(metric, Column(metric))
                 d = c.digits
                 unit = f", {c.unit}" if c.unit else ""
-                within = "-" if v["low"] is None else f"{number(v['low'], d)} to {number(v['high'], d)}"
+                interval = "-" if v["low"] is None else f"{number(v['low'], d)} to {number(v['high'], d)}"
                 cells = [number(v[k], d) for k in ("sd", "median", "q25", "q75", "min", "max")]
                 counts = (str(v["count"]), str(v["missing"]))
-                rows.append((structure, f"{c.title}{unit}", number(v["mean"], d), within, *cells, *counts))
+                rows.append((structure, f"{c.title}{unit}", number(v["mean"], d), interval, *cells, *counts))
         tables.append(Table(f"{summary['title']}, {group}", header, tuple(rows)))
     return tables

@@ -34,7 +34,7 @@ MR_LABELS = Labels(
 # in files, any grey value above 0 is the liver; predictions are written as 63
 CT_LABELS = Labels("CHAOS CT", ("background", "liver"), (0, 63), ((0, 255),))
 # prefix of the case ids of Test_Sets if Train_Sets is in the same folder: both number their patients from 1
-TESTING = "test_"
+TEST_PREFIX = "test_"
 
 # task -> modalities and structures
 TASKS: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -120,7 +120,7 @@ def scan(root: Path, modalities: tuple[str, ...], mr_labels: Labels, phase: str,
     if need_labels and len(bases) > len(tests):
         bases = [b for b in bases if b not in tests]
     for base in bases:
-        group = TESTING if base in tests and len(bases) > 1 else ""
+        group = TEST_PREFIX if base in tests and len(bases) > 1 else ""
         for modality in modalities:
             for folder in _numbered(base / modality):
                 patient = f"{group}{modality}_{folder.name}"
