@@ -60,6 +60,9 @@ def get_config(words: Words) -> Any:
             "split": "folds",  # folds: by patient, from the seed; official: the list that comes with the data
             "folds": 5,
             "fold": words.get("fold", 0),
+            # number of training patients; 0: all. For one seed, fewer patients are a part of more patients
+            "train_patients": 0,
+            "epoch_steps": 0,  # steps per epoch; 0: as many as visit every sample once
             "threads": 4,
             "store": "",  # folder of the prepared cases; "": <root>_prepared, next to the data
         }

@@ -18,7 +18,7 @@ from xdim_jax.data import phantom
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import open_recorder
 from xdim_jax.runs.state import TrainState
-from xdim_jax.training import loop, mesh
+from xdim_jax.training import loop, mesh, validation
 
 flags.FLAGS.mark_as_parsed()  # grain asks absl for its flags
 
@@ -99,7 +99,7 @@ def make_run(workdir, step, regions, *, first=0, config=None, **options):
         "devices": mesh.make_devices(1, 1, batch=1),
         "checkpoints": checkpoint.open_checkpoints(workdir),
         "recorder": open_recorder(workdir, first, writes=True),
-        "validate": lambda weights, stop: (dict.fromkeys(regions, 0.5), {}),
+        "validate": lambda weights, stop: validation.ValidationResult(dict.fromkeys(regions, 0.5), {}, {}),
         "stop": StopRequest(),
         "regions": regions,
         "workdir": workdir,

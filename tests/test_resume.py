@@ -411,7 +411,7 @@ def validations(*scores):
         if stop.signal:
             raise validation.InterruptedValidationError
         dice = left.pop(0)
-        return {"a": dice, "b": dice}, {}
+        return validation.ValidationResult({"a": dice, "b": dice}, {}, {})
 
     return validate
 

@@ -71,7 +71,7 @@ def test_the_slow_weights_are_validated_and_kept(tmp_path):
 
     def validate(weights, stop):
         seen.append(np.asarray(weights[0]["w"]))
-        return {"WT": 0.5, "TC": 0.5, "ET": 0.5}, {}
+        return validation.ValidationResult({"WT": 0.5, "TC": 0.5, "ET": 0.5}, {}, {})
 
     finish(make_run(tmp_path, validate=validate), blank_batches(), value=4.0)
     np.testing.assert_array_equal(seen, np.full((3, 4), 2.0))
@@ -225,7 +225,7 @@ def test_wherever_a_stop_is_asked_for_no_step_is_lost(tmp_path, asked_at, log_ev
         validations.append(1)
         if stop.signal:
             raise validation.InterruptedValidationError
-        return {"WT": 0.5, "TC": 0.5, "ET": 0.5}, {}
+        return validation.ValidationResult({"WT": 0.5, "TC": 0.5, "ET": 0.5}, {}, {})
 
     run = make_run(tmp_path, validate=validate, stop=stop, config={"log_every": log_every})
     loop.fit(run, small_state(1.0, 0), loop.Progress([0.0] * 3, [0] * 3), stream(), validated=False)

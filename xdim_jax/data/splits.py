@@ -47,6 +47,27 @@ def split_cases(cases: Sequence[Case], *, fold: int, folds: int, seed: int) -> t
     return train, [c for c in cases if assigned[c.patient] == fold]
 
 
+def limit_patients(cases: Sequence[Case], count: int, seed: int) -> list[Case]:
+    """Return the cases of ``count`` patients, or all cases if the count is 0.
+
+    The patients are the first ones in the order of a seeded hash of their names. Therefore the patients of a smaller
+    count are among those of a larger count.
+
+    Raises:
+        UserError: There are fewer patients.
+    """
+    if not count:
+        return list(cases)
+    order = sorted({c.patient for c in cases}, key=lambda p: hashlib.sha256(f"limit:{seed}:{p}".encode()).hexdigest())
+    if count > len(order):
+        raise UserError(
+            f"config.data.train_patients={count}, but this fold has {len(order)} training patients; give "
+            f"{len(order)} or fewer, or 0 for all"
+        )
+    chosen = set(order[:count])
+    return [c for c in cases if c.patient in chosen]
+
+
 def official_split(
     cases: Sequence[Case], splits: Sequence[Mapping[str, Sequence[str]]], fold: int
 ) -> tuple[list[Case], list[Case]]:

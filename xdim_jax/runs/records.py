@@ -1,4 +1,4 @@
-"""The record of a run: ``metrics.jsonl``, ``steps.jsonl``, TensorBoard and other experiment trackers."""
+"""The record of a run: ``*.jsonl`` files, TensorBoard and other experiment trackers."""
 
 import dataclasses
 import json
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+VALIDATIONS_FILE = "validations.jsonl"  # the Dice of every validation case and region, at every validation
 STEPS_FILE = "steps.jsonl"  # loss, norms and digests of the batch of every step, exactly; verify_run compares them
 
 
@@ -28,6 +29,7 @@ class Recorder:
     """Open record files of a run, and its trackers. Processes that do not write have none of them."""
 
     jsonl: IO[str] | None = None
+    validations: IO[str] | None = None
     steps: IO[str] | None = None
     tensorboard: "SummaryWriter | None" = None
     trackers: list[Any] = dataclasses.field(default_factory=list)  # see xdim_jax.runs.trackers
@@ -64,14 +66,15 @@ def open_recorder(workdir: Path, step: int, *, writes: bool, trackers: Sequence[
     """
     if not writes:
         return Recorder()
-    for name in (METRICS_FILE, STEPS_FILE):
+    names = (METRICS_FILE, VALIDATIONS_FILE, STEPS_FILE)
+    for name in names:
         kept = [r for r in read_records(workdir, name) if r["step"] <= step]
         with atomic_path(workdir / name) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
     try:
         tensorboard = _tensorboard()(str(workdir / "tensorboard"), purge_step=step + 1)
-        metrics, steps = (open(workdir / n, "a", encoding="utf-8") for n in (METRICS_FILE, STEPS_FILE))  # noqa: SIM115
-        return Recorder(metrics, steps, tensorboard, list(trackers))
+        metrics, validations, steps = (open(workdir / name, "a", encoding="utf-8") for name in names)  # noqa: SIM115
+        return Recorder(metrics, validations, steps, tensorboard, list(trackers))
     except OSError as error:
         raise write_error(workdir / "tensorboard", error) from error
 
@@ -119,6 +122,17 @@ def _tell_trackers(recorder: Recorder, tell: Callable[[Any], None]) -> None:
             warn(f"{type(tracker).__name__.strip('_').lower()} fails and is not used any more: {reason}")
 
 
+def record_cases(recorder: Recorder, step: int, cases: Mapping[str, Mapping[str, float]]) -> None:
+    """Append the Dice of every validation case by region. Raises UserError if they cannot be written."""
+    if recorder.validations is None:
+        return
+    try:
+        recorder.validations.write(json.dumps({"step": step, "cases": cases}) + "\n")
+        recorder.validations.flush()
+    except OSError as error:
+        raise write_error(Path(recorder.validations.name), error) from error
+
+
 def record_steps(recorder: Recorder, entries: Sequence[Mapping[str, Any]]) -> None:
     """Append the values that `verify_run` compares. Raises UserError if they cannot be written."""
     if recorder.steps is None:
@@ -146,7 +160,7 @@ def record_pictures(recorder: Recorder, step: int, pictures: Mapping[str, np.nda
 def close_recorder(recorder: Recorder) -> None:
     """Close the files. If the disk is full, the loss of the last buffered scalars is only a warning."""
     _tell_trackers(recorder, lambda tracker: tracker.close())
-    for file in (recorder.jsonl, recorder.steps, recorder.tensorboard):
+    for file in (recorder.jsonl, recorder.validations, recorder.steps, recorder.tensorboard):
         try:
             if file is not None:
                 file.close()

@@ -63,6 +63,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.schedule.warmup_epochs": (0, math.inf),
     "optim.schedule.factor": (1e-3, 1),
     "optim.schedule.power": (0, 10),
+    "data.train_patients": (0, math.inf),
+    "data.epoch_steps": (0, math.inf),
     "train.epochs": (1, math.inf),
     "train.accumulate": (1, math.inf),
     "train.log_every": (1, math.inf),

@@ -31,7 +31,7 @@ from xdim_jax.base.log import duration, say
 from xdim_jax.base.signals import StopRequest
 from xdim_jax.data.pipeline import Activity
 from xdim_jax.runs import checkpoint
-from xdim_jax.runs.records import Recorder, read_records, record, record_pictures
+from xdim_jax.runs.records import Recorder, read_records, record, record_cases, record_pictures
 from xdim_jax.runs.state import TrainState, evaluated
 from xdim_jax.training import mesh, validation
 from xdim_jax.training.agreement import SAVE, STOP, Agreement
@@ -335,7 +335,7 @@ class RunController:
         step, begin = int(own.step), time.monotonic()
         weights = evaluated(own)
         try:
-            scores, pictures = run.validate(weights, run.stop)
+            scores, pictures, cases = run.validate(weights, run.stop)
         except InterruptedValidationError:
             return
         dice = sum(scores.values()) / len(scores)
@@ -347,6 +347,7 @@ class RunController:
         if run.recorder.jsonl is not None:
             validation.keep_pictures(run.workdir, pictures)
         record_pictures(run.recorder, step, pictures)
+        record_cases(run.recorder, step, cases)
         record(run.recorder, "validation", step, {"dice": dice} | {f"dice_{k}": v for k, v in scores.items()})
 
     def _out_of_patience(self) -> bool:

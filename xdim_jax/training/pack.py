@@ -58,7 +58,10 @@ _OUTSIDE = (
     "train.patience",
     "train.validate_after_score",
     "train.validate_every",
-    *(f"data.{key}" for key in ("fold", "folds", "split", "foreground", "patches_per_case")),
+    *(
+        f"data.{key}"
+        for key in ("fold", "folds", "split", "train_patients", "epoch_steps", "foreground", "patches_per_case")
+    ),
 )
 _OUTSIDE_SECTIONS = ("optim.schedule.", "init.", "data.phantom.", "data.prepare.")
 

@@ -16,7 +16,7 @@ from xdim_jax.data import pipeline, store
 from xdim_jax.data.case import Case, Dataset
 from xdim_jax.data.datasets import write_phantoms
 from xdim_jax.data.prepare import Preparation
-from xdim_jax.data.splits import official_split, split_cases
+from xdim_jax.data.splits import limit_patients, official_split, split_cases
 from xdim_jax.inference.output import Output
 from xdim_jax.runs.workdir import DATA_FILE, SPLIT_FILE
 from xdim_jax.training import mesh
@@ -39,6 +39,8 @@ class RunData:
 
     def steps_per_epoch(self, data: Any) -> int:
         """Return the number of steps per epoch, given the ``data`` section of a config."""
+        if data.epoch_steps:
+            return data.epoch_steps
         samples = pipeline.records(self.train, data.sampling, data.patches_per_case)
         return pipeline.steps_per_epoch(len(samples), data.batch)
 
@@ -111,12 +113,14 @@ def _split(data: Any, seed: int, dataset: Dataset, root: Path) -> tuple[list[Cas
         log.warn(str(problem))
     data_case.check_grids(cases)
     if data.split == "official":
-        return official_split(cases, scan.splits, data.fold)
-    if scan.splits:
-        log.say(
-            f"split      by config.data.folds; to use the list that comes with {root}: --config.data.split=official"
-        )
-    return split_cases(cases, fold=data.fold, folds=data.folds, seed=seed)
+        train, validation = official_split(cases, scan.splits, data.fold)
+    else:
+        if scan.splits:
+            log.say(
+                f"split      by config.data.folds; to use the list that comes with {root}: --config.data.split=official"
+            )
+        train, validation = split_cases(cases, fold=data.fold, folds=data.folds, seed=seed)
+    return limit_patients(train, data.train_patients, seed), validation
 
 
 def _annotations(dataset: Dataset, output: Output, cases: list[Case]) -> dict[str, dict[str, np.ndarray]]:

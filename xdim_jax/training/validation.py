@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,8 +26,22 @@ class InterruptedValidationError(Exception):
     """Raised inside a validation if a signal has asked the run to stop."""
 
 
-# validate((params, stats), stop) -> mean Dice by region; pictures by case id, uint8 (H, W, 3)
-Validation = Callable[[Any, StopRequest], tuple[dict[str, float], dict[str, np.ndarray]]]
+class ValidationResult(NamedTuple):
+    """The result of a validation.
+
+    Attributes:
+        scores: Mean Dice by region.
+        pictures: Pictures of some cases by case id, uint8 (H, W, 3).
+        cases: Dice by case id and region, for the regions that are annotated in the case.
+    """
+
+    scores: dict[str, float]
+    pictures: dict[str, np.ndarray]
+    cases: dict[str, dict[str, float]]
+
+
+# function of (params, stats) and the signals that the process receives
+Validation = Callable[[Any, StopRequest], ValidationResult]
 
 
 def make_validation(
@@ -53,7 +67,7 @@ def make_validation(
     """
     names = dataset.regions.names
 
-    def validate(weights: Any, stop: StopRequest) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    def validate(weights: Any, stop: StopRequest) -> ValidationResult:
         weights = mesh.local(weights)
         scores = np.full((len(cases), len(names)), np.nan)
         pictures = {}
@@ -72,14 +86,20 @@ def make_validation(
             shown = names if dataset.annotated is None else dataset.annotated(case)
             for r, name in enumerate(names):
                 if name in shown:
-                    dice = masks.dice(predicted[..., r], reference[..., r])
-                    scores[number, r] = 1.0 if np.isnan(dice) else dice
+                    value = masks.dice(predicted[..., r], reference[..., r])
+                    scores[number, r] = 1.0 if np.isnan(value) else value
             if volume is not None:
                 pictures[case.case_id] = draw(volume.image[..., 0], truth, label)
         every = mesh.gather(scores)  # (processes, cases, regions); NaN for the cases of other processes
         known = np.isfinite(every)
         total, count = np.where(known, every, 0).sum((0, 1)), known.sum((0, 1))
-        return {name: float(t / n) if n else 1.0 for name, t, n in zip(names, total, count, strict=True)}, pictures
+        mean = {name: float(t / n) if n else 1.0 for name, t, n in zip(names, total, count, strict=True)}
+        dice = np.where(known.any(0), np.where(known, every, 0).sum(0), np.nan)  # one process validates each case
+        by_case = {
+            case.case_id: {name: float(d) for name, d in zip(names, row, strict=True) if np.isfinite(d)}
+            for (case, _), row in zip(cases, dice, strict=True)
+        }
+        return ValidationResult(mean, pictures, by_case)
 
     return validate
 
