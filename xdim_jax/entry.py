@@ -29,6 +29,14 @@ def sweep() -> NoReturn:
     command()
 
 
+def study() -> NoReturn:
+    """Console entry point of ``xdim-study``."""
+    prefer_huge_pages()
+    from xdim_jax.study import command
+
+    command()
+
+
 def doctor() -> NoReturn:
     """Console entry point of ``xdim-doctor``."""
     prefer_huge_pages()

@@ -391,6 +391,22 @@ def train_runs(runs: Sequence[tuple[Config, Path]], *, slots: int, layout: str, 
         f"pack       {pack.slots} of {len(runs)} runs at a time, layout {pack.layout}; each logs to {log.LOG_FILE} in "
         "its workdir"
     )
+    if errors := train_in_pack(pack, runs, stop):
+        raise UserError("\n  ".join(errors))
+    return stop.status if stop.signal else 0
+
+
+def train_in_pack(pack: Pack, runs: Sequence[tuple[Config, Path]], stop: StopRequest) -> list[str]:
+    """Train runs in an empty pack, until the last one ends or a signal arrives.
+
+    Args:
+        pack: A pack without runs.
+        runs: Config and workdir of each run.
+        stop: Signals that the process receives.
+
+    Returns:
+        A message for each run that has failed.
+    """
     waiting, errors = list(runs), []
 
     def leave(member: Member) -> None:
@@ -416,9 +432,7 @@ def train_runs(runs: Sequence[tuple[Config, Path]], *, slots: int, layout: str, 
     finally:
         for member in [m for m in pack.members if m is not None]:
             leave(member)
-    if errors:
-        raise UserError("\n  ".join(errors))
-    return stop.status if stop.signal else 0
+    return errors
 
 
 def _one_after_the_other(one: Callable[..., Any], active: jax.Array, states: Any, others: Any) -> Any:

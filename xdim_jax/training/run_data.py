@@ -152,7 +152,9 @@ def _prepare(data: Any, dataset: Dataset, root: Path, cases: list[Case]) -> list
 
 def _record_split(workdir: Path, root: Path, train: list[Case], validation: list[Case], *, started: bool) -> None:
     sides = {"train": train, "validation": validation}
-    split = {"root": str(root.absolute())} | {side: [case.case_id for case in cases] for side, cases in sides.items()}
+    split: dict[str, Any] = {"root": str(root.absolute())}
+    split |= {side: [case.case_id for case in cases] for side, cases in sides.items()}
+    split["patients"] = {case.case_id: case.patient for case in [*train, *validation]}
     path = workdir / SPLIT_FILE
     if started and path.exists():
         before = read_json(path)

@@ -1,0 +1,207 @@
+"""The plan of a study: a TOML file that is written before the runs and is kept beside their results.
+
+    title = "Transfer to CAMUS"
+    recipe = "camus_omnianet:lite0"
+    steps = 400                  # training steps of every run
+    validate_steps = 50          # steps between validations; the last one is scored
+    baseline = "random"          # the arm with which the others are compared
+
+    [[grid]]                     # each grid adds its sizes x seeds for all arms
+    sizes = [5, 20]              # numbers of training patients
+    seeds = [0, 1, 2]
+
+    [settings]                   # config keys of all runs
+    "data.patch" = [128, 128]
+
+    [arms.random]                # config keys of an arm; its name is the name of its folder
+    "init.weights" = ""
+
+    [arms.pretrained]
+
+For one seed, all arms have the same training patients, validation patients and order of batches, and the training
+patients of a smaller size are among those of a larger one.
+"""
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from xdim_jax.base.config import Config, load_config
+from xdim_jax.base.errors import UserError, join_problems
+from xdim_jax.base.files import atomic_path
+
+PLAN_FILE = "plan.toml"
+_KEYS = {"title": str, "recipe": str, "steps": int, "validate_steps": int, "baseline": str, "grid": list, "arms": dict}
+_OPTIONAL = {"settings": dict, "notes": str}
+# the plan itself decides about these
+_RESERVED = ("seed", "data.train_patients", "data.epoch_steps", "train.epochs", "train.validate_every", "data.root")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """One run of a study: an arm, a number of training patients, and a seed."""
+
+    arm: str
+    size: int
+    seed: int
+
+    def workdir(self, root: Path) -> Path:
+        """Return the workdir of the run in the workdir of the study."""
+        return root / self.arm / f"n{self.size:03d}" / f"seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The content of a plan, see the text above.
+
+    Attributes:
+        grids: Sizes and seeds of each grid.
+        arms: For each arm, its config keys with their values.
+    """
+
+    title: str
+    recipe: str
+    steps: int
+    validate_steps: int
+    baseline: str
+    grids: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    arms: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[str, Any]
+    notes: str = ""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All numbers of training patients, in increasing order."""
+        return tuple(sorted({size for sizes, _ in self.grids for size in sizes}))
+
+    def seeds(self, size: int) -> tuple[int, ...]:
+        """Return the seeds of a size."""
+        return tuple(sorted({seed for sizes, seeds in self.grids if size in sizes for seed in seeds}))
+
+    def runs(self) -> Iterator[PlannedRun]:
+        """Yield all runs: all arms of a seed and size in turn, so that a study that is stopped early has pairs."""
+        for seed in sorted({seed for _, seeds in self.grids for seed in seeds}):
+            for size in self.sizes:
+                if seed in self.seeds(size):
+                    for arm in self.arms:
+                        yield PlannedRun(arm, size, seed)
+
+    def config(self, run: PlannedRun, overrides: list[str]) -> Config:
+        """Return the config of a run.
+
+        Args:
+            run: The run.
+            overrides: Further ``--config.<key>=<value>``, such as the folder of the data.
+
+        Raises:
+            UserError: A key is unknown, or a value has a wrong type.
+        """
+        values = {
+            **self.settings,
+            **self.arms[run.arm],
+            "seed": run.seed,
+            "data.train_patients": run.size,
+            "data.epoch_steps": self.validate_steps,
+            "train.epochs": self.steps // self.validate_steps,
+            "train.validate_every": 1,
+            "train.validate_after_score": 0.0,
+        }
+        return load_config(self.recipe, [*(f"--config.{k}={_format(v)}" for k, v in values.items()), *overrides])
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        UserError: The file cannot be read, or something is missing, unknown or contradictory; lists all problems.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--plan: cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--plan={path} is not a TOML file: {error}") from error
+    problems = list(_problems(content))
+    if problems:
+        raise join_problems([f"{path}: {problem}" for problem in problems], "values of the plan cannot be used")
+    grids = tuple((tuple(grid["sizes"]), tuple(grid["seeds"])) for grid in content["grid"])
+    others = {key: content[key] for key in _KEYS if key != "grid"}
+    return Plan(**others, grids=grids, settings=content.get("settings", {}), notes=content.get("notes", ""))
+
+
+def _problems(content: Mapping[str, Any]) -> Iterator[str]:
+    known = _KEYS | _OPTIONAL
+    for key in content.keys() - known.keys():
+        yield f"unknown key {key!r}; known: {', '.join(known)}"
+    for key, kind in known.items():
+        if key not in content:
+            if key in _KEYS:
+                yield f"{key} is missing"
+        elif not isinstance(content[key], kind) or isinstance(content[key], bool):
+            yield f"{key} = {content[key]!r}: expected {kind.__name__}"
+    grids, arms = content.get("grid"), content.get("arms")
+    if isinstance(grids, list):
+        if not grids:
+            yield "grid: expected at least one [[grid]] with sizes and seeds"
+        for grid in grids:
+            yield from _grid_problems(grid)
+    if isinstance(arms, dict):
+        if len(arms) < 2:
+            yield f"arms: expected two or more, found {len(arms)}"
+        if content.get("baseline") not in arms:
+            yield f"baseline = {content.get('baseline')!r} is none of the arms {', '.join(arms)}"
+        for name, values in arms.items():
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+                yield f"arms.{name}: a name has lower-case letters, digits, '_' and '-', because it names a folder"
+            if not isinstance(values, dict):
+                yield f"arms.{name}: expected a table of config keys"
+    for where, values in {"settings": content.get("settings"), **(arms if isinstance(arms, dict) else {})}.items():
+        for key in values if isinstance(values, dict) else ():
+            if key in _RESERVED:
+                yield f"{where}: {key} is not a setting of a plan: it follows from the grid, the steps or --config"
+            elif isinstance(values[key], dict):
+                yield f'{where}: write the key in quotes, "{key}.{next(iter(values[key]), "...")}"'
+    steps, every = content.get("steps"), content.get("validate_steps")
+    if isinstance(steps, int) and isinstance(every, int) and not (every > 0 and steps > 0 and steps % every == 0):
+        yield f"steps = {steps}: expected a multiple of validate_steps = {every}, both above 0"
+
+
+def _grid_problems(grid: Any) -> Iterator[str]:
+    if not isinstance(grid, dict) or grid.keys() != {"sizes", "seeds"}:
+        yield f"grid = {grid!r}: expected sizes and seeds"
+        return
+    for key, least in (("sizes", 1), ("seeds", 0)):
+        numbers = grid[key]
+        whole = isinstance(numbers, list) and all(type(n) is int and n >= least for n in numbers)
+        if not whole or not numbers or len(set(numbers)) < len(numbers):
+            yield f"grid: {key} = {numbers!r}: expected different whole numbers of at least {least}"
+
+
+def keep_plan(path: Path, workdir: Path) -> Plan:
+    """Copy the plan into the workdir of the study before the first run, or check that it is the one kept there.
+
+    Raises:
+        UserError: The plan cannot be used, or differs from the one of this workdir.
+    """
+    plan, kept = read_plan(path), workdir / PLAN_FILE
+    if not kept.exists():
+        with atomic_path(kept) as temporary:
+            temporary.write_bytes(path.read_bytes())
+        return plan
+    before = read_plan(kept)
+    if changed := [f.name for f in dataclasses.fields(Plan) if getattr(before, f.name) != getattr(plan, f.name)]:
+        raise UserError(
+            f"{path} differs from {kept}, with which the runs were started: {', '.join(changed)}. Give another "
+            "--workdir for another plan"
+        )
+    return plan
+
+
+def _format(value: Any) -> str:
+    """Return a value as in ``--config.<key>=<value>``."""
+    if isinstance(value, list):
+        return "(" + "".join(f"{item!r}," for item in value) + ")"
+    return str(value)

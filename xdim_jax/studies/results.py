@@ -1,0 +1,224 @@
+"""Results of a study: Dice by arm, size and step with confidence intervals, and paired tests between arms.
+
+The score of a patient is its mean Dice over regions and cases (images), at the last validation. No step is chosen by
+its score. Confidence intervals come from a bootstrap that resamples seeds and patients. Tests compare two arms of one
+size: Wilcoxon's signed-rank test over patients, of the differences averaged over seeds, with Holm's correction over all
+pairs of arms and all sizes.
+"""
+
+import csv
+import dataclasses
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import wilcoxon
+
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import read_json, write_text
+from xdim_jax.runs.records import VALIDATIONS_FILE, read_records
+from xdim_jax.runs.workdir import SPLIT_FILE
+from xdim_jax.scoring.paired import holm
+from xdim_jax.scoring.results import BOOTSTRAP_SAMPLES
+from xdim_jax.studies.plan import Plan, PlannedRun
+from xdim_jax.studies.train import is_finished
+
+RESULTS_FILE = "results.csv"
+LEVEL = 0.05  # significance level, after Holm's correction
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Dice of the validation patients of the finished runs of one arm and size.
+
+    Attributes:
+        seeds: Seeds of the runs.
+        patients: Names of the patients.
+        steps: Steps of the validations.
+        dice: Array (seeds, steps, patients); NaN for patients that a seed does not validate.
+        seconds: Training time of each run, without compilation and validation; NaN if it is not on record.
+    """
+
+    seeds: tuple[int, ...]
+    patients: tuple[str, ...]
+    steps: tuple[int, ...]
+    dice: np.ndarray
+    seconds: np.ndarray
+
+    @property
+    def last(self) -> np.ndarray:
+        """Dice after the last step, (seeds, patients)."""
+        return self.dice[:, -1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean with its 95 % confidence interval over seeds and patients."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+    """The comparison of two arms with the same number of training patients.
+
+    Attributes:
+        size: Number of training patients.
+        a, b: Names of the arms.
+        seeds: Number of seeds that both arms have.
+        patients: Number of patients.
+        difference: Mean of b - a.
+        p: Two-sided p-value.
+        p_holm: ``p`` after Holm's correction.
+    """
+
+    size: int
+    a: str
+    b: str
+    seeds: int
+    patients: int
+    difference: Mean
+    p: float
+    p_holm: float
+
+    @property
+    def significant(self) -> bool:
+        """True if the test is significant, and the interval over seeds and patients does not contain 0."""
+        return self.p_holm < LEVEL and self.difference.low * self.difference.high > 0
+
+
+def collect(plan: Plan, workdir: Path) -> dict[tuple[str, int], Scores]:
+    """Read the finished runs of a study.
+
+    Returns:
+        The scores by arm and size.
+
+    Raises:
+        UserError: No run is finished.
+    """
+    found: dict[tuple[str, int], list[PlannedRun]] = {}
+    for run in plan.runs():
+        if is_finished(run, plan, workdir):
+            found.setdefault((run.arm, run.size), []).append(run)
+    if not found:
+        raise UserError(f"{workdir} has no finished run of this plan; train it first: python -m xdim_jax.study run ...")
+    return {key: _read(plan, runs, workdir) for key, runs in found.items()}
+
+
+def _read(plan: Plan, runs: Sequence[PlannedRun], workdir: Path) -> Scores:
+    tables = [_by_patient(run.workdir(workdir)) for run in runs]
+    patients = tuple(sorted({patient for table in tables for patient in table[plan.steps]}))
+    steps = tuple(range(plan.validate_steps, plan.steps + 1, plan.validate_steps))
+    dice = np.array([[[table[s].get(p, np.nan) for p in patients] for s in steps] for table in tables])
+    seconds = np.array([_seconds(run.workdir(workdir)) for run in runs])
+    return Scores(tuple(run.seed for run in runs), patients, steps, dice, seconds)
+
+
+def _by_patient(workdir: Path) -> dict[int, dict[str, float]]:
+    """Return the mean Dice over regions and cases, by step and patient."""
+    patients = read_json(workdir / SPLIT_FILE)["patients"]
+    table = {}
+    for record in read_records(workdir, VALIDATIONS_FILE):
+        values: dict[str, list[float]] = {}
+        for case, regions in record["cases"].items():
+            if regions:
+                values.setdefault(patients[case], []).append(float(np.mean(list(regions.values()))))
+        table[record["step"]] = {patient: float(np.mean(v)) for patient, v in values.items()}
+    return table
+
+
+def _seconds(workdir: Path) -> float:
+    """Return the training time of a run, from the mean time per step in its record."""
+    found = [r for r in read_records(workdir) if r["kind"] == "train" and r.get("seconds")]
+    return float(np.mean([r["seconds"] for r in found]) * found[-1]["step"]) if found else float("nan")
+
+
+def interval(values: np.ndarray) -> Mean:
+    """Return the mean of ``values`` (seeds, patients) and its interval: first over patients, then over seeds.
+
+    NaN values are ignored. With one seed, the interval is over patients only.
+    """
+    rng = np.random.default_rng(0)
+    seeds, patients = values.shape
+    means = []
+    for _ in range(BOOTSTRAP_SAMPLES):
+        sample = values[rng.integers(seeds, size=seeds)][:, rng.integers(patients, size=patients)]
+        means.append(_mean(sample))
+    low, high = np.nanpercentile(means, [2.5, 97.5])
+    return Mean(_mean(values), float(low), float(high))
+
+
+def _mean(values: np.ndarray) -> float:
+    known = np.isfinite(values)
+    counts = known.sum(1)
+    rows = np.where(known, values, 0).sum(1)[counts > 0] / counts[counts > 0]
+    return float(rows.mean()) if len(rows) else float("nan")
+
+
+def compare_arms(scores: Mapping[tuple[str, int], Scores], sizes: Sequence[int], arms: Sequence[str]) -> list[Test]:
+    """Compare all pairs of arms, for every size, over the seeds and patients that both have."""
+    found = []
+    for size, (a, b) in itertools.product(sizes, itertools.combinations(arms, 2)):
+        if (a, size) not in scores or (b, size) not in scores:
+            continue
+        difference = paired_difference(scores[a, size], scores[b, size])
+        if difference.size == 0:
+            continue
+        with_value = difference[:, np.isfinite(difference).any(0)]
+        by_patient = np.nanmean(with_value, 0)
+        test: Any = wilcoxon(by_patient) if by_patient.any() else None
+        p = float(test.pvalue) if test else 1.0
+        seeds = difference.shape[0]
+        found.append(Test(size, a, b, seeds, len(by_patient), interval(with_value), p, 1.0))
+    return [dataclasses.replace(t, p_holm=p) for t, p in zip(found, holm([t.p for t in found]), strict=True)]
+
+
+def paired_difference(a: Scores, b: Scores) -> np.ndarray:
+    """Return b - a after the last step, (seeds, patients), for the seeds and patients that both have."""
+    seeds = [seed for seed in a.seeds if seed in b.seeds]
+    patients = [patient for patient in a.patients if patient in b.patients]
+    sides = [s.last[np.ix_([s.seeds.index(i) for i in seeds], [s.patients.index(p) for p in patients])] for s in (a, b)]
+    return sides[1] - sides[0]
+
+
+def verdict(size: int, arms: Sequence[str], scores: Mapping[tuple[str, int], Scores], tests: Sequence[Test]) -> str:
+    """Return which arm is best for a size, or between which arms no difference was found."""
+    means = {arm: _mean(scores[arm, size].last) for arm in arms if (arm, size) in scores}
+    best = max(means, key=lambda arm: means[arm])
+    unclear = [
+        arm
+        for arm in means
+        if arm != best and not any(t.significant for t in tests if t.size == size and {t.a, t.b} == {arm, best})
+    ]
+    if not unclear:
+        return f"{best} is best"
+    return (
+        f"no difference found between {best} (highest mean) and {', '.join(sorted(unclear, key=lambda a: -means[a]))}"
+    )
+
+
+def write_results(path: Path, plan: Plan, workdir: Path) -> None:
+    """Write the Dice of every finished run, validation, case and region as CSV."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["arm", "patients", "seed", "step", "case", "patient", "region", "dice"])
+    for run in plan.runs():
+        if not is_finished(run, plan, workdir):
+            continue
+        folder = run.workdir(workdir)
+        patients = read_json(folder / SPLIT_FILE)["patients"]
+        for record in read_records(folder, VALIDATIONS_FILE):
+            for case, regions in record["cases"].items():
+                for region, dice in regions.items():
+                    writer.writerow(
+                        [run.arm, run.size, run.seed, record["step"], case, patients[case], region, f"{dice:.6f}"]
+                    )
+    write_text(path, buffer.getvalue())

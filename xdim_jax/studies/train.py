@@ -1,0 +1,87 @@
+"""Training of the runs of a study, one after the other or several in one program."""
+
+import json
+from pathlib import Path
+
+from xdim_jax.base import log
+from xdim_jax.base.config import Config
+from xdim_jax.base.errors import UserError, join_problems
+from xdim_jax.base.signals import StopRequest
+from xdim_jax.runs.records import VALIDATIONS_FILE, read_records
+from xdim_jax.studies.plan import Plan, PlannedRun
+from xdim_jax.training.check import FREE_KEYS, resolve_config
+from xdim_jax.training.initial_weights import read_start
+from xdim_jax.training.pack import Pack, signature, train_in_pack
+
+
+def check_plan(plan: Plan, overrides: list[str]) -> None:
+    """Check the configs and the initial weights of all arms before the first run.
+
+    Raises:
+        UserError: Something cannot be used; lists the problems of all arms.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].removeprefix("--config.")
+        if key not in FREE_KEYS:
+            free = ", ".join(key for key in FREE_KEYS if key.startswith("data."))
+            raise UserError(
+                f"{override}: settings of the runs belong into the plan; here only {free}, train.overlays, ..."
+            )
+    problems, checked = [], set()
+    first = next(iter(plan.runs()))
+    for arm in plan.arms:
+        try:
+            config, _ = resolve_config(plan.config(PlannedRun(arm, first.size, first.seed), overrides))
+            if config.init.weights and config.init.weights not in checked:
+                checked.add(config.init.weights)
+                read_start(config.init)
+        except UserError as error:
+            problems.append(f"arm {arm}: {error}")
+    if problems:
+        raise join_problems(problems, "arms of the plan cannot be trained")
+
+
+def is_finished(run: PlannedRun, plan: Plan, workdir: Path) -> bool:
+    """Return True if the last step of a run has been validated."""
+    records = read_records(run.workdir(workdir), VALIDATIONS_FILE)
+    return bool(records) and records[-1]["step"] == plan.steps
+
+
+def train_plan(
+    plan: Plan, workdir: Path, overrides: list[str], stop: StopRequest, *, slots: int = 1, layout: str = "auto"
+) -> int:
+    """Train all runs that are not finished. Runs that were interrupted are resumed.
+
+    Args:
+        plan: The plan.
+        workdir: Folder of the study.
+        overrides: ``--config.<key>=<value>`` of all runs, such as the folder of the data.
+        stop: Signals that the process receives.
+        slots: Number of runs in one program.
+        layout: Layout of a pack, see `xdim_jax.training.pack`.
+
+    Returns:
+        The exit status of the process.
+
+    Raises:
+        UserError: Some runs have failed. It is raised after the other runs have ended.
+    """
+    packs: dict[str, Pack] = {}  # by program, so that each program is compiled once
+    errors: list[str] = []
+    left = [run for run in plan.runs() if not is_finished(run, plan, workdir)]
+    log.say(f"study      {plan.title}: {len(left)} of {len(list(plan.runs()))} runs are left, {plan.steps} steps each")
+    while left and not stop.signal:
+        block = [run for run in left if (run.size, run.seed) == (left[0].size, left[0].seed)]
+        left = [run for run in left if run not in block]
+        groups: dict[str, list[tuple[Config, Path]]] = {}
+        for run in block:
+            config = plan.config(run, overrides)
+            key = json.dumps(signature(resolve_config(config)[0]), sort_keys=True, default=str)
+            groups.setdefault(key, []).append((config, run.workdir(workdir)))
+        for key, runs in groups.items():
+            if key not in packs:
+                packs[key] = Pack(runs[0][0], slots, layout, stop)
+            errors += train_in_pack(packs[key], runs, stop)
+    if errors:
+        raise join_problems(errors, "runs have failed")
+    return stop.status if stop.signal else 0
