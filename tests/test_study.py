@@ -1,0 +1,310 @@
+"""Studies: the plan, its runs, and statistics that are known without the code."""
+
+import csv
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+from scipy.stats import wilcoxon
+
+from xdim_jax import study
+from xdim_jax.base.errors import UserError
+from xdim_jax.data import phantom
+from xdim_jax.data.case import Case
+from xdim_jax.data.labels import Labels
+from xdim_jax.data.splits import limit_patients
+from xdim_jax.runs.records import VALIDATIONS_FILE, read_records
+from xdim_jax.studies import page, results
+from xdim_jax.studies.plan import Plan, PlannedRun, keep_plan, read_plan
+from xdim_jax.studies.results import Scores
+
+PLAN = """
+title = "Toy"
+recipe = "camus_omnianet:scratch"
+steps = 4
+validate_steps = 2
+baseline = "low"
+
+[[grid]]
+sizes = [1, 2]
+seeds = [0]
+
+[[grid]]
+sizes = [2]
+seeds = [3]
+
+[settings]
+"data.patch" = [32, 32]
+"data.prepare.size" = [32, 32]
+"data.batch" = 2
+"data.folds" = 2
+"model.encoder.name" = "efficientnet_lite_toy"
+"model.filters" = [8, 8, 8, 8, 8]
+
+[arms.low]
+"optim.schedule.peak" = 1e-4
+
+[arms.high]
+"optim.schedule.peak" = 1e-2
+"""
+
+
+def write_plan(folder, text=PLAN):
+    path = folder / "my_plan.toml"
+    path.write_text(text)
+    return path
+
+
+# -- the plan -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_runs_come_in_pairs_of_arms(tmp_path):
+    runs = list(read_plan(write_plan(tmp_path)).runs())
+    expected = [(1, 0), (1, 0), (2, 0), (2, 0), (2, 3), (2, 3)]
+    assert [(r.size, r.seed) for r in runs] == expected
+    assert [r.arm for r in runs] == ["low", "high"] * 3
+    assert runs[0].workdir(tmp_path) == tmp_path / "low" / "n001" / "seed0"
+
+
+@pytest.mark.quick
+def test_a_run_gets_its_settings(tmp_path):
+    plan = read_plan(write_plan(tmp_path))
+    config = plan.config(PlannedRun("high", 2, 3), ["--config.data.threads=1"])
+    assert (config.seed, config.data.train_patients, config.data.epoch_steps, config.train.epochs) == (3, 2, 2, 2)
+    assert config.data.patch == (32, 32) and config.model.filters == (8,) * 5
+    assert (config.optim.schedule.peak, config.data.threads, config.train.validate_after_score) == (1e-2, 1, 0.0)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("steps = 4", "steps = 5", ["steps = 5", "validate_steps = 2"]),
+        ("steps = 4", "steps = 'many'", ["steps = 'many'", "int"]),
+        ('baseline = "low"', 'baseline = "none"', ["'none'", "low, high"]),
+        ("title", "titel", ["titel", "title is missing"]),
+        ("sizes = [1, 2]", "sizes = [0, 2]", ["sizes = [0, 2]", "at least 1"]),
+        ("seeds = [3]", "seeds = [3, 3]", ["seeds = [3, 3]"]),
+        ("[arms.high]", "[arms.'High LR']", ["High LR", "folder"]),
+        ('"optim.schedule.peak" = 1e-4', "optim.schedule.peak = 1e-4", ["in quotes"]),
+        ('"data.batch" = 2', '"seed" = 2', ["seed"]),
+        ("[arms.high]\n", "[arms.low2]\n[arms.high]\n[arms.high]\n", ["not a TOML file"]),
+        ("[settings]", "[setting]", ["unknown key 'setting'"]),
+    ],
+)
+def test_a_plan_that_cannot_be_used(old, new, words, tmp_path):
+    assert old in PLAN
+    with pytest.raises(UserError) as error:
+        read_plan(write_plan(tmp_path, PLAN.replace(old, new)))
+    assert all(word in str(error.value) for word in [*words, "my_plan.toml"]), error.value
+
+
+def test_all_problems_come_at_once(tmp_path):
+    text = PLAN.replace("steps = 4", "steps = 5").replace('baseline = "low"', 'baseline = "x"')
+    with pytest.raises(UserError) as error:
+        read_plan(write_plan(tmp_path, text))
+    assert "2 values" in str(error.value)
+
+
+def test_another_plan_is_refused_in_the_same_workdir(tmp_path):
+    keep_plan(write_plan(tmp_path), tmp_path / "study")
+    keep_plan(write_plan(tmp_path, "# a comment\n" + PLAN), tmp_path / "study")
+    with pytest.raises(UserError, match=r"differs from .*plan\.toml.*: steps, arms"):
+        other = PLAN.replace("steps = 4", "steps = 6").replace("1e-2", "1e-3")
+        keep_plan(write_plan(tmp_path, other), tmp_path / "study")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--plan={plan}", "--workdir={tmp}/s", "--config.data.batch=3"], ["data.batch=3", "the plan"]),
+        (["run", "--plan={tmp}/none.toml", "--workdir={tmp}/s"], ["none.toml", "cannot read"]),
+        (["report", "--workdir={tmp}"], ["plan.toml"]),
+        (["report", "--workdir={tmp}", "--config.data.root=x"], ["unknown argument"]),
+        (["run", "--plan={plan}", "--workdir={tmp}/s"], ["arm low", "arm high", "no data"]),
+    ],
+)
+def test_misuse(arguments, words, tmp_path):
+    plan = write_plan(tmp_path)
+    with pytest.raises(UserError) as error:
+        study.main([a.format(plan=plan, tmp=tmp_path) for a in arguments])
+    assert all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_arm_with_an_unknown_key_is_named(tmp_path):
+    path = write_plan(tmp_path, PLAN.replace('[arms.high]\n"optim', '[arms.high]\n"optimm'))
+    with pytest.raises(UserError, match=r"arm high: .*optimm\.schedule\.peak.*did you mean"):
+        study.main(["run", f"--plan={path}", f"--workdir={tmp_path / 's'}", f"--config.data.root={tmp_path}"])
+
+
+# -- subsets --------------------------------------------------------------------------------------------------------
+
+
+def cases(patients):
+    """Two cases of each patient."""
+    labels = Labels("", ("", "x"), (0, 1))
+    return [Case(f"{p}-{i}", p, (), ("a",), None, labels) for p in patients for i in (1, 2)]
+
+
+@pytest.mark.quick
+def test_training_patients_are_nested_and_depend_on_the_seed():
+    every = cases([f"p{i}" for i in range(12)])
+    for seed in range(3):
+        chosen = [{c.patient for c in limit_patients(every, n, seed)} for n in range(1, 13)]
+        assert [len(c) for c in chosen] == list(range(1, 13))
+        assert all(a < b for a, b in itertools.pairwise(chosen))
+    assert limit_patients(every, 0, 0) == every
+    assert len(limit_patients(every, 3, 0)) == 6, "both cases of a patient"
+    assert limit_patients(every[::-1], 3, 0)[::-1] == limit_patients(every, 3, 0), "whatever the order"
+    firsts = {limit_patients(every, 1, seed)[0].patient for seed in range(30)}
+    assert len(firsts) > 6
+    with pytest.raises(UserError, match=r"train_patients=13.*12 training patients"):
+        limit_patients(every, 13, 0)
+
+
+# -- statistics -----------------------------------------------------------------------------------------------------
+
+
+def scores(last, seeds=None, patients=None):
+    """Scores with one validation; ``last`` is (seeds, patients)."""
+    last = np.asarray(last, float)
+    seeds = seeds or tuple(range(len(last)))
+    patients = patients or tuple(f"p{i}" for i in range(last.shape[1]))
+    return Scores(seeds, patients, (10,), last[:, None], np.ones(len(last)))
+
+
+@pytest.mark.quick
+def test_a_mean_is_over_patients_and_then_over_seeds():
+    """A seed that validates fewer patients counts as much as another one."""
+    found = results.interval(np.array([[0.2, 0.4, np.nan], [0.9, 0.9, 0.9]]))
+    assert found.mean == pytest.approx((0.3 + 0.9) / 2)
+    assert found.low < found.mean < found.high
+    same = results.interval(np.full((2, 5), 0.7))
+    assert (same.mean, same.low, same.high) == pytest.approx((0.7, 0.7, 0.7))
+
+
+def test_the_interval_covers_seeds_and_patients():
+    """On normal data with known variances: the half width is 1.96 standard errors of the mean of both effects."""
+    rng = np.random.default_rng(0)
+    seeds, patients = rng.normal(0, 0.1, 400), rng.normal(0, 0.2, 900)
+    found = results.interval(0.5 + seeds[:, None] + patients[None])
+    expected = 1.96 * np.sqrt(0.1**2 / 400 + 0.2**2 / 900)
+    assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.1)
+
+
+def test_tests_are_paired_by_seed_and_patient():
+    rng = np.random.default_rng(1)
+    base = rng.uniform(0.5, 0.9, (2, 12))
+    gain = rng.normal(0.05, 0.02, (2, 12))
+    # the other arm lists seeds and patients in another order, and has one more of each
+    order = tuple(f"p{i}" for i in reversed(range(13)))
+    other = np.full((3, 13), 0.99)
+    other[2, 1:], other[0, 1:] = (base + gain)[0, ::-1], (base + gain)[1, ::-1]
+    found = {
+        ("a", 5): scores(base),
+        ("b", 5): scores(other, seeds=(1, 7, 0), patients=order),
+        ("c", 5): scores(base),
+        ("a", 9): scores(base),
+    }
+    tests = results.compare_arms(found, [5, 9], ["a", "b", "c"])
+    assert [(t.size, t.a, t.b) for t in tests] == [(5, "a", "b"), (5, "a", "c"), (5, "b", "c")]
+    first = tests[0]
+    assert (first.seeds, first.patients) == (2, 12)
+    assert first.difference.mean == pytest.approx(gain.mean())
+    assert first.p == pytest.approx(wilcoxon(gain.mean(0)).pvalue)
+    assert first.p_holm == pytest.approx(3 * first.p) and first.significant
+    assert tests[1].p == tests[1].p_holm == 1.0 and not tests[1].significant
+
+
+def test_verdicts():
+    rng = np.random.default_rng(2)
+    base = rng.uniform(0.5, 0.6, (3, 20))
+    found = {("a", 5): scores(base), ("b", 5): scores(base + 0.2 + rng.normal(0, 0.01, (3, 20)))}
+    tests = results.compare_arms(found, [5], ["a", "b"])
+    assert results.verdict(5, ["a", "b"], found, tests) == "b is best"
+    found["c", 5] = scores(base + 0.2 + rng.normal(0, 0.01, (3, 20)))
+    tests = results.compare_arms(found, [5], ["a", "b", "c"])
+    text = results.verdict(5, ["a", "b", "c"], found, tests)
+    assert re.fullmatch(r"no difference found between [bc] \(highest mean\) and [bc]", text)
+    # seeds that disagree: every patient gains with one seed and loses with the other
+    found = {("a", 5): scores(base[:2]), ("b", 5): scores(base[:2] + np.array([[0.2], [-0.1]]))}
+    (test,) = results.compare_arms(found, [5], ["a", "b"])
+    assert test.p_holm < 0.05 and not test.significant, "the interval over seeds contains 0"
+
+
+# -- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A study of six runs of four steps, with one run left out at first; its folder and the folder of the data."""
+    folder = tmp_path_factory.mktemp("study")
+    phantom.write_camus(folder / "data", cases=4, shape=(96, 64))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_study_from_plan_to_page(trained, capsys, quick_compile):
+    root, workdir = trained / "data", trained / "study"
+    command = ["run", f"--plan={write_plan(trained)}", f"--workdir={workdir}", f"--config.data.root={root}"]
+    assert study.main(command) == 0
+    out = capsys.readouterr().out
+    assert "6 of 6 runs are left" in out and "6 of 6" in (workdir / "study.html").read_text()
+    splits = {p: json.loads((p / "split.json").read_text()) for p in sorted(workdir.glob("*/n*/seed*"))}
+    assert len(splits) == 6
+    for arm in ("low", "high"):
+        small, large = (splits[workdir / arm / f"n00{n}" / "seed0"] for n in (1, 2))
+        assert set(small["train"]) < set(large["train"]) and small["validation"] == large["validation"]
+        assert len({large["patients"][c] for c in large["train"]}) == 2
+        assert not {large["patients"][c] for c in large["train"]} & {large["patients"][c] for c in large["validation"]}
+        assert small == splits[workdir / "low" / "n001" / "seed0"], "the same patients for all arms"
+    # the first batches of both arms are the same, and so are the weights they start from
+    first = [read_records(workdir / arm / "n001" / "seed0", "steps.jsonl")[0] for arm in ("low", "high")]
+    assert first[0]["batch"] == first[1]["batch"] and first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)
+    # one number of the table follows from the files of the runs
+    by_seed = []
+    for seed in (0, 3):
+        run = workdir / "high" / "n002" / f"seed{seed}"
+        (last,) = [r for r in read_records(run, VALIDATIONS_FILE) if r["step"] == 4]
+        patients = {}
+        for case, regions in last["cases"].items():
+            patients.setdefault(splits[run]["patients"][case], []).append(np.mean(list(regions.values())))
+        by_seed.append(np.mean([np.mean(v) for v in patients.values()]))
+        scored = [r["dice"] for r in read_records(run) if r["kind"] == "validation" and r["step"] == 4]
+        assert scored == pytest.approx([np.mean([list(v.values()) for v in last["cases"].values()])])
+    assert "| high | " in (workdir / "tables.md").read_text()
+    assert f"{np.mean(by_seed):.3f} [" in (workdir / "tables.md").read_text()
+    with open(workdir / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {r["step"] for r in rows} == {"2", "4"} and {r["region"] for r in rows} == {"LV_endo", "LV_epi", "LA"}
+
+    assert study.main(command) == 0
+    assert "0 of 6 runs are left" in capsys.readouterr().out
+    (workdir / "low" / "n002" / "seed3" / VALIDATIONS_FILE).unlink()
+    assert study.main(["report", f"--workdir={workdir}"]) == 0
+    assert "5 of 6" in (workdir / "study.html").read_text()
+
+
+def test_curves_and_tables_of_a_study_without_training():
+    """A seed that validates other patients, and an arm that is not finished for one size."""
+    rng = np.random.default_rng(0)
+    plan = Plan("t", "r", 20, 10, "a", (((3, 9), (0, 1)),), {"a": {}, "b": {}, "c": {}}, {})
+
+    def some(level):
+        dice = np.clip(rng.normal(level, 0.02, (2, 2, 6)), 0, 1)
+        dice[0, :, :3] = dice[1, :, 3:] = np.nan
+        return Scores((0, 1), tuple("pqrstu"), (10, 20), dice, np.array([1.0, np.nan]))
+
+    found = {("a", 3): some(0.5), ("b", 3): some(0.8), ("a", 9): some(0.9)}
+    tests = results.compare_arms(found, plan.sizes, list(plan.arms))
+    tables = {t.title: t for t in page.make_tables(plan, found, tests)}
+    score = tables["Dice after 20 steps"]
+    assert score.header == ("arm", "3 patients", "9 patients") and score.rows[2] == ("c", "-", "-")
+    (row,) = tables["Difference from a"].rows
+    assert row[:3] == ("3", "b", "a") and float(row[3].split()[0]) == pytest.approx(0.3, abs=0.05)
+    html = page.render(plan, "the plan", found, tests)
+    assert html.count("data:image/png;base64") == 2 and "the plan" in html
