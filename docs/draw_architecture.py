@@ -17,8 +17,8 @@ ROWS = [  # from the bottom up: (folder, what it has) from left to right
     [("pages", "figures, HTML reports"), ("inference", "windows, output,\nmodel, predictor")],
     [("weight_port", "PyTorch weights to ours and back")],
     [("training", "loss, optimiser, step, devices,\nthe loop, folds, packs")],
-    [("sweeps", "search spaces, studies, workers")],
-    [("entry points", "train, predict, evaluate, compare, report, submit, plan, sweep, doctor, verify_run")],
+    [("sweeps", "search spaces, trials, workers"), ("studies", "plans, runs, statistics")],
+    [("entry points", "train, predict, evaluate, compare, report, submit, plan, sweep, study, doctor, verify_run")],
 ]  # fmt: skip
 COLOURS = {"image": "#1b7f4b", "kernel": "#b3541e", "config": "#3456a8"}
 WIDTH, HEIGHT, GAP = 12.0, 0.92, 0.34
