@@ -1,1 +1,1 @@
-"""Studies: runs that differ in some settings (arms), with several training-set sizes and seeds, and their comparison."""
+"""Studies: runs that differ in some settings (arms), for several training-set sizes and seeds, and their comparison."""
