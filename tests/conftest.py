@@ -20,6 +20,7 @@ from xdim_jax.runs.records import open_recorder
 from xdim_jax.runs.state import TrainState
 from xdim_jax.training import loop, mesh
 
+pytest.register_assert_rewrite("tests.packed_runs", "tests.processes")
 flags.FLAGS.mark_as_parsed()  # grain asks absl for its flags
 
 CONVENTION = "brats2021"
@@ -73,6 +74,32 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("phantoms")
     phantom.write_brats(root, cases=6, convention=CONVENTION, shape=(64, 64, 64))
     return root
+
+
+@pytest.fixture(scope="module")
+def camus4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four phantom patients of CAMUS, 96 x 64 pixels. Read only; runs prepare their cases in a folder next to it."""
+    root = tmp_path_factory.mktemp("camus") / "data"
+    phantom.write_camus(root, cases=4, shape=(96, 64))
+    return root
+
+
+@pytest.fixture(scope="module")
+def camus10(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten phantom patients of CAMUS, 96 x 64 pixels. Read only; runs prepare their cases in a folder next to it."""
+    root = tmp_path_factory.mktemp("camus") / "data"
+    phantom.write_camus(root, cases=10, shape=(96, 64))
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs_alone(camus4: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The workdirs of the runs ``packed_runs.OWN``, each trained by itself. Read only."""
+    from tests import packed_runs
+
+    root = tmp_path_factory.mktemp("alone")
+    with packed_runs.shrunk():
+        return [packed_runs.train_alone(camus4, root / f"run{i}", own) for i, own in enumerate(packed_runs.OWN)]
 
 
 def free_port():

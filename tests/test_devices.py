@@ -22,11 +22,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.conftest import free_port
 from tests.kill_and_resume import OPTIONS
+from tests.processes import EPOCHS, one_device_environment, wait_for_step
 from xdim_jax import ops
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.signals import StopRequest
-from xdim_jax.data import phantom
 from xdim_jax.inference.output import Output
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import PRECISIONS, split_model
@@ -755,26 +755,10 @@ def test_a_pattern_that_fits_stages_of_the_inner_network_reaches_them():
 
 # -- processes ----------------------------------------------------------------------------------------------------
 
-EPOCHS = 5
-
-
-@pytest.fixture(scope="module")
-def camus(tmp_path_factory):
-    """Phantoms, prepared by the first run. Read only."""
-    root = tmp_path_factory.mktemp("camus") / "data"
-    phantom.write_camus(root, cases=10, shape=(96, 64))
-    return root
-
 
 def start_processes(root, workdir, count, *overrides, code=None):
     """``count`` processes of one training run, each with one CPU device."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XDG_CACHE_HOME": str(root.parent / "cache"),  # programs are compiled once for all tests of processes
-        "PYTHONPATH": str(REPO),
-    }
+    environment = os.environ | one_device_environment(root)
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     main = ["-c", code] if code else ["-m", "xdim_jax.train"]
     options = [*OPTIONS, "--config.train.checkpoint_steps=0", f"--config.train.epochs={EPOCHS}"]
@@ -806,24 +790,17 @@ def end(processes, workdir, statuses, timeout=200):
     assert found == statuses, "\n-----\n".join([str(found), *texts])
 
 
-def wait_for_step(workdir, processes, number, timeout=200):
-    deadline = time.monotonic() + timeout
-    while not any(r["step"] >= number for r in read_records(workdir, STEPS_FILE)):
-        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
-        time.sleep(0.05)
-
-
 def saved_steps(workdir):
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does_and_one_of_them_writes(camus, tmp_path):
+def test_two_processes_compute_what_one_does_and_one_of_them_writes(camus10, tmp_path):
     alone, both = tmp_path / "alone", tmp_path / "both"
     # eps: else Nadam makes much of rounding where a gradient is zero
     options = ["train.epochs=2", "train.validate_every=1", "optim.eps=0.01"]
-    end(start_processes(camus, alone, 1, *options), alone, [0])
-    end(start_processes(camus, both, 2, *options), both, [0, 0])
+    end(start_processes(camus10, alone, 1, *options), alone, [0])
+    end(start_processes(camus10, both, 2, *options), both, [0, 0])
     one, two = (read_records(w, STEPS_FILE) for w in (alone, both))
     assert [r["step"] for r in two] == [r["step"] for r in one] == list(range(1, 17))
     # step 3 tells of two updates; later steps drift apart: batch norm over a few values makes much of rounding
@@ -838,16 +815,16 @@ def test_two_processes_compute_what_one_does_and_one_of_them_writes(camus, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signalled", [(0, 1)])
-def test_a_signal_to_any_process_stops_all_at_one_step(camus, tmp_path, signalled):
+def test_a_signal_to_any_process_stops_all_at_one_step(camus10, tmp_path, signalled):
     workdir = tmp_path / "run"
-    processes = start_processes(camus, workdir, 2)
+    processes = start_processes(camus10, workdir, 2)
     wait_for_step(workdir, processes, 3)
     for index in signalled:
         processes[index].send_signal(signal.SIGTERM)
     end(processes, workdir, [75, 75])
     last = read_records(workdir, STEPS_FILE)[-1]["step"]
     assert saved_steps(workdir)[-1] == last < 8 * EPOCHS
-    end(start_processes(camus, workdir, 2), workdir, [0, 0])
+    end(start_processes(camus10, workdir, 2), workdir, [0, 0])
     text = Path(f"{workdir}.0.txt").read_text()
     assert f"resume     from step {last}" in text
     steps = [r["step"] for r in read_records(workdir, STEPS_FILE)]
@@ -856,7 +833,7 @@ def test_a_signal_to_any_process_stops_all_at_one_step(camus, tmp_path, signalle
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["validation.postprocess", "loop.RunController._end_epoch"])
-def test_a_signal_to_one_process_is_agreed_upon_in_a_validation_and_at_an_epochs_end(camus, tmp_path, moment):
+def test_a_signal_to_one_process_is_agreed_upon_in_a_validation_and_at_an_epochs_end(camus10, tmp_path, moment):
     """Process 1 sends itself the signal; all must leave together, none may wait for the other for ever."""
     place, _, name = moment.rpartition(".")
     code = f"""
@@ -874,6 +851,6 @@ sys.argv[0] = "train"
 run(train.main)
 """
     workdir = tmp_path / "run"
-    processes = start_processes(camus, workdir, 2, "train.validate_every=1", "train.epochs=3", code=code)
+    processes = start_processes(camus10, workdir, 2, "train.validate_every=1", "train.epochs=3", code=code)
     end(processes, workdir, [75, 75])
     assert saved_steps(workdir)[-1] == read_records(workdir, STEPS_FILE)[-1]["step"] < 24

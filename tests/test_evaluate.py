@@ -14,8 +14,7 @@ import SimpleITK as sitk
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from tests.test_scoring import brute
-from tests.test_simpson import KEYS, slow_volumes, ventricle
+from tests.reference_scores import KEYS, brute, slow_volumes, ventricle
 from xdim_jax import compare, evaluate
 from xdim_jax.base.errors import UserError
 from xdim_jax.data.phantom import write_chaos

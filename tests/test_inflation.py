@@ -8,14 +8,15 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from tests.random_weights import make_encoder, make_omnianet
 from weight_port.sources import import_timm
 from xdim_jax.base.errors import UserError
 from xdim_jax.inference.model import make_model
-from xdim_jax.nets import inflate, input_channels, networks
+from xdim_jax.nets import inflate, input_channels
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.inflate import Inflation
 from xdim_jax.nets.layers import Depth
-from xdim_jax.nets.weights import Weights, abstract_encoder, adapt_encoder, inflate_network, module_leaves, replaced
+from xdim_jax.nets.weights import abstract_encoder, adapt_encoder, inflate_network, replaced
 
 EXACT = 1e-12
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -29,25 +30,6 @@ def _float64():
 
 def relative(a, b):
     return float(np.abs(a - b).max() / np.abs(b).max())
-
-
-def draw(module, seed=0):
-    """Seeded values for every leaf of a module that make a meaningful test."""
-    rng, arrays = np.random.default_rng(seed), {}
-    for name, leaf in module_leaves(module).items():
-        kind = name.rpartition(".")[2]
-        if kind == "kernel":
-            arrays[name] = rng.normal(size=leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))
-        elif kind in ("scale", "var", "gamma"):
-            arrays[name] = rng.uniform(0.5, 1.5, leaf.shape)
-        else:
-            arrays[name] = 0.1 * rng.normal(size=leaf.shape)
-    return arrays
-
-
-def make_encoder(name="efficientnet_toy", *, norm="batch", padding="symmetric", eps=1e-3):
-    section = {"name": name, "in_channels": 3, "ndim": 2, "norm": norm, "eps": eps, "padding": padding}
-    return Weights("encoder", section, draw(abstract_encoder(section)))
 
 
 def inflated(weights, rule, *, axis=0, **options):
@@ -356,14 +338,6 @@ def test_wrong_inflations_are_refused(options, words):
 
 
 # -- whole networks -------------------------------------------------------------------------------------------------
-
-
-def make_omnianet(**options):
-    encoder = {"name": "efficientnet_toy", "eps": 1e-3, "padding": "symmetric", "drop_path": 0.0}
-    section = {"name": "omnianet", "in_channels": 2, "out_channels": 3, "norm": "batch", "activation": "relu"}
-    section |= {"upsampling": "nearest", "filters": (16, 16, 8, 8, 8), "deep_supervision": False, "encoder": encoder}
-    section |= options
-    return Weights("network", section, draw(networks.build_abstract(section)))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 import xdim_jax
 from tests import twins
 from tests.conftest import toy_model
-from tests.test_inflation import make_encoder, make_omnianet
+from tests.parity import ds_case
+from tests.random_weights import make_encoder, make_omnianet
 from weight_port import authors
 from weight_port.sources import Source
 from xdim_jax.base.errors import UserError
@@ -242,8 +243,6 @@ def test_a_network_goes_into_the_same_network_only():
 
 
 def test_dsnets_encoder_is_found():
-    from tests.test_parity import ds_case
-
     section = ds_case()[0]
     prefix, encoder = weights.encoder_section(section)
     assert prefix == "inner.encoder." and (encoder["ndim"], encoder["in_channels"]) == (2, 3)

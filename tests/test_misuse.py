@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.test_resume import SMALL, data, shrink  # noqa: F401  (data is a fixture: phantoms of CAMUS)
+from tests.small_runs import SMALL, shrink
 from weight_port import __main__ as port
 from xdim_jax import compare, doctor, evaluate, ops, plan, predict, report, submit, sweep, train, verify_run
 from xdim_jax.base.command import run
@@ -228,13 +228,13 @@ REAL = (
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, data):  # noqa: F811
+def places(tmp_path_factory, camus4):
     """Folders and files that are wrong in one way each; ``run`` is a run that is well."""
     root = tmp_path_factory.mktemp("places")
     found = {name: root / name for name in ("run", "empty", "untrained", "changed", "labels", "some", "brats")}
     for name in ("empty", "labels", "some", "untrained"):
         found[name].mkdir()
-    small = " ".join([*SMALL, f"--config.data.root={data}", "--config.train.epochs=1"])
+    small = " ".join([*SMALL, f"--config.data.root={camus4}", "--config.train.epochs=1"])
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch.setattr)
         patch.setenv("XDIM_JAX_CACHE", "off")
@@ -259,7 +259,7 @@ def places(tmp_path_factory, data):  # noqa: F811
     for name, (file, text) in files.items():
         found[name] = root / file
         found[name].write_text(text)
-    return found | {"camus": data, "small": small}
+    return found | {"camus": camus4, "small": small}
 
 
 def command_line(main, arguments, monkeypatch, capsys):

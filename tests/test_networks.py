@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from tests.conftest import TOY_MODEL, toy_model
-from tests.test_parity import ds_case, timm, unet_case
+from tests.parity import ds_case, timm, unet_case
 from weight_port import authors
 from xdim_jax import ops
 from xdim_jax.base.config import load_config, shipped_recipes

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 import weight_port
 import xdim_jax
 from tests import twins
-from tests.test_parity import calibrated, ds_case, state_of, timm
+from tests.parity import calibrated, ds_case, state_of, timm
 from weight_port import __main__ as command
 from weight_port import authors, sources, timm_models
 from weight_port.sources import Source

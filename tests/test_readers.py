@@ -16,10 +16,9 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from scipy.ndimage import binary_dilation, distance_transform_edt
 
+from tests.dicom_files import save_dicom
 from xdim_jax.base.errors import UserError
 from xdim_jax.data import phantom
 from xdim_jax.data.case import encode_label, list_cases, read_case, read_label, scan_cases
@@ -197,37 +196,6 @@ ACROSS_DOWN = {  # along a row, down a column; LPS
     "sagittal": ((0, 1, 0), (0, 0, -1)),
     "sagittal, from the right and upside down": ((0, -1, 0), (0, 0, 1)),
 }
-
-
-def save_dicom(path, pixels, **tags):
-    """One slice, ``pixels`` (rows, columns) uint16 or int16; tags by keyword, None leaves one out."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    modality = tags.get("Modality", "MR")
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = CTImageStorage if modality == "CT" else MRImageStorage
-    meta.MediaStorageSOPInstanceUID = generate_uid()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
-    data.Rows, data.Columns = pixels.shape
-    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
-    data.PixelRepresentation = int(pixels.dtype.kind == "i")
-    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
-    usual = {
-        "Modality": modality,
-        "SeriesInstanceUID": "1.2.3.4",
-        "StudyInstanceUID": "1.2.3",
-        "ImagePositionPatient": [0, 0, 0],
-        "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
-        "PixelSpacing": [1, 1],
-        "SliceThickness": 3.2,
-    }
-    for tag, value in (usual | tags).items():
-        if value is not None:
-            setattr(data, tag, value)
-    assert pixels.dtype in (np.uint16, np.int16)
-    data.PixelData = np.ascontiguousarray(pixels).tobytes()
-    data.save_as(path, enforce_file_format=True)
 
 
 def save_anatomy(folder, across, down, side, *, turn=None, name="IMG-{:05d}.dcm", **tags):
