@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests import packed_runs
-from tests.conftest import free_port
+from tests.conftest import free_port, records
 from tests.packed_runs import OWN, RECIPE, assert_same, overrides, shrunk
 from xdim_jax import sweep, train
 from xdim_jax.base import bucket
@@ -408,7 +408,7 @@ def test_hosts_with_disks_of_their_own_train_one_run(camus4, runs_alone, plain, 
     assert [s["step"] for s in steps] == [s["step"] for s in expected]
     # which process has a sample tells its place in the batch, and so what drop path takes from it
     assert [sorted(s["batch"]) for s in steps] == [sorted(s["batch"]) for s in expected]
-    assert [r["step"] for r in read_records(found) if r["kind"] == "validation"] == [6]
+    assert [r["step"] for r in records(found, "validation")] == [6]
     weights = checkpoint.load_weights(found, *split_small())
     assert weights[2].startswith("best validation")
 
@@ -430,4 +430,4 @@ def test_trials_of_a_sweep_lie_in_a_bucket(camus4, tmp_path, plain, monkeypatch)
     other_host(monkeypatch, tmp_path)
     for trial in ("trial0000", "trial0001"):
         found = bucket.fetch(f"{plain}/{trial}")
-        assert any(r["kind"] == "validation" for r in read_records(found))
+        assert [r["step"] for r in records(found, "validation")] == [4]

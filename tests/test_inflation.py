@@ -19,13 +19,7 @@ from xdim_jax.nets.layers import Depth
 from xdim_jax.nets.weights import abstract_encoder, adapt_encoder, inflate_network, replaced
 
 EXACT = 1e-12
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compile", "float64")
 
 
 def relative(a, b):

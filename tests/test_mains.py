@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from tests.conftest import records
 from xdim_jax import train
 from xdim_jax.base import huge_pages
 from xdim_jax.base.config import load_config
@@ -80,11 +81,6 @@ def trained(run, tmp_path_factory):
     run("evaluate", RULES, f"--pred={workdir / 'pred'}", f"--ref={held_out}", f"--out={workdir / 'eval'}")
     run("report", f"--workdir={workdir}", f"--eval={workdir / 'eval'}", f"--out={workdir / 'report.html'}")
     return workdir
-
-
-def records(workdir, kind):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
 def weights(workdir):

@@ -11,13 +11,7 @@ from scipy import ndimage
 from xdim_jax import ops
 from xdim_jax.ops import dense, slabs, upsampled, winograd
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compile", "float64")
 
 
 def both_forms(function, *args):

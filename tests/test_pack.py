@@ -13,6 +13,7 @@ import numpy as np
 import optuna
 import pytest
 
+from tests.conftest import records
 from tests.packed_runs import OWN, RECIPE, SHAPES, assert_same, load, make_pack, overrides, run_out, shrunk, train_alone
 from xdim_jax import sweep, train
 from xdim_jax.base import signals
@@ -131,8 +132,8 @@ def test_runs_that_read_the_same_share_what_is_read(camus4, tmp_path):
     group.remove(members[1])
     group.remove(members[2])
     assert not group._streams
-    records = [read_records(tmp_path / f"run{i}", STEPS_FILE) for i in range(2)]
-    assert records[0][0]["batch"] == records[1][0]["batch"] and len(records[1]) == 2
+    steps = [read_records(tmp_path / f"run{i}", STEPS_FILE) for i in range(2)]
+    assert steps[0][0]["batch"] == steps[1][0]["batch"] and len(steps[1]) == 2
 
 
 def test_an_empty_place_takes_no_turn(camus4):
@@ -244,7 +245,7 @@ def test_a_sweep_trains_in_packs_what_it_would_train_alone(camus4, tmp_path, cap
     assert periods == {0, 2}, "two programs"
     for trial in study.trials:
         workdir = tmp_path / "sweep" / f"trial{trial.number:04d}"
-        scores = [r["dice"] for r in read_records(workdir) if r["kind"] == "validation"]
+        scores = [r["dice"] for r in records(workdir, "validation")]
         assert trial.value == max(scores) and len(scores) == 1
         assert [trial.intermediate_values[i + 1] for i in range(len(scores))] == scores
     trial = study.trials[3]

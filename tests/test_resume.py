@@ -31,7 +31,7 @@ from safetensors.numpy import save_file
 from tensorboardX.proto import event_pb2
 
 from tests import conftest
-from tests.conftest import small_state
+from tests.conftest import damage_checkpoint, records, small_state
 from tests.small_runs import RECIPE, SMALL, shrink
 from xdim_jax import evaluate, train, verify_run
 from xdim_jax.base import log
@@ -44,7 +44,7 @@ from xdim_jax.data.prepare import Prepared
 from xdim_jax.inference import predictor
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
-from xdim_jax.nets.weights import Weights, write_weights
+from xdim_jax.nets.weights import Weights, named, write_weights
 from xdim_jax.runs import checkpoint, trackers
 from xdim_jax.runs.records import close_recorder
 from xdim_jax.training import check, crossval, initial_weights, loop, step_metrics, validation, watchdog
@@ -90,10 +90,6 @@ def straight(camus4, tmp_path_factory):
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def records(workdir, kind):
-    return [r for r in lines_of(workdir / "metrics.jsonl") if r["kind"] == kind]
 
 
 def arrays_of(folder):
@@ -495,10 +491,7 @@ def test_a_half_written_checkpoint_is_skipped_and_a_damaged_one_moved_aside(smal
     shutil.copytree(straight, workdir)
     newest = workdir / "checkpoints" / "6"
     shutil.copytree(newest, workdir / "checkpoints" / "7.orbax-checkpoint-tmp-123")
-    files = [p for p in newest.rglob("*") if p.is_file() and p.parent.name == "d"]
-    assert files
-    for path in files:
-        path.write_bytes(path.read_bytes()[:10])
+    damage_checkpoint(newest)
     before = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name in "12345")
     out = train_small(workdir, camus4)
     warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
@@ -1160,20 +1153,13 @@ def load_resnet(path, *options):
     return params, stats, json.loads(json.dumps(report))
 
 
-def flat(tree, prefix=""):
-    found = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": np.asarray(value)}
-    return found
-
-
 def test_a_ported_file_fills_the_encoder_and_the_report_says_how(ported, capsys):
     state, folder = ported
     params, stats, report = load_resnet(folder / "resnet.safetensors")
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert report["coverage"] == 1.0 and report["random"] == []
     assert report["source"]["sha256"] == digest and report["weights"] == str(folder / "resnet.safetensors")
-    arrays = flat(params) | flat(stats)
+    arrays = named(params) | named(stats)
     inside = {name for name in arrays if name.startswith("encoder.")}
     assert report["arrays"].keys() == inside, "what was done to every array, and to nothing else"
     stem = "encoder.conv1.kernel"
@@ -1202,7 +1188,7 @@ def test_a_file_that_lacks_an_array_fails_unless_it_may(ported, tmp_path):
     assert report["random"] == ["encoder.layer1.0.conv1.kernel"]
     assert "encoder.layer1.0.conv1.kernel" not in report["arrays"]
     # of ResNet-18 without its head, scalars: (all - 64 * 64 * 9) / all, with the stem of this network's channels
-    inside = {n: a.size for n, a in flat(params).items() if n.startswith("encoder.")}
+    inside = {n: a.size for n, a in named(params).items() if n.startswith("encoder.")}
     running = sum(a.size for n, a in whole.arrays.items() if n.endswith((".mean", ".var")))
     total = sum(inside.values()) + running
     assert report["coverage"] == pytest.approx((total - 64 * 64 * 9) / total) and report["coverage"] < 1

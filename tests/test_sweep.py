@@ -15,6 +15,7 @@ from pathlib import Path
 import optuna
 import pytest
 
+from tests.conftest import records
 from tests.sweep_worker import EPOCHS
 from xdim_jax import sweep
 from xdim_jax.base.errors import UserError
@@ -433,7 +434,6 @@ def test_the_page_of_a_study_that_has_just_begun(tmp_path):
 @pytest.mark.slow
 def test_a_sweep_of_real_runs(tmp_path):
     """Two trials of a toy on CAMUS phantoms: each is an ordinary workdir, and the page tells which is better."""
-    from xdim_jax.runs.records import read_records
 
     path = write_space(tmp_path, "trial.suggest_categorical('optim.schedule.peak', [1e-9, 3e-3])")
     arguments = [f"--config={CAMUS}", f"--space={path}", "--trials=2", "--sampler=grid"]
@@ -453,7 +453,7 @@ def test_a_sweep_of_real_runs(tmp_path):
     assert study.best_trial.params == {"optim.schedule.peak": 3e-3}
     for trial in study.get_trials():
         workdir = tmp_path / "sweep" / f"trial{trial.number:04d}"
-        scores = [r["dice"] for r in read_records(workdir) if r["kind"] == "validation"]
+        scores = [r["dice"] for r in records(workdir, "validation")]
         assert trial.value == max(scores) and (workdir / "best").is_dir() and len(scores) == 3
     out = tmp_path / "sweep.html"
     subprocess.run([*command[:3], "report", f"--workdir={tmp_path / 'sweep'}", f"--out={out}"], cwd=REPO, check=True)
