@@ -180,11 +180,9 @@ def test_a_manifest_fits_the_schemas_of_kubernetes(path):
     """Those of the API server, strictly; a JobSet's own kind is not among them, the Jobs inside it are."""
     import kubernetes_validate
 
-    version, looked = kubernetes_validate.latest_version(), 0
+    version = kubernetes_validate.latest_version()
     for document in [d for d in documents(path) if d["kind"] != "JobSet"] + list(jobs_of(path)):
         kubernetes_validate.validate(document, version, strict=True)
-        looked += 1
-    assert looked
     with pytest.raises(kubernetes_validate.ValidationError):  # the validator sees what a typo makes
         kubernetes_validate.validate(next(jobs_of(path)) | {"spek": {}}, version, strict=True)
 

@@ -505,7 +505,8 @@ def test_config_is_the_papers_recipe():
     assert (config.optim.lookahead.period, config.optim.lookahead.step_size) == (6, 0.5)
     schedule = config.optim.schedule
     assert (schedule.peak, schedule.final, schedule.constant_epochs, config.train.epochs) == (1e-3, 1e-5, 40, 90)
-    assert config.train.validate_after_score == 0.85 and config.predict.threshold == 0.5 and config.predict.min_et > 0
+    assert config.train.validate_after_score == 0.85
+    assert (config.predict.threshold, config.predict.min_et) == (0.5, 200)
     assert (config.model.encoder.name, config.model.norm, config.loss.name) == (
         "efficientnet_b0",
         "instance",

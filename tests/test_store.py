@@ -112,7 +112,7 @@ def test_downsampling_does_not_alias():
     stripes = np.zeros((1, 64, 64, 1), np.float32)
     stripes[:, :, ::2] = 1
     inner = resample(stripes, (1, 64, 16))[:, :, 2:-2]
-    np.testing.assert_allclose(inner, 0.5, atol=0.1)
+    np.testing.assert_allclose(inner, 0.5, atol=1e-6)
 
 
 def test_nearest_takes_the_voxel_under_the_centre():

@@ -118,7 +118,8 @@ def test_all_problems_of_a_space_are_told_at_once(tmp_path):
 )
 def test_spaces_that_ship_fit_their_recipes(name, config):
     path = Path(f"configs/sweeps/{name}.py")
-    assert len(space.check_space(space.load_space(path)[0], path, config, [])) >= (1 if name == "seeds" else 6)
+    found = space.check_space(space.load_space(path)[0], path, config, [])
+    assert len(found) == (1 if name == "seeds" else 7)
 
 
 @pytest.mark.parametrize(
