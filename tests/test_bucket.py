@@ -149,7 +149,7 @@ def test_a_bucket_that_was_emptied_is_a_new_start(plain, tmp_path):
     shutil.rmtree(tmp_path / "bucket")
     with bucket.workdir(plain) as here:
         assert tree(here) == {}
-    with pytest.raises(UserError, match=r"no run.*give the --workdir of xdim_jax\.train"):
+    with pytest.raises(UserError, match=r"/nothing.*--workdir"):
         bucket.fetch(f"{plain}/nothing")
 
 
@@ -179,7 +179,7 @@ def test_a_host_that_dies_while_it_uploads_leaves_what_was_whole_before(plain, t
         put(here, there, **more)
 
     monkeypatch.setattr(mirror._fs, "put_file", dies)
-    with pytest.raises(UserError, match="cannot be written: ConnectionError: the host is gone"):
+    with pytest.raises(UserError, match="ConnectionError: the host is gone"):
         mirror.push()
     monkeypatch.setattr(mirror._fs, "put_file", put)
     assert (tmp_path / "bucket" / "2" / "data").exists()
@@ -220,7 +220,7 @@ def test_a_bucket_that_is_away_for_a_while_is_waited_for(plain, monkeypatch, cap
         (mirror.folder / "a").write_text("a")
         assert tried.wait(20)
         away.clear()
-    assert "cannot be written: TimeoutError: no answer" in capsys.readouterr().out
+    assert "TimeoutError: no answer" in capsys.readouterr().out
     assert mirror._read_manifest() == {"a": 1}
     (mirror.folder / "b").write_text("b")
     away.set()
@@ -423,7 +423,7 @@ def test_trials_of_a_sweep_lie_in_a_bucket(camus4, tmp_path, plain, monkeypatch)
     space.write_text("def suggest(trial):\n    trial.suggest_float('optim.schedule.peak', 1e-3, 1e-1, log=True)\n")
     own = {k: v for k, v in OWN[1].items() if k != "optim.schedule.peak"}
     command = [f"--config={RECIPE}", f"--space={space}", "--trials=2", f"--workdir={plain}", "--pack=2"]
-    with pytest.raises(UserError, match="a study does not fit into a bucket; give --storage"):
+    with pytest.raises(UserError, match=r"bucket.*--storage"):
         sweep.main([*command, *overrides(camus4, own)])
     with shrunk():
         assert sweep.main([*command, f"--storage={tmp_path / 'study'}", *overrides(camus4, own)]) == 0

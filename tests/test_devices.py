@@ -363,18 +363,19 @@ def test_layouts_that_do_not_fit_are_refused_with_the_numbers():
         (4, 1, 8, {"accumulate": 2, "parallel": "pmap"}),
     ]
     found = run_python(f"from tests import test_devices as t; t.print_refusals({calls!r})")
-    found[5] = found[5].partition(" or --config.mesh.data")[0]  # see the next test
-    assert found == [
-        "config.data.batch=6 does not divide over 8 data-parallel devices in 1 processes; "
-        "set --config.data.batch=8 or --config.mesh.data=6",
-        "config.mesh.space=3 does not divide the 8 devices",
-        "config.mesh asks for 16 x 1 devices; there are 8",
-        "config.mesh asks for 0 x 1 devices; there are 8",
-        "config.mesh.space=0 does not divide the 8 devices",
-        "config.data.batch=6 does not divide over 2 data-parallel devices in 1 processes in 2 parts "
-        "(config.train.accumulate); set --config.data.batch=4",
-        "config.mesh.space=2: pmap supports only the axis data; set --config.mesh.parallel=jit",
-        "config.mesh.parallel='xmap' is unknown; known: jit, pmap",
+    words = [
+        ("config.data.batch=6 ", "8 data-parallel", "--config.data.batch=8 or --config.mesh.data=6"),
+        ("config.mesh.space=3 ", "8 devices"),
+        ("16 x 1 devices", "there are 8"),
+        ("0 x 1 devices", "there are 8"),
+        ("config.mesh.space=0 ", "8 devices"),
+        ("config.data.batch=6 ", "2 data-parallel", "2 parts", "config.train.accumulate", "--config.data.batch=4"),
+        ("config.mesh.space=2", "pmap", "--config.mesh.parallel=jit"),
+        ("config.mesh.parallel='xmap'", "jit, pmap"),
+    ]
+    for call, message, expected in zip(calls, found, words, strict=False):
+        assert all(word in message for word in expected), (call, message)
+    assert found[len(words) :] == [
         [{"data": 4, "space": 2}, "jit"],
         [{"data": 2, "space": 2}, "jit"],
         [{"data": 4, "space": 1}, "pmap"],
@@ -391,12 +392,8 @@ def test_a_depth_that_cannot_be_spread_at_every_level_is_refused():
     config, _ = configured("dxnet")
     networks.check_space(config.model, (16, 32, 32), 4)
     networks.check_space(config.model, (18, 32, 32), 1)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"mesh\.space=4 .* 6 planes .*data\.patch=\(24, 32, 32\).* 16 or 32"):
         networks.check_space(config.model, (24, 32, 32), 4)
-    assert str(caught.value) == (
-        "config.mesh.space=4 does not divide the 6 planes that the coarsest level has of "
-        "config.data.patch=(24, 32, 32); make the first side 16 or 32"
-    )
     for side in (16, 32):
         networks.check_space(config.model, (side, 32, 32), 4)
     flat, _ = configured("omnianet")
@@ -404,7 +401,7 @@ def test_a_depth_that_cannot_be_spread_at_every_level_is_refused():
         networks.check_space(flat.model, (96, 32), 2)
     networks.check_space(flat.model, (128, 32), 2)
     folded, _ = configured("dsnet")
-    with pytest.raises(UserError, match=r"mesh.space=2: DS-Net folds the depth into colour channels.*mesh.space=1"):
+    with pytest.raises(UserError, match=r"mesh.space=2.*DS-Net.*mesh.space=1"):
         networks.check_space(folded.model, (97, 32, 32), 2)
 
 
@@ -431,9 +428,7 @@ def test_processes_that_cannot_be_joined(arguments, words):
 
 def test_a_batch_that_does_not_divide_is_refused_at_the_start_of_a_run(tmp_path):
     config, dataset = configured("omnianet", "data.batch=6", "train.accumulate=4")
-    with pytest.raises(
-        UserError, match=r"config.data.batch=6 does not divide .* in 4 parts \(config.train.accumulate\)"
-    ):
+    with pytest.raises(UserError, match=r"config.data.batch=6 .* 4 parts .*config.train.accumulate"):
         train_run(config, dataset, tmp_path / "run", StopRequest())
     assert not (tmp_path / "run").exists()
 
@@ -736,10 +731,9 @@ def test_every_stage_that_a_network_names_is_one(network):
 def test_a_stage_that_is_not_there_is_an_error_with_those_that_are():
     with pytest.raises(UserError) as caught:
         configured("omnianet", "train.remat=decoder5, bottleneck,enc?")
-    assert str(caught.value) == (
-        "config.train.remat=decoder5, bottleneck,enc?: bottleneck, enc? fits no stage of this network; it has: "
-        "encoder, decoder1, decoder2, decoder3, decoder4, decoder5"
-    )
+    given, wrong, *_, known = str(caught.value).split(": ")
+    assert given == "config.train.remat=decoder5, bottleneck,enc?" and wrong.startswith("bottleneck, enc? ")
+    assert known == "encoder, decoder1, decoder2, decoder3, decoder4, decoder5"
     config, _ = configured("omnianet")
     model = networks.build_abstract(config.model)
     networks.set_remat(model, " decoder5 , encoder,")

@@ -302,7 +302,7 @@ def test_layers_may_have_rules_of_their_own():
     np.testing.assert_allclose(deep.arrays["conv_stem.kernel"][0], flat.arrays["conv_stem.kernel"] / 3)
     image = np.random.default_rng(0).normal(size=(1, 33, 40, 3))
     assert worst_slice(features(flat, image), features(deep, repeated(image, 9, 0)), 0) < EXACT
-    with pytest.raises(UserError, match=r"pattern 'bloks.\*' matches no layer.* blocks"):
+    with pytest.raises(UserError, match=r"'bloks.\*'.* blocks"):
         inflated(flat, "mean", layers=(("bloks.*", "centre"),))
 
 
@@ -366,7 +366,7 @@ def test_a_whole_network_on_any_volume_slice_by_slice(axis):
 
 
 def test_only_a_whole_omnianet_inflates():
-    with pytest.raises(UserError, match=r"only a whole Omnia-Net can be inflated.* encoder efficientnet_toy"):
+    with pytest.raises(UserError, match=r"Omnia-Net.* encoder efficientnet_toy"):
         inflate_network(make_encoder(), {}, Inflation())
 
 
@@ -420,7 +420,7 @@ def test_a_map_names_channels():
     picked = input_channels.adapt_channels(kernel, 2, "map", channel_map=(2, 0))
     np.testing.assert_allclose(picked[..., 0, :] / picked[..., 1, :], kernel[..., 2, :] / kernel[..., 0, :])
     for wrong in ((0, 1), (0, 1, 3), (0, 1, -1)):
-        with pytest.raises(ValueError, match="source channel, 0 to 2, for each of 3 channels"):
+        with pytest.raises(ValueError, match=r"0 to 2.* 3 channels"):
             input_channels.adapt_channels(kernel, 3, "map", channel_map=wrong)
 
 

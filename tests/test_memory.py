@@ -161,7 +161,7 @@ def test_voxels_are_those_that_nibabel_reads(kind, tmp_path):
 def test_a_file_that_ends_early_says_how_early(tmp_path):
     path = made(tmp_path, "NIfTI-2, not compressed")
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(DataError, match=r"ends 10 bytes before the last voxel"):
+    with pytest.raises(DataError, match="10 bytes"):
         read_image(path)
 
 

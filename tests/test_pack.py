@@ -188,7 +188,7 @@ def test_layouts(monkeypatch):
     monkeypatch.setattr(jax, "local_device_count", lambda: 4)
     assert pack.choose_layout("auto", 8) == ("devices", 4) and pack.choose_layout("auto", 6) == ("devices", 2)
     assert pack.choose_layout("devices", 3) == ("devices", 3) and pack.choose_layout("vmap", 3) == ("vmap", 1)
-    with pytest.raises(UserError, match="6 runs do not divide over 4 devices; give --pack=4 or --pack=8"):
+    with pytest.raises(UserError, match=r"6 runs .* 4 devices.* --pack=4 or --pack=8"):
         pack.choose_layout("devices", 6)
     with pytest.raises(UserError, match="--layout=stack is unknown"):
         pack.choose_layout("stack", 6)
@@ -202,7 +202,7 @@ def test_folds_in_one_program(camus4, tmp_path, capsys):
     own = {k: v for k, v in OWN[0].items() if k != "data.fold"}
     command = [f"--config={RECIPE},fold=all", *overrides(camus4, own)]
     assert train.main([*command, f"--workdir={tmp_path / 'packed'}", "--pack=2"]) == 0
-    assert "pack       2 of 2 runs at a time, layout scan" in capsys.readouterr().out
+    assert "pack       2 of 2 runs" in capsys.readouterr().out
     assert train.main([*command, f"--workdir={tmp_path / 'alone'}"]) == 0
     found, expected = (json.loads((tmp_path / k / "crossval.json").read_text()) for k in ("packed", "alone"))
     assert found["mean"] == pytest.approx(expected["mean"], abs=2e-3)
@@ -343,7 +343,7 @@ def test_every_program_of_a_space_is_found_once(monkeypatch):
             trial.suggest_categorical(f"augment.{key}.p", [0.0, 0.5])
 
     monkeypatch.setattr(dry, "MOST", 20)
-    with pytest.raises(UserError, match=r"more than 20 programs; fix some of: augment\.blur\.p"):
+    with pytest.raises(UserError, match=r"20 programs.* augment\.blur\.p"):
         dry.distinct(many, RECIPE, SHAPES)
 
 
@@ -362,7 +362,8 @@ def test_a_dry_run_refuses_what_does_not_fit(slots, camus4, tmp_path, capsys):
     assert "programs   2," in out and "data.batch=2" in out and "data.batch=64" in out and "does not fit" not in out
     with pytest.raises(UserError) as caught:
         sweep.main([*command, "--budget=10MiB"])
-    assert "1 of 2 programs need more than 0.01 GiB" in str(caught.value) and "data.batch=64: " in str(caught.value)
+    assert "1 of 2 programs" in str(caught.value) and "0.01 GiB" in str(caught.value)
+    assert "data.batch=64: " in str(caught.value)
     assert "data.batch=2:" not in str(caught.value)
     assert ("a smaller --pack" in str(caught.value)) == (slots == 2)
     assert not (tmp_path / "sweep").exists()

@@ -176,9 +176,7 @@ def test_two_networks_are_the_mean_of_both(workdir, image, tmp_path):
 
 def test_networks_that_do_not_go_together_are_refused(workdir, tmp_path):
     other = make_workdir(tmp_path / "other", normalise="none")
-    with pytest.raises(
-        UserError, match=r"cannot be an ensemble.*\n.*data\.prepare\.normalise: 'zscore' in .*'none' in"
-    ):
+    with pytest.raises(UserError, match=r"data\.prepare\.normalise: 'zscore' in .*'none' in"):
         xdim_jax.Predictor([workdir, other])
 
 
@@ -274,7 +272,7 @@ def test_paths_from_python(flat, predictor, found, image, tmp_path):
     np.testing.assert_array_equal(np.asarray(saved.dataobj), found.label.transpose(2, 1, 0))
     with pytest.raises(UserError, match=r"array.*position"):
         found.save(tmp_path / "no.nii.gz")
-    with pytest.raises(UserError, match=r"ends in .nii.gz or .nii"):
+    with pytest.raises(UserError, match=r"\.nii\.gz or \.nii"):
         of_files.save(tmp_path / "no.png")
 
     volume = np.random.default_rng(1).integers(-500, 500, (5, 40, 36)).astype(np.int16)
@@ -290,7 +288,7 @@ def test_paths_from_python(flat, predictor, found, image, tmp_path):
     assert [c.case_id for c in cases] == ["a", "b"] and not problems
     with pytest.raises(UserError, match=r"holds 2 cases \(a, b\)"):
         by_slice.predict(tmp_path / "two")
-    with pytest.raises(UserError, match="absent: no such file or folder"):
+    with pytest.raises(UserError, match="absent: no such file"):
         by_slice.predict(tmp_path / "absent")
     with pytest.raises(UserError, match="files have their own"):
         by_slice.predict(tmp_path / "series", spacing=(9, 9, 9))

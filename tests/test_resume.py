@@ -138,7 +138,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
 
 def test_what_the_whole_run_says_and_leaves(straight):
     out = (straight / "out.txt").read_text()
-    assert "nothing to resume, starting at step 0" in out and "done       predict with" in out
+    assert "starting at step 0" in out and "done       predict with" in out
     kept = sorted(p.name for p in (straight / "checkpoints").iterdir())
     assert kept == ["4", "6"], "the ends of the last two epochs"
     assert [r["step"] for r in lines_of(straight / "steps.jsonl")] == [1, 2, 3, 4, 5, 6]
@@ -896,7 +896,7 @@ def test_an_array_that_differs_is_named(tmp_path, capsys):
     checkpoint.close(checkpoints)
     code, out = verified(a, b, capsys)
     assert code == 1 and "checkpoints/4: 1 arrays differ: params.slow.w" in out
-    assert "recorded in both runs, all equal" in out
+    assert "4 recorded in both runs, all equal" in out
 
 
 def test_zeros_of_another_sign_differ(tmp_path, capsys):
@@ -1035,7 +1035,7 @@ def test_the_summary_of_records_made_by_hand(tmp_path):
         ["sd", "0.100", "0.300"],
     ]
     assert len({len(line) for line in lines}) == 1
-    with pytest.raises(UserError, match=r"fold3 has no validation on record; train fold 3 to its end"):
+    with pytest.raises(UserError, match="fold3 has no validation"):
         crossval.summarise(tmp_path, 4)
 
 
@@ -1050,7 +1050,7 @@ def test_all_folds_of_a_list_that_came_with_the_data(tmp_path, monkeypatch):
         lists = [{"training": ("a",), "validation": ("b",)}] * count
         monkeypatch.setattr(crossval, "scan_cases", lambda *_, lists=lists, **__: Scan([], [], tuple(lists)))
         if count == 1:
-            with pytest.raises(UserError, match="has 1 folds, expected two or more"):
+            with pytest.raises(UserError, match="1 folds"):
                 crossval.train_folds(config, tmp_path, every)
     assert crossval.train_folds(config, tmp_path, every) == 75
     assert begun == [(0, "fold0"), (1, "fold1"), (2, "fold2")]
@@ -1079,7 +1079,7 @@ def test_what_has_no_folds_is_refused(small, camus4, tmp_path):
     with pytest.raises(UserError, match=r"config\.data\.split=official"):
         train_small(tmp_path / "a", camus4, "--config.data.split=official", words=",fold=all")
     make_workdir(tmp_path / "single")
-    with pytest.raises(UserError, match=r"is the workdir of a single run; give another .*for fold=all"):
+    with pytest.raises(UserError, match=r"/single .* single run.* fold=all"):
         train_small(tmp_path / "single", camus4, words=",fold=all")
     with pytest.raises(UserError, match=r"config\.data\.folds=1"):
         train_small(tmp_path / "b", camus4, "--config.data.folds=1", words=",fold=all")

@@ -118,7 +118,7 @@ def test_misuse_is_told_and_nothing_is_written(perfect, tmp_path):
         submit.main(arguments)
     with pytest.raises(UserError, match="needs --task"):
         submit.main(["--challenge=chaos", f"--pred={perfect['chaos'] / 'pred'}", f"--out={tmp_path / 'x'}"])
-    with pytest.raises(UserError, match=r"has no predict\.json: it is not what xdim_jax\.predict wrote"):
+    with pytest.raises(UserError, match=r"has no predict\.json"):
         submit.main(["--challenge=camus", f"--pred={tmp_path}", f"--out={tmp_path / 'x'}"])
 
 
@@ -138,7 +138,7 @@ def test_test_patients_have_numbers_of_their_own(name, mark, perfect, tmp_path, 
     (pred / "predict.json").write_text(json.dumps(record | {"images": images}))
     tasks = ["--task=4"] if name == "chaos" else []
     submit.main([f"--challenge={name}", f"--pred={pred}", f"--out={tmp_path / 'up'}", *tasks])
-    assert f"{len(record['images'])} cases are not of the test set and left out" in capsys.readouterr().out
+    assert f"{len(record['images'])} cases are not of the test set" in capsys.readouterr().out
     summary = scores(RULES[name], tmp_path / "up", root / "data", tmp_path / "eval", *tasks)
     assert all(metrics["dice"]["mean"] == 1.0 for metrics in summary["structures"].values())
     (expected,) = [case for case in record["images"] if case.startswith(("CT_1", "patient0001_2CH_ED"))]

@@ -148,7 +148,7 @@ def test_a_report_without_a_study_says_so(tmp_path):
     with pytest.raises(UserError, match=r"study\.journal does not exist"):
         sweep.main(["report", f"--workdir={tmp_path}", f"--out={tmp_path / 'a.html'}"])
     studies.open_study(studies.open_storage(str(tmp_path / "study.journal")), "mine")
-    with pytest.raises(UserError, match="--study=other is not in this storage; studies there: mine"):
+    with pytest.raises(UserError, match=r"--study=other .*: mine$"):
         sweep.main(["report", f"--workdir={tmp_path}", "--study=other", f"--out={tmp_path / 'a.html'}"])
 
 
@@ -221,7 +221,7 @@ def test_workers_of_one_study_mean_the_same(storage):
     study = open_toy(storage)
     studies.agree(study, {"config": "a.py", "space": "x"})
     studies.agree(open_toy(storage), {"config": "a.py"})
-    with pytest.raises(UserError, match=r"another config: 'a\.py' there, 'b\.py' here"):
+    with pytest.raises(UserError, match=r"config.*'a\.py'.*'b\.py'"):
         studies.agree(study, {"config": "b.py"})
 
 

@@ -327,7 +327,7 @@ def test_without_a_validation_the_slow_weights_of_the_latest_state_are_used(tmp_
     np.testing.assert_array_equal(params["w"], 2.0)
     np.testing.assert_array_equal(stats["n"]["mean"], 4.0)
     assert source == "latest state, step 4"
-    with pytest.raises(UserError, match=r"params.w is \(4,\) in the checkpoint, \(5,\) in the network"):
+    with pytest.raises(UserError, match=r"params\.w .*\(4,\).*\(5,\)"):
         checkpoint.load_weights(tmp_path, {"w": jnp.zeros(5)}, {"n": {"mean": jnp.zeros(2)}})
 
 
