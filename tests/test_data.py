@@ -257,8 +257,12 @@ def test_files_of_a_case_are_checked_by_their_names(root, tmp_path):
 
 def test_labels_as_floats_are_rounded(root):
     """Copies exist whose labels are float32, off by rounding."""
+    case = list_cases(BRATS, root, need_labels=True)[0]
+    expected = read_case(case).label
     rewrite(part(root, 0, "seg"), lambda a, affine: ((a + 1e-5).astype(np.float32), affine))
-    read_all(root)
+    label = read_case(case).label
+    assert label.dtype == np.uint8
+    np.testing.assert_array_equal(label, expected)
 
 
 # -- written files ------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 kills in" in done.stdout and "0 runs differ" in done.stdout
     killed = sorted(folder.glob("killed*"))
-    assert killed
+    assert killed, "no run was killed"
     for workdir in killed:
         assert_same_end(workdir, folder / "straight", 48)
         validations = [
@@ -732,7 +732,7 @@ def test_trackers_get_everything_and_go_on_after_a_resume(fakes, small, camus4, 
     config = json.loads((workdir / "config.json").read_text())
     inits = [call[1] for call in wandb.named("init")]
     assert len(inits) == 2 and inits[0]["id"] == inits[1]["id"] and inits[0]["id"]
-    assert inits[1]["resume"] in ("allow", "must") and inits[0]["project"] == "hearts"
+    assert inits[1]["resume"] == "allow" and inits[0]["project"] == "hearts"
     assert Path(inits[0]["dir"]) == workdir
     assert json.loads(json.dumps(inits[0]["config"])) == config
     assert wandb.modes == ["offline"] * 2
