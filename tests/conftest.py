@@ -94,12 +94,12 @@ def camus10(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs_alone(camus4: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The workdirs of the runs ``packed_runs.OWN``, each trained by itself. Read only."""
+    """The workdirs of the runs ``packed_runs.RUNS``, each trained by itself. Read only."""
     from tests import packed_runs
 
     root = tmp_path_factory.mktemp("alone")
-    with packed_runs.shrunk():
-        return [packed_runs.train_alone(camus4, root / f"run{i}", own) for i, own in enumerate(packed_runs.OWN)]
+    with packed_runs.small_network():
+        return [packed_runs.train_alone(camus4, root / f"run{i}", own) for i, own in enumerate(packed_runs.RUNS)]
 
 
 @pytest.fixture

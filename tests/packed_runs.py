@@ -34,7 +34,7 @@ SHAPES = [
     "--config.train.overlays=0",
 ]
 # the settings in which runs of one pack may differ
-OWN = [
+RUNS = [
     {
         "seed": 0, "train.epochs": 3, "optim.schedule.peak": 1e-2, "optim.b1": 0.9, "optim.b2": 0.99, "optim.eps": 1e-8,
         "optim.momentum_decay": 4e-3, "optim.weight_decay": 1e-3, "optim.clip_norm": 0.5, "optim.ema": 0.9,
@@ -53,7 +53,7 @@ OWN = [
 ]  # fmt: skip
 
 
-class Small(nnx.Module):
+class SmallNetwork(nnx.Module):
     """A convolution, batch norm with SiLU, drop path, and a linear map."""
 
     stages = ()
@@ -73,10 +73,10 @@ class Small(nnx.Module):
 
 
 @contextlib.contextmanager
-def shrunk():
-    """Replace every network by `Small` and compile without optimisations."""
+def small_network():
+    """Replace every network by `SmallNetwork` and compile without optimisations."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "build", lambda config, seed: Small(config["out_channels"], seed))
+        patch.setattr(networks, "build", lambda config, seed: SmallNetwork(config["out_channels"], seed))
         patch.setenv("XDIM_JAX_CACHE", "off")
         jax.config.update("jax_disable_most_optimizations", True)
         yield
@@ -98,10 +98,10 @@ def train_alone(data, workdir, own):
 
 
 def make_pack(data, slots, layout="scan"):
-    return pack.Pack(load(data, OWN[0]), slots, layout, signals.StopRequest())
+    return pack.Pack(load(data, RUNS[0]), slots, layout, signals.StopRequest())
 
 
-def run_out(group):
+def finish_runs(group):
     """Step until every run has ended, and remove each run when it ends."""
     while any(group.members):
         group.step()
@@ -109,7 +109,7 @@ def run_out(group):
             group.remove(member)
 
 
-def assert_same(found, expected):
+def assert_same_run(found, expected):
     """Check that two workdirs have the same records and, to rounding, the same final weights."""
     steps = [read_records(w, STEPS_FILE) for w in (found, expected)]
     assert [s["step"] for s in steps[0]] == [s["step"] for s in steps[1]]
@@ -137,5 +137,5 @@ def read_state(workdir):
 
 
 if __name__ == "__main__":
-    with shrunk():
+    with small_network():
         sys.exit(train.main(sys.argv[1:]))

@@ -8,7 +8,7 @@ from scipy.spatial.distance import cdist
 from skimage.measure import find_contours
 
 DISTANCES = ("assd_mean", "assd_pooled", "hd", "hd95_pooled", "hd95_maxdir", "nsd_0.5", "nsd_1.0", "nsd_2.0")
-KEYS = [*itertools.product(("2CH", "4CH"), ("ED", "ES"))]
+CAMUS_IMAGES = [*itertools.product(("2CH", "4CH"), ("ED", "ES"))]
 
 
 def brute_surface(mask, border):
@@ -16,10 +16,10 @@ def brute_surface(mask, border):
     points = []
     for point in map(tuple, np.argwhere(mask)):
         for axis, step in itertools.product(range(mask.ndim), (-1, 1)):
-            beside = list(point)
-            beside[axis] += step
-            if 0 <= beside[axis] < mask.shape[axis]:
-                outside = not mask[tuple(beside)]
+            neighbour = list(point)
+            neighbour[axis] += step
+            if 0 <= neighbour[axis] < mask.shape[axis]:
+                outside = not mask[tuple(neighbour)]
             else:
                 outside = border
             if outside:
@@ -128,10 +128,10 @@ def slow_view(mask, spacing):
 
 
 def slow_volumes(masks, step="largest"):
-    views = {key: slow_view(*masks[key]) for key in KEYS}
+    views = {key: slow_view(*masks[key]) for key in CAMUS_IMAGES}
     found = []
     for instant in ("ED", "ES"):
-        heights = [views[k][1] for k in KEYS if step == "largest" or k[1] == instant]
+        heights = [views[k][1] for k in CAMUS_IMAGES if step == "largest" or k[1] == instant]
         total = sum(a * b for a, b in zip(views["2CH", instant][0], views["4CH", instant][0], strict=True))
         found.append(math.pi / 4 * max(heights) * total / 1000)
     return found

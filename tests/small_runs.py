@@ -37,6 +37,6 @@ class Pixelwise(nnx.Module):
         return [logits] if levels else logits
 
 
-def shrink(setattr_):
+def use_pixelwise(setattr_):
     """Replace every network by `Pixelwise`."""
     setattr_(networks, "build", lambda config, seed: Pixelwise(config["out_channels"], seed))

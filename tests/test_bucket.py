@@ -15,7 +15,7 @@ import pytest
 
 from tests import packed_runs
 from tests.conftest import free_port, records
-from tests.packed_runs import OWN, RECIPE, assert_same, overrides, shrunk
+from tests.packed_runs import RECIPE, RUNS, assert_same_run, overrides, small_network
 from xdim_jax import sweep, train
 from xdim_jax.base import bucket
 from xdim_jax.base.errors import UserError
@@ -246,7 +246,7 @@ def test_addresses_that_lead_nowhere(address, message, gcs):
 
 def prepared(data, folder, **options):
     """The entries of the phantoms, and what was said."""
-    config = packed_runs.load(data, OWN[0])
+    config = packed_runs.load(data, RUNS[0])
     config, dataset = check.resolve_config(config)
     cases = data_case.usable_cases(data_case.scan_cases(dataset, data, need_labels=True), data)
     said = []
@@ -335,7 +335,7 @@ def test_prepared_cases_are_stored_in_known_stores_only():
 @pytest.mark.parametrize("store", ["gcs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 def test_a_run_in_a_bucket_goes_on_on_another_host(store, camus4, runs_alone, tmp_path, monkeypatch, capsys):
     """Stopped after a few steps; taken up where nothing of it is on the disk; what reads runs reads it there."""
-    command = [f"--config={RECIPE}", f"--workdir={store}/run", *overrides(camus4, OWN[0])]
+    command = [f"--config={RECIPE}", f"--workdir={store}/run", *overrides(camus4, RUNS[0])]
     command += [f"--config.data.store={store}/prepared"]
     compiled = loop.compile_step
 
@@ -348,7 +348,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_host(store, camus4, runs_alone, tm
 
         return run
 
-    with shrunk():
+    with small_network():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "compile_step", stops)
             assert train.main(command) == 75
@@ -357,7 +357,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_host(store, camus4, runs_alone, tm
         assert "resume     from step 1" in capsys.readouterr().out
         other_host(monkeypatch, tmp_path)
         found = bucket.fetch(f"{store}/run")
-        assert_same(found, runs_alone[0])
+        assert_same_run(found, runs_alone[0])
         assert checkpoint.exist(found) and not list(found.rglob("*.orbax-checkpoint-tmp*"))
 
 
@@ -372,7 +372,7 @@ def start_processes(tmp_path, plain, data, name):
             "XDIM_JAX_SCRATCH": str(tmp_path / f"{name}{index}"),
         }
         command = [sys.executable, "-m", "tests.packed_runs", f"--config={RECIPE}", f"--workdir={plain}"]
-        command += [*overrides(data, OWN[0]), f"--coordinator=localhost:{port}", "--processes=2", f"--process={index}"]
+        command += [*overrides(data, RUNS[0]), f"--coordinator=localhost:{port}", "--processes=2", f"--process={index}"]
         with open(tmp_path / f"{name}{index}.txt", "wb") as out:
             running.append(subprocess.Popen(command, cwd=REPO, env=environment, stdout=out, stderr=subprocess.STDOUT))
     return running
@@ -415,17 +415,17 @@ def test_hosts_with_disks_of_their_own_train_one_run(camus4, runs_alone, plain, 
 
 def split_small():
     """Trees of the shapes of the toy's parameters and statistics."""
-    return split_model(packed_runs.Small(4, 0))[1:]
+    return split_model(packed_runs.SmallNetwork(4, 0))[1:]
 
 
 def test_trials_of_a_sweep_lie_in_a_bucket(camus4, tmp_path, plain, monkeypatch):
     space = tmp_path / "space.py"
     space.write_text("def suggest(trial):\n    trial.suggest_float('optim.schedule.peak', 1e-3, 1e-1, log=True)\n")
-    own = {k: v for k, v in OWN[1].items() if k != "optim.schedule.peak"}
+    own = {k: v for k, v in RUNS[1].items() if k != "optim.schedule.peak"}
     command = [f"--config={RECIPE}", f"--space={space}", "--trials=2", f"--workdir={plain}", "--pack=2"]
     with pytest.raises(UserError, match=r"bucket.*--storage"):
         sweep.main([*command, *overrides(camus4, own)])
-    with shrunk():
+    with small_network():
         assert sweep.main([*command, f"--storage={tmp_path / 'study'}", *overrides(camus4, own)]) == 0
     other_host(monkeypatch, tmp_path)
     for trial in ("trial0000", "trial0001"):

@@ -14,7 +14,18 @@ import optuna
 import pytest
 
 from tests.conftest import records
-from tests.packed_runs import OWN, RECIPE, SHAPES, assert_same, load, make_pack, overrides, run_out, shrunk, train_alone
+from tests.packed_runs import (
+    RECIPE,
+    RUNS,
+    SHAPES,
+    assert_same_run,
+    finish_runs,
+    load,
+    make_pack,
+    overrides,
+    small_network,
+    train_alone,
+)
 from xdim_jax import sweep, train
 from xdim_jax.base import signals
 from xdim_jax.base.errors import UserError
@@ -29,7 +40,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def small():
-    with shrunk():
+    with small_network():
         yield
 
 
@@ -40,11 +51,11 @@ def small():
 def test_runs_of_a_pack_are_what_they_are_alone(layout, camus4, runs_alone, tmp_path):
     """Seeds, folds, lengths, learning rates and every number of optimiser and loss differ."""
     group = make_pack(camus4, 3, layout)
-    for i, own in enumerate(OWN):
+    for i, own in enumerate(RUNS):
         group.add(load(camus4, own), tmp_path / f"run{i}")
-    run_out(group)
+    finish_runs(group)
     for i, workdir in enumerate(runs_alone):
-        assert_same(tmp_path / f"run{i}", workdir)
+        assert_same_run(tmp_path / f"run{i}", workdir)
         a, b = (json.loads((w / "config.json").read_text()) for w in (tmp_path / f"run{i}", workdir))
         assert a == b
 
@@ -54,13 +65,13 @@ def test_one_run_per_device(camus4, runs_alone, tmp_path):
     """Four places on two devices, three of them taken, in a process that has two devices."""
     code = (
         "import sys; from tests import packed_runs as t; from pathlib import Path\n"
-        "t.networks.build = lambda config, seed: t.Small(config['out_channels'], seed)\n"
+        "t.networks.build = lambda config, seed: t.SmallNetwork(config['out_channels'], seed)\n"
         "group = t.make_pack(Path(sys.argv[1]), 4, 'devices')\n"
         "assert group.layout == 'devices'\n"
-        "for i, own in enumerate(t.OWN):\n"
+        "for i, own in enumerate(t.RUNS):\n"
         "    group.add(t.load(Path(sys.argv[1]), own), Path(sys.argv[2]) / f'run{i}')\n"
         "assert len(group._state.step.sharding.device_set) == 2\n"
-        "t.run_out(group)\n"
+        "t.finish_runs(group)\n"
     )
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "XDIM_JAX_CACHE": "off"}
     environment |= {"PYTHONPATH": str(REPO), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -68,7 +79,7 @@ def test_one_run_per_device(camus4, runs_alone, tmp_path):
     done = subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     for i, workdir in enumerate(runs_alone):
-        assert_same(tmp_path / f"run{i}", workdir)
+        assert_same_run(tmp_path / f"run{i}", workdir)
 
 
 def test_a_place_is_taken_again_without_a_new_program(camus4, runs_alone, tmp_path, monkeypatch):
@@ -76,54 +87,54 @@ def test_a_place_is_taken_again_without_a_new_program(camus4, runs_alone, tmp_pa
     compiled, compile_step = [], pack.compile_step
     monkeypatch.setattr(pack, "compile_step", lambda *a: compiled.append(1) or compile_step(*a))
     group = make_pack(camus4, 2)
-    first = group.add(load(camus4, OWN[0]), tmp_path / "run0")
-    second = group.add(load(camus4, OWN[1]), tmp_path / "run1")
+    first = group.add(load(camus4, RUNS[0]), tmp_path / "run0")
+    second = group.add(load(camus4, RUNS[1]), tmp_path / "run1")
     while second.running:
         group.step()
     group.remove(second)
     group.step()  # alone
     assert first.running and group.free == 1
-    group.add(load(camus4, OWN[2]), tmp_path / "run2")
-    run_out(group)
+    group.add(load(camus4, RUNS[2]), tmp_path / "run2")
+    finish_runs(group)
     assert compiled == [1]
     for i, workdir in enumerate(runs_alone):
-        assert_same(tmp_path / f"run{i}", workdir)
+        assert_same_run(tmp_path / f"run{i}", workdir)
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_pack_to_alone_and_back(camus4, runs_alone, tmp_path):
     stop = signals.StopRequest()
-    group = pack.Pack(load(camus4, OWN[0]), 2, "scan", stop)
-    members = [group.add(load(camus4, own), tmp_path / f"run{i}") for i, own in enumerate(OWN[:2])]
+    group = pack.Pack(load(camus4, RUNS[0]), 2, "scan", stop)
+    members = [group.add(load(camus4, own), tmp_path / f"run{i}") for i, own in enumerate(RUNS[:2])]
     group.step()
     stop.signal = 15
     group.step()
     assert [m.running for m in members] == [False, False] and [m.controller.steps_done for m in members] == [2, 2]
     for member in members:
         group.remove(member)
-    train_alone(camus4, tmp_path / "run0", OWN[0])
+    train_alone(camus4, tmp_path / "run0", RUNS[0])
     again = make_pack(camus4, 2)
-    again.add(load(camus4, OWN[1]), tmp_path / "run1")
-    run_out(again)
+    again.add(load(camus4, RUNS[1]), tmp_path / "run1")
+    finish_runs(again)
     for i, workdir in enumerate(runs_alone[:2]):
-        assert_same(tmp_path / f"run{i}", workdir)
+        assert_same_run(tmp_path / f"run{i}", workdir)
 
 
 def test_a_run_that_fails_leaves_the_others(camus4, runs_alone, tmp_path):
-    bad = OWN[1] | {"optim.schedule.peak": 1e37, "optim.clip_norm": 1e6, "optim.eps": 1e-16}
+    bad = RUNS[1] | {"optim.schedule.peak": 1e37, "optim.clip_norm": 1e6, "optim.eps": 1e-16}
     group = make_pack(camus4, 2)
-    group.add(load(camus4, OWN[0]), tmp_path / "run0")
+    group.add(load(camus4, RUNS[0]), tmp_path / "run0")
     member = group.add(load(camus4, bad), tmp_path / "bad")
-    run_out(group)
+    finish_runs(group)
     assert "not finite" in member.error
     assert member.error in (tmp_path / "bad" / "train.log").read_text()
-    assert_same(tmp_path / "run0", runs_alone[0])
+    assert_same_run(tmp_path / "run0", runs_alone[0])
 
 
 def test_runs_that_read_the_same_share_what_is_read(camus4, tmp_path):
     group = make_pack(camus4, 3)
-    same = [OWN[0] | {"optim.b1": b1} for b1 in (0.8, 0.9)]
-    members = [group.add(load(camus4, own), tmp_path / f"run{i}") for i, own in enumerate([*same, OWN[1]])]
+    same = [RUNS[0] | {"optim.b1": b1} for b1 in (0.8, 0.9)]
+    members = [group.add(load(camus4, own), tmp_path / f"run{i}") for i, own in enumerate([*same, RUNS[1]])]
     group.step()
     assert members[0].group == members[1].group != members[2].group and len(group._streams) == 2
     group.remove(members[0])
@@ -165,9 +176,9 @@ def test_an_empty_place_takes_no_turn(camus4):
     ],
 )
 def test_runs_of_other_programs_do_not_fit(override, camus4):
-    assert pack.signature(load(camus4, OWN[0])) == pack.signature(load(camus4, OWN[1]))
-    other = load(camus4, OWN[0], f"--config.{override}")
-    assert pack.signature(other) != pack.signature(load(camus4, OWN[0]))
+    assert pack.signature(load(camus4, RUNS[0])) == pack.signature(load(camus4, RUNS[1]))
+    other = load(camus4, RUNS[0], f"--config.{override}")
+    assert pack.signature(other) != pack.signature(load(camus4, RUNS[0]))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +191,7 @@ def test_runs_of_other_programs_do_not_fit(override, camus4):
 )
 def test_settings_that_a_pack_does_not_have(words, message, camus4):
     with pytest.raises(UserError, match=message):
-        pack.check_packable(load(camus4, OWN[0], *words), 2, "scan")
+        pack.check_packable(load(camus4, RUNS[0], *words), 2, "scan")
 
 
 def test_layouts(monkeypatch):
@@ -199,7 +210,7 @@ def test_layouts(monkeypatch):
 
 @pytest.mark.slow
 def test_folds_in_one_program(camus4, tmp_path, capsys):
-    own = {k: v for k, v in OWN[0].items() if k != "data.fold"}
+    own = {k: v for k, v in RUNS[0].items() if k != "data.fold"}
     command = [f"--config={RECIPE},fold=all", *overrides(camus4, own)]
     assert train.main([*command, f"--workdir={tmp_path / 'packed'}", "--pack=2"]) == 0
     assert "pack       2 of 2 runs" in capsys.readouterr().out
@@ -207,14 +218,14 @@ def test_folds_in_one_program(camus4, tmp_path, capsys):
     found, expected = (json.loads((tmp_path / k / "crossval.json").read_text()) for k in ("packed", "alone"))
     assert found["mean"] == pytest.approx(expected["mean"], abs=2e-3)
     for fold in ("fold0", "fold1"):
-        assert_same(tmp_path / "packed" / fold, tmp_path / "alone" / fold)
+        assert_same_run(tmp_path / "packed" / fold, tmp_path / "alone" / fold)
     with pytest.raises(UserError, match=r"--pack=2.*fold=all"):
-        train.main([f"--config={RECIPE}", f"--workdir={tmp_path / 'x'}", "--pack=2", *overrides(camus4, OWN[0])])
+        train.main([f"--config={RECIPE}", f"--workdir={tmp_path / 'x'}", "--pack=2", *overrides(camus4, RUNS[0])])
 
 
 # -- sweeps -------------------------------------------------------------------------------------------------------
 
-SWEPT = {k: v for k, v in OWN[1].items() if k not in ("optim.schedule.peak", "optim.b1")}
+SWEPT = {k: v for k, v in RUNS[1].items() if k not in ("optim.schedule.peak", "optim.b1")}
 
 
 def make_worker(folder, data, suggest, trials, stop=None, pruner=None, slots=2):
@@ -237,7 +248,7 @@ def test_a_sweep_trains_in_packs_what_it_would_train_alone(camus4, tmp_path, cap
         "    trial.suggest_categorical('optim.lookahead.period', [0, 2])\n"
     )
     command = [f"--config={RECIPE}", f"--space={space}", "--trials=5", f"--workdir={tmp_path / 'sweep'}", "--pack=2"]
-    own = {k: v for k, v in OWN[1].items() if k != "optim.schedule.peak"}
+    own = {k: v for k, v in RUNS[1].items() if k != "optim.schedule.peak"}
     assert sweep.main([*command, "--seed=1", *overrides(camus4, own)]) == 0
     study = studies.open_study(studies.open_storage(str(tmp_path / "sweep" / "study.journal")), "sweep", create=False)
     assert ends(study) == ["COMPLETE"] * 5
@@ -249,7 +260,7 @@ def test_a_sweep_trains_in_packs_what_it_would_train_alone(camus4, tmp_path, cap
         assert trial.value == max(scores) and len(scores) == 1
         assert [trial.intermediate_values[i + 1] for i in range(len(scores))] == scores
     trial = study.trials[3]
-    assert_same(tmp_path / "sweep" / "trial0003", train_alone(camus4, tmp_path / "alone", own | trial.params))
+    assert_same_run(tmp_path / "sweep" / "trial0003", train_alone(camus4, tmp_path / "alone", own | trial.params))
     assert sweep.main([*command, "--seed=1", *overrides(camus4, own)]) == 0
     assert "5 of 5 trials have ended" in capsys.readouterr().out
 
@@ -372,7 +383,7 @@ def test_a_dry_run_refuses_what_does_not_fit(slots, camus4, tmp_path, capsys):
 @pytest.mark.parametrize("layout", ["scan", "vmap"])
 def test_what_a_pack_takes_is_told_by_its_own_program(layout, camus4):
     """State and batches of twice as many runs are twice as much."""
-    config = load(camus4, OWN[0])
+    config = load(camus4, RUNS[0])
     config, dataset = pack.resolve_config(config)
     two, four = (pack.step_bytes(config, dataset, slots, layout) for slots in (2, 4))
     batch = 4 * 4 * (32 * 32 * 5 + 8)  # float image, uint8 label, key

@@ -32,7 +32,7 @@ from tensorboardX.proto import event_pb2
 
 from tests import conftest
 from tests.conftest import damage_checkpoint, records, small_state
-from tests.small_runs import RECIPE, SMALL, shrink
+from tests.small_runs import RECIPE, SMALL, use_pixelwise
 from xdim_jax import evaluate, train, verify_run
 from xdim_jax.base import log
 from xdim_jax.base.config import load_config
@@ -55,7 +55,7 @@ REPO = Path(__file__).parent.parent
 
 @pytest.fixture
 def small(monkeypatch):
-    shrink(monkeypatch.setattr)
+    use_pixelwise(monkeypatch.setattr)
     monkeypatch.setenv("XDIM_JAX_CACHE", "off")
 
 
@@ -81,7 +81,7 @@ def straight(camus4, tmp_path_factory):
     """A whole run that nothing disturbed. Read only."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        shrink(patch.setattr)
+        use_pixelwise(patch.setattr)
         patch.setenv("XDIM_JAX_CACHE", "off")
         out = train_small(workdir, camus4, "--config.train.overlays=2")
     (workdir / "out.txt").write_text(out)
@@ -211,12 +211,12 @@ def test_a_signal_in_a_validation_ends_it_and_the_resumed_run_makes_it(small, ca
 _LONG = "lambda: hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 _PROCESS = """
 import hashlib, sys, time
-from tests.small_runs import shrink
+from tests.small_runs import use_pixelwise
 from xdim_jax import train
 from xdim_jax.base.command import run
 from xdim_jax.data import pipeline, store
 from xdim_jax.training import mesh
-shrink(setattr)
+use_pixelwise(setattr)
 long, moment = LONG, sys.argv.pop(1)
 if moment == "prepare":
     original = store.read_case

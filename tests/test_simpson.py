@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 from scipy.stats import pearsonr
 
-from tests.reference_scores import KEYS, slow_view, slow_volumes, ventricle
+from tests.reference_scores import CAMUS_IMAGES, slow_view, slow_volumes, ventricle
 from xdim_jax.scoring import camus, simpson
 from xdim_jax.scoring.simpson import Volumes
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.quick
 def patient(shape, spacing, change=lambda mask, key: mask, **options):
     """Four masks of one pose, each a little different."""
     masks = {}
-    for n, key in enumerate(KEYS):
+    for n, key in enumerate(CAMUS_IMAGES):
         shrink = 0.85 if key[1] == "ES" else 1.0
         own = {"length": 70.0 * shrink + n, "width": 22.0 * shrink - n / 2} | options
         masks[key] = change(ventricle(shape, spacing, **own), key), spacing
@@ -47,7 +47,7 @@ def with_stray_above(mask, key):
 
 
 def ragged(mask, key):
-    rng = np.random.default_rng(KEYS.index(key))
+    rng = np.random.default_rng(CAMUS_IMAGES.index(key))
     edge = mask ^ np.roll(mask, 1, 1)
     return mask ^ (edge & (rng.random(mask.shape) < 0.3))
 
@@ -72,7 +72,7 @@ PATIENTS = {
 @pytest.mark.parametrize("name", PATIENTS)
 def test_equals_the_slow_implementation(name, step):
     masks = PATIENTS[name]
-    if any(slow_view(*masks[key]) is None for key in KEYS):
+    if any(slow_view(*masks[key]) is None for key in CAMUS_IMAGES):
         found = simpson.volumes(masks, step=step)
         assert math.isnan(found.edv) and math.isnan(found.esv)
         return
@@ -134,7 +134,7 @@ def test_half_an_ellipsoid(spacing):
     size = round(110 / spacing[0]), round(80 / spacing[1])
     long, a, b = 80.0, 24.0, 28.0
     masks = {}
-    for view, instant in KEYS:
+    for view, instant in CAMUS_IMAGES:
         shrink = 1.0 if instant == "ED" else 0.8
         width = (a if view == "2CH" else b) * shrink
         masks[view, instant] = ventricle(size, spacing, length=long * shrink, width=width), spacing
@@ -152,7 +152,7 @@ def test_no_half_width_is_below_8_pixels():
     np.testing.assert_array_equal(found.diameters, 16)
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", CAMUS_IMAGES)
 @pytest.mark.parametrize("kind", ["empty", "full", "no base"])
 def test_failures_are_not_numbers(kind, key):
     """No cavity, no contour, or an open contour that is upright, so that no chord is flat."""
