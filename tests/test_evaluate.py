@@ -1097,7 +1097,7 @@ def test_compare_says_what_it_leaves_out(evaluated, two, tmp_path, capsys):
     assert compare.main([str(two[0]), str(tmp_path / "d")]) == 0
     said = "".join(capsys.readouterr())
     assert re.search(rf"1 cases .*{re.escape(str(two[0]))}.*: c5$", said, re.M)
-    assert ": assd_pooled, hd95_pooled\n" in said
+    assert ": assd_pooled, hd95_pooled, volume\n" in said
     assert compare.main([str(two[0]), str(two[1]), "--metrics=dice"]) == 0
     assert "left out" not in "".join(capsys.readouterr())
 

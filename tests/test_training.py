@@ -205,7 +205,7 @@ def test_the_same_step_gives_the_same_bits_and_another_step_another_drop_path():
     b, again = train(state, batch, key)
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)) and first["loss"] == again["loss"]
     losses = {float(train(state._replace(step=jnp.int32(s)), batch, key)[1]["loss"]) for s in range(8)}
-    assert len(losses) == 8
+    assert len(losses) == 2, "with and without the one block that has a skip connection"
 
 
 @pytest.mark.parametrize(("asked_at", "log_every"), [(2, 100), (3, 2), (4, 100), (5, 2)])
