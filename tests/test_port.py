@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 import weight_port
 import xdim_jax
 from tests import twins
-from tests.parity import calibrated, ds_case, state_of, timm
+from tests.parity import CASES, calibrated, ds_case, state_of, timm
 from weight_port import __main__ as command
 from weight_port import authors, sources, timm_models
 from weight_port.sources import Source
@@ -257,7 +257,6 @@ def test_our_leaves_are_accounted_for_on_the_way_back(states):
 
 
 def test_two_leaves_never_share_a_name():
-    from tests.test_parity import CASES
     from weight_port.names import leaves
     from xdim_jax.nets.networks import build_abstract
 
