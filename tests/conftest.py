@@ -16,10 +16,11 @@ from configs import _shared
 from xdim_jax.base.signals import StopRequest
 from xdim_jax.data import phantom
 from xdim_jax.runs import checkpoint
-from xdim_jax.runs.records import open_recorder
+from xdim_jax.runs.records import open_recorder, read_records
 from xdim_jax.runs.state import TrainState
 from xdim_jax.training import loop, mesh, validation
 
+pytest.register_assert_rewrite("tests.packed_runs", "tests.processes")
 flags.FLAGS.mark_as_parsed()  # grain asks absl for its flags
 
 CONVENTION = "brats2021"
@@ -75,10 +76,56 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def camus4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four phantom patients of CAMUS, 96 x 64 pixels. Read only; runs prepare their cases in a folder next to it."""
+    root = tmp_path_factory.mktemp("camus") / "data"
+    phantom.write_camus(root, cases=4, shape=(96, 64))
+    return root
+
+
+@pytest.fixture(scope="module")
+def camus10(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten phantom patients of CAMUS, 96 x 64 pixels. Read only; runs prepare their cases in a folder next to it."""
+    root = tmp_path_factory.mktemp("camus") / "data"
+    phantom.write_camus(root, cases=10, shape=(96, 64))
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs_alone(camus4: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The workdirs of the runs ``packed_runs.RUNS``, each trained by itself. Read only."""
+    from tests import packed_runs
+
+    root = tmp_path_factory.mktemp("alone")
+    with packed_runs.small_network():
+        return [packed_runs.train_alone(camus4, root / f"run{i}", own) for i, own in enumerate(packed_runs.RUNS)]
+
+
+@pytest.fixture
+def float64():
+    """64-bit numbers in JAX."""
+    with jax.enable_x64(True):
+        yield
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
+
+
+def records(workdir, kind):
+    """Return the records of one kind ("train", "epoch" or "validation") of a run."""
+    return [record for record in read_records(workdir) if record["kind"] == kind]
+
+
+def damage_checkpoint(folder):
+    """Truncate every array file of a checkpoint."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name == "d"]
+    assert files, f"{folder} holds no array files"
+    for path in files:
+        path.write_bytes(path.read_bytes()[:10])
 
 
 def small_state(value, at=0):

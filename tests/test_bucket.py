@@ -8,13 +8,14 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests import test_pack as packs
-from tests.conftest import free_port
-from tests.test_pack import OWN, RECIPE, alone, assert_same, data, overrides, shrunk  # noqa: F401  (two fixtures)
+from tests import packed_runs
+from tests.conftest import free_port, records
+from tests.packed_runs import RECIPE, RUNS, assert_same_run, overrides, small_network
 from xdim_jax import sweep, train
 from xdim_jax.base import bucket
 from xdim_jax.base.errors import UserError
@@ -25,7 +26,9 @@ from xdim_jax.data.store import prepare_cases
 from xdim_jax.nets.functional import split_model
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import STEPS_FILE, read_records
-from xdim_jax.training import check
+from xdim_jax.training import check, loop
+
+REPO = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,7 @@ def test_a_bucket_that_was_emptied_is_a_new_start(plain, tmp_path):
     shutil.rmtree(tmp_path / "bucket")
     with bucket.workdir(plain) as here:
         assert tree(here) == {}
-    with pytest.raises(UserError, match=r"no run.*give the --workdir of xdim_jax\.train"):
+    with pytest.raises(UserError, match=r"/nothing.*--workdir"):
         bucket.fetch(f"{plain}/nothing")
 
 
@@ -176,7 +179,7 @@ def test_a_host_that_dies_while_it_uploads_leaves_what_was_whole_before(plain, t
         put(here, there, **more)
 
     monkeypatch.setattr(mirror._fs, "put_file", dies)
-    with pytest.raises(UserError, match="cannot be written: ConnectionError: the host is gone"):
+    with pytest.raises(UserError, match="ConnectionError: the host is gone"):
         mirror.push()
     monkeypatch.setattr(mirror._fs, "put_file", put)
     assert (tmp_path / "bucket" / "2" / "data").exists()
@@ -217,7 +220,7 @@ def test_a_bucket_that_is_away_for_a_while_is_waited_for(plain, monkeypatch, cap
         (mirror.folder / "a").write_text("a")
         assert tried.wait(20)
         away.clear()
-    assert "cannot be written: TimeoutError: no answer" in capsys.readouterr().out
+    assert "TimeoutError: no answer" in capsys.readouterr().out
     assert mirror._read_manifest() == {"a": 1}
     (mirror.folder / "b").write_text("b")
     away.set()
@@ -241,9 +244,9 @@ def test_addresses_that_lead_nowhere(address, message, gcs):
 # -- prepared cases -----------------------------------------------------------------------------------------------
 
 
-def prepared(data, folder, **options):  # noqa: F811
+def prepared(data, folder, **options):
     """The entries of the phantoms, and what was said."""
-    config = packs.load(data, OWN[0])
+    config = packed_runs.load(data, RUNS[0])
     config, dataset = check.resolve_config(config)
     cases = data_case.usable_cases(data_case.scan_cases(dataset, data, need_labels=True), data)
     said = []
@@ -252,9 +255,9 @@ def prepared(data, folder, **options):  # noqa: F811
 
 
 @everywhere
-def test_cases_in_a_bucket_are_those_of_a_folder(store, data, tmp_path):  # noqa: F811
-    local, _ = prepared(data, tmp_path / "local")
-    remote, said = prepared(data, store)
+def test_cases_in_a_bucket_are_those_of_a_folder(store, camus4, tmp_path):
+    local, _ = prepared(camus4, tmp_path / "local")
+    remote, said = prepared(camus4, store)
     assert "0 of 16 cases prepared" in said[0]
     assert [e.case_id for e in remote] == [e.case_id for e in local]
     for a, b in zip(remote, local, strict=True):
@@ -267,7 +270,7 @@ def test_cases_in_a_bucket_are_those_of_a_folder(store, data, tmp_path):  # noqa
         np.testing.assert_array_equal(np.asarray(x.label), y.label)
         draws = [entry.voxel(np.random.default_rng(3)) for entry in (a, b)]
         assert draws[0] == draws[1]
-    assert f"store      {store}/" in prepared(data, store)[1][0] and "16 of 16" in prepared(data, store)[1][0]
+    assert f"store      {store}/" in prepared(camus4, store)[1][0] and "16 of 16" in prepared(camus4, store)[1][0]
 
 
 def test_what_another_host_wrote_meanwhile_stays(plain, tmp_path):
@@ -286,17 +289,17 @@ def test_what_another_host_wrote_meanwhile_stays(plain, tmp_path):
     assert store_backends.open_entry(place)[0]["by"] == "second" and second.size(place) >= first.size(place)
 
 
-def test_a_chunk_that_is_gone_is_missed(plain, data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_chunk_that_is_gone_is_missed(plain, camus4, tmp_path, monkeypatch):
     """zarr itself would read zeros."""
-    entries, _ = prepared(data, plain)
+    entries, _ = prepared(camus4, plain)
     folder = tmp_path / "bucket" / entries[0].location.removeprefix(plain + "/")
     assert json.loads((folder / "image" / "zarr.json").read_text())["zarr_format"] == 3
     chunk = next(p for p in (folder / "image" / "c").rglob("*") if p.is_file())
     chunk.unlink()
-    assert "15 of 16" in prepared(data, plain)[1][0]
+    assert "15 of 16" in prepared(camus4, plain)[1][0]
     assert chunk.exists()
     (folder / "case.json").unlink()  # written last: the entry was not finished
-    assert "15 of 16" in prepared(data, plain)[1][0]
+    assert "15 of 16" in prepared(camus4, plain)[1][0]
     refuse = lambda self, *rest: (_ for _ in ()).throw(ConnectionError("gone"))  # noqa: E731
     store_backends._open_zarr_entry.cache_clear()
     monkeypatch.setattr(store_backends, "_zarr", refuse)
@@ -330,11 +333,11 @@ def test_prepared_cases_are_stored_in_known_stores_only():
 
 
 @pytest.mark.parametrize("store", ["gcs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
-def test_a_run_in_a_bucket_goes_on_on_another_host(store, data, alone, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_in_a_bucket_goes_on_on_another_host(store, camus4, runs_alone, tmp_path, monkeypatch, capsys):
     """Stopped after a few steps; taken up where nothing of it is on the disk; what reads runs reads it there."""
-    command = [f"--config={RECIPE}", f"--workdir={store}/run", *overrides(data, OWN[0])]
+    command = [f"--config={RECIPE}", f"--workdir={store}/run", *overrides(camus4, RUNS[0])]
     command += [f"--config.data.store={store}/prepared"]
-    compiled = packs.original
+    compiled = loop.compile_step
 
     def stops(*arguments):
         program = compiled(*arguments)
@@ -345,35 +348,33 @@ def test_a_run_in_a_bucket_goes_on_on_another_host(store, data, alone, tmp_path,
 
         return run
 
-    with shrunk():
+    with small_network():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("xdim_jax.training.loop.compile_step", stops)
+            patch.setattr(loop, "compile_step", stops)
             assert train.main(command) == 75
         other_host(monkeypatch, tmp_path)
         assert train.main(command) == 0
         assert "resume     from step 1" in capsys.readouterr().out
         other_host(monkeypatch, tmp_path)
         found = bucket.fetch(f"{store}/run")
-        assert_same(found, alone[0])
+        assert_same_run(found, runs_alone[0])
         assert checkpoint.exist(found) and not list(found.rglob("*.orbax-checkpoint-tmp*"))
 
 
-def start_processes(tmp_path, plain, data, name):  # noqa: F811
+def start_processes(tmp_path, plain, data, name):
     """Two processes of one run, each with a scratch folder of its own, as hosts have."""
     port, running = free_port(), []
     for index in range(2):
         environment = os.environ | {
             "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
             "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(packs.REPO),
+            "PYTHONPATH": str(REPO),
             "XDIM_JAX_SCRATCH": str(tmp_path / f"{name}{index}"),
         }
-        command = [sys.executable, "-m", "tests.test_bucket", f"--config={RECIPE}", f"--workdir={plain}"]
-        command += [*overrides(data, OWN[0]), f"--coordinator=localhost:{port}", "--processes=2", f"--process={index}"]
+        command = [sys.executable, "-m", "tests.packed_runs", f"--config={RECIPE}", f"--workdir={plain}"]
+        command += [*overrides(data, RUNS[0]), f"--coordinator=localhost:{port}", "--processes=2", f"--process={index}"]
         with open(tmp_path / f"{name}{index}.txt", "wb") as out:
-            running.append(
-                subprocess.Popen(command, cwd=packs.REPO, env=environment, stdout=out, stderr=subprocess.STDOUT)
-            )
+            running.append(subprocess.Popen(command, cwd=REPO, env=environment, stdout=out, stderr=subprocess.STDOUT))
     return running
 
 
@@ -388,9 +389,9 @@ def ended(running, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_hosts_with_disks_of_their_own_train_one_run(data, alone, plain, tmp_path):  # noqa: F811
+def test_hosts_with_disks_of_their_own_train_one_run(camus4, runs_alone, plain, tmp_path):
     """Two processes that share nothing but the bucket; stopped, and gone on with on two other hosts."""
-    running = start_processes(tmp_path, plain, data, "first")
+    running = start_processes(tmp_path, plain, camus4, "first")
     kept = tmp_path / "first0"
     deadline = time.monotonic() + 200
     while not list(kept.rglob("steps.jsonl")) or not next(kept.rglob("steps.jsonl")).read_text():
@@ -400,38 +401,33 @@ def test_hosts_with_disks_of_their_own_train_one_run(data, alone, plain, tmp_pat
     statuses, said = ended(running, tmp_path, "first")
     assert statuses == [75, 75], said
     assert not list((tmp_path / "first1").rglob("checkpoints")), "process 0 alone saves"
-    statuses, said = ended(start_processes(tmp_path, plain, data, "second"), tmp_path, "second")
+    statuses, said = ended(start_processes(tmp_path, plain, camus4, "second"), tmp_path, "second")
     assert statuses == [0, 0] and "resume     from step" in said, said
     found = bucket.fetch(plain)
-    steps, expected = (read_records(w, STEPS_FILE) for w in (found, alone[0]))
+    steps, expected = (read_records(w, STEPS_FILE) for w in (found, runs_alone[0]))
     assert [s["step"] for s in steps] == [s["step"] for s in expected]
     # which process has a sample tells its place in the batch, and so what drop path takes from it
     assert [sorted(s["batch"]) for s in steps] == [sorted(s["batch"]) for s in expected]
-    assert [r["step"] for r in read_records(found) if r["kind"] == "validation"] == [6]
+    assert [r["step"] for r in records(found, "validation")] == [6]
     weights = checkpoint.load_weights(found, *split_small())
     assert weights[2].startswith("best validation")
 
 
 def split_small():
     """Trees of the shapes of the toy's parameters and statistics."""
-    return split_model(packs.Small(4, 0))[1:]
+    return split_model(packed_runs.SmallNetwork(4, 0))[1:]
 
 
-def test_trials_of_a_sweep_lie_in_a_bucket(data, tmp_path, plain, monkeypatch):  # noqa: F811
+def test_trials_of_a_sweep_lie_in_a_bucket(camus4, tmp_path, plain, monkeypatch):
     space = tmp_path / "space.py"
     space.write_text("def suggest(trial):\n    trial.suggest_float('optim.schedule.peak', 1e-3, 1e-1, log=True)\n")
-    own = {k: v for k, v in OWN[1].items() if k != "optim.schedule.peak"}
+    own = {k: v for k, v in RUNS[1].items() if k != "optim.schedule.peak"}
     command = [f"--config={RECIPE}", f"--space={space}", "--trials=2", f"--workdir={plain}", "--pack=2"]
-    with pytest.raises(UserError, match="a study does not fit into a bucket; give --storage"):
-        sweep.main([*command, *overrides(data, own)])
-    with shrunk():
-        assert sweep.main([*command, f"--storage={tmp_path / 'study'}", *overrides(data, own)]) == 0
+    with pytest.raises(UserError, match=r"bucket.*--storage"):
+        sweep.main([*command, *overrides(camus4, own)])
+    with small_network():
+        assert sweep.main([*command, f"--storage={tmp_path / 'study'}", *overrides(camus4, own)]) == 0
     other_host(monkeypatch, tmp_path)
     for trial in ("trial0000", "trial0001"):
         found = bucket.fetch(f"{plain}/{trial}")
-        assert any(r["kind"] == "validation" for r in read_records(found))
-
-
-if __name__ == "__main__":  # a process of a run of two, with the toy network
-    with shrunk():
-        sys.exit(train.main(sys.argv[1:]))
+        assert [r["step"] for r in records(found, "validation")] == [4]

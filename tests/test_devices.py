@@ -22,11 +22,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.conftest import free_port
 from tests.kill_and_resume import OPTIONS
+from tests.processes import EPOCHS, one_device_environment, wait_for_step
 from xdim_jax import ops
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.signals import StopRequest
-from xdim_jax.data import phantom
 from xdim_jax.inference.output import Output
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import PRECISIONS, split_model
@@ -363,18 +363,19 @@ def test_layouts_that_do_not_fit_are_refused_with_the_numbers():
         (4, 1, 8, {"accumulate": 2, "parallel": "pmap"}),
     ]
     found = run_python(f"from tests import test_devices as t; t.print_refusals({calls!r})")
-    found[5] = found[5].partition(" or --config.mesh.data")[0]  # see the next test
-    assert found == [
-        "config.data.batch=6 does not divide over 8 data-parallel devices in 1 processes; "
-        "set --config.data.batch=8 or --config.mesh.data=6",
-        "config.mesh.space=3 does not divide the 8 devices",
-        "config.mesh asks for 16 x 1 devices; there are 8",
-        "config.mesh asks for 0 x 1 devices; there are 8",
-        "config.mesh.space=0 does not divide the 8 devices",
-        "config.data.batch=6 does not divide over 2 data-parallel devices in 1 processes in 2 parts "
-        "(config.train.accumulate); set --config.data.batch=4",
-        "config.mesh.space=2: pmap supports only the axis data; set --config.mesh.parallel=jit",
-        "config.mesh.parallel='xmap' is unknown; known: jit, pmap",
+    words = [
+        ("config.data.batch=6 ", "8 data-parallel", "--config.data.batch=8 or --config.mesh.data=6"),
+        ("config.mesh.space=3 ", "8 devices"),
+        ("16 x 1 devices", "there are 8"),
+        ("0 x 1 devices", "there are 8"),
+        ("config.mesh.space=0 ", "8 devices"),
+        ("config.data.batch=6 ", "2 data-parallel", "2 parts", "config.train.accumulate", "--config.data.batch=4"),
+        ("config.mesh.space=2", "pmap", "--config.mesh.parallel=jit"),
+        ("config.mesh.parallel='xmap'", "jit, pmap"),
+    ]
+    for call, message, expected in zip(calls, found, words, strict=False):
+        assert all(word in message for word in expected), (call, message)
+    assert found[len(words) :] == [
         [{"data": 4, "space": 2}, "jit"],
         [{"data": 2, "space": 2}, "jit"],
         [{"data": 4, "space": 1}, "pmap"],
@@ -391,12 +392,8 @@ def test_a_depth_that_cannot_be_spread_at_every_level_is_refused():
     config, _ = configured("dxnet")
     networks.check_space(config.model, (16, 32, 32), 4)
     networks.check_space(config.model, (18, 32, 32), 1)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"mesh\.space=4 .* 6 planes .*data\.patch=\(24, 32, 32\).* 16 or 32"):
         networks.check_space(config.model, (24, 32, 32), 4)
-    assert str(caught.value) == (
-        "config.mesh.space=4 does not divide the 6 planes that the coarsest level has of "
-        "config.data.patch=(24, 32, 32); make the first side 16 or 32"
-    )
     for side in (16, 32):
         networks.check_space(config.model, (side, 32, 32), 4)
     flat, _ = configured("omnianet")
@@ -404,7 +401,7 @@ def test_a_depth_that_cannot_be_spread_at_every_level_is_refused():
         networks.check_space(flat.model, (96, 32), 2)
     networks.check_space(flat.model, (128, 32), 2)
     folded, _ = configured("dsnet")
-    with pytest.raises(UserError, match=r"mesh.space=2: DS-Net folds the depth into colour channels.*mesh.space=1"):
+    with pytest.raises(UserError, match=r"mesh.space=2.*DS-Net.*mesh.space=1"):
         networks.check_space(folded.model, (97, 32, 32), 2)
 
 
@@ -431,9 +428,7 @@ def test_processes_that_cannot_be_joined(arguments, words):
 
 def test_a_batch_that_does_not_divide_is_refused_at_the_start_of_a_run(tmp_path):
     config, dataset = configured("omnianet", "data.batch=6", "train.accumulate=4")
-    with pytest.raises(
-        UserError, match=r"config.data.batch=6 does not divide .* in 4 parts \(config.train.accumulate\)"
-    ):
+    with pytest.raises(UserError, match=r"config.data.batch=6 .* 4 parts .*config.train.accumulate"):
         train_run(config, dataset, tmp_path / "run", StopRequest())
     assert not (tmp_path / "run").exists()
 
@@ -736,10 +731,9 @@ def test_every_stage_that_a_network_names_is_one(network):
 def test_a_stage_that_is_not_there_is_an_error_with_those_that_are():
     with pytest.raises(UserError) as caught:
         configured("omnianet", "train.remat=decoder5, bottleneck,enc?")
-    assert str(caught.value) == (
-        "config.train.remat=decoder5, bottleneck,enc?: bottleneck, enc? fits no stage of this network; it has: "
-        "encoder, decoder1, decoder2, decoder3, decoder4, decoder5"
-    )
+    given, wrong, *_, known = str(caught.value).split(": ")
+    assert given == "config.train.remat=decoder5, bottleneck,enc?" and wrong.startswith("bottleneck, enc? ")
+    assert known == "encoder, decoder1, decoder2, decoder3, decoder4, decoder5"
     config, _ = configured("omnianet")
     model = networks.build_abstract(config.model)
     networks.set_remat(model, " decoder5 , encoder,")
@@ -755,26 +749,10 @@ def test_a_pattern_that_fits_stages_of_the_inner_network_reaches_them():
 
 # -- processes ----------------------------------------------------------------------------------------------------
 
-EPOCHS = 5
-
-
-@pytest.fixture(scope="module")
-def camus(tmp_path_factory):
-    """Phantoms, prepared by the first run. Read only."""
-    root = tmp_path_factory.mktemp("camus") / "data"
-    phantom.write_camus(root, cases=10, shape=(96, 64))
-    return root
-
 
 def start_processes(root, workdir, count, *overrides, code=None):
     """``count`` processes of one training run, each with one CPU device."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XDG_CACHE_HOME": str(root.parent / "cache"),  # programs are compiled once for all tests of processes
-        "PYTHONPATH": str(REPO),
-    }
+    environment = os.environ | one_device_environment(root)
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     main = ["-c", code] if code else ["-m", "xdim_jax.train"]
     options = [*OPTIONS, "--config.train.checkpoint_steps=0", f"--config.train.epochs={EPOCHS}"]
@@ -806,24 +784,17 @@ def end(processes, workdir, statuses, timeout=200):
     assert found == statuses, "\n-----\n".join([str(found), *texts])
 
 
-def wait_for_step(workdir, processes, number, timeout=200):
-    deadline = time.monotonic() + timeout
-    while not any(r["step"] >= number for r in read_records(workdir, STEPS_FILE)):
-        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
-        time.sleep(0.05)
-
-
 def saved_steps(workdir):
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does_and_one_of_them_writes(camus, tmp_path):
+def test_two_processes_compute_what_one_does_and_one_of_them_writes(camus10, tmp_path):
     alone, both = tmp_path / "alone", tmp_path / "both"
     # eps: else Nadam makes much of rounding where a gradient is zero
     options = ["train.epochs=2", "train.validate_every=1", "optim.eps=0.01"]
-    end(start_processes(camus, alone, 1, *options), alone, [0])
-    end(start_processes(camus, both, 2, *options), both, [0, 0])
+    end(start_processes(camus10, alone, 1, *options), alone, [0])
+    end(start_processes(camus10, both, 2, *options), both, [0, 0])
     one, two = (read_records(w, STEPS_FILE) for w in (alone, both))
     assert [r["step"] for r in two] == [r["step"] for r in one] == list(range(1, 17))
     # step 3 tells of two updates; later steps drift apart: batch norm over a few values makes much of rounding
@@ -838,16 +809,16 @@ def test_two_processes_compute_what_one_does_and_one_of_them_writes(camus, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signalled", [(0, 1)])
-def test_a_signal_to_any_process_stops_all_at_one_step(camus, tmp_path, signalled):
+def test_a_signal_to_any_process_stops_all_at_one_step(camus10, tmp_path, signalled):
     workdir = tmp_path / "run"
-    processes = start_processes(camus, workdir, 2)
+    processes = start_processes(camus10, workdir, 2)
     wait_for_step(workdir, processes, 3)
     for index in signalled:
         processes[index].send_signal(signal.SIGTERM)
     end(processes, workdir, [75, 75])
     last = read_records(workdir, STEPS_FILE)[-1]["step"]
     assert saved_steps(workdir)[-1] == last < 8 * EPOCHS
-    end(start_processes(camus, workdir, 2), workdir, [0, 0])
+    end(start_processes(camus10, workdir, 2), workdir, [0, 0])
     text = Path(f"{workdir}.0.txt").read_text()
     assert f"resume     from step {last}" in text
     steps = [r["step"] for r in read_records(workdir, STEPS_FILE)]
@@ -856,7 +827,7 @@ def test_a_signal_to_any_process_stops_all_at_one_step(camus, tmp_path, signalle
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["validation.postprocess", "loop.RunController._end_epoch"])
-def test_a_signal_to_one_process_is_agreed_upon_in_a_validation_and_at_an_epochs_end(camus, tmp_path, moment):
+def test_a_signal_to_one_process_is_agreed_upon_in_a_validation_and_at_an_epochs_end(camus10, tmp_path, moment):
     """Process 1 sends itself the signal; all must leave together, none may wait for the other for ever."""
     place, _, name = moment.rpartition(".")
     code = f"""
@@ -874,6 +845,6 @@ sys.argv[0] = "train"
 run(train.main)
 """
     workdir = tmp_path / "run"
-    processes = start_processes(camus, workdir, 2, "train.validate_every=1", "train.epochs=3", code=code)
+    processes = start_processes(camus10, workdir, 2, "train.validate_every=1", "train.epochs=3", code=code)
     end(processes, workdir, [75, 75])
     assert saved_steps(workdir)[-1] == read_records(workdir, STEPS_FILE)[-1]["step"] < 24

@@ -8,46 +8,22 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from tests.random_weights import make_encoder, make_omnianet
 from weight_port.sources import import_timm
 from xdim_jax.base.errors import UserError
 from xdim_jax.inference.model import make_model
-from xdim_jax.nets import inflate, input_channels, networks
+from xdim_jax.nets import inflate, input_channels
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.inflate import Inflation
 from xdim_jax.nets.layers import Depth
-from xdim_jax.nets.weights import Weights, abstract_encoder, adapt_encoder, inflate_network, module_leaves, replaced
+from xdim_jax.nets.weights import abstract_encoder, adapt_encoder, inflate_network, replaced
 
 EXACT = 1e-12
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compile", "float64")
 
 
 def relative(a, b):
     return float(np.abs(a - b).max() / np.abs(b).max())
-
-
-def draw(module, seed=0):
-    """Seeded values for every leaf of a module that make a meaningful test."""
-    rng, arrays = np.random.default_rng(seed), {}
-    for name, leaf in module_leaves(module).items():
-        kind = name.rpartition(".")[2]
-        if kind == "kernel":
-            arrays[name] = rng.normal(size=leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))
-        elif kind in ("scale", "var", "gamma"):
-            arrays[name] = rng.uniform(0.5, 1.5, leaf.shape)
-        else:
-            arrays[name] = 0.1 * rng.normal(size=leaf.shape)
-    return arrays
-
-
-def make_encoder(name="efficientnet_toy", *, norm="batch", padding="symmetric", eps=1e-3):
-    section = {"name": name, "in_channels": 3, "ndim": 2, "norm": norm, "eps": eps, "padding": padding}
-    return Weights("encoder", section, draw(abstract_encoder(section)))
 
 
 def inflated(weights, rule, *, axis=0, **options):
@@ -329,7 +305,7 @@ def test_layers_may_have_rules_of_their_own():
     np.testing.assert_allclose(deep.arrays["conv_stem.kernel"][0], flat.arrays["conv_stem.kernel"] / 3)
     image = np.random.default_rng(0).normal(size=(1, 33, 40, 3))
     assert worst_slice(features(flat, image), features(deep, repeated(image, 9, 0)), 0) < EXACT
-    with pytest.raises(UserError, match=r"pattern 'bloks.\*' matches no layer.* blocks"):
+    with pytest.raises(UserError, match=r"'bloks.\*'.* blocks"):
         inflated(flat, "mean", layers=(("bloks.*", "centre"),))
 
 
@@ -359,14 +335,6 @@ def test_wrong_inflations_are_refused(options, words):
 
 
 # -- whole networks -------------------------------------------------------------------------------------------------
-
-
-def make_omnianet(**options):
-    encoder = {"name": "efficientnet_toy", "eps": 1e-3, "padding": "symmetric", "drop_path": 0.0}
-    section = {"name": "omnianet", "in_channels": 2, "out_channels": 3, "norm": "batch", "activation": "relu"}
-    section |= {"upsampling": "nearest", "filters": (16, 16, 8, 8, 8), "deep_supervision": False, "encoder": encoder}
-    section |= options
-    return Weights("network", section, draw(networks.build_abstract(section)))
 
 
 @pytest.mark.parametrize(
@@ -401,7 +369,7 @@ def test_a_whole_network_on_any_volume_slice_by_slice(axis):
 
 
 def test_only_a_whole_omnianet_inflates():
-    with pytest.raises(UserError, match=r"only a whole Omnia-Net can be inflated.* encoder efficientnet_toy"):
+    with pytest.raises(UserError, match=r"Omnia-Net.* encoder efficientnet_toy"):
         inflate_network(make_encoder(), {}, Inflation())
 
 
@@ -455,7 +423,7 @@ def test_a_map_names_channels():
     picked = input_channels.adapt_channels(kernel, 2, "map", channel_map=(2, 0))
     np.testing.assert_allclose(picked[..., 0, :] / picked[..., 1, :], kernel[..., 2, :] / kernel[..., 0, :])
     for wrong in ((0, 1), (0, 1, 3), (0, 1, -1)):
-        with pytest.raises(ValueError, match="source channel, 0 to 2, for each of 3 channels"):
+        with pytest.raises(ValueError, match=r"0 to 2.* 3 channels"):
             input_channels.adapt_channels(kernel, 3, "map", channel_map=wrong)
 
 

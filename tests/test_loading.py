@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 import xdim_jax
 from tests import twins
 from tests.conftest import toy_model
-from tests.test_inflation import make_encoder, make_omnianet
+from tests.parity import ds_case
+from tests.random_weights import make_encoder, make_omnianet
 from weight_port import authors
 from weight_port.sources import Source
 from xdim_jax.base.errors import UserError
@@ -86,9 +87,7 @@ def test_an_encoder_has_features_but_no_logits(tmp_path):
     write_weights(tmp_path / "enc.safetensors", float32(make_encoder()))
     model = xdim_jax.load_model(tmp_path / "enc.safetensors")
     assert len(model.features(np.zeros((1, 33, 47, 3), np.float32))) == 5
-    with pytest.raises(
-        ValueError, match=r"enc.safetensors holds the encoder efficientnet_toy, which has no logits: use features"
-    ):
+    with pytest.raises(ValueError, match=r"enc.safetensors.* encoder efficientnet_toy.* features"):
         model(np.zeros((1, 32, 32, 3), np.float32))
 
 
@@ -110,13 +109,13 @@ def test_a_file_that_is_not_weights_is_explained(network, tmp_path):
     save_file({"a": np.zeros(3)}, tmp_path / "other.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(network.read_bytes()[:5000])
     for name, words in {
-        "none.safetensors": "does not exist; weight files are made with python -m weight_port",
-        "other.safetensors": "were not ported .*port them first with python -m weight_port",
-        "cut.safetensors": "cut.safetensors is not a complete safetensors file",
+        "none.safetensors": "none.safetensors does not exist.*python -m weight_port",
+        "other.safetensors": "other.safetensors.*python -m weight_port",
+        "cut.safetensors": "cut.safetensors is not a complete",
     }.items():
         with pytest.raises(UserError, match=words):
             xdim_jax.load_model(tmp_path / name)
-    with pytest.raises(UserError, match="is not the workdir of a run"):
+    with pytest.raises(UserError, match=f"{tmp_path} is not the workdir"):
         xdim_jax.load_model(tmp_path)
 
 
@@ -198,7 +197,7 @@ def test_a_3d_encoder_with_another_depth_treatment_is_refused():
     }
     deep, _ = weights.adapt_encoder(flat, section, inflation=Inflation())
     params, stats = built(toy_model(eps=1e-3))
-    with pytest.raises(UserError, match=r"trained with depth=.*'edge'.*the network has depth=.*'zero'"):
+    with pytest.raises(UserError, match=r"depth=.*'edge'.*depth=.*'zero'"):
         weights.load(toy_model(eps=1e-3), params, stats, deep)
     weights.load(toy_model(eps=1e-3), params, stats, deep, accept=("depth",))
 
@@ -206,14 +205,12 @@ def test_a_3d_encoder_with_another_depth_treatment_is_refused():
 def test_a_damaged_description_is_explained(network, tmp_path):
     w = read_weights(network)
     write_weights(tmp_path / "w.safetensors", Weights(w.kind, {**w.model, "name": "unet"}, w.arrays))
-    with pytest.raises(
-        UserError, match=r"w.safetensors: its description of the network cannot be used: unknown network 'unet'"
-    ):
+    with pytest.raises(UserError, match=r"w.safetensors: .*'unet'"):
         xdim_jax.load_model(tmp_path / "w.safetensors")
     save_file(
         {"a": np.zeros(3)}, tmp_path / "v.safetensors", metadata={"xdim_jax": json.dumps({"format": weights.FORMAT})}
     )
-    with pytest.raises(UserError, match=r"the header of .*v.safetensors lacks kind, model, source"):
+    with pytest.raises(UserError, match=r"v.safetensors.* kind, model, source"):
         xdim_jax.load_model(tmp_path / "v.safetensors")
 
 
@@ -221,10 +218,10 @@ def test_a_difference_may_be_accepted():
     section = toy_model(eps=1e-5)
     params, stats = built(section)
     source = float32(make_encoder(padding="same"))
-    with pytest.raises(UserError, match="2 properties of the encoder differ"):
+    with pytest.raises(UserError, match="2 properties"):
         weights.load(section, params, stats, source)
     weights.load(section, params, stats, source, accept=("eps", "padding"))
-    with pytest.raises(UserError, match="unknown property to accept: stride; known: padding, eps, depth"):
+    with pytest.raises(UserError, match=r"stride.* padding, eps, depth"):
         weights.load(section, params, stats, source, accept=("stride",))
 
 
@@ -234,7 +231,7 @@ def test_a_network_goes_into_the_same_network_only():
     params, stats = built(section)
     new, _, done = weights.load(section, params, stats, w)
     assert (new["last"]["bias"] == w.arrays["last.bias"]).all() and set(done.values()) == {"copied"}
-    with pytest.raises(UserError, match="activation is 'relu' in the weights, 'silu' in the config"):
+    with pytest.raises(UserError, match=r"activation.*'relu'.*'silu'"):
         weights.load({**section, "activation": "silu"}, params, stats, w)
     encoder = weights.part(w)
     assert encoder.kind == "encoder" and encoder.model["in_channels"] == 8
@@ -242,8 +239,6 @@ def test_a_network_goes_into_the_same_network_only():
 
 
 def test_dsnets_encoder_is_found():
-    from tests.test_parity import ds_case
-
     section = ds_case()[0]
     prefix, encoder = weights.encoder_section(section)
     assert prefix == "inner.encoder." and (encoder["ndim"], encoder["in_channels"]) == (2, 3)
@@ -285,7 +280,7 @@ def test_training_starts_from_ported_weights_and_its_workdir_is_a_model(tmp_path
     path = tmp_path / "enc.safetensors"
     write_weights(path, float32(make_encoder(eps=1e-5)))
     text = train(tmp_path / "run", f"--config.init.weights={path}", "--config.init.inflate=repeat")
-    assert f"weights    {path}: 100 % of encoder; arrays: 31 axis added, 1 channels by cycle then repeat" in text
+    assert f"weights    {path}: 100 % " in text and "31 axis added, 1 channels by cycle then repeat" in text
     path.unlink()
     assert "weights    from the last checkpoint" in train(
         tmp_path / "run", f"--config.init.weights={path}", "--config.init.inflate=repeat"

@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from tests.conftest import records
 from xdim_jax import train
 from xdim_jax.base import huge_pages
 from xdim_jax.base.config import load_config
@@ -80,11 +81,6 @@ def trained(run, tmp_path_factory):
     run("evaluate", RULES, f"--pred={workdir / 'pred'}", f"--ref={held_out}", f"--out={workdir / 'eval'}")
     run("report", f"--workdir={workdir}", f"--eval={workdir / 'eval'}", f"--out={workdir / 'report.html'}")
     return workdir
-
-
-def records(workdir, kind):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
 def weights(workdir):
@@ -156,7 +152,7 @@ def test_predicting_what_was_trained_on_is_said(trained, tmp_path, monkeypatch, 
         source = trained / "phantom" / folder
         assert predict.main([f"--workdir={trained}", f"--input={source}", f"--output={tmp_path}"]) == 0
         out = "".join(capsys.readouterr())
-        assert (f"4 of 6 cases were used to train these networks ({names})" in out) == said
+        assert ("4 of 6 cases" in out and f"({names})" in out) == said
         assert ("used to train" in out) == said
 
 
@@ -211,7 +207,7 @@ def test_a_case_can_be_given_as_its_files(run, trained, tmp_path):
     for name in (f"{folder.name}.nii.gz",):
         np.testing.assert_array_equal(nib.load(tmp_path / name).dataobj, nib.load(trained / "pred" / name).dataobj)
     out = run("predict", f"--workdir={trained}", "--input", *files[:2], f"--output={tmp_path}", code=2)
-    assert "2 files given; expected one per modality, in the order flair, t1, t1ce, t2" in out
+    assert "2 files given" in out and "flair, t1, t1ce, t2" in out
 
 
 def test_one_bad_case_does_not_stop_the_others(run, trained, tmp_path):
@@ -283,7 +279,7 @@ def test_what_is_there_already_is_skipped_and_other_settings_are_refused(run, tr
     assert "skipped    1 of 2 cases" in out and (tmp_path / f"{first}.nii.gz").is_file()
     assert (tmp_path / f"{second}.nii.gz").stat().st_mtime_ns == stamp
     out = run(*arguments, "--overlap=0.6", code=2)
-    assert "holds predictions of other networks or settings" in out and "--overwrite" in out
+    assert f"{tmp_path} holds predictions" in out and "--overwrite" in out
     # a map whose image changed since is made anew, whatever the record says
     image = tmp_path / "in" / first / f"{first}_t2.nii.gz"
     shutil.copytree(held_out, tmp_path / "in")
@@ -380,7 +376,7 @@ def test_a_run_whose_cases_changed_is_not_resumed(run, trained, tmp_path):
 def test_nan_stops_with_the_step(run, tmp_path):
     arguments = (f"--config={RECIPE}", f"--workdir={tmp_path}", *TOY, "--config.optim.schedule.peak=1e38")
     out = run("train", *arguments, code=2)
-    assert re.search(r"error: the loss or the update is not finite at step \d+ \(last losses: ", out)
+    assert re.search(r"^error: .* not finite at step [1-9]\d* \(last losses: ", out, re.M)
 
 
 # -- wrong input --------------------------------------------------------------------------------------------------
@@ -493,7 +489,7 @@ def test_full_disk_while_saving_a_checkpoint(run, trained, tmp_path):
     data = f"--config.data.root={trained / 'phantom' / 'train'}"
     arguments = (f"--config={RECIPE}", f"--workdir={tmp_path / 'run'}", *TOY, data)
     out = run("train", *arguments, code=2, file_kib=100)
-    assert re.search(f"error: cannot write the checkpoint in {tmp_path}/run/(checkpoints|best) ", out)
+    assert re.search(f"^error: cannot write .*{tmp_path}/run/(checkpoints|best) ", out, re.M)
     assert not leftovers(tmp_path)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
@@ -509,7 +505,8 @@ def test_config_is_the_papers_recipe():
     assert (config.optim.lookahead.period, config.optim.lookahead.step_size) == (6, 0.5)
     schedule = config.optim.schedule
     assert (schedule.peak, schedule.final, schedule.constant_epochs, config.train.epochs) == (1e-3, 1e-5, 40, 90)
-    assert config.train.validate_after_score == 0.85 and config.predict.threshold == 0.5 and config.predict.min_et > 0
+    assert config.train.validate_after_score == 0.85
+    assert (config.predict.threshold, config.predict.min_et) == (0.5, 200)
     assert (config.model.encoder.name, config.model.norm, config.loss.name) == (
         "efficientnet_b0",
         "instance",
@@ -541,7 +538,7 @@ def test_what_ct_does_not_show_is_said_of_every_ct_case(tmp_path):
 
 def test_channels_that_do_not_fit_the_data_are_refused():
     config = load_config("configs/camus_omnianet.py:phantom", ["--config.output=sigmoid"])
-    with pytest.raises(UserError, match=r"out_channels=4: CAMUS needs 3 with output=sigmoid: LV_endo, LV_epi, LA"):
+    with pytest.raises(UserError, match=r"out_channels=4.* 3 .*output=sigmoid.* LV_endo, LV_epi, LA"):
         check.resolve_config(config)
 
 

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 from nibabel.nifti1 import Nifti1Extension
 
-from tests.test_predictor import write_dicom
+from tests.dicom_files import write_series
 from xdim_jax.base.problem import DataError
 from xdim_jax.data import regions
 from xdim_jax.data.case import Case, encode_label, read_case
@@ -44,7 +44,7 @@ def metaimage(folder: Path):
 
 
 def series(folder: Path):
-    write_dicom(folder / "s", np.random.default_rng(0).integers(-500, 500, SHAPE[::-1]).astype(np.int16), (2, 1, 1))
+    write_series(folder / "s", np.random.default_rng(0).integers(-500, 500, SHAPE[::-1]).astype(np.int16), (2, 1, 1))
     return tuple(sorted((folder / "s").iterdir(), reverse=True))
 
 
@@ -161,7 +161,7 @@ def test_voxels_are_those_that_nibabel_reads(kind, tmp_path):
 def test_a_file_that_ends_early_says_how_early(tmp_path):
     path = made(tmp_path, "NIfTI-2, not compressed")
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(DataError, match=r"ends 10 bytes before the last voxel"):
+    with pytest.raises(DataError, match="10 bytes"):
         read_image(path)
 
 

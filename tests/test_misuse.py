@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.test_resume import SMALL, data, shrink  # noqa: F401  (data is a fixture: phantoms of CAMUS)
+from tests.small_runs import SMALL, use_pixelwise
 from weight_port import __main__ as port
 from xdim_jax import compare, doctor, evaluate, ops, plan, predict, report, submit, sweep, train, verify_run
 from xdim_jax.base.command import run
@@ -228,15 +228,15 @@ REAL = (
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, data):  # noqa: F811
+def places(tmp_path_factory, camus4):
     """Folders and files that are wrong in one way each; ``run`` is a run that is well."""
     root = tmp_path_factory.mktemp("places")
     found = {name: root / name for name in ("run", "empty", "untrained", "changed", "labels", "some", "brats")}
     for name in ("empty", "labels", "some", "untrained"):
         found[name].mkdir()
-    small = " ".join([*SMALL, f"--config.data.root={data}", "--config.train.epochs=1"])
+    small = " ".join([*SMALL, f"--config.data.root={camus4}", "--config.train.epochs=1"])
     with pytest.MonkeyPatch.context() as patch:
-        shrink(patch.setattr)
+        use_pixelwise(patch.setattr)
         patch.setenv("XDIM_JAX_CACHE", "off")
         assert train.main([CAMUS, f"--workdir={found['run']}", *small.split()]) == 0
     config = json.loads((found["run"] / "config.json").read_text())
@@ -259,7 +259,7 @@ def places(tmp_path_factory, data):  # noqa: F811
     for name, (file, text) in files.items():
         found[name] = root / file
         found[name].write_text(text)
-    return found | {"camus": data, "small": small}
+    return found | {"camus": camus4, "small": small}
 
 
 def command_line(main, arguments, monkeypatch, capsys):
@@ -277,7 +277,7 @@ def test_a_misuse_is_one_clear_message(name, places, tmp_path, monkeypatch, caps
     monkeypatch.setenv("XDIM_JAX_CACHE", "off")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if name not in REAL:
-        shrink(monkeypatch.setattr)
+        use_pixelwise(monkeypatch.setattr)
     module, arguments, words = TABLE[name]
     here = {k: str(v) for k, v in places.items()} | {"new": str(tmp_path / "new")}
     before = sorted(p for p in Path(places["run"]).rglob("*") if p.is_file())
@@ -329,7 +329,7 @@ def test_a_program_that_does_not_fit_ends_a_run_with_a_message(places, tmp_path,
     def refuse(lowered):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
 
-    shrink(monkeypatch.setattr)
+    use_pixelwise(monkeypatch.setattr)
     monkeypatch.setenv("XDIM_JAX_CACHE", "off")
     monkeypatch.setattr(ops, "compile_program", refuse)
     arguments = [CAMUS, *places["small"].split(), f"--workdir={tmp_path / 'run'}"]

@@ -11,13 +11,7 @@ from scipy import ndimage
 from xdim_jax import ops
 from xdim_jax.ops import dense, slabs, upsampled, winograd
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compile", "float64")
 
 
 def both_forms(function, *args):
@@ -345,7 +339,7 @@ def test_convolution_behind_an_upsampling(transposed, factors, skip, rng, monkey
         return ops.conv_upsampled(x, beside, kernel, factors=factors, expand=expand)
 
     assert both_forms(function, *arguments) < 1e-12
-    assert taken
+    assert len(taken) == 2, "for the value and for the gradients"
 
 
 @pytest.mark.parametrize(("k", "s", "p", "m"), OVERLAPS)
@@ -360,7 +354,7 @@ def test_convolution_behind_an_overlapping_upsampling(k, s, p, m, rng, monkeypat
         return ops.conv_upsampled(x, skip, kernel, factors=(s, 1, 1), size=(m, 4, 2), expand=expand)
 
     assert both_forms(function, x, skip, kernel, rng.normal(size=(k, 1, 1, 3, 2)), rng.normal(size=2)) < 1e-12
-    assert taken
+    assert len(taken) == 2, "for the value and for the gradients"
 
 
 def test_composing_kernels_is_left_where_it_costs_more_than_it_saves(monkeypatch):
@@ -379,7 +373,7 @@ def test_composing_kernels_is_left_where_it_costs_more_than_it_saves(monkeypatch
     assert not taken
     trace(32, 32)
     assert taken
-    with pytest.raises(ValueError, match=r"kernel\(3, 3, 5, 2\) does not fit 2 and 2 channels"):
+    with pytest.raises(ValueError, match=r"kernel\(3, 3, 5, 2\) .* 2 and 2 channels"):
         ops.conv_upsampled(jnp.zeros((1, 4, 4, 2)), jnp.zeros((1, 8, 8, 2)), jnp.zeros((3, 3, 5, 2)), factors=(2, 2))
 
 

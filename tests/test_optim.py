@@ -480,13 +480,11 @@ def test_ema_is_short_at_first():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(UserError, match=r"optim.name='sgd' is unknown; known: nadam, nadam_torch, nadam_authors"):
+    with pytest.raises(UserError, match=r"optim.name='sgd'.* nadam, nadam_torch, nadam_authors"):
         optim.make_optimizer(make_config("sgd"), lambda count: 1e-3)
-    with pytest.raises(UserError, match=r"optim.decay='L2' is unknown; known: decoupled, l2"):
+    with pytest.raises(UserError, match=r"optim.decay='L2'.* decoupled, l2"):
         optim.make_optimizer(make_config(decay="L2"), lambda count: 1e-3)
-    with pytest.raises(
-        UserError, match=r"schedule.name='warmup'.*known: constant_then_cosine, exponential, polynomial"
-    ):
+    with pytest.raises(UserError, match=r"schedule.name='warmup'.* constant_then_cosine, exponential, polynomial"):
         make_schedule("warmup", peak=1e-3, epochs=1, per_epoch=1)
 
 

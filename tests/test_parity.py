@@ -12,20 +12,27 @@ import torch
 from flax import nnx
 
 from tests import twins
+from tests.parity import (
+    CASES,
+    CONVENTIONS,
+    SLOW_CASES,
+    calibrated,
+    ds_case,
+    relative,
+    state_of,
+    timm,
+    to_last,
+    unet_case,
+)
 from weight_port import authors, names
 from weight_port.probe import timm_features
-from weight_port.sources import import_timm
 from weight_port.timm_models import ARCHITECTURES
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.weights import abstract_encoder, named, replaced
 
-timm = import_timm()
-TINY = 1e-30
 EXACT = 1e-10
 pytestmark = pytest.mark.usefixtures("quick_compile")
-FILTERS = (16, 16, 8, 8, 8)
-CONVENTIONS = {"authors": {"padding": "symmetric", "eps": 1e-5}, "timm": {"padding": "same", "eps": 1e-3}}
 
 
 @pytest.fixture(autouse=True)
@@ -34,20 +41,6 @@ def _one_thread():
     torch.set_num_threads(1)  # two workers share two cores
     yield
     torch.set_num_threads(threads)
-
-
-def to_last(array):
-    """PyTorch's (N, C, *spatial) to (N, *spatial, C)."""
-    return np.moveaxis(array, 1, -1)
-
-
-def state_of(module):
-    return {n: t.detach().numpy().copy() for n, t in module.state_dict().items()}
-
-
-def relative(a, b, floor=TINY):
-    """Largest difference relative to the largest value of ``b``."""
-    return float(np.abs(a - b).max() / max(np.abs(b).max(), floor))
 
 
 class Ours:
@@ -97,29 +90,6 @@ class Ours:
 
 
 # -- the encoder against timm -------------------------------------------------------------------------------------
-
-
-def calibrated(model, channels=3):
-    """Random weights, and running statistics that differ from layer to layer but fit them, as trained ones do.
-
-    With statistics drawn at random, or residual branches as large as their input, the values of deep networks grow from
-    layer to layer until rounding is all that one compares.
-    """
-    twins.randomise(model, 0)
-    for block in model.modules():
-        if getattr(block, "has_skip", False):
-            (block.bn3 if hasattr(block, "bn3") else block.bn2).weight.data *= 0.2
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        model.train()(torch.randn(16, channels, 64, 64, generator=generator))
-        for norm in norms:
-            norm.momentum = 0.1
-            norm.running_mean += 0.05 * norm.running_var.sqrt() * torch.randn(len(norm.weight), generator=generator)
-            norm.running_var *= 0.8 + 0.4 * torch.rand(len(norm.weight), generator=generator)
-    return model
 
 
 def timm_model(architecture):
@@ -251,66 +221,6 @@ def test_the_twins_encoder_is_timms(architecture, convention, training):
 
 
 # -- whole networks against their twins ---------------------------------------------------------------------------
-
-IMAGE, VOLUME = (2, 64, 96, 3), (1, 64, 32, 64, 4)
-
-
-def unet_case(name, *, encoder="toy", convention="authors", norm="batch", filters=FILTERS, **options):
-    """A U-Net's section and its twin."""
-    defaults = {"omnianet": ("relu", "nearest", 2, 3), "dxnet": ("silu", "transposed", 3, 4)}
-    activation, upsampling, ndim, channels = defaults[name]
-    options = {"activation": activation, "upsampling": upsampling, "deep_supervision": False} | options
-    section = {"name": name, "in_channels": channels, "out_channels": 3, "norm": norm, "filters": filters, **options}
-    section["encoder"] = {"name": f"efficientnet_{encoder}", "drop_path": 0.0, **CONVENTIONS[convention]}
-    twin = twins.Omnia(
-        encoder, channels, 3, ndim=ndim, norm=norm, filters=filters, **CONVENTIONS[convention], **options
-    )
-    return section, twin, IMAGE if ndim == 2 else VOLUME
-
-
-def ds_case(
-    depth=128,
-    batch=1,
-    *,
-    encoder="toy",
-    convention="authors",
-    filters=FILTERS,
-    affine=False,
-    decoder="transposed",
-    **inner,
-):
-    shared = {"norm": "batch", "filters": filters, "activation": "silu", "upsampling": "transposed"}
-    shared |= {"full_resolution": False, **inner}
-    section = {"name": "dsnet", "in_channels": 4, "out_channels": 3, "images": 4, "affine": affine, "decoder": decoder}
-    section |= {"filters": (4, 4, 6, 8), "inner": dict(shared)}
-    section["inner"]["encoder"] = {"name": f"efficientnet_{encoder}", "drop_path": 0.0, **CONVENTIONS[convention]}
-    options = {"planes_filters": (4, 4, 6, 8), "affine": affine, "decoder": decoder}
-    twin = twins.DS(encoder, 4, 3, inner={**shared, **CONVENTIONS[convention]}, **options)
-    return section, twin, (batch, depth, 32, 64, 4)
-
-
-def b0(case, **options):
-    return lambda: case(encoder="b0", filters=(256, 128, 64, 32, 16), **options)
-
-
-CASES = {
-    "omnianet": lambda: unet_case("omnianet"),
-    "omnianet timm instance": lambda: unet_case("omnianet", convention="timm", norm="instance"),
-    "omnianet transposed silu": lambda: unet_case("omnianet", upsampling="transposed", activation="silu"),
-    "dxnet": lambda: unet_case("dxnet", norm="instance"),
-    "dxnet timm noaffine": lambda: unet_case("dxnet", convention="timm", norm="instance_noaffine"),
-    "dxnet batch nearest relu": lambda: unet_case("dxnet", upsampling="nearest", activation="relu"),
-    "dsnet 128": lambda: ds_case(128),
-    "dsnet 97 timm batch 2": lambda: ds_case(97, 2, convention="timm"),
-    "dsnet 144 paper affine": lambda: ds_case(
-        144, decoder="nearest", affine=True, upsampling="nearest", activation="relu", full_resolution=True
-    ),
-}
-SLOW_CASES = {
-    "omnianet b0": b0(lambda **o: unet_case("omnianet", **o)),
-    "dxnet b0": b0(lambda **o: (*unet_case("dxnet", norm="instance", **o)[:2], (1, 64, 64, 64, 4))),
-    "dsnet b0": b0(lambda **o: ds_case(97, **o)),
-}
 
 
 def make_ours(section, twin):

@@ -14,13 +14,11 @@ import jax
 import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
-import pydicom
 import pytest
 import SimpleITK as sitk
-from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 import xdim_jax
+from tests.dicom_files import write_series
 from xdim_jax import predict
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
@@ -178,9 +176,7 @@ def test_two_networks_are_the_mean_of_both(workdir, image, tmp_path):
 
 def test_networks_that_do_not_go_together_are_refused(workdir, tmp_path):
     other = make_workdir(tmp_path / "other", normalise="none")
-    with pytest.raises(
-        UserError, match=r"cannot be an ensemble.*\n.*data\.prepare\.normalise: 'zscore' in .*'none' in"
-    ):
+    with pytest.raises(UserError, match=r"data\.prepare\.normalise: 'zscore' in .*'none' in"):
         xdim_jax.Predictor([workdir, other])
 
 
@@ -233,30 +229,9 @@ def test_a_2d_network_on_a_picture_and_on_slices(flat):
     np.testing.assert_array_equal(turned.label, found.label.T)
 
 
-def write_dicom(folder, volume, spacing):
-    """Axial slices (z, y, x) whose names run against their positions."""
-    folder.mkdir()
-    for k, plane in enumerate(volume):
-        meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = "1.2.840.10008.5.1.4.1.1.2", ExplicitVRLittleEndian
-        meta.MediaStorageSOPInstanceUID = generate_uid()
-        data = pydicom.Dataset()
-        data.file_meta = meta
-        data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
-        data.Modality, data.SeriesInstanceUID = "CT", "1.2.3"
-        data.Rows, data.Columns = plane.shape
-        data.PixelSpacing, data.SliceThickness = [spacing[1], spacing[2]], spacing[0]
-        data.ImageOrientationPatient, data.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, float(k * spacing[0])]
-        data.BitsAllocated = data.BitsStored = 16
-        data.HighBit, data.PixelRepresentation, data.SamplesPerPixel = 15, 1, 1
-        data.PhotometricInterpretation, data.RescaleSlope, data.RescaleIntercept = "MONOCHROME2", 1, 0
-        data.PixelData = plane.astype("<i2").tobytes()
-        data.save_as(folder / f"{len(volume) - k:03d}.dcm", enforce_file_format=True)
-
-
 def test_dicom_metaimage_and_nifti_of_one_volume_give_one_segmentation(flat, tmp_path):
     volume = np.random.default_rng(1).integers(-500, 500, (5, 40, 36)).astype(np.int16)
-    write_dicom(tmp_path / "series", volume, (2.0, 0.7, 0.7))
+    write_series(tmp_path / "series", volume, (2.0, 0.7, 0.7))
     image = sitk.GetImageFromArray(volume)
     image.SetSpacing((0.7, 0.7, 2.0))
     sitk.WriteImage(image, str(tmp_path / "volume.mha"))
@@ -297,11 +272,11 @@ def test_paths_from_python(flat, predictor, found, image, tmp_path):
     np.testing.assert_array_equal(np.asarray(saved.dataobj), found.label.transpose(2, 1, 0))
     with pytest.raises(UserError, match=r"array.*position"):
         found.save(tmp_path / "no.nii.gz")
-    with pytest.raises(UserError, match=r"ends in .nii.gz or .nii"):
+    with pytest.raises(UserError, match=r"\.nii\.gz or \.nii"):
         of_files.save(tmp_path / "no.png")
 
     volume = np.random.default_rng(1).integers(-500, 500, (5, 40, 36)).astype(np.int16)
-    write_dicom(tmp_path / "series", volume, (2.0, 0.7, 0.7))
+    write_series(tmp_path / "series", volume, (2.0, 0.7, 0.7))
     by_slice = xdim_jax.Predictor(flat)
     expected = by_slice.predict(volume.astype(np.float32), "zyx", (2.0, 0.7, 0.7)).label
     np.testing.assert_array_equal(by_slice.predict(tmp_path / "series").label, expected)
@@ -313,12 +288,12 @@ def test_paths_from_python(flat, predictor, found, image, tmp_path):
     assert [c.case_id for c in cases] == ["a", "b"] and not problems
     with pytest.raises(UserError, match=r"holds 2 cases \(a, b\)"):
         by_slice.predict(tmp_path / "two")
-    with pytest.raises(UserError, match="absent: no such file or folder"):
+    with pytest.raises(UserError, match="absent: no such file"):
         by_slice.predict(tmp_path / "absent")
     with pytest.raises(UserError, match="files have their own"):
         by_slice.predict(tmp_path / "series", spacing=(9, 9, 9))
-    for nothing in ([], None, "abc"[:0]):
-        with pytest.raises(UserError, match=r"image|no such file|holds"):
+    for nothing, words in (([], "shape (0,)"), (None, "object"), ("", "no nnU-Net case")):
+        with pytest.raises(UserError, match=re.escape(words)):
             by_slice.predict(nothing)
     of_device = by_slice.predict(jnp.asarray(volume, jnp.float32), "zyx", (2.0, 0.7, 0.7))
     np.testing.assert_array_equal(of_device.label, expected)

@@ -26,79 +26,37 @@ import nibabel as nib
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
 from tensorboardX.proto import event_pb2
 
 from tests import conftest
-from tests.conftest import small_state
+from tests.conftest import damage_checkpoint, records, small_state
+from tests.small_runs import RECIPE, SMALL, use_pixelwise
 from xdim_jax import evaluate, train, verify_run
 from xdim_jax.base import log
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
-from xdim_jax.data import phantom, pipeline
+from xdim_jax.data import pipeline
 from xdim_jax.data.case import Scan
 from xdim_jax.data.images import nifti
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.inference import predictor
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
-from xdim_jax.nets.weights import Weights, write_weights
+from xdim_jax.nets.weights import Weights, named, write_weights
 from xdim_jax.runs import checkpoint, trackers
 from xdim_jax.runs.records import close_recorder
 from xdim_jax.training import check, crossval, initial_weights, loop, step_metrics, validation, watchdog
 from xdim_jax.training import train as training
 
 REPO = Path(__file__).parent.parent
-RECIPE = "configs/camus_omnianet.py:phantom"
-# 4 patients of 4 images, two folds: 2 steps in an epoch, 6 in all
-SMALL = [
-    "--config.data.patch=(32,32)",
-    "--config.data.prepare.size=(32,32)",
-    "--config.data.batch=4",
-    "--config.data.folds=2",
-    "--config.augment.noise.p=0.5",
-    "--config.optim.lookahead.period=2",
-    "--config.optim.ema=0.9",
-    "--config.train.epochs=3",
-    "--config.train.log_every=1",
-    "--config.train.validate_every=1",
-]
-
-
-class Pixelwise(nnx.Module):
-    """Logits are a linear map of each pixel."""
-
-    stages = ()
-
-    def __init__(self, channels, seed):
-        self.kernel = nnx.Param(0.1 * jax.random.normal(jax.random.key(seed), (1, channels)))
-        self.bias = nnx.Param(jnp.zeros(channels))
-        self.use_running_average = False
-
-    def __call__(self, image, rngs=None, levels=False):
-        logits = image @ self.kernel[...] + self.bias[...]
-        return [logits] if levels else logits
-
-
-def shrink(setattr_):
-    """Puts `Pixelwise` in place of every network."""
-    setattr_(networks, "build", lambda config, seed: Pixelwise(config["out_channels"], seed))
 
 
 @pytest.fixture
 def small(monkeypatch):
-    shrink(monkeypatch.setattr)
+    use_pixelwise(monkeypatch.setattr)
     monkeypatch.setenv("XDIM_JAX_CACHE", "off")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """Four phantom patients of CAMUS, 96 x 64 pixels. Read only."""
-    root = tmp_path_factory.mktemp("camus") / "data"
-    phantom.write_camus(root, cases=4, shape=(96, 64))
-    return root
 
 
 def arguments(workdir, data, *more, words=""):
@@ -119,23 +77,19 @@ def train_small(workdir, data, *more, words="", code=0):
 
 
 @pytest.fixture(scope="module")
-def straight(data, tmp_path_factory):
+def straight(camus4, tmp_path_factory):
     """A whole run that nothing disturbed. Read only."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        shrink(patch.setattr)
+        use_pixelwise(patch.setattr)
         patch.setenv("XDIM_JAX_CACHE", "off")
-        out = train_small(workdir, data, "--config.train.overlays=2")
+        out = train_small(workdir, camus4, "--config.train.overlays=2")
     (workdir / "out.txt").write_text(out)
     return workdir
 
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def records(workdir, kind):
-    return [r for r in lines_of(workdir / "metrics.jsonl") if r["kind"] == kind]
 
 
 def arrays_of(folder):
@@ -172,7 +126,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 kills in" in done.stdout and "0 runs differ" in done.stdout
     killed = sorted(folder.glob("killed*"))
-    assert killed
+    assert killed, "no run was killed"
     for workdir in killed:
         assert_same_end(workdir, folder / "straight", 48)
         validations = [
@@ -184,7 +138,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
 
 def test_what_the_whole_run_says_and_leaves(straight):
     out = (straight / "out.txt").read_text()
-    assert "nothing to resume, starting at step 0" in out and "done       predict with" in out
+    assert "starting at step 0" in out and "done       predict with" in out
     kept = sorted(p.name for p in (straight / "checkpoints").iterdir())
     assert kept == ["4", "6"], "the ends of the last two epochs"
     assert [r["step"] for r in lines_of(straight / "steps.jsonl")] == [1, 2, 3, 4, 5, 6]
@@ -200,7 +154,7 @@ def test_what_the_whole_run_says_and_leaves(straight):
     ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)], ids=["TERM", "USR1", "INT"]
 )
 def test_a_signal_in_the_loop_saves_and_the_same_command_goes_on(
-    number, code, small, data, straight, tmp_path, monkeypatch
+    number, code, small, camus4, straight, tmp_path, monkeypatch
 ):
     """It comes in the middle of the second epoch."""
     heard = []
@@ -213,7 +167,7 @@ def test_a_signal_in_the_loop_saves_and_the_same_command_goes_on(
 
     monkeypatch.setattr(step_metrics, "say", say)
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    out = train_small(tmp_path / "run", data, "--config.train.overlays=2", code=code)
+    out = train_small(tmp_path / "run", camus4, "--config.train.overlays=2", code=code)
     name = signal.Signals(number).name
     assert f"{name}: saving after this step" in out
     assert f"stopped    by {name}, everything is saved" in out
@@ -222,17 +176,17 @@ def test_a_signal_in_the_loop_saves_and_the_same_command_goes_on(
     assert at in (3, 4), "this step, or the one after it"
     assert [r["step"] for r in lines_of(tmp_path / "run" / "steps.jsonl")] == list(range(1, at + 1))
 
-    out = train_small(tmp_path / "run", data, "--config.train.overlays=2")
+    out = train_small(tmp_path / "run", camus4, "--config.train.overlays=2")
     assert f"resume     from step {at}" in out
     assert_same_end(tmp_path / "run", straight, 6)
     assert [r["dice"] for r in records(tmp_path / "run", "validation")] == [
         r["dice"] for r in records(straight, "validation")
     ]
-    out = train_small(tmp_path / "run", data, "--config.train.overlays=2")
+    out = train_small(tmp_path / "run", camus4, "--config.train.overlays=2")
     assert "resume     from step 6" in out and "compile" not in out, "nothing is left to do"
 
 
-def test_a_signal_in_a_validation_ends_it_and_the_resumed_run_makes_it(small, data, straight, tmp_path, monkeypatch):
+def test_a_signal_in_a_validation_ends_it_and_the_resumed_run_makes_it(small, camus4, straight, tmp_path, monkeypatch):
     """At step 4, an epoch's end."""
     original = validation.postprocess
 
@@ -242,10 +196,10 @@ def test_a_signal_in_a_validation_ends_it_and_the_resumed_run_makes_it(small, da
         return original(*arguments, **options)
 
     monkeypatch.setattr(validation, "postprocess", interrupted)
-    out = train_small(tmp_path / "run", data, code=75)
+    out = train_small(tmp_path / "run", camus4, code=75)
     assert [r["step"] for r in records(tmp_path / "run", "validation")] == [2] and "validation at step 4" not in out
     monkeypatch.setattr(validation, "postprocess", original)
-    out = train_small(tmp_path / "run", data)
+    out = train_small(tmp_path / "run", camus4)
     assert "resume     from step 4" in out and "validation at step 4" in out
     assert [(r["step"], r["dice"]) for r in records(tmp_path / "run", "validation")] == [
         (r["step"], r["dice"]) for r in records(straight, "validation")
@@ -257,12 +211,12 @@ def test_a_signal_in_a_validation_ends_it_and_the_resumed_run_makes_it(small, da
 _LONG = "lambda: hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 _PROCESS = """
 import hashlib, sys, time
-from tests.test_resume import shrink
+from tests.small_runs import use_pixelwise
 from xdim_jax import train
 from xdim_jax.base.command import run
 from xdim_jax.data import pipeline, store
 from xdim_jax.training import mesh
-shrink(setattr)
+use_pixelwise(setattr)
 long, moment = LONG, sys.argv.pop(1)
 if moment == "prepare":
     original = store.read_case
@@ -295,10 +249,12 @@ run(train.main)
         ("steps", "step 2/6", signal.SIGTERM, 75),
     ],
 )
-def test_a_signal_to_the_process_is_heard_at_every_moment(moment, line, number, code, small, data, straight, tmp_path):
+def test_a_signal_to_the_process_is_heard_at_every_moment(
+    moment, line, number, code, small, camus4, straight, tmp_path
+):
     """Within the 30 seconds that schedulers give at least; then the same command goes on to the same end."""
     store = f"--config.data.store={tmp_path / 'store'}"
-    command = [sys.executable, "-c", _PROCESS, moment, *arguments(tmp_path / "run", data, store)]
+    command = [sys.executable, "-c", _PROCESS, moment, *arguments(tmp_path / "run", camus4, store)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDIM_JAX_CACHE": "off", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     process = subprocess.Popen(
         command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -322,7 +278,7 @@ def test_a_signal_to_the_process_is_heard_at_every_moment(moment, line, number, 
         assert "everything is saved" in stopped[0] and checkpoint.exist(tmp_path / "run")
     else:
         assert "nothing to save" in stopped[0] and not checkpoint.exist(tmp_path / "run")
-    out = train_small(tmp_path / "run", data, store)
+    out = train_small(tmp_path / "run", camus4, store)
     assert ("resume     from step" in out) == (moment == "steps")
     assert_same_end(tmp_path / "run", straight, 6)
 
@@ -529,18 +485,15 @@ def test_a_loss_that_is_not_finite_leaves_the_states_before_it(tmp_path):
 # -- damaged checkpoints ------------------------------------------------------------------------------------------
 
 
-def test_a_half_written_checkpoint_is_skipped_and_a_damaged_one_moved_aside(small, data, straight, tmp_path):
+def test_a_half_written_checkpoint_is_skipped_and_a_damaged_one_moved_aside(small, camus4, straight, tmp_path):
     """What is newest of a finished run is damaged, and a kill came while one more was written."""
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)
     newest = workdir / "checkpoints" / "6"
     shutil.copytree(newest, workdir / "checkpoints" / "7.orbax-checkpoint-tmp-123")
-    files = [p for p in newest.rglob("*") if p.is_file() and p.parent.name == "d"]
-    assert files
-    for path in files:
-        path.write_bytes(path.read_bytes()[:10])
+    damage_checkpoint(newest)
     before = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name in "12345")
-    out = train_small(workdir, data)
+    out = train_small(workdir, camus4)
     warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
     assert any("checkpoints/7 is incomplete" in line for line in warnings), out
     assert any("checkpoint 6" in line and "cannot be read" in line for line in warnings), out
@@ -577,14 +530,14 @@ def events_of(workdir):
     return found
 
 
-def test_validation_cases_are_drawn(straight, data):
+def test_validation_cases_are_drawn(straight, camus4):
     """Image, reference, prediction side by side; the first two cases of the split."""
     cases = json.loads((straight / "split.json").read_text())["validation"][:2]
     assert sorted(p.name for p in (straight / "overlays").iterdir()) == [f"{c}.png" for c in sorted(cases)]
     for case in cases:
         picture = np.asarray(Image.open(straight / "overlays" / f"{case}.png"))
-        (path,) = data.rglob(f"{case}.nii.gz")
-        (truth,) = data.rglob(f"{case}_gt.nii.gz")
+        (path,) = camus4.rglob(f"{case}.nii.gz")
+        (truth,) = camus4.rglob(f"{case}_gt.nii.gz")
         pixels = np.asarray(nib.load(path).dataobj).squeeze().T  # files are (x, y)
         assert pixels.shape == (64, 96) and picture.shape == (64, 3 * 96, 3) and picture.dtype == np.uint8
         image, reference = picture[:, :96].astype(int), picture[:, 96:192].astype(int)
@@ -761,7 +714,7 @@ def fakes(monkeypatch):
     return found
 
 
-def test_trackers_get_everything_and_go_on_after_a_resume(fakes, small, data, tmp_path, monkeypatch):
+def test_trackers_get_everything_and_go_on_after_a_resume(fakes, small, camus4, tmp_path, monkeypatch):
     wandb, mlflow = fakes["wandb"], fakes["mlflow"]
     workdir, options = tmp_path / "my_run", ("--config.train.wandb=hearts", "--config.train.mlflow=echo")
     original = step_metrics.say
@@ -772,14 +725,14 @@ def test_trackers_get_everything_and_go_on_after_a_resume(fakes, small, data, tm
         original(line)
 
     monkeypatch.setattr(step_metrics, "say", say)
-    train_small(workdir, data, *options, code=75)
+    train_small(workdir, camus4, *options, code=75)
     monkeypatch.setattr(step_metrics, "say", original)
-    train_small(workdir, data, *options)
+    train_small(workdir, camus4, *options)
 
     config = json.loads((workdir / "config.json").read_text())
     inits = [call[1] for call in wandb.named("init")]
     assert len(inits) == 2 and inits[0]["id"] == inits[1]["id"] and inits[0]["id"]
-    assert inits[1]["resume"] in ("allow", "must") and inits[0]["project"] == "hearts"
+    assert inits[1]["resume"] == "allow" and inits[0]["project"] == "hearts"
     assert Path(inits[0]["dir"]) == workdir
     assert json.loads(json.dumps(inits[0]["config"])) == config
     assert wandb.modes == ["offline"] * 2
@@ -943,7 +896,7 @@ def test_an_array_that_differs_is_named(tmp_path, capsys):
     checkpoint.close(checkpoints)
     code, out = verified(a, b, capsys)
     assert code == 1 and "checkpoints/4: 1 arrays differ: params.slow.w" in out
-    assert "recorded in both runs, all equal" in out
+    assert "4 recorded in both runs, all equal" in out
 
 
 def test_zeros_of_another_sign_differ(tmp_path, capsys):
@@ -952,15 +905,15 @@ def test_zeros_of_another_sign_differ(tmp_path, capsys):
     assert code == 1 and "params.fast.w" in out
 
 
-def test_another_seed_parts_at_the_first_step(small, data, straight, tmp_path, capsys):
-    train_small(tmp_path / "run", data, "--config.seed=1")
+def test_another_seed_parts_at_the_first_step(small, camus4, straight, tmp_path, capsys):
+    train_small(tmp_path / "run", camus4, "--config.seed=1")
     code, out = verified(straight, tmp_path / "run", capsys)
     assert code == 1 and "seed: 0 and 1" in out and "at step 1: " in out and "loss" in out
     assert "arrays differ" in out
 
 
-def test_runs_that_were_only_told_otherwise_are_the_same(small, data, straight, tmp_path, capsys):
-    train_small(tmp_path / "run", data, "--config.train.log_every=5", "--config.train.checkpoint_steps=1")
+def test_runs_that_were_only_told_otherwise_are_the_same(small, camus4, straight, tmp_path, capsys):
+    train_small(tmp_path / "run", camus4, "--config.train.log_every=5", "--config.train.checkpoint_steps=1")
     code, out = verified(straight, tmp_path / "run", capsys)
     assert code == 0 and "6 recorded in both runs, all equal" in out and "checkpoints/6: all bits" in out
 
@@ -1012,9 +965,9 @@ def test_unusable_folders_are_one_clear_message(name, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.slow
-def test_every_fold_is_trained_and_summed_up(small, data, tmp_path):
+def test_every_fold_is_trained_and_summed_up(small, camus4, tmp_path):
     workdir, all_folds = tmp_path / "cv", {"words": ",fold=all"}
-    train_small(workdir, data, **all_folds)
+    train_small(workdir, camus4, **all_folds)
     splits = [json.loads((workdir / f"fold{i}" / "split.json").read_text()) for i in (0, 1)]
     assert len(splits[0]["validation"]) == 8 and set(splits[0]["validation"]) == set(splits[1]["train"])
     best = []
@@ -1040,14 +993,14 @@ def test_every_fold_is_trained_and_summed_up(small, data, tmp_path):
 
     kept = arrays_of(workdir / "fold1" / "checkpoints" / "6" / "state")
     shutil.rmtree(workdir / "fold1")
-    out = train_small(workdir, data, **all_folds)
+    out = train_small(workdir, camus4, **all_folds)
     assert out.count("compile    train step took") == 1 and "resume     from step 6" in out, "fold 0 is done"
     again = arrays_of(workdir / "fold1" / "checkpoints" / "6" / "state")
     assert all(again[n].tobytes() == a.tobytes() for n, a in kept.items())
     assert json.loads((workdir / "crossval.json").read_text()) == found
 
     # a fold that is a job of its own is the same run
-    train_small(tmp_path / "alone", data, words=",fold=1")
+    train_small(tmp_path / "alone", camus4, words=",fold=1")
     alone = arrays_of(tmp_path / "alone" / "checkpoints" / "6" / "state")
     assert all(alone[n].tobytes() == a.tobytes() for n, a in kept.items())
 
@@ -1082,7 +1035,7 @@ def test_the_summary_of_records_made_by_hand(tmp_path):
         ["sd", "0.100", "0.300"],
     ]
     assert len({len(line) for line in lines}) == 1
-    with pytest.raises(UserError, match=r"fold3 has no validation on record; train fold 3 to its end"):
+    with pytest.raises(UserError, match="fold3 has no validation"):
         crossval.summarise(tmp_path, 4)
 
 
@@ -1097,7 +1050,7 @@ def test_all_folds_of_a_list_that_came_with_the_data(tmp_path, monkeypatch):
         lists = [{"training": ("a",), "validation": ("b",)}] * count
         monkeypatch.setattr(crossval, "scan_cases", lambda *_, lists=lists, **__: Scan([], [], tuple(lists)))
         if count == 1:
-            with pytest.raises(UserError, match="has 1 folds, expected two or more"):
+            with pytest.raises(UserError, match="1 folds"):
                 crossval.train_folds(config, tmp_path, every)
     assert crossval.train_folds(config, tmp_path, every) == 75
     assert begun == [(0, "fold0"), (1, "fold1"), (2, "fold2")]
@@ -1122,14 +1075,14 @@ def test_a_fold_that_is_stopped_stops_all(tmp_path, monkeypatch):
     assert config.data.fold == -1, "the config given is as it was"
 
 
-def test_what_has_no_folds_is_refused(small, data, tmp_path):
+def test_what_has_no_folds_is_refused(small, camus4, tmp_path):
     with pytest.raises(UserError, match=r"config\.data\.split=official"):
-        train_small(tmp_path / "a", data, "--config.data.split=official", words=",fold=all")
+        train_small(tmp_path / "a", camus4, "--config.data.split=official", words=",fold=all")
     make_workdir(tmp_path / "single")
-    with pytest.raises(UserError, match=r"is the workdir of a single run; give another .*for fold=all"):
-        train_small(tmp_path / "single", data, words=",fold=all")
+    with pytest.raises(UserError, match=r"/single .* single run.* fold=all"):
+        train_small(tmp_path / "single", camus4, words=",fold=all")
     with pytest.raises(UserError, match=r"config\.data\.folds=1"):
-        train_small(tmp_path / "b", data, "--config.data.folds=1", words=",fold=all")
+        train_small(tmp_path / "b", camus4, "--config.data.folds=1", words=",fold=all")
 
 
 # -- what a run starts from ---------------------------------------------------------------------------------------
@@ -1200,20 +1153,13 @@ def load_resnet(path, *options):
     return params, stats, json.loads(json.dumps(report))
 
 
-def flat(tree, prefix=""):
-    found = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": np.asarray(value)}
-    return found
-
-
 def test_a_ported_file_fills_the_encoder_and_the_report_says_how(ported, capsys):
     state, folder = ported
     params, stats, report = load_resnet(folder / "resnet.safetensors")
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert report["coverage"] == 1.0 and report["random"] == []
     assert report["source"]["sha256"] == digest and report["weights"] == str(folder / "resnet.safetensors")
-    arrays = flat(params) | flat(stats)
+    arrays = named(params) | named(stats)
     inside = {name for name in arrays if name.startswith("encoder.")}
     assert report["arrays"].keys() == inside, "what was done to every array, and to nothing else"
     stem = "encoder.conv1.kernel"
@@ -1242,13 +1188,13 @@ def test_a_file_that_lacks_an_array_fails_unless_it_may(ported, tmp_path):
     assert report["random"] == ["encoder.layer1.0.conv1.kernel"]
     assert "encoder.layer1.0.conv1.kernel" not in report["arrays"]
     # of ResNet-18 without its head, scalars: (all - 64 * 64 * 9) / all, with the stem of this network's channels
-    inside = {n: a.size for n, a in flat(params).items() if n.startswith("encoder.")}
+    inside = {n: a.size for n, a in named(params).items() if n.startswith("encoder.")}
     running = sum(a.size for n, a in whole.arrays.items() if n.endswith((".mean", ".var")))
     total = sum(inside.values()) + running
     assert report["coverage"] == pytest.approx((total - 64 * 64 * 9) / total) and report["coverage"] < 1
 
 
-def test_a_run_starts_from_a_network_file_that_fits_in_part(small, data, tmp_path):
+def test_a_run_starts_from_a_network_file_that_fits_in_part(small, camus4, tmp_path):
     """Through the main: without ``require`` it trains from what there is; with it, nothing begins."""
     config = load_config(RECIPE, SMALL)
     config, _ = check.resolve_config(config, needs_data=False)
@@ -1257,15 +1203,15 @@ def test_a_run_starts_from_a_network_file_that_fits_in_part(small, data, tmp_pat
     write_weights(path, Weights("network", networks.plain(config.model), {"kernel": kernel}, {}, {"from": "here"}))
     name = f"--config.init.weights={path}"
     with pytest.raises(UserError, match=r"only in the network \(1\): bias"):
-        train_small(tmp_path / "run", data, name)
+        train_small(tmp_path / "run", camus4, name)
     assert not checkpoint.exist(tmp_path / "run")
     still = ("--config.optim.rates=*=0", "--config.init.require=False")  # every part frozen: the start is the end
-    out = train_small(tmp_path / "run", data, name, *still)
+    out = train_small(tmp_path / "run", camus4, name, *still)
     report = json.loads((tmp_path / "run" / "pretrained.json").read_text())
     assert report["random"] == ["bias"] and report["arrays"] == {"kernel": "copied"}
     assert report["coverage"] == 0.5 and "50 %" in out
     found = arrays_of(tmp_path / "run" / "checkpoints" / "6" / "state")
     np.testing.assert_array_equal(found["['params']['slow']['kernel']"], kernel)
     path.unlink()
-    out = train_small(tmp_path / "run", data, name, *still)
+    out = train_small(tmp_path / "run", camus4, name, *still)
     assert "resume     from step 6" in out, "the file is not needed again"

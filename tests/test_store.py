@@ -111,8 +111,9 @@ def test_resampling_keeps_a_ramp_where_it_is():
 def test_downsampling_does_not_alias():
     stripes = np.zeros((1, 64, 64, 1), np.float32)
     stripes[:, :, ::2] = 1
-    inner = resample(stripes, (1, 64, 16))[:, :, 2:-2]
-    np.testing.assert_allclose(inner, 0.5, atol=0.1)
+    # 3.2 stripes per voxel, so that the voxel centres do not all lie at the same place of a stripe
+    inner = resample(stripes, (1, 64, 20))[:, :, 2:-2]
+    np.testing.assert_allclose(inner, 0.5, atol=0.01)
 
 
 def test_nearest_takes_the_voxel_under_the_centre():
@@ -277,7 +278,7 @@ def test_damaged_entries_are_prepared_again(root):
     whole = entries[1].load().image()
     for name, content in (("case.json", b"{"), ("case.json", b"[]"), ("case.json", b"\xff\xfe"), ("image.npy", b"hi")):
         (entries[1].location / name).write_bytes(content)
-        with pytest.raises(UserError, match=r"case.json is not|is damaged .* run the same command again"):
+        with pytest.raises(UserError, match=rf"{entries[1].location.name}.*(case.json is not|is damaged)"):
             entries[1].load()
         assert "2 of 3" in fill(root)[1][0]
         np.testing.assert_array_equal(entries[1].load().image(), whole)
@@ -369,7 +370,7 @@ for entry in store.prepare_cases(dataset, cases, settings, root.parent / "store"
 
 def test_too_little_room_is_said_before_it_is_used(root, monkeypatch):
     monkeypatch.setattr(store_backends.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
-    with pytest.raises(UserError, match=r"2 cases left need about .* but only 0.00 GiB are free"):
+    with pytest.raises(UserError, match=r"2 cases left .* GiB.* 0\.00 GiB"):
         fill(root)
 
 

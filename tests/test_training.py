@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from tests import conftest
-from tests.conftest import TOY_MODEL, small_state, toy_model
+from tests.conftest import TOY_MODEL, damage_checkpoint, records, small_state, toy_model
 from xdim_jax.base import log, signals
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
@@ -20,7 +20,7 @@ from xdim_jax.inference import output
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
 from xdim_jax.runs import checkpoint
-from xdim_jax.runs.records import METRICS_FILE, close_recorder, open_recorder, read_records, record
+from xdim_jax.runs.records import METRICS_FILE, close_recorder, open_recorder, record
 from xdim_jax.runs.state import TrainState, init_state
 from xdim_jax.training import loop, loss, optim, step, step_metrics, validation
 
@@ -63,7 +63,7 @@ def finish(run, stream, value=0.0):
 def test_validation_waits_for_the_training_score_and_comes_at_the_end(tmp_path, gate, every, steps):
     """Paper, Sect. 3.1.3; the training score is 0.25 here."""
     finish(make_run(tmp_path, config={"validate_after_score": gate, "validate_every": every}), blank_batches())
-    assert [r["step"] for r in read_records(tmp_path) if r["kind"] == "validation"] == steps
+    assert [r["step"] for r in records(tmp_path, "validation")] == steps
 
 
 def test_the_slow_weights_are_validated_and_kept(tmp_path):
@@ -205,7 +205,7 @@ def test_the_same_step_gives_the_same_bits_and_another_step_another_drop_path():
     b, again = train(state, batch, key)
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)) and first["loss"] == again["loss"]
     losses = {float(train(state._replace(step=jnp.int32(s)), batch, key)[1]["loss"]) for s in range(8)}
-    assert len(losses) > 1
+    assert len(losses) == 2, "with and without the one block that has a skip connection"
 
 
 @pytest.mark.parametrize(("asked_at", "log_every"), [(2, 100), (3, 2), (4, 100), (5, 2)])
@@ -236,7 +236,7 @@ def test_wherever_a_stop_is_asked_for_no_step_is_lost(tmp_path, asked_at, log_ev
     in_epoch = asked_at % 4
     assert restored[1]["score_steps"] == [in_epoch] * 3 and restored[1]["score_sum"] == [0.25 * in_epoch] * 3
     assert len(validations) == (asked_at >= 4)
-    assert [r["step"] for r in read_records(tmp_path) if r["kind"] == "validation"] == ([4] if asked_at > 4 else [])
+    assert [r["step"] for r in records(tmp_path, "validation")] == ([4] if asked_at > 4 else [])
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -280,16 +280,9 @@ def test_weights_are_saved_after_the_state_that_is_being_written(tmp_path, monke
     assert [p.name for p in (tmp_path / "best").iterdir()] == ["1"]
 
 
-def damage(folder):
-    files = [p for p in folder.rglob("*") if p.is_file() and p.parent.name == "d"]
-    for path in files:
-        path.write_bytes(path.read_bytes()[:10])
-    assert files
-
-
 def test_a_damaged_checkpoint_is_moved_aside_with_a_warning(tmp_path):
     save_states(tmp_path, (1, 2))
-    damage(tmp_path / "checkpoints" / "2")
+    damage_checkpoint(tmp_path / "checkpoints" / "2")
     (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()  # a kill in the middle of a save
     warnings = []
     checkpoints = checkpoint.open_checkpoints(tmp_path)
@@ -308,7 +301,7 @@ def test_a_damaged_checkpoint_is_moved_aside_with_a_warning(tmp_path):
 def test_when_no_checkpoint_can_be_read_nothing_is_started_anew(tmp_path):
     save_states(tmp_path, (1, 2))
     for at in ("1", "2"):
-        damage(tmp_path / "checkpoints" / at)
+        damage_checkpoint(tmp_path / "checkpoints" / at)
     checkpoints = checkpoint.open_checkpoints(tmp_path)
     with pytest.raises(UserError, match=r"steps \[2, 1\]"):
         checkpoint.restore_latest(checkpoints, small_state(0.0, 0), lambda line: None)
@@ -334,7 +327,7 @@ def test_without_a_validation_the_slow_weights_of_the_latest_state_are_used(tmp_
     np.testing.assert_array_equal(params["w"], 2.0)
     np.testing.assert_array_equal(stats["n"]["mean"], 4.0)
     assert source == "latest state, step 4"
-    with pytest.raises(UserError, match=r"params.w is \(4,\) in the checkpoint, \(5,\) in the network"):
+    with pytest.raises(UserError, match=r"params\.w .*\(4,\).*\(5,\)"):
         checkpoint.load_weights(tmp_path, {"w": jnp.zeros(5)}, {"n": {"mean": jnp.zeros(2)}})
 
 
@@ -351,8 +344,8 @@ def test_record_forgets_what_lies_beyond_the_resumed_step(tmp_path):
     recorder = open_recorder(tmp_path, 2, writes=True)
     record(recorder, "train", 3, {"loss": 9.0})
     close_recorder(recorder)
-    records = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
-    assert [(r["step"], r["loss"]) for r in records] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+    entries = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in entries] == [(1, 1.0), (2, 0.5), (3, 9.0)]
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 

@@ -1477,7 +1477,7 @@ def test_json_holds_what_the_table_says(copy, tmp_path, capsys, to_file):
     found = {(p["kind"], p["severity"]): p for p in report["problems"]}
     assert set(found) == {("missing_label", "error"), ("missing_file", "warning")}
     for problem in report["problems"]:
-        assert {"path", "found", "expected", "suggestion", "kind", "case_id", "severity"} <= problem.keys()
+        assert problem.keys() == {"path", "found", "expected", "suggestion", "kind", "case_id", "severity"}
         assert all(isinstance(value, str) for value in problem.values())
     assert f"{P2}_2CH_ED" in found["missing_label", "error"]["path"]
     assert "patient0999" in found["missing_file", "warning"]["found"]

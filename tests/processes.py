@@ -1,0 +1,27 @@
+"""Training runs of several processes on one machine, for test_devices and test_launch."""
+
+import time
+from pathlib import Path
+
+from xdim_jax.runs.records import STEPS_FILE, read_records
+
+REPO = Path(__file__).parent.parent
+EPOCHS = 5
+
+
+def one_device_environment(root):
+    """Environment variables of a process with one CPU device; the processes of a module share compiled programs."""
+    return {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XDG_CACHE_HOME": str(root.parent / "cache"),
+        "PYTHONPATH": str(REPO),
+    }
+
+
+def wait_for_step(workdir, processes, number, timeout=200):
+    deadline = time.monotonic() + timeout
+    while not any(r["step"] >= number for r in read_records(workdir, STEPS_FILE)):
+        assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+        time.sleep(0.05)
