@@ -101,6 +101,9 @@ CASES = {
     ),
 }
 SLOW_CASES = {
+    "omnianet lite": lambda: unet_case("omnianet", encoder="lite_toy", convention="timm"),
+    "dxnet lite": lambda: unet_case("dxnet", encoder="lite_toy", convention="timm", norm="instance"),
+    "dsnet lite": lambda: ds_case(97, encoder="lite_toy", convention="timm"),
     "omnianet b0": b0(lambda **o: unet_case("omnianet", **o)),
     "dxnet b0": b0(lambda **o: (*unet_case("dxnet", norm="instance", **o)[:2], (1, 64, 64, 64, 4))),
     "dsnet b0": b0(lambda **o: ds_case(97, **o)),

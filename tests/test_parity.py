@@ -125,6 +125,9 @@ SLOW = [
     ("efficientnet_b0", (65, 64)),
     ("tf_efficientnet_b0", (63, 65)),
     ("tf_efficientnet_b4", (65, 71)),
+    ("tf_efficientnet_lite0", (63, 65)),
+    ("efficientnet_lite0", (64, 71)),
+    ("tf_efficientnet_lite4", (65, 64)),
     ("resnet18", (64, 65)),
     ("resnet50", (64, 64)),
     ("vgg16_bn", (64, 64)),
@@ -169,8 +172,9 @@ def test_encoder_is_timms(architecture, size):
             assert worst[0] <= 10 * worst[1]
 
 
-FIRST = ["tf_efficientnet_b1", "resnet18", "convnext_tiny"]
-SLOW_FIRST = [*(f"tf_efficientnet_b{i}" for i in (2, 3, 5, 6, 7)), "efficientnet_b4", "resnet34", "vgg19_bn"]
+FIRST = ["tf_efficientnet_b1", "tf_efficientnet_lite0", "resnet18", "convnext_tiny"]
+SLOW_FIRST = [*(f"tf_efficientnet_b{i}" for i in (2, 3, 5, 6, 7)), *(f"tf_efficientnet_lite{i}" for i in (1, 2, 3))]
+SLOW_FIRST += ["efficientnet_b4", "resnet34", "vgg19_bn"]
 
 
 @pytest.mark.parametrize("architecture", [*FIRST, *(pytest.param(a, marks=pytest.mark.slow) for a in SLOW_FIRST)])
