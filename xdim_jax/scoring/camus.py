@@ -116,7 +116,9 @@ def aggregate(
     step: str = "largest",
     contour: str = "official",
 ) -> tuple[list[ScoredCase], dict[str, Any]]:
-    """Compute volumes and ejection fraction of every patient with four images, and their agreement over patients.
+    """Compute volumes and ejection fraction of patients, and the agreement of prediction and reference.
+
+    Only patients whose four images (two views, two instants) all have a usable prediction are included.
 
     Args:
         jobs: All jobs.
@@ -172,8 +174,8 @@ def agreement(pred: Sequence[float], ref: Sequence[float]) -> dict[str, float | 
 
     Returns:
         ``correlation``: Pearson's correlation. ``bias``: mean of prediction minus reference. ``sd``: standard deviation
-        of these differences (ddof 1). ``mae``: mean absolute error. A statistic is None if there are too few values, or
-        if the values are constant.
+        of these differences (ddof 1). ``mae``: mean absolute error. A statistic is None if there are too few values;
+        the correlation also if predicted or reference values are constant.
     """
     p, r = np.asarray(pred, float), np.asarray(ref, float)
     difference = p - r
