@@ -94,7 +94,7 @@ def predict(folder: Path, patch: str) -> dict:
     case = data_case.case_from_files([folder / "data" / "imagesTr" / "a_0000.nii.gz"], dataset)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begin = time.monotonic()
-    said = memory.used_bytes() + sum(memory.needs(ready, [case]))
+    said = memory.used_bytes() + sum(memory.required_bytes(ready, [case]))
     failures = predict_cases.predict_cases(ready, [case], folder / "out")
     assert not failures, failures
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -89,7 +89,7 @@ def patient_volumes(maps: _PatientMaps, *, step: str, contour: str) -> simpson.V
     Args:
         maps: (view, instant) -> label map, for the two views and two instants.
         step: Height of the discs, see `xdim_jax.scoring.simpson.volumes`.
-        contour: Part of the ventricle that is cut into discs, see `xdim_jax.scoring.simpson.volumes`.
+        contour: Part of the ventricle that is divided into discs, see `xdim_jax.scoring.simpson.volumes`.
 
     Raises:
         UserError: A label map cannot be read.
@@ -125,7 +125,7 @@ def aggregate(
         scored: Scores of each job.
         run: Parallel ``map``.
         step: Height of the discs, see `xdim_jax.scoring.simpson.volumes`.
-        contour: Part of the ventricle that is cut into discs, see `xdim_jax.scoring.simpson.volumes`.
+        contour: Part of the ventricle that is divided into discs, see `xdim_jax.scoring.simpson.volumes`.
 
     Returns:
         A row for each patient, with predicted and reference volumes, and the entry ``volumes`` of the summary.

@@ -7,7 +7,7 @@ from typing import Any
 from xdim_jax.base import bucket
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.log import say
-from xdim_jax.inference.model import read_anywhere
+from xdim_jax.inference.model import read_file_or_workdir
 from xdim_jax.nets import inflate, weights
 from xdim_jax.nets.weights import Weights
 
@@ -24,10 +24,10 @@ def read_named(name: str) -> Weights:
         UserError: There are no usable weights. If the hub cannot be reached, the message says what to do.
     """
     if bucket.is_address(name):
-        return read_anywhere(bucket.fetch(name))
+        return read_file_or_workdir(bucket.fetch(name))
     path = Path(name)
     if path.exists() or path.suffix in (".safetensors", ".pth", ".pt") or "/" in name:
-        return read_anywhere(path)
+        return read_file_or_workdir(path)
     from weight_port import pypi, timm_models  # needed for names only; torch is imported if a file needs it
 
     if name.endswith(f".{pypi.TAG}"):
