@@ -61,7 +61,7 @@ def main() -> None:
     stream = pipeline.make_stream(
         found.train,
         sampling=config.data.sampling,
-        size=check.whole_size(config.data.patch),
+        size=check.patch_size_3d(config.data.patch),
         flat=networks.spatial_axes(config.model) == 2,
         foreground=config.data.foreground,
         patches_per_case=config.data.patches_per_case,

@@ -403,7 +403,7 @@ MISUSES = {
     "no list of splits": ([f"--config={RECIPE}", DATA, "--config.data.split=official"], ["without a list of splits"]),
     "sampling": ([f"--config={RECIPE}", "--config.data.sampling=all"], ["sampling='all'", "patches, slices"]),
     "preparation": ([f"--config={RECIPE}", "--config.data.prepare.crop=brain"], ["crop='brain'", "none, nonzero"]),
-    "slices in 3D": ([f"--config={RECIPE}", "--config.data.sampling=slices"], ["sampling=slices", "3D patch"]),
+    "slices in 3D": ([f"--config={RECIPE}", "--config.data.sampling=slices"], ["sampling=slices", "2D patch"]),
     "cut volumes": ([f"--config={RECIPE}", DATA, "--config.data.sampling=volumes"], ["larger than", "prepare.size"]),
 }  # fmt: skip
 

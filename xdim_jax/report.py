@@ -29,16 +29,16 @@ def main(argv: Sequence[str]) -> int:
     records = read_records(members[0]) if len(members) == 1 else []
     channels = read_json(members[0] / DATA_FILE)["channels"] if members else []
     summary = read_json(options.eval / results.SUMMARY_FILE)
-    compared = results.read_record(options.eval)
+    evaluation = results.read_record(options.eval)
     if not isinstance(summary, dict) or {"rules", "structures", "groups", "empty", "unreadable"} - summary.keys():
         raise UserError(
             f"{options.eval / results.SUMMARY_FILE} is not the summary of an evaluation; create it with "
             "python -m xdim_jax.evaluate"
         )
-    environments = _environments(members[0] if members else None, Path(compared["pred"]))
-    patients = {case: v["patient"] for case, v in compared["cases"].items()}
+    environments = _environments(members[0] if members else None, Path(evaluation["pred"]))
+    patients = {case: v["patient"] for case, v in evaluation["cases"].items()}
     scored = results.read_cases(options.eval / results.CASES_FILE, patients)
-    write_text(options.out, render(config, records, channels, summary, scored, compared, environments))
+    write_text(options.out, render(config, records, channels, summary, scored, evaluation, environments))
     sources = {
         k: str(v if bucket.is_address(v) else Path(v).absolute()) for k, v in vars(options).items() if v is not None
     }

@@ -20,7 +20,7 @@ from xdim_jax.data.splits import official_split, split_cases
 from xdim_jax.inference.output import Output
 from xdim_jax.runs.workdir import DATA_FILE, SPLIT_FILE
 from xdim_jax.training import mesh
-from xdim_jax.training.check import whole_size
+from xdim_jax.training.check import patch_size_3d
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RunData:
         return pipeline.make_stream(
             self.train,
             sampling=data.sampling,
-            size=whole_size(data.patch),
+            size=patch_size_3d(data.patch),
             flat=len(data.patch) == 2,
             foreground=data.foreground,
             patches_per_case=data.patches_per_case,
@@ -99,7 +99,7 @@ def find_data(
         write_json(workdir / DATA_FILE, data_case.describe(dataset))
     entries = _prepare(data, dataset, root, [*train, *validation])
     chosen = entries[: len(train)]
-    pipeline.check_size(chosen, data.sampling, whole_size(data.patch))
+    pipeline.check_size(chosen, data.sampling, patch_size_3d(data.patch))
     facts = _annotations(dataset, output, train)
     return RunData(chosen, list(zip(validation, entries[len(train) :], strict=True)), facts)
 

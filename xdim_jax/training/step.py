@@ -49,11 +49,11 @@ def make_train_step(
         axis: Name of the ``pmap`` axis over whose devices gradients, statistics and metrics are averaged.
 
     The batch has ``image`` (batch, spatial axes, channels) and ``label`` (batch, spatial axes), and optionally
-    ``annotated`` (batch, channels), ``annotated_regions`` (batch, regions) and ``ask`` (batch,).
+    ``annotated`` (batch, channels), ``annotated_regions`` (batch, regions) and ``request`` (batch,).
 
     The metrics are ``loss`` and its parts, ``grad_norm``, ``update_norm``, and ``score``: for each region, the hard
-    Dice averaged over the samples in which it is annotated, NaN if there is none. If the batch has ``ask``, the metrics
-    have its maximum over all processes, so that every process learns at the same step what one of them requests.
+    Dice averaged over the samples in which it is annotated, NaN if there is none. If the batch has ``request``, the
+    metrics have its maximum over all processes, see `xdim_jax.training.agreement`.
     """
 
     def gradients(state: TrainState, stats: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict[str, Any], Any]:
@@ -82,7 +82,7 @@ def make_train_step(
         return {"score": jnp.sum(dice * shown, 0), "scored": jnp.sum(shown, 0).astype(dice.dtype)}
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        batch, ask = {k: v for k, v in batch.items() if k != "ask"}, batch.get("ask")
+        batch, request = {k: v for k, v in batch.items() if k != "request"}, batch.get("request")
         batch = batch if augment is None else augment(batch)
         key = jax.random.fold_in(key, state.step)
         if axis is not None:
@@ -97,8 +97,8 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics |= {"grad_norm": _norm(grads), "update_norm": _norm(fast(updates))}
         metrics["score"] = metrics["score"] / metrics.pop("scored")
-        if ask is not None:
-            metrics["ask"] = jnp.max(ask) if axis is None else jax.lax.pmax(jnp.max(ask), axis)
+        if request is not None:
+            metrics["request"] = jnp.max(request) if axis is None else jax.lax.pmax(jnp.max(request), axis)
         average = state.ema
         if average:
             new, decay = {"params": fast(params), "stats": stats}, ema_decay(ema, state.step)
