@@ -184,7 +184,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
 
 def test_what_the_whole_run_says_and_leaves(straight):
     out = (straight / "out.txt").read_text()
-    assert "nothing to resume, starting at step 0" in out and "done       predict with" in out
+    assert "starting at step 0" in out and "done       predict with" in out
     kept = sorted(p.name for p in (straight / "checkpoints").iterdir())
     assert kept == ["4", "6"], "the ends of the last two epochs"
     assert [r["step"] for r in lines_of(straight / "steps.jsonl")] == [1, 2, 3, 4, 5, 6]
@@ -1082,7 +1082,7 @@ def test_the_summary_of_records_made_by_hand(tmp_path):
         ["sd", "0.100", "0.300"],
     ]
     assert len({len(line) for line in lines}) == 1
-    with pytest.raises(UserError, match=r"fold3 has no validation on record; train fold 3 to its end"):
+    with pytest.raises(UserError, match=r"fold3 has no .*train fold 3"):
         crossval.summarise(tmp_path, 4)
 
 

@@ -37,7 +37,7 @@ from xdim_jax.sweeps.packed import PackedWorker
 from xdim_jax.sweeps.space import check_space, load_space
 from xdim_jax.sweeps.worker import Job, run_worker
 from xdim_jax.training.check import resolve_config
-from xdim_jax.training.initial_weights import read_start
+from xdim_jax.training.initial_weights import read_initial_weights
 from xdim_jax.training.needs import parse_bytes
 from xdim_jax.training.pack import LAYOUTS, check_packable
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         dry_run(suggest, options.config, overrides, slots=options.pack, layout=options.layout, budget=budget)
         return 0
     if config.init.weights and "init.weights" not in distributions:
-        read_start(config.init)  # report an error once, before every trial fails with it
+        read_initial_weights(config.init)  # report an error once, before every trial fails with it
     if options.sampler == "grid":
         _check_grid(options.trials, studies.grid_size(distributions))
     study = _open_study(options, distributions)

@@ -110,7 +110,7 @@ def draw(image: np.ndarray, reference: np.ndarray, predicted: np.ndarray) -> np.
     return np.concatenate(panels, 1).round().astype(np.uint8)
 
 
-def keep_pictures(workdir: Path, pictures: dict[str, np.ndarray]) -> None:
+def save_pictures(workdir: Path, pictures: dict[str, np.ndarray]) -> None:
     """Write the pictures to ``overlays/<case id>.png``. Raises UserError if they cannot be written."""
     for case_id, picture in pictures.items():
         with atomic_path(workdir / OVERLAYS / f"{case_id}.png") as temporary:
