@@ -26,7 +26,10 @@ def _constant_then_cosine(options: Mapping[str, Any], epochs: float, per_epoch: 
 
 
 def _exponential(options: Mapping[str, Any], epochs: float, per_epoch: int) -> Schedule:
-    """Return a schedule: ``peak``, times ``factor`` after each epoch, at least ``final`` (paper, Sect. 3.1.1)."""
+    """Return a schedule: ``peak``, multiplied by ``factor`` after each epoch, but at least ``final``.
+
+    The paper uses it for CAMUS and CHAOS (Sect. 3.1.1 and 3.1.2).
+    """
     del epochs
     return lambda step: jnp.maximum(options["peak"] * options["factor"] ** (step // per_epoch), options["final"])
 

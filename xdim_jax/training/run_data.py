@@ -147,6 +147,7 @@ def _prepare(data: Any, dataset: Dataset, root: Path, cases: list[Case]) -> list
 
 
 def _record_split(workdir: Path, root: Path, train: list[Case], validation: list[Case], *, started: bool) -> None:
+    """Write ``split.json``. Raises UserError if the run has ``started`` with another split."""
     sides = {"train": train, "validation": validation}
     split = {"root": str(root.absolute())} | {side: [case.case_id for case in cases] for side, cases in sides.items()}
     path = workdir / SPLIT_FILE
@@ -155,7 +156,8 @@ def _record_split(workdir: Path, root: Path, train: list[Case], validation: list
         for side in ("train", "validation"):
             if changed := sorted(set(before[side]) ^ set(split[side])):
                 raise UserError(
-                    f"the {side} cases in {root} are not those that the run in {workdir} started with: {len(changed)} "
-                    f"differ ({shorten(changed)}). Restore the data to resume the run, or give another --workdir"
+                    f"the {side} cases in {root} differ from those with which the run in {workdir} started: "
+                    f"{len(changed)} were added or removed ({shorten(changed)}). Restore the data to resume the run, "
+                    "or give another --workdir"
                 )
     write_json(path, split)
