@@ -1,14 +1,14 @@
-"""Time of augmenting one sample of 128^3 voxels and 4 channels: ours beside batchgeneratorsv2 (nnU-Net's library).
+"""Compare the time of augmenting one sample with batchgeneratorsv2, the library of nnU-Net.
 
-    pip install batchgeneratorsv2        # or, into an environment of its own, and --peer-python=<its python>
+    pip install batchgeneratorsv2        # or into a separate environment, whose interpreter is --peer-python
     python benchmarks/augment.py [--size=128] [--rounds=5] [--threads=2] [--json=FILE]
 
-The set is that of the paper's CHAOS experiments: scaling, rotation, translation, shearing, window, additive noise.
-Every transform is on in every sample, so the whole cost shows; the same is measured for nnU-Net's set (rotation,
-scaling, elastic, noise, blur, brightness, contrast, low resolution, gamma, flips). The peer has no shearing and no
-window: it does scaling and rotation in one resampling with translation by a random crop, and contrast in the place of
-window. Both interpolate the image linearly and take the nearest label. The two run in processes of their own, which
-take turns; the median over rounds counts.
+Two sets of transforms are measured on samples with 4 channels: those of the paper for CHAOS (scaling, rotation,
+translation, shearing, window, noise), and those of nnU-Net (rotation, scaling, elastic, noise, blur, brightness,
+contrast, low resolution, gamma, flips). All transforms of a set are applied to every sample. batchgeneratorsv2 has
+neither shearing nor window. For the paper's set, it therefore does scaling, rotation and translation (a random crop) in
+one resampling, and contrast instead of window. Both libraries interpolate the image linearly and the label by nearest
+neighbour. They run in separate processes, alternately; the result is the median over rounds.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from pathlib import Path
 
 from xdim_jax.base.files import write_json
 
-REPEATS = 3
+REPEATS = 3  # number of samples of a measurement
 
 
-def ours(which: str, size: int) -> float:
-    """Seconds a sample, compiled."""
+def measure_ours(which: str, size: int) -> float:
+    """Return the seconds per sample of our augmentation, without compilation."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -55,8 +55,8 @@ def ours(which: str, size: int) -> float:
     return (time.perf_counter() - begin) / REPEATS
 
 
-def peer(which: str, size: int) -> float:
-    """Seconds a sample of batchgeneratorsv2."""
+def measure_peer(which: str, size: int) -> float:
+    """Return the seconds per sample of batchgeneratorsv2."""
     import numpy as np
     import torch
     from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
@@ -105,18 +105,20 @@ def peer(which: str, size: int) -> float:
 
 
 def main() -> None:
-    """Runs the two in turns and prints a Markdown table."""
+    """Run the command line, see ``--help``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--size", type=int, default=128, help="voxels per side of a sample")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has batchgeneratorsv2")
-    parser.add_argument("--json", help="write the numbers there")
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # what a process of its own measures
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="interpreter of an environment with batchgeneratorsv2"
+    )
+    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # internal: library and set that a separate process measures
     options = parser.parse_args()
     if options.only:
         side, which = options.only.split(":")
-        print((ours if side == "ours" else peer)(which, options.size))
+        print((measure_ours if side == "ours" else measure_peer)(which, options.size))
         return
     threads = str(options.threads)
     here = str(Path(__file__).parent.parent)

@@ -1,15 +1,20 @@
-"""Our networks beside PyTorch twins of the same mathematics: time, memory, compilation.
+"""Compare time, memory and compilation of our networks with PyTorch implementations of the same networks.
 
     python benchmarks/compare.py [--networks=dxnet:64,omnia_b0:256] [--phases=infer,train] [--sides=ours,torch,torch-cl]
                                  [--threads=2] [--rounds=5] [--precision=float32] [--out=FOLDER]
 
-Each side is a process of its own (benchmarks/sides.py) and the processes take turns, so that a slow minute of the
-machine is everybody's; of a turn's two runs the second counts. What counts is the median over rounds against the faster
-layout of PyTorch: with one thread the processor time of the process, pinned to one core; with more the wall time, which
-says something on a quiet machine only (the load average is in the result). Sides: ``ours``; ``naive``, the same network
-on XLA's own operations; ``torch``; ``torch-cl``, channels last; ``torch-compile`` and ``torch-cl-compile``.
+Each implementation (a *side*) runs in a process of its own, see benchmarks/sides.py. In every round, each process runs
+twice, one process after the other, and the second run is measured. So other load on the machine affects all sides. The
+result is the median over rounds, relative to the fastest PyTorch side. With one thread, the process is pinned to one
+core, and its processor time is measured. With several threads, the wall time is measured, which is reliable only if
+nothing else runs on the machine (the load average is part of the result).
 
-Writes results.json, results.md and, where there are several sizes of a network, scaling.png to --out.
+    ours                              our network
+    naive                             our network with XLA's own operations
+    torch, torch-cl                   PyTorch, contiguous or with channels last
+    torch-compile, torch-cl-compile   the same with torch.compile
+
+Writes results.json and results.md to --out, and scaling.png if a network is measured at several sizes.
 """
 
 import argparse
@@ -36,16 +41,20 @@ DEFAULT = "dxnet:64,dxnet:96,dxnet:128,dsnet:64,omnia_b0:256,omnia_b4:512"
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line, see ``--help``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--networks", default=DEFAULT, help="name:side[@batch], with commas; default: %(default)s")
-    add("--phases", default="infer,train", help="infer, train, and predict: a whole volume, of dxnet:128 alone")
-    add("--sides", default="ours,torch,torch-cl")
+    add("--networks", default=DEFAULT, help="comma-separated name:size[@batch]; default: %(default)s")
+    add(
+        "--phases",
+        default="infer,train",
+        help="comma-separated: infer, train, or predict (a whole volume; dxnet:128 only)",
+    )
+    add("--sides", default="ours,torch,torch-cl", help="comma-separated; default: %(default)s")
     add("--threads", type=int, default=2)
     add("--rounds", type=int, default=5)
     add("--precision", default="float32", choices=["float32", "bfloat16"])
-    add("--remat", default="", help="of ours: stages whose activations are computed again")
+    add("--remat", default="", help="ours: stages whose activations are recomputed")
     add("--out", type=Path, default=Path("runs/compare"))
     options = parser.parse_args()
     cases, phases = options.networks.split(","), options.phases.split(",")
@@ -55,33 +64,37 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for case, phase in itertools.product(cases, phases):
         rows.append(compare(case, phase, options))
-        print(line(rows[-1]), flush=True)
-        write(options, rows)
+        print(format_row(rows[-1]), flush=True)
+        write_results(options, rows)
     return 0
 
 
 def compare(case: str, phase: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All sides of a case, in turns."""
+    """Measure all sides of a case, and return the row of the results."""
     metric = "cpu" if options.threads == 1 else "wall"
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as cache:
         sides: dict[str, Side] = {}
         facts: dict[str, dict[str, Any]] = {}
         try:
-            for name in options.sides.split(","):  # one after the other, so that each compiles alone
+            for name in options.sides.split(
+                ","
+            ):  # one after the other, so that compilations do not slow each other down
                 sides[name] = Side(name, case, phase, cache, options)
                 facts[name] = sides[name].read()
             times: dict[str, list[float]] = {name: [] for name in sides}
             for _ in range(options.rounds):
                 for name, side in sides.items():
-                    side.ask("run")  # brings memory that an idle process lost back, and does not count
-                    times[name].append(side.ask("run")[metric])
-            peaks = {name: side.ask("quit")["peak"] for name, side in sides.items()}
+                    side.request("run")  # not measured: it restores the memory pages that an idle process has lost
+                    times[name].append(side.request("run")[metric])
+            peaks = {name: side.request("quit")["peak"] for name, side in sides.items()}
         finally:
             for side in sides.values():
                 side.close()
         again = {}
-        if "ours" in sides and "compile_s" in facts["ours"]:  # the same program from the cache
+        if (
+            "ours" in sides and "compile_s" in facts["ours"]
+        ):  # time of loading the same program from the compilation cache
             second = Side("ours", case, phase, cache, options)
             again = second.read()
             second.close()
@@ -104,7 +117,17 @@ def compare(case: str, phase: str, options: argparse.Namespace) -> dict[str, Any
 
 
 class Side:
-    """A process of benchmarks/sides.py, of this interpreter or another."""
+    """A process of benchmarks/sides.py.
+
+    Args:
+        name: Name of the side, such as ``ours``.
+        case: Network, size and batch, see `benchmarks.sides.find_case`.
+        phase: ``infer``, ``train`` or ``predict``.
+        cache: Folder of the compilation cache.
+        options: Options of the command line.
+        python: Interpreter of the process.
+        xla: Compiler options as JSON; empty for ours.
+    """
 
     def __init__(
         self,
@@ -127,28 +150,28 @@ class Side:
         )
 
     def read(self) -> dict[str, Any]:
-        """Its next answer."""
+        """Return the next answer of the process."""
         assert self.process.stdout is not None
         while text := self.process.stdout.readline():
             if text.startswith("{"):
                 return json.loads(text)
         raise SystemExit(f"{self.title} ended with status {self.process.wait()}")
 
-    def ask(self, word: str) -> dict[str, Any]:
-        """Sends a command and reads the answer."""
+    def request(self, word: str) -> dict[str, Any]:
+        """Send a command, and return the answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(word + "\n")
         self.process.stdin.flush()
         return self.read()
 
     def close(self) -> None:
-        """Ends the process."""
+        """Kill the process."""
         self.process.kill()
         self.process.wait()
 
 
-def line(row: dict[str, Any]) -> str:
-    """A result in a line."""
+def format_row(row: dict[str, Any]) -> str:
+    """Return a row of the results as one line of text."""
     times = ", ".join(
         f"{name} {1000 * m:.0f} ms ({1000 * min(row['times'][name]):.0f} to {1000 * max(row['times'][name]):.0f})"
         for name, m in row["median"].items()
@@ -158,8 +181,8 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['case']:14} {row['phase']:7} {times} | {ratios} | peak GiB {peaks} | load {row['load'][0]:.1f}"
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """JSON, a Markdown table, and the plot."""
+def write_results(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the results as JSON, as a Markdown table and as a plot."""
     facts = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.platform()}",
@@ -180,11 +203,11 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             cells += [f"{1000 * min(values):.0f} to {1000 * max(values):.0f}", ratio]
             lines.append("| " + " | ".join([*cells, f"{row['peak'][name] / 2**30:.2f}", compiled]) + " |")
     write_text(options.out / "results.md", "\n".join(lines) + "\n")
-    draw(options.out / "scaling.png", rows)
+    draw_scaling(options.out / "scaling.png", rows)
 
 
-def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Time over voxels, of networks that were measured at several sizes."""
+def draw_scaling(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Plot time over voxels for networks that were measured at several sizes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
@@ -207,12 +230,13 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def voxels(name: str) -> int:
-    """In a batch of a case."""
+    """Return the number of voxels in a batch of a case."""
     case = find_case(name)
     return case.batch * math.prod(case.patch)
 
 
 def _processor() -> str:
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,10 +1,10 @@
-"""Time and memory of preparing, and time of reading back: phantoms of full size.
+"""Measure time and memory of preparing cases, and the time of reading them from the store.
 
     python benchmarks/data.py [--cases=50] [--shape=240,240,155] [--jobs=2] [--root=FOLDER] [--json=FILE]
 
-Writes BraTS phantoms (kept in --root for the next time), prepares them as the BraTS recipes do, and streams patches of
-128^3 from the store. Peak memory is the largest resident set of a process that does nothing else, and what it holds
-before it begins is told apart.
+The benchmark writes BraTS phantoms of full size (--root keeps them for the next call), prepares them as the BraTS
+recipes do, and streams patches of 128^3 voxels from the store. Each measurement runs in a process of its own. Its peak
+memory is the largest resident set of this process; the value before the measurement is given separately.
 """
 
 import argparse
@@ -19,15 +19,16 @@ from typing import Any
 
 from xdim_jax.base.files import write_json
 
-PATCHES = 40
+PATCHES = 40  # number of patches that are streamed
 
 
 def _peak() -> float:
+    """Return the largest resident set of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def write(root: Path, cases: int, shape: tuple[int, int, int], first: int) -> None:
-    """A share of the phantoms."""
+def write_phantoms(root: Path, cases: int, shape: tuple[int, int, int], first: int) -> None:
+    """Write every second phantom, from number ``first``, unless it exists."""
     from xdim_jax.data import phantom
     from xdim_jax.data.layouts import brats
 
@@ -43,7 +44,7 @@ def write(root: Path, cases: int, shape: tuple[int, int, int], first: int) -> No
 
 
 def measure(root: Path, store: Path, jobs: int, task: str) -> dict[str, Any]:
-    """Runs in a process of its own: prepares, or streams."""
+    """Measure one task, ``prepare`` or ``stream``. Called in a process of its own."""
     from xdim_jax.data import pipeline
     from xdim_jax.data.case import list_cases, read_case
     from xdim_jax.data.layouts import brats
@@ -83,7 +84,7 @@ def measure(root: Path, store: Path, jobs: int, task: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints the numbers."""
+    """Run the command line, see ``--help``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=50)
     parser.add_argument("--shape", default="240,240,155")
@@ -95,7 +96,7 @@ def main() -> None:
     root, store = options.root / "data", options.root / "store"
     root.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=write, args=(root, options.cases, (x, y, z), first)) for first in (0, 1)]
+    writers = [context.Process(target=write_phantoms, args=(root, options.cases, (x, y, z), first)) for first in (0, 1)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -109,10 +110,10 @@ def main() -> None:
     each = p["seconds"] / options.cases
     patch, whole = 1000 * s["patch_seconds"], 1000 * s["nifti_seconds"]
     print(f"{options.cases} cases of {x}x{y}x{z} x 4, {options.jobs} threads")
-    print(f"prepare   {each:.2f} s a case, store {p['store_gib']:.2f} GiB")
-    print(f"          peak memory {p['peak_gib']:.2f} GiB, of which {p['before_gib']:.2f} before it began")
-    print(f"start     {s['find_seconds']:.2f} s to find all prepared")
-    print(f"read      {patch:.0f} ms a patch of 128^3 x 4 from the store, {whole:.0f} ms a case from NIfTI")
+    print(f"prepare   {each:.2f} s per case, store {p['store_gib']:.2f} GiB")
+    print(f"          peak memory {p['peak_gib']:.2f} GiB, {p['before_gib']:.2f} GiB before preparation")
+    print(f"start     {s['find_seconds']:.2f} s to find all prepared cases")
+    print(f"read      {patch:.0f} ms per patch of 128^3 x 4 from the store, {whole:.0f} ms per case from NIfTI")
     print(f"          peak memory {s['peak_gib']:.2f} GiB")
     if options.json:
         write_json(options.json, numbers)

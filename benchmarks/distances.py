@@ -1,9 +1,10 @@
-"""Time of the 95th percentile of surface distances: three nested regions of a tumour on 240 x 240 x 155 voxels.
+"""Measure the time of HD95, the 95th percentile of surface distances, and compare it with two other implementations.
 
     python benchmarks/distances.py [--scattered=20] [--repeat=3]
 
-One process, side by side with two others: surface-distance (DeepMind), and distance maps of the whole volume, as MedPy
-makes them. Values are compared too: those of the distance maps are ours; surface-distance weights by area.
+The masks are three balls of different size in 240 x 240 x 155 voxels. The other implementations are DeepMind's
+surface-distance, and distance maps of the whole volume, as in MedPy. All of them run in this process. The values of the
+distance maps must equal ours; those of surface-distance differ, because it weights distances by area.
 """
 
 import argparse
@@ -20,19 +21,19 @@ SHAPE = (155, 240, 240)
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line, see ``--help``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scattered", type=int, default=20, help="small false positives all over the prediction")
+    parser.add_argument("--scattered", type=int, default=20, help="number of small false positives in the prediction")
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
     pairs = [(_tumour(r, 1, options.scattered), _tumour(r, 2, 0)) for r in (14, 20, 29)]
     print("voxels of the reference:", *(int(g.sum()) for _, g in pairs))
-    ways = {"ours": _ours, "surface-distance": _surfels, "whole distance maps": _maps}
+    implementations = {"ours": _ours, "surface-distance": _surfels, "whole distance maps": _maps}
     best: dict[str, float] = {}
     values: dict[str, list[float]] = {}
-    for _ in range(options.repeat):  # in turn, so that a slow minute is everybody's
-        for name, way in ways.items():
-            seconds, values[name] = _timed(way, pairs)
+    for _ in range(options.repeat):  # alternately, so that other load affects all of them
+        for name, hd95 in implementations.items():
+            seconds, values[name] = _timed(hd95, pairs)
             best[name] = min(best.get(name, seconds), seconds)
     for name, seconds in best.items():
         found = ", ".join(f"{v:.3f}" for v in values[name])
@@ -41,7 +42,7 @@ def main() -> int:
 
 
 def _tumour(radius: float, seed: int, scattered: int) -> np.ndarray:
-    """A ball with an uneven surface, and some cubes of 27 voxels."""
+    """Return the mask of a ball with an uneven surface, and of ``scattered`` cubes of 27 voxels."""
     rng = np.random.default_rng(seed)
     place = np.meshgrid(*(np.arange(n) - n / 2 for n in SHAPE), indexing="ij", sparse=True)
     noise = gaussian_filter(rng.normal(size=SHAPE), 4)
@@ -52,21 +53,25 @@ def _tumour(radius: float, seed: int, scattered: int) -> np.ndarray:
     return mask
 
 
-def _timed(way: Callable[[np.ndarray, np.ndarray], float], pairs: list) -> tuple[float, list[float]]:
+def _timed(hd95: Callable[[np.ndarray, np.ndarray], float], pairs: list) -> tuple[float, list[float]]:
+    """Return the seconds and the results of an implementation for all pairs of masks."""
     begin = time.perf_counter()
-    values = [way(p, g) for p, g in pairs]
+    values = [hd95(p, g) for p, g in pairs]
     return time.perf_counter() - begin, values
 
 
 def _ours(p: np.ndarray, g: np.ndarray) -> float:
+    """Return HD95 as this package computes it."""
     return masks.measure(masks.Pair(p, g), ["hd95_pooled"])["hd95_pooled"]
 
 
 def _surfels(p: np.ndarray, g: np.ndarray) -> float:
+    """Return HD95 of surface-distance."""
     return masks.measure(masks.Pair(p, g), ["hd95_surfel"])["hd95_surfel"]
 
 
 def _maps(p: np.ndarray, g: np.ndarray) -> float:
+    """Return HD95 from distance maps of the whole volume."""
     cross = generate_binary_structure(3, 1)
     p, g = (m & ~np.asarray(binary_erosion(m, cross)) for m in (p, g))
     found = [np.asarray(distance_transform_edt(~a))[b] for a, b in ((g, p), (p, g))]

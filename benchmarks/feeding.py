@@ -1,10 +1,11 @@
-"""Does a training step wait for its input? Steps fed from the store beside steps on one constant batch, in turns.
+"""Measure whether training steps wait for their input.
 
     python benchmarks/feeding.py [--case=dxnet:64] [--cases=6] [--steps=10] [--rounds=5] [--threads=2] [--root=FOLDER]
 
-Phantoms of full size are written and prepared as the recipe does, and read with its sampling; its augmentation is part
-of the step. Blocks of steps take turns: fed by the stream, as training is, and on a batch that is there already. The
-stream alone is measured too: what it gives a second, beside what steps take.
+The benchmark writes phantoms of full size, and prepares, samples and augments them as the recipe does. It alternates
+between two kinds of blocks of training steps: steps with batches from the input stream, as in training, and steps with
+one constant batch that is already on the device. It also measures the stream without training steps, and compares the
+samples per second that it provides with those that training steps use.
 """
 
 import argparse
@@ -38,16 +39,16 @@ from xdim_jax.training.program import make_program
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line, see ``--help``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--case", default="dxnet:64", help="as in benchmarks/compare.py")
-    add("--cases", type=int, default=6, help="phantoms; a fifth of them is for validation")
-    add("--steps", type=int, default=10, help="in a block")
-    add("--rounds", type=int, default=5)
-    add("--threads", type=int, default=2, help="that read")
+    add("--cases", type=int, default=6, help="number of phantoms, of which a fifth is for validation")
+    add("--steps", type=int, default=10, help="number of steps of a block")
+    add("--rounds", type=int, default=5, help="number of measured blocks of each kind")
+    add("--threads", type=int, default=2, help="number of reading threads")
     add("--precision", default="float32", choices=["float32", "bfloat16"])
-    add("--root", type=Path, default=Path(tempfile.gettempdir()) / "xdim_jax_feeding")
+    add("--root", type=Path, default=Path(tempfile.gettempdir()) / "xdim_jax_feeding", help="folder of the data")
     options = parser.parse_args()
     cache_programs()
     config = configure(options)
@@ -61,7 +62,7 @@ def main() -> None:
     stream = pipeline.make_stream(
         found.train,
         sampling=config.data.sampling,
-        size=check.whole_size(config.data.patch),
+        size=check.patch_size_3d(config.data.patch),
         flat=networks.spatial_axes(config.model) == 2,
         foreground=config.data.foreground,
         patches_per_case=config.data.patches_per_case,
@@ -73,36 +74,37 @@ def main() -> None:
     )
     begin = time.perf_counter()
     for batch in itertools.islice(stream, 2 * options.steps):
-        constant = put(devices, batch)
+        constant = put_batch(devices, batch)
     alone = (time.perf_counter() - begin) / (2 * options.steps)
     step = ops.compile_program(devices.lower(program.step, state, constant, key))
-    ops.keep_freed_memory()  # as training does
+    ops.keep_freed_memory()  # as in training
     times: dict[str, list[float]] = {"constant": [], "fed": []}
-    for turn in range(options.rounds + 1):
+    for number in range(options.rounds + 1):
         for kind, values in times.items():
             begin = time.perf_counter()
             for _ in range(options.steps):
-                batch = constant if kind == "constant" else put(devices, next(stream))
+                batch = constant if kind == "constant" else put_batch(devices, next(stream))
                 state, metrics = step(state, batch, key)
             float(metrics["loss"])
-            if turn:  # the first brings caches and threads to life
+            if number:  # the first block is not measured: caches and reading threads start in it
                 values.append((time.perf_counter() - begin) / options.steps)
-    fed, still = statistics.median(times["fed"]), statistics.median(times["constant"])
+    fed, constant_batch = statistics.median(times["fed"]), statistics.median(times["constant"])
     print(
         f"{options.case}, batch {config.data.batch}, {jax.devices()[0].device_kind}, {options.threads} reading threads"
     )
     for kind, values in times.items():
         middle, low, high = (1000 * f(values) for f in (statistics.median, min, max))
-        print(f"{kind:9} {middle:.1f} ms a step ({low:.1f} to {high:.1f})")
-    print(f"ratio     {fed / still:.3f}")
-    given, taken = config.data.batch / alone, config.data.batch / still
+        print(f"{kind:9} {middle:.1f} ms per step ({low:.1f} to {high:.1f})")
+    print(f"ratio     {fed / constant_batch:.3f}")
+    provided, used = config.data.batch / alone, config.data.batch / constant_batch
     print(
-        f"stream    {1000 * alone:.1f} ms a batch alone: {given:.0f} samples a second, of which steps take {taken:.1f}"
+        f"stream    {1000 * alone:.1f} ms per batch without steps: {provided:.0f} samples per second; steps use "
+        f"{used:.1f}"
     )
 
 
 def configure(options: argparse.Namespace) -> Any:
-    """The recipe of a case, on phantoms of full size, with its own augmentation."""
+    """Return the config of a case: its recipe, with phantoms of full size and the augmentation of the recipe."""
     case = sides.find_case(options.case)
     config = load_config(f"configs/{case.recipe}.py:scratch", [])
     with config.unlocked():
@@ -112,8 +114,8 @@ def configure(options: argparse.Namespace) -> Any:
     return config
 
 
-def put(devices: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch of the stream on the devices."""
+def put_batch(devices: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Copy a batch of the stream to the devices."""
     return devices.put_batch({k: v for k, v in batch.items() if k != "digest"})
 
 

@@ -1,16 +1,16 @@
-"""A GPU in one command: correct, how fast beside PyTorch, and how far from what the device can do.
+"""Test and measure our networks on a GPU, with one command.
 
     python benchmarks/gpu.py [--networks=dxnet:128@4,dsnet:128@4] [--rounds=5] [--out=runs/gpu] [--rehearse]
 
-1. Correctness: logits, loss, gradient and running statistics of small cases on the device against the CPU of the same
-   process, there in the other form of the operations: in float32 with full products, and in bfloat16. Nothing else is
-   measured unless this holds.
-2. Ceilings: the rate of one large matrix product, and of adding to one large array.
-3. Comparison: benchmarks/compare.py in bfloat16 against PyTorch with autocast, both layouts, plain and compiled.
-4. Profile: time of a training step by part of the network beside the least that its convolutions and matrix products
-   can take at these ceilings (`xdim_jax.training.roofline`), and the operations that take longest.
+1. Correctness: logits, loss, gradient and running statistics of small cases are compared between the device and the
+   CPU, which uses another form of the operations. The device computes in float32 (with full precision of products) and
+   in bfloat16, the CPU in float32. If they differ too much, nothing else is measured.
+2. Ceilings: peak rates of the device, measured with one large matrix product and with an addition to one large array.
+3. Comparison: benchmarks/compare.py in bfloat16, with PyTorch in both memory layouts, with and without torch.compile.
+4. Profile: time of each part of the network in a training step, compared with a lower bound at the measured peak rates
+   (`xdim_jax.training.roofline`), and the slowest operations.
 
-Writes gpu.json, gpu.md and compare/ to --out. --rehearse does all of it on a CPU with toy sizes, in a few minutes.
+Writes gpu.json, gpu.md and compare/ to --out. --rehearse runs everything on a CPU with small sizes, in a few minutes.
 """
 
 import argparse
@@ -44,27 +44,30 @@ from xdim_jax.training.roofline import Product, find_products, is_backward, part
 from xdim_jax.training.step import make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKED = "omnia_b0:64@2,omnia_b4:64@2,dxnet:64@1,dsnet:64@1"  # where numbers are compared
-# largest differences, relative to the largest value: logits, statistics and loss; gradients, by their norm
+CHECKED = "omnia_b0:64@2,omnia_b4:64@2,dxnet:64@1,dsnet:64@1"  # cases of step 1
+# precision -> largest allowed error of logits, loss and statistics, relative to the largest value; and of the gradient,
+# relative to its norm
 LIMITS = {"float32": (1e-3, 1e-2), "bfloat16": (0.2, 0.5)}
-_SHOWN = 15  # operations in the report
+_SHOWN = 15  # number of slowest operations in the report
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line, see ``--help``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--networks", default="dxnet:128@4,dsnet:128@2,omnia_b0:256@8,omnia_b4:512@2")
-    add("--checked", default=CHECKED, help="small cases for correctness")
+    add("--checked", default=CHECKED, help="comma-separated cases of step 1")
     add("--sides", default="ours,torch,torch-cl,torch-compile,torch-cl-compile")
     add("--rounds", type=int, default=5)
     add("--precision", default="bfloat16", choices=["float32", "bfloat16"])
-    add("--rehearse", action="store_true", help="on a CPU, toy sizes")
+    add("--rehearse", action="store_true", help="run on a CPU with small sizes")
     add("--out", type=Path, default=Path("runs/gpu"))
     options = parser.parse_args()
     device = jax.devices()[0]
     if device.platform != "gpu" and not options.rehearse:
-        print(f"the device is a {device.platform}: install xdim_jax[cuda12] where a GPU is, or add --rehearse")
+        print(
+            f"the device is a {device.platform}: install xdim_jax[cuda12] on a machine with a GPU, or give --rehearse"
+        )
         return 2
     if options.rehearse:
         options.networks, options.checked, options.rounds = "omnia_b0:64@2", "omnia_b0:64@2", 1
@@ -77,26 +80,26 @@ def main() -> int:
     ]
     for row in record["correct"]:
         print(f"correct    {row}")
-    write(options.out, record)
+    write_results(options.out, record)
     if not all(row["holds"] for row in record["correct"]):
-        print("wrong      see above; nothing was timed")
+        print("failed     the values differ too much, see above; nothing was timed")
         return 1
 
     record["ceilings"] = measure_ceilings(small=options.rehearse)
     print(f"ceilings   {record['ceilings']['flops'] / 1e12:.1f} TFLOP/s, {record['ceilings']['bytes'] / 1e9:.0f} GB/s")
-    write(options.out, record)
+    write_results(options.out, record)
 
     compared = options.out / "compare"
     command = [sys.executable, str(ROOT / "benchmarks" / "compare.py"), f"--networks={options.networks}"]
     command += [f"--sides={options.sides}", f"--rounds={options.rounds}", f"--precision={options.precision}"]
     subprocess.run([*command, f"--out={compared}"], check=True, cwd=ROOT)
     record["compare"] = json.loads((compared / "results.json").read_text())["rows"]
-    write(options.out, record)
+    write_results(options.out, record)
 
     record["profiles"] = {}
     for case in options.networks.split(","):
         record["profiles"][case] = profile(case, options.precision, record["ceilings"])
-        write(options.out, record)
+        write_results(options.out, record)
     print((options.out / "gpu.md").read_text())
     return 0
 
@@ -105,7 +108,7 @@ def main() -> int:
 
 
 def check(name: str, precisions: Sequence[str]) -> list[dict[str, Any]]:
-    """A training step's values on the device against the CPU's in float32, in both precisions."""
+    """Compare the values of a training step on the device with those on the CPU, for each precision."""
     case = sides.find_case(name)
     with jax.default_device(jax.devices("cpu")[0]):
         expected = _values(case, "float32", "fast")
@@ -122,25 +125,26 @@ def check(name: str, precisions: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _values(case: sides.Case, precision: str, form: str) -> dict[str, Any]:
-    """Logits in evaluation mode; loss, gradient and new statistics of a training step."""
+    """Return logits in evaluation mode, and loss, gradient and new statistics of a training step."""
     with ops.use_form(form):
         config, program, params, stats = sides.make_our_program(case, precision)
         image, label = sides.make_data(case)
         logits = jax.jit(lambda *a: program.forward(*a))((params, stats), jnp.asarray(image))
-        keep = optax.GradientTransformation(
+        keep_gradient = optax.GradientTransformation(
             lambda p: p, lambda grads, _, __=None: (jax.tree.map(jnp.zeros_like, grads), grads)
         )
         output = program.output
         loss = make_loss(config.loss, output.activation, len(output.channels))
-        step = make_train_step(program.graphdef, loss, output, keep, dtype=PRECISIONS[precision])
+        step = make_train_step(program.graphdef, loss, output, keep_gradient, dtype=PRECISIONS[precision])
         batch = {"image": jnp.asarray(image), "label": jnp.asarray(label)}
-        state, metrics = jax.jit(step)(init_state(params, stats, keep), batch, jax.random.key(0))
+        state, metrics = jax.jit(step)(init_state(params, stats, keep_gradient), batch, jax.random.key(0))
     return jax.device_get(
         {"logits": logits, "loss": metrics["loss"], "gradient": state.opt_state, "stats": state.stats}
     )
 
 
 def _distance(found: Any, expected: Any, key: str) -> float:
+    """Return the relative error: of the norm for gradients, of the largest value for the others."""
     found, expected = (
         np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(t)]) for t in (found, expected)
     )
@@ -153,7 +157,7 @@ def _distance(found: Any, expected: Any, key: str) -> float:
 
 
 def measure_ceilings(*, small: bool = False) -> dict[str, float]:
-    """Operations a second of a bfloat16 matrix product, and bytes a second of adding to an array."""
+    """Return the operations per second of a bfloat16 matrix product, and the bytes per second of an addition."""
     n, length = (512, 2**22) if small else (8192, 2**29)
     a = jnp.ones((n, n), jnp.bfloat16)
     x = jnp.ones((length,), jnp.bfloat16)
@@ -163,7 +167,7 @@ def measure_ceilings(*, small: bool = False) -> dict[str, float]:
 
 
 def seconds(run: Callable[..., Any], *arguments: Any, times: int = 10) -> float:
-    """The median of a call's wall time."""
+    """Return the median wall time of a call."""
     jax.block_until_ready(run(*arguments))
     found = []
     for _ in range(times):
@@ -177,7 +181,7 @@ def seconds(run: Callable[..., Any], *arguments: Any, times: int = 10) -> float:
 
 
 def profile(name: str, precision: str, ceilings: dict[str, float], steps: int = 3) -> dict[str, Any]:
-    """Device time of a training step by part, the least it can be, and the longest operations."""
+    """Profile training steps. Return the device time of each part, its lower bound, and the slowest operations."""
     case = sides.find_case(name)
     config, program, params, stats = sides.make_our_program(case, precision)
     parts = networks.parts_of(config.model)
@@ -218,18 +222,19 @@ def profile(name: str, precision: str, ceilings: dict[str, float], steps: int = 
 
 
 def _least(products: Sequence[Product], part: str, backward: bool, ceilings: dict[str, float]) -> float:
+    """Return the lower bound of the time of a part of the network, forward or backward."""
     found = [p for p in products if p.part == part and p.backward == backward]
     return sum(p.seconds(ceilings["flops"], ceilings["bytes"]) for p in found)
 
 
 def operation_names(program: str) -> dict[str, str]:
-    """Of a compiled program's text: its operations, and where in the Python program each comes from."""
+    """Return operation -> name in the Python program, given the text of a compiled program."""
     found = re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', program, re.MULTILINE)
     return dict(found)
 
 
 def operation_times(path: Path) -> dict[str, float]:
-    """Seconds of each operation on the device, of a profile."""
+    """Return operation -> seconds on the device, given the file of a profile."""
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
     devices = [p for p in planes if p.name.startswith("/device:GPU")] or [p for p in planes if "CPU" in p.name]
     found: dict[str, float] = collections.defaultdict(float)
@@ -245,14 +250,14 @@ def operation_times(path: Path) -> dict[str, float]:
 # -- the report ---------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, record: dict[str, Any]) -> None:
-    """gpu.json, and gpu.md with what there is so far."""
+def write_results(folder: Path, record: dict[str, Any]) -> None:
+    """Write gpu.json and gpu.md with the results so far."""
     write_json(folder / "gpu.json", record)
-    write_text(folder / "gpu.md", report(record))
+    write_text(folder / "gpu.md", format_report(record))
 
 
-def report(record: dict[str, Any]) -> str:
-    """Markdown."""
+def format_report(record: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
     lines = [
         f"# {record['device']}, jax {record['jax']}",
         "",
@@ -278,15 +283,15 @@ def report(record: dict[str, Any]) -> str:
     for case, found in record.get("profiles", {}).items():
         lines += [
             "",
-            f"## {case}, {found['precision']}: {1000 * found['wall_s']:.1f} ms a step, "
-            f"{1000 * found['device_s']:.1f} on the device, {1000 * found['least_s']:.1f} at the least",
+            f"## {case}, {found['precision']}: {1000 * found['wall_s']:.1f} ms per step, "
+            f"{1000 * found['device_s']:.1f} on the device, lower bound {1000 * found['least_s']:.1f}",
             "",
         ]
-        lines += ["| part | | ms | least ms |", "|---|---|---|---|"]
+        lines += ["| part | | ms | lower bound ms |", "|---|---|---|---|"]
         for row in found["parts"]:
-            way = "backward" if row["backward"] else "forward"
-            lines.append(f"| {row['part']} | {way} | {1000 * row['seconds']:.2f} | {1000 * row['least']:.2f} |")
-        lines += ["", "| operation | ms | of |", "|---|---|---|"]
+            direction = "backward" if row["backward"] else "forward"
+            lines.append(f"| {row['part']} | {direction} | {1000 * row['seconds']:.2f} | {1000 * row['least']:.2f} |")
+        lines += ["", "| operation | ms | name in the program |", "|---|---|---|"]
         lines += [f"| {row['operation']} | {1000 * row['seconds']:.2f} | `{row['name']}` |" for row in found["slowest"]]
     return "\n".join(lines) + "\n"
 

@@ -1,14 +1,18 @@
-"""Trials of a sweep in one program beside trials that are processes: how many an hour.
+"""Compare packed trials of a sweep with trials that are trained in separate processes: trials per hour.
 
     python benchmarks/pack.py [--cases=toy:32,b0:96] [--trials=8] [--epochs=5] [--ways=workers:1,workers:2,scan,vmap]
                               [--devices=1] [--out=FOLDER]
 
-A case is an encoder (``toy``, or an EfficientNet) and the side of its 2D images; trials differ in learning rate and
-beta, as in a sweep, so that a process of its own compiles a program of its own. A way is a number of workers whose
-trials are processes, or the layout of a pack that holds all trials. Each way runs ``python -m xdim_jax.sweep`` from an
-empty compilation cache. Said are: seconds that a start takes beside its steps; steps of all trials in a
-second once they run (median over the trials' logs); and trials an hour, of this length as measured, and of 1000 steps
-as the two numbers give it.
+A case is an encoder (``toy``, or an EfficientNet) and the size of its 2D images. The trials differ in learning rate and
+beta, so that each separate process must compile its own program. A way of training is a number of workers (such as
+``workers:2``), each of which trains one trial after the other in separate processes, or the layout of one pack with all
+trials (such as ``scan``). Each way runs ``python -m xdim_jax.sweep``, beginning with an empty compilation cache. The
+results are
+
+- start_s: seconds of a start (imports, compilation, saving), without its training steps;
+- steps_per_s: training steps of all trials per second (median over the records of the trials);
+- trials_per_hour: trials per hour, as measured;
+- long_trials_per_hour: trials of 1000 steps per hour, computed from the first two numbers.
 """
 
 import argparse
@@ -35,19 +39,19 @@ def suggest(trial):
     trial.suggest_float("optim.schedule.peak", 1e-4, 1e-3, log=True)
     trial.suggest_float("optim.b1", 0.85, 0.95)
 """
-LONG = 1000  # steps of the trial that is reckoned
+LONG_STEPS = 1000  # steps of a long trial, whose rate is computed
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line, see ``--help``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--cases", default="toy:32,b0:96")
+    add("--cases", default="toy:32,b0:96", help="comma-separated encoder:size")
     add("--trials", type=int, default=8)
     add("--epochs", type=int, default=5)
     add("--batch", type=int, default=4)
-    add("--ways", default="workers:1,workers:2,scan,vmap")
-    add("--devices", type=int, default=1, help="that a CPU is parted into, for the layout devices")
+    add("--ways", default="workers:1,workers:2,scan,vmap", help="comma-separated workers:N or layout of a pack")
+    add("--devices", type=int, default=1, help="number of devices into which JAX divides a CPU")
     add("--out", type=Path, default=Path("runs/pack"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -57,12 +61,12 @@ def main() -> None:
     for case in options.cases.split(","):
         for way in options.ways.split(","):
             rows.append(measure(case, way, data, options))
-            print(line(rows[-1]), flush=True)
+            print(format_row(rows[-1]), flush=True)
             write_json(options.out / "results.json", rows)
 
 
 def measure(case: str, way: str, data: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One way of training the trials of a case."""
+    """Train the trials of a case in one way, and return the row of the results."""
     encoder, _, side = case.partition(":")
     folder = Path(tempfile.mkdtemp(dir=options.out))
     (folder / "space.py").write_text(SPACE)
@@ -103,10 +107,10 @@ def measure(case: str, way: str, data: Path, options: argparse.Namespace) -> dic
         for t in range(options.trials)
     ]
     steps = len(records[0])
-    # of a trial's own clock: the first step of a process holds nothing but the step; an epoch's first one, the saving
+    # the first record of each trial is left out; later ones include the time of saving checkpoints
     seconds = statistics.median(r["seconds_per_step"] for trial in records for r in trial[1:])
-    at_once = options.trials if kind != "workers" else workers
-    rate = at_once / seconds
+    parallel = options.trials if kind != "workers" else workers
+    rate = parallel / seconds
     starts = (wall - steps * options.trials / rate) / (1 if kind != "workers" else options.trials / workers)
     shutil.rmtree(folder)
     return {
@@ -119,16 +123,16 @@ def measure(case: str, way: str, data: Path, options: argparse.Namespace) -> dic
         "start_s": starts,
         "steps_per_s": rate,
         "trials_per_hour": 3600 * options.trials / wall,
-        "long_trials_per_hour": 3600 * options.trials / (wall + (LONG - steps) * options.trials / rate),
+        "long_trials_per_hour": 3600 * options.trials / (wall + (LONG_STEPS - steps) * options.trials / rate),
     }
 
 
-def line(row: dict[str, Any]) -> str:
-    """A result in a line."""
+def format_row(row: dict[str, Any]) -> str:
+    """Return a row of the results as one line of text."""
     return (
         f"{row['case']:8} {row['way']:10} {row['trials']} trials of {row['steps']} steps: {row['wall_s']:.0f} s, "
-        f"{row['start_s']:.0f} s of each start beside its steps, {row['steps_per_s']:.2f} steps/s; trials an hour "
-        f"{row['trials_per_hour']:.0f}, of {LONG} steps {row['long_trials_per_hour']:.1f}"
+        f"{row['start_s']:.0f} s for a start, {row['steps_per_s']:.2f} steps/s; trials per hour "
+        f"{row['trials_per_hour']:.0f}, of {LONG_STEPS} steps {row['long_trials_per_hour']:.1f}"
     )
 
 

@@ -1,10 +1,11 @@
-"""Peak memory of predicting one large volume: 512 x 512 x 800 and 5 classes unless told otherwise.
+"""Measure the peak memory of predicting one large volume, 512 x 512 x 800 voxels and 5 classes by default.
 
     python benchmarks/predict_memory.py [--shape=512,512,800] [--patch=64,128,128] [--json=FILE]
 
-Writes a CT-like NIfTI file of int16, predicts it as the product does with a network of toy width and random weights,
-and reports the largest resident set of the process beside the size of the float32 image. On a CPU the device's memory
-is the process's own, so that the bound holds for both together: twice the image and 1 GB.
+The benchmark writes a NIfTI file of int16, and predicts it as xdim_jax.predict does, with a very small network and
+random weights. It compares the largest resident set of the process with two bounds: the maximum that prediction
+announces, and twice the size of the float32 image plus 1 GB. On a CPU, the resident set includes the memory of the
+device. The exit status is 1 if a bound is exceeded.
 """
 
 import argparse
@@ -20,14 +21,14 @@ import numpy as np
 
 from xdim_jax.base.files import write_json
 
-BOUND = 10**9
+ALLOWANCE = 10**9  # bytes that are allowed in addition to twice the image
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line, see ``--help``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="512,512,800", help="x,y,z")
-    parser.add_argument("--patch", default="64,128,128", help="D,H,W of a window")
+    parser.add_argument("--shape", default="512,512,800", help="voxels along x,y,z")
+    parser.add_argument("--patch", default="64,128,128", help="size D,H,W of a window")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     shape = tuple(map(int, options.shape.split(",")))
@@ -36,19 +37,19 @@ def main() -> int:
         write_data(folder / "data", shape)
         found = predict(folder, options.patch)
     image = int(np.prod(shape)) * 4
-    found |= {"shape": shape, "image": image, "bound": 2 * image + BOUND}
+    found |= {"shape": shape, "image": image, "bound": 2 * image + ALLOWANCE}
     print(f"image       {image / 2**30:.2f} GiB as float32")
-    print(f"bound       {found['bound'] / 2**30:.2f} GiB: twice the image and 1 GB")
-    print(f"said before {found['said'] / 2**30:.2f} GiB at most")
+    print(f"bound       {found['bound'] / 2**30:.2f} GiB: twice the image plus 1 GB")
+    print(f"announced   {found['said'] / 2**30:.2f} GiB at most")
     peak, before = found["peak"] / 2**30, found["before"] / 2**30
-    print(f"peak        {peak:.2f} GiB resident ({before:.2f} before), {found['seconds']:.0f} s")
+    print(f"peak        {peak:.2f} GiB resident ({before:.2f} GiB before prediction), {found['seconds']:.0f} s")
     if options.json:
         write_json(options.json, found)
     return 0 if found["peak"] <= min(found["bound"], found["said"]) else 1
 
 
 def write_data(root: Path, shape: tuple[int, ...]) -> None:
-    """One CT in nnU-Net's layout, with 4 structures and the background: 5 classes."""
+    """Write one CT in nnU-Net's layout, with 4 structures and the background: 5 classes."""
     (root / "imagesTr").mkdir(parents=True)
     (root / "labelsTr").mkdir()
     rng = np.random.default_rng(0)
@@ -62,7 +63,7 @@ def write_data(root: Path, shape: tuple[int, ...]) -> None:
 
 
 def predict(folder: Path, patch: str) -> dict:
-    """In this process, whose largest resident set is asked for at the end."""
+    """Predict the CT in this process. Return its largest resident set before and after, and the announced maximum."""
     from xdim_jax.base.config import load_config
     from xdim_jax.base.files import write_json
     from xdim_jax.data import case as data_case
@@ -94,11 +95,11 @@ def predict(folder: Path, patch: str) -> dict:
     case = data_case.case_from_files([folder / "data" / "imagesTr" / "a_0000.nii.gz"], dataset)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begin = time.monotonic()
-    said = memory.used_bytes() + sum(memory.needs(ready, [case]))
+    announced = memory.used_bytes() + sum(memory.required_bytes(ready, [case]))
     failures = predict_cases.predict_cases(ready, [case], folder / "out")
     assert not failures, failures
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak": peak, "before": before, "said": said, "seconds": time.monotonic() - begin}
+    return {"peak": peak, "before": before, "said": announced, "seconds": time.monotonic() - begin}
 
 
 if __name__ == "__main__":

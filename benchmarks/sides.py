@@ -1,8 +1,9 @@
-"""One side of a comparison, in a process of its own: a network of ours or its PyTorch twin, and the same work.
+"""One side of a comparison: a process that runs one of our networks, or the same network in PyTorch.
 
-Started by benchmarks/compare.py; reads commands from standard input (``run``, ``quit``) and answers each with a line of
-JSON. The two sides compute the same: networks of the parity tests, float32 or bfloat16 activations, stochastic depth
-and augmentation off; a training step is the loss (soft Dice and cross-entropy), its gradient, Nadam and LookAhead.
+benchmarks/compare.py starts this program. It reads the commands ``run`` and ``quit`` from standard input, and answers
+each with a line of JSON. All sides compute the same: the networks of the parity tests, with float32 or bfloat16
+activations, without stochastic depth and augmentation. A training step computes the loss (soft Dice and cross-entropy)
+and its gradient, and applies Nadam and LookAhead.
 """
 
 import argparse
@@ -24,10 +25,11 @@ class Case:
     """A network and the size of its batch.
 
     Attributes:
-        recipe: of ours.
-        patch: spatial size.
-        batch: samples.
-        out: channels of the logits.
+        recipe: Name of our recipe.
+        patch: Spatial size of a sample.
+        batch: Number of samples.
+        channels: Number of channels of the image.
+        out: Number of channels of the logits.
     """
 
     recipe: str
@@ -38,12 +40,15 @@ class Case:
 
     @property
     def softmax(self) -> bool:
-        """2D recipes have one label per pixel, 3D ones nested regions."""
+        """True for the 2D recipes, which have one label per pixel; the 3D recipes have nested regions."""
         return len(self.patch) == 2
 
 
 def find_case(name: str) -> Case:
-    """``omnia_b0:256``, ``omnia_b4:512``, ``dsnet:64`` (128 x 64 x 64), ``dxnet:128``; ``@N`` at the end is a batch."""
+    """Return the case with a name ``network:size[@batch]``.
+
+    Examples: ``omnia_b0:256``, ``omnia_b4:512``, ``dsnet:64`` (patch of 128 x 64 x 64), ``dxnet:128@4``.
+    """
     name, _, batch = name.partition("@")
     network, _, side = name.partition(":")
     n = int(side)
@@ -59,7 +64,7 @@ def find_case(name: str) -> Case:
 
 
 def make_data(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Image, channels last, and labels: indices of tissues or classes."""
+    """Return a random image, channels last, and random label indices."""
     rng = np.random.default_rng(0)
     image = rng.normal(size=(case.batch, *case.patch, case.channels)).astype(np.float32)
     return image, rng.integers(0, 4, (case.batch, *case.patch)).astype(np.uint8)
@@ -69,13 +74,13 @@ def make_data(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
-    """What is timed, and facts; compiled."""
+    """Compile our network, and return the function to time and facts about the compilation."""
     from xdim_jax.base.huge_pages import prefer_huge_pages
     from xdim_jax.ops.compilation import cache_programs
 
     if options.side == "ours":
         cache_programs()
-        prefer_huge_pages()  # as the mains of the package do
+        prefer_huge_pages()  # as the commands of the package do
     import jax
     import jax.numpy as jnp
 
@@ -116,20 +121,20 @@ def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Call
         weights = (params, stats)
         del params, stats
         return lambda: jax.block_until_ready(run(weights, image)), facts
-    ops.keep_freed_memory()  # as training does
-    holder = [state]
+    ops.keep_freed_memory()  # as in training
+    current = [state]  # a step donates the old state
     del params, stats, state
 
     def step() -> None:
-        holder[0], metrics = run(holder[0], batch, key)
+        current[0], metrics = run(current[0], batch, key)
         float(metrics["loss"])
-        jax.block_until_ready(holder[0])
+        jax.block_until_ready(current[0])
 
     return step, facts
 
 
 def make_our_program(case: Case, precision: str, remat: str = "") -> tuple[Any, Any, Any, Any]:
-    """The recipe with what both sides do, its program, parameters and statistics."""
+    """Return the config of the recipe with the settings of all sides, its program, parameters and statistics."""
     from xdim_jax.base.config import load_config
     from xdim_jax.data.datasets import get_dataset
     from xdim_jax.training.program import make_program
@@ -146,8 +151,7 @@ def make_our_program(case: Case, precision: str, remat: str = "") -> tuple[Any, 
 
 
 def _ours_predict(config: Any, program: Any, params: Any, stats: Any, facts: dict[str, Any]) -> Any:
-    """A BraTS volume as a predictor sees it."""
-
+    """Return a function that segments a random volume of the size of BraTS, and facts about the compilation."""
     from xdim_jax.data.prepare import Prepared
     from xdim_jax.inference.sliding_window import make_segmenter
 
@@ -167,14 +171,17 @@ def _ours_predict(config: Any, program: Any, params: Any, stats: Any, facts: dic
     return run, facts
 
 
-VOLUME = (155, 240, 240)
+VOLUME = (155, 240, 240)  # size of a BraTS volume
 
 
 # -- PyTorch ------------------------------------------------------------------------------------------------------
 
 
 def make_torch(case: Case, phase: str, options: argparse.Namespace) -> tuple[Callable[[], None], dict[str, Any]]:
-    """The twin. ``torch``: contiguous; ``torch-cl``: channels last; ``-compile``: through ``torch.compile``."""
+    """Return the function to time for PyTorch, and facts.
+
+    The name of the side has ``-cl`` for channels last, and ``-compile`` for ``torch.compile``.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -194,14 +201,14 @@ def make_torch(case: Case, phase: str, options: argparse.Namespace) -> tuple[Cal
     last = "-cl" in options.side
     layout = (torch.channels_last if x.ndim == 4 else torch.channels_last_3d) if last else torch.contiguous_format
     net = net.to(device)
-    for module in net.modules():  # a network of 2D and 3D parts has a layout for each
+    for module in net.modules():  # a network with 2D and 3D parts needs both layouts
         for parameter in module.parameters(recurse=False):
             if last and parameter.ndim in (4, 5):
                 form = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
                 parameter.data = parameter.data.contiguous(memory_format=form)
     x = x.contiguous(memory_format=layout)
     y = torch.from_numpy(label.astype(np.int64)).to(device)
-    if not case.softmax:  # WT, TC, ET of the tissues NCR, ED, ET
+    if not case.softmax:  # regions WT, TC, ET from the labels NCR, ED, ET
         y = torch.stack([y > 0, (y == 1) | (y == 3), y == 3], 1).float()
     forward = torch.compile(net) if "compile" in options.side else net
     facts: dict[str, Any] = {"versions": {"torch": torch.__version__}, "device": _device_name(torch, device)}
@@ -267,11 +274,12 @@ def make_torch(case: Case, phase: str, options: argparse.Namespace) -> tuple[Cal
 
 
 def _device_name(torch: Any, device: str) -> str:
+    """Return the name of the GPU, or cpu."""
     return torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
 
 def _torch_predict(torch: Any, infer: Callable[[Any], Any], device: str) -> Callable[[], None]:
-    """Windows of 128^3 that overlap by half, with Gaussian weights, blended in one array; as is usual in PyTorch."""
+    """Return a function that segments a volume as is usual in PyTorch: windows are blended in one large array."""
     from xdim_jax.inference.windows import gaussian_weights, window_starts
 
     volume = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 4, *VOLUME)).astype(np.float32))
@@ -298,17 +306,17 @@ def _torch_predict(torch: Any, infer: Callable[[Any], Any], device: str) -> Call
 
 
 def main() -> None:
-    """The command line."""
+    """Run the protocol with benchmarks/compare.py."""
     parser = argparse.ArgumentParser()
     for name in ("side", "case", "phase"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--remat", default="")
-    parser.add_argument("--xla", default="{}", help="compiler options in place of ours, JSON")
-    parser.add_argument("--hlo", default="", help="file for the compiled program")
+    parser.add_argument("--xla", default="{}", help="compiler options as JSON, instead of ours")
+    parser.add_argument("--hlo", default="", help="file for the text of the compiled program")
     options = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):  # XLA has a thread for each core that it may use
+    if hasattr(os, "sched_setaffinity"):  # XLA uses one thread for each of these cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     make = make_torch if options.side.startswith("torch") else make_ours
     run, facts = make(find_case(options.case), options.phase, options)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains with several processes on this machine, one per GPU (or on CPU, to try what a cluster will do):
+# Train with several processes on this machine: one per GPU, or several on the CPU as a test for a cluster.
 #
 #     PROCESSES=4 launch/local.sh --config=configs/brats_dxnet.py --workdir=runs/dxnet
 #
-# SIGTERM and Ctrl-C reach all of them: they save and end. The exit status is the largest of theirs.
+# SIGTERM and Ctrl-C are sent to all processes, which save and end. The exit status is the largest one of the processes.
 set -euo pipefail
 
 PROCESSES=${PROCESSES:-2}
@@ -12,11 +12,11 @@ PORT=${PORT:-12345}
 pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 for ((i = 0; i < PROCESSES; i++)); do
-    where=(--coordinator="localhost:$PORT" --processes="$PROCESSES" --process="$i")
+    join=(--coordinator="localhost:$PORT" --processes="$PROCESSES" --process="$i")
     if command -v nvidia-smi >/dev/null; then
-        CUDA_VISIBLE_DEVICES=$i python -m xdim_jax.train "$@" "${where[@]}" &
+        CUDA_VISIBLE_DEVICES=$i python -m xdim_jax.train "$@" "${join[@]}" &
     else
-        python -m xdim_jax.train "$@" "${where[@]}" &
+        python -m xdim_jax.train "$@" "${join[@]}" &
     fi
     pids+=($!)
 done
@@ -24,7 +24,7 @@ status=0
 for pid in "${pids[@]}"; do
     code=0
     wait "$pid" || code=$?
-    while kill -0 "$pid" 2>/dev/null; do # a signal ends the wait, not the process
+    while kill -0 "$pid" 2>/dev/null; do # a signal interrupts wait, but the process still runs
         code=0
         wait "$pid" || code=$?
     done

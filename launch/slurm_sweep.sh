@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Workers of a sweep as a SLURM job array, one GPU each:
+# Run the workers of a sweep as a SLURM job array, with one GPU each.
 #
 #     sbatch --array=0-7 launch/slurm_sweep.sh [--config.<key>=<value> ...]
 #
-# All of them run the same command and share one study, so any number may come and go: more can be submitted later, and
-# the trial of one that is preempted goes on elsewhere. Set the five lines below.
+# All workers run the same command and share one study. More workers can be submitted at any time. If a worker is
+# preempted, another one resumes its trial. Set the five variables below.
 #SBATCH --job-name=xdim-sweep
 #SBATCH --ntasks=1
 #SBATCH --gpus-per-task=1
@@ -26,7 +26,7 @@ command=(python -m xdim_jax.sweep "--config=$CONFIG" "--space=$SPACE" "--trials=
     "--config.data.root=$DATA")
 status=0
 srun "${command[@]}" "$@" || status=$?
-if [ "$status" -eq 75 ]; then # the trial is returned to the queue; requeue the worker
+if [ "$status" -eq 75 ]; then # the trial was returned to the queue of the study; requeue this worker
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of one or more nodes of a SLURM cluster, one process per GPU:
+# Train on the GPUs of one or more nodes of a SLURM cluster, with one process per GPU.
 #
 #     sbatch launch/slurm_train.sh [--config.<key>=<value> ...]
 #
-# Five minutes before its time is up, and when it is preempted, the run saves and goes back into the queue; there it
-# goes on from its checkpoint. Set the three lines below, and the resources to what a node has.
+# When the job is preempted, and five minutes before its time limit, the run saves, and the job is requeued. It then
+# resumes from the checkpoint. Set the three variables below, and the resources to those of your nodes.
 #SBATCH --job-name=xdim-train
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
@@ -27,7 +27,7 @@ if [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
 fi
 status=0
 srun "${command[@]}" || status=$?
-if [ "$status" -eq 75 ]; then # saved: run the same command again
+if [ "$status" -eq 75 ]; then # the run has saved, and must be continued
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

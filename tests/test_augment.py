@@ -69,7 +69,7 @@ def test_one_resampling_is_scipys_affine_transform(ndim, seed, rng):
     """Image linearly, label by nearest neighbour, through the map that the drawn matrix and shift describe."""
     image, label = sample(rng, ndim)
     settings, keys = on(AFFINE, ndim), keys_of(seed)
-    linear = np.asarray(augment.matrix(settings, keys, ndim), np.float64)
+    linear = np.asarray(augment.transform_matrix(settings, keys, ndim), np.float64)
     at = np.stack([np.asarray(a, np.float64) for a in augment.coordinates(settings, keys, label.shape)])
     centre = (np.array(label.shape) - 1) / 2
     middle = at[(slice(None), *([0] * ndim))] - linear @ (0 - centre)  # where the centre comes from
@@ -116,10 +116,10 @@ def test_a_right_angle_a_scale_and_a_shift_by_hand(rng):
 
 
 def test_rotations_are_rotations_and_stay_in_the_plane_when_told():
-    full = np.asarray(augment.matrix(on({"rotate": {"p": 1.0}}, 3), keys_of(0), 3), np.float64)
+    full = np.asarray(augment.transform_matrix(on({"rotate": {"p": 1.0}}, 3), keys_of(0), 3), np.float64)
     np.testing.assert_allclose(full @ full.T, np.eye(3), atol=1e-6)
     assert np.linalg.det(full) == pytest.approx(1, abs=1e-5) and abs(full[0, 1:]).max() > 1e-3
-    plane = np.asarray(augment.matrix(on({"rotate": {"p": 1.0, "plane": True}}, 3), keys_of(0), 3))
+    plane = np.asarray(augment.transform_matrix(on({"rotate": {"p": 1.0, "plane": True}}, 3), keys_of(0), 3))
     np.testing.assert_array_equal(plane[0], [1, 0, 0])
     angle = np.degrees(np.arctan2(plane[2, 1], plane[1, 1]))
     assert 0.1 < abs(angle) <= 15
@@ -158,7 +158,7 @@ def test_scale_grows_what_it_says():
 def test_factors_of_scale_are_as_often_above_one_as_below():
     """Drawn on a logarithmic scale: growing to twice the size is as likely as shrinking to half."""
     settings = on({"scale": {"p": 1.0, "low": 0.5, "high": 2.0}}, 2)
-    draw = jax.jit(lambda seed: augment.matrix(settings, keys_of(seed), 2)[0, 0])
+    draw = jax.jit(lambda seed: augment.transform_matrix(settings, keys_of(seed), 2)[0, 0])
     factors = 1 / np.array([float(draw(s)) for s in range(200)])
     assert 0.5 <= factors.min() < 0.56 and 1.8 < factors.max() <= 2.0
     assert 0.4 < (factors > 1).mean() < 0.6

@@ -1002,9 +1002,9 @@ def test_brats_stored_order_of_axes(tmp_path):
     ("rules", "files", "label"), [("brats2022", "brats2023", "3"), ("brats2023", "brats2022", "4")]
 )
 def test_brats_wrong_convention(tmp_path, rules, files, label):
-    """The message says which file has which label, and how to say the convention."""
+    """The message names the file, its label, and the flag that sets the convention."""
     pred, ref, out = brats_tree(tmp_path, files)
-    refused(["seg.nii.gz", f"label {label}", "--convention"], rules, pred, ref, out)
+    refused(["seg.nii.gz", f": {label};", "--convention"], rules, pred, ref, out)
 
 
 def test_brats_2022_of_files_of_2023(tmp_path):

@@ -72,7 +72,7 @@ def collect(segmenter, weights, prepared):
     return segmenter(weights, prepared, sink), found
 
 
-WANT = frozenset({"probabilities", "uncertainty"})
+EXTRA = frozenset({"probabilities", "uncertainty"})
 SOFTMAX = output.Output("softmax", regions.Regions({"a": (1,), "b": (2,)}), ("background", "a", "b"))
 
 
@@ -92,7 +92,7 @@ def voxelwise_answer(image, weight, out):
 def test_a_voxelwise_network_is_blended_to_its_whole_volume_answer(size, overlap, batch, out, rng):
     """Every window gives the right probability at every voxel, so any weights must blend to it."""
     image = rng.normal(size=(*size, 2)).astype(np.float32)
-    segmenter = make(voxelwise, (32, 32, 32), overlap, out, batch=batch, want=WANT)
+    segmenter = make(voxelwise, (32, 32, 32), overlap, out, batch=batch, extra_outputs=EXTRA)
     label, found = collect(segmenter, jnp.float32(3.0), whole(image))
     expected = voxelwise_answer(image, 3.0, out)
     np.testing.assert_allclose(found["probabilities"], expected, atol=2e-6)
@@ -112,7 +112,7 @@ def test_probabilities_come_back_to_the_source_grid_row_by_row(target, rng):
     source = tuple(n + 7 for n in target)
     box = tuple(slice(3, 3 + n) for n in target)
     prepared = whole(image, source, box)
-    label, found = collect(make(voxelwise, (16, 24, 16), want=WANT), jnp.float32(3.0), prepared)
+    label, found = collect(make(voxelwise, (16, 24, 16), extra_outputs=EXTRA), jnp.float32(3.0), prepared)
     expected = prepared.restore(voxelwise_answer(image, 3.0, BRATS).astype(np.float32))
     inside = found["probabilities"][box]
     np.testing.assert_allclose(inside, expected[box], atol=2e-6)
@@ -127,7 +127,7 @@ def test_windows_are_weighted_by_the_gaussian():
     forward = lambda weights, x: jnp.broadcast_to(ramp, (1, 4, 4, 4, 1))  # noqa: E731
     one = output.Output("sigmoid", regions.Regions({"a": (1,)}), ("background", "a"))
     prepared = whole(np.zeros((6, 4, 4, 1), np.float32))
-    probs = collect(make(forward, (4, 4, 4), out=one, want=WANT), None, prepared)[1]["probabilities"]
+    probs = collect(make(forward, (4, 4, 4), out=one, extra_outputs=EXTRA), None, prepared)[1]["probabilities"]
     gauss = windows.gaussian_weights((4, 1, 1))[:, 0, 0]
     sigmoid = 1 / (1 + np.exp(-np.arange(4.0)))
     # voxel 3 is at place 3 of window 0 and at place 1 of window 2
@@ -148,7 +148,7 @@ def test_an_ensemble_and_mirror_images_are_the_mean_of_their_members(rng):
     members = np.array([0.5, 1.0, -2.0], np.float32)
     flips = sliding_window.all_flips((0, 2))
     assert flips == ((), (0,), (2,), (0, 2))
-    segmenter = make(forward, (8, 8, 8), members=3, flips=flips, batch=2, want=WANT)
+    segmenter = make(forward, (8, 8, 8), members=3, flips=flips, batch=2, extra_outputs=EXTRA)
     _, found = collect(segmenter, jnp.asarray(members), whole(image))
     every = []
     for member in members:
@@ -159,7 +159,7 @@ def test_an_ensemble_and_mirror_images_are_the_mean_of_their_members(rng):
             every.append(np.flip(1 / (1 + np.exp(-logits)), axes))
     np.testing.assert_allclose(found["probabilities"][..., 1], np.mean(every, 0), atol=1e-6)
     np.testing.assert_allclose(found["uncertainty"], np.var(every, 0), atol=1e-6)
-    alone = [collect(make(forward, (8, 8, 8), flips=flips, want=WANT), m, whole(image))[1] for m in members]
+    alone = [collect(make(forward, (8, 8, 8), flips=flips, extra_outputs=EXTRA), m, whole(image))[1] for m in members]
     mean = np.mean([a["probabilities"] for a in alone], 0)
     np.testing.assert_allclose(found["probabilities"], mean, atol=1e-6)
 
@@ -202,7 +202,7 @@ def test_a_2d_network_sees_every_slice_once_and_in_order(rng):
         jax.debug.callback(lambda n: seen.append(int(n)), x.shape[0])
         return jnp.broadcast_to(x.mean((1, 2), keepdims=True), (*x.shape[:-1], 3))
 
-    segmenter = sliding_window.make_segmenter(forward, BRATS, (32, 32), 0.5, want=WANT)
+    segmenter = sliding_window.make_segmenter(forward, BRATS, (32, 32), 0.5, extra_outputs=EXTRA)
     probs = collect(segmenter, None, whole(image))[1]["probabilities"]
     jax.effects_barrier()
     expected = 1 / (1 + np.exp(-image.mean((1, 2), keepdims=True)))

@@ -87,16 +87,16 @@ def test_an_encoder_has_features_but_no_logits(tmp_path):
     write_weights(tmp_path / "enc.safetensors", float32(make_encoder()))
     model = xdim_jax.load_model(tmp_path / "enc.safetensors")
     assert len(model.features(np.zeros((1, 33, 47, 3), np.float32))) == 5
-    with pytest.raises(ValueError, match=r"enc.safetensors.* encoder efficientnet_toy.* features"):
+    with pytest.raises(ValueError, match=r"enc.safetensors .* efficientnet_toy.* features"):
         model(np.zeros((1, 32, 32, 3), np.float32))
 
 
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (np.zeros((64, 64, 2), np.float32), r"shape \(64, 64, 2\): expected \(batch, H, W, 2\)"),
-        (np.zeros((1, 2, 64, 64), np.float32), r"shape \(1, 2, 64, 64\): expected \(batch, H, W, 2\)"),
-        (np.zeros((1, 64, 64, 2), np.int16), "an image of int16: expected floats"),
+        (np.zeros((64, 64, 2), np.float32), r"shape \(64, 64, 2\).*\(batch, H, W, 2\)"),
+        (np.zeros((1, 2, 64, 64), np.float32), r"shape \(1, 2, 64, 64\).*\(batch, H, W, 2\)"),
+        (np.zeros((1, 64, 64, 2), np.int16), "int16"),
         (np.zeros((1, 64, 80, 2), np.float32), r"axis W is 80: level 1/32 would halve 5; use 64 or 96"),
     ],
 )

@@ -134,7 +134,7 @@ def test_single_precision_jit_and_2d(rng, name, activation):
 def test_the_rest_is_one_channel_of_the_same_probability(rng, doubles):
     logits = rng.normal(0, 3, (5, CHANNELS))
     odds = torch.logit(torch.softmax(torch.tensor(logits), 1))
-    np.testing.assert_allclose(loss.against_the_rest(jnp.asarray(logits)), odds, rtol=1e-9)
+    np.testing.assert_allclose(loss.one_vs_rest_logits(jnp.asarray(logits)), odds, rtol=1e-9)
 
 
 # -- by hand ------------------------------------------------------------------------------------------------------

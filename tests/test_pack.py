@@ -150,7 +150,7 @@ def test_runs_that_read_the_same_share_what_is_read(camus4, tmp_path):
 def test_an_empty_place_takes_no_turn(camus4):
     """The program holds the step once, below a condition."""
     ran = jnp.zeros(3)
-    states, metrics = pack._one_after_the_other(
+    states, metrics = pack._loop_over_slots(
         lambda state, x: (state + x, {"loss": state * jnp.nan}), jnp.array([True, False, True]), ran, (jnp.ones(3),)
     )
     np.testing.assert_array_equal(states, [1, 0, 1])

@@ -80,7 +80,7 @@ def fitting(limit, seen):
 @pytest.mark.parametrize("limit", [-1, 0, 1, 2, 3, 7, 30, 31, 32, 99])
 def test_the_largest_that_fits_is_found_in_few_steps(limit, monkeypatch):
     seen = []
-    found = needs.largest(list(range(32)), fitting(limit, seen))
+    found = needs.bisect_largest(list(range(32)), fitting(limit, seen))
     assert found == (None if limit < 0 else min(limit, 31))
     assert len(seen) == len(set(seen)) <= 10, "nothing is compiled twice"
     assert max(seen) <= max(2 * limit + 2, 1), "nor anything far beyond what fits"
@@ -88,9 +88,11 @@ def test_the_largest_that_fits_is_found_in_few_steps(limit, monkeypatch):
 
 def test_candidates_are_legal_and_rise():
     config = load_config("configs/brats_dsnet.py:scratch", [])
-    patches = [c.patch for c in needs.growing(config, needs.Choice((128, 128, 128), 1, "float32", ""), "patch")]
+    patches = [
+        c.patch for c in needs.increasing_choices(config, needs.Choice((128, 128, 128), 1, "float32", ""), "patch")
+    ]
     assert patches[:2] == [(128, 32, 32), (128, 64, 64)] and patches == sorted(patches)
-    batches = needs.growing(config, needs.Choice((128, 64, 64), 1, "float32", ""), "batch")
+    batches = needs.increasing_choices(config, needs.Choice((128, 64, 64), 1, "float32", ""), "batch")
     assert [c.batch for c in batches[:3]] == [1, 2, 3] and {c.patch for c in batches} == {(128, 64, 64)}
 
 

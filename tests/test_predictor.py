@@ -188,7 +188,7 @@ def test_networks_that_do_not_go_together_are_refused(workdir, tmp_path):
         ({"precision": "float16"}, "--precision=float16"),
         ({"min_et": 5}, "--min_et is not a setting"),
         ({"largest": ("heart",)}, "--largest: heart unknown; the regions are organ, lesion"),
-        ({"threshold": 0.4}, "--threshold is for sigmoid outputs"),
+        ({"threshold": 0.4}, "--threshold needs sigmoid outputs"),
         ({"flips": (3,)}, "expected axes of 0 (D), 1 (H), 2 (W)"),
         ({"batch": -1}, "--batch=-1"),
     ],
@@ -286,7 +286,7 @@ def test_paths_from_python(flat, predictor, found, image, tmp_path):
         shutil.copy(files[0], tmp_path / "two" / f"{name}.nii.gz")
     cases, problems = by_slice.find_cases(tmp_path / "two")
     assert [c.case_id for c in cases] == ["a", "b"] and not problems
-    with pytest.raises(UserError, match=r"holds 2 cases \(a, b\)"):
+    with pytest.raises(UserError, match=r"has 2 cases \(a, b\)"):
         by_slice.predict(tmp_path / "two")
     with pytest.raises(UserError, match="absent: no such file"):
         by_slice.predict(tmp_path / "absent")
@@ -310,16 +310,18 @@ def test_memory_is_said_before_and_grows_with_the_largest(flat, tmp_path, capsys
     sizes = []
     for name, side in (("small", 64), ("large", 128)):
         nib.save(nib.Nifti1Image(np.zeros((side, side, 10), np.int16), np.eye(4)), tmp_path / f"{name}.nii.gz")
-        sizes.append(memory.needs(ready, [data_case.case_from_files([tmp_path / f"{name}.nii.gz"], ready.dataset)]))
+        sizes.append(
+            memory.required_bytes(ready, [data_case.case_from_files([tmp_path / f"{name}.nii.gz"], ready.dataset)])
+        )
     (tmp_path / "broken.nii.gz").write_bytes(b"no image")
     cases, _ = ready.find_cases(tmp_path)
-    host, device = memory.needs(ready, cases)
+    host, device = memory.required_bytes(ready, cases)
     assert sizes[0][0] == 64 * 64 * 10 * 6, "int16 as read and float32; float32 and the int16 that stays"
     assert sizes[1][0] == 4 * sizes[0][0] and device == sizes[1][1] > sizes[0][1]
     # the next is read while one is predicted and the last is written
     assert host == 128 * 128 * 10 * (6 + 2 + 4 + 4)
-    assert memory.needs(ready, cases[:1]) == (0, 0), "broken"
-    assert memory.log_needs(ready, cases) > host + device
+    assert memory.required_bytes(ready, cases[:1]) == (0, 0), "broken"
+    assert memory.log_required_memory(ready, cases) > host + device
     assert "memory     at most" in capsys.readouterr().out
 
 

@@ -170,7 +170,7 @@ def test_a_signal_in_the_loop_saves_and_the_same_command_goes_on(
     out = train_small(tmp_path / "run", camus4, "--config.train.overlays=2", code=code)
     name = signal.Signals(number).name
     assert f"{name}: saving after this step" in out
-    assert f"stopped    by {name}, everything is saved" in out
+    assert f"stopped    by {name}" in out and "everything is saved" in out
     assert {n: signal.getsignal(n) for n in before} == before
     at = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert at in (3, 4), "this step, or the one after it"
@@ -1035,7 +1035,7 @@ def test_the_summary_of_records_made_by_hand(tmp_path):
         ["sd", "0.100", "0.300"],
     ]
     assert len({len(line) for line in lines}) == 1
-    with pytest.raises(UserError, match="fold3 has no validation"):
+    with pytest.raises(UserError, match=r"fold3 has no .*train fold 3"):
         crossval.summarise(tmp_path, 4)
 
 

@@ -25,7 +25,7 @@ from xdim_jax.base import log
 from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_json
-from xdim_jax.inference.model import read_anywhere
+from xdim_jax.inference.model import read_file_or_workdir
 from xdim_jax.nets.inflate import AXES, RULES, Inflation
 from xdim_jax.nets.input_channels import RULES as CHANNEL_RULES
 from xdim_jax.nets.layers import DEPTH_PADDINGS, SQUEEZES, Depth
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     _check(options)
     if options.to_torch:
-        weights = read_anywhere(options.from_file)
+        weights = read_file_or_workdir(options.from_file)
         convert, whose = {
             "timm": (timm_models.to_timm, "timm's names"),
             "pypi": (pypi.to_pypi, "the names of EfficientNet-PyTorch"),
@@ -199,7 +199,7 @@ def _read(options: argparse.Namespace) -> tuple[Weights, dict[str, Any]]:
             name = timm_models.parse_name(timm_models.matching(encoder.model)[0])
             probes.append(probe.probe_timm(encoder, timm_models.to_timm(encoder), name))
     else:
-        weights = read_anywhere(options.from_file)
+        weights = read_file_or_workdir(options.from_file)
     return weights, {"source": weights.source, "probes": probes}
 
 

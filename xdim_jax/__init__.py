@@ -11,7 +11,7 @@ __all__ = ["Model", "Predictor", "__version__", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """What comes with JAX is imported when it is first asked for."""
+    """Import names that need JAX only when they are first used, so that other modules can be imported without it."""
     if name == "Predictor":
         from xdim_jax.inference import predictor
 

@@ -2,9 +2,9 @@
 
     python -m xdim_jax.compare eval_a eval_b --metrics=dice,hd95 --out=comparison.md
 
-For every structure and metric it shows the mean difference with its 95 % confidence interval (paired bootstrap over
-patients), and the p-value of Wilcoxon's signed-rank test. The last column has p-values after Holm's correction for all
-structures and metrics that are shown.
+The table has one row for each structure and metric. It shows the mean difference with its 95 % confidence interval
+(paired bootstrap over patients), and the p-value of Wilcoxon's signed-rank test. The last column has the p-value after
+Holm's correction for all rows.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line, see ``--help``."""
     parser = make_parser("xdim_jax.compare", __doc__ or "", "exit status: 0 done, 2 unusable input")
     parser.add_argument("a", type=Path, help="output folder of xdim_jax.evaluate")
-    parser.add_argument("b", type=Path, help="another one, with the same references")
+    parser.add_argument("b", type=Path, help="output folder of another evaluation, with the same references")
     parser.add_argument(
         "--metrics",
         default="",
-        help="comma-separated metrics (default: all); with fewer metrics, Holm's correction is weaker",
+        help="comma-separated metrics (default: all); the fewer metrics, the weaker is Holm's correction",
     )
     parser.add_argument("--out", type=Path, help="Markdown file to write; .tex and .json files are written next to it")
     options = parser.parse_args(argv)
@@ -41,14 +41,14 @@ def main(argv: Sequence[str]) -> int:
     folders = (options.a, options.b)
     records = [results.read_record(folder) for folder in folders]
     _check_same_options(folders, records)
-    sides = [_read_cases(folder, record) for folder, record in zip(folders, records, strict=True)]
-    metrics = _parse_metrics(options.metrics, sides)
+    evaluations = [_read_cases(folder, record) for folder, record in zip(folders, records, strict=True)]
+    metrics = _parse_metrics(options.metrics, evaluations)
     try:
-        found = paired.compare(sides[0], sides[1], metrics)
+        found = paired.compare(evaluations[0], evaluations[1], metrics)
     except ValueError as error:
         raise UserError(f"{options.a} and {options.b}: {error}; evaluate both on the same references") from error
     _warn_about_references(records)
-    _warn_about_exclusions(folders, sides, metrics)
+    _warn_about_exclusions(folders, evaluations, metrics)
     table = make_table(found, str(options.a), str(options.b))
     for line in table.markdown().splitlines():
         log.say(line)
@@ -66,12 +66,13 @@ def _check_same_options(folders: Sequence[Path], records: Sequence[Mapping[str, 
     if different := [k for k in a if a[k] != b[k]]:
         shown = "; ".join(f"{k}: {a[k]} and {b[k]}" for k in different)
         raise UserError(
-            f"{folders[0]} and {folders[1]} were scored with different options ({shown}); evaluate both with the same"
+            f"{folders[0]} and {folders[1]} were scored with different options ({shown}); evaluate both with the same "
+            "options"
         )
 
 
 def _read_cases(folder: Path, record: Mapping[str, Any]) -> list[ScoredCase]:
-    """Return the scored cases of an evaluation. Volumes are replaced by their errors."""
+    """Return the scored cases of an evaluation, with errors in place of volumes, see `_with_volume_errors`."""
     patients = {case: entry["patient"] for case, entry in record["cases"].items()}
     return [_with_volume_errors(case) for case in results.read_cases(folder / results.CASES_FILE, patients)]
 
@@ -96,10 +97,10 @@ def _metrics_of(cases: Sequence[ScoredCase]) -> set[str]:
     return {metric for case in cases for values in case.values.values() for metric in values}
 
 
-def _parse_metrics(text: str, sides: Sequence[Sequence[ScoredCase]]) -> tuple[str, ...]:
+def _parse_metrics(text: str, evaluations: Sequence[Sequence[ScoredCase]]) -> tuple[str, ...]:
     """Return the metrics in a comma-separated list. Raises UserError if neither evaluation has one of them."""
     metrics = tuple(m.strip() for m in text.split(",") if m.strip())
-    known = set().union(*map(_metrics_of, sides))
+    known = set().union(*map(_metrics_of, evaluations))
     if unknown := set(metrics) - known:
         raise UserError(
             f"--metrics: the results have no {', '.join(sorted(unknown))}; expected some of {', '.join(sorted(known))}"
@@ -118,14 +119,14 @@ def _warn_about_references(records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _warn_about_exclusions(
-    folders: Sequence[Path], sides: Sequence[Sequence[ScoredCase]], metrics: Sequence[str]
+    folders: Sequence[Path], evaluations: Sequence[Sequence[ScoredCase]], metrics: Sequence[str]
 ) -> None:
     """Warn about cases and metrics that only one of the evaluations has."""
-    ids = [{case.case_id for case in side} for side in sides]
+    ids = [{case.case_id for case in evaluation} for evaluation in evaluations]
     for folder, here, other in ((folders[0], ids[0], ids[1]), (folders[1], ids[1], ids[0])):
         if extra := sorted(here - other):
             log.warn(f"{len(extra)} cases are only in {folder} and are excluded: {shorten(extra)}")
-    a, b = map(_metrics_of, sides)
+    a, b = map(_metrics_of, evaluations)
     if single := sorted((a ^ b) & set(metrics or a | b)):
         log.warn(f"only one of the evaluations has these metrics, which are excluded: {', '.join(single)}")
 

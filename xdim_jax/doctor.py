@@ -1,10 +1,10 @@
-"""Check this machine: versions, devices, memory, compilation cache, precision, speed of reading, a training step.
+"""Check this machine: versions, devices, memory, compilation cache, operations, precision, reading, training step.
 
-Each line is ok, a warning (everything works, but could work better) or a failure (something does not work). Warnings
-and failures say what to do. Nothing is downloaded, and only the compilation cache is written to.
+The result of a check is ok, a warning (everything works, but could be better) or a failure (something does not work).
+Warnings and failures come with advice. Nothing is downloaded, and only the compilation cache is written to.
 """
 
-if __name__ == "__main__":  # see xdim_jax/train.py
+if __name__ == "__main__":  # this may restart the process, so it comes before the imports, which take seconds
     from xdim_jax.base.huge_pages import prefer_huge_pages
 
     prefer_huge_pages()
@@ -41,9 +41,9 @@ def main(argv: Sequence[str]) -> int:
         "--data", type=Path, metavar="FOLDER", help="also measure how fast the files of this folder are read"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="do not run the training step, which takes a minute or two to compile"
+        "--quick", action="store_true", help="skip the training step, whose compilation takes a minute or two"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write all findings to this file; -: print only JSON")
+    parser.add_argument("--json", metavar="FILE", help="also write all findings to this file; with -, print only JSON")
     options = parser.parse_args(argv)
     checks: list[Callable[[], Finding]] = [versions, devices, memory, cache, operations, precision]
     if options.data is not None:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def command() -> NoReturn:
-    """Console entry point."""
+    """Run the console script."""
     run(main)
 
 

@@ -1,4 +1,4 @@
-"""Console scripts that set up the process before they import JAX."""
+"""Console scripts that must set up the process before they import JAX, see `xdim_jax.base.huge_pages`."""
 
 from typing import NoReturn
 
@@ -6,7 +6,7 @@ from xdim_jax.base.huge_pages import prefer_huge_pages
 
 
 def train() -> NoReturn:
-    """Console entry point of ``xdim-train``."""
+    """Run the console script ``xdim-train``."""
     prefer_huge_pages()
     from xdim_jax.train import command
 
@@ -14,7 +14,7 @@ def train() -> NoReturn:
 
 
 def predict() -> NoReturn:
-    """Console entry point of ``xdim-predict``."""
+    """Run the console script ``xdim-predict``."""
     prefer_huge_pages()
     from xdim_jax.predict import command
 
@@ -22,7 +22,7 @@ def predict() -> NoReturn:
 
 
 def sweep() -> NoReturn:
-    """Console entry point of ``xdim-sweep``."""
+    """Run the console script ``xdim-sweep``."""
     prefer_huge_pages()
     from xdim_jax.sweep import command
 
@@ -38,7 +38,7 @@ def study() -> NoReturn:
 
 
 def doctor() -> NoReturn:
-    """Console entry point of ``xdim-doctor``."""
+    """Run the console script ``xdim-doctor``."""
     prefer_huge_pages()
     from xdim_jax.doctor import command
 

@@ -2,16 +2,17 @@
 
     camus      Dice, MAD, HD (mm) of LV_endo, LV_epi, LA at ED and ES; volumes and EF by Simpson's biplane rule
     chaos      DICE, RAVD, ASSD, MSSD and their scores of 0 to 100, per case, organ and task
-    brats2022  Dice, HD95 (voxels), sensitivity, specificity of WT, TC, ET, as the platform of 2021 and 2022
-    brats2023  lesion by lesion; brats2024: glioma after treatment
-    generic    any two folders, any --metrics
+    brats2022  Dice, HD95 (voxels), sensitivity, specificity of WT, TC, ET, as on the platform of 2021 and 2022
+    brats2023  Dice and HD95 (mm) of each lesion, and of the whole image
+    brats2024  Dice, HD95 (mm) and NSD of each lesion; glioma after treatment
+    generic    any metrics (--metrics) of any two folders of label maps
 
-With --workdir in place of --pred and --ref, the validation cases of a run are predicted into <workdir>/predictions and
-scored by the rules of its data set. Results go to <workdir>/evaluation unless --out is given.
+With --workdir instead of --pred and --ref, the validation cases of a run are predicted into <workdir>/predictions, and
+scored by the rules of its data set. The default of --out is then <workdir>/evaluation.
 
-Writes to --out: cases.csv (case_id,...,structure,metric,value), summary.json (means with 95 % intervals over patients,
-quartiles, empty masks), tables.md and tables.tex (the tables of the paper, with its values and yours), and
-evaluate.json (what was compared). Compare two evaluations with python -m xdim_jax.compare.
+The command writes to --out: cases.csv (case_id,...,structure,metric,value), summary.json (means with 95 % intervals
+over patients, quartiles, empty masks), tables.md and tables.tex (the tables of the paper, with its values and yours),
+and evaluate.json (files and options). Compare two evaluations with python -m xdim_jax.compare.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.huge_pages import prefer_huge_pages
 from xdim_jax.data.datasets import scoring_rules
 from xdim_jax.runs.workdir import find_members, read_config
-from xdim_jax.scoring import challenges
+from xdim_jax.scoring import challenges, generic
 from xdim_jax.scoring.folders import check_small_et_kept, evaluate_folders
 from xdim_jax.scoring.masks import METRICS
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(options: Any, cases: set[str] | None = None) -> None:
+    """Score the cases with the given ids, or all cases, and write the results."""
     if absent := [f"--{name}" for name in ("rules", "pred", "ref", "out") if getattr(options, name) is None]:
         raise UserError(f"{' and '.join(absent)} missing: give --rules, --pred, --ref and --out, or --workdir")
     rules = challenges.make_rules(options.rules, options)
@@ -70,41 +72,44 @@ def _evaluate(options: Any, cases: set[str] | None = None) -> None:
 
 
 def _set_defaults_of_run(options: Any, workdir: Path) -> None:
-    """Set folders and rules to those of a run, unless options were given."""
+    """Set the folders and rules to those of a run. Options that were given keep their values."""
     if options.pred or options.ref:
-        raise UserError("--workdir replaces --pred and --ref: give one or the other")
+        raise UserError("--workdir sets --pred and --ref; give either --workdir, or --pred and --ref")
     config = read_config(find_members([workdir])[0])
     rules, rule_options = scoring_rules(config.data.to_dict())
     options.rules = options.rules or rules
     for key, value in rule_options.items():
-        if challenges.accepts(options.rules, key) and not getattr(options, key):  # other rules may lack the option
+        if challenges.accepts(options.rules, key) and not getattr(
+            options, key
+        ):  # --rules may name rules without this option
             setattr(options, key, value)
     options.pred = workdir / "predictions"
     options.out = options.out or workdir / "evaluation"
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = make_parser("xdim_jax.evaluate", __doc__ or "", "exit status: 0 done, 2 unusable input")
     add = parser.add_argument
     add("--rules", choices=challenges.NAMES, help="rules of a challenge, or generic")
     add("--pred", type=Path, help="folder of predicted label maps")
     add("--ref", type=Path, help="folder of references; may be the data set itself")
-    add("--workdir", help="workdir of a run or a cross-validation (also gs://, s3://), in place of --pred and --ref")
+    add("--workdir", help="workdir of a run or a cross-validation (also gs://, s3://); sets --pred and --ref")
     add("--out", type=Path, help="folder for the results, created if it does not exist")
     add(
         "--missing",
         choices=["error", "penalise"],
         default="error",
-        help="what to do if a prediction is missing or unreadable: stop, or give it the worst values of the challenge "
-        "(default: %(default)s)",
+        help="what to do if a prediction is missing or unreadable: stop with an error, or give the case the worst "
+        "values of the challenge (default: %(default)s)",
     )
     add(
         "--metrics",
         default="",
-        help="metrics in addition to those of the challenge, with commas; for generic: all metrics. Distances are in "
-        f"mm. Known: {', '.join(METRICS)}",
+        help="comma-separated metrics in addition to those of the challenge; for generic, all metrics (default: "
+        f"{','.join(generic.DEFAULT_METRICS)}). Distances are in mm. Known: {', '.join(METRICS)}",
     )
-    add("--jobs", type=int, default=_cores(), help="number of processes (default: one per core)")
+    add("--jobs", type=int, default=_cores(), help="number of scoring processes (default: one per core)")
     challenges.add_options(parser)
     return parser
 
@@ -115,8 +120,8 @@ def _cores() -> int:
 
 
 def command() -> NoReturn:
-    """Console entry point."""
-    if any(word.startswith("--workdir") for word in sys.argv):  # the command will predict
+    """Run the console script."""
+    if any(word.startswith("--workdir") for word in sys.argv):  # only then, the command uses a network
         prefer_huge_pages()
     run(main)
 

@@ -1,15 +1,16 @@
 """Report the memory and the floating-point operations that a recipe needs for a training step and for prediction.
 
 Every combination of the given settings is compiled for the devices of this machine, with shapes in place of arrays, so
-neither data nor memory for the arrays is needed. Memory is what the compiler reserves per device: state, batch and
-temporaries. Operations are those of the mathematics, for all devices together; a multiply-add counts as two.
+neither data nor memory for the arrays is needed. The memory is that which the compiler reserves per device for state,
+batch and temporaries. The operations are those of the layers as they are defined, for all devices together. A
+multiply-add counts as two.
 
-With --parts, a table follows for each combination: operations of each part of the network in a step, and the bytes that
-its convolutions and matrix products read and write at least. With --ceilings as well, the table has the least time that
-these take on a device with the given rates.
+--parts adds a table for each combination. For each part of the network, it has the operations of a training step, and
+the bytes that its convolutions and matrix products read and write at least. --ceilings adds a column to it: a lower
+bound of the time on a device with the given peak rates.
 
-With --budget, the table says whether each combination fits. With --largest=patch or --largest=batch as well, the
-command searches for the largest one that fits.
+With --budget, the command says which combinations fit into the memory of a device. --largest=patch or --largest=batch
+then searches for the largest one that fits.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if options.largest and budget is None:
         raise UserError(f"--largest={options.largest} needs --budget=<memory of a device>, e.g. --budget=16GiB")
     if options.ceilings and not options.parts:
-        raise UserError(f"--ceilings={options.ceilings} needs --parts, whose table has the times")
+        raise UserError(f"--ceilings={options.ceilings} needs --parts: it adds a column to the table of the parts")
     ceilings = _ceilings(options.ceilings) if options.ceilings else None
     choices = needs.make_choices(
         config,
@@ -72,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = make_parser(
         "xdim_jax.plan",
         __doc__ or "",
@@ -81,24 +83,37 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m xdim_jax.plan --config=configs/brats_dxnet.py --budget=16GiB --largest=patch",
     )
     parser.add_argument("--config", required=True, metavar="FILE[:WORDS]", help="a recipe, e.g. configs/brats_dxnet.py")
-    parser.add_argument("--patch", action="append", default=[], metavar="D,H,W", help="may be given several times")
-    parser.add_argument("--batch", metavar="N,N,...", help="numbers of samples, over all devices")
+    parser.add_argument(
+        "--patch",
+        action="append",
+        default=[],
+        metavar="D,H,W",
+        help="size of a patch, or H,W; may be given several times",
+    )
+    parser.add_argument("--batch", metavar="N,N,...", help="numbers of samples in a batch, over all devices")
     parser.add_argument("--precision", metavar="P,P", help="float32, bfloat16 or both")
-    parser.add_argument("--remat", action="append", metavar="STAGES", help="see config.train.remat; may be repeated")
+    parser.add_argument(
+        "--remat",
+        action="append",
+        metavar="STAGES",
+        help="stages whose activations are recomputed (config.train.remat); may be given several times",
+    )
     parser.add_argument("--budget", metavar="SIZE", help="memory of a device, e.g. 16GiB")
-    parser.add_argument("--largest", choices=("patch", "batch"), help="search for the largest that fits the budget")
+    parser.add_argument(
+        "--largest", choices=("patch", "batch"), help="search for the largest one that fits into --budget"
+    )
     parser.add_argument("--parts", action="store_true", help="show the operations of each part of the network")
     parser.add_argument(
         "--ceilings",
         metavar="TFLOP/S,TB/S",
-        help="rates of a device, e.g. 989,4.8 (H200, bfloat16): adds least times to --parts",
+        help="peak rates of a device, e.g. 989,4.8 (H200, bfloat16): adds lower bounds of the time to --parts",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     return parser
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:
-    """Return comma-separated positive whole numbers."""
+    """Return the positive whole numbers in a comma-separated list. Raises UserError for anything else."""
     try:
         numbers = tuple(int(word) for word in text.strip("()").split(",") if word.strip())
     except ValueError as error:
@@ -109,7 +124,7 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
 
 
 def _ceilings(text: str) -> tuple[float, float]:
-    """Return operations and bytes per second, given a text such as ``989,4.8``."""
+    """Return operations and bytes per second, given ``<TFLOP/s>,<TB/s>``. Raises UserError for anything else."""
     try:
         flops, bandwidth = (1e12 * float(word) for word in text.split(","))
     except ValueError as error:
@@ -122,7 +137,7 @@ def _ceilings(text: str) -> tuple[float, float]:
 
 
 def command() -> NoReturn:
-    """Console entry point."""
+    """Run the console script."""
     run(main)
 
 

@@ -1,18 +1,19 @@
-"""Segment cases with a trained network: images in, label maps out, on the voxel grid of the images.
+"""Segment cases with a trained network, and write label maps on the voxel grid of the images.
 
 The input is a folder in the layout that the network was trained on, one BraTS case folder, a folder of DICOM slices, or
-the files of one case, one per channel (BraTS: in the order flair t1 t1ce t2). For nnU-Net's layout, any folder of
-images will do. Reference labels are not needed.
+the files of one case, one per channel (BraTS: in the order flair t1 t1ce t2). In nnU-Net's layout, it can also be a
+folder of images such as imagesTs. A network with one channel accepts a folder of images with any names. Reference
+labels are not needed.
 
-Each case becomes <output>/<case id>.nii.gz, with the affine, the header and the label values of its source.
---probabilities adds <output>/probabilities/<case id>.nii (float32, channels along the fourth axis), and --uncertainty
-adds <output>/uncertainty/<case id>.nii.
+The label map of a case is <output>/<case id>.nii.gz. Affine and header are those of the image, and label values those
+of the data set. --probabilities adds <output>/probabilities/<case id>.nii (float32, channels along the fourth axis),
+and --uncertainty adds <output>/uncertainty/<case id>.nii.
 
-Several --workdir, or the workdir of a cross-validation, are an ensemble: their probabilities are averaged. Cases whose
-predictions are up to date (same networks, settings and images) are skipped.
+The networks of several --workdir, or of all folds of a cross-validation, form an ensemble: their probabilities are
+averaged. Cases whose predictions are up to date (same networks, settings and images) are skipped.
 """
 
-if __name__ == "__main__":  # before the imports, which take seconds and would be done twice
+if __name__ == "__main__":  # this may restart the process, so it comes before the imports, which take seconds
     from xdim_jax.base.huge_pages import prefer_huge_pages
 
     prefer_huge_pages()
@@ -57,10 +58,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = make_parser(
         "xdim_jax.predict",
         __doc__ or "",
-        "exit status: 0 all cases done, 1 some cases failed (they are named; the others are done), 2 unusable input",
+        "exit status: 0 all cases are predicted, 1 some cases failed (the others are predicted), 2 unusable input",
     )
     add = parser.add_argument
     add(
@@ -76,28 +78,50 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         action="extend",
-        help="folder of cases, one case folder, folder of DICOM slices, or one file per modality",
+        help="folder of cases, one case folder, folder of DICOM slices, or one file per channel",
     )
     add("--output", required=True, type=Path, help="folder for the label maps, created if it does not exist")
-    add("--overwrite", action="store_true", help="predict all cases again, also those that are up to date")
-    add("--shard", default="", metavar="I/N", help="predict every N-th case, starting with case I (from 0), per host")
-    add("--convention", choices=sorted(brats.CONVENTIONS), help="naming of BraTS input; default: of the training data")
-    add("--modality", choices=["CT", "MR"], default="", help="of files or DICOM slices, if training had both")
-    add("--preset", choices=PRESETS, default="default", help="fast: little overlap; best: more, and mirror images")
-    add("--overlap", type=float, help="overlap of neighbouring windows, 0 to below 1; default: of the preset")
-    add("--flips", help="axes to mirror along, among D, H, W, e.g. D,W; empty for none; default: of the preset")
-    add("--precision", choices=sorted(PRECISIONS), default="", help="precision of activations; default: of the config")
-    add("--batch", type=int, default=0, help="number of windows at once; default: 1 on CPU, 4 elsewhere")
-    add("--threshold", default="", help="of probabilities: 0.4, or by region: WT=0.5,ET=0.4; default: of the config")
-    add("--min_et", type=int, help="BraTS: smallest ET in voxels, 0 for no limit; default: of the config")
-    add("--largest", default="", help="regions of which only the largest component is kept, with commas; or all")
-    add("--probabilities", action="store_true", help="also write probabilities: 4 bytes per voxel and channel")
+    add("--overwrite", action="store_true", help="predict all cases again, also those whose predictions are up to date")
+    add(
+        "--shard",
+        default="",
+        metavar="I/N",
+        help="predict only cases I, I + N, I + 2N, ... (I from 0), to divide the work among N hosts",
+    )
+    add(
+        "--convention",
+        choices=sorted(brats.CONVENTIONS),
+        help="file names and labels of BraTS input; default: those of training",
+    )
+    add("--modality", choices=["CT", "MR"], default="", help="modality of the input, if training had both")
+    add("--preset", choices=PRESETS, default="default", help="fast: less overlap; best: more overlap, and mirroring")
+    add(
+        "--overlap",
+        type=float,
+        help="overlap of neighbouring windows, at least 0, below 1; default: that of the preset",
+    )
+    add("--flips", help="axes to mirror along, e.g. D,W; empty for none; default: those of the preset")
+    add(
+        "--precision",
+        choices=sorted(PRECISIONS),
+        default="",
+        help="precision of activations; default: that of training",
+    )
+    add("--batch", type=int, default=0, help="number of windows that are computed at once; default: 1 on CPU, else 4")
+    add(
+        "--threshold",
+        default="",
+        help="threshold of probabilities, e.g. 0.4 or WT=0.5,ET=0.4; default: that of the config",
+    )
+    add("--min_et", type=int, help="BraTS: smallest ET in voxels, 0 for no limit; default: that of the config")
+    add("--largest", default="", help="comma-separated regions, or all: keep only their largest component")
+    add("--probabilities", action="store_true", help="also write probabilities (4 bytes per voxel and channel)")
     add("--uncertainty", action="store_true", help="also write the variance over networks and mirror images")
     return parser
 
 
 def _read_settings(options: argparse.Namespace) -> Settings:
-    """Return the settings of the flags. Raises UserError for a value of another form."""
+    """Return the settings in the flags. Raises UserError if a value cannot be parsed."""
     return Settings(
         preset=options.preset,
         overlap=options.overlap,
@@ -113,6 +137,7 @@ def _read_settings(options: argparse.Namespace) -> Settings:
 
 
 def _read_flips(text: str | None) -> tuple[int, ...] | None:
+    """Return the axes in a list such as ``D,W``."""
     if text is None:
         return None
     names = [n.strip().upper() for n in text.split(",") if n.strip()]
@@ -122,6 +147,7 @@ def _read_flips(text: str | None) -> tuple[int, ...] | None:
 
 
 def _read_threshold(text: str) -> float | dict[str, float] | None:
+    """Return the threshold in a text such as ``0.4`` or ``WT=0.5,ET=0.4``."""
     try:
         if "=" in text:
             pairs = (word.split("=", 1) for word in text.split(","))
@@ -132,6 +158,7 @@ def _read_threshold(text: str) -> float | dict[str, float] | None:
 
 
 def _read_shard(text: str) -> tuple[int, int]:
+    """Return the numbers in a text such as ``0/4``; 0 and 1 if it is empty."""
     if not text:
         return 0, 1
     first, slash, step = text.partition("/")
@@ -141,7 +168,7 @@ def _read_shard(text: str) -> tuple[int, int]:
 
 
 def command() -> NoReturn:
-    """Console entry point."""
+    """Run the console script."""
     run(main)
 
 

@@ -1,7 +1,7 @@
-"""Write one self-contained HTML file with scores, training curves, and pictures of cases with their errors.
+"""Write a report as one HTML file: scores, training curves, and pictures of cases with their errors.
 
 The tables have the scores of the paper next to those of the evaluation. Pictures show the best case, the 75th
-percentile, the median, the 25th percentile and the worst case by mean Dice. Without --workdir there are no curves.
+percentile, the median, the 25th percentile and the worst case by mean Dice. Training curves need --workdir.
 """
 
 import argparse
@@ -29,16 +29,16 @@ def main(argv: Sequence[str]) -> int:
     records = read_records(members[0]) if len(members) == 1 else []
     channels = read_json(members[0] / DATA_FILE)["channels"] if members else []
     summary = read_json(options.eval / results.SUMMARY_FILE)
-    compared = results.read_record(options.eval)
+    evaluation = results.read_record(options.eval)
     if not isinstance(summary, dict) or {"rules", "structures", "groups", "empty", "unreadable"} - summary.keys():
         raise UserError(
             f"{options.eval / results.SUMMARY_FILE} is not the summary of an evaluation; create it with "
             "python -m xdim_jax.evaluate"
         )
-    environments = _environments(members[0] if members else None, Path(compared["pred"]))
-    patients = {case: v["patient"] for case, v in compared["cases"].items()}
+    environments = _environments(members[0] if members else None, Path(evaluation["pred"]))
+    patients = {case: v["patient"] for case, v in evaluation["cases"].items()}
     scored = results.read_cases(options.eval / results.CASES_FILE, patients)
-    write_text(options.out, render(config, records, channels, summary, scored, compared, environments))
+    write_text(options.out, render(config, records, channels, summary, scored, evaluation, environments))
     sources = {
         k: str(v if bucket.is_address(v) else Path(v).absolute()) for k, v in vars(options).items() if v is not None
     }
@@ -50,8 +50,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = make_parser("xdim_jax.report", __doc__ or "", "Exit status: 0 done; 2 unusable input.")
-    parser.add_argument("--workdir", help="folder of the training run, or gs://, s3://")
+    parser.add_argument("--workdir", help="workdir of the training run (also gs://, s3://)")
     parser.add_argument("--eval", required=True, type=Path, help="output folder of xdim_jax.evaluate")
     parser.add_argument("--out", required=True, type=Path, help="HTML file to write")
     return parser
@@ -67,14 +68,14 @@ def _environments(workdir: Path | None, pred: Path) -> dict[str, Mapping[str, An
     try:
         entry = read_json(record).get("environment") if record.is_file() else None
     except (UserError, AttributeError):
-        entry = None  # the search for the images of the cases reports this error
+        entry = None  # `render` reports this error when it reads the file
     if isinstance(entry, dict):
         found["prediction"] = entry
     return found
 
 
 def command() -> NoReturn:
-    """Console entry point."""
+    """Run the console script."""
     run(main)
 
 

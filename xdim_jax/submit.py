@@ -6,8 +6,7 @@
     brats   <case id>.nii.gz with the labels of the year, on the grid of the image
 
 --pred is an output folder of xdim_jax.predict. Its predict.json lists the images, and every label map must have the
-grid of its image. All label maps are checked before a file is written. --out is a new folder; --zip also writes an
-archive of it.
+grid of its image. All label maps are checked before the first file is written.
 """
 
 import shutil
@@ -27,10 +26,12 @@ from xdim_jax.scoring.submission import pack_brats, pack_camus, pack_chaos
 def main(argv: Sequence[str]) -> int:
     """Run the command line, see ``--help``."""
     parser = make_parser("xdim_jax.submit", __doc__ or "", "exit status: 0 done, 2 unusable input")
-    parser.add_argument("--challenge", required=True, choices=["camus", "chaos", "brats"], help="challenge")
+    parser.add_argument(
+        "--challenge", required=True, choices=["camus", "chaos", "brats"], help="challenge whose format is written"
+    )
     parser.add_argument("--pred", required=True, type=Path, help="folder of predicted label maps")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; it must not exist")
-    parser.add_argument("--zip", action="store_true", help="also write <out>.zip")
+    parser.add_argument("--zip", action="store_true", help="also write the archive <out>.zip")
     parser.add_argument(
         "--task", choices=sorted(chaos.TASKS), action="append", help="chaos: task of the challenge; repeat for several"
     )

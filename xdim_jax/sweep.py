@@ -1,8 +1,9 @@
-"""Search a space of configs for the best validation Dice. The same command, run again, is an additional worker.
+"""Search a space of configs for the best validation Dice.
 
-Workers can run on several machines that share the storage of the study. Every trial is a run of xdim_jax.train in
-<workdir>/trial<number>, so evaluate, predict and report accept it. Its score is the best validation Dice. If a worker
-dies, another worker resumes its trial from the last checkpoint.
+The command is a worker, which trains trials of a study. To train several trials at the same time, run the same command
+several times. Workers can run on several machines that share the storage of the study. Each trial is a run of
+xdim_jax.train in <workdir>/trial<number>, so evaluate, predict and report accept it. Its score is the best validation
+Dice. If a worker dies, another worker resumes its trial from the last checkpoint.
 
 The space is a Python file with a function suggest(trial) that calls suggest_* of optuna with config keys as names:
 
@@ -13,7 +14,7 @@ The space is a Python file with a function suggest(trial) that calls suggest_* o
 "python -m xdim_jax.sweep report --help" describes the report of a sweep.
 """
 
-if __name__ == "__main__":  # before the imports, which take seconds and would be done twice; a pack trains in here
+if __name__ == "__main__":  # this may restart the process, so it comes before the imports, which take seconds
     from xdim_jax.base.huge_pages import prefer_huge_pages
 
     prefer_huge_pages()
@@ -37,7 +38,7 @@ from xdim_jax.sweeps.packed import PackedWorker
 from xdim_jax.sweeps.space import check_space, load_space
 from xdim_jax.sweeps.worker import Job, run_worker
 from xdim_jax.training.check import resolve_config
-from xdim_jax.training.initial_weights import read_start
+from xdim_jax.training.initial_weights import read_initial_weights
 from xdim_jax.training.needs import parse_bytes
 from xdim_jax.training.pack import LAYOUTS, check_packable
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         dry_run(suggest, options.config, overrides, slots=options.pack, layout=options.layout, budget=budget)
         return 0
     if config.init.weights and "init.weights" not in distributions:
-        read_start(config.init)  # report an error once, before every trial fails with it
+        read_initial_weights(config.init)  # report an error now, instead of once for every trial
     if options.sampler == "grid":
         _check_grid(options.trials, studies.grid_size(distributions))
     study = _open_study(options, distributions)
@@ -74,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
+    """Raise UserError if a number is out of range."""
     if options.trials < 1:
         raise UserError(f"--trials={options.trials}: expected a number above 0")
     if options.pack < 0:
@@ -83,6 +85,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 
 def _check_grid(trials: int, size: int) -> None:
+    """Raise UserError if there are more trials than points of the grid."""
     if size < trials:
         raise UserError(f"--trials={trials}: the grid has {size} points; give --trials={size} or fewer")
 
@@ -91,7 +94,7 @@ def _storage(options: argparse.Namespace) -> str:
     """Return ``--storage``, or its default in the workdir."""
     if not options.storage and bucket.is_address(options.workdir):
         raise UserError(
-            f"--workdir={options.workdir}: a bucket cannot hold the study; give --storage=postgresql://..., or the "
+            f"--workdir={options.workdir}: a bucket cannot store the study; give --storage=postgresql://..., or the "
             "path of a journal file that all workers can access"
         )
     return options.storage or str(Path(options.workdir) / "study.journal")
@@ -123,6 +126,7 @@ def _work(study: Any, job: Job, options: argparse.Namespace) -> int:
 
 
 def _write_report(options: argparse.Namespace) -> int:
+    """Write the report of a study, and log the best trial."""
     from xdim_jax.sweeps import page  # imports matplotlib, which workers do not need
 
     storage = _storage(options)
@@ -138,6 +142,7 @@ def _write_report(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = make_parser(
         "xdim_jax.sweep",
         __doc__ or "",
@@ -152,8 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE[:WORDS]", help="a recipe, e.g. configs/brats_dxnet.py")
     add("--space", required=True, type=Path, metavar="FILE", help="search space, e.g. configs/sweeps/optimiser.py")
-    add("--trials", required=True, type=int, metavar="N", help="number of trials of all workers together")
-    add("--workdir", required=True, help="folder of the trials, or gs://, s3://; all workers must have access to it")
+    add("--trials", required=True, type=int, metavar="N", help="number of trials of the study, over all workers")
+    add("--workdir", required=True, help="folder of the trials (also gs://, s3://); all workers need access to it")
     _add_study_arguments(parser)
     add("--sampler", choices=studies.SAMPLERS, default="tpe", help="default: %(default)s")
     add(
@@ -179,16 +184,29 @@ def _parser() -> argparse.ArgumentParser:
         help="train up to K trials in one program; default: 0, each trial alone",
     )
     add("--layout", choices=LAYOUTS, default="auto", help="layout of a pack, see docs/sweeps.md; default: %(default)s")
-    add("--dry-run", action="store_true", help="only compile every program of the space, and check whether it fits")
-    add("--budget", metavar="SIZE", help="for --dry-run: memory of a device, e.g. 16GiB; default: that of this machine")
-    add("--no-wait", action="store_true", help="end when no trial is left to start, not when all trials have ended")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="only compile every program of the space, and check whether its memory fits",
+    )
+    add(
+        "--budget",
+        metavar="SIZE",
+        help="for --dry-run: memory of a device, e.g. 16GiB; default: memory of this machine",
+    )
+    add(
+        "--no-wait",
+        action="store_true",
+        help="end as soon as there is no trial to start, without waiting for other workers",
+    )
     return parser
 
 
 def _report_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``sweep report``."""
     parser = make_parser(
         "xdim_jax.sweep report",
-        "Write one self-contained HTML file about a sweep: the trials from best to worst, the importance of the "
+        "Write a report about a sweep as one HTML file: the trials from best to worst, the importance of the "
         "parameters,\nall parameters in parallel coordinates, and the validation curves.",
         "Exit status: 0 done; 2 unusable input.",
     )
@@ -212,7 +230,7 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command() -> NoReturn:
-    """Console entry point."""
+    """Run the console script."""
     run(main)
 
 

@@ -1,6 +1,6 @@
-"""Train a network from a config file. Run again with the same arguments, the command resumes the run."""
+"""Train the network of a recipe. The same command resumes an interrupted run."""
 
-if __name__ == "__main__":  # before the imports, which take seconds and would be done twice
+if __name__ == "__main__":  # this may restart the process, so it comes before the imports, which take seconds
     from xdim_jax.base.huge_pages import prefer_huge_pages
 
     prefer_huge_pages()
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         )
     with catch_signals() as stop:
         mesh.join_processes(options.coordinator, options.processes, options.process)
-        listen(stop)  # once more, because JAX installs its own handler when there are several processes
+        listen(stop)  # again, because JAX installs its own handler if there are several processes
         if jax.process_index():
             log.quieten()
         resolved, dataset = resolve_config(config)
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         cache_programs()
         checkpoint.quieten_process()
         with bucket.workdir(options.workdir, writes=not jax.process_index()) as workdir:
-            mesh.barrier("fetched")  # every process has read the bucket before process 0 changes it
+            mesh.barrier("fetched")  # process 0 must not change the bucket before all processes have read it
             separate_disks = bucket.is_address(options.workdir)
             if config.data.fold != ALL_FOLDS:
                 return train_run(resolved, dataset, workdir, stop, separate_disks=separate_disks)
@@ -57,11 +57,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = make_parser(
         "xdim_jax.train",
-        (__doc__ or "")
-        + "\n\nWrites to the workdir: config.json, split.json, data.json, pretrained.json, environment.json, "
-        "metrics.jsonl,\nsteps.jsonl, tensorboard/, overlays/, checkpoints/, best/.",
+        (__doc__ or "") + "\n\nThe command writes to the workdir: config.json, split.json, data.json, pretrained.json, "
+        "environment.json,\nmetrics.jsonl, steps.jsonl, tensorboard/, overlays/, checkpoints/, best/.",
         "Any value of the config can be overridden: --config.<key>=<value>, e.g. --config.data.root=/data/BraTS\n\n"
         f"Exit status: 0 done; 2 unusable input; {REQUEUE} stopped by SIGTERM or SIGUSR1, everything is saved, run the "
         "same\ncommand again; 130 stopped by Ctrl-C, everything is saved.\n\n"
@@ -74,17 +74,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", required=True, metavar="FILE[:WORDS]", help="a recipe, e.g. configs/brats_dxnet.py")
     parser.add_argument(
-        "--workdir", required=True, help="folder of the run, created if it does not exist; or gs://, s3://"
+        "--workdir", required=True, help="folder of the run (also gs://, s3://), created if it does not exist"
     )
-    group = parser.add_argument_group("several processes", "every process of a run gets the same command")
+    group = parser.add_argument_group(
+        "several processes", "all processes of a run get the same command, except for --process"
+    )
     group.add_argument(
         "--coordinator",
         default="",
         metavar="HOST:PORT",
-        help="address of process 0; auto: ask the launcher (SLURM, Open MPI, TPU pods)",
+        help="address of process 0; auto: from the launcher (SLURM, Open MPI, TPU pods)",
     )
-    group.add_argument("--processes", type=int, metavar="N", help="number of processes, if the launcher does not say")
-    group.add_argument("--process", type=int, metavar="I", help="number of this process, from 0")
+    group.add_argument(
+        "--processes", type=int, metavar="N", help="number of processes, if the launcher does not provide it"
+    )
+    group.add_argument(
+        "--process", type=int, metavar="I", help="number of this process, from 0, if the launcher does not provide it"
+    )
     group = parser.add_argument_group("folds")
     group.add_argument("--pack", type=int, default=0, metavar="K", help="with fold=all: train K folds in one program")
     group.add_argument(
@@ -94,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def command() -> NoReturn:
-    """Console entry point."""
+    """Run the console script."""
     run(main)
 
 

@@ -1,10 +1,13 @@
 """Compare two runs bit for bit, and name the first step at which they differ.
 
-A run is determined by its config, its data and the devices. A run that was interrupted and resumed must therefore end
-like one that was not. Three things are compared: the configs; for each step the loss, the norms of gradient and update,
-and a digest of every sample of the batch (image, label and random bits of its augmentation); and all arrays of the
-checkpoints that both runs have (parameters with both copies of LookAhead, running statistics, optimiser state, moving
-average).
+A run is determined by its config, its data and the devices. An interrupted and resumed run must therefore give the same
+result as an uninterrupted one. The command compares
+
+- the configs;
+- for each step: loss, norms of gradient and update, and a digest of every sample of the batch (image, label and random
+  bits of its augmentation);
+- all arrays of the checkpoints that both runs have: parameters (both copies of LookAhead), running statistics,
+  optimiser state and moving average.
 """
 
 import dataclasses
@@ -32,12 +35,12 @@ class Comparison:
     """The differences between two runs.
 
     Attributes:
-        config: Keys that differ, with both values.
-        step: The first step that differs; 0 if none differs.
-        quantities: The quantities of that step that differ, with both values.
+        config: Messages with the config keys that differ, and both values.
+        step: First step that differs; 0 if none differs.
+        quantities: Messages with the recorded quantities of this step that differ, and both values.
         steps: Number of steps that both runs have recorded.
-        arrays: For each checkpoint ``<folder>/<step>`` that differs, the names of the arrays that differ.
-        checkpoints: The checkpoints that both runs have.
+        arrays: Checkpoint ``<folder>/<step>`` -> names of the arrays that differ, for checkpoints that differ.
+        checkpoints: Checkpoints that both runs have.
     """
 
     config: list[str]
@@ -54,7 +57,11 @@ class Comparison:
 
 
 def compare(a: Path, b: Path) -> Comparison:
-    """Compare the runs in two workdirs.
+    """Compare two runs.
+
+    Args:
+        a: Workdir of a run.
+        b: Workdir of another run.
 
     Raises:
         UserError: A folder is not the workdir of a run, or the runs have no step and no checkpoint in common.
@@ -77,7 +84,7 @@ def compare(a: Path, b: Path) -> Comparison:
     ]
     both = sorted((n for n in names[0] & names[1] if n.rpartition("/")[2].isdigit()), key=_order)
     if not common and not both:
-        raise UserError(f"{a} and {b} have no step and no checkpoint in common; nothing can be compared")
+        raise UserError(f"{a} and {b} have no step and no checkpoint in common, so they cannot be compared")
     arrays = {}
     for name in both:
         if differing := _differing(_arrays(a / name), _arrays(b / name)):
@@ -86,19 +93,20 @@ def compare(a: Path, b: Path) -> Comparison:
 
 
 def _order(name: str) -> tuple[str, int]:
+    """Return the sort key of a checkpoint ``<folder>/<step>``."""
     folder, _, step = name.partition("/")
     return folder, int(step)
 
 
 def _describe(key: str, x: Any, y: Any) -> str:
-    """Return both values of a quantity as text; of a list with one value per sample, the samples that differ."""
+    """Return both values of a quantity as text; for lists with one value per sample, the numbers of the samples."""
     if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
         return f"{key}: samples {', '.join(str(i) for i, (p, q) in enumerate(zip(x, y, strict=True)) if p != q)}"
     return f"{key}: {x!r} and {y!r}"
 
 
 def _arrays(folder: Path) -> dict[str, np.ndarray]:
-    """Read all arrays of a checkpoint, by their paths in the tree.
+    """Return dotted name -> array for all arrays of a checkpoint.
 
     Raises:
         UserError: The checkpoint cannot be read.
@@ -109,7 +117,7 @@ def _arrays(folder: Path) -> dict[str, np.ndarray]:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             metadata = reader.metadata(item.absolute()).item_metadata
             if metadata is None:
-                raise ValueError("it holds no array")
+                raise ValueError("it has no arrays")
             metadata = metadata.tree
             args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
             tree = reader.restore(item.absolute(), args=ocp.args.PyTreeRestore(restore_args=args))
@@ -125,6 +133,7 @@ def _differing(x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> list[str]:
 
 
 def _same_bits(x: np.ndarray, y: np.ndarray) -> bool:
+    """Return whether two arrays are bitwise equal; NaN equals NaN."""
     return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
 
 

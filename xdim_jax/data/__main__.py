@@ -22,13 +22,13 @@ from xdim_jax.data.store import default_folder, prepare_cases, store_key
 from xdim_jax.data.store_backends import open_backend
 from xdim_jax.data.verify import format_findings, verify
 
-# options of the data sets; --root is a flag of all of them
+# data set -> name -> option, without --root, which is a flag for all data sets
 _OPTIONS = {name: {k: o for k, o in entry.options.items() if k != "root"} for name, entry in DATASETS.items()}
 _PHANTOMS = {name: entry.phantoms for name, entry in DATASETS.items() if entry.phantoms}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line; see ``--help``."""
+    """Run the command line, see ``--help``."""
     parser = make_parser("xdim_jax.data", __doc__ or "", "exit status: 0 done, 1 verify found errors, 2 unusable input")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_verify(commands)
@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _add_dataset(parser: argparse.ArgumentParser, names: Sequence[str], *, required: bool = True) -> None:
-    parser.add_argument("--dataset", choices=names, required=required)
+    """Add the flags --dataset and --root."""
+    parser.add_argument("--dataset", choices=names, required=required, help="format of the data set")
     parser.add_argument("--root", type=Path, required=required, help="folder of the data set")
 
 
@@ -52,31 +53,33 @@ def _add_options(
     options: Mapping[str, Mapping[str, Option]],
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Add a flag for each option; several data sets may have an option of one name and type.
+    """Add a flag for each option. Data sets that have an option of the same name share the flag.
 
     Args:
         parser: Parser of a command.
         options: Data set -> name -> option.
-        defaults: Data set -> name -> default that the command uses instead of that of the option.
+        defaults: Data set -> name -> default that replaces the default of the option.
     """
     for key in _keys(options):
-        takers = {name: taken[key] for name, taken in options.items() if key in taken}
+        by_dataset = {name: of_dataset[key] for name, of_dataset in options.items() if key in of_dataset}
         for name, values in (defaults or {}).items():
             if key in values:
-                takers[name] = dataclasses.replace(takers[name], default=values[key])
+                by_dataset[name] = dataclasses.replace(by_dataset[name], default=values[key])
         parser.add_argument(
             f"--{key}",
-            type=int if all(isinstance(option.default, int) for option in takers.values()) else str,
-            choices=list(dict.fromkeys(c for option in takers.values() for c in option.choices)) or None,
-            help="; ".join(_option_help(name, option) for name, option in takers.items()),
+            type=int if all(isinstance(option.default, int) for option in by_dataset.values()) else str,
+            choices=list(dict.fromkeys(c for option in by_dataset.values() for c in option.choices)) or None,
+            help="; ".join(_option_help(name, option) for name, option in by_dataset.items()),
         )
 
 
 def _keys(options: Mapping[str, Mapping[str, Option]]) -> list[str]:
-    return list(dict.fromkeys(key for taken in options.values() for key in taken))
+    """Return the names of all options, without repetitions."""
+    return list(dict.fromkeys(key for of_dataset in options.values() for key in of_dataset))
 
 
 def _option_help(name: str, option: Option) -> str:
+    """Return the help of an option of a data set, with its default."""
     if isinstance(option.default, tuple):
         return f"{name}: {option.help}, separated by commas (default {','.join(option.default)})"
     return f"{name}: {option.help} ({'required' if option.default == REQUIRED else f'default {option.default}'})"
@@ -86,10 +89,11 @@ def _option_help(name: str, option: Option) -> str:
 
 
 def _add_verify(commands: Any) -> None:
+    """Add the command ``verify``."""
     kinds = "\n".join(f"  {kind:<22}{meaning}" for kind, meaning in KINDS.items())
     parser = commands.add_parser(
         "verify",
-        help="find everything wrong with a data set",
+        help="find all problems of a data set",
         description="Read every file, and list all problems: the file, what was found, what was expected, and what to "
         "do.\n\nkinds of problems:\n" + kinds,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -98,12 +102,17 @@ def _add_verify(commands: Any) -> None:
     everything = {name: entry.everything for name, entry in DATASETS.items()}
     _add_options(parser, _OPTIONS, everything)
     parser.add_argument("--no-labels", action="store_true", help="do not report missing reference labels")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the problems to FILE; - is the screen")
-    parser.add_argument("--strict", action="store_true", help="exit with status 1 also if there are only warnings")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at a time (default: all cores)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the problems to FILE; with -, print only JSON"
+    )
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 even if all problems are warnings")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="number of cases at the same time (default: one per core)"
+    )
 
 
 def _verify(options: argparse.Namespace) -> int:
+    """Run the command ``verify``, and return its exit status."""
     dataset = get_dataset({**DATASETS[options.dataset].everything, **_section(options)})
     to_screen = options.json == Path("-")
     progress = {} if to_screen else {"progress": log.bar("verify")}
@@ -127,27 +136,27 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _section(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags as the ``data`` section of a config. Raises UserError if the data set lacks one of them."""
+    """Return the given flags as the ``data`` section of a config. Raises UserError if the data set lacks an option."""
     known = DATASETS[options.dataset].options
     section: dict[str, Any] = {"dataset": options.dataset, "root": str(options.root or "")}
-    for key, value in _given(options).items():
+    for key, value in _given_options(options).items():
         if key not in known:
             raise UserError(f"--{key} is not an option of --dataset={options.dataset}; it has: {', '.join(known)}")
         section[key] = tuple(value.split(",")) if isinstance(known[key].default, tuple) else value
     return section
 
 
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the given flags that are options of data sets."""
+def _given_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of data sets that were given as flags."""
     return {key: value for key in _keys(_OPTIONS) if (value := getattr(options, key)) is not None}
 
 
 # -- prepare ------------------------------------------------------------------------------------------------------
 
 
-_PREPARE = """Crop, resample and standardise every case, and write the store of arrays that training reads.
-Training does this itself if the store is missing; several runs can use one store. If the command is run again, for
-example after an interruption, it prepares only the cases that are missing or have changed.
+_PREPARE = """Crop, resample and standardise every case, and write the arrays that training reads to a store.
+The command is optional, because training prepares missing cases itself. Several runs can use the same store. After an
+interruption, the same command prepares only the cases that are missing or have changed.
 
 With --config, the recipe defines the preparation. With --dataset, cases are prepared as in the paper (BraTS: brain
 crop, z-score of nonzero voxels; CAMUS: z-score of each image; CHAOS: slices of 512x512, a window on CT, z-score).
@@ -159,26 +168,30 @@ examples:
 
 
 def _add_prepare(commands: Any) -> None:
+    """Add the command ``prepare``."""
     parser = commands.add_parser(
         "prepare",
         help="prepare a data set for training",
         description=_PREPARE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", metavar="FILE[:WORDS]", help="a recipe; its keys can be changed by --config.<key>=<value>"
-    )
+    parser.add_argument("--config", metavar="FILE[:WORDS]", help="a recipe; --config.<key>=<value> overrides any value")
     _add_dataset(parser, list(DATASETS), required=False)
     _add_options(parser, _OPTIONS)
-    parser.add_argument("--store", help="folder to write to, or an address gs://, s3:// (default: <root>_prepared)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at a time (default: all cores)")
+    parser.add_argument("--store", help="folder of the store (also gs://, s3://; default: <root>_prepared)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="number of cases at the same time (default: one per core)"
+    )
 
 
 def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run the command ``prepare``, and return its exit status."""
     if bool(options.config) == bool(options.dataset):
         raise UserError("give either --config=<recipe>, or --dataset=<name> and --root=<folder>")
     if options.config:
-        if surplus := [f"--{key}" for key in ({"root": options.root} if options.root else {}) | _given(options)]:
+        if surplus := [
+            f"--{key}" for key in ({"root": options.root} if options.root else {}) | _given_options(options)
+        ]:
             raise UserError(f"{', '.join(surplus)} needs --dataset; with --config, give --config.data.<key>=<value>")
         data = load_config(options.config, overrides).data
     else:
@@ -203,33 +216,40 @@ def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _paper_preparation(name: str, dataset: Dataset) -> Preparation:
-    """Return the preparation of a data set in the paper, without the window if the data set has no CT."""
+    """Return the preparation of a data set in the paper. If the data set has no CT, it has no intensity window."""
     settings = DATASETS[name].preparation
     return settings if dataset.holds_ct else dataclasses.replace(settings, window=())
 
 
 # -- phantom ------------------------------------------------------------------------------------------------------
 
-_LARGEST = 1024  # voxels along a side of a phantom
+_LARGEST = 1024  # maximum number of voxels along a side of a phantom
 
 
 def _add_phantom(commands: Any) -> None:
+    """Add the command ``phantom``."""
     parser = commands.add_parser("phantom", help="write synthetic cases", description=phantom.__doc__)
     _add_dataset(parser, list(_PHANTOMS))
     _add_options(parser, {name: phantoms.options for name, phantoms in _PHANTOMS.items()})
     firsts = ", ".join(f"{name} {phantoms.first}" for name, phantoms in _PHANTOMS.items())
     shapes = "; ".join(f"{name} {','.join(map(str, phantoms.shape))}" for name, phantoms in _PHANTOMS.items())
     add = parser.add_argument
-    add("--cases", type=int, default=10, help="number of patients; of chaos, for CT and for MR (default %(default)s)")
+    add(
+        "--cases",
+        type=int,
+        default=10,
+        help="number of patients; for chaos, on CT and again on MR (default %(default)s)",
+    )
     add("--first", type=int, help=f"number of the first patient (default: {firsts})")
     add("--seed", type=int, default=0, help="seed of the random numbers (default %(default)s)")
-    add("--shape", metavar="X,Y[,Z]", help=f"number of voxels; of chaos, on CT (default: {shapes})")
+    add("--shape", metavar="X,Y[,Z]", help=f"number of voxels; for chaos, on CT (default: {shapes})")
     add("--noise", type=float, help="standard deviation of the noise, in units of the signal (default 0.06)")
     add("--bias", type=float, help="standard deviation of the bias field (default 0.1)")
     add("--contrast", type=float, help="contrast of the tissues, 0 to 1 (default 1)")
 
 
 def _phantom(options: argparse.Namespace) -> int:
+    """Run the command ``phantom``, and return its exit status."""
     if options.cases < 1:
         raise UserError(f"--cases={options.cases}: expected 1 or more")
     if options.seed < 0 or (options.first or 0) < 0:
@@ -254,6 +274,7 @@ def _phantom(options: argparse.Namespace) -> int:
 
 
 def _shape(text: str, sides: int) -> tuple[int, ...]:
+    """Return the numbers of voxels in a comma-separated list. Raises UserError for anything else."""
     try:
         shape = tuple(int(n) for n in text.split(","))
     except ValueError as error:
@@ -264,7 +285,7 @@ def _shape(text: str, sides: int) -> tuple[int, ...]:
 
 
 def command() -> NoReturn:
-    """Console entry point."""
+    """Run the console script."""
     run(main)
 
 

@@ -1,4 +1,4 @@
-"""Conversion of a user's array, with any order of axes, to a case in memory and back."""
+"""Conversion of an array with any order of axes to a case in memory, and of results back to this order."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ class ArrayCase:
     """An array as a case.
 
     Attributes:
-        case, volume: The case, and its image as ``(D, H, W, C)``.
+        case: The case.
+        volume: Its image ``(D, H, W, C)`` and voxel grid.
         axes: Names of the spatial axes of the array, a permutation of ``zyx`` or ``yx``.
     """
 
@@ -42,7 +43,15 @@ def array_case(
     dataset: Dataset,
     modality: str,
 ) -> ArrayCase:
-    """Convert an array to a case. The arguments are those of `xdim_jax.inference.predictor.Predictor.predict`.
+    """Convert an array to a case.
+
+    Args:
+        image: The array.
+        axes: Names of its axes, see `xdim_jax.inference.predictor.Predictor.predict`.
+        spacing: Voxel size in mm along the spatial axes, in the order of ``axes``; None for 1 mm.
+        affine: Affine from voxel indices (x, y, z) to RAS+ mm; replaces ``spacing``.
+        dataset: Data set that the network was trained on.
+        modality: CT, MR or empty.
 
     Raises:
         UserError: The axes, spacing, channels or values cannot be used.
@@ -54,7 +63,7 @@ def array_case(
         if len(spacing) != len(spatial) or not all(s > 0 for s in spacing):
             raise UserError(f"spacing={spacing}: expected mm above 0 along {', '.join(spatial)}")
         size = dict(zip(spatial, spacing, strict=True))
-        affine = np.diag([-size["x"], -size["y"], size.get("z", 1.0), 1.0])  # from x, y, z in the LPS frame
+        affine = np.diag([-size["x"], -size["y"], size.get("z", 1.0), 1.0])  # axes point to L, P, S; grids use RAS
     xyzc = _to_xyzc(image, axes)
     grid = Grid(xyzc.shape[:3], np.asarray(affine, np.float64), None, dataset.axes)
     info = {"modality": modality} if modality else {}
@@ -71,8 +80,9 @@ def _to_xyzc(image: np.ndarray, axes: str) -> np.ndarray:
 
 
 def _check(image: np.ndarray, axes: str, dataset: Dataset, modality: str) -> None:
+    """Raise UserError if the array does not fit its axes, the channels or the modalities of the data set."""
     if image.dtype.kind not in "biuf":
-        raise UserError(f"image holds {image.dtype}: expected an array of real numbers, or paths of images")
+        raise UserError(f"image has the type {image.dtype}: expected an array of real numbers, or paths of images")
     if len(set(axes)) != len(axes) or not {"y", "x"} <= set(axes) <= set("zyxc"):
         raise UserError(f"axes={axes!r}: expected y and x, and z and c if the array has these axes, each once")
     if image.ndim != len(axes):
@@ -82,6 +92,6 @@ def _check(image: np.ndarray, axes: str, dataset: Dataset, modality: str) -> Non
         known = ", ".join(dataset.channels)
         raise UserError(f"image of shape {image.shape} has {channels} channels; expected {known}")
     if not np.isfinite(image).all():
-        raise UserError(f"image holds {np.count_nonzero(~np.isfinite(image))} NaN or infinite values; repair it")
+        raise UserError(f"image has {np.count_nonzero(~np.isfinite(image))} NaN or infinite values; replace them")
     if dataset.holds_ct and modality not in ("CT", "MR"):
         raise UserError(f"modality={modality!r}: expected CT or MR; the network was trained on both")

@@ -1,4 +1,4 @@
-"""The output folder of a prediction: the files of each case, what they were made from, and if they are up to date."""
+"""The output folder of a prediction: its record, and which of its files are up to date."""
 
 import dataclasses
 import hashlib
@@ -16,28 +16,28 @@ from xdim_jax.runs import environment
 from xdim_jax.scoring import results
 from xdim_jax.scoring.rules import EXTRA_OUTPUTS
 
-_MARK = "xdim_jax"  # first word of the note in the header of a prediction
+_MARK = "xdim_jax"  # first word of the note that `make_note` returns
 
 
 def claim_output(
     output: Path,
     predictor: Predictor,
-    mine: Sequence[Case],
-    every: Sequence[Case],
+    own_cases: Sequence[Case],
+    all_cases: Sequence[Case],
     *,
     overwrite: bool = False,
     replace: bool = False,
 ) -> list[Case]:
-    """Write the record of a prediction, and delete the files of the cases that have to be predicted.
+    """Write the record of a prediction, and delete the files of all cases that have to be predicted.
 
-    A case is up to date if the notes in the headers of all its files name the same networks, settings and images (see
-    `make_note`). So files that an interrupted run or another host has left are never taken for others.
+    Every output file has a note in its header, see `make_note`. A case is up to date if all its files exist and have
+    the note of the current networks, settings and images. It does not matter which process has written them.
 
     Args:
         output: The output folder.
         predictor: The networks and settings.
-        mine: Cases that this process predicts.
-        every: Cases that all processes predict, for the record.
+        own_cases: Cases that this process predicts.
+        all_cases: Cases that all processes predict, for the record.
         overwrite: True to predict all cases again.
         replace: True to replace predictions of other networks or settings.
 
@@ -45,21 +45,21 @@ def claim_output(
         The cases that have to be predicted.
 
     Raises:
-        UserError: The folder holds predictions of other networks or settings, and neither ``overwrite`` nor ``replace``
-            is set.
+        UserError: The folder contains predictions of other networks or settings, and neither ``overwrite`` nor
+            ``replace`` is set.
     """
-    notes = {c.case_id: {read_note(path) for path in _expected_files(output, predictor, c.case_id)} for c in mine}
-    ours = f"{_MARK} {predictor.digest} "
+    notes = {c.case_id: {read_note(path) for path in _expected_files(output, predictor, c.case_id)} for c in own_cases}
+    prefix = f"{_MARK} {predictor.digest} "
     others = [
-        name for name, found in notes.items() if any(n.startswith(_MARK) and not n.startswith(ours) for n in found)
+        name for name, found in notes.items() if any(n.startswith(_MARK) and not n.startswith(prefix) for n in found)
     ]
     if others and not (overwrite or replace):
         raise UserError(
-            f"{output} holds predictions of other networks or settings ({shorten(others)}); give another --output, or "
-            "--overwrite"
+            f"{output} contains predictions of other networks or settings ({shorten(others)}); give another --output, "
+            "or --overwrite"
         )
-    todo = [case for case in mine if overwrite or notes[case.case_id] != {make_note(predictor, case)}]
-    _write_record(output / results.PREDICT_FILE, predictor, every)
+    todo = [case for case in own_cases if overwrite or notes[case.case_id] != {make_note(predictor, case)}]
+    _write_record(output / results.PREDICT_FILE, predictor, all_cases)
     for case in todo:
         remove_prediction(output, case.case_id)
     return todo
@@ -80,8 +80,9 @@ def remove_prediction(output: Path, case_id: str) -> None:
 
 
 def _expected_files(output: Path, predictor: Predictor, case_id: str) -> list[Path]:
-    wanted = sorted(predictor.segmenter.want)
-    return [output / f"{case_id}.nii.gz", *(output / name / f"{case_id}.nii" for name in wanted)]
+    """Return the label map of a case, and its files of probabilities and uncertainty if the predictor writes them."""
+    extra = sorted(predictor.segmenter.extra_outputs)
+    return [output / f"{case_id}.nii.gz", *(output / name / f"{case_id}.nii" for name in extra)]
 
 
 def _identify(path: Path) -> tuple[str, int, int] | str:
@@ -94,7 +95,7 @@ def _identify(path: Path) -> tuple[str, int, int] | str:
 
 
 def _write_record(path: Path, predictor: Predictor, cases: Sequence[Case]) -> None:
-    """Write predict.json: the networks and settings, and for each case its networks and images."""
+    """Write predict.json: networks and settings, and for each case the networks and images. Earlier cases are kept."""
     known = read_json(path) if path.is_file() else {}
     images, made_by = (dict(known.get(k, {})) if isinstance(known, dict) else {} for k in ("images", "made_by"))
     record = {

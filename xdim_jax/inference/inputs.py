@@ -14,19 +14,19 @@ from xdim_jax.data.images.image import strip
 def find_cases(
     dataset: Dataset, paths: Sequence[Path], *, modality: str = ""
 ) -> tuple[list[Case], dict[str, list[str]]]:
-    """Find the cases of some paths.
+    """Find the cases in the given paths.
 
     Args:
         dataset: Data set that the network was trained on.
         paths: The files of one case, one per channel. Or one path: an image, a folder in the data set's layout, one of
             its case folders, a folder of DICOM slices, or (for one channel) a folder of any images.
-        modality: CT or MR, if the data set has both and the path does not tell.
+        modality: CT or MR. Needed if the data set has both and the path does not determine which one.
 
     Returns:
-        The cases, and for each case that cannot be used the reasons by its case id.
+        The usable cases, and a dictionary case id -> reasons with the cases that cannot be used.
 
     Raises:
-        UserError: A path does not exist, or two images of a folder would get the same name.
+        UserError: A path does not exist, or two images of a folder have the same case id.
     """
     problems: dict[str, list[str]] = {}
     if len(paths) > 1 or paths[0].is_file():
@@ -36,13 +36,13 @@ def find_cases(
         raise UserError(f"{folder}: no such file or folder; expected an image, a folder of DICOM slices, or of cases")
     if slices := files_in_order(folder, ".dcm"):
         return [case_from_files([slices], dataset, modality)], {}
-    if folder.is_dir() and len(dataset.channels) == 1 and (loose := _loose_images(dataset, folder)):
-        found = [case_from_files([path], dataset, modality) for path in loose]
+    if folder.is_dir() and len(dataset.channels) == 1 and (images := _images_in(dataset, folder)):
+        found = [case_from_files([path], dataset, modality) for path in images]
         names = [case.case_id for case in found]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise UserError(
-                f"{folder}: several images would become {shorten([f'{n}.nii.gz' for n in twice])}; put them into "
-                "different folders, and predict each into an output folder of its own"
+                f"{folder}: several images would be written to {shorten([f'{n}.nii.gz' for n in twice])}; put them "
+                "into different folders, and predict each folder with another --output"
             )
         return found, {}
     scan = scan_cases(dataset, folder, need_labels=False)
@@ -54,7 +54,7 @@ def find_cases(
     return [case for case in scan.cases if case.case_id not in problems], problems
 
 
-def _loose_images(dataset: Dataset, folder: Path) -> list[Path]:
-    """Return the images of a folder; none if the folder is in the data set's layout."""
+def _images_in(dataset: Dataset, folder: Path) -> list[Path]:
+    """Return the image files of a folder; an empty list if the folder has the data set's layout."""
     images = sorted(p for p in folder.iterdir() if p.is_file() and strip(p.name) and not p.name.startswith("."))
     return images if images and not dataset.scan(folder, False).cases else []

@@ -1,4 +1,4 @@
-"""Memory that prediction needs, estimated from image headers and by the compiler before the first case is read."""
+"""Estimate of the memory that prediction needs, from image headers and the compiler, before a case is read."""
 
 import math
 import os
@@ -16,16 +16,16 @@ from xdim_jax.data.prepare import needed_bytes, target_shape
 from xdim_jax.inference.predictor import Predictor
 
 
-def log_needs(predictor: Predictor, cases: Sequence[Case]) -> int:
-    """Log the memory that cases need at the most, and what the process already uses.
+def log_required_memory(predictor: Predictor, cases: Sequence[Case]) -> int:
+    """Log an upper bound of the memory for the cases, and the memory that the process already uses.
 
     Returns:
-        The peak memory of the process in bytes, which on a CPU includes the memory of the device; 0 if there is no
+        The upper bound for the process in bytes, which on a CPU includes the memory of the device. 0 if there is no
         readable case, or if the network cannot be compiled.
     """
     try:
-        host, device = needs(predictor, cases)
-    except Exception as error:  # e.g. the device has too little memory: prediction reports it for the case at fault
+        host, device = required_bytes(predictor, cases)
+    except Exception as error:  # e.g. too little device memory, which prediction then reports for the case
         log.warn(f"the memory that prediction needs cannot be estimated: {type(error).__name__}")
         return 0
     if not device:
@@ -40,11 +40,11 @@ def log_needs(predictor: Predictor, cases: Sequence[Case]) -> int:
     return total
 
 
-def needs(predictor: Predictor, cases: Sequence[Case]) -> tuple[int, int]:
-    """Return the bytes that cases need at the most on the host and on the device.
+def required_bytes(predictor: Predictor, cases: Sequence[Case]) -> tuple[int, int]:
+    """Estimate the peak memory in bytes for images and labels on the host, and for the network on the device.
 
-    While a case is predicted, the next one is read, and the labels of the previous one are written. Cases whose headers
-    cannot be read are ignored.
+    The host needs memory for three cases at once: while a case is predicted, the next one is read, and the labels of
+    the previous one are written. Cases whose headers cannot be read are ignored.
     """
     reading = kept = voxels = maps = 0
     volumes = []
@@ -57,7 +57,8 @@ def needs(predictor: Predictor, cases: Sequence[Case]) -> tuple[int, int]:
         source = grid.in_memory[0][::-1]
         peak, after = needed_bytes(stored, len(case.channels), grid, predictor.preparation)
         reading, kept, voxels = max(reading, peak), max(kept, after), max(voxels, math.prod(source))
-        if predictor.segmenter.want and grid.orientation[-1, 0] != 2:  # a row touches all pages of such a file
+        if predictor.segmenter.extra_outputs and grid.orientation[-1, 0] != 2:
+            # depth is not the slowest axis of the file, so writing one row touches all pages of the file
             maps = max(maps, 4 * math.prod(source) * (predictor.segmenter.channels - 1))
         volumes.append((target_shape(source, grid.spacing, predictor.preparation), source))
     if not volumes:

@@ -1,4 +1,4 @@
-"""Networks and encoders with weights, as functions of arrays."""
+"""Networks and encoders with their weights, which can be called with arrays."""
 
 import functools
 from pathlib import Path
@@ -26,8 +26,9 @@ class Model:
 
     Attributes:
         config: Description of the network (the ``model`` section of a config) or of the encoder.
-        params, stats: Weights and running statistics, nested dicts of arrays.
-        source: Path that the weights come from.
+        params: Trainable weights, nested dicts of arrays.
+        stats: Running statistics of the norms, nested dicts of arrays.
+        source: Path from which the weights were read.
     """
 
     def __init__(self, config: dict[str, Any], graphdef: Any, params: Any, stats: Any, source: str, *, encoder: bool):
@@ -35,11 +36,12 @@ class Model:
         self._graphdef, self._encoder = graphdef, encoder
         methods = ("__call__", "__call__" if encoder else "features")
         functions = [functools.partial(self._apply, method) for method in methods]
-        # inside another program, the compiler options of that program apply
+        # JAX allows compiler options only in a jitted function that is not called inside another one
         self._inner = [jax.jit(f) for f in functions]
         self._outer = [jax.jit(f, compiler_options=ops.compiler_options()) for f in functions]
 
     def _apply(self, method: str, params: Any, stats: Any, image: jax.Array) -> Any:
+        """Call a method of the network in evaluation mode."""
         model = nnx.merge(self._graphdef, params, stats)
         model.eval()
         return getattr(model, method)(image)
@@ -52,7 +54,7 @@ class Model:
         """
         if self._encoder:
             raise ValueError(
-                f"{self.source} holds the encoder {self.config['name']}, which has no logits: use features"
+                f"{self.source} contains the encoder {self.config['name']}, which has no logits; call features()"
             )
         return self._run(0, image)
 
@@ -65,52 +67,64 @@ class Model:
         return self._run(1, image)
 
     def _run(self, which: int, image: Any) -> Any:
+        """Compute logits (``which`` 0) or features (1)."""
         image = self._checked(image)
         function = (self._inner if isinstance(image, Tracer) else self._outer)[which]
         return function(self.params, self.stats, image)
 
     def _checked(self, image: Any) -> jax.Array:
+        """Return the image as an array of at least float32. Raises ValueError if the network cannot use it."""
         image = jnp.asarray(image)
         ndim = self.config["ndim"] if self._encoder else networks.spatial_axes(self.config)
         shape = ("batch", *("DHW"[3 - ndim :]), self.config["in_channels"])
         if image.ndim != ndim + 2 or image.shape[-1] != self.config["in_channels"]:
-            raise ValueError(f"an image of shape {image.shape}: expected ({', '.join(map(str, shape))})")
+            raise ValueError(f"image has shape {image.shape}; expected ({', '.join(map(str, shape))})")
         if not jnp.issubdtype(image.dtype, jnp.floating):
-            raise ValueError(f"an image of {image.dtype}: expected floats, normalised as the network was trained")
+            raise ValueError(f"image has dtype {image.dtype}; expected floats, normalised as the images in training")
         return image.astype(jnp.promote_types(image.dtype, jnp.float32))
 
 
 def load_model(path: str | Path) -> Model:
-    """Load a network or encoder from a weights file of ``weight_port``, or the best weights of a training workdir.
+    """Load a network or an encoder with its weights.
+
+    Args:
+        path: A weights file of ``weight_port``, or the workdir of a run, whose best weights are loaded.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
-        UserError: The path holds no weights, or weights that do not fit the network described with them.
+        UserError: The path has no weights, or the weights do not fit the network that is described with them.
     """
-    return make_model(read_anywhere(Path(path)), str(path))
+    return make_model(read_file_or_workdir(Path(path)), str(path))
 
 
 def make_model(weights: Weights, source: str) -> Model:
-    """Build a model from weights in memory; ``source`` names them in messages.
+    """Build a model from weights in memory.
+
+    Args:
+        weights: Weights, with the description of their network or encoder.
+        source: Name of the weights in messages.
 
     Raises:
-        UserError: The weights do not fit the network described with them.
+        UserError: The weights do not fit the network that is described with them.
     """
     encoder = weights.kind == "encoder"
     try:
         module = abstract_encoder(weights.model) if encoder else networks.build_abstract(weights.model)
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{source}: the network described there cannot be built: {error}") from error
+        raise UserError(f"{source}: the network that it describes cannot be built: {error}") from error
     check_leaves(weights.arrays, module_leaves(module), f"the weights of {source}")
     graphdef, params, stats = split_model(module)
     arrays = {n: jnp.asarray(a, jnp.promote_types(a.dtype, jnp.float32)) for n, a in weights.arrays.items()}
     return Model(weights.model, graphdef, replaced(params, arrays), replaced(stats, arrays), source, encoder=encoder)
 
 
-def read_anywhere(path: Path) -> Weights:
-    """Read the weights of a file of ``weight_port``, or the best weights of a workdir.
+def read_file_or_workdir(path: Path) -> Weights:
+    """Read weights, given a weights file of ``weight_port``, or the workdir of a run, whose best weights are read.
 
     Raises:
-        UserError: The path holds no weights, or they cannot be read.
+        UserError: The path has no weights, or they cannot be read.
     """
     if not path.is_dir():
         return read_weights(path)

@@ -36,7 +36,7 @@ class Output:
         return self.labels if self.activation == "softmax" else self.regions.names
 
     def encode(self, label: jax.Array) -> jax.Array:
-        """Return the target masks of the channels, bool ``(..., channels)``, given label indices ``(...)``."""
+        """Return a target mask for each channel, bool ``(..., channels)``, given label indices ``(...)``."""
         if self.activation == "softmax":
             return label[..., None] == jnp.arange(len(self.labels), dtype=label.dtype)
         return self.regions.encode(label, jnp)
@@ -47,15 +47,22 @@ class Output:
         return jax.nn.softmax(logits) if self.activation == "softmax" else jax.nn.sigmoid(logits)
 
     def predicted_regions(self, logits: jax.Array) -> jax.Array:
-        """Return masks of the regions, bool ``(..., regions)``: probability above 0.5, or largest logit (softmax)."""
+        """Return predicted masks of the regions, bool ``(..., regions)``.
+
+        With sigmoids, a region has the voxels with a probability above 0.5. With a softmax, it has the voxels whose
+        most probable label belongs to it.
+        """
         if self.activation == "softmax":
             return self.regions.encode(jnp.argmax(logits, -1), jnp)
         return logits > 0
 
     def decode(self, scores: Any, threshold: float | Mapping[str, float], xp: Any = np) -> Any:
-        """Return label indices uint8, given probabilities ``(..., channels)``; softmax needs no threshold.
+        """Return label indices (uint8) of the most probable labels.
 
-        ``xp`` is the array library: numpy, or ``jax.numpy`` inside a jitted program.
+        Args:
+            scores: Probabilities ``(..., channels)``.
+            threshold: Threshold of the probabilities, for all regions or by region; not used with softmax.
+            xp: Array library: ``numpy``, or ``jax.numpy`` inside a jitted program.
         """
         if self.activation == "softmax":
             return xp.argmax(scores, -1).astype(np.uint8)
@@ -73,20 +80,21 @@ class Output:
 
 
 def make_output(activation: str, dataset: Dataset) -> Output:
-    """Return the output that ``config.output`` names, for a data set. Raises UserError for an unknown name."""
+    """Return the output with the given activation for a data set. Raises UserError if the activation is unknown."""
     if activation not in ACTIVATIONS:
         raise UserError(f"config.output={activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
     return Output(activation, dataset.regions, dataset.labels.structures)
 
 
 def postprocess(label: np.ndarray, regions: Regions, *, largest: Sequence[str] = (), min_et: int = 0) -> np.ndarray:
-    """Apply the rules for whole label maps.
+    """Keep the largest component of some regions, then relabel a small enhancing tumour.
 
     Args:
         label: Label indices (D, H, W).
         regions: Regions of the data set.
         largest: Regions of which only the largest connected component is kept.
-        min_et: Smallest enhancing tumour in voxels (BraTS): a smaller one becomes NCR; 0 for no limit.
+        min_et: Smallest number of voxels of the enhancing tumour (BraTS). If there are fewer, they become NCR. 0 for no
+            limit.
 
     Returns:
         Label indices (D, H, W).

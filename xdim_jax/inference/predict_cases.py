@@ -34,21 +34,21 @@ def predict_paths(
     shard: tuple[int, int] = (0, 1),
     overwrite: bool = False,
 ) -> list[str]:
-    """Find the cases of some paths, and predict those that are not up to date in the output folder.
+    """Find the cases in the given paths, and predict those that are not up to date in the output folder.
 
     Args:
         predictor: The networks and settings.
         paths: A folder of cases, or the files of one case, see `xdim_jax.inference.inputs.find_cases`.
         output: Folder for the predictions.
-        modality: CT or MR, if the networks were trained on both and the paths do not tell.
+        modality: CT or MR. Needed if the networks were trained on both and the paths do not determine which one.
         shard: ``(i, n)``: predict every n-th case, starting with case i.
         overwrite: True to predict all cases again.
 
     Returns:
-        The ids of the cases that failed. Each has been logged with its reason, and did not stop the others.
+        The ids of the cases that failed. Each failure is logged with its reason; the other cases are predicted.
 
     Raises:
-        UserError: There is no case, or the output folder holds predictions of other networks or settings.
+        UserError: There is no case, or the output folder contains predictions of other networks or settings.
     """
     cases, problems = predictor.find_cases(paths, modality=modality)
     for source in predictor.sources:
@@ -57,17 +57,17 @@ def predict_paths(
     log.say(f"predict    {predictor.describe()}")
     _warn_of_training_cases(predictor, cases)
     first, step = shard
-    mine = cases[first::step]
-    todo = claim_output(output, predictor, mine, cases, overwrite=overwrite)
+    own_cases = cases[first::step]
+    todo = claim_output(output, predictor, own_cases, cases, overwrite=overwrite)
     for name, messages in problems.items():
         log.warn(f"case {name} left out: {'; '.join(messages)}")
-        if Path(name).name == name:  # a case, not the path of a file that belongs to no case
+        if Path(name).name == name:  # a case id; otherwise the path of a file that belongs to no case
             remove_prediction(output, name)
-    if len(todo) < len(mine):
-        log.say(f"skipped    {len(mine) - len(todo)} of {len(mine)} cases, whose predictions are up to date")
+    if len(todo) < len(own_cases):
+        log.say(f"skipped    {len(own_cases) - len(todo)} of {len(own_cases)} cases, whose predictions are up to date")
     failures = [*problems, *predict_cases(predictor, todo, output)]
     if failures:
-        log.warn(f"{len(failures)} of {len(mine) + len(problems)} cases failed: {', '.join(failures)}")
+        log.warn(f"{len(failures)} of {len(own_cases) + len(problems)} cases failed: {', '.join(failures)}")
     return failures
 
 
@@ -77,10 +77,10 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
     While a case is predicted, the next one is read and the previous one is written.
 
     Returns:
-        The ids of the cases that failed. Each has been logged with its reason, and did not stop the others.
+        The ids of the cases that failed. Each failure is logged with its reason; the other cases are predicted.
     """
     failures: list[str] = []
-    memory.log_needs(predictor, cases)
+    memory.log_required_memory(predictor, cases)
 
     def fail(case: Case, error: Exception) -> None:
         failures.append(case.case_id)
@@ -92,7 +92,7 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
             case, future = writing.pop()
             try:
                 log.say(future.result())
-            except Exception as error:  # writing of this case failed
+            except Exception as error:
                 fail(case, error)
 
     with (
@@ -123,7 +123,7 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
 
 
 def _warn_of_training_cases(predictor: Predictor, cases: Sequence[Case]) -> None:
-    """Warn if cases were used for training, compared by case id and by the folder of the data set."""
+    """Warn about cases that were used for training. They are recognised by case id and by the folder of the data."""
     found: set[str] = set()
     for workdir in predictor.workdirs:
         if (workdir / SPLIT_FILE).is_file():
@@ -133,13 +133,13 @@ def _warn_of_training_cases(predictor: Predictor, cases: Sequence[Case]) -> None
     if found:
         log.warn(
             f"{len(found)} of {len(cases)} cases were used to train these networks ({shorten(sorted(found))}): their "
-            "scores do not tell how well new patients are segmented; python -m xdim_jax.evaluate --workdir=... "
+            "scores do not show how well new patients are segmented. python -m xdim_jax.evaluate --workdir=... "
             "predicts and scores the validation cases"
         )
 
 
 def _read(predictor: Predictor, case: Case) -> tuple[Prepared, Volume]:
-    """Read and prepare a case. The volume that is returned has no voxels, only what is needed to write its labels."""
+    """Read and prepare a case. To save memory, the returned volume has the voxel grid of the case, but no voxels."""
     volume = read_case(without_label(case))
     prepared = predictor.prepare(case, volume)
     return prepared, dataclasses.replace(volume, image=np.zeros((0, 0, 0, 0), np.float32))
@@ -147,10 +147,10 @@ def _read(predictor: Predictor, case: Case) -> tuple[Prepared, Volume]:
 
 @contextlib.contextmanager
 def _open_sink(predictor: Predictor, volume: Volume, output: Path, case_id: str, note: str) -> Iterator[Sink | None]:
-    """Yield a sink that writes probabilities and uncertainty to files; None if neither is wanted."""
+    """Yield a sink that writes the extra outputs of the predictor to files; None if there are none."""
     with contextlib.ExitStack() as stack:
         files = {}
-        for name in sorted(predictor.segmenter.want):
+        for name in sorted(predictor.segmenter.extra_outputs):
             channels = len(predictor.names) if name == "probabilities" else 0
             path = output / name / f"{case_id}.nii"
             files[name] = stack.enter_context(stream_volume(path, volume.grid, channels, note))

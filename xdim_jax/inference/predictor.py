@@ -1,4 +1,4 @@
-"""Prediction with trained networks, alone or as an ensemble, from Python and for ``python -m xdim_jax.predict``."""
+"""Prediction with one trained network or an ensemble, used from Python and by ``python -m xdim_jax.predict``."""
 
 import dataclasses
 import hashlib
@@ -31,7 +31,7 @@ from xdim_jax.runs import checkpoint
 from xdim_jax.runs.workdir import DATA_FILE, find_members, read_config
 from xdim_jax.scoring.rules import EXTRA_OUTPUTS
 
-# sections and keys of the config that the networks of an ensemble must share
+# sections and keys of the config that must be equal for all networks of an ensemble
 _COMMON = ("model", "output", "predict", "data.dataset", "data.patch", "data.prepare", "data.convention", "data.phase")
 
 Paths = str | Path | Sequence[str | Path]
@@ -39,14 +39,16 @@ Paths = str | Path | Sequence[str | Path]
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation:
-    """The segmentation of an image: with the axes of the array, or as (D, H, W) if the image was read from files.
+    """The segmentation of an image.
+
+    Arrays have the spatial axes of the image if it was an array, and the axes (D, H, W) if it was read from files.
 
     Attributes:
-        label: Label values of the data set's convention.
+        label: Label values, in the convention of the data set.
         names: Names of the channels of ``probabilities``: regions, or labels.
-        probabilities: float32, with the channels as last axis; None if not asked for.
-        uncertainty: Variance of the probabilities over networks and mirror images, averaged over channels; None if not
-            asked for.
+        probabilities: float32, with the channels as last axis; None if the setting ``probabilities`` is False.
+        uncertainty: Variance of the probabilities over networks and mirror images, averaged over channels; None if the
+            setting ``uncertainty`` is False.
         grid: Voxel grid of the files; None for an array.
     """
 
@@ -74,15 +76,15 @@ class Predictor:
 
     Args:
         workdir: Workdir of a run or of a cross-validation (all its folds), or several of them.
-        settings: Settings of the prediction; or give the attributes of `Settings` as keywords.
+        settings: Settings of the prediction. Instead, the attributes of `Settings` can be given as keywords.
         convention: File names and label values of BraTS input; empty for those of the training data.
 
     Attributes:
         workdirs: Workdirs of the networks.
-        sources: For each network, a line of text that says where its weights come from.
+        sources: For each network, a line of text with its workdir and checkpoint.
         config: Config of the first run.
         dataset: Data set that the networks were trained on.
-        digest: Digest of everything but the image that a prediction depends on.
+        digest: Hexadecimal digest of the weights and of all settings that affect predictions.
 
     Raises:
         UserError: There is no such run, the runs cannot be an ensemble, or a setting cannot be used.
@@ -97,7 +99,7 @@ class Predictor:
         **keywords: Any,
     ):
         if settings is not None and keywords:
-            raise UserError(f"settings and {', '.join(keywords)} were given: put them into the settings")
+            raise UserError(f"settings and {', '.join(keywords)} were given; put all of them into the settings")
         self.workdirs = find_members(_as_paths(workdir))
         self.settings = settings or Settings(**keywords)
         configs = [read_config(w) for w in self.workdirs]
@@ -127,7 +129,7 @@ class Predictor:
             flips=all_flips(self.resolved.flips),
             threshold=self.resolved.threshold,
             members=len(members) if len(members) > 1 else 0,
-            want=frozenset(name for name in EXTRA_OUTPUTS if getattr(self.settings, name)),
+            extra_outputs=frozenset(name for name in EXTRA_OUTPUTS if getattr(self.settings, name)),
         )
 
     @property
@@ -136,7 +138,7 @@ class Predictor:
         return self.output.channels
 
     def describe(self) -> str:
-        """Return a line of text that says how images are predicted."""
+        """Return a line of text about windows, mirroring and the number of networks."""
         patch = " x ".join(map(str, self.config.data.patch))
         axes = ", ".join("DHW"[a] for a in self.resolved.flips)
         parts = [
@@ -147,11 +149,11 @@ class Predictor:
         return "; ".join(parts)
 
     def find_cases(self, paths: Paths, modality: str = "") -> tuple[list[Case], dict[str, list[str]]]:
-        """Find the cases of a path, or the case of several files; see `xdim_jax.inference.inputs.find_cases`."""
+        """Find the cases in the given paths, see `xdim_jax.inference.inputs.find_cases`."""
         return inputs.find_cases(self.dataset, _as_paths(paths), modality=modality)
 
     def prepare(self, case: Case, volume: Volume) -> Prepared:
-        """Prepare a case as the training data were prepared."""
+        """Prepare a case in the same way as the training cases."""
         return prepare(case, volume, self.preparation)
 
     def segment(self, prepared: Prepared, sink: Sink | None = None) -> np.ndarray:
@@ -185,9 +187,12 @@ class Predictor:
                 of training).
             axes: Names of the array's axes. An array without ``c`` has one channel, one without ``z`` is one slice.
             spacing: Voxel size of an array in mm, along its spatial axes in the order of ``axes``; None for 1 mm.
-            affine: In place of ``spacing``, the affine from voxel indices (x, y, z) of the array to RAS+ mm, as in a
-                NIfTI file. Use the axes ``xyz`` or ``xyzc``.
-            modality: CT or MR, if the network was trained on both.
+            affine: Affine from voxel indices (x, y, z) of the array to RAS+ mm, as in a NIfTI file. It replaces
+                ``spacing``, and needs the axes ``xyz`` or ``xyzc``.
+            modality: CT or MR. Needed if the network was trained on both.
+
+        Returns:
+            The segmentation, see `Segmentation` for the order of its axes.
 
         Raises:
             UserError: Axes, spacing or channels do not fit, files cannot be read, or there are several cases.
@@ -195,29 +200,31 @@ class Predictor:
         several = isinstance(image, list | tuple) and image and all(isinstance(p, str | Path) for p in image)
         if isinstance(image, str | Path) or several:
             if axes != "zyxc" or spacing is not None or affine is not None:
-                raise UserError(f"{image}: axes, spacing and affine are for arrays; files have their own")
+                raise UserError(f"{image}: axes, spacing and affine can be given for arrays only; files have their own")
             return self.predict_case(self._find_one_case(image, modality))
-        given = array_case(np.asarray(image), axes, spacing, affine, self.dataset, modality)
-        found = self._segment_volume(given.case, given.volume)
+        converted = array_case(np.asarray(image), axes, spacing, affine, self.dataset, modality)
+        found = self._segment_volume(converted.case, converted.volume)
         return Segmentation(
-            given.restore(found.label),
+            converted.restore(found.label),
             found.names,
-            None if found.probabilities is None else given.restore(found.probabilities),
-            None if found.uncertainty is None else given.restore(found.uncertainty),
+            None if found.probabilities is None else converted.restore(found.probabilities),
+            None if found.uncertainty is None else converted.restore(found.uncertainty),
         )
 
     def _find_one_case(self, paths: Paths, modality: str) -> Case:
+        """Return the only case in the given paths. Raises UserError if there are several, or none that can be used."""
         cases, problems = self.find_cases(paths, modality)
         if problems:
             raise UserError("\n".join(line for lines in problems.values() for line in lines))
         if len(cases) != 1:
             ids = shorten([case.case_id for case in cases])
             raise UserError(
-                f"{paths} holds {len(cases)} cases ({ids}), expected one; use find_cases() and predict_case()"
+                f"{paths} has {len(cases)} cases ({ids}), expected one; use find_cases() and predict_case()"
             )
         return cases[0]
 
     def _segment_volume(self, case: Case, volume: Volume) -> Segmentation:
+        """Segment a case that has been read."""
         prepared = self.prepare(case, volume)
         collected = _Collector(prepared.source)
         label = encode_label(case, self.segment(prepared, collected))
@@ -227,7 +234,7 @@ class Predictor:
 
 
 class _Collector(dict[str, np.ndarray]):
-    """A sink that keeps all rows in float32 arrays on the source grid, with 0 outside of the prepared box."""
+    """A sink that collects all rows in float32 arrays on the source grid, which are 0 outside of the prepared box."""
 
     def __init__(self, shape: Sequence[int]):
         super().__init__()
@@ -245,7 +252,7 @@ def _as_paths(paths: Paths) -> list[Path]:
 
 
 def _digest(config: Any, members: Sequence[Any], resolved: ResolvedSettings, largest: Sequence[str]) -> str:
-    """Return a digest of everything but the image that a prediction depends on."""
+    """Return a hexadecimal digest of the weights and of all settings that affect predictions."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(members):
         digest.update(np.asarray(leaf).tobytes())
@@ -262,6 +269,7 @@ def _digest(config: Any, members: Sequence[Any], resolved: ResolvedSettings, lar
 
 
 def _check_common(workdirs: Sequence[Path], configs: Sequence[Any]) -> None:
+    """Raise UserError if the runs differ in the config values of `_COMMON`, or in channels, labels or regions."""
     problems = []
     for workdir, config in zip(workdirs[1:], configs[1:], strict=True):
         for key, a, b in differences(configs[0], config, free=()):
@@ -269,16 +277,17 @@ def _check_common(workdirs: Sequence[Path], configs: Sequence[Any]) -> None:
                 problems.append(f"{key}: {a!r} in {workdirs[0]}, {b!r} in {workdir}")
     described = [read_json(w / DATA_FILE) for w in workdirs]
     for workdir, other in zip(workdirs[1:], described[1:], strict=True):
-        if apart := [k for k in ("channels", "labels", "regions") if described[0].get(k) != other.get(k)]:
-            problems.append(f"{', '.join(apart)} of the data differ between {workdirs[0]} and {workdir}")
+        if different := [k for k in ("channels", "labels", "regions") if described[0].get(k) != other.get(k)]:
+            problems.append(f"{', '.join(different)} of the data differ between {workdirs[0]} and {workdir}")
     if problems:
         raise UserError("the runs cannot be an ensemble:\n  - " + "\n  - ".join(problems))
 
 
 def _dataset(config: Any, workdir: Path, convention: str) -> Dataset:
+    """Return the data set that a run was trained on, with another convention if one is given."""
     data = config.data.to_dict()
     if convention:
         if "convention" not in data:
-            raise UserError(f"--convention is of BraTS, but the network was trained on {data['dataset']}")
+            raise UserError(f"--convention is for BraTS data, but the network was trained on {data['dataset']}")
         data["convention"] = convention
     return trained_dataset(data, read_json(workdir / DATA_FILE))

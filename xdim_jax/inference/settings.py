@@ -1,4 +1,4 @@
-"""Settings of a prediction, and their values after the defaults of the run were filled in."""
+"""Settings of a prediction, and the values that result from them and from the config of the run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from xdim_jax.data.regions import Regions
 from xdim_jax.nets.functional import PRECISIONS
 
 PRESETS = ("fast", "default", "best")
-_OVERLAPS = {"fast": 0.25, "best": 0.5}  # of the presets; "default" keeps the overlap of the config
+_OVERLAPS = {"fast": 0.25, "best": 0.5}  # preset -> overlap; the preset "default" uses the overlap of the config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,18 +17,19 @@ class Settings:
     """Settings of a prediction.
 
     Attributes:
-        preset: ``fast``: little overlap. ``default``: the overlap of the config. ``best``: windows overlap by half, and
-            are mirrored along the axes along which training has mirrored them. (Mirrored anatomy that a network has
-            never been trained on makes predictions worse.)
-        overlap: Overlap of windows, in [0, 1); None for that of the preset.
-        flips: Axes (0: D, 1: H, 2: W) along which windows are mirrored, in all combinations; None for those of the
+        preset: ``fast``: windows overlap by a quarter. ``default``: windows overlap as in the config. ``best``: windows
+            overlap by half, and are mirrored along the axes that augmentation mirrored in training. (Other axes would
+            make predictions worse, because the network has never been trained on such mirror images.)
+        overlap: Overlap of windows, in [0, 1); None for the overlap of the preset.
+        flips: Axes (0: D, 1: H, 2: W) along which windows are mirrored, in all combinations; None for the axes of the
             preset.
-        precision: ``float32`` or ``bfloat16``; empty for that of the config.
+        precision: ``float32`` or ``bfloat16``; empty for the precision in the config.
         batch: Number of windows that are computed at once; 0 for one on CPU and four on other devices.
-        threshold: Threshold of the probabilities, for all regions or by region; None for that of the config.
-        min_et: Smallest enhancing tumour in voxels (BraTS); None for that of the config.
+        threshold: Threshold of the probabilities, for all regions or by region; None for the threshold in the config.
+        min_et: Smallest number of voxels of the enhancing tumour (BraTS); None for the value in the config.
         largest: Regions of which only the largest connected component is kept; ``("all",)`` for all regions.
-        probabilities, uncertainty: True to compute them in addition to labels.
+        probabilities: True to compute the probabilities of all channels in addition to labels.
+        uncertainty: True to compute the variance of the probabilities in addition to labels.
     """
 
     preset: str = "default"
@@ -56,7 +57,7 @@ class ResolvedSettings:
 
     Attributes:
         predict: The ``predict`` section of the run's config, with the overlap and the ``min_et`` of the settings. It
-            is recorded beside predictions.
+            is part of the record ``predict.json``.
         threshold: Threshold of the probabilities, for all regions or by region; not used with softmax.
         flips: Axes of a volume (0: D, 1: H, 2: W) along which windows are mirrored.
         precision: ``float32`` or ``bfloat16``.
@@ -84,7 +85,7 @@ def resolve(settings: Settings, config: Any, regions: Regions) -> ResolvedSettin
     """Check the settings of a prediction, and fill in the defaults of a run.
 
     Args:
-        settings: What the user asks for.
+        settings: Settings that the user has given.
         config: Config of the run.
         regions: Regions of the data set.
 
@@ -96,7 +97,7 @@ def resolve(settings: Settings, config: Any, regions: Regions) -> ResolvedSettin
     if settings.precision and settings.precision not in PRECISIONS:
         raise UserError(f"--precision={settings.precision}: expected one of {', '.join(PRECISIONS)}")
     if settings.batch < 0:
-        raise UserError(f"--batch={settings.batch}: expected 1 or more windows, or 0")
+        raise UserError(f"--batch={settings.batch}: expected 1 or more windows, or 0 for the default")
     if unknown := set(settings.largest) - {*regions.names, "all"}:
         raise UserError(f"--largest: {_names(unknown)} unknown; the regions are {', '.join(regions.names)}")
     predict = config.predict.to_dict()
@@ -120,6 +121,7 @@ def resolve(settings: Settings, config: Any, regions: Regions) -> ResolvedSettin
 
 
 def _overlap(settings: Settings, default: float) -> float:
+    """Return the overlap of the settings or of their preset. Raises UserError if it is out of range."""
     overlap = _OVERLAPS.get(settings.preset, default) if settings.overlap is None else settings.overlap
     if not 0 <= overlap < 1:
         raise UserError(f"--overlap={overlap}: expected 0 <= overlap < 1")
@@ -131,7 +133,9 @@ def _thresholds(
 ) -> dict[str, float]:
     """Return the threshold of every region."""
     if output == "softmax":
-        raise UserError("--threshold is for sigmoid outputs; this network has a softmax: its most probable label wins")
+        raise UserError(
+            "--threshold needs sigmoid outputs; this network has a softmax, whose most probable label is used"
+        )
     limits = dict(given) if isinstance(given, Mapping) else dict.fromkeys(regions.names, float(given))
     if unknown := set(limits) - set(regions.names):
         raise UserError(f"--threshold: {_names(unknown)} unknown; the regions are {', '.join(regions.names)}")
@@ -144,7 +148,7 @@ def _flips(settings: Settings, trained: Any, *, slices: bool) -> tuple[int, ...]
     """Return the axes of a volume along which windows are mirrored.
 
     Args:
-        settings: What the user asks for.
+        settings: Settings that the user has given.
         trained: The ``augment.flip`` section of the config.
         slices: True for a 2D network, whose axes 0 and 1 are H and W of a volume.
     """

@@ -1,9 +1,9 @@
 """Sliding-window prediction of whole volumes, in bounded memory.
 
-Windows are blended on the device with Gaussian weights, from the first slices of the volume to the last. A ring buffer
-has the weighted sums of those slices ("rows") that further windows may still change. Complete rows are resampled to the
-source grid and decoded to labels on the device. So only label indices are copied to the host, and there is never an
-array of the size classes times volume.
+Windows are blended on the device with Gaussian weights, from the first slices of the volume to the last. A buffer on
+the device has the weighted sums of only the slices (called rows) that later windows still change. Complete rows are
+resampled to the source grid, decoded to labels, and removed from the buffer. So only label indices are copied to the
+host, and no array has the size of the volume times the number of classes.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from xdim_jax.data.prepare import Prepared
 from xdim_jax.inference.output import Output
 from xdim_jax.inference.windows import Layout, Windows, batched, gaussian_weights, make_layout, read_window
 
-_ROWS = 8  # rows that are decoded to labels at once
+_ROWS = 8  # number of rows that are decoded to labels at once
 SLICES = 8  # batch of a 2D network: the number of slices of a volume that are computed at once
 
 # weights, images (B, *patch, C) -> logits (B, *patch, channels)
@@ -28,10 +28,16 @@ Forward = Callable[[Any, jax.Array], jax.Array]
 
 
 class Sink(Protocol):
-    """Function that receives the rows of a volume on the source grid as soon as they are complete, in order."""
+    """Function that receives the rows of a volume on the source grid, in order, as soon as they are complete."""
 
     def __call__(self, rows: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
-        """Receive probabilities (n, H, W, channels) or uncertainty (n, H, W) of n rows, inside of the box."""
+        """Receive some rows.
+
+        Args:
+            rows: Indices of the n rows along D on the source grid.
+            box: Part of the plane (H, W) of the source grid that was predicted.
+            values: ``probabilities``, float32 (n, H, W, channels), and ``uncertainty``, float32 (n, H, W), in the box.
+        """
 
 
 class Segmenter:
@@ -44,8 +50,8 @@ class Segmenter:
         threshold: Threshold of the probabilities, for all regions or by region; not used with softmax.
         members: Number of networks (e.g. folds) whose weights are stacked along a first axis, and whose probabilities
             are averaged. 0 for one network, whose weights are not stacked.
-        want: What a sink receives in addition to labels: ``probabilities``, and ``uncertainty`` (the variance over
-            members and flips, averaged over channels, and blended like the probabilities).
+        extra_outputs: Names of the values that a sink receives: ``probabilities``, and ``uncertainty`` (the variance
+            over members and flips, averaged over channels, and blended like the probabilities).
     """
 
     def __init__(
@@ -56,18 +62,18 @@ class Segmenter:
         *,
         threshold: float | Mapping[str, float] = 0.5,
         members: int = 0,
-        want: frozenset[str] = frozenset(),
+        extra_outputs: frozenset[str] = frozenset(),
     ):
-        self.windows, self.output, self.want, self.members = windows, output, want, members
+        self.windows, self.output, self.extra_outputs, self.members = windows, output, extra_outputs, members
         self._forward, self._threshold = forward, threshold
         self._gauss = gaussian_weights(windows.patch)[..., None]
-        # one forward pass per network and mirror image: its network, and for each axis whether it is mirrored
+        # forward passes: index of the network, and for each axis whether the window is mirrored along it
         self._passes = [
             (np.int32(member), np.array([axis in flip for axis in range(3)]))
             for member in range(max(members, 1))
             for flip in windows.flips
         ]
-        self._compiled: dict[tuple[int, ...], Any] = {}  # the network, by the shape of a batch of windows
+        self._compiled: dict[tuple[int, ...], Any] = {}  # shape of a batch of windows -> compiled network
         self._sum = jax.jit(_sum, donate_argnums=0)
         self._blend = jax.jit(self._blend_windows, donate_argnums=0)
         self._shift = jax.jit(_shift_rows, donate_argnums=0)
@@ -75,28 +81,37 @@ class Segmenter:
 
     @property
     def channels(self) -> int:
-        """Number of channels of the ring: those of the output, the uncertainty if wanted, and the sum of weights."""
-        return len(self.output.channels) + ("uncertainty" in self.want) + 1
+        """Number of channels of the buffer: the channels of the output, uncertainty if computed, and sum of weights."""
+        return len(self.output.channels) + ("uncertainty" in self.extra_outputs) + 1
 
     def __call__(self, weights: Any, prepared: Prepared, sink: Sink | None = None) -> np.ndarray:
-        """Return label indices uint8 (D, H, W) on the source grid; 0 outside of the box that preparation has kept."""
+        """Segment a volume.
+
+        Args:
+            weights: Weights of the network, or stacked weights of several networks.
+            prepared: The prepared case.
+            sink: Function that receives the extra outputs.
+
+        Returns:
+            Label indices uint8 (D, H, W) on the source grid; 0 outside of the box that preparation has kept.
+        """
         layout = make_layout(self.windows, prepared.shape, tuple(b.stop - b.start for b in prepared.box))
         label = np.zeros(prepared.source, np.uint8)
         inside = label[prepared.box]
-        ring = jnp.zeros((layout.ring, *layout.plane, self.channels), jnp.float32)
+        buffer = jnp.zeros((layout.buffer_rows, *layout.plane, self.channels), jnp.float32)
         planes = jax.tree.map(jnp.asarray, layout.plane_matrices)
         rows, taps = layout.taps
-        top = done = 0  # first row of the ring; first row of the source grid that is not decoded yet
+        top = done = 0  # first row of the buffer; first row of the source grid that is not decoded yet
         for i, start in enumerate(layout.starts[0]):
             for batch in batched(itertools.product([start], *layout.starts[1:]), layout.batch):
                 total = self._predict_windows(weights, prepared, layout, batch)
-                ring = self._blend(ring, total, *self._placement(layout, batch, top))
+                buffer = self._blend(buffer, total, *self._placement(layout, batch, top))
             last = i + 1 == len(layout.starts[0])
             complete = layout.patch[0] + start if last else layout.starts[0][i + 1]
             ready = layout.target[0] if last else int(np.searchsorted(rows.max(1), complete))
             while done < ready:
-                take = np.minimum(np.arange(done, done + _ROWS), ready - 1)
-                values = self._decode(ring, jnp.asarray(rows[take] - top), jnp.asarray(taps[take]), planes)
+                index = np.minimum(np.arange(done, done + _ROWS), ready - 1)
+                values = self._decode(buffer, jnp.asarray(rows[index] - top), jnp.asarray(taps[index]), planes)
                 count = min(_ROWS, ready - done)
                 cropped = {name: _crop(np.asarray(v), count, layout) for name, v in values.items()}
                 inside[done : done + count] = cropped.pop("label")
@@ -106,28 +121,30 @@ class Segmenter:
                 done += count
             if not last:
                 needed = min(int(rows[done].min()) if done < layout.target[0] else complete, complete)
-                ring, top = self._shift(ring, needed - top), needed
+                buffer, top = self._shift(buffer, needed - top), needed
         return label
 
-    def device_bytes(self, weights: Any, volumes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], image: int) -> int:
-        """Return the bytes that volumes need on the device, one after the other, as the compiler reports them.
+    def device_bytes(
+        self, weights: Any, volumes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], in_channels: int
+    ) -> int:
+        """Estimate the peak memory on the device in bytes if volumes are segmented one after the other.
 
         Args:
             weights: Weights of the network.
-            volumes: Of each volume, its size after preparation and its size on the source grid.
-            image: Number of channels of the images.
+            volumes: For each volume, its size (D, H, W) after preparation, and its size on the source grid.
+            in_channels: Number of channels of the images.
         """
         layouts = [make_layout(self.windows, *sizes) for sizes in volumes]
         largest = max(layouts, key=lambda p: p.batch * math.prod(p.patch))
-        memory = self._network(weights, (largest.batch, *largest.patch, image)).memory_analysis()
+        memory = self._network(weights, (largest.batch, *largest.patch, in_channels)).memory_analysis()
         network = (
             memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes if memory else 0
         )
-        ring = max(layout.ring * math.prod(layout.plane) for layout in layouts) * self.channels * 4
+        buffer = max(layout.buffer_rows * math.prod(layout.plane) for layout in layouts) * self.channels * 4
         rows = _ROWS * self.channels * 4 * max(3 * math.prod(p.plane) + 2 * math.prod(p.out) for p in layouts)
         # the sums of a batch, their mean, and the weighted windows
         blending = 4 * largest.batch * math.prod(largest.patch) * self.channels * 4
-        return network + ring + max(rows, blending)
+        return network + buffer + max(rows, blending)
 
     def _predict_windows(
         self, weights: Any, prepared: Prepared, layout: Layout, batch: Sequence[tuple[int, ...]]
@@ -144,7 +161,10 @@ class Segmenter:
     def _placement(
         self, layout: Layout, batch: Sequence[tuple[int, ...]], top: int
     ) -> tuple[jax.Array, np.ndarray, np.ndarray]:
-        """Return the Gaussian, the starts of a batch of windows in the ring, and 1 for windows that count, else 0."""
+        """Return the Gaussian weights, and for each window of a batch its start in the buffer and whether it counts.
+
+        Windows that only fill the batch (see `_fill`) have a factor of 0, the others of 1.
+        """
         whole = layout.patch == self.windows.patch
         gauss = self._gauss if whole else gaussian_weights(layout.patch)[..., None]
         starts = np.array(_fill(batch, layout.batch), np.int32) - np.array([top, 0, 0], np.int32)
@@ -162,7 +182,7 @@ class Segmenter:
     # The following methods are traced: they run on the device.
 
     def _probabilities(self, weights: Any, image: jax.Array, member: jax.Array, flips: jax.Array) -> jax.Array:
-        """Return the probabilities of a batch of windows, by one network and one mirror image."""
+        """Return the probabilities of a batch of windows from one network, computed on one mirror image."""
         if self.members:
             weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, member, 0, keepdims=False), weights)
         if not any(self.windows.flips):
@@ -170,25 +190,25 @@ class Segmenter:
         return _mirror(self.output.probabilities(self._forward(weights, _mirror(image, flips))), flips)
 
     def _blend_windows(
-        self, ring: jax.Array, total: Any, gauss: jax.Array, starts: jax.Array, valid: jax.Array
+        self, buffer: jax.Array, total: Any, gauss: jax.Array, starts: jax.Array, valid: jax.Array
     ) -> jax.Array:
-        """Add the mean over all passes, weighted by the Gaussian, and the weights themselves to the ring."""
+        """Add the mean probabilities over all passes, times the Gaussian weights, and the weights to the buffer."""
         mean = total[0] / len(self._passes)
         parts = [mean]
-        if "uncertainty" in self.want:
+        if "uncertainty" in self.extra_outputs:
             parts.append(jnp.maximum(total[1] / len(self._passes) - mean**2, 0).mean(-1, keepdims=True))
         part = jnp.concatenate([*parts, jnp.ones_like(mean[..., :1])], -1) * gauss
         for b in range(part.shape[0]):
             index = (starts[b, 0], starts[b, 1], starts[b, 2], 0)
-            old = jax.lax.dynamic_slice(ring, index, part.shape[1:])
-            ring = jax.lax.dynamic_update_slice(ring, old + part[b] * valid[b], index)
-        return ring
+            old = jax.lax.dynamic_slice(buffer, index, part.shape[1:])
+            buffer = jax.lax.dynamic_update_slice(buffer, old + part[b] * valid[b], index)
+        return buffer
 
-    def _decode_rows(self, ring: jax.Array, rows: jax.Array, taps: jax.Array, planes: Any) -> dict[str, jax.Array]:
-        """Resample rows of the ring to the source grid, and decode them to labels and to what is wanted beside them."""
+    def _decode_rows(self, buffer: jax.Array, rows: jax.Array, taps: jax.Array, planes: Any) -> dict[str, jax.Array]:
+        """Resample rows of the buffer to the source grid, and return their labels and the extra outputs."""
 
         def add_tap(t: jax.Array | int, total: jax.Array | float) -> jax.Array:
-            part = jnp.take(ring, rows[:, t], axis=0)  # (rows, H, W, channels + 1)
+            part = jnp.take(buffer, rows[:, t], axis=0)  # (rows, H, W, channels + 1)
             norm = part[..., -1:]
             part = jnp.where(norm > 0, part[..., :-1] / jnp.where(norm > 0, norm, 1), 0)
             return total + part * taps[:, t, None, None, None]
@@ -202,9 +222,9 @@ class Segmenter:
             found = jnp.einsum("kyxc,Xx->kyXc", found, planes[1], precision=exact)
         channels = len(self.output.channels)
         values = {"label": self.output.decode(found[..., :channels], self._threshold, jnp)}
-        if "probabilities" in self.want:
+        if "probabilities" in self.extra_outputs:
             values["probabilities"] = found[..., :channels]
-        if "uncertainty" in self.want:
+        if "uncertainty" in self.extra_outputs:
             values["uncertainty"] = found[..., channels]
         return values
 
@@ -219,7 +239,7 @@ def make_segmenter(
     flips: tuple[tuple[int, ...], ...] = ((),),
     **options: Any,
 ) -> Segmenter:
-    """Return the segmenter for a network in 2D or 3D.
+    """Return the segmenter for a 2D or 3D network.
 
     Args:
         forward: Forward pass of the network; in 2D, images are ``(B, H, W, C)``.
@@ -227,7 +247,8 @@ def make_segmenter(
         patch: Size of a window, (D, H, W) or, for a 2D network, (H, W).
         overlap: Share of a window that its neighbour covers, in [0, 1); slices of a 2D network do not overlap.
         batch: Number of windows that are computed at once.
-        flips: As in `Windows`; a 2D network is mirrored along H and W only.
+        flips: For each forward pass, the axes along which the window is mirrored, see `Windows`. A 2D network can be
+            mirrored along 1 (H) and 2 (W) only.
         options: The other arguments of `Segmenter`.
     """
     if len(patch) == 3:
@@ -244,7 +265,7 @@ def make_segmenter(
 
 
 def all_flips(axes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Return all subsets of some axes, the empty one first."""
+    """Return all subsets of the given axes, the empty one first."""
     return tuple(c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n))
 
 
@@ -254,6 +275,7 @@ def _fill(batch: Sequence[tuple[int, ...]], size: int) -> list[tuple[int, ...]]:
 
 
 def _sum(total: tuple[jax.Array, jax.Array], p: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Add probabilities to their sum, and their squares to the sum of squares."""
     return total[0] + p, total[1] + p * p
 
 
@@ -264,18 +286,18 @@ def _mirror(array: jax.Array, flips: jax.Array) -> jax.Array:
     return array
 
 
-def _shift_rows(ring: jax.Array, by: jax.Array) -> jax.Array:
-    """Move the rows of the ring up by ``by``, row by row in place; the last rows become 0."""
-    rows = ring.shape[0]
+def _shift_rows(buffer: jax.Array, by: jax.Array) -> jax.Array:
+    """Move the rows of the buffer ``by`` places towards the first row, in place; the last rows become 0."""
+    rows = buffer.shape[0]
 
-    def move(i: jax.Array, ring: jax.Array) -> jax.Array:
-        moved = jax.lax.dynamic_slice_in_dim(ring, jnp.minimum(i + by, rows - 1), 1)
-        return jax.lax.dynamic_update_slice_in_dim(ring, jnp.where(i + by < rows, moved, 0), i, 0)
+    def move(i: jax.Array, buffer: jax.Array) -> jax.Array:
+        moved = jax.lax.dynamic_slice_in_dim(buffer, jnp.minimum(i + by, rows - 1), 1)
+        return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.where(i + by < rows, moved, 0), i, 0)
 
-    return jax.lax.fori_loop(0, rows, move, ring)
+    return jax.lax.fori_loop(0, rows, move, buffer)
 
 
 def _crop(values: np.ndarray, count: int, layout: Layout) -> np.ndarray:
-    """Return the first rows of decoded values, without the padding of their planes."""
+    """Return the first ``count`` rows of decoded values, without the padding along H and W."""
     y, x = (0, 0) if layout.resized else layout.before[1:]
     return values[:count, y : y + layout.target[1], x : x + layout.target[2]]

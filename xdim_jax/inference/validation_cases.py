@@ -15,7 +15,7 @@ from xdim_jax.runs.workdir import SPLIT_FILE, find_members, read_config
 
 
 def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
-    """Predict the validation cases of a run into a folder, except those that are up to date there.
+    """Predict the validation cases of a run into a folder. Predictions that are up to date are kept.
 
     In a cross-validation, each fold predicts the cases that it was not trained on.
 
@@ -24,11 +24,12 @@ def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
         output: Folder for the predictions.
 
     Returns:
-        The folder of the references, and the ids of the validation cases as scoring names them.
+        The folder of the references, and the case ids of the validation cases in scoring. The ids of CHAOS T1-DUAL lack
+        the ``_in`` that they have in training, because both phases have the same reference.
 
     Raises:
-        UserError: The data are not where they were, a case cannot be predicted, or the folds do not have one data
-            folder and disjoint validation cases.
+        UserError: The data have been moved, a case cannot be predicted, the folds use different data folders, or two
+            folds have the same validation cases.
     """
     members = find_members([workdir])
     splits = {member: read_json(member / SPLIT_FILE) for member in members}
@@ -38,25 +39,29 @@ def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
         raise UserError(f"the folds of {workdir} validate on the same cases; give the workdir of one fold")
     folds = read_config(members[0]).data.get("folds", 0)
     if 1 < len(members) < folds:
-        log.warn(f"{workdir} has {len(members)} of {folds} folds: the validation cases of the others are not scored")
-    work = [(predictor := Predictor(member), _find(predictor, root, split)) for member, split in splits.items()]
+        log.warn(f"{workdir} has {len(members)} of {folds} folds; the validation cases of the others are not scored")
+    work = []
+    for member, split in splits.items():  # all data are checked before the first case is predicted
+        predictor = Predictor(member)
+        work.append((predictor, _find_validation_cases(predictor, root, split)))
     for predictor, cases in work:
         log.say(f"weights    {predictor.sources[0]}")
         todo = claim_output(output, predictor, cases, cases, replace=True)
         if failures := predict_cases(predictor, todo, output):
             raise UserError(f"{len(failures)} of {len(cases)} cases cannot be predicted: {shorten(failures)}")
-    labels = root / "labelsTr"  # nnU-Net's layout has the references in a folder of their own
+    labels = root / "labelsTr"  # folder of the references in nnU-Net's layout
     return labels if labels.is_dir() else root, {name.removesuffix("_in") for name in names}
 
 
 def _common_root(workdir: Path, splits: Mapping[Path, Mapping[str, Any]]) -> Path:
+    """Return the data folder of all folds. Raises UserError if they have different ones."""
     roots = sorted({split["root"] for split in splits.values()})
     if len(roots) > 1:
         raise UserError(f"the folds of {workdir} have their data in {shorten(roots)}; give the workdir of one fold")
     return Path(roots[0])
 
 
-def _find(predictor: Predictor, root: Path, split: Mapping[str, Any]) -> list[Case]:
+def _find_validation_cases(predictor: Predictor, root: Path, split: Mapping[str, Any]) -> list[Case]:
     """Return the validation cases of a split."""
     found = {c.case_id: c for c in scan_cases(predictor.dataset, root, need_labels=True).cases}
     if absent := [name for name in split["validation"] if name not in found]:

@@ -1,4 +1,4 @@
-"""The geometry of sliding windows: where windows lie, how they are weighted, and how rows return to the source grid."""
+"""Positions and weights of sliding windows, and the resampling of predicted rows to the source grid."""
 
 import dataclasses
 import functools
@@ -8,14 +8,14 @@ import numpy as np
 
 from xdim_jax.data.prepare import Prepared, resample
 
-SIGMA = 1 / 8  # relative to the patch; the weight falls to 3e-4 at the middle of its faces (as in nnU-Net)
-_FLOOR = 1e-3  # smallest weight, so that a corner that is in one window only is not divided by zero
-_MULTIPLE = 32  # sides of the ring and of resampled slices are multiples of it, so that few programs are compiled
+SIGMA = 1 / 8  # standard deviation of the weights as a fraction of the patch, as in nnU-Net
+_FLOOR = 1e-3  # smallest weight; sums in a corner that only one window covers are divided by it
+_MULTIPLE = 32  # H and W of the buffer and of resampled rows are rounded up to it, so that few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """How volumes are divided into windows, and how each window is mirrored.
+    """Settings: how volumes are divided into windows, and how windows are mirrored.
 
     Attributes:
         patch: Size of a window, D, H, W.
@@ -41,9 +41,10 @@ class Layout:
         size: Size of the prepared volume, D, H, W.
         target: Size of the same region on the source grid, D, H, W.
         patch: Size of a window.
-        before: Padding before the first voxel of each axis; a volume that is smaller than the patch is centred.
-        starts: For each axis, the first voxels of the windows in the padded volume.
-        plane: H and W of the ring buffer.
+        before: Number of zeros before the first voxel along each axis. A volume that is smaller than the patch is
+            padded on both sides.
+        starts: For each axis, the indices in the padded volume at which windows begin.
+        plane: H and W of the buffer, see `xdim_jax.inference.sliding_window`.
         batch: Number of windows that are computed at once.
     """
 
@@ -62,16 +63,17 @@ class Layout:
 
     @property
     def out(self) -> tuple[int, int]:
-        """H and W of rows when they are decoded to labels."""
+        """H and W of rows after resampling to the source grid, rounded up if they are resized."""
         if not self.resized:
             return self.plane
         return _round_up(self.target[1], _MULTIPLE), _round_up(self.target[2], _MULTIPLE)
 
     @functools.cached_property
     def taps(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each row of the source grid, the rows of the padded volume it depends on, and their weights.
+        """Indices and weights of the rows of the padded volume from which each row of the source grid is interpolated.
 
-        Both arrays are ``(D, T)``: T is the largest number of rows that one row of the source grid depends on.
+        Both arrays have the shape ``(D, T)``. D is the number of rows of the source grid, and T the largest number of
+        rows from which one of them is interpolated.
         """
         if self.size[0] == self.target[0]:
             return np.arange(self.size[0])[:, None] + self.before[0], np.ones((self.size[0], 1), np.float32)
@@ -84,13 +86,13 @@ class Layout:
         return rows + self.before[0], weights.astype(np.float32)
 
     @property
-    def ring(self) -> int:
-        """Number of rows of the ring: those of a window, and those above it that a source row may still need."""
+    def buffer_rows(self) -> int:
+        """Number of rows of the buffer: those of a window, and earlier ones that the source grid still needs."""
         return _round_up(self.patch[0] + (self.taps[0].shape[1] if self.size[0] != self.target[0] else 0), 8)
 
     @property
     def plane_matrices(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Matrices that resize the H and W of the ring to the H and W of `out`; None without resizing."""
+        """Matrices that resize H and W of the buffer to `out`; None if rows are not resized."""
         if not self.resized:
             return None
         height, width = (
@@ -105,7 +107,13 @@ class Layout:
 
 
 def make_layout(windows: Windows, size: tuple[int, ...], target: tuple[int, ...]) -> Layout:
-    """Return the layout of a volume of ``size`` (D, H, W), which has the size ``target`` on the source grid."""
+    """Return the layout of a volume.
+
+    Args:
+        windows: Settings of the windows.
+        size: Size of the prepared volume, D, H, W.
+        target: Size of the same region on the source grid, D, H, W.
+    """
     patch = windows.patch
     patch = (min(size[0], patch[0]) if windows.slices else patch[0], patch[1], patch[2])
     before = tuple(max(p - n, 0) // 2 for n, p in zip(size, patch, strict=True))  # centred, as in training
@@ -159,11 +167,12 @@ def batched(starts: Iterable[tuple[int, ...]], size: int) -> list[list[tuple[int
 
 
 def _round_up(n: int, multiple: int) -> int:
+    """Round up to a multiple."""
     return -(-n // multiple) * multiple
 
 
 def _embed(matrix: np.ndarray, shape: tuple[int, int], column: int) -> np.ndarray:
-    """Return zeros of ``shape`` that hold the matrix from row 0 and the given column on."""
+    """Return a matrix of zeros with the given shape, into which a matrix is copied at row 0 and the given column."""
     out = np.zeros(shape, np.float32)
     out[: matrix.shape[0], column : column + matrix.shape[1]] = matrix
     return out

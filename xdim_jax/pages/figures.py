@@ -25,11 +25,11 @@ COLOURS = {
     "liver": RED, "right kidney": YELLOW, "left kidney": BLUE, "spleen": GREEN,
     "WT": GREEN, "SNFH": GREEN, "TC": RED, "NETC": RED, "ET": YELLOW, "RC": BLUE,
 }  # fmt: skip
-# the visible part of a structure whose inner part is covered by another structure
+# structure -> name of the part of it that is visible, if other structures are drawn over the rest
 LEGEND_NAMES = {"WT": "edema (of WT)", "TC": "necrosis / non-enhancing (of TC)", "LV_epi": "myocardium (of LV_epi)"}
 ERROR_COLOURS = {"missed": "#ff00ff", "false": "#00ffff", "another structure": "#ff7f0e"}
-_OPACITY = 0.55  # of labels over an image
-_MARGIN = 4  # voxels around the part of a case that is drawn
+_OPACITY = 0.55  # opacity of labels that are drawn over an image
+_MARGIN = 4  # margin around the structures and the body in a picture, in voxels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,12 @@ def encode_png(figure: Figure, alt: str, caption: str) -> Picture:
 
 
 def render_template(template: str, **values: Any) -> str:
-    """Return an HTML page, made from a template in ``xdim_jax/pages/templates``."""
+    """Return the HTML page of a template in ``xdim_jax/pages/templates``.
+
+    Args:
+        template: File name of the template.
+        values: Variables of the template; all of them are needed.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("xdim_jax.pages", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -63,7 +68,7 @@ def render_template(template: str, **values: Any) -> str:
 
 
 def structure_colours(structures: Sequence[str]) -> dict[str, str]:
-    """Return the colour of each structure: that of `COLOURS`, or else the next one of `PALETTE`."""
+    """Return the colour of each structure: its colour in `COLOURS`, or one of `PALETTE` by its position."""
     return {name: COLOURS.get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(structures)}
 
 
@@ -71,7 +76,7 @@ def structure_colours(structures: Sequence[str]) -> dict[str, str]:
 
 
 def _to_float(value: Any) -> float:
-    """Return a number of a record; NaN is stored as None."""
+    """Return a number from a record as float; records store NaN as None."""
     return math.nan if value is None else float(value)
 
 
@@ -82,7 +87,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]]) -> list[Picture]:
         records: Records of a run, see `xdim_jax.runs.records.read_records`.
 
     Returns:
-        One picture; none without records of training.
+        A list with one picture; empty if the run has no training record.
     """
     train = [r for r in records if r["kind"] == "train"]
     if not train:
@@ -116,7 +121,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]]) -> list[Picture]:
         )
     dice_axes.set(xlabel="epoch", ylabel="Dice", title="Dice", ylim=(0, 1))
     dice_axes.legend(fontsize=8, loc="lower right", ncols=2)
-    alt = f"loss falls from {_to_float(train[0]['loss']):.2f} to {_to_float(train[-1]['loss']):.2f}"
+    alt = f"loss from {_to_float(train[0]['loss']):.2f} to {_to_float(train[-1]['loss']):.2f}"
     alt += f"; last validation Dice {validation[-1]['dice']:.3f}" if validation else ""
     caption = "Training: means over the logging interval, on training patches. Validation: whole images."
     return [encode_png(figure, alt, caption)]
@@ -129,12 +134,12 @@ def draw_boxes(groups: Mapping[str, Sequence[ScoredCase]], metrics: Mapping[str,
     """Draw box plots over cases.
 
     Args:
-        groups: ScoredCase cases by the name of their group.
+        groups: Name of each group -> its scored cases.
         metrics: Metrics to draw, by name. A metric that no case has is left out.
 
     Returns:
-        One picture with a panel for every metric, a box for every structure and group, and a dot for every case; none
-        if there is nothing to draw.
+        A list with one picture, which has a panel for every metric, a box for every structure and group, and a dot for
+        every case. The list is empty if there is nothing to draw.
     """
     structures = list(dict.fromkeys(s for cases in groups.values() for c in cases for s in c.values))
     shown = [m for m in metrics if any(m in v for cases in groups.values() for c in cases for v in c.values.values())]
@@ -174,11 +179,11 @@ def draw_agreement(values: Sequence[Mapping[str, float]]) -> list[Picture]:
     """Draw the agreement between prediction and reference in ejection fraction (EF) and volumes (EDV, ESV).
 
     Args:
-        values: For each patient the keys ``ef`` (%), ``edv``, ``esv`` (ml) of the prediction, and the same with the
-            suffix ``_ref`` of the reference. Patients with a value that is not finite are left out.
+        values: For each patient, the predicted values ``ef`` (%), ``edv`` and ``esv`` (ml), and the reference values
+            ``ef_ref``, ``edv_ref`` and ``esv_ref``. Patients with a value that is not finite are left out.
 
     Returns:
-        One picture with scatter plots and a Bland-Altman plot of EF; none if no patient is left.
+        A list with one picture of scatter plots and a Bland-Altman plot of EF; empty if no patient is left.
     """
     usable = [v for v in values if all(math.isfinite(v[f"{n}{s}"]) for n in ("ef", "edv", "esv") for s in ("", "_ref"))]
     if not usable:
@@ -204,7 +209,7 @@ def draw_agreement(values: Sequence[Mapping[str, float]]) -> list[Picture]:
 def _scatter(
     axes: Axes, values: Sequence[Mapping[str, float]], names: Mapping[str, tuple[str, str]], unit: str
 ) -> None:
-    """Plot predictions over references; ``names`` has the title and the colour of each quantity."""
+    """Plot predicted values against reference values. ``names``: key of a quantity -> its title and colour."""
     for name, (title, colour) in names.items():
         ref, pred = [v[f"{name}_ref"] for v in values], [v[name] for v in values]
         axes.scatter(ref, pred, s=14, color=colour, alpha=0.7, label=title)
@@ -222,7 +227,7 @@ def _scatter(
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """The arrays of a case to draw.
+    """The arrays that the picture of a case shows.
 
     Attributes:
         images: Arrays (D, H, W) by title. If there are none, labels are drawn on black.
@@ -241,7 +246,7 @@ class View:
 
 
 def label_map(masks: Masks, order: Sequence[str]) -> np.ndarray:
-    """Return a label map (uint8) with 1, 2, ... for the structures in ``order``; later ones cover earlier ones."""
+    """Return a label map (uint8): labels 1, 2, ... for the structures in ``order``, later ones over earlier ones."""
     label = np.zeros(next(iter(masks.values())).shape, np.uint8)
     for number, name in enumerate(order, 1):
         label[masks[name]] = number
@@ -311,7 +316,7 @@ def draw_case(view: View, title: str, scores: str) -> Picture:
 def _choose_planes(ref: np.ndarray, pred: np.ndarray, *, volumetric: bool) -> list[tuple[int, int]]:
     """Return axis and index of the planes to draw.
 
-    For a volume, these are the planes along each axis with the largest area of structures. Otherwise, these are the
+    For a volume, this is one plane for each axis: the one with the largest area of structures. Otherwise, these are the
     slice with the largest area of structures, and the slice with the most errors.
     """
     if ref.shape[0] == 1:
@@ -328,13 +333,13 @@ def _choose_planes(ref: np.ndarray, pred: np.ndarray, *, volumetric: bool) -> li
 
 
 def _crop_box(back: np.ndarray, *labels: np.ndarray) -> tuple[slice, ...]:
-    """Return the box with all structures and all voxels that differ from the first one, which is background."""
+    """Return the box of all structures and of the body: the voxels that differ from the first voxel of the image."""
     mask = np.any([label > 0 for label in labels], 0) | (back != back.flat[0])
     return bounding_box(mask, _MARGIN) if mask.any() else tuple(slice(0, n) for n in back.shape)
 
 
 def _error_map(ref: np.ndarray, pred: np.ndarray) -> np.ndarray:
-    """Return a label map of the errors, with numbers in the order of `ERROR_COLOURS`."""
+    """Return a label map of the errors: the label 1, 2, ... for each kind of error in the order of `ERROR_COLOURS`."""
     return np.select([(ref > 0) & (pred == 0), (ref == 0) & (pred > 0), ref != pred], [1, 2, 3], 0).astype(np.uint8)
 
 
@@ -343,7 +348,7 @@ def overlay_labels(image: np.ndarray, label: np.ndarray | None, palette: Sequenc
 
     Args:
         image: (H, W). Black and white are the 1st and the 99.5th percentile of the values above the minimum.
-        label: Label map (H, W) with numbers from 1, and 0 for background; None to draw the image alone.
+        label: Label map (H, W) with labels from 1, and 0 for background; None to draw the image alone.
         palette: Colours ``#rrggbb`` of the labels 1, 2, ...
 
     Returns:

@@ -1,7 +1,7 @@
 """The report of an evaluation as one self-contained HTML file.
 
-It has the scores next to those of the paper, training curves, pictures of five cases from best to worst, and a table of
-all cases.
+The page shows the scores next to those of the paper, training curves, pictures of five cases from best to worst, and a
+table of all cases.
 """
 
 import json
@@ -22,9 +22,9 @@ from xdim_jax.scoring import challenges, results, tables
 from xdim_jax.scoring.results import number
 from xdim_jax.scoring.rules import Job, Rules, ScoredCase, column, find_coding
 
-# the cases to draw, and their ranks by mean Dice: 1 is the best case, 0 the worst
+# cases to draw -> rank by mean Dice: 1 for the best case, 0 for the worst case
 ROLES = (("Best", 1.0), ("75th percentile", 0.75), ("Median", 0.5), ("25th percentile", 0.25), ("Worst", 0.0))
-_MAX_OPEN_ROWS = 12  # a longer table of all metrics is collapsed, unless it is the first table of the page
+_MAX_OPEN_ROWS = 12  # longer tables of all metrics are collapsed, except the first one if the paper has no table
 
 
 def describe_network(model: Mapping[str, Any]) -> str:
@@ -32,8 +32,8 @@ def describe_network(model: Mapping[str, Any]) -> str:
 
     For DS-Net, encoder and normalisation are those of its 2D network.
     """
-    outer = model.get("inner", model)
-    return f"{model['name']}, encoder {outer['encoder']['name']}, {outer['norm']} norm"
+    described = model.get("inner", model)
+    return f"{model['name']}, encoder {described['encoder']['name']}, {described['norm']} norm"
 
 
 def render(
@@ -42,7 +42,7 @@ def render(
     channels: Sequence[str],
     summary: Mapping[str, Any],
     scored: Sequence[ScoredCase],
-    compared: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
     environments: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """Return the report as HTML.
@@ -53,29 +53,18 @@ def render(
         channels: Names of the image channels.
         summary: Content of ``summary.json`` of the evaluation.
         scored: All scored cases of the evaluation.
-        compared: Content of ``evaluate.json``. It names the files from which images and label maps are read.
-        environments: Packages and devices of training and of prediction, by name.
+        evaluation: Content of ``evaluate.json``. Its folders are those from which images and label maps are read.
+        environments: Name, such as ``training`` -> recorded packages and devices.
     """
-    options = Namespace(**dict.fromkeys(challenges.OPTIONS) | compared["options"] | {"ref": compared["ref"]})
-    options.metrics = tuple(compared["options"].get("metrics", ()))
-    rules = challenges.make_rules(compared["rules"], options)
+    options = Namespace(**dict.fromkeys(challenges.OPTIONS) | evaluation["options"] | {"ref": evaluation["ref"]})
+    options.metrics = tuple(evaluation["options"].get("metrics", ()))
+    rules = challenges.make_rules(evaluation["rules"], options)
     columns = dict(rules.columns) | {m: column(m) for m in options.metrics if m not in rules.columns}
-    cases = [c for c in scored if c.case_id in compared["cases"]]
+    cases = [c for c in scored if c.case_id in evaluation["cases"]]
     chosen, left_out = choose_cases(cases, summary["unreadable"])
     if not chosen:
         left_out.append("No pictures: they need the Dice of the cases, which this evaluation does not have.")
-    overlays, legend = [], {}
-    jobs = _find_jobs(rules, compared, left_out) if chosen else {}
-    for role, case in chosen.items():
-        try:
-            view = read_view(rules, jobs[case.case_id], config, channels, Path(compared["pred"]))
-        except (UserError, KeyError, OSError) as error:
-            left_out.append(f"No picture of {case.case_id}: {error}.")
-            continue
-        shown = ", ".join(f"{s} {number(_finite(v.get('dice')), 3)}" for s, v in case.values.items())
-        overlays.append(figures.draw_case(view, f"{role}: {case.case_id}", shown))
-        colours = figures.structure_colours(list(view.ref))
-        legend |= {figures.LEGEND_NAMES.get(name, name): colour for name, colour in colours.items()}
+    overlays, legend = _draw_cases(rules, evaluation, chosen, config, channels, left_out)
     if not config:
         left_out.append("No curves and no config: --workdir was not given.")
     elif not records:
@@ -94,8 +83,8 @@ def render(
         title=name + (" phantoms" if phantom else ""),
         lead="Synthetic cases: these scores show that the program works, not how well it segments patients."
         if phantom
-        else f"{compared['pred']} against {compared['ref']}",
-        facts=_facts(config, records, compared, summary, environments),
+        else f"{evaluation['pred']} against {evaluation['ref']}",
+        facts=_facts(config, records, evaluation, summary, environments),
         tables=[(t, [_is_paper(row) for row in t.rows]) for t in shown_tables],
         further=[(t, [_is_paper(row) for row in t.rows]) for t in collapsed_tables],
         unreadable=summary["unreadable"],
@@ -116,19 +105,49 @@ def render(
     )
 
 
+def _draw_cases(
+    rules: Rules,
+    evaluation: Mapping[str, Any],
+    chosen: Mapping[str, ScoredCase],
+    config: Mapping[str, Any] | None,
+    channels: Sequence[str],
+    left_out: list[str],
+) -> tuple[list[figures.Picture], dict[str, str]]:
+    """Draw the chosen cases. A case that cannot be drawn adds a message to ``left_out``.
+
+    Returns:
+        The pictures, and the legend: name -> colour.
+    """
+    pictures: list[figures.Picture] = []
+    legend: dict[str, str] = {}
+    jobs = _find_jobs(rules, evaluation, left_out) if chosen else {}
+    for role, case in chosen.items():
+        try:
+            view = read_view(rules, jobs[case.case_id], config, channels, Path(evaluation["pred"]))
+        except (UserError, KeyError, OSError) as error:
+            left_out.append(f"No picture of {case.case_id}: {error}.")
+            continue
+        scores = ", ".join(f"{s} {number(_finite(v.get('dice')), 3)}" for s, v in case.values.items())
+        pictures.append(figures.draw_case(view, f"{role}: {case.case_id}", scores))
+        colours = figures.structure_colours(list(view.ref))
+        legend |= {figures.LEGEND_NAMES.get(name, name): colour for name, colour in colours.items()}
+    return pictures, legend
+
+
 def _finite(value: float | None) -> float | None:
+    """Return the value, or None if it is not finite."""
     return value if value is not None and np.isfinite(value) else None
 
 
 def _is_paper(row: Sequence[str]) -> bool:
-    """True for a row with scores of the paper."""
+    """Return whether a row of a table has scores of the paper."""
     return any("paper" in cell for cell in row[:2])
 
 
-def _find_jobs(rules: Rules, compared: Mapping[str, Any], left_out: list[str]) -> dict[str, Job]:
-    """Return the pairs of label maps of the evaluation, by case id; on failure, append a message to ``left_out``."""
+def _find_jobs(rules: Rules, evaluation: Mapping[str, Any], left_out: list[str]) -> dict[str, Job]:
+    """Return the jobs of the evaluation by case id. If they cannot be found, add a message to ``left_out``."""
     try:
-        jobs, _ = rules.jobs(Path(compared["pred"]), Path(compared["ref"]))
+        jobs, _ = rules.jobs(Path(evaluation["pred"]), Path(evaluation["ref"]))
     except UserError as error:
         left_out.append(f"No pictures: {error}.")
         return {}
@@ -138,14 +157,14 @@ def _find_jobs(rules: Rules, compared: Mapping[str, Any], left_out: list[str]) -
 def _facts(
     config: Mapping[str, Any] | None,
     records: Sequence[Mapping[str, Any]],
-    compared: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
     summary: Mapping[str, Any],
     environments: Mapping[str, Mapping[str, Any]],
 ) -> list[tuple[str, str]]:
     """Return names and values for the list at the top of the page."""
     facts = [
-        ("predictions", compared["pred"]),
-        ("references", compared["ref"]),
+        ("predictions", evaluation["pred"]),
+        ("references", evaluation["ref"]),
         ("rules", f"{summary['title']}, {summary['cases']} cases"),
     ]
     if config:
@@ -163,12 +182,13 @@ def _facts(
 
 
 def _environment(entry: Mapping[str, Any]) -> str:
+    """Return a recorded environment as one line of text."""
     packages = ", ".join(f"{name} {version}" for name, version in entry["packages"].items())
     return f"{entry['devices']}; {entry['machine']}; Python {entry['python']}, {packages}; {entry['time']}"
 
 
 def _box_groups(rules: Rules, cases: Sequence[ScoredCase]) -> dict[str, list[ScoredCase]]:
-    """Group cases by the first group that the rules assign; all cases are one group if the rules have no groups."""
+    """Group cases for box plots by their first group in the rules, or into one group if the rules have none."""
     groups: dict[str, list[ScoredCase]] = {}
     for case in cases:
         groups.setdefault(next(iter(rules.groups(case.attributes)), "all"), []).append(case)
@@ -193,15 +213,15 @@ def choose_cases(cases: Sequence[ScoredCase], unreadable: Sequence[str]) -> tupl
     """Choose the cases to draw, by their mean Dice over the structures.
 
     Args:
-        cases: ScoredCase cases. If a case counts for several tasks, the row with the most structures is used.
-        unreadable: Names of cases without a readable prediction. They are not drawn.
+        cases: Scored cases. If a case has one result per task, the one with the most structures is used.
+        unreadable: Ids of cases without a readable prediction. They are not drawn.
 
     Returns:
-        The cases by the names in `ROLES`, fewer if there are fewer cases; and messages about cases that are not drawn.
+        The cases by the names in `ROLES`, each case only once; and messages about cases that are not drawn.
     """
-    once = results.unique_cases(cases)
+    unique = results.unique_cases(cases)
     means: dict[str, float] = {}
-    for name, case in once.items():
+    for name, case in unique.items():
         dice = [d for v in case.values.values() if (d := _finite(v.get("dice"))) is not None]
         if name not in unreadable and dice:
             means[name] = float(np.mean(dice))
@@ -212,7 +232,7 @@ def choose_cases(cases: Sequence[ScoredCase], unreadable: Sequence[str]) -> tupl
         if ranked:
             name = ranked[round(share * (len(ranked) - 1))]
             if all(name != c.case_id for c in chosen.values()):
-                chosen[role] = once[name]
+                chosen[role] = unique[name]
     return chosen, left_out
 
 
@@ -220,7 +240,7 @@ def choose_cases(cases: Sequence[ScoredCase], unreadable: Sequence[str]) -> tupl
 
 
 def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels: Sequence[str], pred: Path) -> View:
-    """Read the arrays that the picture of a case shows.
+    """Read the images and label maps of a case for its picture.
 
     Args:
         rules: Rules of the evaluation.
@@ -255,7 +275,7 @@ def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels
 
 
 def _image_sources(job: Job, pred: Path) -> list[Source]:
-    """Return the images that were predicted from; if they are not recorded, the image of the reference, if any."""
+    """Return the recorded images of the prediction. If none are recorded, return the image of the reference, if any."""
     record = pred / results.PREDICT_FILE
     paths = read_json(record)["images"].get(job.ref.case_id, []) if record.is_file() else []
     found = [source_at(Path(path)) for path in paths]

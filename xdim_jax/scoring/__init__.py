@@ -3,17 +3,17 @@
     masks       metrics of two masks: overlap and surface distances
     lesions     lesion-wise metrics of BraTS 2023 and 2024
     simpson     volumes of the left ventricle from two views, for CAMUS
-    rules       the parts of a challenge's rules; scoring of one case
+    rules       data structures for the rules of a challenge; scoring of one case
     camus, chaos, brats, generic
                 the rules of each challenge: metrics, structures, empty masks
-    challenges  the rules by name, and their command-line options
+    challenges  selection of rules by name, and their command-line options
     evaluation  scoring of all cases, in several processes
     results     result files, and statistics over cases
     tables      the tables of the paper, with its rows and ours
     paired      statistics of two evaluations of the same cases
-    comparison  the table of such a comparison
+    comparison  the table of the statistics of `paired`
     submission  conversion of predictions to the files that a challenge expects
 
-This package must not share mistakes with the code whose output it scores. It therefore has its own definitions of label
-values, regions and post-processing.
+This package scores the output of the other packages, and must not repeat their mistakes. It therefore has its own
+definitions of label values, regions and post-processing.
 """

@@ -64,7 +64,7 @@ def find(folder: Path) -> dict[str, LabelMap]:
     def name_of(path: Path) -> str | None:
         stem = strip(path.name) or ""
         if stem.endswith("_Segm") and path.parent != folder:
-            return path.parent.name  # BraTS20_Training_355
+            return path.parent.name  # the reference of BraTS20_Training_355 is not named after the case
         case = stem
         for ending in _LABEL_ENDINGS:
             case = case.removesuffix(ending)
@@ -172,7 +172,7 @@ def tune_min_et(coding: Coding, jobs: Sequence[Job], run: Callable[..., Any]) ->
 def _aggregate_2022(
     jobs: Sequence[Job], scored: Sequence[ScoredCase], run: Callable[..., Any], *, also: Sequence[str], coding: Coding
 ) -> tuple[list[ScoredCase], dict[str, Any]]:
-    """Return the entries of the summary that the options ``--platform_2022`` and ``--tune_min_et`` ask for."""
+    """Return no further rows, and the entries of the summary for ``--platform_2022`` and ``--tune_min_et``."""
     extra: dict[str, Any] = {}
     if "platform_2022" in also:
         extra["platform_2022"] = platform_table(scored)
@@ -188,8 +188,8 @@ def _aggregate_2022(
 def _whole_image(pair: Pair, penalty: float) -> dict[str, float]:
     """Return the "legacy" metrics of 2023, which are computed on the whole image instead of lesion by lesion.
 
-    If both masks are empty, Dice, HD95 and sensitivity are 1, 0 and 1. If one mask is empty, Dice is 0 and HD95 is the
-    penalty.
+    If both masks are empty, Dice, HD95 and sensitivity are 1, 0 and 1. If one mask is empty, they are 0, the penalty
+    and 0.
     """
     both_empty = not pair.p and not pair.g
     specificity = METRICS["specificity"].measure(pair)
@@ -202,7 +202,7 @@ def _whole_image(pair: Pair, penalty: float) -> dict[str, float]:
 
 
 def _lesion_values(found: lesions.LesionScores) -> dict[str, float]:
-    """Return lesion-wise scores by the names of the columns."""
+    """Return scores and counts by the names of the columns."""
     renamed = {("hd95" if k == "hd95_surfel" else k): v for k, v in found.scores.items()}
     return renamed | {"lesions_tp": found.tp, "lesions_fp": found.fp, "lesions_fn": found.fn}
 

@@ -89,7 +89,7 @@ def patient_volumes(maps: _PatientMaps, *, step: str, contour: str) -> simpson.V
     Args:
         maps: (view, instant) -> label map, for the two views and two instants.
         step: Height of the discs, see `xdim_jax.scoring.simpson.volumes`.
-        contour: Part of the ventricle that is cut into discs, see `xdim_jax.scoring.simpson.volumes`.
+        contour: Part of the ventricle that is divided into discs, see `xdim_jax.scoring.simpson.volumes`.
 
     Raises:
         UserError: A label map cannot be read.
@@ -116,14 +116,16 @@ def aggregate(
     step: str = "largest",
     contour: str = "official",
 ) -> tuple[list[ScoredCase], dict[str, Any]]:
-    """Compute volumes and ejection fraction of every patient with four images, and their agreement over patients.
+    """Compute volumes and ejection fraction of patients, and the agreement of prediction and reference.
+
+    Only patients whose four images (two views, two instants) all have a usable prediction are included.
 
     Args:
         jobs: All jobs.
         scored: Scores of each job.
         run: Parallel ``map``.
         step: Height of the discs, see `xdim_jax.scoring.simpson.volumes`.
-        contour: Part of the ventricle that is cut into discs, see `xdim_jax.scoring.simpson.volumes`.
+        contour: Part of the ventricle that is divided into discs, see `xdim_jax.scoring.simpson.volumes`.
 
     Returns:
         A row for each patient, with predicted and reference volumes, and the entry ``volumes`` of the summary.
@@ -172,8 +174,8 @@ def agreement(pred: Sequence[float], ref: Sequence[float]) -> dict[str, float | 
 
     Returns:
         ``correlation``: Pearson's correlation. ``bias``: mean of prediction minus reference. ``sd``: standard deviation
-        of these differences (ddof 1). ``mae``: mean absolute error. A statistic is None if there are too few values, or
-        if the values are constant.
+        of these differences (ddof 1). ``mae``: mean absolute error. A statistic is None if there are too few values;
+        the correlation also if predicted or reference values are constant.
     """
     p, r = np.asarray(pred, float), np.asarray(ref, float)
     difference = p - r

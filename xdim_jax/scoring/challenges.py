@@ -1,4 +1,4 @@
-"""The rules by the names of ``--rules``, and the command-line options of each."""
+"""Selection of scoring rules by the names of ``--rules``, and the command-line options of each."""
 
 import argparse
 from pathlib import Path
@@ -34,7 +34,12 @@ def accepts(name: str, option: str) -> bool:
 
 
 def resolve_options(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that change what the rules measure. Options that were not given have their default value."""
+    """Return all options in `OPTIONS` with their values. Options that were not given have their default value.
+
+    Args:
+        name: One of `NAMES`.
+        options: Parsed options, see `add_options`.
+    """
     found = {k: getattr(options, k) for k in OPTIONS}
     found |= {k: found[k] or v for k, v in _DEFAULTS.items() if name in _ACCEPTED_BY[k]}
     if name.startswith("brats"):
@@ -55,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--platform_2022",
         action="store_true",
         default=None,
-        help="brats2022: also compute sd, median and quartiles as the platform did, which counted its mean as a case",
+        help="brats2022: also compute sd, median and quartiles as the platform did, with the mean counted as a case",
     )
     group.add_argument(
         "--tune_min_et",
@@ -77,7 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--contour",
         choices=simpson.CONTOURS,
-        help="camus: part of the ventricle that is cut into discs (default: official)",
+        help="camus: part of the ventricle that is divided into discs (default: official)",
     )
     group.add_argument(
         "--labels",
@@ -111,7 +116,7 @@ def make_rules(name: str, options: argparse.Namespace) -> Rules:
         if convention and convention not in brats.conventions(name):
             known = " or ".join(brats.conventions(name))
             raise UserError(f"--convention={convention} does not have the structures of {name}; give {known}")
-        also = [name for name in ("platform_2022", "tune_min_et") if getattr(options, name)]
+        also = [option for option in ("platform_2022", "tune_min_et") if getattr(options, option)]
         return brats.rules(name, convention, options.cohort or "GLI", also=also)
     if name == "chaos":
         return chaos.rules(tuple(sorted(set(options.task or ()))))

@@ -122,12 +122,12 @@ def score_missing(ref: Masks, geometry: Geometry) -> Values:
 
 
 def find(folder: Path) -> dict[str, LabelMap]:
-    """Return the references in a folder by case id: DICOM and PNG as in the challenge, or label maps."""
+    """Return the references in a folder by case id: PNG masks with DICOM images as in the challenge, or label maps."""
     check_folder(folder, LAYOUT)
     if not any(True for _ in folder.rglob("*.dcm")):
         return find_label_maps(folder)
     found = {}
-    for case in list_cases(dataset(4, "in"), folder, need_labels=True):
+    for case in list_cases(dataset(4, "in"), folder, need_labels=True):  # task 4 has CT and MR
         assert isinstance(case.label, tuple)
         attributes = _attributes(case.case_id)
         found[case.case_id] = LabelMap(case.case_id, case.label, case.patient, attributes, case.images[0], case.axes)
@@ -143,7 +143,8 @@ def find_label_maps(folder: Path) -> dict[str, LabelMap]:
 def _case_of_file(path: Path) -> str | None:
     """Return the case id of a label map; None for other files.
 
-    The two phases of T1-DUAL have the same reference. The prediction of the in-phase is scored, and the other ignored.
+    The two phases of T1-DUAL have the same reference. The prediction for the in-phase image is scored, and that for the
+    out-of-phase image is ignored.
     """
     stem = (strip(path.name) or "").removesuffix("_seg").removesuffix("_in")
     return stem if re.fullmatch(rf"({TEST_PREFIX})?(CT_\d+|MR_\d+_(T1DUAL|T2SPIR))", stem) else None
@@ -164,14 +165,16 @@ def _find_predictions(folder: Path, references: Mapping[str, LabelMap]) -> dict[
     """Return the predictions in a folder by case id: PNG files as in a submission, and label maps."""
     pngs = sorted({p.parent for p in folder.rglob("*.png") if not p.name.startswith(".")}) if folder.is_dir() else []
     found: dict[str, LabelMap] = {}
-    for below in pngs:
-        match = _RESULT_FOLDER.fullmatch(str(below.relative_to(folder)))
+    for subfolder in pngs:
+        match = _RESULT_FOLDER.fullmatch(str(subfolder.relative_to(folder)))
         if match is None:
             continue
         case = f"CT_{match[2]}" if match[2] else f"MR_{match[3]}_{match[4]}"
         if case in found:
-            raise UserError(f"there are two folders of masks for case {case}: {found[case].path} and {below}; keep one")
-        files = files_in_order(below, ".png")
+            raise UserError(
+                f"there are two folders of masks for case {case}: {found[case].path} and {subfolder}; keep one"
+            )
+        files = files_in_order(subfolder, ".png")
         ref = references.get(case)
         axes = ref.axes if ref else "anatomical"
         found[case] = LabelMap(case, files, _patient(case), _attributes(case), None, axes)

@@ -1,4 +1,4 @@
-"""The table of a comparison of two evaluations, see `xdim_jax.scoring.paired`."""
+"""The table that shows the differences of two evaluations, see `xdim_jax.scoring.paired`."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ def make_table(found: Sequence[paired.Difference], a: str, b: str) -> tables.Tab
     """Return a table with one row for each structure and metric.
 
     Args:
-        found: Differences of all structures and metrics.
+        found: Differences of all structures and metrics, from `xdim_jax.scoring.paired.compare`.
         a: Name of evaluation A.
         b: Name of evaluation B.
     """

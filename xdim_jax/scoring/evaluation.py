@@ -1,4 +1,4 @@
-"""Scoring of all cases of an evaluation, in several processes; its result files, and its lines in the log."""
+"""Score all cases of an evaluation in several processes, write the result files, and format the results for the log."""
 
 import concurrent.futures
 import concurrent.futures.process
@@ -18,7 +18,7 @@ from xdim_jax.scoring.rules import Job, LabelMap, Rules, ScoredCase, score_case
 
 
 def write_evaluation(
-    folder: Path, rules: Rules, scored: Sequence[ScoredCase], summary: dict[str, Any], made: Sequence[tables.Table]
+    folder: Path, rules: Rules, scored: Sequence[ScoredCase], summary: dict[str, Any], shown: Sequence[tables.Table]
 ) -> None:
     """Write the result files of an evaluation, except ``evaluate.json``.
 
@@ -27,13 +27,13 @@ def write_evaluation(
         rules: Rules of the challenge.
         scored: Rows of ``cases.csv``.
         summary: Content of ``summary.json``.
-        made: Tables in ``tables.md`` and ``tables.tex``.
+        shown: Tables in ``tables.md`` and ``tables.tex``.
     """
     results.write_cases(folder / results.CASES_FILE, scored, rules.attributes)
     write_json(folder / results.SUMMARY_FILE, summary)
     markdown, latex = results.TABLES_FILES
-    write_text(folder / markdown, "\n".join(table.markdown() for table in made))
-    write_text(folder / latex, "\n".join(table.latex() for table in made))
+    write_text(folder / markdown, "\n".join(table.markdown() for table in shown))
+    write_text(folder / latex, "\n".join(table.latex() for table in shown))
 
 
 def score_jobs(
@@ -45,14 +45,14 @@ def score_jobs(
         rules: Rules of the challenge.
         jobs: Jobs.
         extra_metrics: Names of metrics to be computed in addition to those of the rules.
-        processes: Largest number of processes.
+        processes: Maximum number of processes.
 
     Returns:
         A result for each job; further rows of ``cases.csv``; and further entries of the summary. The last two are
         computed by ``Rules.aggregate``.
 
     Raises:
-        UserError: References cannot be used, or a process was killed. The message lists all of these references.
+        UserError: References cannot be used (the message lists all of them), or a process was killed.
     """
     keys = [_key(job) for job in jobs]
     unique = {key: (job.ref, job.pred) for key, job in zip(keys, jobs, strict=True)}
@@ -103,7 +103,7 @@ def _parallel_map(processes: int) -> Iterator[Callable[[Callable[[Any], Any], It
 
 
 def describe(summary: dict[str, Any], rules: Rules) -> list[str]:
-    """Return the lines of the log about an evaluation: means of the main metrics, and results of the whole data set."""
+    """Return log lines about an evaluation: means of the main metrics, and results over the whole data set."""
     return [*_mean_lines(summary, rules), *_aggregate_lines(summary), *_empty_lines(summary)]
 
 
@@ -111,6 +111,7 @@ def _mean_lines(summary: dict[str, Any], rules: Rules) -> list[str]:
     """Return a table of the means of the main metrics, for every group if the rules have groups."""
     shown = list(rules.main_metrics)
     rows = [["", "", *(rules.columns[m].title + (f" ({u})" if (u := rules.columns[m].unit) else "") for m in shown)]]
+    # CAMUS also has groups of one view and instant, such as "2CH ED"; the log shows only "ED" and "ES"
     groups = {g: t for g, t in summary["groups"].items() if rules.name != "camus" or " " not in g}
     for group, table in (groups or {"": summary["structures"]}).items():
         for structure, values in table.items():

@@ -33,12 +33,12 @@ def evaluate_folders(
         pred: Folder of predicted label maps.
         ref: Folder of references.
         out: Folder for the results.
-        options: Options that the rules were made with, for the record.
+        options: Options of the rules, which are recorded in evaluate.json.
         cases: Ids of the cases that are scored; None for all.
         metrics: Names of metrics in addition to those of the rules.
-        missing: ``error``: raise an error if a prediction is missing or unreadable. ``penalise``: give it the worst
-            values of the challenge.
-        processes: Number of processes that score.
+        missing: What happens if a prediction is missing or unreadable. ``error``: a UserError is raised.
+            ``penalise``: the case gets the worst values of the challenge.
+        processes: Maximum number of scoring processes.
 
     Raises:
         UserError: A reference cannot be used, there is nothing to score, or predictions are missing or unreadable.
@@ -63,7 +63,7 @@ def evaluate_folders(
         log.warn(f"{problem}: scored as unreadable")
     scored = _add_absent_structures(scored)
     if not any(case.values for case in scored):
-        raise UserError(f"{ref} and {pred} hold no structure, only background; name the structures with --labels")
+        raise UserError(f"{ref} and {pred} contain no structure, only background; name the structures with --labels")
     for line in _unevaluated_structures(scored):
         log.warn(line)
     summary = results.summarise(rules, scored, extra)
@@ -83,7 +83,7 @@ def evaluate_folders(
 
 
 def check_small_et_kept(pred: Path) -> None:
-    """Raise UserError if small ET was already removed from predictions, so that its best minimum cannot be found."""
+    """Raise UserError if prediction has already removed small ET, because --tune_min_et needs all predicted ET."""
     record = pred / results.PREDICT_FILE
     minimum = read_json(record).get("predict", {}).get("min_et", 0) if record.is_file() else 0
     if minimum:
@@ -94,7 +94,7 @@ def check_small_et_kept(pred: Path) -> None:
 
 
 def _record(jobs: Sequence[Job]) -> dict[str, Any]:
-    """Return patient and files of every case. A case has several predictions if these differ by task."""
+    """Return patient and files of every case. A case of several tasks may have a different prediction for each task."""
     found: dict[str, Any] = {}
     for job in jobs:
         entry = found.setdefault(job.ref.case_id, {"patient": job.ref.patient, "ref": "", "pred": []})
@@ -105,9 +105,10 @@ def _record(jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def _add_absent_structures(scored: Sequence[ScoredCase]) -> list[ScoredCase]:
-    """Add NaN values for structures that other cases have, and that are empty in both maps of a case.
+    """Add NaN values to each case for structures that only other cases have.
 
-    Needed for rules that read the structures from the label maps. Rules with tasks know their structures.
+    This changes results only if the rules read the structures from the label maps: a case then lacks the structures
+    that neither of its maps has. Results with tasks are returned unchanged, because CHAOS defines its structures.
     """
     metrics = {s: tuple(v) for case in scored for s, v in case.values.items()}
     if {case.attributes.get("task") for case in scored} != {None}:
@@ -121,7 +122,7 @@ def _add_absent_structures(scored: Sequence[ScoredCase]) -> list[ScoredCase]:
 
 
 def _unevaluated_structures(scored: Sequence[ScoredCase]) -> list[str]:
-    """Return a warning for each structure that has no defined metric because references lack it."""
+    """Return a warning for each structure whose metrics are all NaN in some cases because the references lack it."""
     found: dict[tuple[str, str], list[str]] = {}
     for case in scored:
         for structure, which in case.empty.items():
@@ -130,6 +131,6 @@ def _unevaluated_structures(scored: Sequence[ScoredCase]) -> list[str]:
                 found.setdefault((structure, which), []).append(case.case_id)
     return [
         f"{structure} is not in the reference of {shorten(list(dict.fromkeys(cases)))}, and is not evaluated there"
-        + ("; but it was predicted" if which == "ref" else "")
+        + (", although it was predicted" if which == "ref" else "")
         for (structure, which), cases in found.items()
     ]

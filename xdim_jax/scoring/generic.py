@@ -1,4 +1,4 @@
-"""Rules for two folders of label maps of any origin, with any metrics."""
+"""Rules for label maps that belong to no challenge: any structures and any metrics."""
 
 import functools
 import json
@@ -46,7 +46,7 @@ def read_structures(folder: Path) -> Mapping[str, tuple[int, ...]] | None:
     """Read the structures from a ``dataset.json`` of nnU-Net or of the Medical Segmentation Decathlon.
 
     Args:
-        folder: Folder of the file, or a subfolder of it.
+        folder: Folder of label maps. The file is in this folder or in its parent.
 
     Returns:
         Name of each structure -> its values, without the background and the label "ignore". None if there is no file.

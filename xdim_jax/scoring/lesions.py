@@ -20,7 +20,7 @@ _COMPONENT_NEIGHBOURS = np.ones((3, 3, 3), bool)  # 26: faces, edges and corners
 
 @dataclasses.dataclass(frozen=True)
 class Cohort:
-    """Parameters of one part of the challenge.
+    """Parameters of one part of the challenge, see `COHORTS`.
 
     Attributes:
         dilation: Number of dilation steps, both for merging lesions of the reference that are close to each other, and
@@ -32,6 +32,8 @@ class Cohort:
     ignored_volume: float
 
 
+# part of the challenge -> parameters: glioma of adults, glioma in Sub-Saharan Africa, glioma of children, meningioma,
+# metastases
 COHORTS = {
     "GLI": Cohort(3, 50),
     "SSA": Cohort(3, 50),
@@ -39,23 +41,23 @@ COHORTS = {
     "MEN": Cohort(1, 50),
     "MET": Cohort(1, 2),
 }
-_VOLUME_TOLERANCE = 1 + 1e-5  # factor for voxels of 1 mm whose spacing has a rounding error
+_VOLUME_TOLERANCE = 1 + 1e-5  # factor of the ignored volume, because a spacing of 1 mm may have a rounding error
 PENALTY_2023, PENALTY_2024 = 374.0, 337.0  # HD95 of a missed or false lesion, in mm
 
 
 def dilate(mask: np.ndarray, steps: int) -> np.ndarray:
-    """Return the dilation of a mask with the 18 neighbours."""
+    """Dilate a mask ``steps`` times with the 18 neighbours of a voxel."""
     return binary_dilation(mask, _DILATION_NEIGHBOURS, iterations=steps) if steps else mask
 
 
 def label_components(mask: np.ndarray) -> np.ndarray:
-    """Return the number of each voxel's 26-connected component, from 1; 0 outside the mask."""
+    """Return a label map of the 26-connected components of a mask: 1, 2, ... inside the components, 0 outside."""
     found: Any = label(mask, _COMPONENT_NEIGHBOURS)
     return found[0]
 
 
 def label_merged(mask: np.ndarray, steps: int) -> np.ndarray:
-    """Return the same as `label_components`, except that components that touch after dilation have one number."""
+    """Return the same as `label_components`, but components that touch after ``steps`` dilations share a label."""
     return np.where(mask, label_components(dilate(mask, steps)), 0)
 
 
@@ -85,18 +87,21 @@ def score_lesions(
     penalty: float,
     metrics: Sequence[str] = ("dice", "hd95_surfel"),
 ) -> LesionScores:
-    """Score numbered lesions.
+    """Score the lesions of one structure.
 
     A predicted component matches a lesion if it touches the dilated lesion. Each lesion is compared with the union of
     all components that match it.
 
     Args:
-        pred: Number of the predicted component at each voxel, 0 outside.
-        ref: Number of the lesion at each voxel, 0 outside.
+        pred: Label map (D, H, W) of the predicted components: 1, 2, ..., and 0 outside.
+        ref: Label map (D, H, W) of the lesions of the reference: 1, 2, ..., and 0 outside.
         geometry: Positions of the voxels.
         cohort: Dilation and ignored volume.
-        penalty: Distance of a missed lesion or a false component. Their overlap is 0.
-        metrics: Names of metrics. If there is no counted lesion and no false component, overlaps are 1 and distances 0.
+        penalty: Value in mm of distance metrics for a missed lesion or a false component. Overlap metrics are 0.
+        metrics: Names of metrics in `xdim_jax.scoring.masks.METRICS`.
+
+    Returns:
+        Scores and counts. If there is no counted lesion and no false component, overlaps are 1 and distances 0.
     """
     sums = dict.fromkeys(metrics, 0.0)
     counted = tp = 0
@@ -166,7 +171,7 @@ def _ignored_size_2024(structure: str) -> int:
 
 
 def label_lesions_2024(masks: Mapping[str, np.ndarray], *, predicted: bool) -> dict[str, np.ndarray]:
-    """Number the lesions of every structure.
+    """Return label maps of the lesions of every structure.
 
     1. Components that touch after dilation are merged.
     2. Small components of a prediction are removed.
@@ -177,7 +182,7 @@ def label_lesions_2024(masks: Mapping[str, np.ndarray], *, predicted: bool) -> d
         predicted: True for a prediction, False for a reference.
 
     Returns:
-        Structure -> number of the lesion at each voxel, 0 outside.
+        Structure -> label map: 1, 2, ... inside the lesions, 0 outside.
     """
     numbered = {}
     for name, mask in masks.items():
@@ -197,8 +202,8 @@ def label_lesions_2024(masks: Mapping[str, np.ndarray], *, predicted: bool) -> d
 def _merge_touching(lesions: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Merge lesions that touch the same lesion of another structure.
 
-    If a lesion touches several lesions of the other structure, the one with the lowest number counts. If there is only
-    one contact in total, nothing changes.
+    If a lesion touches several lesions of the other structure, only the one with the lowest label counts. If there is
+    only one contact in total, nothing changes.
     """
     contacts = []
     for number, box in enumerate(find_objects(lesions), 1):

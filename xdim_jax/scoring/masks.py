@@ -18,7 +18,7 @@ import numpy as np
 from scipy.ndimage import binary_erosion, distance_transform_edt, generate_binary_structure
 from scipy.spatial import KDTree
 
-_MAX_COSINE = 1e-3  # two axes with a larger cosine do not count as perpendicular
+_MAX_COSINE = 1e-3  # axes count as perpendicular if the cosine of the angle between them is at most this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def surface_distances(
     surface_p, surface_g = surface(pred, border=border), surface(ref, border=border)
     if not surface_p.any() or not surface_g.any():
         return np.zeros(0), np.zeros(0)
-    # a distance map needs perpendicular axes
+    # a distance map is correct only for perpendicular axes
     use_tree = geometry.skewed or _tree_is_faster(pred, ref, surface_p, surface_g)
     nearest = _nearest_by_tree if use_tree else _nearest_by_map
     return _distances(surface_p, surface_g, geometry, nearest), _distances(surface_g, surface_p, geometry, nearest)
@@ -143,7 +143,8 @@ def _distances(
 ) -> np.ndarray:
     """Return the distance of every voxel of one surface to the nearest voxel of another.
 
-    It is computed from the differences of indices, so that equal differences have exactly equal distances.
+    The distance is computed from the difference of the two voxel indices. Pairs of voxels with the same difference
+    therefore have bitwise equal distances, whichever function has found the nearest voxel.
     """
     points = np.argwhere(source)
     return np.linalg.norm((points - nearest(points, target, geometry)) @ _step_matrix(geometry).T, axis=1)
@@ -178,7 +179,7 @@ def bounding_box(mask: np.ndarray, margin: int) -> tuple[slice, ...]:
 
 
 class Pair:
-    """A predicted mask and a reference mask. Values that several metrics need are computed at most once.
+    """A predicted mask and a reference mask. Distances are computed only once for all metrics.
 
     Args:
         pred: Predicted mask P, boolean.
@@ -211,7 +212,7 @@ class Pair:
 
     @functools.cached_property
     def surfels(self) -> dict[str, Any]:
-        """Distances and areas of surface elements by DeepMind's surface-distance. Both masks must have voxels."""
+        """Result of ``surface_distance.compute_surface_distances`` (DeepMind). Both masks must have voxels."""
         import surface_distance
 
         box = bounding_box(self.pred | self.ref, margin=1)
@@ -254,7 +255,7 @@ def _pooled(function: Callable[[np.ndarray], Any]) -> Callable[[Pair], float]:
 
 
 def _hd95_surfel(pair: Pair) -> float:
-    """Return the 95th percentile of distances weighted by area, of surface-distance; NaN if a mask is empty."""
+    """Return HD95 of DeepMind's surface-distance, which weights distances by area; NaN if a mask is empty."""
     if not pair.p or not pair.g:
         return math.nan
     import surface_distance
@@ -263,7 +264,10 @@ def _hd95_surfel(pair: Pair) -> float:
 
 
 def _nsd(tolerance: float) -> Callable[[Pair], float]:
-    """Return a metric: the share of the surface voxels within a distance in mm, as the mean of both directions."""
+    """Return a metric: the share of surface voxels that are at most ``tolerance`` mm from the other surface.
+
+    It is computed for P to G and for G to P, and the two shares are averaged.
+    """
     return _directed(lambda p, g: (np.mean(p <= tolerance) + np.mean(g <= tolerance)) / 2)
 
 

@@ -23,8 +23,9 @@ class Difference:
         a: Mean in evaluation A.
         b: Mean in evaluation B.
         mean: Mean of the differences.
-        low: Lower limit of the 95 % confidence interval of ``mean`` (bootstrap over patients); None for one patient.
-        high: Upper limit.
+        low: Lower limit of the 95 % confidence interval of ``mean``, by a bootstrap over patients. None if there is
+            only one patient.
+        high: Upper limit of this interval.
         p: Two-sided p-value of Wilcoxon's signed-rank test over cases; 1 if no case differs.
         p_holm: ``p`` after Holm's correction for all tests of the comparison.
     """
@@ -91,8 +92,9 @@ def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[
 def _values_by_metric(cases: Sequence[ScoredCase]) -> Mapping[tuple[str, str], dict[tuple[str, ...], float]]:
     """Return (structure, metric) -> case -> value.
 
-    A case that belongs to several tasks counts once if all tasks have the same values. If they differ for any case, the
-    tasks were predicted separately; then the structures of each task are compared separately.
+    The tasks of CHAOS may share the prediction of a case, or have a prediction each. If all tasks have the same values,
+    the case counts once. Otherwise, each task is compared separately, and its structures are named
+    ``task <task> <structure>``.
     """
     tasks: dict[tuple[str, ...], dict[str, dict[str, Mapping[str, float]]]] = {}
     for case in cases:

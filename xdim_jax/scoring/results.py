@@ -42,11 +42,11 @@ def write_cases(path: Path, scored: Sequence[ScoredCase], attributes: Sequence[s
 
 
 def read_cases(path: Path, patients: Mapping[str, str] | None = None) -> list[ScoredCase]:
-    """Read a file that `write_cases` wrote.
+    """Read a file written by `write_cases`.
 
     Args:
         path: The file.
-        patients: Case id -> patient. A case that is not listed is its own patient.
+        patients: Case id -> patient. For a case that is not listed, the case id is also the patient id.
 
     Raises:
         UserError: The file does not exist, has other columns, or cannot be read.
@@ -178,7 +178,7 @@ def structure_statistics(scored: Sequence[ScoredCase]) -> dict[str, dict[str, di
 
 
 def unique_cases(scored: Sequence[ScoredCase]) -> dict[str, ScoredCase]:
-    """Return one result for each case id: if a case has several, one per task, the one with the most structures."""
+    """Return one result for each case id. If a case has one per task, this is the one with the most structures."""
     unique: dict[str, ScoredCase] = {}
     for case in scored:
         if case.case_id not in unique or len(case.values) > len(unique[case.case_id].values):
@@ -187,9 +187,7 @@ def unique_cases(scored: Sequence[ScoredCase]) -> dict[str, ScoredCase]:
 
 
 def summarise(rules: Rules, scored: Sequence[ScoredCase], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of ``summary.json``.
-
-    It has the statistics over all cases and over the groups of the rules, and the numbers of empty masks.
+    """Return the content of ``summary.json``: statistics over all cases and over groups, and numbers of empty masks.
 
     Args:
         rules: Rules of the challenge.

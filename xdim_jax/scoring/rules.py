@@ -1,4 +1,4 @@
-"""The parts of a challenge's scoring rules, and the scoring of one case by them.
+"""Data structures for the scoring rules of a challenge, and scoring of one case.
 
 `Rules` describes one challenge; `xdim_jax.scoring.challenges` lists all of them. `score_case` reads the two label maps
 of a case, extracts a mask for each structure, and applies the rules to the masks.
@@ -38,7 +38,7 @@ class Coding:
         grey_ranges: Value -> range ``low < grey <= high`` of grey levels that are read as this value; other grey levels
             are background. If empty, the file may contain only 0, the values of the structures, and ``ignored``.
         ignored: Further values that may occur and belong to no structure.
-        if_several: Coding of files that contain more than one nonzero value; None for the same coding.
+        if_several: Coding of files that contain more than one nonzero value; None to use this coding for them too.
         hint: Advice at the end of the message about an unknown value.
     """
 
@@ -65,7 +65,11 @@ class Coding:
         return {name: np.isin(label, members) for name, members in self.structures.items()}
 
     def _labels_of_greys(self, values: np.ndarray, path: Path) -> np.ndarray:
-        """Return the value in whose range each grey level lies, else 0. Raises UserError if all are in no range."""
+        """Return, for each grey level, the value whose range contains it, or 0 if no range does.
+
+        Raises:
+            UserError: There are nonzero grey levels, but no range contains any of them.
+        """
         label = np.zeros(values.shape, np.uint8)
         for value, (low, high) in self.grey_ranges.items():
             label[(values > low) & (values <= high)] = value
@@ -76,14 +80,14 @@ class Coding:
         return label
 
     def _rounded_labels(self, values: np.ndarray, path: Path) -> np.ndarray:
-        """Return the values as whole numbers. Raises UserError if one is not known."""
+        """Return the values rounded to whole numbers. Raises UserError if the coding does not have one of them."""
         known = sorted({0, *self.ignored, *(v for members in self.structures.values() for v in members)})
         found = np.unique(values).astype(np.float64)
         unknown = [v for v in found if not np.isfinite(v) or min(abs(v - k) for k in known) > _LABEL_TOLERANCE]
         if unknown:
             shown = shorten([f"{v:g}" for v in unknown])
             expected = known if len(known) < 20 else f"whole numbers from {known[0]} to {known[-1]}"
-            raise UserError(f"{path} has the unknown label {shown}; {self.name} has only {expected}: {self.hint}")
+            raise UserError(f"{path} has unknown labels: {shown}; {self.name} has only {expected}; {self.hint}")
         return np.rint(values)
 
 
@@ -167,7 +171,7 @@ class Job:
     structures: tuple[str, ...] | None = None
 
     def prediction_with_grid(self) -> LabelMap:
-        """Return the prediction. PNG masks without a grid get the image of the reference."""
+        """Return the prediction. If it has no ``grid``, it gets that of the reference, or else the reference itself."""
         assert self.pred is not None, self.ref.case_id
         return dataclasses.replace(self.pred, grid=self.pred.grid or self.ref.grid or self.ref.source)
 
@@ -216,8 +220,8 @@ class Rules:
         attributes: Names of the further columns of the results.
         border: True if positions beyond the edge of the image count as outside, see `xdim_jax.scoring.masks.Pair`.
         groups: Function that returns the groups of the summary to which a case belongs, from its attributes.
-        pair: Function that pairs the predictions in a folder with references. It returns the jobs, and the ids of
-            predictions without a reference. None to pair them by case id.
+        pair: Function that assigns the predictions in a folder to references. It returns the jobs, and the ids of
+            predictions without a reference. None to assign them by case id.
         volumetric: True if reports show three orthogonal planes of a case, False if they show slices.
         aggregate: Function of all jobs, their scores, and a parallel ``map``. It returns further rows of the results
             and further entries of the summary. None if there are no such values.
@@ -336,7 +340,8 @@ def find_coding(rules: Rules, ref: LabelMap, values: np.ndarray, predicted: np.n
         predicted: Values of the prediction; None if there is none.
 
     Returns:
-        The coding by the rules. If they do not have one, every whole number except 0 in either map is a structure.
+        The coding of the rules. If they have none, a coding in which every whole number except 0 in either map is a
+        structure.
     """
     if (known := rules.coding(ref)) is not None:
         return known
@@ -354,14 +359,18 @@ def geometry_from_grid(shape: Sequence[int], grid: Grid) -> Geometry:
 
 
 def squeeze_slice(masks: Masks, geometry: Geometry) -> tuple[Masks, Geometry]:
-    """Return the masks of a single slice (1, H, W) as (H, W), so that they are measured in 2D; others unchanged."""
+    """Remove the depth axis of masks with a single slice (1, H, W), so that they are measured in 2D.
+
+    Returns:
+        The masks and their geometry; unchanged if there are several slices.
+    """
     if geometry.shape[0] != 1:
         return masks, geometry
     return {name: mask[0] for name, mask in masks.items()}, Geometry(geometry.shape[1:], geometry.spacing[1:])
 
 
 def check_folder(folder: Path, layout: str) -> None:
-    """Raise UserError if a folder does not exist."""
+    """Raise UserError if a path is not a folder. ``layout`` names the expected files, for the message."""
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"--pred or --ref: {folder} {found}; expected a folder of label maps: {layout}")

@@ -3,8 +3,8 @@
 Two peculiarities of the official code are kept, because the ejection fractions of the challenge come from it:
 
 - No half-width of a disc is below 8 pixels.
-- All discs of a patient have one height. The end-systolic volume is therefore computed with the end-diastolic length,
-  which is larger.
+- All discs of a patient have the same height, also those at end-systole, where the ventricle is shorter. The
+  end-systolic volume is therefore computed with the end-diastolic length.
 """
 
 import dataclasses
@@ -18,14 +18,15 @@ from scipy.ndimage import label
 VIEWS, INSTANTS = ("2CH", "4CH"), ("ED", "ES")
 STEPS, CONTOURS = ("largest", "per_instant"), ("official", "largest_part")
 _DISCS = 20
-_MAX_SLOPE = 45.0  # of the base, in degrees
-_MAX_DEVIATION = 8.0  # of the contour from the line of the base, in pixels
-_WALK_START, _WALK_STEP = 8.0, 0.5  # of the search for the wall from the axis, in pixels
+_MAX_SLOPE = 45.0  # largest angle between the base and the horizontal, in degrees
+_MAX_DEVIATION = 8.0  # largest distance of the contour from the line of the base, in pixels
+# the wall is searched at distances of 8, 8.5, 9, ... pixels from the axis
+_SEARCH_START, _SEARCH_STEP = 8.0, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Discs:
-    """A ventricle in one view, cut into discs.
+    """A ventricle in one view, divided into discs perpendicular to its long axis.
 
     Attributes:
         diameters: Diameters from base to apex, in mm.
@@ -76,8 +77,8 @@ def volumes(
             combinations of view and instant are needed.
         step: Height of the discs. "largest" for the largest height of the four masks, as in the official code;
             "per_instant" for the larger height of the two views at each instant.
-        contour: Part of the cavity that is cut into discs. "official" for the first contour that is found;
-            "largest_part" for the largest 4-connected part.
+        contour: Part of the cavity that is divided into discs. "official" for the first contour that is found, as in
+            the official code; "largest_part" for the largest 4-connected part.
 
     Returns:
         The volumes; NaN if a mask is empty or has no base.
@@ -87,10 +88,10 @@ def volumes(
     """
     if step not in STEPS or contour not in CONTOURS:
         raise ValueError(f"step={step!r}, contour={contour!r}: expected one of {STEPS} and one of {CONTOURS}")
-    cut = {key: discs(mask, spacing, contour=contour) for key, (mask, spacing) in masks.items()}
-    if any(found is None for found in cut.values()):
+    divided = {key: discs(mask, spacing, contour=contour) for key, (mask, spacing) in masks.items()}
+    if any(found is None for found in divided.values()):
         return UNDEFINED
-    known = {key: found for key, found in cut.items() if found is not None}
+    known = {key: found for key, found in divided.items() if found is not None}
     millilitres = []
     for instant in INSTANTS:
         two, four = (known[view, instant] for view in VIEWS)
@@ -101,7 +102,7 @@ def volumes(
 
 
 def discs(mask: np.ndarray, spacing: Sequence[float], *, contour: str = "official") -> Discs | None:
-    """Cut the ventricle in one view into discs.
+    """Divide the ventricle in one view into discs.
 
     Args:
         mask: Mask of the cavity (rows, columns).
@@ -109,7 +110,7 @@ def discs(mask: np.ndarray, spacing: Sequence[float], *, contour: str = "officia
         contour: See `volumes`.
 
     Returns:
-        The discs; None if the mask is empty or has no base.
+        The discs; None if the mask is empty, has no base or consists of a single point.
     """
     from skimage.measure import find_contours
 
@@ -123,7 +124,7 @@ def discs(mask: np.ndarray, spacing: Sequence[float], *, contour: str = "officia
     if not contours or (base := base_line(contours[0])) is None:
         return None
     points = contours[0]
-    left, right = base  # indices of contour points; left > right
+    left, right = base  # indices of the contour points at its ends; left > right
     middle = points[int(right + round((left - right) / 2))]
     apex = points[int(np.argmax(((points - middle) ** 2).sum(1)))]
     axis = apex - middle
@@ -176,11 +177,8 @@ def base_line(points: np.ndarray) -> tuple[int, int] | None:
 
 
 def _distance_to_wall(mask: np.ndarray, start: np.ndarray, direction: np.ndarray) -> float:
-    """Return the distance in pixels from a point to the first position outside the mask or the image.
-
-    The search starts at a distance of 8 pixels.
-    """
-    steps = _WALK_START + _WALK_STEP * np.arange(2 * sum(mask.shape))
+    """Return the distance in pixels from a point to the first position outside the mask or the image, at least 8."""
+    steps = _SEARCH_START + _SEARCH_STEP * np.arange(2 * sum(mask.shape))
     at = np.rint(start + steps[:, None] * direction).astype(int)
     within = ((at >= 0) & (at < mask.shape)).all(1)
     inside = np.zeros(len(at), bool)

@@ -1,6 +1,7 @@
 """Conversion of predictions to the files that a challenge expects.
 
-The functions check all label maps, and return a writer for each of them. So nothing is written if a check fails.
+Each ``pack_*`` function first checks all label maps, and then returns functions that write them. So nothing is written
+if a check fails.
 """
 
 import functools
@@ -20,12 +21,12 @@ from xdim_jax.scoring import brats, camus, chaos
 from xdim_jax.scoring.results import PREDICT_FILE
 from xdim_jax.scoring.rules import Coding, LabelMap
 
-# writes the files of one case into a folder, and returns their number
+# function that writes the files of one case into a folder, and returns their number
 Writer = Callable[[Path], int]
 
 
 def pack_camus(pred: Path, images: dict[str, list[str]], suffix: str) -> list[Writer]:
-    """Return writers of one file per view and instant: ``patient0001_2CH_ED.mhd`` with its ``.raw``, or ``.nii.gz``.
+    """Return writers for CAMUS: one file per view and instant, such as ``patient0001_2CH_ED.mhd`` with its ``.raw``.
 
     Args:
         pred: Folder of predicted label maps.
@@ -42,7 +43,7 @@ def pack_camus(pred: Path, images: dict[str, list[str]], suffix: str) -> list[Wr
 
 
 def pack_brats(pred: Path, images: dict[str, list[str]], convention: str) -> list[Writer]:
-    """Return writers of one file ``<case id>.nii.gz`` per case.
+    """Return writers for BraTS: one file ``<case id>.nii.gz`` per case.
 
     Args:
         pred: Folder of predicted label maps.
@@ -57,7 +58,7 @@ def pack_brats(pred: Path, images: dict[str, list[str]], convention: str) -> lis
 
 
 def pack_chaos(pred: Path, images: dict[str, list[str]], tasks: Sequence[str]) -> list[Writer]:
-    """Return writers of one PNG file per slice, in the order of the DICOM file names.
+    """Return writers for CHAOS: one PNG file per slice, numbered in the order of the DICOM file names.
 
     Args:
         pred: Folder of predicted label maps.
@@ -135,20 +136,20 @@ def _read_labels(label_map: LabelMap) -> np.ndarray:
 def _write_file(
     label_map: LabelMap, grid: Grid, suffix: str, write: Callable[[Path, np.ndarray, Grid], None], folder: Path
 ) -> int:
-    """Write a label map to one file, whose name has no prefix of test cases."""
+    """Write a label map to one file, named after the case without `camus.TEST_PREFIX`; return the number of files."""
     write(folder / f"{label_map.case_id.removeprefix(camus.TEST_PREFIX)}{suffix}", _read_labels(label_map), grid)
     return 1
 
 
 def _write_slices(label_map: LabelMap, grid: Grid, task: str, folder: Path) -> int:
-    """Write a label map to the PNG files of one task of CHAOS, with the organs of the task only."""
+    """Write the organs of one task of CHAOS to one PNG file per slice; return the number of files."""
     modality, patient = label_map.case_id.removeprefix(chaos.TEST_PREFIX).split("_")[:2]
     series = Path(modality, patient) if modality == "CT" else Path(modality, patient, label_map.attributes["sequence"])
-    below = folder / f"Task{task}" / series / "Results"
-    below.mkdir(parents=True)
+    results = folder / f"Task{task}" / series / "Results"
+    results.mkdir(parents=True)
     kept = [value for organ in chaos.TASKS[task][1] for value in chaos.ORGANS[organ]]
     label = _read_labels(label_map)
     greys = grid.to_file(np.where(np.isin(label, kept), label, 0).astype(np.uint8))  # (x, y, slice by file name)
     for k in range(greys.shape[2]):
-        Image.fromarray(np.ascontiguousarray(greys[:, :, k].T)).save(below / f"img{k:03d}.png")
+        Image.fromarray(np.ascontiguousarray(greys[:, :, k].T)).save(results / f"img{k:03d}.png")
     return greys.shape[2]

@@ -1,4 +1,4 @@
-"""Tables of results as Markdown and LaTeX: those of the paper, with its rows and ours, and one of all metrics."""
+"""Tables of results as Markdown and LaTeX: the tables of the paper with our rows added, and tables of all metrics."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -135,13 +135,13 @@ def make_tables(summary: Mapping[str, Any], columns: Mapping[str, Column]) -> li
 
 
 def paper_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of the paper for the challenge, with its rows and ours. Other rules have none."""
+    """Return the tables of the paper for CAMUS, CHAOS or BraTS 2022, with our rows added; none for other rules."""
     make = {"camus": _camus, "chaos": _chaos, "brats2022": _brats}.get(summary["rules"])
     return make(summary) if make else []
 
 
 def _camus(summary: Mapping[str, Any]) -> list[Table]:
-    """Return Table 2, and Table 3 if volumes of a patient are known."""
+    """Return Table 2, and Table 3 if the volumes of at least one patient are known."""
     tables = [_camus_segmentation(summary)]
     if summary["volumes"]["patients"]:
         tables.append(_camus_volumes(summary["volumes"]))

@@ -1,4 +1,4 @@
-"""The dry run of a sweep, which compiles every distinct program of its space and checks whether it fits the device."""
+"""The dry run of a sweep. It compiles every distinct program of the space, and checks whether the memory suffices."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,16 @@ from xdim_jax.training import pack
 from xdim_jax.training.check import resolve_config
 from xdim_jax.training.needs import Choice, measure
 
-MAX_PROGRAMS = 200  # programs that a dry run compiles at most
+MAX_PROGRAMS = 200  # maximum number of programs that a dry run compiles
 
 
 def distinct_programs(
     suggest: Suggest, spec: str, overrides: Sequence[str]
 ) -> dict[str, tuple[dict[str, Any], Config]]:
-    """Find the distinct programs of a space: those with different `xdim_jax.training.pack.signature`.
+    """Find the distinct programs of a space. Two programs differ if `xdim_jax.training.pack.signature` differs.
 
-    Parameters that change the program and have choices are tried in all combinations. Of ranges, both ends are tried.
+    For parameters that have choices and change the program, all combinations are tried. For ranges, both ends are
+    tried.
 
     Args:
         suggest: Function of the space.
@@ -31,7 +32,8 @@ def distinct_programs(
         overrides: Arguments ``--config.<key>=<value>``.
 
     Returns:
-        One setting of the space and its config for every program, by a text with the parameters that distinguish it.
+        A dictionary with one item per program. Its key is a text with the parameters that distinguish the program; its
+        value is a setting of the space that leads to this program, and the config of this setting.
 
     Raises:
         UserError: There are more than `MAX_PROGRAMS`.
@@ -40,8 +42,8 @@ def distinct_programs(
     program_keys = pack.signature(load_config(spec, overrides))
     combined_names = {name for name, d in distributions.items() if name in program_keys and hasattr(d, "choices")}
     other_choices = [{k: v for k, v in params.items() if k not in combined_names} for params in tried]
-    starts = {repr(picks): picks for picks in other_choices}.values()
-    combinations = (params for picks in starts for params in combine(suggest, picks, combined_names))
+    starts = {repr(fixed): fixed for fixed in other_choices}.values()  # without repetitions
+    combinations = (params for fixed in starts for params in combine(suggest, fixed, combined_names))
     programs: dict[str, tuple[dict[str, Any], Config]] = {}
     for params in itertools.chain(tried, combinations):
         config, _ = resolve_config(load_config(spec, [*overrides, *overrides_of(params)]), needs_data=False)
@@ -51,12 +53,13 @@ def distinct_programs(
                 f"the space has more than {MAX_PROGRAMS} programs; fix some of the parameters "
                 + ", ".join(sorted(combined_names))
             )
-    # a number in STACKED_KEYS is an input of the program, so a range of it does not distinguish programs
+    # numbers in STACKED_KEYS are inputs of the program, so their ranges do not distinguish programs
     shown = {name for name in distributions if name in program_keys and name not in pack.STACKED_KEYS} | combined_names
     return {_program_name(params, shown): (params, config) for params, config in programs.values()}
 
 
 def _program_name(params: Mapping[str, Any], shown: set[str]) -> str:
+    """Return the shown parameters as text."""
     return " ".join(f"{k}={v}" for k, v in params.items() if k in shown) or "the only program"
 
 
@@ -69,12 +72,12 @@ def dry_run(
         suggest: Function of the space.
         spec: Recipe, as ``FILE[:WORDS]``.
         overrides: Arguments ``--config.<key>=<value>``.
-        slots: Trials in one program; 0 if each trial is trained alone.
+        slots: Number of trials in one program; 0 if each trial is trained alone.
         layout: Layout of a pack, one of `xdim_jax.training.pack.LAYOUTS`.
-        budget: Memory of a device in bytes; None for that of the device in this machine.
+        budget: Memory of a device in bytes; None for the memory of the devices of this machine.
 
     Raises:
-        UserError: Lists all programs that do not fit.
+        UserError: Programs need more memory than that. The message lists all of them.
     """
     programs = distinct_programs(suggest, spec, overrides)
     available = available_bytes() if budget is None else budget

@@ -23,10 +23,11 @@ class _ActiveTrial:
     Attributes:
         trial: The trial.
         config: Its config.
-        resources: Its heartbeat and, if its workdir is in a bucket, the synchronisation; closed when it ends.
+        resources: Context managers that are closed when the trial ends: its heartbeat and, if its workdir is in a
+            bucket, the synchronisation of the workdir.
         member: Its run in the pack; None while it waits for a slot.
-        reported: Number of validations that are reported to the study.
-        checked_at: Time of the last check whether another worker has taken the trial over.
+        reported: Number of validations that have been reported to the study.
+        checked_at: Time at which this worker last checked whether another worker has taken over the trial.
     """
 
     trial: Any
@@ -46,7 +47,7 @@ class PackedWorker:
     Args:
         study: Study, see `xdim_jax.sweeps.study.open_study`.
         job: Settings of the trials.
-        stop: Signals that the process receives; read after every step.
+        stop: Signals that the process has received; checked after every step.
         slots: Number of slots of the pack.
         layout: Layout of the pack, one of `xdim_jax.training.pack.LAYOUTS`.
         heartbeat: Seconds between two heartbeats.
@@ -68,10 +69,17 @@ class PackedWorker:
         self._slots, self._layout, self._heartbeat, self._grace = slots, layout, heartbeat, grace
         self._pack: Pack | None = None
         self._trials: list[_ActiveTrial] = []
-        self._next_claim = 0.0  # no trial is claimed before this time; set if there was none to claim
+        self._next_claim = 0.0  # time of the next attempt to claim a trial, after there was none to claim
 
     def run(self, *, wait: bool = True) -> int:
-        """Train trials until all trials of the study have ended; see `xdim_jax.sweeps.worker.run_worker`."""
+        """Train trials until all trials of the study have ended.
+
+        Args:
+            wait: See `xdim_jax.sweeps.worker.run_worker`.
+
+        Returns:
+            The exit status.
+        """
         try:
             while True:
                 self._fill_slots()
@@ -87,10 +95,11 @@ class PackedWorker:
         return self._stop.status if self._stop.signal else 0
 
     def _wait_for_others(self) -> bool:
+        """Return False if all trials have ended; otherwise wait a little, and return True."""
         return worker.wait_for_others(self._study, self._stop, seconds=min(self._heartbeat, 2.0))
 
     def _fill_slots(self) -> None:
-        """Claim trials and put them into slots, until no slot is empty or no trial can be claimed."""
+        """Claim trials and put them into empty slots, until there is no empty slot or no trial to claim."""
         while not self._stop.signal:
             active = next((a for a in self._trials if a.member is None), None)
             if active is None:
@@ -102,9 +111,9 @@ class PackedWorker:
                     self._next_claim = time.monotonic() + self._heartbeat
                     return
                 active = self._open(trial)
-            with self._finished_on_error(active):
+            with self._fail_on_user_error(active):
                 if self._pack is None or not self._pack.fits(active.config):
-                    if len(self._trials) > 1:  # trials with another program are still running
+                    if len(self._trials) > 1:  # the pack still trains trials with another program
                         return
                     self._pack = Pack(active.config, self._slots, self._layout, self._stop)
                 address = worker.trial_address(self._job.root, studies.origin_of(active.trial))
@@ -112,7 +121,7 @@ class PackedWorker:
                 active.member = self._pack.add(active.config, workdir)
 
     def _open(self, trial: Any) -> _ActiveTrial:
-        """Start the heartbeat of a claimed trial, and draw its parameters."""
+        """Start the heartbeat of a claimed trial, and sample its parameters."""
         resources = contextlib.ExitStack()
         resources.enter_context(studies.Heartbeat(trial, self._heartbeat))
         worker.suggest_parameters(trial, self._job)
@@ -125,7 +134,7 @@ class PackedWorker:
         """Compute one step of all trials in the pack, and finish those that have ended."""
         try:
             pack.step()
-        except Exception as error:  # of the whole program, e.g. out of memory
+        except Exception as error:  # the program failed, e.g. because memory was exhausted, and with it all its trials
             text = f"{type(error).__name__}: {str(error).strip()[:500]}"
             for active in [a for a in self._trials if a.member]:
                 self._finish(active, 1, error=text)
@@ -136,7 +145,7 @@ class PackedWorker:
             self._after_step(active)
 
     def _after_step(self, active: _ActiveTrial) -> None:
-        """Report new validations of a trial, and finish it if it has ended, is pruned, or is taken over."""
+        """Report new validations of a trial, and finish it if it has ended, was pruned, or was taken over."""
         member = active.member
         assert member is not None
         pruned, taken_over, run = False, False, member.opened.run
@@ -150,13 +159,13 @@ class PackedWorker:
         if member.error:
             self._finish(active, 2, error=member.error)
         elif pruned or taken_over or not member.running:
-            # after a signal, a trial that has no further step is not complete: its last validation may be missing
+            # after a signal, the last validation may be missing, so the trial is not complete even after its last step
             interrupted = pruned or taken_over or self._stop.signal
             self._finish(active, REQUEUE if interrupted else 0, pruned=pruned)
 
     @contextlib.contextmanager
-    def _finished_on_error(self, active: _ActiveTrial) -> Iterator[None]:
-        """Inside the block, a UserError ends the trial, but not the worker."""
+    def _fail_on_user_error(self, active: _ActiveTrial) -> Iterator[None]:
+        """Finish the trial, but not the worker, if the block raises UserError."""
         try:
             yield
         except UserError as error:

@@ -1,7 +1,7 @@
 """The report of a study as one self-contained HTML file.
 
-It has a table of the trials from best to worst, the validation curves, the importance of the parameters, and all
-parameters in parallel coordinates.
+The page shows a table of the trials from best to worst, the validation curves, the importance of the parameters, and
+all parameters in parallel coordinates.
 """
 
 import math
@@ -17,12 +17,12 @@ from xdim_jax.pages import figures
 from xdim_jax.pages.figures import Picture
 from xdim_jax.sweeps import study as studies
 
-_MIN_TRIALS = 4  # complete trials below which parameters are not compared
+_MIN_TRIALS = 4  # with fewer complete trials, parameters are not compared
 _COLOUR_MAP = "viridis"
 
 
 def rank_trials(groups: dict[int, list[Any]]) -> list[tuple[int, Any]]:
-    """Return the origin and the deciding attempt of every trial, best first; trials without a Dice are last.
+    """Return the origin and the deciding attempt of every trial, best trial first. Trials without a Dice are last.
 
     Args:
         groups: Result of `xdim_jax.sweeps.study.group_attempts`.
@@ -49,7 +49,7 @@ def _score(trial: Any) -> float | None:
 
 
 def render(study: Any) -> str:
-    """Return the page as HTML."""
+    """Return the page of a study (`optuna.Study`) as HTML."""
     groups = studies.group_attempts(study)
     ranked = rank_trials(groups)
     complete = complete_trials(ranked)
@@ -99,7 +99,7 @@ def render(study: Any) -> str:
 
 
 def draw_curves(trials: Sequence[tuple[int, Any]]) -> Picture:
-    """Draw the Dice of every validation of the trials; the best trials are in colour."""
+    """Draw the validation Dice of trials, given as `rank_trials` returns them; the best five are in colour."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots()
     for rank, (origin, trial) in reversed(list(enumerate(trials))):
@@ -117,10 +117,11 @@ def draw_curves(trials: Sequence[tuple[int, Any]]) -> Picture:
 
 
 def draw_importance(study: Any, left_out: list[str]) -> list[Picture]:
-    """Draw how much each parameter contributes to a trial being among the best (PED-ANOVA, Watanabe et al. 2023).
+    """Draw the importance of each parameter by PED-ANOVA (Watanabe et al. 2023).
 
     Returns:
-        One picture; none if the importance cannot be computed, in which case a message is appended to ``left_out``.
+        A list with one picture. If the importance cannot be computed, the list is empty, and a message is added to
+        ``left_out``.
     """
     optuna = studies.import_optuna()
     try:
@@ -174,7 +175,7 @@ def draw_parallel(trials: Sequence[tuple[int, Any]], names: Sequence[str]) -> Pi
 
 
 def _axis_positions(values: Sequence[Any], log_scale: bool) -> tuple[np.ndarray, list[tuple[float, str]]]:
-    """Return the positions of values on an axis from 0 to 1 (NaN for no value), and the tick labels with positions."""
+    """Return the positions of values on an axis from 0 to 1 (NaN for no value), and its ticks: position and label."""
     known = [v for v in values if v is not None]
     if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in known):
         scale = math.log if log_scale and min(known) > 0 else float

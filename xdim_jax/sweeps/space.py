@@ -8,8 +8,9 @@
 The names of parameters are config keys. Their values are applied like overrides ``--config.<key>=<value>``, so tuples
 are written as strings: ``"(64,64,64)"``.
 
-Before a sweep starts, `explore` calls the function with probes instead of trials. A probe records every parameter and
-answers with a given choice, or with an end of the range. In this way `check_space` tests the space on the config.
+Before a sweep starts, `check_space` checks that the config accepts every branch of the space. For this, `explore` calls
+the function with probes instead of trials. A probe records all parameters. As their values it returns fixed choices, or
+ends of the ranges.
 """
 
 import importlib.util
@@ -24,7 +25,7 @@ from xdim_jax.training.check import resolve_config
 Suggest = Callable[[Any], object]
 Params = Mapping[str, Any]
 
-_MAX_SETTINGS = 2000  # settings after which `explore` stops
+_MAX_SETTINGS = 2000  # number of settings after which `explore` stops
 
 
 def load_space(path: Path) -> tuple[Suggest, str]:
@@ -37,7 +38,7 @@ def load_space(path: Path) -> tuple[Suggest, str]:
         The function ``suggest``, and the text of the file.
 
     Raises:
-        UserError: The file does not exist, cannot be imported, or has no such function.
+        UserError: The file does not exist, cannot be imported, or has no function ``suggest``.
     """
     shipped = shipped_configs() / "sweeps"
     found = next((p for p in (path, shipped / path.name, shipped / f"{path.name}.py") if p.is_file()), None)
@@ -61,19 +62,19 @@ def load_space(path: Path) -> tuple[Suggest, str]:
 
 
 class _Probe:
-    """A replacement of a trial that records the parameters of a space.
+    """A replacement for a trial, which records the parameters of a space.
 
     Args:
-        picks: Choices by name. For other names the first choice is taken.
-        high: True to answer with the upper end of every range, False for the lower end.
+        fixed: Name of a parameter -> its choice. All other parameters take their first choice.
+        high: True to return the upper end of every range, False for the lower end.
 
     Attributes:
         params: Values of the parameters by name.
         distributions: Distributions of the parameters by name.
     """
 
-    def __init__(self, picks: Params, *, high: bool):
-        self.picks, self.high = picks, high
+    def __init__(self, fixed: Params, *, high: bool):
+        self.fixed, self.high = fixed, high
         self.params: dict[str, Any] = {}
         self.distributions: dict[str, Any] = {}
 
@@ -99,10 +100,11 @@ class _Probe:
         return self._answer(name, CategoricalDistribution(choices))
 
     def _answer(self, name: str, distribution: Any) -> Any:
+        """Record a parameter, and return its value."""
         if self.distributions.setdefault(name, distribution) != distribution:
-            raise ValueError(f"{name} is suggested twice, with different ranges")
+            raise ValueError(f"{name} is suggested twice with different ranges")
         if hasattr(distribution, "choices"):
-            value = self.picks.get(name, distribution.choices[0])
+            value = self.fixed.get(name, distribution.choices[0])
         else:
             value = distribution.high if self.high else distribution.low
         self.params[name] = value
@@ -124,11 +126,11 @@ def explore(suggest: Suggest) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """
     tried: list[dict[str, Any]] = []
     distributions: dict[str, Any] = {}
-    # choices to try, and the parameters whose other choices are in the queue already
+    # fixed choices of a setting to try, and the parameters whose other choices are already in the queue
     queue: list[tuple[dict[str, Any], set[str]]] = [({}, set())]
     while queue and len(tried) < _MAX_SETTINGS:
-        picks, known = queue.pop(0)
-        probes = [_Probe(picks, high=high) for high in (False, True)]
+        fixed, known = queue.pop(0)
+        probes = [_Probe(fixed, high=high) for high in (False, True)]
         for probe in probes:
             suggest(probe)
             tried.append(probe.params)
@@ -137,27 +139,29 @@ def explore(suggest: Suggest) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             if distributions.setdefault(name, distribution) != distribution:
                 raise ValueError(f"{name} has different ranges in different branches")
             if name not in known:
-                queue += [(picks | {name: c}, set(suggested)) for c in getattr(distribution, "choices", ())[1:]]
+                queue += [(fixed | {name: c}, set(suggested)) for c in getattr(distribution, "choices", ())[1:]]
     return tried, distributions
 
 
-def combine(suggest: Suggest, picks: Params, names: set[str]) -> Iterator[dict[str, Any]]:
-    """Yield the settings for all combinations of some choices, with the lower and the upper ends of all ranges.
+def combine(suggest: Suggest, fixed: Params, names: set[str]) -> Iterator[dict[str, Any]]:
+    """Yield the settings for all combinations of the choices of some parameters.
+
+    Each combination is yielded twice: with the lower ends of all ranges, and with the upper ends.
 
     Args:
         suggest: Function of the space.
-        picks: Choices that are fixed.
-        names: Parameters whose choices are combined, unless they are in ``picks``. All others take their first choice.
+        fixed: Name of a parameter -> its choice.
+        names: Parameters whose choices are combined, unless they are in ``fixed``. All others take their first choice.
     """
-    low = _Probe(picks, high=False)
+    low = _Probe(fixed, high=False)
     suggest(low)
-    name = next((n for n in low.distributions if n in names and n not in picks), None)
+    name = next((n for n in low.distributions if n in names and n not in fixed), None)
     if name is not None:
         for choice in low.distributions[name].choices:
-            yield from combine(suggest, {**picks, name: choice}, names)
+            yield from combine(suggest, {**fixed, name: choice}, names)
         return
     yield low.params
-    high = _Probe(picks, high=True)
+    high = _Probe(fixed, high=True)
     suggest(high)
     yield high.params
 
@@ -168,7 +172,7 @@ def overrides_of(params: Params) -> list[str]:
 
 
 def check_space(suggest: Suggest, path: Path, spec: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Try every branch of a space on a config.
+    """Check that a config accepts every branch of a space.
 
     Args:
         suggest: Function of the space.
@@ -180,7 +184,8 @@ def check_space(suggest: Suggest, path: Path, spec: str, overrides: Sequence[str
         The distribution of every parameter by name.
 
     Raises:
-        UserError: Lists all problems: unknown config keys, values of a wrong type, and choices that exclude each other.
+        UserError: The config does not accept a setting of the space, because a key is unknown, a value has a wrong
+            type, or values exclude each other. The message lists all problems.
     """
     try:
         tried, distributions = explore(suggest)
@@ -197,7 +202,7 @@ def check_space(suggest: Suggest, path: Path, spec: str, overrides: Sequence[str
 
 
 def _problems(tried: Sequence[Params], spec: str, overrides: Sequence[str]) -> Iterator[str]:
-    """Yield a message for every unknown config key, and for every setting that the config refuses."""
+    """Yield a message for every unknown config key, and for every setting that the config does not accept."""
     known = {key for key, _ in leaves(load_config(spec, overrides))}
     unknown = {name for params in tried for name in params if name not in known}
     for name in sorted(unknown):

@@ -26,17 +26,17 @@ from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.log import warn
 
 HEARTBEAT_SECONDS = 20.0  # time between two heartbeats
-GRACE_SECONDS = 120.0  # a worker without a heartbeat for this time counts as dead
-MAX_ATTEMPTS = 5  # attempts at a trial
+GRACE_SECONDS = 120.0  # time without a heartbeat after which a worker counts as dead
+MAX_ATTEMPTS = 5  # maximum number of attempts at a trial
 
 SAMPLERS = ("tpe", "random", "grid")
 PRUNERS = ("none", "median", "asha")
 
-# user attributes of trials, as they are stored
+# names of the user attributes of trials in the storage
 _ORIGIN = "origin"  # number of the first attempt
-_HEARTBEAT = "alive"  # time of the last heartbeat
-_ERROR = "error"  # why training failed; the trial is not tried again
-_SURPLUS = "surplus"  # the trial exceeds the limit or repeats a running one, and does not count; see `claim_trial`
+_HEARTBEAT = "alive"  # time of the last heartbeat, seconds since the epoch
+_ERROR = "error"  # error message of a failed training; there is no further attempt
+_SURPLUS = "surplus"  # set if the trial does not count, see `claim_trial`
 
 
 def import_optuna() -> Any:
@@ -93,7 +93,7 @@ def open_study(storage: Any, name: str, *, sampler: Any = None, pruner: Any = No
         name: Name of the study.
         sampler: Result of `make_sampler`; None for optuna's default.
         pruner: Result of `make_pruner`; None for optuna's default.
-        create: Create the study if it does not exist.
+        create: True to create the study if it does not exist.
 
     Returns:
         An `optuna.Study`.
@@ -114,7 +114,11 @@ def open_study(storage: Any, name: str, *, sampler: Any = None, pruner: Any = No
 
 
 def record_search(study: Any, settings: dict[str, Any]) -> None:
-    """Store the settings of the search in a new study; compare them with those of an existing study.
+    """Store the settings of the search in a new study. For an existing study, check that they are the same.
+
+    Args:
+        study: The study.
+        settings: Name -> value, which can be stored as JSON.
 
     Raises:
         UserError: The study was started with other settings.
@@ -182,7 +186,7 @@ def make_pruner(name: str, *, warmup: int) -> Any:
 
     Args:
         name: One of `PRUNERS`.
-        warmup: Validations of a trial before it may be pruned.
+        warmup: Number of validations of a trial before it may be pruned.
     """
     pruners = import_optuna().pruners
     if name == "median":
@@ -211,7 +215,7 @@ def format_value(value: Any) -> str:
 
 
 def group_attempts(study: Any) -> dict[int, list[Any]]:
-    """Return the attempts at every trial in the order of creation, by origin. Surplus trials are left out."""
+    """Return origin -> attempts at the trial, in the order of creation. Surplus trials are left out."""
     groups: dict[int, list[Any]] = {}
     for trial in study.get_trials(deepcopy=False):
         if _SURPLUS not in trial.user_attrs:
@@ -230,7 +234,7 @@ def deciding_attempt(attempts: Sequence[Any]) -> Any:
 
 
 def has_ended(attempts: Sequence[Any]) -> bool:
-    """True if the trial is complete or pruned, or if it failed and no further attempt will follow."""
+    """Return whether a trial is complete or pruned, or has failed and there will be no further attempt."""
     last = deciding_attempt(attempts)
     if last.state.name == "FAIL":
         return _ERROR in last.user_attrs or len(attempts) >= MAX_ATTEMPTS
@@ -238,11 +242,15 @@ def has_ended(attempts: Sequence[Any]) -> bool:
 
 
 def claim_trial(study: Any, limit: int) -> Any | None:
-    """Claim a trial for this worker: a queued one, or a new one if the study has fewer than ``limit``.
+    """Claim a trial for this worker: a queued trial, or a new one if the study has fewer than ``limit`` trials.
 
-    optuna cannot lock a study. Several workers may therefore create the last trial at the same time, or claim two
-    attempts at the same trial. So each worker checks its trial after claiming it. If there is one too many, the worker
-    marks its trial as surplus, and tries again.
+    optuna cannot lock a study. Several workers may therefore create more trials than the limit, or claim two attempts
+    at the same trial. So each worker checks its trial after claiming it. If other workers were earlier, it marks its
+    trial as surplus, and starts again.
+
+    Args:
+        study: The study.
+        limit: Number of trials of the study.
 
     Returns:
         An `optuna.Trial`, or None if there is no trial to claim.
@@ -256,10 +264,10 @@ def claim_trial(study: Any, limit: int) -> Any | None:
         trial.set_user_attr(_HEARTBEAT, time.time())
         groups = group_attempts(study)
         origin = trial.user_attrs.get(_ORIGIN)
-        if origin is None:  # a new trial: the first ``limit`` trials of the study count
+        if origin is None:  # a new trial counts if it is among the first ``limit`` trials
             surplus = sum(first < trial.number for first in groups) >= limit
             trial.set_user_attr(_SURPLUS if surplus else _ORIGIN, trial.number)
-        else:  # a queued trial: the first of its running attempts counts
+        else:  # of several running attempts at a queued trial, only the first counts
             others = [t for t in groups.get(origin, ()) if t.number != trial.number]
             surplus = any(
                 t.state.name in ("COMPLETE", "PRUNED") or (t.state.name == "RUNNING" and t.number < trial.number)
@@ -277,10 +285,10 @@ def finish_trial(study: Any, trial: Any, state: str, value: float | None = None,
 
     Args:
         study: The study.
-        trial: The trial; without ``error``, its number is enough.
+        trial: An `optuna.Trial`, or its number if there is no ``error``.
         state: "COMPLETE", "PRUNED" or "FAIL".
         value: Score of a complete trial.
-        error: Why training failed. With an error, the trial is not tried again.
+        error: Error message if training failed; there will be no further attempt.
 
     Returns:
         False if the trial has already ended, because another worker has marked it as failed, see
@@ -297,7 +305,7 @@ def finish_trial(study: Any, trial: Any, state: str, value: float | None = None,
 
 
 def is_running(study: Any, trial: Any) -> bool:
-    """True unless another worker has marked the trial of this worker as failed, see `requeue_dead_trials`."""
+    """Return False if another worker has marked this trial as failed, see `requeue_dead_trials`."""
     running = study.get_trials(deepcopy=False, states=(import_optuna().trial.TrialState.RUNNING,))
     return any(other.number == trial.number for other in running)
 
@@ -352,6 +360,7 @@ class Heartbeat:
         self._thread.join()
 
     def _run(self) -> None:
+        """Write heartbeats until the trial ends or the context is left."""
         ended = import_optuna().exceptions.UpdateFinishedTrialError
         while not self._stop.wait(self._seconds):
             try:

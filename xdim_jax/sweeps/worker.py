@@ -1,4 +1,4 @@
-"""A worker, which claims trials of a study, trains each in a separate process, and stores the results in the study."""
+"""A worker: it claims trials of a study, trains each in a separate process, and stores the results in the study."""
 
 import ctypes
 import dataclasses
@@ -17,7 +17,7 @@ from xdim_jax.runs.records import read_records
 from xdim_jax.sweeps import study as studies
 from xdim_jax.sweeps.space import Suggest, overrides_of
 
-_ERROR_LINES = 3  # last lines of the log that become the error of a failed trial
+_ERROR_LINES = 3  # number of last log lines that are stored as the error of a failed trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Job:
     Attributes:
         config: Recipe, as ``FILE[:WORDS]``.
         overrides: Arguments ``--config.<key>=<value>``; the parameters of a trial follow them and take precedence.
-        suggest: Function that draws the parameters of a trial.
-        root: Folder of the workdirs, or an address gs://, s3://.
+        suggest: Function that samples the parameters of a trial, see `xdim_jax.sweeps.space`.
+        root: Folder of the workdirs of all trials, or an address in a bucket (gs://, s3://).
         trials: Number of trials in the study.
         command: Training command without its arguments.
     """
@@ -66,11 +66,11 @@ def run_worker(
     Args:
         study: Study, see `xdim_jax.sweeps.study.open_study`.
         job: Settings of the trials.
-        stop: Signals that the process receives; a signal stops the current trial and the worker.
+        stop: Signals that the process has received; a signal stops the current trial and the worker.
         heartbeat: Seconds between two heartbeats.
         grace: Seconds after which a worker without a heartbeat counts as dead.
-        wait: If no trial can be claimed, wait until the trials of other workers have ended, in order to resume them if
-            their workers die. False: return at once.
+        wait: What to do if no trial can be claimed. True: wait until the trials of other workers have ended, and
+            resume them if their workers die. False: return at once.
 
     Returns:
         The exit status.
@@ -87,9 +87,9 @@ def run_worker(
 
 
 def requeue_dead_trials(study: Any, grace: float) -> None:
-    """Queue interrupted trials again, see `xdim_jax.sweeps.study.requeue_dead_trials`, and log their numbers."""
+    """Call `xdim_jax.sweeps.study.requeue_dead_trials`, and log the numbers of the queued trials."""
     for origin in studies.requeue_dead_trials(study, grace):
-        log.say(f"trial {origin}: was interrupted; queued again, to resume from its last checkpoint")
+        log.say(f"trial {origin}: was interrupted; it is queued again, and will resume from its last checkpoint")
 
 
 def wait_for_others(study: Any, stop: StopRequest, *, seconds: float) -> bool:
@@ -103,7 +103,7 @@ def wait_for_others(study: Any, stop: StopRequest, *, seconds: float) -> bool:
 
 
 def suggest_parameters(trial: Any, job: Job) -> None:
-    """Draw the parameters of a trial, and log them."""
+    """Sample the parameters of a trial, and log them."""
     job.suggest(trial)
     settings = " ".join(f"{name}={studies.format_value(value)}" for name, value in trial.params.items())
     log.say(f"trial {studies.origin_of(trial)}: {settings}")
@@ -121,7 +121,7 @@ def _train(study: Any, trial: Any, job: Job, stop: StopRequest, heartbeat: float
             [*command, *job.overrides, *overrides_of(trial.params)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent,
+            preexec_fn=_kill_when_parent_dies,
         )
     reported, checked_at, pruned, terminated = 0, time.monotonic(), False, False
     while child.poll() is None:
@@ -139,8 +139,8 @@ def _train(study: Any, trial: Any, job: Job, stop: StopRequest, heartbeat: float
     record_result(study, trial, workdir, child.returncode, pruned=pruned, stopped=bool(stop.signal))
 
 
-def _die_with_parent() -> None:
-    """Make Linux kill this training process if the worker dies, because another worker will resume the trial."""
+def _kill_when_parent_dies() -> None:
+    """Ask Linux to kill this training process when the worker dies, because another worker will resume the trial."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)  # exists on Linux only
     if prctl is not None:
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -152,10 +152,10 @@ def report_validations(trial: Any, workdir: Path, reported: int) -> int:
     Args:
         trial: The trial.
         workdir: Its workdir.
-        reported: Number of validations that are already reported.
+        reported: Number of validations that have already been reported.
 
     Returns:
-        The number of validations that are reported now.
+        The number of validations that have now been reported.
     """
     scores = validation_scores(workdir)
     for number in range(reported, len(scores)):
@@ -180,7 +180,7 @@ def record_result(
         status: Exit status of training; negative if a signal killed the process.
         pruned: True if the trial was stopped because it was pruned.
         stopped: True if the trial was stopped because this worker received a signal.
-        error: Message of the error if training failed; empty to take the last lines of the log.
+        error: Error message if training failed; empty to use the last lines of the log.
     """
     origin, scores = studies.origin_of(trial), validation_scores(workdir)
     if status == 0 and scores:
@@ -188,7 +188,7 @@ def record_result(
         text = f"complete, best validation Dice {max(scores):.4f}"
     elif pruned:
         stored, text = studies.finish_trial(study, trial, "PRUNED"), f"pruned after {len(scores)} validations"
-    elif stopped or status == REQUEUE or status < 0:  # it can be resumed from its checkpoint, also by another worker
+    elif stopped or status == REQUEUE or status < 0:  # this or another worker can resume it from its checkpoint
         stored, text = studies.finish_trial(study, trial, "FAIL"), "stopped; returned to the queue"
     else:
         text = f"failed with status {status}: {error or _last_lines(workdir / LOG_FILE)}"
@@ -197,5 +197,6 @@ def record_result(
 
 
 def _last_lines(path: Path) -> str:
+    """Return the last lines of a log in one line."""
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return " / ".join(lines[-_ERROR_LINES:])

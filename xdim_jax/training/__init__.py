@@ -1,1 +1,1 @@
-"""Training: configs checked, data, loss, optimiser, one step, the loop."""
+"""Training: check of the config, data, loss, optimiser, training step, and training loop."""

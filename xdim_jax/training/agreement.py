@@ -1,4 +1,4 @@
-"""Agreement of all processes on when to save and when to stop, without waiting for one another."""
+"""Agreement of all processes on the steps after which they save and stop, without waiting for each other."""
 
 import collections
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 SAVE, STOP = 1, 2  # requests, in order of precedence
-_DELAY = 2  # steps after which a request is read; by then its step has finished, so reading does not block
+_DELAY = 2  # number of steps after which a request is read; its step has then finished, so reading does not block
 
 
 class Agreement:
@@ -23,22 +23,22 @@ class Agreement:
         self._unread: collections.deque[Any] = collections.deque()
 
     def attach(self, samples: int, request: int) -> dict[str, np.ndarray]:
-        """Return the entries that carry this process's request in a batch of ``samples`` samples."""
-        return {} if self._single else {"ask": np.full(samples, request, np.int32)}
+        """Return a batch entry with the request of this process for each sample; none if there is one process only."""
+        return {} if self._single else {"request": np.full(samples, request, np.int32)}
 
     def read(self, metrics: dict[str, Any], request: int) -> int:
         """Return the request that takes effect after a step: 0, `SAVE` or `STOP`.
 
         Args:
-            metrics: Metrics of the step. With several processes, the entry ``ask`` is removed.
-            request: Request of this process, used if there is no other process.
+            metrics: Metrics of the step. With several processes, the entry ``request`` is removed.
+            request: Request of this process, which takes effect at once if there is no other process.
         """
         if self._single:
             return request
-        self._unread.append(metrics.pop("ask"))
+        self._unread.append(metrics.pop("request"))
         if len(self._unread) <= _DELAY:
             return 0
         agreed = int(jax.device_get(self._unread.popleft()))
         if agreed == SAVE:
-            self._unread.clear()  # the requests of the steps in between are repetitions of this one
+            self._unread.clear()  # the steps in between repeat this request
         return agreed

@@ -7,21 +7,27 @@ from xdim_jax.base.errors import UserError
 
 # transform -> settings with usual values; p is the probability that a sample (or channel) is transformed
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "scale": {"p": 0.0, "low": 0.8, "high": 1.25},  # factor of size, the same along all axes
-    # about every axis, in voxels; plane=True rotates in the plane of the slices only, for slices thicker than pixels
+    "scale": {"p": 0.0, "low": 0.8, "high": 1.25},  # factor by which structures grow, the same along all axes
+    # largest angle about every axis; the spacing is ignored, so for thick slices use plane=True: rotation in their
+    # plane only
     "rotate": {"p": 0.0, "degrees": 15.0, "plane": False},
     "translate": {"p": 0.0, "share": 0.1},  # largest shift along every axis, as a share of the side
-    "shear": {"p": 0.0, "amount": 0.1},  # tangent of the angle, for every pair of axes
+    "shear": {"p": 0.0, "amount": 0.1},  # largest tangent of the shear angle, for every pair of axes
     "flip": {"p": 0.0, "axes": ()},  # spatial axes, each flipped with probability p
-    # random displacements at cells x cells points, interpolated; share: standard deviation as a share of the side
+    # displacements, interpolated from random ones at ``cells`` points per axis; share: their standard deviation, as a
+    # share of the side
     "elastic": {"p": 0.0, "cells": 5, "share": 0.015},
     "blur": {"p": 0.0, "low": 0.5, "high": 1.5},  # standard deviation in voxels
     "noise": {"p": 0.0, "sd": 0.1},  # largest standard deviation, in units of the standardised image
     "brightness": {"p": 0.0, "low": 0.75, "high": 1.25},  # factor, by channel
-    "contrast": {"p": 0.0, "low": 0.75, "high": 1.25},  # factor about the mean, clipped to the old range, by channel
-    "lowres": {"p": 0.0, "low": 0.5, "high": 1.0},  # remaining share of the voxels per side, by channel
-    "gamma": {"p": 0.0, "low": 0.7, "high": 1.5},  # exponent, applied to the range of the channel
-    # as shares of the range of the channel: largest shift of the window level, and width of the window
+    "contrast": {
+        "p": 0.0,
+        "low": 0.75,
+        "high": 1.25,
+    },  # factor of the distance from the mean; the result is clipped to the old range; by channel
+    "lowres": {"p": 0.0, "low": 0.5, "high": 1.0},  # share of the voxels per side that remains; p by channel
+    "gamma": {"p": 0.0, "low": 0.7, "high": 1.5},  # exponent, applied to the intensities scaled to [0, 1], by channel
+    # largest shift of the window level, and width of the window, as shares of the intensity range, by channel
     "window": {"p": 0.0, "level": 0.1, "low": 0.7, "high": 1.0},
     "cutout": {"p": 0.0, "share": 0.25},  # side of a box of zeros, as a share of the side of the image
 }
@@ -45,11 +51,11 @@ STREAMS = {
 }
 # smallest and largest value of a setting, by its name
 _LIMITS = {"degrees": (0, 180), "share": (0, 1), "amount": (0, 1), "cells": (2, 64), "sd": (0, 10), "level": (0, 0.5)}
-_LARGEST_BLUR = 10  # the filter's taps are unrolled
+_LARGEST_BLUR = 10  # limits the program size, because the taps of the filter are unrolled
 
 
 def settings(section: Mapping[str, Mapping[str, Any]], ndim: int) -> dict[str, dict[str, Any]]:
-    """Return the settings of all transforms, given an ``augment`` section with those that differ from `DEFAULTS`.
+    """Return the settings of all transforms: `DEFAULTS`, updated by the ``augment`` section of a config.
 
     Args:
         section: The ``augment`` section of a config.

@@ -1,4 +1,4 @@
-"""Checks of a config before anything is read or compiled, and the values in it that depend on the data set."""
+"""Check a config before data are read or programs are compiled, and set its values that depend on the data set."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from xdim_jax.inference.output import make_output
 from xdim_jax.nets import inflate, input_channels, networks
 from xdim_jax.training.program import make_network, make_program
 
-# keys that may change when a run is resumed, because they influence neither the data nor the numbers
+# keys that may change when a run is resumed, because they influence neither the samples nor the computed numbers
 FREE_KEYS = (
     "data.root",
     "data.store",
@@ -39,7 +39,7 @@ FREE_KEYS = (
     ),
 )
 
-# smallest and largest allowed value of a key
+# key -> smallest and largest allowed value
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     "init.sigma": (1e-3, 1e3),
@@ -81,19 +81,21 @@ RANGES: dict[str, tuple[float, float]] = {
     "predict.min_et": (0, math.inf),
 }
 
-# allowed names of a key; networks, encoders, losses and optimisers check their own
+# key -> allowed names; names of networks, encoders, losses and optimisers are checked where these are built
 CHOICES: dict[str, Sequence[str]] = {
     "data.sampling": pipeline.SAMPLINGS,
     "data.split": ("folds", "official"),
     "init.inflate": inflate.RULES,
-    "init.channels": tuple(rule for rule in input_channels.RULES if rule != "map"),  # a map is given to weight_port
+    "init.channels": tuple(
+        rule for rule in input_channels.RULES if rule != "map"
+    ),  # "map" is possible in weight_port only
     "init.part": ("all", "encoder"),
-    "train.ops": tuple(form for form in ops.FORMS if form != "sharded"),  # the program chooses "sharded" by itself
+    "train.ops": tuple(form for form in ops.FORMS if form != "sharded"),  # "sharded" is chosen automatically
 }
 
 
 def resolve_config(config: Config, *, needs_data: bool = True) -> tuple[Config, Dataset]:
-    """Check a config and fill in the values that depend on the data set. Nothing is read or compiled.
+    """Check a config, and set its values that depend on the data set. Nothing is read or compiled.
 
     Args:
         config: Config of a recipe; it is not changed.
@@ -103,7 +105,7 @@ def resolve_config(config: Config, *, needs_data: bool = True) -> tuple[Config, 
         A copy of the config in which ``model.in_channels`` and ``model.out_channels`` are set, and the data set.
 
     Raises:
-        UserError: A value is unknown, out of range, or does not go together with another one.
+        UserError: A value is unknown, out of range, or cannot be combined with another one.
     """
     config = config.copy_and_resolve_references()
     dataset = _find_dataset(config.data, needs_data=needs_data)
@@ -112,13 +114,16 @@ def resolve_config(config: Config, *, needs_data: bool = True) -> tuple[Config, 
     if problems := [*_range_problems(config), *_choice_problems(config), *_combination_problems(config)]:
         raise join_problems(problems, "values of the config cannot be used")
     network = _check_network(config)
-    make_program(config, dataset, per_epoch=1, network=network)  # raises for what the loss or the optimiser cannot use
+    make_program(
+        config, dataset, per_epoch=1, network=network
+    )  # raises UserError for values that loss or optimiser do not accept
     if config.data.split == "folds" and config.data.fold != ALL_FOLDS:
         check_fold(config.data.fold, config.data.folds)  # before any phantom is written
     return config, dataset
 
 
 def _find_dataset(data: Any, *, needs_data: bool) -> Dataset:
+    """Return the data set of the ``data`` section. Raises UserError if the data are missing."""
     if data.root and not Path(data.root).is_dir():
         raise UserError(f"--config.data.root={data.root} is not a folder; give the folder of the {data.dataset} data")
     dataset = get_dataset(data)
@@ -132,7 +137,7 @@ def _find_dataset(data: Any, *, needs_data: bool) -> Dataset:
 
 
 def _set_channels(config: Config, dataset: Dataset) -> None:
-    """Set the numbers of channels of the model; 0 in a config means the number that the data set needs."""
+    """Set the numbers of channels of the network to those of the data set, where the config has 0; check the others."""
     output = make_output(config.output, dataset)
     for key, expected in (("in_channels", len(dataset.channels)), ("out_channels", len(output.channels))):
         config.model[key] = config.model[key] or expected
@@ -147,6 +152,7 @@ def _value(config: Config, key: str) -> Any:
 
 
 def _range_problems(config: Config) -> list[str]:
+    """Return a message for each value outside of `RANGES`."""
     problems = []
     for key, (low, high) in RANGES.items():
         try:
@@ -159,6 +165,7 @@ def _range_problems(config: Config) -> list[str]:
 
 
 def _choice_problems(config: Config) -> list[str]:
+    """Return a message for each name that is not in `CHOICES`."""
     return [
         f"config.{key}={value!r} is unknown; known: {', '.join(known)}"
         for key, known in CHOICES.items()
@@ -167,22 +174,24 @@ def _choice_problems(config: Config) -> list[str]:
 
 
 def _combination_problems(config: Config) -> list[str]:
+    """Return a message for each pair of values that cannot be combined."""
     problems = []
     data = config.data
-    if data.sampling == "slices" and whole_size(data.patch)[0] != 1:
+    if data.sampling == "slices" and patch_size_3d(data.patch)[0] != 1:
         problems.append(
-            f"config.data.sampling=slices does not go with a 3D patch, {tuple(data.patch)}: sample patches or volumes"
+            f"config.data.sampling=slices needs a 2D patch, found config.data.patch={tuple(data.patch)}; use "
+            "patches or volumes"
         )
     if config.mesh.space > 1 and config.train.ops in ("fast", "reference"):
         problems.append(
-            f"config.train.ops={config.train.ops}: with volumes distributed over devices (mesh.space="
-            f"{config.mesh.space}) it must be auto"
+            f"config.train.ops={config.train.ops}: expected auto if volumes are distributed over devices "
+            f"(config.mesh.space={config.mesh.space})"
         )
     return problems
 
 
 def _check_network(config: Config) -> tuple[Any, Any, Any]:
-    """Return the network with shapes in place of arrays, see `xdim_jax.training.program.make_network`."""
+    """Return the network with shapes in place of arrays. Raises UserError if model or patch cannot be used."""
     try:
         network = make_network(config.model, seed=config.seed, remat=config.train.remat, abstract=True)
     except UserError:
@@ -196,7 +205,7 @@ def _check_network(config: Config) -> tuple[Any, Any, Any]:
     return network
 
 
-def whole_size(patch: Sequence[int]) -> pipeline.Size:
-    """Return a patch with three axes (D, H, W); a patch with two axes is one slice."""
+def patch_size_3d(patch: Sequence[int]) -> pipeline.Size:
+    """Return the size D, H, W of a patch, given (D, H, W), or (H, W) for a patch of one slice."""
     d, h, w = (*(1,) * (3 - len(patch)), *patch)
     return d, h, w

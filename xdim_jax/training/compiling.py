@@ -10,9 +10,16 @@ from xdim_jax.base.log import duration, say
 
 
 def compile_step(lower: Callable[..., Any], *arguments: Any) -> Any:
-    """Compile the program ``lower(*arguments)`` and log how long that takes.
+    """Compile a training step, and log how long that takes.
 
-    XLA compiles in a second thread, because Python handles a signal only when the main thread runs Python code.
+    XLA compiles in a second thread. Otherwise Python could not handle signals until the program is compiled.
+
+    Args:
+        lower: Function that lowers the step for the devices, such as `xdim_jax.training.mesh.Devices.lower`.
+        arguments: Arguments of ``lower``.
+
+    Returns:
+        The compiled step.
     """
     say("compile    train step ...")
     begin = time.monotonic()

@@ -1,10 +1,11 @@
 """Cross-validation: one run per fold, below one workdir, and a summary of all folds.
 
-    <workdir>/fold0/ ... fold4/      an ordinary run each
+    <workdir>/fold0/ ... fold4/      workdirs of the runs
     <workdir>/crossval.json          the best validation of each fold, their means and standard deviations
 
-One command can train all folds (``:fold=all``), or a separate job each fold (``:fold=2 --workdir=<workdir>/fold2``).
-After separate jobs, ``:fold=all`` on the same workdir trains the missing folds and writes the summary.
+One command can train all folds (``:fold=all``). Or each fold is trained by a job of its own (``:fold=2
+--workdir=<workdir>/fold2``); ``:fold=all`` on the same workdir then trains only the folds that are not finished, and
+writes the summary.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ def train_folds(config: Config, workdir: Path, train: Callable[[Runs], int]) -> 
     """Train every fold that is not finished, and write the summary.
 
     Args:
-        config: Config of a recipe with ``data.fold`` for all folds; it is not changed.
+        config: Config of a recipe whose ``data.fold`` means all folds; it is not changed.
         workdir: Folder of the cross-validation.
         train: Function that trains runs, given by config and workdir, and returns an exit status.
 
@@ -40,9 +41,10 @@ def train_folds(config: Config, workdir: Path, train: Callable[[Runs], int]) -> 
         The exit status of ``train``.
 
     Raises:
-        UserError: The list of folds that comes with the data has fewer than two, or ``workdir`` has a single run.
+        UserError: The data come with fewer than two folds, a fold has no validation, or ``workdir`` is that of a single
+            run.
     """
-    folds = _count(config.data)
+    folds = _count_folds(config.data)
     if checkpoint.exist(workdir):
         raise UserError(f"{workdir} is the workdir of a single run; give another --workdir for fold=all")
     runs = []
@@ -60,20 +62,20 @@ def train_folds(config: Config, workdir: Path, train: Callable[[Runs], int]) -> 
     return 0
 
 
-def _count(data: Any) -> int:
-    """Return the number of folds of the ``data`` section, or of the list that comes with the data (split=official)."""
+def _count_folds(data: Any) -> int:
+    """Return the number of folds: that of the config, or with split=official that of the list in the data folder."""
     if data.split != "official":
         return data.folds
     if not data.root:
         raise UserError(
-            "fold=all with config.data.split=official uses the list of folds that comes with the data: give "
+            "fold=all with config.data.split=official needs the list of folds in the data folder; give "
             "--config.data.root=<folder>"
         )
     splits = scan_cases(get_dataset(data), Path(data.root), need_labels=True).splits
     if len(splits) < 2:
         raise UserError(
             f"fold=all with config.data.split=official: the list in {data.root} has {len(splits)} folds, expected two "
-            "or more; leave fold=all out, or give --config.data.split=folds"
+            "or more; remove fold=all, or give --config.data.split=folds"
         )
     return len(splits)
 
@@ -82,15 +84,13 @@ def summarise(workdir: Path, folds: int) -> dict[str, Any]:
     """Return the best validation of each fold, and mean and standard deviation (ddof 1) over the folds.
 
     Raises:
-        UserError: A fold has no validation on record.
+        UserError: A fold has no recorded validation.
     """
     best = {}
     for fold in range(folds):
         records = [r for r in read_records(workdir / f"fold{fold}") if r["kind"] == "validation"]
         if not records:
-            raise UserError(
-                f"{workdir / f'fold{fold}'} has no validation on record; train fold {fold} to its end first"
-            )
+            raise UserError(f"{workdir / f'fold{fold}'} has no recorded validation; train fold {fold} to its end first")
         chosen = max(records, key=lambda r: r["dice"])
         best[f"fold{fold}"] = {k: v for k, v in chosen.items() if k == "step" or k.startswith("dice")}
     keys = [k for k in best["fold0"] if k != "step"]

@@ -1,4 +1,4 @@
-"""Checks of a machine: versions, devices, memory, compilation cache, precision, speed of reading, a training step."""
+"""Checks of a machine: versions, devices, memory, compilation cache, operations, precision, reading, training step."""
 
 import dataclasses
 import importlib.metadata
@@ -26,9 +26,9 @@ EXTRAS = {
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
 }
-_READ_SECONDS = 5.0
-_STEP_SECONDS = 10.0
-_PATCH = (32, 32, 64)  # of the trial step
+_READ_SECONDS = 5.0  # duration of the check of reading
+_STEP_SECONDS = 10.0  # duration of the training steps, without compilation
+_PATCH = (32, 32, 64)  # patch of the training steps
 
 
 @dataclasses.dataclass
@@ -37,10 +37,10 @@ class Finding:
 
     Attributes:
         check: Name of the check.
-        status: ``ok``; ``warning`` if everything works, but could work better; ``failure`` if something does not work.
+        status: ``ok``; ``warning`` if everything works but could be better; ``failure`` if something does not work.
         text: The result in words.
         advice: What to do; empty if the status is ``ok``.
-        facts: The numbers and names in the text, for programs that read the JSON output.
+        facts: The numbers and names in the text, by key, for the JSON output.
     """
 
     check: str
@@ -51,7 +51,7 @@ class Finding:
 
 
 def examine(checks: Sequence[Callable[[], Finding]]) -> Iterator[Finding]:
-    """Yield the finding of each check. An exception in a check is a failure of that check; the others still run."""
+    """Run checks, and yield their findings. An exception in a check becomes a failure of this check only."""
     for check in checks:
         try:
             yield check()
@@ -67,7 +67,7 @@ def examine(checks: Sequence[Callable[[], Finding]]) -> Iterator[Finding]:
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """Return a line that says whether the machine is ready, and which checks failed or gave a warning."""
+    """Return a line of text: whether the machine is ready, and which checks have failed or have a warning."""
     failed = [f.check for f in findings if f.status == FAILURE]
     warned = [f.check for f in findings if f.status == WARNING]
     if failed:
@@ -76,11 +76,11 @@ def verdict(findings: Sequence[Finding]) -> str:
 
 
 def versions() -> Finding:
-    """Check Python, the packages and the extras."""
+    """Check the versions of Python, the packages and the extras."""
     found = environment.versions()
     python = sys.version.split()[0]
     facts = {"python": python, "packages": found, "extras": {k: _installed(v) for k, v in EXTRAS.items()}}
-    extras = [name for name, there in facts["extras"].items() if there]
+    extras = [name for name, installed in facts["extras"].items() if installed]
     text = f"Python {python}, jax {found['jax']}, flax {found['flax']}, xdim_jax {found['xdim_jax']}; extras: " + (
         ", ".join(extras) or "none"
     )
@@ -99,6 +99,7 @@ _INSTALL = f"install the versions that were tested together: pip install -c {_CO
 
 
 def _installed(names: Sequence[str]) -> bool:
+    """Return whether all packages are installed."""
     try:
         return all(importlib.metadata.version(name) for name in names)
     except importlib.metadata.PackageNotFoundError:
@@ -111,8 +112,8 @@ def devices() -> Finding:
 
     text = environment.devices()
     facts = {"devices": text, "platform": jax.default_backend(), "count": jax.device_count()}
-    hidden = {"/dev/nvidiactl": "cuda12", "/dev/accel0": "tpu"}
-    for path, extra in hidden.items():
+    accelerators = {"/dev/nvidiactl": "cuda12", "/dev/accel0": "tpu"}  # device file -> extra that supports it
+    for path, extra in accelerators.items():
         if jax.default_backend() == "cpu" and Path(path).exists():
             advice = f"pip install 'xdim_jax[{extra}]', and check that JAX_PLATFORMS is not set to cpu"
             return Finding("devices", WARNING, f"{text}, but this machine has an accelerator", advice, facts)
@@ -135,7 +136,7 @@ def memory() -> Finding:
     if free < 5 * 2**30:
         return Finding("memory", WARNING, text, "checkpoints and prepared cases need space: use another disk", facts)
     if host < 8 * 2**30:
-        advice = "python -m xdim_jax.plan says what a recipe needs; a smaller --config.data.patch needs less"
+        advice = "python -m xdim_jax.plan shows how much a recipe needs; a smaller --config.data.patch needs less"
         return Finding("memory", WARNING, text, advice, facts)
     return Finding("memory", OK, text, facts=facts)
 
@@ -209,6 +210,7 @@ def precision() -> Finding:
 
 
 def _timed(function: Callable[[], Any]) -> float:
+    """Return the seconds that a call takes."""
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin
@@ -229,7 +231,7 @@ def reading(folder: Path) -> Finding:
         count += 1
     seconds = time.perf_counter() - begin
     if not count:
-        return Finding("reading", FAILURE, f"{folder} holds no files", "give the folder of your data")
+        return Finding("reading", FAILURE, f"{folder} contains no files", "give the folder of your data")
     rate = total / seconds
     facts = {"folder": str(folder), "files": count, "bytes": total, "seconds": seconds, "bytes_per_second": rate}
     text = f"{folder}: {count} files, {rate / 1e6:.0f} MB/s (files that were read recently come from memory)"
@@ -240,7 +242,10 @@ def reading(folder: Path) -> Finding:
 
 
 def training_step() -> Finding:
-    """Train a small DX-Net for ten seconds, and compare its first step with the reference form of the operations."""
+    """Train a small DX-Net for ten seconds, and compare its first step with the reference form of the operations.
+
+    The step must compile, its loss must fall, and its first loss and gradient norm must be those of the reference form.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -284,22 +289,22 @@ def training_step() -> Finding:
         state, metrics = step(state, batch, key)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start)
-    apart = max(abs(a - b) / abs(b) for a, b in zip(norms["auto"], norms["reference"], strict=True))
+    difference = max(abs(a - b) / abs(b) for a, b in zip(norms["auto"], norms["reference"], strict=True))
     loss = float(metrics["loss"])
     facts = {"compile_s": compiled, "steps": len(times), "median_s": statistics.median(times), "loss": loss}
-    facts |= {"first_loss": norms["auto"][0], "apart": apart}
+    facts |= {"first_loss": norms["auto"][0], "apart": difference}
     text = (
         f"small DX-Net, {'x'.join(map(str, _PATCH))}: {1000 * facts['median_s']:.0f} ms per step over {len(times)} "
         f"steps, loss {norms['auto'][0]:.3f} to {loss:.3f}; two programs compiled in {compiled:.0f} s"
     )
-    if not (math.isfinite(loss) and apart < 1e-3):
-        broken = (
-            f"loss or gradient norm differs by {apart:.1%} from the reference form"
+    if not (math.isfinite(loss) and difference < 1e-3):
+        text = (
+            f"loss or gradient norm differs by {difference:.1%} from the reference form"
             if math.isfinite(loss)
             else "the loss is not finite"
         )
         advice = "--config.train.ops=reference avoids it; please report it with the output of --json"
-        return Finding("step", FAILURE, broken, advice, facts)
+        return Finding("step", FAILURE, text, advice, facts)
     if not loss < norms["auto"][0]:
         advice = "please report it with the output of --json"
         return Finding("step", FAILURE, f"{text}: the loss does not fall", advice, facts)

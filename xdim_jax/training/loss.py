@@ -1,7 +1,7 @@
-"""Losses of logits, channels last. Each loss also returns its parts, for the log.
+"""Losses, which are functions of logits with the channels last. Each loss also returns its parts, for the log.
 
-Every loss is one minus a soft Dice, plus a cross-entropy. Both are computed for each sample and channel first, so that
-channels can be weighted, and left out for samples in which they are not annotated.
+Every loss is one minus a soft Dice, plus a cross-entropy. Channels can have weights. A channel that is not annotated in
+a sample does not count there.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,33 +19,34 @@ Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 NAMES = ("dice_bce", "dice_ce")
 DICES = ("sample", "batch")
 REDUCTIONS = ("mean", "sum")
-_NEVER = -1e9  # logit of a channel that is left out; with -inf its gradient would be NaN
+_MASKED = -1e9  # logit of a channel that is left out; with -inf the gradient would be NaN
 
 
 def _spatial(x: jax.Array) -> tuple[int, ...]:
+    """Return the spatial axes of ``(B, *spatial, C)``."""
     return tuple(range(1, x.ndim - 1))
 
 
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """``-[g log y + (1 - g) log(1 - y)]`` with ``y = sigmoid(logits)``, elementwise."""
+    """Return ``-[g log y + (1 - g) log(1 - y)]`` with ``y = sigmoid(logits)`` and targets g, elementwise."""
     return jax.nn.softplus(logits) - logits * targets
 
 
 def soft_dice(probs: jax.Array, targets: jax.Array, eps: float | jax.Array, *, axes: tuple[int, ...]) -> jax.Array:
-    """``2 sum(y g) / (sum y + sum g + eps)``, summed over ``axes``."""
+    """Return ``2 sum(y g) / (sum y + sum g + eps)`` for probabilities y and targets g, summed over ``axes``."""
     overlap = jnp.sum(probs * targets, axes)
     return 2 * overlap / (jnp.sum(probs, axes) + jnp.sum(targets, axes) + eps)
 
 
-def against_the_rest(logits: jax.Array) -> jax.Array:
-    """Return binary logits of each channel against all others, given softmax logits."""
+def one_vs_rest_logits(logits: jax.Array) -> jax.Array:
+    """Return the logits ``log(p / (1 - p))`` of the probability p of each channel, given softmax logits."""
     n = logits.shape[-1]
     others = [jax.nn.logsumexp(jnp.delete(logits, c, axis=-1), axis=-1) for c in range(n)]
     return logits - jnp.stack(others, -1)
 
 
 def merge_unannotated(logits: jax.Array, annotated: jax.Array) -> jax.Array:
-    """Return softmax logits in which the background has the probability of all unannotated channels added to its own.
+    """Return softmax logits with the probabilities of unannotated channels added to that of the background.
 
     Voxels of unannotated structures are background in the reference, so these logits give the likelihood of the
     reference (the marginal loss of Shi et al. 2021).
@@ -55,8 +56,8 @@ def merge_unannotated(logits: jax.Array, annotated: jax.Array) -> jax.Array:
         annotated: bool ``(B, C)``.
     """
     shown = annotated.reshape(annotated.shape[0], *(1,) * (logits.ndim - 2), -1)
-    hidden = jnp.where(shown, _NEVER, logits).at[..., 0].set(logits[..., 0])
-    return jnp.where(shown, logits, _NEVER).at[..., 0].set(jax.nn.logsumexp(hidden, axis=-1))
+    hidden = jnp.where(shown, _MASKED, logits).at[..., 0].set(logits[..., 0])
+    return jnp.where(shown, logits, _MASKED).at[..., 0].set(jax.nn.logsumexp(hidden, axis=-1))
 
 
 def merge_unannotated_targets(targets: jax.Array, annotated: jax.Array) -> jax.Array:
@@ -71,23 +72,26 @@ def make_loss(
 ) -> Loss:
     """Build the loss that the ``loss`` section of a config describes.
 
-    ``dice_bce`` is Eq. 5 of the paper: one minus the mean soft Dice, plus the mean binary cross-entropy of each channel
-    against the rest. DEVIATION from Eq. 5 as printed, which takes the logarithm of the binary ground truth and so
-    cannot be computed: the logarithm is taken of the prediction. The cross-entropy is a mean over voxels instead of a
-    sum, so that both terms are of order one (``cross_entropy=sum`` sums).
+    ``dice_bce`` is Eq. 5 of the paper: one minus the mean soft Dice, plus the mean binary cross-entropy of the channels
+    (with a softmax, of each channel against all others). There are two deviations from Eq. 5 as printed. It takes the
+    logarithm of the binary ground truth, which may be 0; here it is taken of the prediction. It sums the cross-entropy
+    over voxels; here the mean is taken, so that both terms are of order one (``cross_entropy=sum`` restores the sum).
 
     ``dice_ce``, for softmax outputs only, is one minus the mean soft Dice, plus the categorical cross-entropy.
 
-    The other keys are ``eps``, added to the denominator of the Dice; ``dice``, computed over each ``sample`` or over
-    the ``batch`` as one volume; ``background``, True if channel 0 of a softmax counts in the Dice; and ``weights``, one
-    number per channel (empty: equal weights), used in means over channels, and in the cross-entropy as in PyTorch's
-    ``CrossEntropyLoss(weight)``.
+    The config also has these keys:
+
+    - ``eps`` is added to the denominator of the Dice.
+    - ``dice`` is ``sample`` if the Dice is computed for each sample, ``batch`` if the batch counts as one volume.
+    - ``background`` is True if channel 0 of a softmax counts in the Dice.
+    - ``weights`` has one number per channel; empty for equal weights. Means over channels are weighted, and the
+      categorical cross-entropy is weighted as in PyTorch's ``CrossEntropyLoss(weight)``.
 
     Args:
         config: The ``loss`` section of a config.
         activation: ``sigmoid`` or ``softmax``.
         channels: Number of channels of the logits.
-        traced: Numbers that replace ``eps`` and ``weights`` of the config; they may be traced.
+        traced: Values, possibly traced, that replace ``eps`` and ``weights`` of the config.
 
     Returns:
         A function of logits ``(B, *spatial, C)``, masks of the same shape, and optionally ``annotated``, bool
@@ -104,37 +108,38 @@ def make_loss(
     numbers: dict[str, Any] = {"eps": config["eps"], "weights": weights, **(traced or {})}
     softmax, per_batch = activation == "softmax", config["dice"] == "batch"
     entropy_loss = _categorical_entropy if config["name"] == "dice_ce" else _binary_entropy
-    counted = np.ones(channels, np.float32)
+    in_dice = np.ones(channels, np.float32)
     if softmax and not config["background"]:
-        counted[0] = 0
+        in_dice[0] = 0
 
     def loss(
         logits: jax.Array, masks: jax.Array, annotated: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         targets = masks.astype(logits.dtype)
-        taken = jnp.broadcast_to(jnp.asarray(numbers["weights"]), (logits.shape[0], channels))  # (B, C)
+        channel_weights = jnp.broadcast_to(jnp.asarray(numbers["weights"]), (logits.shape[0], channels))  # (B, C)
         if annotated is not None:
-            taken = taken * annotated
+            channel_weights = channel_weights * annotated
             if softmax:
                 logits, targets = merge_unannotated(logits, annotated), merge_unannotated_targets(targets, annotated)
         probs = jax.nn.softmax(logits) if softmax else jax.nn.sigmoid(logits)
         axes = _spatial(logits)
         if per_batch:
-            shown = taken.reshape(taken.shape[0], *(1,) * len(axes), channels) > 0
+            shown = channel_weights.reshape(channel_weights.shape[0], *(1,) * len(axes), channels) > 0
             dice = soft_dice(probs * shown, targets * shown, numbers["eps"], axes=(0, *axes))
-            share = jnp.max(taken, 0) * counted
+            share = jnp.max(channel_weights, 0) * in_dice
         else:
-            dice, share = soft_dice(probs, targets, numbers["eps"], axes=axes), taken * counted
+            dice, share = soft_dice(probs, targets, numbers["eps"], axes=axes), channel_weights * in_dice
         dice_loss = 1 - _mean(dice, share)
         summed = config["cross_entropy"] == "sum"
-        entropy = entropy_loss(logits, targets, numbers["weights"], taken, softmax=softmax, summed=summed)
+        entropy = entropy_loss(logits, targets, numbers["weights"], channel_weights, softmax=softmax, summed=summed)
         return dice_loss + entropy, {"dice_loss": dice_loss, "entropy_loss": entropy}
 
     return loss
 
 
 def _problems(config: Mapping[str, Any], activation: str, channels: int, weights: np.ndarray) -> list[str]:
+    """Return a message for each value of the ``loss`` section that cannot be used."""
     problems = [
         f"config.loss.{key}={config[key]!r} is unknown; known: {', '.join(known)}"
         for key, known in (("name", NAMES), ("dice", DICES), ("cross_entropy", REDUCTIONS))
@@ -153,20 +158,22 @@ def _problems(config: Mapping[str, Any], activation: str, channels: int, weights
 
 
 def _categorical_entropy(
-    logits: jax.Array, targets: jax.Array, weights: Any, taken: jax.Array, *, softmax: bool, summed: bool
+    logits: jax.Array, targets: jax.Array, weights: Any, channel_weights: jax.Array, *, softmax: bool, summed: bool
 ) -> jax.Array:
-    del taken, softmax
+    """Return the categorical cross-entropy: its mean over voxels, or its sum over voxels averaged over samples."""
+    del channel_weights, softmax
     entropy = -jnp.sum(targets * jax.nn.log_softmax(logits) * weights, -1)
     weight = len(logits) if summed else jnp.sum(targets * weights)
-    return jnp.sum(entropy) / jnp.where(weight > 0, weight, 1)  # zero if no voxel has a class with a weight
+    return jnp.sum(entropy) / jnp.where(weight > 0, weight, 1)  # 0 if all targets have the weight 0
 
 
 def _binary_entropy(
-    logits: jax.Array, targets: jax.Array, weights: Any, taken: jax.Array, *, softmax: bool, summed: bool
+    logits: jax.Array, targets: jax.Array, weights: Any, channel_weights: jax.Array, *, softmax: bool, summed: bool
 ) -> jax.Array:
+    """Return the binary cross-entropy: its mean or sum over voxels, averaged over samples and channels."""
     del weights
-    entropy = binary_cross_entropy(against_the_rest(logits) if softmax else logits, targets)
-    return _mean((jnp.sum if summed else jnp.mean)(entropy, _spatial(logits)), taken)
+    entropy = binary_cross_entropy(one_vs_rest_logits(logits) if softmax else logits, targets)
+    return _mean((jnp.sum if summed else jnp.mean)(entropy, _spatial(logits)), channel_weights)
 
 
 def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Devices: a mesh with the axes ``data`` (samples) and ``space`` (depth of a volume), and programs distributed over it.
+"""The mesh of devices, with the axes ``data`` (samples) and ``space`` (depth of a volume), and the use of processes.
 
 With ``jit``, one program is compiled for the whole mesh. Losses and batch statistics are those of the global batch, and
 XLA inserts the communication. With ``pmap``, a program for one device is compiled, which averages gradients and
@@ -23,7 +23,12 @@ DATA, SPACE = "data", "space"
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """A mesh, and how arrays and programs are distributed over it; see `make_devices`."""
+    """A mesh of devices, which distributes batches, states and programs; see `make_devices`.
+
+    Attributes:
+        mesh: The mesh, with the axes ``data`` and ``space``.
+        parallel: ``jit`` or ``pmap``.
+    """
 
     mesh: Mesh
     parallel: str = "jit"
@@ -36,33 +41,33 @@ class Devices:
     def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Copy this process's share of a batch to its devices.
 
-        Samples are distributed over ``data``. The first spatial axis, if there is one, is distributed over ``space``.
-        For ``pmap``, the result has a leading axis for the devices of this process: ``(devices, samples, ...)``.
+        Samples are distributed over ``data``, and the first spatial axis of images and labels over ``space``. For
+        ``pmap``, the result has a leading axis for the devices of this process: ``(devices, samples, ...)``.
         """
         if self.parallel == "pmap":
-            here = len(self.mesh.local_devices)
-            return {k: jax.numpy.asarray(v.reshape(here, len(v) // here, *v.shape[1:])) for k, v in batch.items()}
+            count = len(self.mesh.local_devices)
+            return {k: jax.numpy.asarray(v.reshape(count, len(v) // count, *v.shape[1:])) for k, v in batch.items()}
         images = NamedSharding(self.mesh, PartitionSpec(DATA, SPACE))
         rows = NamedSharding(self.mesh, PartitionSpec(DATA))
         return {k: jax.make_array_from_process_local_data(images if v.ndim > 2 else rows, v) for k, v in batch.items()}
 
     def abstract_batch(self, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shapes and shardings of the global batch, given its shapes, as in `put_batch`."""
+        """Return the global batch as shapes with the shardings of `put_batch`, given its shapes."""
 
-        def laid_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             if self.parallel == "pmap":
-                here = len(self.mesh.local_devices)
-                return jax.ShapeDtypeStruct((here, leaf.shape[0] // here, *leaf.shape[1:]), leaf.dtype)
+                count = len(self.mesh.local_devices)
+                return jax.ShapeDtypeStruct((count, leaf.shape[0] // count, *leaf.shape[1:]), leaf.dtype)
             axes = PartitionSpec(DATA, SPACE) if len(leaf.shape) > 2 else PartitionSpec(DATA)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, axes))
 
-        return {k: laid_out(v) for k, v in batch.items()}
+        return {k: with_sharding(v) for k, v in batch.items()}
 
     def put_state(self, tree: Any) -> Any:
         """Copy a tree of arrays to every device. All processes must have the same values.
 
-        Every leaf becomes an array of its own, even if two leaves are the same array, as LookAhead's two weights are at
-        first: a training step could not donate the same array twice.
+        Every leaf is copied, even if another leaf is the same array (initially, LookAhead's two copies of the weights
+        are), because a training step cannot donate the same array twice.
         """
         replicated = NamedSharding(self.mesh, PartitionSpec())
 
@@ -77,7 +82,7 @@ class Devices:
         return jax.tree.map(put, tree)
 
     def lower(self, step: Callable[..., Any], state: Any, batch: Any, key: Any) -> Any:
-        """Lower ``step(state, batch, key) -> state, metrics`` for the devices. The state is donated."""
+        """Lower ``step(state, batch, key) -> state, metrics`` for the devices; its argument ``state`` is donated."""
         if self.parallel == "pmap":
             devices = list(self.mesh.devices.flat)
             program = jax.pmap(
@@ -94,14 +99,15 @@ def make_devices(data: int, space: int, *, batch: int, parallel: str = "jit", ac
     """Build a mesh of ``data * space`` devices.
 
     Args:
-        data: Devices along the axis ``data``; -1 for all devices, divided by ``space``.
-        space: Devices along the axis ``space``.
+        data: Number of devices along the axis ``data``; -1 for the number of all devices divided by ``space``.
+        space: Number of devices along the axis ``space``.
         batch: Number of samples of the global batch.
         parallel: ``jit`` or ``pmap``.
-        accumulate: Number of parts in which a step processes the batch.
+        accumulate: Number of parts of the batch that a step processes one after the other.
 
     Raises:
-        UserError: The numbers do not fit the devices, or the batch does not divide over ``data`` and ``accumulate``.
+        UserError: There are too few devices, or numbers are not divisible: the devices by ``space``, or the batch by
+            ``data * accumulate`` or by the number of processes.
     """
     if parallel not in PARALLELS:
         raise UserError(f"config.mesh.parallel={parallel!r} is unknown; known: {', '.join(PARALLELS)}")
@@ -117,7 +123,7 @@ def make_devices(data: int, space: int, *, batch: int, parallel: str = "jit", ac
         )
     rows = len(devices) // space if data == -1 else data
     if rows < 1 or rows * space > len(devices):
-        raise UserError(f"config.mesh asks for {rows} x {space} devices; there are {len(devices)}")
+        raise UserError(f"config.mesh needs {rows} x {space} devices, but there are {len(devices)}")
     if processes > 1 and rows * space != len(devices):
         raise UserError(
             f"config.mesh uses {rows} x {space} of {len(devices)} devices; with several processes it must use all: "
@@ -137,12 +143,12 @@ def make_devices(data: int, space: int, *, batch: int, parallel: str = "jit", ac
 
 
 def local(tree: Any) -> Any:
-    """Return arrays on one device of this process, given arrays that are replicated over a mesh."""
+    """Return a copy on one device of this process, given arrays that are replicated over a mesh."""
     return jax.tree.map(lambda a: a.addressable_data(0), tree)
 
 
 def join_processes(coordinator: str, count: int | None, index: int | None) -> None:
-    """Join the processes of a run. Call it before anything else asks JAX for devices.
+    """Connect this process with the other processes of a run. Call it before any other use of JAX.
 
     Args:
         coordinator: Address ``host:port`` of process 0; ``auto`` if the launcher provides it (SLURM, Open MPI, TPU

@@ -1,8 +1,8 @@
-"""Memory and floating-point operations of a training step and of prediction, before anything runs.
+"""Estimate memory and floating-point operations of a training step and of prediction.
 
 A program is compiled for the devices of this machine, with shapes in place of arrays, so neither data nor memory for
-the arrays is needed. Memory is what the compiler reserves per device: state, batch and temporaries. Operations are
-those of the mathematics, for all devices together; a multiply-add counts as two.
+the arrays is needed. The memory is that which the compiler reserves per device for state, batch and temporaries. The
+operations are those of the layers as they are defined, for all devices together. A multiply-add counts as two.
 """
 
 import dataclasses
@@ -28,13 +28,20 @@ from xdim_jax.training.roofline import Product, find_products
 
 _UNITS = {"": 1, "B": 1, **{f"{k}B": 10 ** (3 * i) for i, k in enumerate("kMGT", 1)}}
 _UNITS |= {f"{k}iB": 2 ** (10 * i) for i, k in enumerate("KMGT", 1)}
-_STEP = 32  # a search tries patches whose sides are multiples of this
-_MOST = 1024  # largest side, and largest batch, that a search tries
+_SIDE_STEP = 32  # a search tries patches whose sides are multiples of this
+_MAX_SIZE = 1024  # largest side, and largest batch, that a search tries
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The settings that a plan varies."""
+    """The settings that a plan varies.
+
+    Attributes:
+        patch: Size of a patch: D, H, W, or H, W.
+        batch: Number of samples over all devices.
+        precision: ``float32`` or ``bfloat16``.
+        remat: Stages whose activations are recomputed (``train.remat``); empty for none.
+    """
 
     patch: tuple[int, ...]
     batch: int
@@ -54,7 +61,14 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Memory in bytes per device, and floating-point operations of all devices together."""
+    """Memory and floating-point operations that a choice needs.
+
+    Attributes:
+        step_bytes: Memory of a training step per device.
+        step_flops: Floating-point operations of a training step on all devices.
+        predict_bytes: Memory of the prediction of one patch.
+        predict_flops: Floating-point operations of the prediction of one patch.
+    """
 
     step_bytes: int
     step_flops: float
@@ -69,7 +83,7 @@ def make_choices(
     precisions: Sequence[str] = (),
     remats: Sequence[str] = (),
 ) -> list[Choice]:
-    """Return every combination of the given settings; an empty list stands for the setting of the config."""
+    """Return every combination of the given settings. If a list is empty, the setting of the config is used."""
     lists = (
         patches or [tuple(config.data.patch)],
         batches or [config.data.batch],
@@ -80,7 +94,7 @@ def make_choices(
 
 
 def measure(config: Config, dataset: Dataset, choice: Choice) -> Need:
-    """Compile training step and prediction for the devices that the config asks for, and return what they need.
+    """Compile training step and prediction for the devices of the config, and return their memory and operations.
 
     Raises:
         UserError: The choice does not fit the network or the devices.
@@ -117,7 +131,8 @@ def measure(config: Config, dataset: Dataset, choice: Choice) -> Need:
 def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Return the floating-point operations of a function; the arguments may be shapes. Nothing is compiled.
 
-    The reference implementation of the operations is counted: it has no loops, of which XLA counts the body only once.
+    The reference implementation of the operations is counted, because it has no loops. XLA would count the body of a
+    loop only once.
     """
     with ops.use_form("reference"):
         cost = jax.jit(lambda *a: function(*a)).lower(*arguments).cost_analysis()
@@ -125,7 +140,7 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def step_products(config: Config, dataset: Dataset, choice: Choice) -> tuple[list[Product], tuple[str, ...]]:
-    """Return the convolutions and matrix products of a step on one device, and the parts of the network in order."""
+    """Return the convolutions and matrix products of a step on one device, and the names of the network's parts."""
     config = _apply(config, choice)
     program, params, stats = make_program(config, dataset, per_epoch=1, abstract=True)
     parts = networks.parts_of(config.model)
@@ -133,6 +148,7 @@ def step_products(config: Config, dataset: Dataset, choice: Choice) -> tuple[lis
 
 
 def _apply(config: Config, choice: Choice) -> Config:
+    """Return a copy of the config with the settings of a choice."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.data.patch = choice.patch
@@ -146,23 +162,23 @@ def _apply(config: Config, choice: Choice) -> Config:
 def search_largest(
     config: Config,
     choices: Iterable[Choice],
-    what: str,
+    setting: str,
     fits: Callable[[Choice], bool],
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Choice]:
-    """Return the largest choice that fits, for each combination of the other settings.
+    """Find the largest patch or batch that fits, for each combination of the other settings.
 
     Args:
         config: Config of a recipe.
-        choices: Choices that give the other settings.
-        what: ``patch`` or ``batch``: the setting that is searched for.
+        choices: Choices with the combinations of the other settings.
+        setting: The setting to maximise: ``patch`` or ``batch``.
         fits: Function that returns True if a choice fits.
         say: Function that logs a line.
     """
-    starts = (dataclasses.replace(choice, batch=1) if what == "batch" else choice for choice in choices)
+    starts = (dataclasses.replace(choice, batch=1) if setting == "batch" else choice for choice in choices)
     found = []
     for start in dict.fromkeys(starts):
-        best = largest(growing(config, start, what), fits, say=say)
+        best = bisect_largest(increasing_choices(config, start, setting), fits, say=say)
         if best is None:
             say(f"           nothing fits with {start.precision}, remat {start.remat or 'none'}")
         else:
@@ -170,12 +186,22 @@ def search_largest(
     return found
 
 
-def largest(
+def bisect_largest(
     candidates: Sequence[Choice], fits: Callable[[Choice], bool], say: Callable[[str], None] = lambda line: None
 ) -> Choice | None:
-    """Return the last of the candidates (in increasing order) that fits, by bisection; None if the first does not."""
+    """Return the last candidate that fits, by bisection.
+
+    Args:
+        candidates: Choices in increasing order.
+        fits: Function that returns True if a choice fits.
+        say: Function that logs a line.
+
+    Returns:
+        The choice; None if the first candidate does not fit.
+    """
     low, high = -1, len(candidates)
-    at = 0  # start with small programs in doubling steps: large ones take long to compile, and may not fit this machine
+    # begin with small programs, and double the index, because large programs take long to compile
+    at = 0
     while low + 1 < high:
         at = min(max(low + 1, at), high - 1)
         ok = fits(candidates[at])
@@ -185,19 +211,26 @@ def largest(
     return candidates[low] if low >= 0 else None
 
 
-def growing(config: Config, start: Choice, what: str) -> list[Choice]:
-    """Return valid choices in increasing order: batches, or patches with equal sides (DS-Net: equal sides in plane).
+def increasing_choices(config: Config, start: Choice, setting: str) -> list[Choice]:
+    """Return valid choices with increasing batches, or with increasing patches of equal sides.
+
+    Args:
+        config: Config of a recipe.
+        start: Choice with the other settings. For DS-Net, only H and W become larger, and D is that of this choice.
+        setting: ``patch`` or ``batch``.
 
     Raises:
         UserError: No patch is valid.
     """
-    if what == "batch":
-        rows = make_devices(config.mesh.data, config.mesh.space, batch=_MOST * jax.device_count()).mesh.shape["data"]
+    if setting == "batch":
+        rows = make_devices(config.mesh.data, config.mesh.space, batch=_MAX_SIZE * jax.device_count()).mesh.shape[
+            "data"
+        ]
         unit = rows * config.train.accumulate
-        return [dataclasses.replace(start, batch=unit * n) for n in range(1, _MOST // unit + 1)]
+        return [dataclasses.replace(start, batch=unit * n) for n in range(1, _MAX_SIZE // unit + 1)]
     fixed = start.patch[: networks.get_network(config.model).fixed_axes]
     choices = []
-    for side in range(_STEP, _MOST + 1, _STEP):
+    for side in range(_SIDE_STEP, _MAX_SIZE + 1, _SIDE_STEP):
         patch = (*fixed, *(side,) * (len(start.patch) - len(fixed)))
         try:
             networks.check_patch(config.model, patch)
@@ -206,7 +239,7 @@ def growing(config: Config, start: Choice, what: str) -> list[Choice]:
             continue
         choices.append(dataclasses.replace(start, patch=patch))
     if not choices:
-        raise UserError(f"no patch with equal sides up to {_MOST} fits {config.model.name}")
+        raise UserError(f"no patch with equal sides up to {_MAX_SIZE} fits {config.model.name}")
     return choices
 
 
@@ -226,7 +259,12 @@ def parse_bytes(text: str) -> int:
 
 
 def format_rows(rows: Sequence[tuple[Choice, Need]], budget: int | None) -> list[str]:
-    """Return a table of choices and what they need, as aligned lines of text."""
+    """Return a table of choices with their memory and operations, as aligned lines of text.
+
+    Args:
+        rows: Choices and their needs.
+        budget: Memory of a device in bytes. If given, the table says whether each choice fits.
+    """
     head = ("patch", "batch", "precision", "remat", "step memory", "step GFLOP", "predict memory", "predict GFLOP")
     table: list[tuple[str, ...]] = [(*head, *(["fits"] if budget else []))]
     for c, n in rows:
@@ -252,7 +290,8 @@ def format_parts(
     Args:
         products: Convolutions and matrix products of a step.
         parts: Names of the parts, in order.
-        ceilings: Operations and bytes per second of a device. If given, the table has the least time of each part.
+        ceilings: Peak operations and bytes per second of a device. If given, the table has a lower bound of the time of
+            each part.
     """
     head = ("part", "forward GFLOP", "GB", "backward GFLOP", "GB", "share of GFLOP")
     rows: list[tuple[str, ...]] = [(*head, *(["at least, ms"] if ceilings else []))]
@@ -271,5 +310,6 @@ def format_parts(
 
 
 def _aligned(table: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the rows of a table as lines of text with columns of equal width."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in table]

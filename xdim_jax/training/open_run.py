@@ -1,4 +1,4 @@
-"""From a config and a workdir to a run that is ready for its first step, or for the step at which it resumes."""
+"""Open a run, given its config and workdir: make it ready for its first step, or for the step at which it resumes."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ class SharedPrograms:
 
     Attributes:
         init: The jitted `xdim_jax.training.program.Program.init`.
-        segmenter: Segments the validation cases.
+        segmenter: Function that segments the validation cases.
     """
 
     init: Callable[[Any, Any], TrainState]
@@ -50,9 +50,10 @@ class OpenRun:
     Attributes:
         run: The parts that do not change from step to step.
         program: The functions of the run.
-        state, progress: State and progress to start from.
-        validated: True if the record already has the validation of this state.
-        open_stream: Opens the stream of batches, starting with that of the next step.
+        state: Training state to start from.
+        progress: Progress to start from.
+        validated: True if the record has a validation of this state.
+        open_stream: Function that opens the stream of batches, starting with that of the next step.
         shared: Functions that further runs with the same program can use.
     """
 
@@ -65,7 +66,7 @@ class OpenRun:
     shared: SharedPrograms
 
     def close(self) -> None:
-        """Wait until everything is written, and close the files. Raises UserError if something cannot be written."""
+        """Wait until all records and checkpoints are written, and close them. Raises UserError if that fails."""
         close_recorder(self.run.recorder)
         checkpoint.close(self.run.checkpoints)
 
@@ -89,13 +90,13 @@ def open_run(
         stop: Signals that the process receives.
         devices: Devices on which the run is trained.
         shared: Functions of another run with the same program.
-        separate_disks: True if each process has a workdir of its own, of which that of process 0 is kept.
+        separate_disks: True if each process has a workdir of its own. Only that of process 0 is kept.
 
     Raises:
         UserError: Weights or data cannot be used, or the workdir belongs to another config or cannot be written.
     """
     started = checkpoint.exist(workdir)
-    mesh.barrier("looked")  # every process has looked before process 0 writes
+    mesh.barrier("checked")  # process 0 must not write before all processes have checked
     network = _start_network(config, workdir, devices, started=started)
     output = make_output(config.output, dataset)
     first = jax.process_index() == 0
@@ -146,9 +147,9 @@ def open_run(
 
 
 def _start_network(config: Config, workdir: Path, devices: Devices, *, started: bool) -> tuple[Any, Any, Any]:
-    """Build the network with its initial weights, and claim the workdir.
+    """Build the network with its initial weights, and write the config to the workdir.
 
-    A run that has ``started`` gets random weights here, because its checkpoint replaces them.
+    If the run has ``started``, the weights are random, because those of its checkpoint will replace them.
     """
     graphdef, params, stats = make_network(config.model, seed=config.seed, remat=config.train.remat, axis=devices.axis)
     count = networks.count_parameters(params)
@@ -166,6 +167,7 @@ def _start_network(config: Config, workdir: Path, devices: Devices, *, started: 
 
 
 def _describe(config: Config, dataset: Dataset, data: RunData, per_epoch: int, workdir: Path) -> None:
+    """Log the data, the number of steps and the workdir of the run."""
     counts = f"{len(data.train)} training, {len(data.validation)} validation cases"
     log.say(f"data       {dataset.name}, {counts}, fold {config.data.fold}")
     log.say(f"steps      {config.train.epochs} epochs x {per_epoch} = {config.train.epochs * per_epoch}")
@@ -176,7 +178,7 @@ def _restore(checkpoints: checkpoint.Checkpoints, state: TrainState, *, regions:
     """Return state and progress of the latest checkpoint, or the given state if there is no checkpoint."""
     restored = checkpoint.restore_latest(checkpoints, state, log.warn)
     if not restored:
-        log.say("resume     nothing to resume, starting at step 0")
+        log.say("resume     there is no checkpoint, starting at step 0")
         return state, Progress([0.0] * regions, [0] * regions)
     log.say(f"resume     from step {int(restored[0].step)}")
     return restored[0], Progress(**restored[1])

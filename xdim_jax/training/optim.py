@@ -18,7 +18,7 @@ Schedule = Callable[[Any], Any]
 
 
 def _constant_then_cosine(options: Mapping[str, Any], epochs: float, per_epoch: int) -> Schedule:
-    """``peak`` for ``constant_epochs``, then a cosine decay to ``final`` at the last step (paper, Sect. 3.1.3)."""
+    """Return a schedule: ``peak`` for ``constant_epochs``, then a cosine decay to ``final`` (paper, Sect. 3.1.3)."""
     constant = round(options["constant_epochs"] * per_epoch)
     decay = max(round(epochs * per_epoch) - constant, 1)
     cosine = optax.cosine_decay_schedule(options["peak"], decay, alpha=options["final"] / options["peak"])
@@ -26,13 +26,16 @@ def _constant_then_cosine(options: Mapping[str, Any], epochs: float, per_epoch: 
 
 
 def _exponential(options: Mapping[str, Any], epochs: float, per_epoch: int) -> Schedule:
-    """``peak`` times ``factor`` after every epoch, never below ``final`` (paper, Sect. 3.1.1 and 3.1.2)."""
+    """Return a schedule: ``peak``, multiplied by ``factor`` after each epoch, but at least ``final``.
+
+    The paper uses it for CAMUS and CHAOS (Sect. 3.1.1 and 3.1.2).
+    """
     del epochs
     return lambda step: jnp.maximum(options["peak"] * options["factor"] ** (step // per_epoch), options["final"])
 
 
 def _polynomial(options: Mapping[str, Any], epochs: float, per_epoch: int) -> Schedule:
-    """``final + (peak - final) * (1 - t)^power``, where t is the completed fraction of the run (nnU-Net: power 0.9)."""
+    """Return a schedule: ``final + (peak - final) * (1 - t)^power`` at the share t of the run (nnU-Net: power 0.9)."""
     steps = max(round(epochs * per_epoch), 1)
     return optax.polynomial_schedule(options["peak"], options["final"], options["power"], steps)
 
@@ -51,7 +54,7 @@ def make_schedule(config: Mapping[str, Any], *, epochs: float, per_epoch: int) -
 
     Args:
         config: The ``optim.schedule`` section of a config.
-        epochs: Length of the run.
+        epochs: Number of epochs of the run.
         per_epoch: Steps per epoch.
 
     Raises:
@@ -77,7 +80,8 @@ class NadamState(NamedTuple):
     Attributes:
         count: Number of updates.
         product: Product of the momenta of all updates so far (``P_t``).
-        mu, nu: First and second moment of the gradients.
+        mu: First moment of the gradients.
+        nu: Second moment of the gradients.
     """
 
     count: jax.Array
@@ -87,20 +91,21 @@ class NadamState(NamedTuple):
 
 
 def scale_by_scheduled_nadam(
-    b1: float, b2: float, eps: float, momentum_decay: float, *, warm: bool
+    b1: float, b2: float, eps: float, momentum_decay: float, *, as_authors: bool
 ) -> optax.GradientTransformation:
-    """Nadam with Dozat's momentum schedule, ``mu_t = b1 (1 - 0.5 * 0.96^(t * momentum_decay))``.
+    """Build Nadam with Dozat's momentum schedule, ``mu_t = b1 (1 - 0.5 * 0.96^(t * momentum_decay))``.
 
     The update is ``(c_t g + d_t m_t) / (sqrt(v_t / (1 - b2^t)) + eps)``, where ``m`` and ``v`` are the moments of Adam,
     ``P_t = mu_1 ... mu_t`` and ``d_t = mu_(t+1) / (1 - P_(t+1))``.
 
     Args:
-        b1, b2: Decay rates of the two moments.
-        eps: Added to the denominator.
+        b1: Decay rate of the first moment.
+        b2: Decay rate of the second moment.
+        eps: Number that is added to the denominator.
         momentum_decay: Speed of the momentum schedule.
-        warm: False for ``c_t = (1 - mu_t) / (1 - P_t)``, as in ``torch.optim.NAdam``. True for
-            ``c_t = (1 - b1) / (1 - P_t)``, as in the authors' code. Then the weights of ``g`` and ``m`` do not sum to
-            one, and updates reach their full length only after some 10^4 steps.
+        as_authors: False for ``c_t = (1 - mu_t) / (1 - P_t)``, as in ``torch.optim.NAdam``. True for
+            ``c_t = (1 - b1) / (1 - P_t)``, as in the authors' code. In this case, the weights of ``g`` and ``m`` do not
+            sum to one, and updates reach their full length only after some 10^4 steps.
     """
 
     def momentum(t: jax.Array) -> jax.Array:
@@ -119,7 +124,7 @@ def scale_by_scheduled_nadam(
         product = state.product * now
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
-        c = ((1 - b1) if warm else (1 - now)) / (1 - product)
+        c = ((1 - b1) if as_authors else (1 - now)) / (1 - product)
         d = after / (1 - product * after)
         bias = 1 - b2**t
 
@@ -136,9 +141,9 @@ OPTIMIZERS: dict[str, Callable[[float, float, float, float], optax.GradientTrans
     # Dozat's Nadam with constant momentum, as in optax: updates have their full length from the first step
     "nadam": lambda b1, b2, eps, _: optax.scale_by_adam(b1, b2, eps, nesterov=True),
     # torch.optim.NAdam
-    "nadam_torch": lambda b1, b2, eps, decay: scale_by_scheduled_nadam(b1, b2, eps, decay, warm=False),
-    # the class in the authors' code; its eps is 1e-5
-    "nadam_authors": lambda b1, b2, eps, decay: scale_by_scheduled_nadam(b1, b2, eps, decay, warm=True),
+    "nadam_torch": lambda b1, b2, eps, decay: scale_by_scheduled_nadam(b1, b2, eps, decay, as_authors=False),
+    # the authors' code, which uses an eps of 1e-5
+    "nadam_authors": lambda b1, b2, eps, decay: scale_by_scheduled_nadam(b1, b2, eps, decay, as_authors=True),
 }
 
 
@@ -146,7 +151,7 @@ OPTIMIZERS: dict[str, Callable[[float, float, float, float], optax.GradientTrans
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """Return the key path of a leaf as a dotted name, such as ``encoder.blocks.0.1.bn1.scale``."""
+    """Return the path of a leaf in a tree as a dotted name, such as ``encoder.blocks.0.1.bn1.scale``."""
     return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
@@ -187,6 +192,8 @@ def rates_of(params: Any, rates: str) -> Any:
 
 
 def _scale_by_rates(rates: str) -> optax.GradientTransformation:
+    """Multiply updates by the learning-rate factors of their parameters."""
+
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         # the update of a frozen parameter is exactly zero, even if its gradient is not finite
@@ -197,6 +204,8 @@ def _scale_by_rates(rates: str) -> optax.GradientTransformation:
 
 
 def _without_frozen(rates: str) -> optax.GradientTransformation:
+    """Set the gradients of frozen parameters to zero."""
+
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         return jax.tree.map(lambda u, r: u if r else jnp.zeros_like(u), updates, rates_of(updates, rates)), state
@@ -205,7 +214,7 @@ def _without_frozen(rates: str) -> optax.GradientTransformation:
 
 
 def _decayed(params: Any) -> Any:
-    """Return a tree that is True for parameters with weight decay: kernels, but neither biases nor scales of norms."""
+    """Return a tree of booleans: True for kernels, which have weight decay, False for biases and scales of norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: leaf_name(path).rpartition(".")[2] == "kernel", params)
 
 
@@ -234,8 +243,8 @@ def make_optimizer(
     Args:
         config: The ``optim`` section of a config.
         schedule: Learning rate as a function of the step.
-        traced: Numbers that replace those of the config, by dotted key such as ``lookahead.step_size``. They may be
-            traced. The config alone decides which of the operations above are part of the program.
+        traced: Dotted key, such as ``lookahead.step_size`` -> value that replaces that of the config, and may be
+            traced. Only the config determines which of the operations above are part of the program.
 
     Raises:
         UserError: A name is unknown.
@@ -263,7 +272,7 @@ def make_optimizer(
 
 
 def init_params(config: Mapping[str, Any], params: Any) -> Any:
-    """Return the parameters as the optimiser updates them: a LookAhead pair, or unchanged if LookAhead is off."""
+    """Return the parameters that the optimiser updates: a pair for LookAhead, or the given ones without LookAhead."""
     return optax.LookaheadParams.init_synced(params) if config["lookahead"]["period"] else params
 
 

@@ -1,11 +1,11 @@
-"""Several runs in one program: parameters, optimiser states and settings are stacked along a new first axis.
+"""Train several runs with one program: parameters, optimiser states and settings are stacked along a new first axis.
 
-Runs can share a pack if their programs have the same shapes and operations, see `signature`. Each remains an ordinary
-run with its own workdir, record and checkpoints, and any of them can be resumed alone.
+Runs can share a pack if their programs have the same shapes and operations, see `signature`. Each of them is still an
+ordinary run with its own workdir, record and checkpoints, and can be resumed without the others.
 
 The stack has one of three layouts:
 
-    vmap       one program whose arrays have an additional axis
+    vmap       the step is vectorised over the runs
     scan       the runs are computed one after the other inside the program; an empty slot costs nothing
     devices    the slots are distributed over the devices, and computed one after the other on each device
 """
@@ -42,16 +42,16 @@ from xdim_jax.training.watchdog import Watchdog
 LAYOUTS = ("auto", "vmap", "scan", "devices")
 _TRIAL = "trial"  # mesh axis of the layout "devices"
 
-# numbers that every run of a pack has for itself. A number that is 0 is not part of the program, so all runs must agree
-# on whether it is 0
+# keys whose values may differ between the runs of a pack, because they are arguments of the program. An operation whose
+# value is 0 is not part of the program, so a value must be 0 in all runs or in none
 STACKED_KEYS = (
     *(f"optim.{key}" for key in ("b1", "b2", "eps", "momentum_decay", "weight_decay", "clip_norm", "ema")),
     "optim.lookahead.step_size",
     "loss.eps",
     "loss.weights",
 )
-# settings that are not part of the program: learning rates and batches are its arguments
-_OUTSIDE = (
+# keys that do not influence the program. They may change learning rates and batches, which are arguments of the program
+_NOT_IN_PROGRAM = (
     *FREE_KEYS,
     "seed",
     "train.epochs",
@@ -63,14 +63,14 @@ _OUTSIDE = (
         for key in ("fold", "folds", "split", "train_patients", "epoch_steps", "foreground", "patches_per_case")
     ),
 )
-_OUTSIDE_SECTIONS = ("optim.schedule.", "init.", "data.phantom.", "data.prepare.")
+_SECTIONS_NOT_IN_PROGRAM = ("optim.schedule.", "init.", "data.phantom.", "data.prepare.")
 
 
 def signature(config: Config) -> dict[str, Any]:
-    """Return the settings that all runs of a pack must share: those that determine the program."""
+    """Return the settings that determine the program, and must therefore be equal in all runs of a pack."""
     found: dict[str, Any] = {}
     for key, value in leaves(config):
-        if key in _OUTSIDE or key.startswith(_OUTSIDE_SECTIONS):
+        if key in _NOT_IN_PROGRAM or key.startswith(_SECTIONS_NOT_IN_PROGRAM):
             continue
         if key in STACKED_KEYS:
             found[key] = value != 0 if isinstance(value, (int, float)) else None
@@ -80,7 +80,7 @@ def signature(config: Config) -> dict[str, Any]:
 
 
 def check_packable(config: Config, slots: int, layout: str) -> None:
-    """Raise UserError if a pack does not support the config, or if the slots do not fit the devices."""
+    """Raise UserError if a pack does not support the config, or if the slots do not divide over the devices."""
     choose_layout(layout, slots)
     problems = []
     if jax.process_count() > 1:
@@ -94,7 +94,7 @@ def check_packable(config: Config, slots: int, layout: str) -> None:
 
 
 def choose_layout(layout: str, slots: int) -> tuple[str, int]:
-    """Return the layout (for ``auto``: the one that is chosen) and the number of devices that it uses.
+    """Return the layout, chosen by the devices if it is ``auto``, and the number of devices that it uses.
 
     Raises:
         UserError: The layout is unknown, or the slots do not divide over the devices.
@@ -126,10 +126,10 @@ class Member:
         workdir: Folder of the run.
         slot: Index along the first axis of the stack.
         opened: The run.
-        controller: Records, saves and validates the run.
-        values: Numbers of this run, by config key.
+        controller: Controller that records, saves and validates the run.
+        values: Config key -> value of this run, for `STACKED_KEYS`.
         rates: Learning rate of every step.
-        group: Runs with an equal group read the same batches at the same steps.
+        group: Key that is equal for runs that read the same batches at the same steps.
         file: Log file of the run.
         error: Message of the error that ended the run; empty if there is none.
     """
@@ -157,7 +157,7 @@ class Pack:
         config: Config of any of the runs.
         slots: Number of slots.
         layout: One of `LAYOUTS`. ``auto`` is devices if there are several, else scan on CPU and vmap elsewhere.
-        stop: Signals that the process receives; they stop all runs.
+        stop: Signals that the process has received; a signal stops all runs.
 
     Raises:
         UserError: A pack does not support the config, or the slots do not divide over the devices.
@@ -182,7 +182,7 @@ class Pack:
         self._streams: dict[Any, tuple[Iterator[dict[str, Any]], contextlib.ExitStack, Watchdog]] = {}
 
     def fits(self, config: Config) -> bool:
-        """Return True if a run of this config can join the pack."""
+        """Return whether a run with this config can join the pack."""
         return signature(resolve_config(config)[0]) == self.signature
 
     @property
@@ -193,8 +193,13 @@ class Pack:
     def add(self, config: Config, workdir: Path) -> Member:
         """Put a run into an empty slot. If its workdir has a checkpoint, the run is resumed.
 
+        Args:
+            config: Config of the run.
+            workdir: Folder of the run.
+
         Raises:
             UserError: See `xdim_jax.training.open_run.open_run`.
+            ValueError: The run needs another program, see `fits`.
         """
         config, dataset = resolve_config(config)
         if signature(config) != self.signature:
@@ -216,7 +221,7 @@ class Pack:
         return member
 
     def remove(self, member: Member) -> None:
-        """Take a run out of its slot. Raises UserError if its files cannot be written."""
+        """Remove a run from its slot, and close it. Raises UserError if its files cannot be written."""
         self.members[member.slot] = None
         if not any(m.group == member.group for m in self.members if m is not None):
             _, stack, _ = self._streams.pop(member.group, (None, contextlib.ExitStack(), None))
@@ -234,15 +239,15 @@ class Pack:
         read: dict[Any, dict[str, Any] | UserError] = {}
         batches: dict[int, dict[str, np.ndarray]] = {}
         for member in self._running():
-            with _errors_recorded(member):
-                next_batch = functools.partial(self._next, member, read)
+            with _own_log_and_error(member):
+                next_batch = functools.partial(self._next_batch, member, read)
                 batches[member.slot] = member.controller.next_batch(next_batch, self._state)
         running = self._running()
         if not running:
             return
-        some = batches[running[0].slot]
-        blank = {k: np.zeros_like(v) for k, v in some.items()}
-        batch = {k: np.stack([batches.get(slot, blank)[k] for slot in range(self.slots)]) for k in some}
+        first = batches[running[0].slot]
+        blank = {k: np.zeros_like(v) for k, v in first.items()}
+        batch = {k: np.stack([batches.get(slot, blank)[k] for slot in range(self.slots)]) for k in first}
         arguments = self._arguments(running)
         batch = jax.device_put(batch, self._stacked)
         if self._compiled is None:
@@ -252,15 +257,17 @@ class Pack:
         self._state, metrics = self._compiled(self._state, batch, *arguments)
         self._steps += 1
         for member in running:
-            with _errors_recorded(member):
+            with _own_log_and_error(member):
                 member.controller.after_step(dict(metrics), self._state)
 
     def _running(self) -> list[Member]:
+        """Return the runs that have a further step."""
         return [member for member in self.members if member is not None and member.running]
 
     # -- one run --------------------------------------------------------------------------------------------------
 
     def _make_member(self, config: Config, dataset: Dataset, workdir: Path, file: IO[str]) -> Member:
+        """Open a run for the first empty slot."""
         slot = self.members.index(None)
         opened = open_run(config, dataset, workdir, self.stop, self._one_device, shared=self._shared)
         self._shared = opened.shared
@@ -286,15 +293,15 @@ class Pack:
         return jax.device_put(_take_slot(stacked, slot), NamedSharding(self._one_device.mesh, PartitionSpec()))
 
     def _put(self, member: Member) -> None:
-        """Copy the state of a run into its slot. Nothing is compiled again if the slot was used before."""
+        """Copy the state of a run into its slot. The same compiled program serves all slots."""
         if self._state is None:
             blank = jax.tree.map(lambda a: np.zeros((self.slots, *a.shape), a.dtype), member.opened.state)
             self._state = jax.device_put(blank, self._stacked)
         state = jax.device_put(member.opened.state, NamedSharding(self._mesh, PartitionSpec()))
         self._state = _put_slot(self._state, member.slot, state)
 
-    def _next(self, member: Member, read: dict[Any, Any]) -> dict[str, Any]:
-        """Return the next batch of a run; ``read`` has those that runs of the same group have read in this step."""
+    def _next_batch(self, member: Member, read: dict[Any, Any]) -> dict[str, Any]:
+        """Return the next batch of a run. ``read``: group -> batch or error of this step; a group reads only once."""
         if member.group not in read:
             try:
                 if member.group not in self._streams:
@@ -312,42 +319,50 @@ class Pack:
     # -- the program ----------------------------------------------------------------------------------------------
 
     def _arguments(self, running: Sequence[Member]) -> tuple[Any, dict[str, Any], Any]:
-        """Return keys, numbers and a mask of the active slots. An empty slot gets the values of the first run."""
-        here = [m if m is not None and m.running else running[0] for m in self.members]
-        values = {k: np.stack([m.values[k] for m in here]) for k in running[0].values}
-        values["rate"] = np.array([m.rates[m.controller.steps_done] for m in here])
-        keys = jnp.stack([m.opened.run.key for m in here])
+        """Return random keys, values and the mask of active slots. Other slots get those of the first active one."""
+        filled = [m if m is not None and m.running else running[0] for m in self.members]
+        values = {k: np.stack([m.values[k] for m in filled]) for k in running[0].values}
+        values["rate"] = np.array([m.rates[m.controller.steps_done] for m in filled])
+        keys = jnp.stack([m.opened.run.key for m in filled])
         active = np.array([m is not None and m.running for m in self.members])
         return jax.device_put((keys, values, active), self._stacked)
 
     def _lower(self, *arguments: Any) -> Any:
+        """Lower the step of the pack, see the function `_lower`."""
         assert self._program is not None
         return _lower(self._program, self.layout, self._mesh, *arguments)
 
 
 def _lower(one_program: program.Program, layout: str, devices: Mesh, *arguments: Any) -> Any:
-    """Lower the step of a pack: a function of states, batches, keys, numbers and the mask of the active slots."""
+    """Lower the step of a pack: a function of stacked states, batches, random keys and values, and a mask of slots."""
 
-    def one(state: TrainState, batch: Any, key: jax.Array, values: dict[str, jax.Array]) -> Any:
+    def step_one(state: TrainState, batch: Any, key: jax.Array, values: dict[str, jax.Array]) -> Any:
         traced = {k: v for k, v in values.items() if k != "rate"}
         config, graphdef, output = one_program.config, one_program.graphdef, one_program.output
         step = program.make_step(config, graphdef, output, lambda _: values["rate"], traced=traced)
         return step(state, batch, key)
 
-    def every(states: Any, batches: Any, keys: Any, values: Any, active: jax.Array) -> Any:
+    def step_all(states: Any, batches: Any, keys: Any, values: Any, active: jax.Array) -> Any:
         if layout == "vmap":
-            return jax.vmap(one)(states, batches, keys, values)
-        return _one_after_the_other(one, active, states, (batches, keys, values))
+            return jax.vmap(step_one)(states, batches, keys, values)
+        return _loop_over_slots(step_one, active, states, (batches, keys, values))
 
     spec = PartitionSpec(_TRIAL)
     if devices.size > 1:
-        every = jax.shard_map(every, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False)
+        step_all = jax.shard_map(step_all, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False)
     with ops.uncollected():
-        return jax.jit(every, donate_argnums=0, out_shardings=NamedSharding(devices, spec)).lower(*arguments)
+        return jax.jit(step_all, donate_argnums=0, out_shardings=NamedSharding(devices, spec)).lower(*arguments)
 
 
 def step_bytes(config: Config, dataset: Dataset, slots: int, layout: str) -> int:
-    """Return the memory that the step of a pack needs on each of its devices, as the compiler reports it, in bytes."""
+    """Return the memory in bytes that the compiler reserves on each device for the step of a pack.
+
+    Args:
+        config: Config of any of the runs.
+        dataset: Data set of the runs.
+        slots: Number of slots.
+        layout: One of `LAYOUTS`.
+    """
     layout, count = choose_layout(layout, slots)
     devices = _devices(count)
     made, params, stats = program.make_program(config, dataset, per_epoch=1, abstract=True)
@@ -360,11 +375,12 @@ def step_bytes(config: Config, dataset: Dataset, slots: int, layout: str) -> int
 
 
 def _devices(count: int) -> Mesh:
+    """Return a mesh of the first ``count`` devices of this process."""
     return Mesh(np.asarray(jax.local_devices()[:count]), (_TRIAL,), axis_types=(AxisType.Auto,))
 
 
 def _values(config: Config, channels: int) -> dict[str, np.ndarray]:
-    """Return the numbers that a run of a pack has for itself, by config key."""
+    """Return config key -> value for those `STACKED_KEYS` that are part of the program."""
     numbers = dict(leaves(config))
     values = {key: numbers[key] for key in STACKED_KEYS if numbers[key] != 0}
     values["loss.weights"] = numbers["loss.weights"] or (1.0,) * channels
@@ -372,7 +388,7 @@ def _values(config: Config, channels: int) -> dict[str, np.ndarray]:
 
 
 def train_runs(runs: Sequence[tuple[Config, Path]], *, slots: int, layout: str, stop: StopRequest) -> int:
-    """Train runs with the same program, up to ``slots`` at a time, until the last one ends or a signal arrives.
+    """Train runs with the same program, up to ``slots`` of them at the same time, until all end or a signal arrives.
 
     Args:
         runs: Config and workdir of each run.
@@ -384,7 +400,7 @@ def train_runs(runs: Sequence[tuple[Config, Path]], *, slots: int, layout: str, 
         The exit status of the process.
 
     Raises:
-        UserError: Some runs have failed. It is raised after the other runs have ended.
+        UserError: Runs have failed. The error is raised after the other runs have ended.
     """
     pack = Pack(runs[0][0], min(slots, len(runs)), layout, stop)
     log.say(
@@ -409,7 +425,7 @@ def train_in_pack(pack: Pack, runs: Sequence[tuple[Config, Path]], stop: StopReq
     """
     waiting, errors = list(runs), []
 
-    def leave(member: Member) -> None:
+    def finish(member: Member) -> None:
         try:
             pack.remove(member)
         except UserError as error:
@@ -428,43 +444,43 @@ def train_in_pack(pack: Pack, runs: Sequence[tuple[Config, Path]], stop: StopReq
                     errors.append(f"{workdir}: {error}")
             pack.step()
             for member in [m for m in pack.members if m is not None and not m.running]:
-                leave(member)
+                finish(member)
     finally:
         for member in [m for m in pack.members if m is not None]:
-            leave(member)
+            finish(member)
     return errors
 
 
-def _one_after_the_other(one: Callable[..., Any], active: jax.Array, states: Any, others: Any) -> Any:
-    """Compute ``one(state, *others)`` for each active slot. The states are updated in place."""
-    metrics = jax.eval_shape(lambda s, o: one(_take_slot(s, 0), *_take_slot(o, 0))[1], states, others)
+def _loop_over_slots(step_one: Callable[..., Any], active: jax.Array, states: Any, others: Any) -> Any:
+    """Compute ``step_one(state, *others)`` for one active slot after the other. The states are updated in place."""
+    metrics = jax.eval_shape(lambda s, o: step_one(_take_slot(s, 0), *_take_slot(o, 0))[1], states, others)
     blank = jax.tree.map(lambda a: jnp.zeros((active.size, *a.shape), a.dtype), metrics)
 
-    def turn(slot: jax.Array, carry: Any) -> Any:
-        return jax.lax.cond(active[slot], lambda: _turn(slot, carry), lambda: carry)
-
-    def _turn(slot: jax.Array, carry: Any) -> Any:
+    def compute(slot: jax.Array, carry: Any) -> Any:
         state = _take_slot(carry[0], slot)
-        return _put_slot(carry, slot, one(state, *_take_slot(others, slot)))
+        return _put_slot(carry, slot, step_one(state, *_take_slot(others, slot)))
 
-    return jax.lax.fori_loop(0, active.size, turn, (states, blank))
+    def compute_if_active(slot: jax.Array, carry: Any) -> Any:
+        return jax.lax.cond(active[slot], lambda: compute(slot, carry), lambda: carry)
+
+    return jax.lax.fori_loop(0, active.size, compute_if_active, (states, blank))
 
 
 @jax.jit
 def _take_slot(stacked: Any, slot: Any) -> Any:
-    """Return one of several trees that are stacked along a first axis."""
+    """Return the tree at an index of the first axis of a stack of trees."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, slot, keepdims=False), stacked)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put_slot(stacked: Any, slot: Any, tree: Any) -> Any:
-    """Return the stack with one of its trees replaced."""
+    """Return a stack of trees with the tree at an index replaced."""
     return jax.tree.map(lambda s, a: jax.lax.dynamic_update_index_in_dim(s, a, slot, 0), stacked, tree)
 
 
 @contextlib.contextmanager
-def _errors_recorded(member: Member) -> Iterator[None]:
-    """Inside the block, the run logs to its own file, and a UserError becomes the error of the run."""
+def _own_log_and_error(member: Member) -> Iterator[None]:
+    """Log to the file of the run inside the block, and set its error if the block raises UserError."""
     with log.into(member.file):
         try:
             yield

@@ -1,4 +1,4 @@
-"""Profiling of some training steps."""
+"""Profiles of training steps."""
 
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ class Profile:
         self._stop()
 
     def before(self, step: int) -> None:
-        """Start the profile if ``step`` is the first profiled one. Call before the step."""
+        """Call before each step: start the profile before the first profiled step."""
         if step == self._first <= self._last:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
 
     def after(self, step: int, results: Any) -> None:
-        """Stop the profile if ``step`` is the last profiled one, once its results are computed. Call after the step."""
+        """Call after each step: stop the profile after the last profiled step, when its results are computed."""
         if self._running and step == self._last:
             jax.block_until_ready(results)
             self._stop()

@@ -1,4 +1,4 @@
-"""From a config to the functions that are compiled: the network, its output, the optimiser and the training step."""
+"""Build the functions of a run from its config: network, output, learning-rate schedule and training step."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ from xdim_jax.training.step import Step, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The functions of a run. None of them is compiled yet.
+    """The functions of a run, not compiled.
 
     Attributes:
-        graphdef: Static part of the network.
+        graphdef: Static part of the network, see `xdim_jax.nets.functional.split_model`.
         output: Meaning of the network's channels.
         schedule: Learning rate as a function of the step.
         step: Training step, see `xdim_jax.training.step.make_train_step`.
@@ -42,7 +42,12 @@ class Program:
     config: Any
 
     def init(self, params: Any, stats: Any) -> TrainState:
-        """Return the state before the first step."""
+        """Return the training state before the first step.
+
+        Args:
+            params: Initial parameters.
+            stats: Initial running statistics.
+        """
         options = self.config.optim
         tx = optim.make_optimizer(options, self.schedule)
         return init_state(optim.init_params(options, params), stats, tx, ema=bool(options.ema))
@@ -51,13 +56,13 @@ class Program:
 def make_network(
     model: Mapping[str, Any], *, seed: int, remat: str = "", axis: str | None = None, abstract: bool = False
 ) -> tuple[Any, Any, Any]:
-    """Build a network for training and split it, see `xdim_jax.nets.functional.split_model`.
+    """Build a network for training, and split it as `xdim_jax.nets.functional.split_model` does.
 
     Args:
         model: The ``model`` section of a config.
         seed: Seed of the random weights.
         remat: Stages whose activations are recomputed in the backward pass (``train.remat``).
-        axis: Name of the ``pmap`` axis over which batch statistics are averaged.
+        axis: Name of the ``pmap`` axis over which batch statistics are averaged; None without ``pmap``.
         abstract: True for shapes in place of random weights.
 
     Returns:
@@ -84,24 +89,28 @@ def make_program(
     abstract: bool = False,
     network: tuple[Any, Any, Any] | None = None,
 ) -> tuple[Program, Any, Any]:
-    """Build the program of a config, and the parameters and running statistics of its network.
+    """Build the program of a config, and its network.
 
     Args:
         config: Config of a recipe, as `xdim_jax.training.check.resolve_config` returns it.
         dataset: Data set on which the network is trained.
         per_epoch: Steps per epoch.
-        axis, abstract: See `make_network`.
-        network: Result of `make_network`, if there is one already.
+        axis: See `make_network`.
+        abstract: See `make_network`.
+        network: Result of `make_network`; None to build the network here.
+
+    Returns:
+        The program, and parameters and running statistics of the network.
 
     Raises:
-        UserError: Values of the config are unknown or do not go together.
+        UserError: Values of the config are unknown, or cannot be combined.
     """
     output = make_output(config.output, dataset)
     graphdef, params, stats = network or make_network(
         config.model, seed=config.seed, remat=config.train.remat, axis=axis, abstract=abstract
     )
     schedule = optim.make_schedule(config.optim.schedule, epochs=config.train.epochs, per_epoch=per_epoch)
-    optim.rates_of(params, config.optim.rates)  # raises if a pattern matches no parameter
+    optim.rates_of(params, config.optim.rates)  # raises UserError if a pattern matches no parameter
     step = make_step(config, graphdef, output, schedule, axis=axis)
     forward = ops.in_form(config.train.ops, make_forward(graphdef, precision(config.train)))
     return Program(graphdef, output, schedule, step, forward, config), params, stats
@@ -124,12 +133,12 @@ def make_step(
         output: Meaning of the network's channels.
         schedule: Learning rate as a function of the step.
         axis: See `make_network`.
-        traced: Numbers that replace those of the ``optim`` and ``loss`` sections, by dotted key such as ``optim.b1``.
-            They may be traced, so that one program serves several runs (`xdim_jax.training.pack`).
+        traced: Dotted key, such as ``optim.b1`` -> value that replaces that of the ``optim`` or ``loss`` section. With
+            traced values, one program can be used for several runs (`xdim_jax.training.pack`).
     """
     traced = traced or {}
-    optimiser = optim.make_optimizer(config.optim, schedule, _below("optim.", traced))
-    loss = make_loss(config.loss, output.activation, len(output.channels), _below("loss.", traced))
+    optimiser = optim.make_optimizer(config.optim, schedule, _without_prefix("optim.", traced))
+    loss = make_loss(config.loss, output.activation, len(output.channels), _without_prefix("loss.", traced))
     step = make_train_step(
         graphdef,
         loss,
@@ -144,7 +153,8 @@ def make_step(
     return ops.in_form(config.train.ops, step)
 
 
-def _below(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _without_prefix(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the items whose key begins with a prefix, without this prefix."""
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
 
 

@@ -20,7 +20,7 @@ from xdim_jax.data.splits import limit_patients, official_split, split_cases
 from xdim_jax.inference.output import Output
 from xdim_jax.runs.workdir import DATA_FILE, SPLIT_FILE
 from xdim_jax.training import mesh
-from xdim_jax.training.check import whole_size
+from xdim_jax.training.check import patch_size_3d
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class RunData:
         return pipeline.make_stream(
             self.train,
             sampling=data.sampling,
-            size=whole_size(data.patch),
+            size=patch_size_3d(data.patch),
             flat=len(data.patch) == 2,
             foreground=data.foreground,
             patches_per_case=data.patches_per_case,
@@ -101,7 +101,7 @@ def find_data(
         write_json(workdir / DATA_FILE, data_case.describe(dataset))
     entries = _prepare(data, dataset, root, [*train, *validation])
     chosen = entries[: len(train)]
-    pipeline.check_size(chosen, data.sampling, whole_size(data.patch))
+    pipeline.check_size(chosen, data.sampling, patch_size_3d(data.patch))
     facts = _annotations(dataset, output, train)
     return RunData(chosen, list(zip(validation, entries[len(train) :], strict=True)), facts)
 
@@ -151,6 +151,7 @@ def _prepare(data: Any, dataset: Dataset, root: Path, cases: list[Case]) -> list
 
 
 def _record_split(workdir: Path, root: Path, train: list[Case], validation: list[Case], *, started: bool) -> None:
+    """Write ``split.json``. Raises UserError if the run has ``started`` with another split."""
     sides = {"train": train, "validation": validation}
     split: dict[str, Any] = {"root": str(root.absolute())}
     split |= {side: [case.case_id for case in cases] for side, cases in sides.items()}
@@ -161,7 +162,8 @@ def _record_split(workdir: Path, root: Path, train: list[Case], validation: list
         for side in ("train", "validation"):
             if changed := sorted(set(before[side]) ^ set(split[side])):
                 raise UserError(
-                    f"the {side} cases in {root} are not those that the run in {workdir} started with: {len(changed)} "
-                    f"differ ({shorten(changed)}). Restore the data to resume the run, or give another --workdir"
+                    f"the {side} cases in {root} differ from those with which the run in {workdir} started: "
+                    f"{len(changed)} were added or removed ({shorten(changed)}). Restore the data to resume the run, "
+                    "or give another --workdir"
                 )
     write_json(path, split)

@@ -1,4 +1,4 @@
-"""One optimisation step, as a pure function of plain trees of arrays."""
+"""The training step, a pure function of trees of arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ Batch = dict[str, jax.Array]
 Augment = Callable[[Batch], Batch]
 Step = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
-_SMALL = 4096  # arrays with fewer elements are concatenated before their norm is taken
+_SMALL = 4096  # arrays with fewer elements are concatenated before their norm is computed
 
 
 def make_train_step(
@@ -32,31 +32,32 @@ def make_train_step(
     ema: float | jax.Array = 0.0,
     axis: str | None = None,
 ) -> Step:
-    """Build ``step(state, batch, key) -> state, metrics``. Dropout uses the key ``fold_in(key, state.step)``.
+    """Build the training step ``step(state, batch, key) -> state, metrics``.
+
+    The batch has ``image`` (batch, spatial axes, channels) and ``label`` (batch, spatial axes), and optionally
+    ``annotated`` (batch, channels), ``annotated_regions`` (batch, regions) and ``request`` (batch,). The random key for
+    dropout is ``fold_in(key, state.step)``.
+
+    The metrics are ``loss`` and its parts, ``grad_norm``, ``update_norm``, and ``score``: for each region, the hard
+    Dice averaged over the samples in which it is annotated, NaN if there is none. If the batch has ``request``, the
+    metrics have its maximum over all processes, see `xdim_jax.training.agreement`.
 
     Args:
         graphdef: Static part of the network, see `xdim_jax.nets.functional.split_model`.
         loss: Loss of logits, given the masks of ``output`` and, if present, ``batch["annotated"]``.
         output: Meaning of the channels.
         tx: Optimiser.
-        augment: Augmentation, applied to the batch first. Its random keys are part of the batch.
-        dtype: Type of the image, and so of all activations except norms, losses and logits, which are computed in
-            float32 or better.
-        accumulate: Number of parts in which the batch is processed, one after the other. Losses and gradients are
-            averaged over the parts. The result equals that of the whole batch, except for statistics over the batch:
-            batch norm, a Dice per batch, and means over channels that only some samples have annotated.
-        ema: Decay of the moving average, if the state has one.
+        augment: Augmentation of the batch; its random keys are part of the batch. None for no augmentation.
+        dtype: Type of image and activations. Norms, losses and logits are always computed in float32 or better.
+        accumulate: Number of parts of the batch that are processed one after the other. Losses and gradients are
+            averaged over the parts. The result equals that of the whole batch, except for values that depend on all
+            samples: batch norm, a Dice per batch, and means over channels that are annotated in some samples only.
+        ema: Decay of the moving average of the weights, if the state has one.
         axis: Name of the ``pmap`` axis over whose devices gradients, statistics and metrics are averaged.
-
-    The batch has ``image`` (batch, spatial axes, channels) and ``label`` (batch, spatial axes), and optionally
-    ``annotated`` (batch, channels), ``annotated_regions`` (batch, regions) and ``ask`` (batch,).
-
-    The metrics are ``loss`` and its parts, ``grad_norm``, ``update_norm``, and ``score``: for each region, the hard
-    Dice averaged over the samples in which it is annotated, NaN if there is none. If the batch has ``ask``, the metrics
-    have its maximum over all processes, so that every process learns at the same step what one of them requests.
     """
 
     def gradients(state: TrainState, stats: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict[str, Any], Any]:
+        """Return gradients, metrics and new running statistics."""
         masks = output.encode(batch["label"])
 
         def objective(params: Any) -> tuple[jax.Array, Any]:
@@ -76,13 +77,13 @@ def make_train_step(
         return grads, metrics, stats
 
     def _scores(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        """Return, for each region, the sum of the Dice over the samples that have it annotated, and their number."""
+        """Return, for each region, the sum of the Dice over the samples in which it is annotated, and their number."""
         dice = hard_dice(output.predicted_regions(logits), output.regions.encode(batch["label"], jnp))
         shown = batch.get("annotated_regions", jnp.ones(dice.shape, bool))
         return {"score": jnp.sum(dice * shown, 0), "scored": jnp.sum(shown, 0).astype(dice.dtype)}
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        batch, ask = {k: v for k, v in batch.items() if k != "ask"}, batch.get("ask")
+        batch, request = {k: v for k, v in batch.items() if k != "request"}, batch.get("request")
         batch = batch if augment is None else augment(batch)
         key = jax.random.fold_in(key, state.step)
         if axis is not None:
@@ -97,8 +98,8 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics |= {"grad_norm": _norm(grads), "update_norm": _norm(fast(updates))}
         metrics["score"] = metrics["score"] / metrics.pop("scored")
-        if ask is not None:
-            metrics["ask"] = jnp.max(ask) if axis is None else jax.lax.pmax(jnp.max(ask), axis)
+        if request is not None:
+            metrics["request"] = jnp.max(request) if axis is None else jax.lax.pmax(jnp.max(request), axis)
         average = state.ema
         if average:
             new, decay = {"params": fast(params), "stats": stats}, ema_decay(ema, state.step)
@@ -119,43 +120,52 @@ def _norm(tree: Any) -> jax.Array:
 def _accumulated(
     gradients: Callable[..., Any], state: TrainState, batch: Batch, key: jax.Array, parts: int
 ) -> tuple[Any, dict[str, Any], Any]:
-    """Return the mean gradients and metrics over ``parts`` parts of the batch, and the statistics after the last part.
+    """Return gradients and metrics averaged over ``parts`` parts of the batch, and the statistics after the last part.
 
-    Part i has the samples ``i + k * parts``, so that each part is distributed over the same devices as the batch.
+    Part i has the samples ``i + k * parts``. Each part is therefore distributed over the same devices as the batch.
     """
 
-    def take(stats: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, Any]:
+    def process(stats: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, Any]:
         number, part = numbered
         grads, metrics, stats = gradients(state, stats, part, jax.random.fold_in(key, number))
         return stats, (grads, metrics)
 
-    def sums(carry: Any, numbered: Any) -> tuple[Any, None]:
+    def add(carry: Any, numbered: Any) -> tuple[Any, None]:
         stats, total = carry
-        stats, new = take(stats, numbered)
+        stats, new = process(stats, numbered)
         return (stats, jax.tree.map(jnp.add, total, new)), None
 
     split = {k: jnp.moveaxis(v.reshape(len(v) // parts, parts, *v.shape[1:]), 1, 0) for k, v in batch.items()}
     numbers = jnp.arange(parts)
     zeros = jax.tree.map(
         lambda a: jnp.zeros(a.shape, a.dtype),
-        jax.eval_shape(lambda: take(state.stats, jax.tree.map(lambda a: a[0], (numbers, split)))[1]),
+        jax.eval_shape(lambda: process(state.stats, jax.tree.map(lambda a: a[0], (numbers, split)))[1]),
     )
-    (stats, total), _ = jax.lax.scan(sums, (state.stats, zeros), (numbers, split))
+    (stats, total), _ = jax.lax.scan(add, (state.stats, zeros), (numbers, split))
     grads, metrics = jax.tree.map(lambda a: a / parts, total)
     return grads, metrics, stats
 
 
 def _with_levels(value: jax.Array, coarse: list[jax.Array]) -> jax.Array:
-    """Return the loss with deep supervision: a weighted mean in which each level has half the weight of the finer one.
+    """Return the loss with deep supervision: the weighted mean of the losses of all levels.
 
-    The weights are those of nnU-Net.
+    As in nnU-Net, each level has half the weight of the next finer one.
+
+    Args:
+        value: Loss at full resolution.
+        coarse: Losses of the other levels, finest first.
     """
     weights = [0.5**i for i in range(len(coarse) + 1)]
     return sum((w * v for w, v in zip(weights[1:], coarse, strict=True)), value) / sum(weights)
 
 
 def resized(masks: jax.Array, size: tuple[int, ...]) -> jax.Array:
-    """Sample ``(batch, *spatial, channels)`` on a coarser grid, at the voxel centres, with the nearest neighbour."""
+    """Resample masks to a coarser grid by nearest neighbour, at the centres of its voxels.
+
+    Args:
+        masks: ``(batch, *spatial, channels)``.
+        size: Spatial size of the coarser grid.
+    """
     for axis, (n, m) in enumerate(zip(masks.shape[1:-1], size, strict=True), 1):
         index = [(2 * i + 1) * n // (2 * m) for i in range(m)]
         masks = jnp.take(masks, jnp.asarray(index), axis)

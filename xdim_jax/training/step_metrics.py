@@ -1,7 +1,7 @@
-"""What becomes of the metrics of training steps: checks, records and progress lines.
+"""Check, record and log the metrics of training steps.
 
 The metrics of a step are those that `xdim_jax.training.step.make_train_step` returns: ``loss`` and its parts,
-``grad_norm``, ``update_norm``, and ``score``, the hard Dice per region (NaN for a region that no sample shows).
+``grad_norm``, ``update_norm``, and ``score``, the hard Dice of each region (NaN if no sample has the region annotated).
 """
 
 import math
@@ -19,14 +19,17 @@ _SHOWN_LOSSES = 5  # number of losses in the message about a loss that is not fi
 
 
 def check_finite(done: int, metrics: Sequence[Metrics], losses: Sequence[float]) -> list[float]:
-    """Return the last few losses.
+    """Check that loss, gradient and update of the last steps are finite.
 
-    The update is checked as well as the loss, so that no state with a NaN in it is ever saved.
+    The update is checked in addition to the loss, so that a state with a NaN is never saved.
 
     Args:
         done: Number of steps done.
         metrics: Metrics of the last steps, oldest first.
-        losses: Losses of the steps before those, for the message.
+        losses: Losses of earlier steps, for the message.
+
+    Returns:
+        The last few losses, for the next call.
 
     Raises:
         NotFiniteError: The loss, the gradient or the update of a step is not finite.
@@ -39,13 +42,14 @@ def check_finite(done: int, metrics: Sequence[Metrics], losses: Sequence[float])
 
 
 def record_every_step(recorder: Recorder, done: int, metrics: Sequence[Metrics], digests: list[list[int]]) -> None:
-    """Append loss, norms and the digests of the batch, for each of the last steps, to ``steps.jsonl``.
+    """Append a record for each of the last steps to ``steps.jsonl``: loss, norms, and digests of the batch.
 
     Args:
         recorder: Record of the run.
         done: Number of steps done.
         metrics: Metrics of the last steps, oldest first.
-        digests: For each of these steps, the digests of the samples that this process has read.
+        digests: For each of these steps, the digests of the samples that this process has read. The record has those of
+            all processes.
     """
     shares = mesh.gather(np.array(digests, np.uint32))  # (processes, steps, samples of one process)
     entries = []
@@ -66,12 +70,13 @@ def report_progress(
     learning_rate: float,
     seconds: float,
 ) -> None:
-    """Write a progress line, and a record with the means over the last steps.
+    """Log a line about the progress, and write a record with the means over the last steps.
 
     Args:
         recorder: Record of the run.
         metrics: Metrics of the last steps.
-        done, total: Number of steps done, and of the whole run.
+        done: Number of steps done.
+        total: Number of steps of the whole run.
         per_epoch: Steps per epoch.
         regions: Names of the scored regions.
         learning_rate: Learning rate of the last step.

@@ -1,4 +1,4 @@
-"""A training run from beginning to end."""
+"""Train one run, or several runs one after the other."""
 
 import signal
 from pathlib import Path
@@ -21,7 +21,7 @@ from xdim_jax.training.open_run import open_run
 def train_run(
     config: Config, dataset: Dataset, workdir: Path, stop: StopRequest, *, separate_disks: bool = False
 ) -> int:
-    """Train one run to its end, or until a signal arrives. A run that was interrupted is resumed.
+    """Train one run until its end or until a signal arrives. An interrupted run is resumed.
 
     Args:
         config: Config of a recipe, as `xdim_jax.training.check.resolve_config` returns it.
@@ -45,7 +45,7 @@ def train_run(
         stop.busy = False
     if stop.signal:
         name = signal.Signals(stop.signal).name
-        log.say(f"stopped    by {name}, everything is saved; run the same command again to resume")
+        log.say(f"stopped    by {name}; everything is saved, run the same command again to resume")
         return stop.status
     log.say(
         f"done       predict with: python -m xdim_jax.predict --workdir={workdir} --input=<cases> --output=<folder>"
@@ -54,7 +54,12 @@ def train_run(
 
 
 def train_one_by_one(runs: list[tuple[Config, Path]], stop: StopRequest, *, separate_disks: bool = False) -> int:
-    """Train several runs, given by config and workdir, one after the other.
+    """Train several runs, one after the other.
+
+    Args:
+        runs: Config and workdir of each run.
+        stop: Signals that the process receives.
+        separate_disks: True if each process has a workdir of its own, see `open_run`.
 
     Returns:
         The first exit status that is not 0, or 0.
@@ -68,7 +73,7 @@ def train_one_by_one(runs: list[tuple[Config, Path]], stop: StopRequest, *, sepa
 
 
 def _make_devices(config: Config) -> Devices:
-    """Lay out the devices that the config asks for, and log them with the operations that the program will use."""
+    """Return the mesh of devices for a config, and log it with the form of the operations."""
     options = config.mesh
     devices = make_devices(
         options.data,

@@ -1,4 +1,4 @@
-"""Validation on whole cases during training: the Dice of each region, and pictures of some cases."""
+"""Validation on whole cases during training. It returns the Dice of each region, and pictures of some cases."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ OVERLAYS = "overlays"  # folder of the pictures, in the workdir
 
 
 class InterruptedValidationError(Exception):
-    """Raised inside a validation if a signal has asked the run to stop."""
+    """A signal has interrupted a validation."""
 
 
 class ValidationResult(NamedTuple):
@@ -52,18 +52,18 @@ def make_validation(
     min_et: int,
     overlays: int,
 ) -> Validation:
-    """Build a function that validates on whole images, on their original grid, after post-processing.
+    """Build the validation function. It scores whole cases on their original grid, after post-processing.
 
     The score of a region is its mean Dice over the cases. If a region is empty in prediction and reference, its Dice is
     1, as on the BraTS platform. A case in which a region is not annotated (CHAOS task 4) does not count for that
-    region. Several processes divide the cases among themselves.
+    region; if no case has it annotated, its score is 1. Several processes divide the cases among themselves.
 
     Args:
-        segmenter: Segments the prepared cases.
+        segmenter: Function that segments prepared cases.
         dataset: Data set of the cases.
-        cases: Validation cases, on disk and prepared.
-        min_et: Smallest enhancing tumour in voxels (BraTS), 0 for no limit.
-        overlays: Number of cases of which pictures are drawn: the first ones.
+        cases: Validation cases: the case on disk, and the prepared case.
+        min_et: Smallest number of voxels of the enhancing tumour (BraTS); 0 for no limit.
+        overlays: Number of cases, from the first, of which pictures are drawn.
     """
     names = dataset.regions.names
 
@@ -104,7 +104,7 @@ def make_validation(
     return validate
 
 
-_COLOURS = np.array([to_rgb(colour) for colour in PALETTE])  # of the labels, in order
+_COLOURS = np.array([to_rgb(colour) for colour in PALETTE])  # colours of the labels 1, 2, ...
 
 
 def draw(image: np.ndarray, reference: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -112,10 +112,11 @@ def draw(image: np.ndarray, reference: np.ndarray, predicted: np.ndarray) -> np.
 
     Args:
         image: Image (D, H, W), with any range of values.
-        reference, predicted: Label indices (D, H, W).
+        reference: Label indices (D, H, W).
+        predicted: Label indices (D, H, W).
 
     Returns:
-        uint8 (H, 3 W, 3).
+        RGB picture, uint8 (H, 3 W, 3).
     """
     structure = reference if reference.any() else predicted  # early predictions may fill the whole volume
     at = int(np.argmax((structure > 0).sum((1, 2))))
@@ -130,7 +131,7 @@ def draw(image: np.ndarray, reference: np.ndarray, predicted: np.ndarray) -> np.
     return np.concatenate(panels, 1).round().astype(np.uint8)
 
 
-def keep_pictures(workdir: Path, pictures: dict[str, np.ndarray]) -> None:
+def save_pictures(workdir: Path, pictures: dict[str, np.ndarray]) -> None:
     """Write the pictures to ``overlays/<case id>.png``. Raises UserError if they cannot be written."""
     for case_id, picture in pictures.items():
         with atomic_path(workdir / OVERLAYS / f"{case_id}.png") as temporary:

@@ -1,4 +1,4 @@
-"""A watchdog for the input pipeline: it logs what the reading threads are doing if no batch arrives for a while."""
+"""A watchdog for the input pipeline. If no batch arrives for a while, it logs the activity of the reading threads."""
 
 import threading
 import time
@@ -10,11 +10,11 @@ from xdim_jax.data.pipeline import Activity
 
 
 class Watchdog:
-    """Context manager around the training loop; inside it, call `next` instead of the builtin ``next(stream)``.
+    """Context manager around the training loop. Inside it, call the method `next` instead of the builtin ``next``.
 
     Args:
-        seconds: Waiting time after which a line is logged, and again after each further multiple of it. 0 for never.
-        activity: What the reading threads are doing.
+        seconds: Interval of log lines while the loop waits for a batch; 0 for none.
+        activity: Current activity of the reading threads.
         say: Function that logs a line.
     """
 
@@ -44,11 +44,12 @@ class Watchdog:
             self._since = None
 
     def _watch(self) -> None:
+        """Log a line for each interval that the loop has waited for a batch."""
         while not self._done.wait(min(self._seconds / 4, 1.0)):
             since = self._since
             waited = 0.0 if since is None else time.monotonic() - since
             if waited < (self._said + 1) * self._seconds:
                 continue
             self._said += 1
-            lines = self._activity.lines() or ["no thread is reading: all of them wait for the stream"]
+            lines = self._activity.lines() or ["no thread is reading; all of them wait for the stream"]
             self._say(f"waiting    {waited:.0f} s for a batch: " + "; ".join(lines))
