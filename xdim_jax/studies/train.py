@@ -10,7 +10,7 @@ from xdim_jax.base.signals import StopRequest
 from xdim_jax.runs.records import VALIDATIONS_FILE, read_records
 from xdim_jax.studies.plan import Plan, PlannedRun
 from xdim_jax.training.check import FREE_KEYS, resolve_config
-from xdim_jax.training.initial_weights import read_start
+from xdim_jax.training.initial_weights import read_initial_weights
 from xdim_jax.training.pack import Pack, signature, train_in_pack
 
 
@@ -34,7 +34,7 @@ def check_plan(plan: Plan, overrides: list[str]) -> None:
             config, _ = resolve_config(plan.config(PlannedRun(arm, first.size, first.seed), overrides))
             if config.init.weights and config.init.weights not in checked:
                 checked.add(config.init.weights)
-                read_start(config.init)
+                read_initial_weights(config.init)
         except UserError as error:
             problems.append(f"arm {arm}: {error}")
     if problems:
