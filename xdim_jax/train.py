@@ -16,7 +16,7 @@ from xdim_jax.base import bucket, log
 from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
-from xdim_jax.base.signals import REQUEUE, catch_signals, listen
+from xdim_jax.base.signals import REQUEUE, catch_signals, install_handlers
 from xdim_jax.data.splits import ALL_FOLDS
 from xdim_jax.ops.compilation import cache_programs
 from xdim_jax.runs import checkpoint
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         )
     with catch_signals() as stop:
         mesh.join_processes(options.coordinator, options.processes, options.process)
-        listen(stop)  # once more, because JAX installs its own handler when there are several processes
+        install_handlers(stop)  # once more, because JAX installs its own handler when there are several processes
         if jax.process_index():
             log.quieten()
         resolved, dataset = resolve_config(config)

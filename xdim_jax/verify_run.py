@@ -59,7 +59,7 @@ def compare(a: Path, b: Path) -> Comparison:
     Raises:
         UserError: A folder is not the workdir of a run, or the runs have no step and no checkpoint in common.
     """
-    pairs = differences(read_config(a), read_config(b), free=FREE_KEYS)
+    pairs = differences(read_config(a), read_config(b), ignored=FREE_KEYS)
     config = [f"{key}: {x!r} and {y!r}" for key, x, y in pairs]
 
     steps = [{r["step"]: r for r in read_records(workdir, STEPS_FILE)} for workdir in (a, b)]

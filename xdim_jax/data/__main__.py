@@ -106,7 +106,7 @@ def _add_verify(commands: Any) -> None:
 def _verify(options: argparse.Namespace) -> int:
     dataset = get_dataset({**DATASETS[options.dataset].everything, **_section(options)})
     to_screen = options.json == Path("-")
-    progress = {} if to_screen else {"progress": log.bar("verify")}
+    progress = {} if to_screen else {"progress": log.progress_bar("verify")}
     findings = verify(dataset, options.root, need_labels=not options.no_labels, jobs=options.jobs, **progress)
     report = {
         "dataset": dataset.name,
@@ -195,7 +195,7 @@ def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         settings = _paper_preparation(options.dataset, dataset)
     cases = list_cases(dataset, root, need_labels=True)
     base = options.store or data.get("store", "") or default_folder(root)
-    prepare_cases(dataset, cases, settings, base, jobs=options.jobs, say=log.say, progress=log.bar("prepare"))
+    prepare_cases(dataset, cases, settings, base, jobs=options.jobs, say=log.say, progress=log.progress_bar("prepare"))
     backend = open_backend(base, store_key(dataset, settings)[0])
     entries = {entry for case in cases for entry in backend.find_entries(case.case_id)}
     log.say(f"done       {len(cases)} cases in {backend}, {gib(sum(map(backend.size, entries)))}")

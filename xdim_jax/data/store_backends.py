@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xdim_jax.base.bucket import is_address, no_answer, open_filesystem
+from xdim_jax.base.bucket import bucket_errors, is_address, open_filesystem
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_error, write_json, write_text
 
@@ -207,7 +207,7 @@ class ZarrBackend:
         self.base = base
         self._fs, self._root = open_filesystem(base)
         self._sizes: dict[str, dict[str, int]] = {}  # entry -> object -> bytes
-        with no_answer(base, "read"):
+        with bucket_errors(base, "read"):
             self._list_objects("")
 
     def _list_objects(self, name: str) -> None:
@@ -227,7 +227,7 @@ class ZarrBackend:
         return self.base
 
     def create(self, key: dict[str, Any]) -> None:
-        with no_answer(self.base, "written"):
+        with bucket_errors(self.base, "written"):
             if not self._fs.exists(f"{self._root}/store.json"):
                 self._fs.pipe_file(f"{self._root}/store.json", json.dumps(key, indent=2).encode())
 
@@ -242,7 +242,7 @@ class ZarrBackend:
         sizes = self._sizes.get(name, {})
         if FACTS not in sizes:
             return None
-        with no_answer(self.base, "read"):
+        with bucket_errors(self.base, "read"):
             try:
                 facts = json.loads(self._fs.cat_file(f"{self._root}/{name}/{FACTS}"))
                 return facts if {k: v for k, v in sizes.items() if k != FACTS} == facts["files"] else None
@@ -250,7 +250,7 @@ class ZarrBackend:
                 return None
 
     def write_facts(self, entry: Location, facts: dict[str, Any]) -> None:
-        with no_answer(self.base, "written"):
+        with bucket_errors(self.base, "written"):
             path = f"{self._root}/{_entry_name(entry)}/{FACTS}"
             self._fs.pipe_file(path, json.dumps(facts, indent=1).encode())
 
@@ -258,7 +258,7 @@ class ZarrBackend:
         self, entry: Location, arrays: Mapping[str, np.ndarray], facts: dict[str, Any], is_valid: Callable[[Any], bool]
     ) -> dict[str, Any]:
         name = _entry_name(entry)
-        with no_answer(self.base, "written"):
+        with bucket_errors(self.base, "written"):
             self._list_objects(name)
             existing = self.read_facts(entry)
             if existing is not None and is_valid(existing):  # another process was first
@@ -288,7 +288,7 @@ def _entry_name(entry: Location) -> str:
 def _open_zarr_entry(entry: str) -> tuple[dict[str, Any], Any, Any, Any]:
     """Return facts, image, label and labelled voxels."""
     fs, root = open_filesystem(entry)
-    with no_answer(entry, "read"):
+    with bucket_errors(entry, "read"):
         facts = json.loads(fs.cat_file(f"{root}/{FACTS}"))
         arrays = {name.partition("/")[0] for name in facts["files"]}
         label = _LazyArray(f"{entry}/label") if "label" in arrays else None
@@ -304,7 +304,7 @@ class _LazyArray:
         self.dtype, self.ndim = np.dtype(self._array.dtype.numpy_dtype), len(self.shape)
 
     def __getitem__(self, part: Any) -> np.ndarray:
-        with no_answer(self._address, "read"):
+        with bucket_errors(self._address, "read"):
             return self._array[part].read().result()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

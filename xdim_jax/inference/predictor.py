@@ -264,7 +264,7 @@ def _digest(config: Any, members: Sequence[Any], resolved: ResolvedSettings, lar
 def _check_common(workdirs: Sequence[Path], configs: Sequence[Any]) -> None:
     problems = []
     for workdir, config in zip(workdirs[1:], configs[1:], strict=True):
-        for key, a, b in differences(configs[0], config, free=()):
+        for key, a, b in differences(configs[0], config, ignored=()):
             if any(key == name or key.startswith(f"{name}.") for name in _COMMON):
                 problems.append(f"{key}: {a!r} in {workdirs[0]}, {b!r} in {workdir}")
     described = [read_json(w / DATA_FILE) for w in workdirs]

@@ -23,13 +23,13 @@ def find_members(workdirs: Sequence[Path]) -> list[Path]:
     return list({folder.resolve(): folder for folder in found}.values())
 
 
-def claim_workdir(workdir: Path, config: Config, *, free: Sequence[str], started: bool) -> None:
+def claim_workdir(workdir: Path, config: Config, *, ignored: Sequence[str], started: bool) -> None:
     """Write the resolved config of a run.
 
     Args:
         workdir: Folder of the run.
         config: Config of the run.
-        free: Keys that may differ from the config of a started run.
+        ignored: Dotted keys that may differ from the config of a started run.
         started: True if the run has been trained already.
 
     Raises:
@@ -39,7 +39,7 @@ def claim_workdir(workdir: Path, config: Config, *, free: Sequence[str], started
     if started:
         differing = [
             f"{key}: {found!r} there, {wanted!r} asked for"
-            for key, found, wanted in differences(read_config(workdir), config, free=free)
+            for key, found, wanted in differences(read_config(workdir), config, ignored=ignored)
         ]
         if differing:
             raise UserError(

@@ -159,7 +159,7 @@ def _start_network(config: Config, workdir: Path, devices: Devices, *, started: 
     else:
         params, stats, report = initialise(config.init, config.model, config.seed, params, stats)
     if jax.process_index() == 0:
-        claim_workdir(workdir, config, free=FREE_KEYS, started=started)
+        claim_workdir(workdir, config, ignored=FREE_KEYS, started=started)
         if report is not None:
             write_json(workdir / REPORT_FILE, report)
     return graphdef, params, stats

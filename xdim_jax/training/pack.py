@@ -199,7 +199,7 @@ class Pack:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / log.LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115
         try:
-            with log.into(file):
+            with log.redirect_to(file):
                 member = self._make_member(config, dataset, workdir, file)
                 self.members[member.slot] = member
                 self._put(member)
@@ -218,7 +218,7 @@ class Pack:
         if not any(m.group == member.group for m in self.members if m is not None):
             _, stack, _ = self._streams.pop(member.group, (None, contextlib.ExitStack(), None))
             stack.close()
-        with contextlib.closing(member.file), log.into(member.file):
+        with contextlib.closing(member.file), log.redirect_to(member.file):
             if member.error:
                 log.say(f"error: {member.error}")
             member.opened.close()
@@ -448,7 +448,7 @@ def _put_slot(stacked: Any, slot: Any, tree: Any) -> Any:
 @contextlib.contextmanager
 def _errors_recorded(member: Member) -> Iterator[None]:
     """Inside the block, the run logs to its own file, and a UserError becomes the error of the run."""
-    with log.into(member.file):
+    with log.redirect_to(member.file):
         try:
             yield
         except UserError as error:

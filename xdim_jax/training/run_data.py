@@ -142,7 +142,7 @@ def _prepare(data: Any, dataset: Dataset, root: Path, cases: list[Case]) -> list
         store.prepare_cases(dataset, cases[index::count], settings, folder, jobs=data.threads)
         mesh.barrier("prepared")
     return store.prepare_cases(
-        dataset, cases, settings, folder, jobs=data.threads, say=log.say, progress=log.bar("prepare")
+        dataset, cases, settings, folder, jobs=data.threads, say=log.say, progress=log.progress_bar("prepare")
     )
 
 
