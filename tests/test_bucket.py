@@ -355,7 +355,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_host(store, data, alone, tmp_path,
         other_host(monkeypatch, tmp_path)
         found = bucket.fetch(f"{store}/run")
         assert_same(found, alone[0])
-        assert checkpoint.exist(found) and not list(found.rglob("*.orbax-checkpoint-tmp*"))
+        assert checkpoint.exists(found) and not list(found.rglob("*.orbax-checkpoint-tmp*"))
 
 
 def start_processes(tmp_path, plain, data, name):  # noqa: F811

@@ -33,7 +33,7 @@ from xdim_jax.nets.functional import PRECISIONS, split_model
 from xdim_jax.nets.layers import Conv, DropPath, Norm, Style
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import STEPS_FILE, read_records
-from xdim_jax.runs.state import TrainState, evaluated, init_state
+from xdim_jax.runs.state import TrainState, evaluation_weights, init_state
 from xdim_jax.training import check, mesh, program
 from xdim_jax.training.loss import make_loss
 from xdim_jax.training.step import make_train_step
@@ -453,7 +453,7 @@ def keep_state(workdir, data):
     """Saves or, where there is a state, restores one on so many devices."""
     devices = mesh.make_devices(data, 1, batch=data)
     checkpoints = checkpoint.open_checkpoints(Path(workdir))
-    if not checkpoint.exist(Path(workdir)):
+    if not checkpoint.exists(Path(workdir)):
         checkpoint.save_latest(checkpoints, devices.put_state(sample_state(0.3)), {"score_steps": [3]})
         checkpoint.close(checkpoints)
         print(json.dumps("saved"))
@@ -571,7 +571,7 @@ def test_the_moving_average_by_hand(decay):
         average = jax.tree.map(lambda a, b, d=d: d * a + (1 - d) * np.asarray(b), average, now)
     assert max(differences({"ema": state.ema}, {"ema": average}).values()) < 1e-6
     assert differences({"ema": state.ema}, {"ema": now})["ema"] > 1e-3
-    params, stats = evaluated(state)
+    params, stats = evaluation_weights(state)
     assert params is state.ema["params"] and stats is state.ema["stats"]
 
 

@@ -147,7 +147,7 @@ TABLE = {
     "a workdir of another config": (
         "train",
         f"{CAMUS} {{small}} --workdir={{run}} --config.seed=7",
-        ["another config", "seed: 0 there, 7 asked for"],
+        ["another config", "seed: 0 in config.json, 7 now"],
     ),
     "a workdir that is none": (
         "predict",

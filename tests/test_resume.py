@@ -237,7 +237,7 @@ def test_a_signal_in_a_validation_ends_it_and_the_resumed_run_makes_it(small, da
     original = validation.postprocess
 
     def interrupted(*arguments, **options):
-        if checkpoint.exist(tmp_path / "run") and len(records(tmp_path / "run", "epoch")) == 2:
+        if checkpoint.exists(tmp_path / "run") and len(records(tmp_path / "run", "epoch")) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments, **options)
 
@@ -319,9 +319,9 @@ def test_a_signal_to_the_process_is_heard_at_every_moment(moment, line, number, 
     stopped = [text for text in out.splitlines() if text.startswith("stopped ")]
     assert len(stopped) == 1 and signal.Signals(number).name in stopped[0] and "same command" in stopped[0]
     if moment == "steps":
-        assert "everything is saved" in stopped[0] and checkpoint.exist(tmp_path / "run")
+        assert "everything is saved" in stopped[0] and checkpoint.exists(tmp_path / "run")
     else:
-        assert "nothing to save" in stopped[0] and not checkpoint.exist(tmp_path / "run")
+        assert "nothing to save" in stopped[0] and not checkpoint.exists(tmp_path / "run")
     out = train_small(tmp_path / "run", data, store)
     assert ("resume     from step" in out) == (moment == "steps")
     assert_same_end(tmp_path / "run", straight, 6)
@@ -552,7 +552,7 @@ def test_a_half_written_checkpoint_is_skipped_and_a_damaged_one_moved_aside(smal
 
 def test_half_written_alone_is_a_new_run(tmp_path):
     (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
-    assert not checkpoint.exist(tmp_path)
+    assert not checkpoint.exists(tmp_path)
     said = []
     checkpoints = checkpoint.open_checkpoints(tmp_path, said.append)
     assert checkpoint.restore_latest(checkpoints, small_state(0.0), said.append) is None
@@ -1258,7 +1258,7 @@ def test_a_run_starts_from_a_network_file_that_fits_in_part(small, data, tmp_pat
     name = f"--config.init.weights={path}"
     with pytest.raises(UserError, match=r"only in the network \(1\): bias"):
         train_small(tmp_path / "run", data, name)
-    assert not checkpoint.exist(tmp_path / "run")
+    assert not checkpoint.exists(tmp_path / "run")
     still = ("--config.optim.rates=*=0", "--config.init.require=False")  # every part frozen: the start is the end
     out = train_small(tmp_path / "run", data, name, *still)
     report = json.loads((tmp_path / "run" / "pretrained.json").read_text())

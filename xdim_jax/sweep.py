@@ -115,7 +115,7 @@ def _work(study: Any, job: Job, options: argparse.Namespace) -> int:
         if not options.pack:
             return run_worker(study, job, stop, heartbeat=heartbeat, grace=grace, wait=wait)
         cache_programs()
-        checkpoint.quieten_process()
+        checkpoint.silence_orbax()
         worker = PackedWorker(
             study, job, stop, slots=options.pack, layout=options.layout, heartbeat=heartbeat, grace=grace
         )

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         if options.pack:
             pack.check_packable(resolved, options.pack, options.layout)
         cache_programs()
-        checkpoint.quieten_process()
+        checkpoint.silence_orbax()
         with bucket.workdir(options.workdir, writes=not jax.process_index()) as workdir:
             mesh.barrier("fetched")  # every process has read the bucket before process 0 changes it
             separate_disks = bucket.is_address(options.workdir)

@@ -103,7 +103,7 @@ def _arrays(folder: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: The checkpoint cannot be read.
     """
-    checkpoint.quieten_process()
+    checkpoint.silence_orbax()
     item = next((folder / name for name in ("state", "weights") if (folder / name).is_dir()), folder)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:

@@ -22,7 +22,7 @@ from xdim_jax.data.store import default_folder, prepare_cases, store_key
 from xdim_jax.data.store_backends import open_backend
 from xdim_jax.data.verify import format_findings, verify
 
-# options of the data sets; --root is a flag of all of them
+# data set -> name -> option; without root, for which every command has the flag --root
 _OPTIONS = {name: {k: o for k, o in entry.options.items() if k != "root"} for name, entry in DATASETS.items()}
 _PHANTOMS = {name: entry.phantoms for name, entry in DATASETS.items() if entry.phantoms}
 
@@ -52,28 +52,28 @@ def _add_options(
     options: Mapping[str, Mapping[str, Option]],
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Add a flag for each option; several data sets may have an option of one name and type.
+    """Add a flag for each option of any data set. Options of two data sets with one name share a flag.
 
     Args:
         parser: Parser of a command.
         options: Data set -> name -> option.
-        defaults: Data set -> name -> default that the command uses instead of that of the option.
+        defaults: Data set -> name -> default that replaces the default of the option in this command.
     """
     for key in _keys(options):
-        takers = {name: taken[key] for name, taken in options.items() if key in taken}
+        by_dataset = {name: own[key] for name, own in options.items() if key in own}
         for name, values in (defaults or {}).items():
             if key in values:
-                takers[name] = dataclasses.replace(takers[name], default=values[key])
+                by_dataset[name] = dataclasses.replace(by_dataset[name], default=values[key])
         parser.add_argument(
             f"--{key}",
-            type=int if all(isinstance(option.default, int) for option in takers.values()) else str,
-            choices=list(dict.fromkeys(c for option in takers.values() for c in option.choices)) or None,
-            help="; ".join(_option_help(name, option) for name, option in takers.items()),
+            type=int if all(isinstance(option.default, int) for option in by_dataset.values()) else str,
+            choices=list(dict.fromkeys(c for option in by_dataset.values() for c in option.choices)) or None,
+            help="; ".join(_option_help(name, option) for name, option in by_dataset.items()),
         )
 
 
 def _keys(options: Mapping[str, Mapping[str, Option]]) -> list[str]:
-    return list(dict.fromkeys(key for taken in options.values() for key in taken))
+    return list(dict.fromkeys(key for own in options.values() for key in own))
 
 
 def _option_help(name: str, option: Option) -> str:
@@ -89,22 +89,21 @@ def _add_verify(commands: Any) -> None:
     kinds = "\n".join(f"  {kind:<22}{meaning}" for kind, meaning in KINDS.items())
     parser = commands.add_parser(
         "verify",
-        help="find everything wrong with a data set",
+        help="check a data set",
         description="Read every file, and list all problems: the file, what was found, what was expected, and what to "
         "do.\n\nkinds of problems:\n" + kinds,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_dataset(parser, list(DATASETS))
-    everything = {name: entry.everything for name, entry in DATASETS.items()}
-    _add_options(parser, _OPTIONS, everything)
+    _add_options(parser, _OPTIONS, {name: entry.verify_options for name, entry in DATASETS.items()})
     parser.add_argument("--no-labels", action="store_true", help="do not report missing reference labels")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the problems to FILE; - is the screen")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the problems as JSON; - for stdout only")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 also if there are only warnings")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cases at a time (default: all cores)")
 
 
 def _verify(options: argparse.Namespace) -> int:
-    dataset = get_dataset({**DATASETS[options.dataset].everything, **_section(options)})
+    dataset = get_dataset({**DATASETS[options.dataset].verify_options, **_section(options)})
     to_screen = options.json == Path("-")
     progress = {} if to_screen else {"progress": log.progress_bar("verify")}
     findings = verify(dataset, options.root, need_labels=not options.no_labels, jobs=options.jobs, **progress)
@@ -130,15 +129,15 @@ def _section(options: argparse.Namespace) -> dict[str, Any]:
     """Return the flags as the ``data`` section of a config. Raises UserError if the data set lacks one of them."""
     known = DATASETS[options.dataset].options
     section: dict[str, Any] = {"dataset": options.dataset, "root": str(options.root or "")}
-    for key, value in _given(options).items():
+    for key, value in _option_flags(options).items():
         if key not in known:
             raise UserError(f"--{key} is not an option of --dataset={options.dataset}; it has: {', '.join(known)}")
         section[key] = tuple(value.split(",")) if isinstance(known[key].default, tuple) else value
     return section
 
 
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the given flags that are options of data sets."""
+def _option_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of the flags from `_add_options` that were given on the command line."""
     return {key: value for key in _keys(_OPTIONS) if (value := getattr(options, key)) is not None}
 
 
@@ -178,7 +177,7 @@ def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if bool(options.config) == bool(options.dataset):
         raise UserError("give either --config=<recipe>, or --dataset=<name> and --root=<folder>")
     if options.config:
-        if surplus := [f"--{key}" for key in ({"root": options.root} if options.root else {}) | _given(options)]:
+        if surplus := [f"--{key}" for key in ({"root": options.root} if options.root else {}) | _option_flags(options)]:
             raise UserError(f"{', '.join(surplus)} needs --dataset; with --config, give --config.data.<key>=<value>")
         data = load_config(options.config, overrides).data
     else:
@@ -210,7 +209,7 @@ def _paper_preparation(name: str, dataset: Dataset) -> Preparation:
 
 # -- phantom ------------------------------------------------------------------------------------------------------
 
-_LARGEST = 1024  # voxels along a side of a phantom
+_MAX_SIDE = 1024  # voxels along a side of a phantom
 
 
 def _add_phantom(commands: Any) -> None:
@@ -220,10 +219,10 @@ def _add_phantom(commands: Any) -> None:
     firsts = ", ".join(f"{name} {phantoms.first}" for name, phantoms in _PHANTOMS.items())
     shapes = "; ".join(f"{name} {','.join(map(str, phantoms.shape))}" for name, phantoms in _PHANTOMS.items())
     add = parser.add_argument
-    add("--cases", type=int, default=10, help="number of patients; of chaos, for CT and for MR (default %(default)s)")
+    add("--cases", type=int, default=10, help="number of patients; for chaos, of each modality (default %(default)s)")
     add("--first", type=int, help=f"number of the first patient (default: {firsts})")
     add("--seed", type=int, default=0, help="seed of the random numbers (default %(default)s)")
-    add("--shape", metavar="X,Y[,Z]", help=f"number of voxels; of chaos, on CT (default: {shapes})")
+    add("--shape", metavar="X,Y[,Z]", help=f"number of voxels; for chaos, of CT (default: {shapes})")
     add("--noise", type=float, help="standard deviation of the noise, in units of the signal (default 0.06)")
     add("--bias", type=float, help="standard deviation of the bias field (default 0.1)")
     add("--contrast", type=float, help="contrast of the tissues, 0 to 1 (default 1)")
@@ -258,8 +257,8 @@ def _shape(text: str, sides: int) -> tuple[int, ...]:
         shape = tuple(int(n) for n in text.split(","))
     except ValueError as error:
         raise UserError(f"--shape={text}: expected {sides} numbers separated by commas") from error
-    if len(shape) != sides or max(shape) > _LARGEST:
-        raise UserError(f"--shape={text}: expected {sides} numbers separated by commas, at most {_LARGEST}")
+    if len(shape) != sides or max(shape) > _MAX_SIDE:
+        raise UserError(f"--shape={text}: expected {sides} numbers separated by commas, at most {_MAX_SIDE}")
     return shape
 
 

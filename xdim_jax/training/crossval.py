@@ -43,7 +43,7 @@ def train_folds(config: Config, workdir: Path, train: Callable[[Runs], int]) -> 
         UserError: The list of folds that comes with the data has fewer than two, or ``workdir`` has a single run.
     """
     folds = _count(config.data)
-    if checkpoint.exist(workdir):
+    if checkpoint.exists(workdir):
         raise UserError(f"{workdir} is the workdir of a single run; give another --workdir for fold=all")
     runs = []
     for fold in range(folds):

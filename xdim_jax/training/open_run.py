@@ -94,7 +94,7 @@ def open_run(
     Raises:
         UserError: Weights or data cannot be used, or the workdir belongs to another config or cannot be written.
     """
-    started = checkpoint.exist(workdir)
+    started = checkpoint.exists(workdir)
     mesh.barrier("looked")  # every process has looked before process 0 writes
     network = _start_network(config, workdir, devices, started=started)
     output = make_output(config.output, dataset)

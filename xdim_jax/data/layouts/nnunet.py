@@ -54,20 +54,20 @@ class Card:
 
 def nnunet(root: Path | str) -> Dataset:
     """Return data in nnU-Net's raw format. Raises UserError if their ``dataset.json`` cannot be used."""
-    return described_nnunet(read_card(Path(root) / "dataset.json"))
+    return nnunet_from_card(read_card(Path(root) / "dataset.json"))
 
 
 def decathlon(root: Path | str) -> Dataset:
     """Return a task of the Decathlon. Raises UserError if its ``dataset.json`` cannot be used."""
-    return described_decathlon(read_card(Path(root) / "dataset.json"))
+    return decathlon_from_card(read_card(Path(root) / "dataset.json"))
 
 
-def described_nnunet(card: Card) -> Dataset:
+def nnunet_from_card(card: Card) -> Dataset:
     """Return data in nnU-Net's layout, described by a card."""
     return _dataset("nnU-Net", NNUNET_LAYOUT, card, one_file_per_channel=True)
 
 
-def described_decathlon(card: Card) -> Dataset:
+def decathlon_from_card(card: Card) -> Dataset:
     """Return data in the layout of the Decathlon, described by a card."""
     return _dataset("Decathlon", DECATHLON_LAYOUT, card, one_file_per_channel=False)
 
