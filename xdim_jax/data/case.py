@@ -11,7 +11,7 @@ from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.problem import ERROR, WARNING, DataError, Problem, data_error, errors, in_case
 from xdim_jax.data.images.dicom import load_masks
 from xdim_jax.data.images.grid import Axes, Grid, compare_grids
-from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, strip, where
+from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, source_path, strip_suffix
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import Regions
 
@@ -171,7 +171,7 @@ def case_from_files(sources: Sequence[Source], dataset: Dataset, modality: str =
     """
     if dataset.case_from_files and all(isinstance(source, Path) for source in sources):
         return dataset.case_from_files([path for path in sources if isinstance(path, Path)])
-    paths = [where(source) for source in sources]
+    paths = [source_path(source) for source in sources]
     order = ", ".join(dataset.channels)
     if len(paths) not in (1, len(dataset.channels)):
         raise UserError(f"{len(paths)} files given; expected one per channel, in the order {order}")
@@ -183,7 +183,9 @@ def case_from_files(sources: Sequence[Source], dataset: Dataset, modality: str =
             f"{dataset.name}, {dataset.layout}"
         )
     first = paths[0].absolute()  # for a series, this is its folder, whose name may contain dots
-    name = first.name if isinstance(sources[0], tuple) else (strip(first.name) or first.stem).removesuffix("_0000")
+    name = (
+        first.name if isinstance(sources[0], tuple) else (strip_suffix(first.name) or first.stem).removesuffix("_0000")
+    )
     info = {"modality": modality} if modality else {}
     return Case(name, name, tuple(sources), dataset.channels, None, dataset.labels, dataset.axes, info=info)
 
@@ -209,7 +211,7 @@ def check_grids(cases: Sequence[Case]) -> None:
                 problems += error.problems
                 continue
             first = first or grid
-            problems += compare_grids(where(source), grid, where(case.images[0]), first)
+            problems += compare_grids(source_path(source), grid, source_path(case.images[0]), first)
     if problems:
         raise data_error(*problems, summary="files that do not fit their case")
 
@@ -258,7 +260,7 @@ def _load_images(case: Case) -> tuple[np.ndarray | None, Grid | None, list[Probl
     complete = True
     per_file = len(case.channels) // len(case.images)
     for k, source in enumerate(case.images):
-        path = where(source)
+        path = source_path(source)
         try:
             array, own_grid = read_image(source, "stored" if grid and grid.flat else case.axes)
         except DataError as error:
@@ -278,7 +280,7 @@ def _load_images(case: Case) -> tuple[np.ndarray | None, Grid | None, list[Probl
             complete = False
             continue
         if grid:
-            problems += compare_grids(path, own_grid, where(case.images[0]), grid)
+            problems += compare_grids(path, own_grid, source_path(case.images[0]), grid)
         grid = grid or own_grid
         with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are then reported
             if image is None and len(case.images) == 1:
@@ -325,7 +327,7 @@ def _load_label(case: Case, source: Source, grid: Grid | None) -> tuple[np.ndarr
         Label indices on the grid of the image, or None if there is no grid or the reference does not fit it; and all
         problems.
     """
-    path, problems = where(source), []
+    path, problems = source_path(source), []
     try:
         if _is_masks(source):
             assert isinstance(source, tuple)
@@ -347,7 +349,7 @@ def _load_label(case: Case, source: Source, grid: Grid | None) -> tuple[np.ndarr
         else:
             stored, label_grid = read_image(source, "stored" if grid and grid.flat else case.axes)
             if grid is not None:
-                problems += compare_grids(path, label_grid, where(case.images[0]), grid)
+                problems += compare_grids(path, label_grid, source_path(case.images[0]), grid)
             if stored.shape[3] != 1:
                 problems.append(
                     Problem(

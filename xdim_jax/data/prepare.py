@@ -161,7 +161,7 @@ def needed_bytes(
     Returns:
         The number of bytes at the peak, and the number of bytes of the prepared case.
     """
-    source = grid.in_memory[0][::-1]
+    source = grid.memory_geometry[0][::-1]
     shape = target_shape(source, grid.spacing, settings)
     n, m = math.prod(source), math.prod(shape)
     image = 4 * channels * n

@@ -15,7 +15,7 @@ from xdim_jax.base.problem import ERROR, KINDS, WARNING, DataError, Problem, err
 from xdim_jax.data.case import Case, Dataset, Volume, load_case, scan_cases
 from xdim_jax.data.images import dicom, nifti
 from xdim_jax.data.images.grid import compare_grids
-from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, where
+from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, source_path
 
 _PLAUSIBLE_MM = (0.01, 50.0)
 _RARE = 10  # a missing structure is reported if at most one case in 10 lacks it
@@ -135,7 +135,7 @@ def _headers(case: Case) -> list[Problem]:
             grid, first = (read_grid(s, case.axes) for s in (source, case.images[0]))
         except DataError:  # reported above
             continue
-        problems += compare_grids(where(source), grid, where(case.images[0]), first)
+        problems += compare_grids(source_path(source), grid, source_path(case.images[0]), first)
     for path in [*case.images, case.label]:
         if isinstance(path, Path) and path.name.endswith(nifti.SUFFIXES):
             problems += _nifti_header(path)
@@ -205,7 +205,7 @@ def _spacing(case: Case, volume: Volume) -> list[Problem]:
     return [
         Problem(
             "implausible_spacing",
-            where(case.images[0]),
+            source_path(case.images[0]),
             found=f"has voxels of {_sizes(spacing[::-1])} mm",
             expected=f"{_PLAUSIBLE_MM[0]} to {_PLAUSIBLE_MM[1]:g} mm",
             suggestion="restore its header; sizes are in mm",
@@ -238,7 +238,7 @@ def _source(case: Case, channel: int) -> Source:
 def _image(case: Case, volume: Volume) -> list[Problem]:
     problems = []
     for c, name in enumerate(case.channels):
-        channel, path = volume.image[..., c], where(_source(case, c))
+        channel, path = volume.image[..., c], source_path(_source(case, c))
         if float(channel.min()) == float(channel.max()):
             problems.append(
                 Problem(
@@ -283,7 +283,7 @@ def _label(case: Case, volume: Volume, structures: frozenset[int]) -> list[Probl
         return [
             Problem(
                 "empty_label",
-                where(case.label),
+                source_path(case.label),
                 found="contains no structure",
                 expected=", ".join(case.labels.structures[1:]),
                 suggestion="check that it is the right file, or leave the case out",
@@ -294,7 +294,7 @@ def _label(case: Case, volume: Volume, structures: frozenset[int]) -> list[Probl
         return [
             Problem(
                 "label_order",
-                where(case.label),
+                source_path(case.label),
                 found="fits the image better if its slices are read in reverse order",
                 expected="masks in the order of the slices",
                 suggestion="the k-th mask by name belongs to the k-th slice by name: rename the masks if they were "
@@ -344,7 +344,7 @@ def _duplicates(inspections: Sequence[Inspection]) -> list[Problem]:
             problems.append(
                 Problem(
                     "duplicate_content",
-                    where(_source(case, channels[0])),
+                    source_path(_source(case, channels[0])),
                     found=f"contains the same image as {name}{some}",
                     expected="different images",
                     suggestion="keep one: the same image could be in training and in validation"
@@ -376,7 +376,7 @@ def _missing_structures(inspections: Sequence[Inspection], dataset: Dataset) -> 
                 problems.append(
                     Problem(
                         "missing_structure",
-                        where(case.label),
+                        source_path(case.label),
                         found=f"contains no {name}, but {len(group) - len(without)} other cases do",
                         expected=name,
                         suggestion="check whether the case really lacks it",

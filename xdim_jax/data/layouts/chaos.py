@@ -20,7 +20,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.problem import WARNING, DataError, Problem, errors, in_case
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images.dicom import files_in_order, read_header
-from xdim_jax.data.images.image import where
+from xdim_jax.data.images.image import source_path
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import Regions
 
@@ -100,7 +100,7 @@ def inspect(case: Case, image: np.ndarray) -> list[Problem]:
     return [
         Problem(
             "intensity_range",
-            where(case.images[0]),
+            source_path(case.images[0]),
             found=f"has values from {low:g}",
             expected="Hounsfield units, with air near -1000" if ct else "magnitudes of 0 or more",
             suggestion="check modality and rescale intercept",

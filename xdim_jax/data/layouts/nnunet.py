@@ -24,7 +24,7 @@ from typing import Any
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.problem import WARNING, Problem, data_error, errors
 from xdim_jax.data.case import Case, Dataset, Scan
-from xdim_jax.data.images.image import SUFFIXES, strip
+from xdim_jax.data.images.image import SUFFIXES, strip_suffix
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import Regions
 
@@ -184,7 +184,7 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
 
 def _case_name(entry: Any) -> str:
     image = entry["image"] if isinstance(entry, dict) else entry
-    return strip(Path(str(image)).name) or str(image)
+    return strip_suffix(Path(str(image)).name) or str(image)
 
 
 def _scan(root: Path, card: Card, need_labels: bool, one_file_per_channel: bool) -> Scan:
@@ -276,7 +276,7 @@ def _images(folder: Path) -> list[tuple[str, Path]]:
     if not folder.is_dir():
         return []
     found = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
-    return [(name, p) for p in found if (name := strip(p.name)) is not None]
+    return [(name, p) for p in found if (name := strip_suffix(p.name)) is not None]
 
 
 def _group(folder: Path, one_file_per_channel: bool) -> tuple[dict[str, dict[str, Path]], list[Problem]]:
