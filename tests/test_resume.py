@@ -277,11 +277,11 @@ elif moment == "compile":
             long()
     mesh.Devices.lower = lambda *arguments: Lowered()
 else:
-    original = pipeline.cut
-    def cut(*arguments):
+    original = pipeline.read_part
+    def slow(*arguments):
         time.sleep(0.3)
         return original(*arguments)
-    pipeline.cut = cut
+    pipeline.read_part = slow
 run(train.main)
 """.replace("LONG", _LONG)
 

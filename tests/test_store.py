@@ -23,7 +23,7 @@ from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.images.grid import Grid
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.layouts import brats, camus
-from xdim_jax.data.prepare import Preparation, nearest, nonzero_box, prepare, resample
+from xdim_jax.data.prepare import Preparation, nonzero_box, prepare, resample, resample_nearest
 
 BRATS = brats.dataset("brats2021")
 PAPER = Preparation(crop="nonzero", normalise="zscore_nonzero")
@@ -117,9 +117,9 @@ def test_downsampling_does_not_alias():
 
 def test_nearest_takes_the_voxel_under_the_centre():
     label = np.arange(4, dtype=np.uint8).reshape(1, 1, 4)
-    assert nearest(label, (1, 1, 8)).ravel().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert nearest(label, (1, 1, 2)).ravel().tolist() == [1, 3]
-    assert nearest(label, (2, 1, 4)).tolist() == [[[0, 1, 2, 3]]] * 2
+    assert resample_nearest(label, (1, 1, 8)).ravel().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert resample_nearest(label, (1, 1, 2)).ravel().tolist() == [1, 3]
+    assert resample_nearest(label, (2, 1, 4)).tolist() == [[[0, 1, 2, 3]]] * 2
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def same(a, b):
 
 def test_every_sample_has_a_digest_of_what_it_is_and_the_facts_of_its_case(entries):
     facts = {entry.case_id: {"number": np.float32(i)} for i, entry in enumerate(entries)}
-    for batch in take(entries, 4, facts=facts):
+    for batch in take(entries, 4, extras=facts):
         for image, label, key, digest in zip(*(batch[k] for k in ("image", "label", "key", "digest")), strict=True):
             assert digest == zlib.crc32(image.tobytes() + label.tobytes() + key.tobytes())
         assert set(batch["number"].tolist()) <= set(range(len(entries)))
@@ -501,7 +501,7 @@ def test_patches_are_cut_from_one_place_and_padded_with_zeros(entries):
 def test_slices_visit_every_slice_once_in_an_epoch(entries):
     few = entries[:2]
     count = sum(e.shape[0] for e in few)
-    assert len(pipeline.records(few, "slices", 1)) == count
+    assert len(pipeline.epoch_samples(few, "slices", 1)) == count
     batches = take(few, count, sampling="slices", size=(1, 96, 96), flat=True, batch=1)
     assert batches[0]["image"].shape == (1, 96, 96, 4) and batches[0]["label"].shape == (1, 96, 96)
     sums = sorted(float(b["image"].astype(np.float64).sum()) for b in batches)

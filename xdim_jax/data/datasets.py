@@ -60,7 +60,7 @@ class DatasetEntry:
         preparation: Preparation in the paper. The window is for CT images only.
         verify_options: Values of the options with which ``xdim_jax.data verify`` checks all files.
         scoring: ``scoring(data)`` returns the name and the options of the scoring rules for a ``data`` section.
-        from_card: ``from_card(card)`` returns the `Dataset` for the contents of a dataset.json; None if ``make`` reads
+        from_description: Function that returns the `Dataset` for the contents of a dataset.json; None if ``make`` reads
             no file.
         phantoms: Settings of the phantoms; None if the data set has none.
         shown_channels: Channels in the figures of a report, as in Fig. 12 of the paper; empty for the first two.
@@ -72,7 +72,7 @@ class DatasetEntry:
     preparation: Preparation = dataclasses.field(default_factory=Preparation)
     verify_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scoring: Callable[[Mapping[str, Any]], tuple[str, dict[str, Any]]] = lambda data: ("generic", {})
-    from_card: Callable[[nnunet.Card], Dataset] | None = None
+    from_description: Callable[[nnunet.Description], Dataset] | None = None
     phantoms: Phantoms | None = None
     shown_channels: tuple[str, ...] = ()
     volumetric: bool = True
@@ -127,8 +127,8 @@ DATASETS = {
         phantoms=Phantoms(phantom.write_chaos, (512, 512, 80)),
         volumetric=False,
     ),
-    "nnunet": DatasetEntry(nnunet.nnunet, _ROOT, from_card=nnunet.nnunet_from_card),
-    "decathlon": DatasetEntry(nnunet.decathlon, _ROOT, from_card=nnunet.decathlon_from_card),
+    "nnunet": DatasetEntry(nnunet.nnunet, _ROOT, from_description=nnunet.nnunet_from_description),
+    "decathlon": DatasetEntry(nnunet.decathlon, _ROOT, from_description=nnunet.decathlon_from_description),
 }
 
 
@@ -169,8 +169,8 @@ def trained_dataset(data: Mapping[str, Any], description: Mapping[str, Any]) -> 
     Raises:
         UserError: See `get_dataset`; also raised if the record cannot be used.
     """
-    if from_card := get_entry(data["dataset"]).from_card:
-        return from_card(nnunet.read_description(description))
+    if from_description := get_entry(data["dataset"]).from_description:
+        return from_description(nnunet.read_description(description))
     return get_dataset(data)
 
 

@@ -39,7 +39,7 @@ class RunData:
 
     def steps_per_epoch(self, data: Any) -> int:
         """Return the number of steps per epoch, given the ``data`` section of a config."""
-        samples = pipeline.records(self.train, data.sampling, data.patches_per_case)
+        samples = pipeline.epoch_samples(self.train, data.sampling, data.patches_per_case)
         return pipeline.steps_per_epoch(len(samples), data.batch)
 
     def open_stream(
@@ -66,7 +66,7 @@ class RunData:
             threads=data.threads,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            facts=self.facts,
+            extras=self.facts,
             activity=activity,
         )
 
