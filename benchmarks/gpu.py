@@ -123,7 +123,7 @@ def check(name: str, precisions: Sequence[str]) -> list[dict[str, Any]]:
 
 def _values(case: sides.Case, precision: str, form: str) -> dict[str, Any]:
     """Logits in evaluation mode; loss, gradient and new statistics of a training step."""
-    with ops.use_form(form):
+    with ops.use_implementation(form):
         config, program, params, stats = sides.make_our_program(case, precision)
         image, label = sides.make_data(case)
         logits = jax.jit(lambda *a: program.forward(*a))((params, stats), jnp.asarray(image))

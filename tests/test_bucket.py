@@ -265,7 +265,7 @@ def test_cases_in_a_bucket_are_those_of_a_folder(store, data, tmp_path):  # noqa
         part = (slice(0, 1), slice(3, 20), slice(5, 9))
         np.testing.assert_array_equal(x.image(part), y.image(part))
         np.testing.assert_array_equal(np.asarray(x.label), y.label)
-        draws = [entry.voxel(np.random.default_rng(3)) for entry in (a, b)]
+        draws = [entry.random_voxel(np.random.default_rng(3)) for entry in (a, b)]
         assert draws[0] == draws[1]
     assert f"store      {store}/" in prepared(data, store)[1][0] and "16 of 16" in prepared(data, store)[1][0]
 
@@ -279,7 +279,7 @@ def test_what_another_host_wrote_meanwhile_stays(plain, tmp_path):
     )
     kept = first.write(place, arrays, {"by": "first"}, lambda facts: True)
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "bucket").rglob("*") if p.is_file()}
-    assert second.read_facts(place) is None
+    assert second.read_metadata(place) is None
     assert second.write(place, arrays, {"by": "second"}, lambda facts: facts["by"] == "first") == kept
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "bucket").rglob("*") if p.is_file()}
     assert second.write(place, arrays, {"by": "second"}, lambda facts: False)["by"] == "second"

@@ -231,7 +231,7 @@ def print_depthwise(data, space, depth, side):
 
     placed, batch = devices.put_state(jnp.asarray(kernel)), devices.put_batch({"x": x, "g": g})
     found = jax.device_get(devices.lower(both, placed, batch, None).compile()(placed, batch, None)[1])
-    with ops.use_form("reference"):
+    with ops.use_implementation("reference"):
         expected = jax.device_get(jax.jit(both)(kernel, {"x": x, "g": g}, None)[1])
     print(json.dumps(differences(found, expected)))
 
@@ -299,7 +299,7 @@ def print_memory(overrides, spaces):
         }
         abstract = jax.tree.map(lambda a, s=whole: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        with ops.use_form("sharded"):
+        with ops.use_implementation("sharded"):
             compiled = devices.lower(one, abstract, shapes, key).compile()
         lines = [line.partition(" all-gather")[0] for line in compiled.as_text().splitlines() if " all-gather" in line]
         gathered = [[int(n) for n in shape.split(",")] for line in lines for shape in re.findall(r"\[([\d,]+)\]", line)]
@@ -644,7 +644,7 @@ def test_norms_compute_in_float32_whatever_the_input(rng, kind, form):
         return y, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     exact = x.astype(jnp.float32)
-    with ops.use_form(form):
+    with ops.use_implementation(form):
         y, pull, found = jax.vjp(apply, x, has_aux=True)
         (dx,) = pull(y)
         y32, pull32, _ = jax.vjp(apply, exact, has_aux=True)

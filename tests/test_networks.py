@@ -248,7 +248,7 @@ def test_dxnet_is_the_same_function_in_both_forms():
 
         results = []
         for form in ("fast", "reference"):
-            with ops.use_form(form):
+            with ops.use_implementation(form):
                 results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
     (loss_f, logits_f), grads_f = results[0]
     (loss_r, logits_r), grads_r = results[1]
@@ -470,7 +470,7 @@ def test_cpu_program_holds_no_native_depthwise_or_transposed_convolution():
         return jnp.mean(jnp.square(model(x, rngs=nnx.Rngs(dropout=0))))
 
     def hlo(form):
-        with ops.use_form(form):
+        with ops.use_implementation(form):
             step = jax.jit(lambda p, x: jax.grad(loss)(p, x))
             return step.lower(params, jnp.ones((1, 64, 64, 32, 4))).as_text("hlo")
 

@@ -284,7 +284,7 @@ def test_damaged_entries_are_prepared_again(root):
     for name in ("voxels.npy", "label.npy"):
         (entries[1].location / name).unlink()
         with pytest.raises(UserError, match="is damaged"):
-            entries[1].load(), entries[1].voxel(np.random.default_rng(0))
+            entries[1].load(), entries[1].random_voxel(np.random.default_rng(0))
         assert "2 of 3" in fill(root)[1][0]
     shutil.rmtree(entries[1].location)
     entries[1].location.write_text("a file where the entry was")
@@ -337,11 +337,11 @@ def test_headers_are_parsed_one_at_a_time(tmp_path, monkeypatch):
     """CPython 3.11's parser, which numpy takes for them, is not for threads."""
     np.save(tmp_path / "a.npy", np.arange(6).reshape(2, 3))
     whole, held = np.load, []
-    monkeypatch.setattr(np, "load", lambda *a, **k: held.append(store_backends._PARSER.locked()) or whole(*a, **k))
+    monkeypatch.setattr(np, "load", lambda *a, **k: held.append(store_backends._NPY_LOCK.locked()) or whole(*a, **k))
     assert (
         store_backends._open_npy(tmp_path / "a.npy")[1, 2] == 5
         and held == [True]
-        and not store_backends._PARSER.locked()
+        and not store_backends._NPY_LOCK.locked()
     )
 
 
@@ -376,7 +376,7 @@ def test_too_little_room_is_said_before_it_is_used(root, monkeypatch):
 def test_voxels_of_every_structure_are_drawn_alike(root, rng):
     entry = fill(root)[0][0]
     label = np.asarray(entry.load().label)
-    drawn = [int(label[entry.voxel(rng)]) for _ in range(600)]
+    drawn = [int(label[entry.random_voxel(rng)]) for _ in range(600)]
     counts = np.bincount(drawn, minlength=4)
     assert counts[0] == 0 and (counts[1:] > 150).all(), "a structure first, then one of its voxels"
 
@@ -386,7 +386,7 @@ def test_cases_without_structures_have_no_voxel_to_draw(root, rng):
     image = nib.load(path)
     nib.save(nib.Nifti1Image(np.zeros_like(np.asarray(image.dataobj)), image.affine), path)
     entry = fill(root)[0][0]
-    assert entry.voxel(rng) is None
+    assert entry.random_voxel(rng) is None
     assert pipeline.random_start(entry, (8, 8, 8), 1.0, rng)
 
 

@@ -100,7 +100,7 @@ def random_start(entry: Entry, size: Size, foreground: float, rng: np.random.Gen
     """
     spans = [max(n - p, 0) for n, p in zip(entry.shape, size, strict=True)]  # largest start along each axis
     starts = [int(rng.integers(0, span + 1)) for span in spans]
-    if rng.random() < foreground and (voxel := entry.voxel(rng)) is not None:
+    if rng.random() < foreground and (voxel := entry.random_voxel(rng)) is not None:
         starts = [
             int(rng.integers(max(0, v - p + 1), min(v, span) + 1))
             for v, p, span in zip(voxel, size, spans, strict=True)

@@ -118,8 +118,9 @@ class Predictor:
         members = [(params, stats) for params, stats, _ in loaded]
         self.weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members) if len(members) > 1 else members[0]
         self.digest = _digest(config, members, self.resolved, self.settings.largest)
+        forward = make_forward(graphdef, PRECISIONS[self.resolved.precision])
         self.segmenter = make_segmenter(
-            ops.in_form(config.train.get("ops", "auto"), make_forward(graphdef, PRECISIONS[self.resolved.precision])),
+            ops.with_implementation(config.train.get("ops", "auto"), forward),
             self.output,
             config.data.patch,
             self.resolved.overlap,

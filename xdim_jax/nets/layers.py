@@ -284,8 +284,8 @@ def conv_upsampled(
         size: Spatial size after upsampling; None for ``factors`` times that of ``x``.
     """
     if x.ndim == 4 or conv.depth.padding == "zero":
-        expand = None if trans is None else ops.Expand(trans.kernel[...], trans.bias[...], trans.crop)
-        return ops.conv_upsampled(x, skip, conv.kernel[...], factors=factors, size=size, expand=expand)
+        transposed = None if trans is None else ops.TransposedConv(trans.kernel[...], trans.bias[...], trans.crop)
+        return ops.conv_upsampled(x, skip, conv.kernel[...], factors=factors, size=size, transposed=transposed)
     x = ops.upsample(x, factors, size) if trans is None else trans(x, size)
     return conv(x if skip is None else jnp.concatenate([x, skip], -1))
 

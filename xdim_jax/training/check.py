@@ -86,7 +86,8 @@ CHOICES: dict[str, Sequence[str]] = {
     "init.inflate": inflate.RULES,
     "init.channels": tuple(rule for rule in input_channels.RULES if rule != "map"),  # a map is given to weight_port
     "init.part": ("all", "encoder"),
-    "train.ops": tuple(form for form in ops.FORMS if form != "sharded"),  # the program chooses "sharded" by itself
+    # the program chooses "sharded" by itself
+    "train.ops": tuple(name for name in ops.IMPLEMENTATIONS if name != "sharded"),
 }
 
 

@@ -119,7 +119,7 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
 
     The reference implementation of the operations is counted: it has no loops, of which XLA counts the body only once.
     """
-    with ops.use_form("reference"):
+    with ops.use_implementation("reference"):
         cost = jax.jit(lambda *a: function(*a)).lower(*arguments).cost_analysis()
     return float((cost or {}).get("flops", math.nan))
 

@@ -339,7 +339,7 @@ def _lower(one_program: program.Program, layout: str, devices: Mesh, *arguments:
     spec = PartitionSpec(_TRIAL)
     if devices.size > 1:
         every = jax.shard_map(every, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False)
-    with ops.uncollected():
+    with ops.gc_disabled():
         return jax.jit(every, donate_argnums=0, out_shardings=NamedSharding(devices, spec)).lower(*arguments)
 
 

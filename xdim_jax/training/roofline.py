@@ -42,7 +42,7 @@ class Product:
 
 def find_products(function: Callable[..., Any], *arguments: Any, parts: Sequence[str]) -> list[Product]:
     """Return the products of a function; its arguments may be shapes. ``parts``: names of the parts of the network."""
-    with ops.use_form("reference"):  # a new function, because JAX caches traces by function
+    with ops.use_implementation("reference"):  # a new function, because JAX caches traces by function
         jaxpr = jax.make_jaxpr(lambda *a: function(*a))(*arguments)
     return [
         Product(
