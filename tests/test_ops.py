@@ -149,7 +149,7 @@ def test_upsample_repeats_and_crops(rng):
     x = rng.normal(size=(1, 2, 3, 4))
     expected = np.repeat(np.repeat(x, 3, 1)[:, :5], 2, 2)
     np.testing.assert_array_equal(ops.upsample(jnp.asarray(x), (3, 2), (5, 6)), expected)
-    with pytest.raises(ValueError, match="axis 0 has 4 samples, 5 are"):
+    with pytest.raises(ValueError, match=r"axis 0 has 4 .* size=\(5, 6\)"):
         ops.upsample(jnp.asarray(x), (2, 2), (5, 6))
 
 
