@@ -180,7 +180,7 @@ def profile(name: str, precision: str, ceilings: dict[str, float], steps: int = 
     """Device time of a training step by part, the least it can be, and the longest operations."""
     case = sides.find_case(name)
     config, program, params, stats = sides.make_our_program(case, precision)
-    parts = networks.parts_of(config.model)
+    parts = networks.part_names(config.model)
     state = jax.tree.map(jnp.copy, jax.jit(program.init)(params, stats))
     image, label = sides.make_data(case)
     batch, key = {"image": jnp.asarray(image), "label": jnp.asarray(label)}, jax.random.key(0)

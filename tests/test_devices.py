@@ -394,7 +394,7 @@ def test_a_depth_that_cannot_be_spread_at_every_level_is_refused():
     with pytest.raises(UserError) as caught:
         networks.check_space(config.model, (24, 32, 32), 4)
     assert str(caught.value) == (
-        "config.mesh.space=4 does not divide the 6 planes that the coarsest level has of "
+        "config.mesh.space=4 does not divide the 6 planes at the coarsest level of "
         "config.data.patch=(24, 32, 32); make the first side 16 or 32"
     )
     for side in (16, 32):
@@ -404,7 +404,7 @@ def test_a_depth_that_cannot_be_spread_at_every_level_is_refused():
         networks.check_space(flat.model, (96, 32), 2)
     networks.check_space(flat.model, (128, 32), 2)
     folded, _ = configured("dsnet")
-    with pytest.raises(UserError, match=r"mesh.space=2: DS-Net folds the depth into colour channels.*mesh.space=1"):
+    with pytest.raises(UserError, match=r"mesh.space=2: DS-Net.*mesh.space=1"):
         networks.check_space(folded.model, (97, 32, 32), 2)
 
 
@@ -737,7 +737,7 @@ def test_a_stage_that_is_not_there_is_an_error_with_those_that_are():
     with pytest.raises(UserError) as caught:
         configured("omnianet", "train.remat=decoder5, bottleneck,enc?")
     assert str(caught.value) == (
-        "config.train.remat=decoder5, bottleneck,enc?: bottleneck, enc? fits no stage of this network; it has: "
+        "config.train.remat=decoder5, bottleneck,enc?: bottleneck, enc? matches no stage of this network; it has: "
         "encoder, decoder1, decoder2, decoder3, decoder4, decoder5"
     )
     config, _ = configured("omnianet")

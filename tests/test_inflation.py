@@ -15,7 +15,14 @@ from xdim_jax.nets import inflate, input_channels, networks
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.inflate import Inflation
 from xdim_jax.nets.layers import Depth
-from xdim_jax.nets.weights import Weights, abstract_encoder, adapt_encoder, inflate_network, module_leaves, replaced
+from xdim_jax.nets.weights import (
+    Weights,
+    abstract_encoder,
+    adapt_encoder,
+    inflate_network,
+    module_leaves,
+    replace_leaves,
+)
 
 EXACT = 1e-12
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -288,7 +295,7 @@ def test_depth_constant_training_statistics_are_the_2d_ones():
             model.train()
             return model(x)
 
-        return jax.jit(forward)(replaced(params, weights.arrays), replaced(stats, weights.arrays), x)
+        return jax.jit(forward)(replace_leaves(params, weights.arrays), replace_leaves(stats, weights.arrays), x)
 
     deep = train(inflated(flat, "mean", padding="edge"), repeated(image, 32, 0))
     assert worst_slice(train(flat, image), deep, 0) < 1e-10

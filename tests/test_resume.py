@@ -1254,7 +1254,7 @@ def test_a_run_starts_from_a_network_file_that_fits_in_part(small, data, tmp_pat
     config, _ = check.resolve_config(config, needs_data=False)
     kernel = np.linspace(-1, 1, 4, dtype=np.float32).reshape(1, 4)
     path = tmp_path / "part.safetensors"
-    write_weights(path, Weights("network", networks.plain(config.model), {"kernel": kernel}, {}, {"from": "here"}))
+    write_weights(path, Weights("network", networks.plain_dict(config.model), {"kernel": kernel}, {}, {"from": "here"}))
     name = f"--config.init.weights={path}"
     with pytest.raises(UserError, match=r"only in the network \(1\): bias"):
         train_small(tmp_path / "run", data, name)

@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m xdim_jax.sweep report --workdir=runs/sweep --out=sweep.html",
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE[:WORDS]", help="a recipe, e.g. configs/brats_dxnet.py")
+    add("--config", required=True, metavar="FILE[:VARIANT,...]", help="a recipe, e.g. configs/brats_dxnet.py")
     add("--space", required=True, type=Path, metavar="FILE", help="search space, e.g. configs/sweeps/optimiser.py")
     add("--trials", required=True, type=int, metavar="N", help="number of trials of all workers together")
     add("--workdir", required=True, help="folder of the trials, or gs://, s3://; all workers must have access to it")

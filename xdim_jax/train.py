@@ -72,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m xdim_jax.train --config=configs/camus_omnianet.py:fold=all --workdir=runs/camus \\\n"
         "      --config.data.root=/data/CAMUS_public",
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:WORDS]", help="a recipe, e.g. configs/brats_dxnet.py")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT,...]", help="a recipe, e.g. configs/brats_dxnet.py"
+    )
     parser.add_argument(
         "--workdir", required=True, help="folder of the run, created if it does not exist; or gs://, s3://"
     )

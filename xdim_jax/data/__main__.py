@@ -165,7 +165,7 @@ def _add_prepare(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", metavar="FILE[:WORDS]", help="a recipe; its keys can be changed by --config.<key>=<value>"
+        "--config", metavar="FILE[:VARIANT,...]", help="a recipe; its keys can be changed by --config.<key>=<value>"
     )
     _add_dataset(parser, list(DATASETS), required=False)
     _add_options(parser, _OPTIONS)

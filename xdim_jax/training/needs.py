@@ -128,7 +128,7 @@ def step_products(config: Config, dataset: Dataset, choice: Choice) -> tuple[lis
     """Return the convolutions and matrix products of a step on one device, and the parts of the network in order."""
     config = _apply(config, choice)
     program, params, stats = make_program(config, dataset, per_epoch=1, abstract=True)
-    parts = networks.parts_of(config.model)
+    parts = networks.part_names(config.model)
     return find_products(program.step, *step_arguments(program, dataset, params, stats), parts=parts), parts
 
 
