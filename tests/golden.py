@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from xdim_jax.base.config import load_config, shipped_recipes
-from xdim_jax.nets.weights import named
+from xdim_jax.nets.weights import flatten
 from xdim_jax.training.check import resolve_config
 from xdim_jax.training.needs import make_choices, step_products
 from xdim_jax.training.program import make_program
@@ -47,7 +47,7 @@ def describe(recipe: str) -> dict[str, Any]:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "step_gflop": round(sum(product.flops for product in products) / 1e9, 2),
         "shapes": {
-            kind: {name: "x".join(map(str, leaf.shape)) for name, leaf in named(tree).items()}
+            kind: {name: "x".join(map(str, leaf.shape)) for name, leaf in flatten(tree).items()}
             for kind, tree in (("params", params), ("stats", stats))
         },
     }

@@ -194,7 +194,7 @@ def test_a_host_that_dies_while_it_uploads_leaves_what_was_whole_before(plain, t
 def test_it_follows_while_the_block_goes_on(plain, tmp_path):
     mirror = bucket.Mirror(plain)
     mirror.folder.mkdir(parents=True)
-    with mirror.following(every=0.05):
+    with mirror.uploading(every=0.05):
         (mirror.folder / "a").write_text("a")
         deadline = time.monotonic() + 20
         while not (tmp_path / "bucket" / bucket.MANIFEST).exists() and time.monotonic() < deadline:
@@ -216,7 +216,7 @@ def test_a_bucket_that_is_away_for_a_while_is_waited_for(plain, monkeypatch, cap
         put(*arguments, **more)
 
     monkeypatch.setattr(mirror._fs, "put_file", flaky)
-    with mirror.following(every=0.05):
+    with mirror.uploading(every=0.05):
         (mirror.folder / "a").write_text("a")
         assert tried.wait(20)
         away.clear()
@@ -225,7 +225,7 @@ def test_a_bucket_that_is_away_for_a_while_is_waited_for(plain, monkeypatch, cap
     (mirror.folder / "b").write_text("b")
     away.set()
     refused = pytest.raises(UserError, match=rf"{mirror.folder}; run the same command again")
-    with refused, mirror.following():
+    with refused, mirror.uploading():
         pass
 
 
@@ -268,7 +268,7 @@ def test_cases_in_a_bucket_are_those_of_a_folder(store, camus4, tmp_path):
         part = (slice(0, 1), slice(3, 20), slice(5, 9))
         np.testing.assert_array_equal(x.image(part), y.image(part))
         np.testing.assert_array_equal(np.asarray(x.label), y.label)
-        draws = [entry.voxel(np.random.default_rng(3)) for entry in (a, b)]
+        draws = [entry.random_voxel(np.random.default_rng(3)) for entry in (a, b)]
         assert draws[0] == draws[1]
     assert f"store      {store}/" in prepared(camus4, store)[1][0] and "16 of 16" in prepared(camus4, store)[1][0]
 
@@ -282,7 +282,7 @@ def test_what_another_host_wrote_meanwhile_stays(plain, tmp_path):
     )
     kept = first.write(place, arrays, {"by": "first"}, lambda facts: True)
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "bucket").rglob("*") if p.is_file()}
-    assert second.read_facts(place) is None
+    assert second.read_metadata(place) is None
     assert second.write(place, arrays, {"by": "second"}, lambda facts: facts["by"] == "first") == kept
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "bucket").rglob("*") if p.is_file()}
     assert second.write(place, arrays, {"by": "second"}, lambda facts: False)["by"] == "second"
@@ -358,7 +358,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_host(store, camus4, runs_alone, tm
         other_host(monkeypatch, tmp_path)
         found = bucket.fetch(f"{store}/run")
         assert_same_run(found, runs_alone[0])
-        assert checkpoint.exist(found) and not list(found.rglob("*.orbax-checkpoint-tmp*"))
+        assert checkpoint.exists(found) and not list(found.rglob("*.orbax-checkpoint-tmp*"))
 
 
 def start_processes(tmp_path, plain, data, name):

@@ -33,7 +33,7 @@ from xdim_jax.nets.functional import PRECISIONS, split_model
 from xdim_jax.nets.layers import Conv, DropPath, Norm, Style
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import STEPS_FILE, read_records
-from xdim_jax.runs.state import TrainState, evaluated, init_state
+from xdim_jax.runs.state import TrainState, evaluation_weights, init_state
 from xdim_jax.training import check, mesh, program
 from xdim_jax.training.loss import make_loss
 from xdim_jax.training.step import make_train_step
@@ -231,7 +231,7 @@ def print_depthwise(data, space, depth, side):
 
     placed, batch = devices.put_state(jnp.asarray(kernel)), devices.put_batch({"x": x, "g": g})
     found = jax.device_get(devices.lower(both, placed, batch, None).compile()(placed, batch, None)[1])
-    with ops.use_form("reference"):
+    with ops.use_implementation("reference"):
         expected = jax.device_get(jax.jit(both)(kernel, {"x": x, "g": g}, None)[1])
     print(json.dumps(differences(found, expected)))
 
@@ -299,7 +299,7 @@ def print_memory(overrides, spaces):
         }
         abstract = jax.tree.map(lambda a, s=whole: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        with ops.use_form("sharded"):
+        with ops.use_implementation("sharded"):
             compiled = devices.lower(one, abstract, shapes, key).compile()
         lines = [line.partition(" all-gather")[0] for line in compiled.as_text().splitlines() if " all-gather" in line]
         gathered = [[int(n) for n in shape.split(",")] for line in lines for shape in re.findall(r"\[([\d,]+)\]", line)]
@@ -448,7 +448,7 @@ def keep_state(workdir, data):
     """Saves or, where there is a state, restores one on so many devices."""
     devices = mesh.make_devices(data, 1, batch=data)
     checkpoints = checkpoint.open_checkpoints(Path(workdir))
-    if not checkpoint.exist(Path(workdir)):
+    if not checkpoint.exists(Path(workdir)):
         checkpoint.save_latest(checkpoints, devices.put_state(sample_state(0.3)), {"score_steps": [3]})
         checkpoint.close(checkpoints)
         print(json.dumps("saved"))
@@ -566,7 +566,7 @@ def test_the_moving_average_by_hand(decay):
         average = jax.tree.map(lambda a, b, d=d: d * a + (1 - d) * np.asarray(b), average, now)
     assert max(differences({"ema": state.ema}, {"ema": average}).values()) < 1e-6
     assert differences({"ema": state.ema}, {"ema": now})["ema"] > 1e-3
-    params, stats = evaluated(state)
+    params, stats = evaluation_weights(state)
     assert params is state.ema["params"] and stats is state.ema["stats"]
 
 
@@ -639,7 +639,7 @@ def test_norms_compute_in_float32_whatever_the_input(rng, kind, form):
         return y, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     exact = x.astype(jnp.float32)
-    with ops.use_form(form):
+    with ops.use_implementation(form):
         y, pull, found = jax.vjp(apply, x, has_aux=True)
         (dx,) = pull(y)
         y32, pull32, _ = jax.vjp(apply, exact, has_aux=True)

@@ -27,7 +27,7 @@ def test_a_machine_that_is_well(tmp_path, capsys, monkeypatch):
         "versions", "devices", "memory", "cache", "operations", "precision", "reading", "verdict"
     }  # fmt: skip
     assert jax.__version__ in lines["versions"] and "1 x cpu" in lines["devices"] and "port" in lines["versions"]
-    assert "1 files" in lines["reading"] and ops.active_form() in lines["operations"]
+    assert "1 files" in lines["reading"] and ops.active_implementation() in lines["operations"]
     assert str(tmp_path / "cache") in lines["cache"]
     found = json.loads((tmp_path / "found.json").read_text())
     facts = {f["check"]: f["facts"] for f in found["findings"]}

@@ -16,7 +16,7 @@ from xdim_jax.nets import inflate, input_channels
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.inflate import Inflation
 from xdim_jax.nets.layers import Depth
-from xdim_jax.nets.weights import abstract_encoder, adapt_encoder, inflate_network, replaced
+from xdim_jax.nets.weights import abstract_encoder, adapt_encoder, inflate_network, replace_leaves
 
 EXACT = 1e-12
 pytestmark = pytest.mark.usefixtures("quick_compile", "float64")
@@ -264,7 +264,7 @@ def test_depth_constant_training_statistics_are_the_2d_ones():
             model.train()
             return model(x)
 
-        return jax.jit(forward)(replaced(params, weights.arrays), replaced(stats, weights.arrays), x)
+        return jax.jit(forward)(replace_leaves(params, weights.arrays), replace_leaves(stats, weights.arrays), x)
 
     deep = train(inflated(flat, "mean", padding="edge"), repeated(image, 32, 0))
     assert worst_slice(train(flat, image), deep, 0) < 1e-10

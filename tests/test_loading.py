@@ -167,7 +167,7 @@ def test_an_encoder_goes_into_a_3d_network():
         (
             {"eps": 1e-3, "name": "efficientnet_b0"},
             {},
-            "efficientnet_toy, the network's encoder is efficientnet_b0",
+            "efficientnet_toy, but the network's encoder is efficientnet_b0",
         ),
     ],
 )
@@ -233,7 +233,7 @@ def test_a_network_goes_into_the_same_network_only():
     assert (new["last"]["bias"] == w.arrays["last.bias"]).all() and set(done.values()) == {"copied"}
     with pytest.raises(UserError, match=r"activation.*'relu'.*'silu'"):
         weights.load({**section, "activation": "silu"}, params, stats, w)
-    encoder = weights.part(w)
+    encoder = weights.encoder_weights(w)
     assert encoder.kind == "encoder" and encoder.model["in_channels"] == 8
     weights.load({**section, "activation": "silu"}, params, stats, encoder)
 

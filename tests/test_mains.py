@@ -358,7 +358,7 @@ def test_killed_and_run_again_it_ends_with_the_same_bits(run, trained, tmp_path)
 
 def test_a_workdir_of_another_config_is_refused(run, trained):
     out = run("train", f"--config={RECIPE}", f"--workdir={trained}", *TOY, "--config.optim.b1=0.9", code=2)
-    assert "optim.b1: 0.95 there, 0.9 asked for" in out and "another --workdir" in out
+    assert "optim.b1: 0.95 in config.json, 0.9 now" in out and "another --workdir" in out
 
 
 def test_a_run_whose_cases_changed_is_not_resumed(run, trained, tmp_path):

@@ -15,7 +15,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.nets import encoders, layers, networks
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.layers import Depth, Style
-from xdim_jax.nets.weights import encoder_section, named
+from xdim_jax.nets.weights import encoder_section, flatten
 from xdim_jax.pages import report
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -141,8 +141,8 @@ def test_recipes_have_the_papers_parameters(name):
 )
 def test_released_variants_are_what_released_files_hold(name, recipe):
     """The recipes and the port, which does not import them, agree."""
-    held = named(networks.plain(authors.NETWORKS[name]))
-    stated = named(networks.plain(load_config(recipe, []).model))
+    held = flatten(networks.plain_dict(authors.NETWORKS[name]))
+    stated = flatten(networks.plain_dict(load_config(recipe, []).model))
     read = {"in_channels", "out_channels", "norm", "filters", "images", "inner.norm", "inner.filters"}
     assert {k: v for k, v in stated.items() if k not in read} == held
 
@@ -248,7 +248,7 @@ def test_dxnet_is_the_same_function_in_both_forms():
 
         results = []
         for form in ("fast", "reference"):
-            with ops.use_form(form):
+            with ops.use_implementation(form):
                 results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(params))
     (loss_f, logits_f), grads_f = results[0]
     (loss_r, logits_r), grads_r = results[1]
@@ -292,7 +292,7 @@ OMNIANET, DSNET = unet_case("omnianet")[0], ds_case()[0]
     ("section", "patch", "words"),
     [
         (OMNIANET, (256, 250), "data.patch=(256, 250) does not fit omnianet; axis W is 250: level 1/4 would halve 125"),
-        (OMNIANET, (64, 64, 64), "takes 2 (H, W)"),
+        (OMNIANET, (64, 64, 64), "2 (H, W)"),
         (
             DSNET,
             (96, 64, 64),
@@ -335,7 +335,7 @@ def test_a_new_network_needs_only_a_class_and_an_entry(monkeypatch):
     monkeypatch.setitem(networks.NETWORKS, "wrapped", Wrapped)
     body = {key: value for key, value in OMNIANET.items() if key != "name"} | {"filters": (8,) * 5}
     section = {"name": "wrapped", "body": body}
-    assert networks.spatial_axes(section) == 2 and networks.parts_of(section) == ("body",)
+    assert networks.spatial_axes(section) == 2 and networks.part_names(section) == ("body",)
     prefix, encoder = encoder_section(section)
     assert prefix == "body.encoder."
     assert (encoder["name"], encoder["ndim"], encoder["in_channels"]) == ("efficientnet_toy", 2, 8)
@@ -470,7 +470,7 @@ def test_cpu_program_holds_no_native_depthwise_or_transposed_convolution():
         return jnp.mean(jnp.square(model(x, rngs=nnx.Rngs(dropout=0))))
 
     def hlo(form):
-        with ops.use_form(form):
+        with ops.use_implementation(form):
             step = jax.jit(lambda p, x: jax.grad(loss)(p, x))
             return step.lower(params, jnp.ones((1, 64, 64, 32, 4))).as_text("hlo")
 

@@ -22,7 +22,7 @@ def both_forms(function, *args):
 
     results = []
     for form in ("fast", "reference"):
-        with ops.use_form(form):
+        with ops.use_implementation(form):
             value = jax.jit(lambda *a: function(*a))(*args)
             grads = jax.jit(lambda *a: jax.grad(loss, tuple(range(len(args))))(*a))(*args)
         results.append(jax.tree.leaves((value, grads)))
@@ -75,7 +75,7 @@ def test_slabs_and_loops_are_exercised(rng):
 def test_convolution_is_scipys_correlation(form, ndim, rng):
     size, kernel = (7, 6, 8)[:ndim], (3, 5, 3)[:ndim]
     x, w = rng.normal(size=(1, *size, 2)), rng.normal(size=(*kernel, 2, 3))
-    with ops.use_form(form):
+    with ops.use_implementation(form):
         y = ops.conv(jnp.asarray(x), jnp.asarray(w), strides=(1,) * ndim, padding=ops.symmetric_padding(kernel))
     for o in range(3):
         expected = sum(ndimage.correlate(x[0, ..., i], w[..., i, o], mode="constant") for i in range(2))
@@ -94,7 +94,7 @@ def test_conv_transpose_scatters_like_torch(form, window, rng):
     for i in itertools.product(*map(range, size)):
         for t in itertools.product(*map(range, window)):
             expected[tuple(a * k + b for a, k, b in zip(i, window, t, strict=True))] = x[0][i] @ w[t]
-    with ops.use_form(form):
+    with ops.use_implementation(form):
         np.testing.assert_allclose(ops.conv_transpose(jnp.asarray(x), jnp.asarray(w))[0], expected, atol=1e-12)
 
 
@@ -124,7 +124,7 @@ def test_conv_transpose_along_depth(form, k, s, p, m, rng):
     for i, t in itertools.product(range(3), range(k)):
         if 0 <= s * i - p + t < m:
             expected[:, s * i - p + t] += x[:, i] @ w[t, 0, 0]
-    with ops.use_form(form):
+    with ops.use_implementation(form):
         y = ops.conv_transpose(jnp.asarray(x), jnp.asarray(w), strides=(s, 1, 1), crop=(p, 0, 0), size=(m, 2, 2))
     np.testing.assert_allclose(y, expected, atol=1e-12)
 
@@ -143,7 +143,7 @@ def test_upsample_repeats_and_crops(rng):
     x = rng.normal(size=(1, 2, 3, 4))
     expected = np.repeat(np.repeat(x, 3, 1)[:, :5], 2, 2)
     np.testing.assert_array_equal(ops.upsample(jnp.asarray(x), (3, 2), (5, 6)), expected)
-    with pytest.raises(ValueError, match="axis 0 has 4 samples, 5 are"):
+    with pytest.raises(ValueError, match=r"axis 0 has 4 .* size=\(5, 6\)"):
         ops.upsample(jnp.asarray(x), (2, 2), (5, 6))
 
 
@@ -222,9 +222,9 @@ def test_forms_that_were_taken_are_counted(rng):
         x = ops.conv_upsampled(x, None, jnp.zeros((3, 3, 3, 64, 8)), factors=(2, 2, 2))
         return ops.conv_transpose(x, jnp.zeros((2, 2, 2, 8, 8)))
 
-    with ops.counted() as fast:
+    with ops.count_implementations() as fast:
         jax.eval_shape(network, x)
-    with ops.counted() as plain, ops.use_form("reference"):
+    with ops.count_implementations() as plain, ops.use_implementation("reference"):
         jax.eval_shape(lambda x: network(x), x)
     words = ["dense by Winograd", "1x1 as matrix products", "depthwise as shifted sums", "composed with upsampling"]
     assert fast == dict.fromkeys([*words, "transposed as matrix products"], 1)
@@ -232,13 +232,13 @@ def test_forms_that_were_taken_are_counted(rng):
 
 
 def test_forms_are_a_closed_set():
-    with pytest.raises(ValueError, match="fastest"), ops.use_form("fastest"):
+    with pytest.raises(ValueError, match="fastest"), ops.use_implementation("fastest"):
         pass
     with pytest.raises(ValueError, match="tanh"):
         ops.activate(jnp.zeros(3), "tanh")
-    with ops.use_form("reference"):
-        assert ops.active_form() == "reference"
-    assert ops.active_form() == "fast"  # these tests run on CPU
+    with ops.use_implementation("reference"):
+        assert ops.active_implementation() == "reference"
+    assert ops.active_implementation() == "fast"  # these tests run on CPU
 
 
 def test_a_form_stays_with_its_function(rng):
@@ -249,16 +249,16 @@ def test_a_form_stays_with_its_function(rng):
         def depthwise(x, w):  # a new one: JAX keeps what it traced of a function
             return ops.conv(x, w, strides=(1, 1, 1), padding=((1, 1),) * 3, groups=2)
 
-        with ops.use_form(around):
-            text = jax.jit(ops.in_form(form, depthwise)).lower(x, w).as_text("hlo")
+        with ops.use_implementation(around):
+            text = jax.jit(ops.with_implementation(form, depthwise)).lower(x, w).as_text("hlo")
         return "feature_group_count=2" in text
 
     assert native("reference", "fast") and native("auto", "reference") and native("reference", "auto")
     assert not native("fast", "reference") and not native("auto", "fast") and not native("auto", "auto")
     with pytest.raises(ValueError, match="fastest"):
-        ops.in_form("fastest", abs)
-    assert ops.describe_forms().startswith("fast (cpu): ")
-    assert ops.describe_forms("reference").startswith("reference (")
+        ops.with_implementation("fastest", abs)
+    assert ops.describe_implementation().startswith("fast (cpu): ")
+    assert ops.describe_implementation("reference").startswith("reference (")
 
 
 def test_programs_with_our_compiler_options_compute_the_same(rng):
@@ -291,8 +291,8 @@ def spied(monkeypatch, module, name):
 @pytest.mark.parametrize("size", [(4, 3, 5), (7, 3, 4), (9, 4, 4), (4, 5), (10, 6)])
 def test_winograd_equals_reference(size, depth_padding, rng, monkeypatch):
     """Whole tiles of four and parts of one; another padding is not Winograd's, and right as well."""
-    monkeypatch.setattr(winograd, "_CHANNELS", {4: 1, 5: 1})
-    monkeypatch.setattr(winograd, "_PRODUCTS", 1)
+    monkeypatch.setattr(winograd, "_MIN_CHANNELS", {4: 1, 5: 1})
+    monkeypatch.setattr(winograd, "_MIN_PRODUCTS", 1)
     forward, backward = (spied(monkeypatch, dense, name) for name in ("winograd", "winograd_gradient"))
     ndim = len(size)
     padding = ((depth_padding,) * 2, *[(1, 1)] * (ndim - 1))
@@ -303,14 +303,14 @@ def test_winograd_equals_reference(size, depth_padding, rng, monkeypatch):
 
 def test_winograd_loses_few_digits_in_float32(rng, monkeypatch):
     """Against scipy's sum in float64: at most three times the rounding of the plain float32 sum."""
-    monkeypatch.setattr(winograd, "_PRODUCTS", 1)
+    monkeypatch.setattr(winograd, "_MIN_PRODUCTS", 1)
     x, w = rng.normal(size=(1, 8, 6, 6, 48)).astype("f4"), rng.normal(size=(3, 3, 3, 48, 16)).astype("f4")
-    assert winograd.suits(x.shape, w.shape, ((1, 1),) * 3)
+    assert winograd.is_faster(x.shape, w.shape, ((1, 1),) * 3)
     wide = x.astype("f8")[0], w.astype("f8")
     exact = sum(ndimage.correlate(wide[0][..., i], wide[1][..., i, 0], mode="constant") for i in range(48))
     errors = []
     for form in ("fast", "reference"):
-        with ops.use_form(form):
+        with ops.use_implementation(form):
             found = jax.jit(lambda *a: ops.conv(*a, strides=(1, 1, 1), padding=((1, 1),) * 3))(x, w)
         errors.append(np.sqrt(np.mean((np.asarray(found)[0, ..., 0] - exact) ** 2)))
     assert errors[0] < 3 * errors[1], errors
@@ -321,7 +321,7 @@ def test_winograd_loses_few_digits_in_float32(rng, monkeypatch):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_convolution_behind_an_upsampling(transposed, factors, skip, rng, monkeypatch):
     """The composed form against upsampling, concatenation, convolution: value and every gradient, borders included."""
-    monkeypatch.setattr(upsampled, "_WORTH", -np.inf)
+    monkeypatch.setattr(upsampled, "_MIN_SAVING", -np.inf)
     taken = spied(monkeypatch, upsampled, "_composed")
     ndim, channels = len(factors), 3
     middle = 2 if transposed else channels
@@ -335,8 +335,8 @@ def test_convolution_behind_an_upsampling(transposed, factors, skip, rng, monkey
     def function(x, kernel, *rest):
         rest = list(rest)
         beside = rest.pop(0) if skip else None
-        expand = ops.Expand(*rest, (0,) * ndim) if transposed else None
-        return ops.conv_upsampled(x, beside, kernel, factors=factors, expand=expand)
+        expand = ops.TransposedConv(*rest, (0,) * ndim) if transposed else None
+        return ops.conv_upsampled(x, beside, kernel, factors=factors, transposed=expand)
 
     assert both_forms(function, *arguments) < 1e-12
     assert len(taken) == 2, "for the value and for the gradients"
@@ -345,13 +345,13 @@ def test_convolution_behind_an_upsampling(transposed, factors, skip, rng, monkey
 @pytest.mark.parametrize(("k", "s", "p", "m"), OVERLAPS)
 def test_convolution_behind_an_overlapping_upsampling(k, s, p, m, rng, monkeypatch):
     """What the transposed convolution has beyond the crop does not leak into the outermost planes."""
-    monkeypatch.setattr(upsampled, "_WORTH", -np.inf)
+    monkeypatch.setattr(upsampled, "_MIN_SAVING", -np.inf)
     taken = spied(monkeypatch, upsampled, "_composed")
     x, skip, kernel = (rng.normal(size=n) for n in ((2, 3, 4, 2, 3), (2, m, 4, 2, 2), (3, 3, 3, 4, 2)))
 
     def function(x, skip, kernel, *expand):
-        expand = ops.Expand(*expand, (p, 0, 0))
-        return ops.conv_upsampled(x, skip, kernel, factors=(s, 1, 1), size=(m, 4, 2), expand=expand)
+        expand = ops.TransposedConv(*expand, (p, 0, 0))
+        return ops.conv_upsampled(x, skip, kernel, factors=(s, 1, 1), size=(m, 4, 2), transposed=expand)
 
     assert both_forms(function, x, skip, kernel, rng.normal(size=(k, 1, 1, 3, 2)), rng.normal(size=2)) < 1e-12
     assert len(taken) == 2, "for the value and for the gradients"
@@ -365,7 +365,9 @@ def test_composing_kernels_is_left_where_it_costs_more_than_it_saves(monkeypatch
         shapes = [(1, *(side,) * 3, channels), (3, 3, 3, channels, 16), (2, 2, 2, channels, channels), (channels,)]
         x, kernel, expand, bias = (jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
         jax.eval_shape(
-            lambda x, k, e, b: ops.conv_upsampled(x, None, k, factors=(2, 2, 2), expand=ops.Expand(e, b, (0, 0, 0))),
+            lambda x, k, e, b: ops.conv_upsampled(
+                x, None, k, factors=(2, 2, 2), transposed=ops.TransposedConv(e, b, (0, 0, 0))
+            ),
             *(x, kernel, expand, bias),
         )
 
@@ -404,8 +406,8 @@ def test_a_layer_keeps_its_input_and_what_its_norm_takes(products, rng, monkeypa
     """Temporaries of a gradient grow by two arrays for a layer of convolution, norm and activation, and not by more:
     neither normalised values, nor Winograd's parts of what comes in, which are computed behind it again."""
     jax.config.update("jax_disable_most_optimizations", False)  # quick_compile sets it back
-    monkeypatch.setattr(winograd, "_PRODUCTS", products)
-    monkeypatch.setattr(winograd, "_CHANNELS", {5: 1})
+    monkeypatch.setattr(winograd, "_MIN_PRODUCTS", products)
+    monkeypatch.setattr(winograd, "_MIN_CHANNELS", {5: 1})
     x, w = rng.normal(size=(1, 24, 24, 24, 8)), rng.normal(size=(3, 3, 3, 8, 8))
     scale, bias = jnp.asarray(rng.normal(size=(2, 8)))
 
@@ -417,7 +419,7 @@ def test_a_layer_keeps_its_input_and_what_its_norm_takes(products, rng, monkeypa
         return jnp.sum(y * y)
 
     def temporaries(layers):
-        with ops.use_form("fast"):
+        with ops.use_implementation("fast"):
             lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower([w] * layers, scale, bias)
         return ops.compile_program(lowered).memory_analysis().temp_size_in_bytes
 

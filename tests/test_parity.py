@@ -29,7 +29,7 @@ from weight_port.probe import timm_features
 from weight_port.timm_models import ARCHITECTURES
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
-from xdim_jax.nets.weights import abstract_encoder, named, replaced
+from xdim_jax.nets.weights import abstract_encoder, flatten, replace_leaves
 
 EXACT = 1e-10
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -47,17 +47,19 @@ class Ours:
     """Our network (abstract) with the weights of a PyTorch state, as jitted functions of dicts by PyTorch name."""
 
     def __init__(self, module, rename, unused, state):
-        self.table = {leaf.theirs: leaf for leaf in names.leaves(module, rename)}
+        self.table = {leaf.torch_name: leaf for leaf in names.leaves(module, rename)}
         self.arrays, _ = names.import_state(state, module, rename, unused, "the twin")
         self.graphdef, params, stats = split_model(module)
-        self.params, self.stats = replaced(params, self.arrays), replaced(stats, self.arrays)
+        self.params, self.stats = replace_leaves(params, self.arrays), replace_leaves(stats, self.arrays)
 
     def by_torch_name(self, *trees):
         leaves = {}
         for tree in trees:
-            leaves |= named(tree)
+            leaves |= flatten(tree)
         return {
-            n: names.to_theirs(np.asarray(leaves[t.ours]), t.layout) for n, t in self.table.items() if t.ours in leaves
+            n: names.to_torch_layout(np.asarray(leaves[t.name]), t.layout)
+            for n, t in self.table.items()
+            if t.name in leaves
         }
 
     def evaluate(self, image, **options):

@@ -109,7 +109,7 @@ def test_budgets(text, count):
         (["--budget=16Gb"], ["--budget=16Gb: expected a number with one of", "16GiB"]),
         (["--budget=0"], ["--budget=0"]),
         (["--largest=patch"], ["--largest=patch needs --budget"]),
-        (["--patch=64"], ["data.patch has 1 axes"]),
+        (["--patch=64"], ["data.patch=(64,) has 1 axes"]),
         (["--patch=64,x"], ["--patch=64,x: expected whole numbers"]),
         (["--batch=0"], ["--batch=0: expected whole numbers above 0"]),
         (["--patch=40,64"], ["axis H is 40"]),
@@ -117,7 +117,7 @@ def test_budgets(text, count):
         (["--ceilings=989,4.8"], ["--ceilings=989,4.8 needs --parts"]),
         (["--parts", "--ceilings=989"], ["--ceilings=989: expected TFLOP/s and TB/s"]),
         (["--parts", "--ceilings=0,4.8"], ["--ceilings=0,4.8: expected two numbers above 0"]),
-        (["--remat=decoder9"], ["decoder9 fits no stage of this network; it has: encoder, decoder1"]),
+        (["--remat=decoder9"], ["decoder9 matches no stage of this network; it has: encoder, decoder1"]),
     ],
 )
 def test_misuse_is_one_clear_message(arguments, words, quick):

@@ -186,7 +186,7 @@ def test_what_timm_does_not_compute_is_not_written_for_it(states):
     weights = timm_models.convert(
         Source(states("tf_efficientnet_b0"), SOURCE), timm_models.parse_name("tf_efficientnet_b0")
     )
-    assert timm_models.matching(weights.model) == ["tf_efficientnet_b0"]
+    assert timm_models.matching_architectures(weights.model) == ["tf_efficientnet_b0"]
     with pytest.raises(UserError, match=r"timm .*: efficientnet_b0.*eps 0.01"):
         weight_port.to_timm(Weights("encoder", weights.model | {"eps": 0.01}, weights.arrays))
     with pytest.raises(UserError, match="batch norm, found: network, dsnet"):
@@ -264,7 +264,7 @@ def test_two_leaves_never_share_a_name():
         section = make()[0]
         module, rename, _ = authors.structure(section)
         table = leaves(module, rename)
-        assert len({leaf.theirs for leaf in table}) == len(table) == len({leaf.ours for leaf in table})
+        assert len({leaf.torch_name for leaf in table}) == len(table) == len({leaf.name for leaf in table})
         assert build_abstract(section)
 
 
@@ -308,7 +308,7 @@ def test_normalisation_is_timms():
     assert {name.architecture for name in known} > {"tf_efficientnet_b0", "tf_efficientnet_lite0", "resnet18"}
     for name in known:
         config = timm.get_pretrained_cfg(name.full)
-        assert timm_models.input_of(name) == {"mean": list(config.mean), "std": list(config.std)}, name
+        assert timm_models.input_normalisation(name) == {"mean": list(config.mean), "std": list(config.std)}, name
 
 
 def test_the_hub_is_asked_for_the_right_file(monkeypatch, b0):
@@ -490,7 +490,7 @@ MISUSES = {
     ),
     "not ported": (
         ["--source=xdim", "--from-file={b0}", "--out=x.safetensors"],
-        ["were not ported", "port them first"],
+        ["no xdim_jax header", "python -m weight_port"],
     ),
     "no workdir": (["--source=xdim", "--from-file={tmp}", "--out=x.safetensors"], ["is not the workdir of a run"]),
     "strides": (

@@ -15,7 +15,7 @@ from xdim_jax.base.files import write_json
 from xdim_jax.data import phantom
 from xdim_jax.data.case import encode_label, list_cases, read_grid, read_label
 from xdim_jax.data.datasets import get_dataset
-from xdim_jax.data.images.image import where
+from xdim_jax.data.images.image import source_path
 from xdim_jax.data.images.nifti import write_volume
 from xdim_jax.runs import environment
 
@@ -82,7 +82,7 @@ def made(request, tmp_path_factory):
         label = np.roll(read_label(case), (k // 2, k % 4), (1, 2))
         grid = read_grid(case.images[0], case.axes)
         write_volume(folder / "pred" / f"{case.case_id}.nii.gz", encode_label(case, label), grid)
-        images[case.case_id] = [str(where(source)) for source in case.images]
+        images[case.case_id] = [str(source_path(source)) for source in case.images]
     write_json(folder / "pred" / "predict.json", {"images": images, "environment": environment.describe()})
     ref = root / "labelsTr" if name == "nnunet" else root
     arguments = [*RULES[name], f"--pred={folder / 'pred'}", f"--ref={ref}", f"--out={folder / 'eval'}", "--jobs=1"]

@@ -44,7 +44,7 @@ from xdim_jax.data.prepare import Prepared
 from xdim_jax.inference import predictor
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
-from xdim_jax.nets.weights import Weights, named, write_weights
+from xdim_jax.nets.weights import Weights, flatten, write_weights
 from xdim_jax.runs import checkpoint, trackers
 from xdim_jax.runs.records import close_recorder
 from xdim_jax.training import check, crossval, initial_weights, loop, step_metrics, validation, watchdog
@@ -191,7 +191,7 @@ def test_a_signal_in_a_validation_ends_it_and_the_resumed_run_makes_it(small, ca
     original = validation.postprocess
 
     def interrupted(*arguments, **options):
-        if checkpoint.exist(tmp_path / "run") and len(records(tmp_path / "run", "epoch")) == 2:
+        if checkpoint.exists(tmp_path / "run") and len(records(tmp_path / "run", "epoch")) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments, **options)
 
@@ -231,11 +231,11 @@ elif moment == "compile":
             long()
     mesh.Devices.lower = lambda *arguments: Lowered()
 else:
-    original = pipeline.cut
-    def cut(*arguments):
+    original = pipeline.read_part
+    def slow(*arguments):
         time.sleep(0.3)
         return original(*arguments)
-    pipeline.cut = cut
+    pipeline.read_part = slow
 run(train.main)
 """.replace("LONG", _LONG)
 
@@ -275,9 +275,9 @@ def test_a_signal_to_the_process_is_heard_at_every_moment(
     stopped = [text for text in out.splitlines() if text.startswith("stopped ")]
     assert len(stopped) == 1 and signal.Signals(number).name in stopped[0] and "same command" in stopped[0]
     if moment == "steps":
-        assert "everything is saved" in stopped[0] and checkpoint.exist(tmp_path / "run")
+        assert "everything is saved" in stopped[0] and checkpoint.exists(tmp_path / "run")
     else:
-        assert "nothing to save" in stopped[0] and not checkpoint.exist(tmp_path / "run")
+        assert "nothing to save" in stopped[0] and not checkpoint.exists(tmp_path / "run")
     out = train_small(tmp_path / "run", camus4, store)
     assert ("resume     from step" in out) == (moment == "steps")
     assert_same_end(tmp_path / "run", straight, 6)
@@ -505,7 +505,7 @@ def test_a_half_written_checkpoint_is_skipped_and_a_damaged_one_moved_aside(smal
 
 def test_half_written_alone_is_a_new_run(tmp_path):
     (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
-    assert not checkpoint.exist(tmp_path)
+    assert not checkpoint.exists(tmp_path)
     said = []
     checkpoints = checkpoint.open_checkpoints(tmp_path, said.append)
     assert checkpoint.restore_latest(checkpoints, small_state(0.0), said.append) is None
@@ -1159,7 +1159,7 @@ def test_a_ported_file_fills_the_encoder_and_the_report_says_how(ported, capsys)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert report["coverage"] == 1.0 and report["random"] == []
     assert report["source"]["sha256"] == digest and report["weights"] == str(folder / "resnet.safetensors")
-    arrays = named(params) | named(stats)
+    arrays = flatten(params) | flatten(stats)
     inside = {name for name in arrays if name.startswith("encoder.")}
     assert report["arrays"].keys() == inside, "what was done to every array, and to nothing else"
     stem = "encoder.conv1.kernel"
@@ -1188,7 +1188,7 @@ def test_a_file_that_lacks_an_array_fails_unless_it_may(ported, tmp_path):
     assert report["random"] == ["encoder.layer1.0.conv1.kernel"]
     assert "encoder.layer1.0.conv1.kernel" not in report["arrays"]
     # of ResNet-18 without its head, scalars: (all - 64 * 64 * 9) / all, with the stem of this network's channels
-    inside = {n: a.size for n, a in named(params).items() if n.startswith("encoder.")}
+    inside = {n: a.size for n, a in flatten(params).items() if n.startswith("encoder.")}
     running = sum(a.size for n, a in whole.arrays.items() if n.endswith((".mean", ".var")))
     total = sum(inside.values()) + running
     assert report["coverage"] == pytest.approx((total - 64 * 64 * 9) / total) and report["coverage"] < 1
@@ -1200,11 +1200,11 @@ def test_a_run_starts_from_a_network_file_that_fits_in_part(small, camus4, tmp_p
     config, _ = check.resolve_config(config, needs_data=False)
     kernel = np.linspace(-1, 1, 4, dtype=np.float32).reshape(1, 4)
     path = tmp_path / "part.safetensors"
-    write_weights(path, Weights("network", networks.plain(config.model), {"kernel": kernel}, {}, {"from": "here"}))
+    write_weights(path, Weights("network", networks.plain_dict(config.model), {"kernel": kernel}, {}, {"from": "here"}))
     name = f"--config.init.weights={path}"
     with pytest.raises(UserError, match=r"only in the network \(1\): bias"):
         train_small(tmp_path / "run", camus4, name)
-    assert not checkpoint.exist(tmp_path / "run")
+    assert not checkpoint.exists(tmp_path / "run")
     still = ("--config.optim.rates=*=0", "--config.init.require=False")  # every part frozen: the start is the end
     out = train_small(tmp_path / "run", camus4, name, *still)
     report = json.loads((tmp_path / "run" / "pretrained.json").read_text())

@@ -23,7 +23,7 @@ from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.images.grid import Grid
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.layouts import brats, camus
-from xdim_jax.data.prepare import Preparation, nearest, nonzero_box, prepare, resample
+from xdim_jax.data.prepare import Preparation, nonzero_box, prepare, resample, resample_nearest
 
 BRATS = brats.dataset("brats2021")
 PAPER = Preparation(crop="nonzero", normalise="zscore_nonzero")
@@ -118,9 +118,9 @@ def test_downsampling_does_not_alias():
 
 def test_nearest_takes_the_voxel_under_the_centre():
     label = np.arange(4, dtype=np.uint8).reshape(1, 1, 4)
-    assert nearest(label, (1, 1, 8)).ravel().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert nearest(label, (1, 1, 2)).ravel().tolist() == [1, 3]
-    assert nearest(label, (2, 1, 4)).tolist() == [[[0, 1, 2, 3]]] * 2
+    assert resample_nearest(label, (1, 1, 8)).ravel().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert resample_nearest(label, (1, 1, 2)).ravel().tolist() == [1, 3]
+    assert resample_nearest(label, (2, 1, 4)).tolist() == [[[0, 1, 2, 3]]] * 2
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_damaged_entries_are_prepared_again(root):
     for name in ("voxels.npy", "label.npy"):
         (entries[1].location / name).unlink()
         with pytest.raises(UserError, match="is damaged"):
-            entries[1].load(), entries[1].voxel(np.random.default_rng(0))
+            entries[1].load(), entries[1].random_voxel(np.random.default_rng(0))
         assert "2 of 3" in fill(root)[1][0]
     shutil.rmtree(entries[1].location)
     entries[1].location.write_text("a file where the entry was")
@@ -338,11 +338,11 @@ def test_headers_are_parsed_one_at_a_time(tmp_path, monkeypatch):
     """CPython 3.11's parser, which numpy takes for them, is not for threads."""
     np.save(tmp_path / "a.npy", np.arange(6).reshape(2, 3))
     whole, held = np.load, []
-    monkeypatch.setattr(np, "load", lambda *a, **k: held.append(store_backends._PARSER.locked()) or whole(*a, **k))
+    monkeypatch.setattr(np, "load", lambda *a, **k: held.append(store_backends._NPY_LOCK.locked()) or whole(*a, **k))
     assert (
         store_backends._open_npy(tmp_path / "a.npy")[1, 2] == 5
         and held == [True]
-        and not store_backends._PARSER.locked()
+        and not store_backends._NPY_LOCK.locked()
     )
 
 
@@ -377,7 +377,7 @@ def test_too_little_room_is_said_before_it_is_used(root, monkeypatch):
 def test_voxels_of_every_structure_are_drawn_alike(root, rng):
     entry = fill(root)[0][0]
     label = np.asarray(entry.load().label)
-    drawn = [int(label[entry.voxel(rng)]) for _ in range(600)]
+    drawn = [int(label[entry.random_voxel(rng)]) for _ in range(600)]
     counts = np.bincount(drawn, minlength=4)
     assert counts[0] == 0 and (counts[1:] > 150).all(), "a structure first, then one of its voxels"
 
@@ -387,7 +387,7 @@ def test_cases_without_structures_have_no_voxel_to_draw(root, rng):
     image = nib.load(path)
     nib.save(nib.Nifti1Image(np.zeros_like(np.asarray(image.dataobj)), image.affine), path)
     entry = fill(root)[0][0]
-    assert entry.voxel(rng) is None
+    assert entry.random_voxel(rng) is None
     assert pipeline.random_start(entry, (8, 8, 8), 1.0, rng)
 
 
@@ -424,7 +424,7 @@ def same(a, b):
 
 def test_every_sample_has_a_digest_of_what_it_is_and_the_facts_of_its_case(entries):
     facts = {entry.case_id: {"number": np.float32(i)} for i, entry in enumerate(entries)}
-    for batch in take(entries, 4, facts=facts):
+    for batch in take(entries, 4, extras=facts):
         for image, label, key, digest in zip(*(batch[k] for k in ("image", "label", "key", "digest")), strict=True):
             assert digest == zlib.crc32(image.tobytes() + label.tobytes() + key.tobytes())
         assert set(batch["number"].tolist()) <= set(range(len(entries)))
@@ -502,7 +502,7 @@ def test_patches_are_cut_from_one_place_and_padded_with_zeros(entries):
 def test_slices_visit_every_slice_once_in_an_epoch(entries):
     few = entries[:2]
     count = sum(e.shape[0] for e in few)
-    assert len(pipeline.records(few, "slices", 1)) == count
+    assert len(pipeline.epoch_samples(few, "slices", 1)) == count
     batches = take(few, count, sampling="slices", size=(1, 96, 96), flat=True, batch=1)
     assert batches[0]["image"].shape == (1, 96, 96, 4) and batches[0]["label"].shape == (1, 96, 96)
     sums = sorted(float(b["image"].astype(np.float64).sum()) for b in batches)

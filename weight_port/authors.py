@@ -1,8 +1,8 @@
-"""Conversion of the authors' released networks: names of layers, facts read from a file, and the reverse conversion.
+"""Conversion of the authors' released networks to this package and back.
 
-Source: the authors' released code, as described in docs/networks.md. Their networks contain a classification head that
-is never used. Its arrays are kept under ``unused/``. The reverse conversion writes them again, or zeros if they were
-not kept, because ``load_state_dict`` expects them.
+docs/networks.md describes the authors' code. Their networks contain a classification head that is never used. Its
+arrays are kept under ``unused/``. The reverse conversion writes them again, or zeros if they were not kept, because
+``load_state_dict`` expects them.
 """
 
 import re
@@ -18,11 +18,11 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.nets import networks
 from xdim_jax.nets.encoders import CONVENTIONS
 from xdim_jax.nets.encoders.efficientnet import MEMBERS, scaled_channels
-from xdim_jax.nets.weights import Weights, abstract_encoder, encoder_section, named
+from xdim_jax.nets.weights import Weights, abstract_encoder, encoder_section, flatten
 
-HEAD = 1280  # filters of the head of EfficientNet-B0; other sizes scale it
+HEAD = 1280  # number of filters of the classification head of EfficientNet-B0; other sizes scale it
 _DEPTH = {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)}
-_DROP_PATH = 0.4  # of every released network
+_DROP_PATH = 0.4  # rate of stochastic depth of every released network
 
 
 def _encoder(size: str) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def from_authors(network: str, from_file: Path) -> Weights:
         from_file: File of type .pth, .pt or .safetensors.
 
     Raises:
-        UserError: The network is unknown, the file cannot be read, or the weights are those of another architecture.
+        UserError: The network is unknown, the file cannot be read, or the weights belong to another architecture.
     """
     if network not in NETWORKS:
         raise UserError(f"--network: unknown network {network!r}; known: {', '.join(NETWORKS)}")
@@ -114,15 +114,15 @@ def from_authors(network: str, from_file: Path) -> Weights:
 
 
 def convert(source: Source, network: str) -> Weights:
-    """Convert like `from_authors`, from arrays that are already read."""
-    section = _complete(NETWORKS[network], _Facts(source, network))
+    """Convert the arrays of a file that has already been read; see `from_authors`."""
+    section = _complete_section(NETWORKS[network], _StateDict(source, network))
     module, rename, prefix = structure(section)
     what = f"the weights of {source.record['file']} (as --network={network})"
     unused = tuple(f"{prefix}{part}" for part in ("conv_head.", "norm_head."))
     hint = f"If the file contains another network, name it with --network. Known: {', '.join(NETWORKS)}"
-    arrays, apart = import_state(source.state, module, rename, unused, what, hint)
+    arrays, ignored = import_state(source.state, module, rename, unused, what, hint)
     kind = "encoder" if "ndim" in section else "network"
-    return Weights(kind, section, arrays, apart, {"from": "authors", "network": network, **source.record})
+    return Weights(kind, section, arrays, ignored, {"from": "authors", "network": network, **source.record})
 
 
 def to_authors(weights: Weights) -> dict[str, np.ndarray]:
@@ -142,9 +142,9 @@ def to_authors(weights: Weights) -> dict[str, np.ndarray]:
 
 
 def _check_known(section: Mapping[str, Any], kind: str) -> None:
-    """Raise UserError if the authors' code lacks a network; lists the differences from the most similar one it has."""
+    """Raise UserError if the authors' code lacks a network; the message compares it with the most similar one."""
     differences = {
-        name: _differing(named(known), named(section))
+        name: _differences(flatten(known), flatten(section))
         for name, known in NETWORKS.items()
         if ("ndim" in known if kind == "encoder" else known["name"] == section["name"])
     }
@@ -156,13 +156,13 @@ def _check_known(section: Mapping[str, Any], kind: str) -> None:
         )
 
 
-def _differing(known: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Return the differences in keys that are not read from a file and that have an effect in evaluation mode."""
-    read = ("in_channels", "out_channels", "filters", "norm", "images", "drop_path")
+def _differences(known: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Describe the differences, except in keys that are read from a file or have no effect in evaluation mode."""
+    ignored = ("in_channels", "out_channels", "filters", "norm", "images", "drop_path")
     return [
         f"{key} is {found.get(key)!r} in the weights, {known.get(key)!r} in the authors' code"
         for key in sorted(known.keys() | found.keys())
-        if key.rpartition(".")[2] not in read and known.get(key) != found.get(key)
+        if key.rpartition(".")[2] not in ignored and known.get(key) != found.get(key)
     ]
 
 
@@ -175,13 +175,14 @@ def structure(section: Mapping[str, Any]) -> tuple[Any, Any, str]:
     return networks.build_abstract(section), rename_unet, "encoder."
 
 
-class _Facts:
-    """Facts about a network that are read from its state_dict. A missing array raises UserError."""
+class _StateDict:
+    """A state_dict, from which properties of the network are read."""
 
     def __init__(self, source: Source, network: str):
         self.state, self.file, self.network = source.state, source.record["file"], network
 
     def shape(self, name: str, rank: int) -> tuple[int, ...]:
+        """Return the shape of an array. Raises UserError if it is missing or does not have ``rank`` axes."""
         shape = tuple(self.state[name].shape) if name in self.state else None
         if shape is None or len(shape) != rank:
             names = ", ".join(list(self.state)[:4])
@@ -193,44 +194,45 @@ class _Facts:
         return shape
 
     def norm(self, path: str) -> str:
-        """Return the kind of the norm at a path, which follows from its arrays."""
+        """Return the kind of the norm at a path: ``batch``, ``instance`` or ``instance_noaffine``."""
         if f"{path}.running_var" in self.state:
             return "batch"
         return "instance" if f"{path}.weight" in self.state else "instance_noaffine"
 
 
-def _complete(section: dict[str, Any], facts: _Facts) -> dict[str, Any]:
+def _complete_section(section: dict[str, Any], state: _StateDict) -> dict[str, Any]:
+    """Return an entry of `NETWORKS`, completed by the properties that are read from a file."""
     if "ndim" in section:
-        channels = facts.shape("conv1.weight", section["ndim"] + 2)[1]
-        return {**section, "in_channels": channels, "norm": facts.norm("bnorm1")}
+        channels = state.shape("conv1.weight", section["ndim"] + 2)[1]
+        return {**section, "in_channels": channels, "norm": state.norm("bnorm1")}
     if section["name"] == "dsnet":
-        filters = [facts.shape(f"{name}.weight", 5)[0] for name in ("conv1", "conv2", "enc3.0.conv2", "enc4.0.conv2")]
+        filters = [state.shape(f"{name}.weight", 5)[0] for name in ("conv1", "conv2", "enc3.0.conv2", "enc4.0.conv2")]
         inner = {
             **section["inner"],
-            "norm": facts.norm("model2D.decoder1.conv1.norm"),
-            "filters": tuple(facts.shape(f"model2D.decoder{i}.conv2.conv.weight", 4)[0] for i in range(1, 6)),
+            "norm": state.norm("model2D.decoder1.conv1.norm"),
+            "filters": tuple(state.shape(f"model2D.decoder{i}.conv2.conv.weight", 4)[0] for i in range(1, 6)),
         }
         return {
             **section,
-            "in_channels": facts.shape("conv1.weight", 5)[1],
-            "out_channels": facts.shape("last.weight", 5)[0],
+            "in_channels": state.shape("conv1.weight", 5)[1],
+            "out_channels": state.shape("last.weight", 5)[0],
             "filters": tuple(filters),
-            "images": facts.shape("enc5.0.conv2.weight", 5)[0],
-            "affine": facts.norm("norm1") == "instance",
+            "images": state.shape("enc5.0.conv2.weight", 5)[0],
+            "affine": state.norm("norm1") == "instance",
             "inner": inner,
         }
     rank = networks.spatial_axes(section) + 2
     return {
         **section,
-        "in_channels": facts.shape("conv.weight", rank)[1],
-        "out_channels": facts.shape("last.weight", rank)[0],
-        "norm": facts.norm("norm"),
-        "filters": tuple(facts.shape(f"decoder{i}.conv2.conv.weight", rank)[0] for i in range(1, 6)),
+        "in_channels": state.shape("conv.weight", rank)[1],
+        "out_channels": state.shape("last.weight", rank)[0],
+        "norm": state.norm("norm"),
+        "filters": tuple(state.shape(f"decoder{i}.conv2.conv.weight", rank)[0] for i in range(1, 6)),
     }
 
 
 def _empty_head(section: Mapping[str, Any], state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Return the unused classification head: zeros, and an identity norm of the same kind as in the encoder."""
+    """Return arrays for the unused classification head: zeros, and a norm of the encoder's kind that has no effect."""
     encoder = section if "ndim" in section else encoder_section(section)[1]
     if not encoder["name"].startswith("efficientnet"):
         return {}

@@ -1,7 +1,7 @@
-"""Names and layouts of arrays in PyTorch and in this package. One table is used in both directions.
+"""Names and layouts of arrays in PyTorch and in this package, for conversion in both directions.
 
-The modules for timm and for the authors' files rename the paths of layers. The name and the layout of an array follow
-from the kind of its layer:
+The modules for timm, PyPI and the authors' files rename the paths of layers. The rest of an array's name and its layout
+follow from the kind of its layer:
 
 ======================  =======================  =======================================
 layer                   PyTorch                  this package
@@ -27,19 +27,28 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var":
 
 
 class Leaf(NamedTuple):
-    """One array: its name in this package, its name in PyTorch, its layout and its shape in this package.
+    """Names and layout of one array.
 
-    The layout is ``conv``, ``transposed``, ``linear`` or ``vector``.
+    Attributes:
+        name: Name in this package.
+        torch_name: Name in PyTorch.
+        layout: ``conv``, ``transposed``, ``linear`` or ``vector``.
+        shape: Shape in this package.
     """
 
-    ours: str
-    theirs: str
+    name: str
+    torch_name: str
     layout: str
     shape: tuple[int, ...]
 
 
 def leaves(module: nnx.Module, rename: Callable[[str], str]) -> list[Leaf]:
-    """Return the table for a network (abstract or not). ``rename`` maps the path of a layer to its path in PyTorch."""
+    """Return the names and layouts of all arrays of a network.
+
+    Args:
+        module: The network, which may be abstract.
+        rename: Function from the path of a layer in this package to its path in PyTorch.
+    """
     layers, table = named_layers(module), []
     for name, array in module_leaves(module).items():
         path, _, leaf = name.rpartition(".")
@@ -47,13 +56,13 @@ def leaves(module: nnx.Module, rename: Callable[[str], str]) -> list[Leaf]:
         if leaf == "kernel":
             kinds = {Conv: "conv", ConvTranspose: "transposed", Dense: "linear"}
             layout = kinds[type(layers[path])]
-        theirs = f"{rename(path)}.{_LEAVES.get(leaf, leaf)}"
-        table.append(Leaf(name, theirs, layout, tuple(array.shape)))
+        torch_name = f"{rename(path)}.{_LEAVES.get(leaf, leaf)}"
+        table.append(Leaf(name, torch_name, layout, tuple(array.shape)))
     return table
 
 
-def to_ours(array: np.ndarray, layout: str) -> np.ndarray:
-    """Convert an array from PyTorch's layout to that of this package."""
+def from_torch_layout(array: np.ndarray, layout: str) -> np.ndarray:
+    """Convert an array from PyTorch's layout to the layout of this package."""
     if layout == "conv":
         return np.moveaxis(array, (0, 1), (-1, -2))
     if layout == "transposed":
@@ -61,8 +70,8 @@ def to_ours(array: np.ndarray, layout: str) -> np.ndarray:
     return array.T if layout == "linear" else array
 
 
-def to_theirs(array: np.ndarray, layout: str) -> np.ndarray:
-    """Convert an array from the layout of this package to PyTorch's."""
+def to_torch_layout(array: np.ndarray, layout: str) -> np.ndarray:
+    """Convert an array from the layout of this package to PyTorch's layout."""
     if layout == "conv":
         return np.moveaxis(array, (-1, -2), (0, 1))
     if layout == "transposed":
@@ -86,30 +95,32 @@ def import_state(
 
     Args:
         state: Arrays by PyTorch name.
-        module: The network, with shapes in place of arrays.
+        module: The network, with shapes instead of arrays.
         rename: See `leaves`.
         unused: Prefixes of the names of arrays that belong to no layer of ``module``. The counters of batch norms are
             always unused.
-        what: Subject of the error message.
+        what: Subject of the error message, e.g. "the weights of model.safetensors".
         hint: Next step, for the error message.
 
     Returns:
         The arrays of ``module`` by name, and the unused arrays by PyTorch name.
 
     Raises:
-        UserError: An array has no counterpart or another shape, on either side.
+        UserError: An array of the state_dict or of the network has no counterpart, or another shape.
     """
     table = leaves(module, rename)
-    apart = {n: a for n, a in state.items() if n.startswith(tuple(unused)) or n.endswith(COUNTER)}
-    wanted = {leaf.theirs: _Shape(to_theirs_shape(leaf)) for leaf in table}
-    check_leaves({n: a for n, a in state.items() if n not in apart}, wanted, what, hint)
-    arrays = {leaf.ours: np.asarray(to_ours(state[leaf.theirs], leaf.layout), order="C") for leaf in table}
-    return arrays, apart
+    ignored = {n: a for n, a in state.items() if n.startswith(tuple(unused)) or n.endswith(COUNTER)}
+    wanted = {leaf.torch_name: _Shape(torch_shape(leaf)) for leaf in table}
+    check_leaves({n: a for n, a in state.items() if n not in ignored}, wanted, what, hint)
+    arrays = {
+        leaf.name: np.asarray(from_torch_layout(state[leaf.torch_name], leaf.layout), order="C") for leaf in table
+    }
+    return arrays, ignored
 
 
-def to_theirs_shape(leaf: Leaf) -> tuple[int, ...]:
+def torch_shape(leaf: Leaf) -> tuple[int, ...]:
     """Return the shape of an array in PyTorch."""
-    return to_theirs(np.broadcast_to(np.float32(0), leaf.shape), leaf.layout).shape
+    return to_torch_layout(np.broadcast_to(np.float32(0), leaf.shape), leaf.layout).shape
 
 
 def export_state(
@@ -119,18 +130,21 @@ def export_state(
 
     Args:
         arrays: Arrays of ``module`` by name.
-        unused: Unused arrays from `import_state`. A counter of batch norm that is missing is 0.
-        module: The network, with shapes in place of arrays.
+        unused: Unused arrays from `import_state`. Missing counters of batch norms are written as 0.
+        module: The network, with shapes instead of arrays.
         rename: See `leaves`.
 
+    Returns:
+        Arrays by PyTorch name.
+
     Raises:
-        UserError: The arrays are not those of the network.
+        UserError: The arrays do not fit the network.
     """
     check_leaves(arrays, module_leaves(module), "the weights")
     state: dict[str, Any] = {}
     for leaf in leaves(module, rename):
-        state[leaf.theirs] = np.asarray(to_theirs(arrays[leaf.ours], leaf.layout), order="C")
-        if leaf.theirs.endswith("running_var"):
-            counter = leaf.theirs.removesuffix("running_var") + COUNTER
+        state[leaf.torch_name] = np.asarray(to_torch_layout(arrays[leaf.name], leaf.layout), order="C")
+        if leaf.torch_name.endswith("running_var"):
+            counter = leaf.torch_name.removesuffix("running_var") + COUNTER
             state[counter] = unused.get(counter, np.zeros((), np.int64))
     return state | {n: a for n, a in unused.items() if n not in state}

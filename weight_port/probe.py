@@ -26,25 +26,25 @@ def timm_features(model: Any, encoder: str, image: Any) -> list[Any]:
         encoder: Name of the encoder, see `xdim_jax.nets.encoders.ENCODERS`.
         image: Tensor ``(batch, channels, H, W)``.
     """
-    taps = get_family(encoder).taps[encoder]
+    layers = get_family(encoder).feature_layers[encoder]
     found: dict[str, Any] = {}
     handles = [
-        model.get_submodule(tap).register_forward_hook(
-            lambda module, inputs, output, tap=tap: found.__setitem__(tap, output.clone())
+        model.get_submodule(layer).register_forward_hook(
+            lambda module, inputs, output, layer=layer: found.__setitem__(layer, output.clone())
         )
-        for tap in taps
-        if tap
+        for layer in layers
+        if layer
     ]
     try:
         model.forward_features(image)
     finally:
         for handle in handles:
             handle.remove()
-    return [found.get(tap) if tap else None for tap in taps]
+    return [found.get(layer) if layer else None for layer in layers]
 
 
 def probe_timm(weights: Weights, state: Mapping[str, np.ndarray], name: TimmName) -> dict[str, Any]:
-    """Compare the features of timm's model with those of our encoder, in float32 on an image of noise.
+    """Compare the features of timm's model with the features of the encoder, in float32 on an image of noise.
 
     Args:
         weights: Weights of the encoder.
@@ -63,8 +63,8 @@ def probe_timm(weights: Weights, state: Mapping[str, np.ndarray], name: TimmName
     model.load_state_dict({n: torch.from_numpy(np.array(a)) for n, a in state.items()}, strict=False)
     image = np.random.default_rng(0).standard_normal((1, SIZE, SIZE, channels)).astype(np.float32)
     with torch.no_grad():
-        theirs = timm_features(model.eval(), weights.model["name"], torch.from_numpy(image.transpose(0, 3, 1, 2)))
-    pairs = zip(make_model(weights, "the port").features(image), theirs, strict=True)
+        expected = timm_features(model.eval(), weights.model["name"], torch.from_numpy(image.transpose(0, 3, 1, 2)))
+    pairs = zip(make_model(weights, "the converted weights").features(image), expected, strict=True)
     return {
         "against": f"timm {timm.__version__} {name.architecture}, noise of {SIZE}x{SIZE}, float32",
         "features": [None if b is None else _differences(a, b.numpy().transpose(0, 2, 3, 1)) for a, b in pairs],
@@ -74,6 +74,10 @@ def probe_timm(weights: Weights, state: Mapping[str, np.ndarray], name: TimmName
 def probe_inflation(flat: Weights, inflated: Weights) -> dict[str, Any]:
     """Compare the 2D encoder on an image with the inflated encoder on a volume whose slices are all this image.
 
+    Args:
+        flat: Weights of the 2D encoder.
+        inflated: Weights of the inflated encoder.
+
     Returns:
         The entry of the report: what was compared, and the largest difference of each feature.
     """
@@ -81,8 +85,9 @@ def probe_inflation(flat: Weights, inflated: Weights) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     image = rng.standard_normal((1, SIZE, SIZE, channels)).astype(np.float32)
     volume = np.repeat(np.expand_dims(image, axis + 1), 32, axis + 1)
-    deep, plain = make_model(inflated, "the port").features(volume), make_model(flat, "the source").features(image)
-    pairs = zip(deep, plain, strict=True)
+    features_3d = make_model(inflated, "the inflated weights").features(volume)
+    features_2d = make_model(flat, "the 2D weights").features(image)
+    pairs = zip(features_3d, features_2d, strict=True)
     return {
         "against": f"the 2D encoder, on a volume of 32 slices that are all the same {SIZE}x{SIZE} noise, float32",
         "features": [
@@ -92,7 +97,8 @@ def probe_inflation(flat: Weights, inflated: Weights) -> dict[str, Any]:
     }
 
 
-def _differences(ours: jax.Array | None, theirs: Any) -> dict[str, float]:
-    assert ours is not None
-    largest = float(np.abs(np.asarray(ours) - theirs).max())
-    return {"largest": largest, "relative": largest / max(float(np.abs(theirs).max()), 1e-30)}
+def _differences(found: jax.Array | None, expected: Any) -> dict[str, float]:
+    """Return the largest absolute difference, and its ratio to the largest expected value."""
+    assert found is not None
+    largest = float(np.abs(np.asarray(found) - expected).max())
+    return {"largest": largest, "relative": largest / max(float(np.abs(expected).max()), 1e-30)}

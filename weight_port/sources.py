@@ -1,4 +1,7 @@
-"""Files with PyTorch weights. Safetensors files are read without torch, pickles by torch with ``weights_only``."""
+"""Reading, writing and downloading files with PyTorch weights.
+
+Safetensors files are read without torch. Pickles are read by torch with ``weights_only``, so no code in them is run.
+"""
 
 import dataclasses
 import hashlib
@@ -17,21 +20,26 @@ from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.files import atomic_path
 from xdim_jax.nets.weights import write_arrays
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts put a state_dict
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts store a state_dict
 
-HUB_SECONDS = 4.0  # waiting time for the first answer of the hub
+HUB_SECONDS = 4.0  # time to wait for the first answer of the Hugging Face hub
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Arrays by PyTorch name, and the name and SHA-256 of their file."""
+    """The contents of a weights file.
+
+    Attributes:
+        state: Arrays by PyTorch name.
+        record: Origin of the arrays, for reports; contains at least ``file`` (name) and ``sha256``.
+    """
 
     state: dict[str, np.ndarray]
     record: dict[str, Any]
 
 
 def read_source(path: Path) -> Source:
-    """Read a safetensors file or a pickled state_dict. The content of the file decides, not its name.
+    """Read a safetensors file or a pickled state_dict. The format is recognised by the content of the file.
 
     Raises:
         UserError: The file is missing, truncated or of another kind, or a pickle that contains more than tensors.
@@ -59,15 +67,16 @@ def read_source(path: Path) -> Source:
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, "np") as file:
-            ported = "xdim_jax" in (file.metadata() or {})
+            converted = "xdim_jax" in (file.metadata() or {})
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
             f"--from-file: {path} is not a complete safetensors file ({error}); download it again"
         ) from error
-    if ported:
+    if converted:
         raise UserError(
-            f"--from-file: {path} is already ported; use --source=xdim to convert it further, or --to-torch"
+            f"--from-file: {path} is already a file of xdim_jax; give --source=xdim to adapt it, or --to-torch to "
+            "convert it back"
         )
     return {n: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for n, a in arrays.items()}
 
@@ -102,9 +111,10 @@ def _array(torch: Any, tensor: Any) -> np.ndarray:
 
 
 def write_state(path: Path, state: Mapping[str, np.ndarray]) -> None:
-    """Write a state_dict: a safetensors file, or with ``torch.save`` for other suffixes.
+    """Write a state_dict atomically: as safetensors if the suffix says so, else with ``torch.save``.
 
-    The file is complete or absent.
+    Raises:
+        UserError: The file cannot be written, or torch is needed and not installed.
     """
     if path.suffix == ".safetensors":
         write_arrays(path, state)
@@ -115,7 +125,11 @@ def write_state(path: Path, state: Mapping[str, np.ndarray]) -> None:
 
 
 def download(repository: str, filename: str = "model.safetensors") -> Path:
-    """Return the path of a file of the Hugging Face hub, downloaded unless it is in the hub's cache.
+    """Return the path of a file of the Hugging Face hub. It is downloaded unless it is in the hub's local cache.
+
+    Args:
+        repository: Name of the repository, e.g. ``timm/tf_efficientnet_b0.ns_jft_in1k``.
+        filename: Name of the file.
 
     Raises:
         UserError: The hub has no such file, or does not answer within `HUB_SECONDS`.
@@ -132,13 +146,13 @@ def download(repository: str, filename: str = "model.safetensors") -> Path:
     except Exception as error:  # many types: no network, no such file, an answer of a proxy
         raise UserError(
             f"cannot download {repository}/{filename} from the Hugging Face hub: {first_line(error).rstrip('.')}. "
-            f"Without network, fetch https://huggingface.co/{repository}/resolve/main/{filename} elsewhere, and pass "
-            "it with --from-file"
+            f"If this machine has no network, download https://huggingface.co/{repository}/resolve/main/{filename} "
+            "elsewhere, and give the file with --from-file"
         ) from error
 
 
 def _ask_hub(repository: str, filename: str) -> None:
-    """Ask the hub for the size of a file, once. A download would try to reach it for half a minute.
+    """Ask the hub once for the metadata of a file. Without an answer, a download would be retried for half a minute.
 
     Raises:
         Exception: As raised by the hub's library, or TimeoutError if there is no answer within `HUB_SECONDS`.
@@ -154,7 +168,7 @@ def _ask_hub(repository: str, filename: str) -> None:
         except Exception as error:
             errors.append(error)
 
-    thread = threading.Thread(target=ask, daemon=True)  # the timeout above does not include the look-up of the host
+    thread = threading.Thread(target=ask, daemon=True)  # the timeout above does not limit the DNS lookup
     thread.start()
     thread.join(HUB_SECONDS)
     if thread.is_alive():
@@ -166,8 +180,11 @@ def _ask_hub(repository: str, filename: str) -> None:
 def import_torch(why: str) -> Any:
     """Import torch.
 
+    Args:
+        why: Subject of the error message, e.g. "reading the PyTorch file net.pth".
+
     Raises:
-        UserError: It is not installed; the message says that ``why`` needs it.
+        UserError: It is not installed.
     """
     try:
         return importlib.import_module("torch")

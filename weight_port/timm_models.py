@@ -1,4 +1,4 @@
-"""Conversion of timm's classifiers to encoders and back: names of models, and the conventions of their training."""
+"""Conversion of timm's classifiers to encoders and back."""
 
 import fnmatch
 import re
@@ -16,25 +16,32 @@ from xdim_jax.nets.weights import Weights, abstract_encoder
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-# normalisation of the images in training, by patterns of names; the first match applies, else the values of timm
+# pattern of model names -> normalisation of the images in training; the first match applies. For other names the values
+# are read from timm
 INPUTS = {
     "tf_efficientnet_lite*": HALF,
     "*.ap_in1k": HALF,
     **dict.fromkeys(("*.ns_jft_in1k", "*.aa_in1k", "*.in1k", "*.ra_in1k"), IMAGENET),
 }
 
-# for each architecture of timm: the name of the encoder, and the padding and eps of its training
+# name of timm's architecture -> name of the encoder, and the padding and eps with which it was trained
 ARCHITECTURES = {name: known for family in FAMILIES for name, known in family.timm.items()}
 
 
 class TimmName(NamedTuple):
-    """A name such as ``tf_efficientnet_b0.ns_jft_in1k``: architecture and tag. The tag may be empty."""
+    """A name such as ``tf_efficientnet_b0.ns_jft_in1k``.
+
+    Attributes:
+        architecture: Part before the dot.
+        tag: Part after the dot, which identifies the training; may be empty.
+    """
 
     architecture: str
     tag: str
 
     @property
     def full(self) -> str:
+        """The name with the tag, if there is one."""
         return f"{self.architecture}.{self.tag}" if self.tag else self.architecture
 
 
@@ -53,14 +60,14 @@ def parse_name(name: str) -> TimmName:
 
 
 def from_timm(model: str, from_file: Path | None = None) -> Weights:
-    """Convert the weights of a classifier of timm to those of an encoder.
+    """Convert the weights of a classifier of timm to weights of an encoder.
 
     Args:
         model: Name of the model in timm, e.g. ``tf_efficientnet_b0.ns_jft_in1k``.
         from_file: File of type .safetensors or .pth; None to download it from the Hugging Face hub.
 
     Raises:
-        UserError: The model is unknown, the file cannot be read, or the weights are those of another architecture.
+        UserError: The model is unknown, the file cannot be read, or the weights belong to another architecture.
     """
     name = parse_name(model)
     return convert(read_source(from_file or fetch(name)), name)
@@ -74,14 +81,14 @@ def fetch(name: TimmName) -> Path:
     """
     if not name.tag:
         raise UserError(
-            f"--model={name.full} does not name a training: add timm's tag, e.g. {name.architecture}.ns_jft_in1k, or "
-            "give --from-file"
+            f"--model={name.full} has no tag, which identifies the weights: add timm's tag, e.g. "
+            f"{name.architecture}.ns_jft_in1k, or give --from-file"
         )
     return download(f"timm/{name.full}")
 
 
 def convert(source: Source, name: TimmName) -> Weights:
-    """Convert like `from_timm`, from arrays that are already read."""
+    """Convert the arrays of a file that has already been read; see `from_timm`."""
     encoder, convention = ARCHITECTURES[name.architecture]
     family = get_family(encoder)
     stem = source.state.get(f"{family.stem}.weight")
@@ -89,17 +96,17 @@ def convert(source: Source, name: TimmName) -> Weights:
     section = {"name": encoder, "in_channels": channels, "ndim": 2, "norm": "batch", **convention}
     what = f"the weights of {source.record['file']} (as --model={name.full})"
     hint = "If the file contains another model, name it: --model=<timm's name>"
-    arrays, unused = import_state(source.state, abstract_encoder(section), _same, family.unused, what, hint)
-    record = {"from": "timm", "model": name.full, **source.record, "input": input_of(name)}
+    arrays, unused = import_state(source.state, abstract_encoder(section), _same_name, family.unused, what, hint)
+    record = {"from": "timm", "model": name.full, **source.record, "input": input_normalisation(name)}
     return Weights("encoder", section, arrays, unused, record)
 
 
-def _same(path: str) -> str:
+def _same_name(path: str) -> str:
     return path  # the attributes of the encoders have timm's names
 
 
-def input_of(name: TimmName) -> dict[str, list[float]] | None:
-    """Return mean and standard deviation that images were normalised with in training; None if they are not known."""
+def input_normalisation(name: TimmName) -> dict[str, list[float]] | None:
+    """Return the mean and the standard deviation of images in training; None if they are not known."""
     for pattern, values in INPUTS.items():
         if fnmatch.fnmatchcase(name.full, pattern):
             return values
@@ -109,28 +116,30 @@ def input_of(name: TimmName) -> dict[str, list[float]] | None:
 
 
 def to_timm(weights: Weights) -> dict[str, np.ndarray]:
-    """Convert the weights of an encoder to a state_dict of timm. It has the classifier if the weights came from timm.
+    """Convert the weights of an encoder to a state_dict of timm.
+
+    Weights that were converted from timm include the classifier.
 
     Raises:
-        UserError: The weights are not those of a 2D encoder with batch norm, or timm has no architecture with the same
-            padding and eps.
+        UserError: The encoder is not 2D or has no batch norm, or timm has no architecture with the same padding and
+            eps.
     """
     if weights.kind != "encoder" or weights.model["ndim"] != 2 or weights.model["norm"] != "batch":
         raise UserError(
-            f"expected weights of a 2D encoder with batch norm, found: {weights.kind}, {_told(weights.model)}. "
+            f"expected weights of a 2D encoder with batch norm, found: {weights.kind}, {_properties(weights.model)}. "
             "Convert the encoder of a network first: --source=xdim --part=encoder"
         )
-    if not matching(weights.model):
+    if not matching_architectures(weights.model):
         raise UserError(
-            f"no architecture of timm has these properties: {_told(weights.model)}; known: "
-            + ", ".join(f"{a} ({_told({'name': e, **c})})" for a, (e, c) in ARCHITECTURES.items())
+            f"no architecture of timm has these properties: {_properties(weights.model)}; known: "
+            + ", ".join(f"{a} ({_properties({'name': e, **c})})" for a, (e, c) in ARCHITECTURES.items())
         )
     unused = weights.unused if weights.source.get("from") == "timm" else {}
-    return export_state(weights.arrays, unused, abstract_encoder(weights.model), _same)
+    return export_state(weights.arrays, unused, abstract_encoder(weights.model), _same_name)
 
 
-def matching(section: Mapping[str, Any]) -> list[str]:
-    """Return timm's architectures with the encoder, padding and eps of a section."""
+def matching_architectures(section: Mapping[str, Any]) -> list[str]:
+    """Return timm's architectures with the encoder, padding and eps of a section (see `Weights.model`)."""
     return [
         architecture
         for architecture, (encoder, convention) in ARCHITECTURES.items()
@@ -138,6 +147,6 @@ def matching(section: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _told(section: Mapping[str, Any]) -> str:
+def _properties(section: Mapping[str, Any]) -> str:
     keys = ("name", "ndim", "norm", "padding", "eps")
     return ", ".join(f"{section[k]}" if k == "name" else f"{k} {section[k]}" for k in keys if k in section)

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     with catch_signals() as stop:
         stop.busy = True
         cache_programs()
-        checkpoint.quieten_process()
+        checkpoint.silence_orbax()
         status = train_plan(plan, options.workdir, overrides, stop, slots=options.pack, layout=options.layout)
     if not status:
         write_report(plan, options.workdir)

@@ -118,7 +118,7 @@ def _work(study: Any, job: Job, options: argparse.Namespace) -> int:
         if not options.pack:
             return run_worker(study, job, stop, heartbeat=heartbeat, grace=grace, wait=wait)
         cache_programs()
-        checkpoint.quieten_process()
+        checkpoint.silence_orbax()
         worker = PackedWorker(
             study, job, stop, slots=options.pack, layout=options.layout, heartbeat=heartbeat, grace=grace
         )
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m xdim_jax.sweep report --workdir=runs/sweep --out=sweep.html",
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE[:WORDS]", help="a recipe, e.g. configs/brats_dxnet.py")
+    add("--config", required=True, metavar="FILE[:VARIANT,...]", help="a recipe, e.g. configs/brats_dxnet.py")
     add("--space", required=True, type=Path, metavar="FILE", help="search space, e.g. configs/sweeps/optimiser.py")
     add("--trials", required=True, type=int, metavar="N", help="number of trials of the study, over all workers")
     add("--workdir", required=True, help="folder of the trials (also gs://, s3://); all workers need access to it")

@@ -16,7 +16,7 @@ from xdim_jax.base import bucket, log
 from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
-from xdim_jax.base.signals import REQUEUE, catch_signals, listen
+from xdim_jax.base.signals import REQUEUE, catch_signals, install_handlers
 from xdim_jax.data.splits import ALL_FOLDS
 from xdim_jax.ops.compilation import cache_programs
 from xdim_jax.runs import checkpoint
@@ -36,14 +36,14 @@ def main(argv: Sequence[str]) -> int:
         )
     with catch_signals() as stop:
         mesh.join_processes(options.coordinator, options.processes, options.process)
-        listen(stop)  # again, because JAX installs its own handler if there are several processes
+        install_handlers(stop)  # again, because JAX installs its own handler if there are several processes
         if jax.process_index():
             log.quieten()
         resolved, dataset = resolve_config(config)
         if options.pack:
             pack.check_packable(resolved, options.pack, options.layout)
         cache_programs()
-        checkpoint.quieten_process()
+        checkpoint.silence_orbax()
         with bucket.workdir(options.workdir, writes=not jax.process_index()) as workdir:
             mesh.barrier("fetched")  # process 0 must not change the bucket before all processes have read it
             separate_disks = bucket.is_address(options.workdir)
@@ -72,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         "  python -m xdim_jax.train --config=configs/camus_omnianet.py:fold=all --workdir=runs/camus \\\n"
         "      --config.data.root=/data/CAMUS_public",
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:WORDS]", help="a recipe, e.g. configs/brats_dxnet.py")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT,...]", help="a recipe, e.g. configs/brats_dxnet.py"
+    )
     parser.add_argument(
         "--workdir", required=True, help="folder of the run (also gs://, s3://), created if it does not exist"
     )

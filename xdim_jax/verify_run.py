@@ -66,7 +66,7 @@ def compare(a: Path, b: Path) -> Comparison:
     Raises:
         UserError: A folder is not the workdir of a run, or the runs have no step and no checkpoint in common.
     """
-    pairs = differences(read_config(a), read_config(b), free=FREE_KEYS)
+    pairs = differences(read_config(a), read_config(b), ignored=FREE_KEYS)
     config = [f"{key}: {x!r} and {y!r}" for key, x, y in pairs]
 
     steps = [{r["step"]: r for r in read_records(workdir, STEPS_FILE)} for workdir in (a, b)]
@@ -111,7 +111,7 @@ def _arrays(folder: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: The checkpoint cannot be read.
     """
-    checkpoint.quieten_process()
+    checkpoint.silence_orbax()
     item = next((folder / name for name in ("state", "weights") if (folder / name).is_dir()), folder)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def suggest(trial: Any) -> None:
-    """Draw the parameters of a trial."""
+    """Suggest the config values of a trial."""
     trial.suggest_float("optim.schedule.peak", 2e-4, 3e-3, log=True)
     trial.suggest_categorical("model.activation", ["relu", "silu"])
     trial.suggest_categorical("model.upsampling", ["transposed", "nearest"])

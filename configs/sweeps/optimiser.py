@@ -4,7 +4,7 @@ from typing import Any
 
 
 def suggest(trial: Any) -> None:
-    """Draw the parameters of a trial."""
+    """Suggest the config values of a trial."""
     trial.suggest_float("optim.schedule.peak", 1e-4, 3e-3, log=True)
     trial.suggest_float("optim.b1", 0.85, 0.98)
     trial.suggest_float("optim.b2", 0.98, 0.9999)

@@ -1,1 +1,1 @@
-"""What everything else is built on: errors, files, configs, terminal lines. Nothing here imports jax."""
+"""Modules that all other packages use: errors, files, configs, signals and log lines. None of them imports jax."""

@@ -1,8 +1,9 @@
 """Workdirs in object stores: ``gs://bucket/path``, ``s3://bucket/path``, and any other address that fsspec knows.
 
-A run works in a local folder, whose files are uploaded to the bucket every 30 seconds and at the end. Object stores can
-neither rename nor append. So each upload ends with a manifest of all files: a machine that resumes the run finds the
-files of the last complete upload, and never a part of a checkpoint.
+A run works in a local folder. Its files are uploaded to the bucket every 30 seconds and at the end. Object stores
+cannot rename folders, so a checkpoint does not appear in one step. Instead, each upload ends with a manifest of all
+files, and a machine that resumes the run downloads only the files of the manifest. It never reads a part of a
+checkpoint, even if an upload was interrupted.
 """
 
 import contextlib
@@ -20,8 +21,8 @@ from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.files import cache_folder
 from xdim_jax.base.log import LOG_FILE, say, warn
 
-MANIFEST = ".manifest.json"  # in the bucket: the sizes of all files, by path
-EVERY = 30.0  # seconds between uploads
+MANIFEST = ".manifest.json"  # file in the bucket: path -> size, for all files of the last complete upload
+UPLOAD_SECONDS = 30.0  # time between uploads
 _UNFINISHED = (".orbax-checkpoint-tmp", ".partial.")  # parts of the names of files that are being written
 
 
@@ -40,6 +41,12 @@ def local_folder(address: str) -> Path:
 
 def fetch(text: str | Path) -> Path:
     """Return the path of a workdir for reading; a workdir in a bucket is downloaded first.
+
+    Args:
+        text: A path, or an address in a bucket.
+
+    Returns:
+        The path, or the local folder with the downloaded files.
 
     Raises:
         UserError: The bucket cannot be reached, or there is no run at the address.
@@ -72,7 +79,7 @@ def workdir(text: str | Path, *, writes: bool = True) -> Iterator[Path]:
     if not writes:
         yield mirror.folder
         return
-    with mirror.following():
+    with mirror.uploading():
         yield mirror.folder
 
 
@@ -92,8 +99,16 @@ def open_filesystem(address: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def no_answer(address: str, what: str) -> Iterator[None]:
-    """Inside the block, turn any error into a UserError that says that the address cannot be ``what``, e.g. read."""
+def bucket_errors(address: str, action: str) -> Iterator[None]:
+    """Inside the block, turn any error into a UserError.
+
+    Args:
+        address: Address in a bucket, for the message.
+        action: Participle for the message "<address> cannot be <action>", i.e. "read" or "written".
+
+    Raises:
+        UserError: The block has raised an error.
+    """
     try:
         yield
     except UserError:
@@ -101,7 +116,7 @@ def no_answer(address: str, what: str) -> Iterator[None]:
     except Exception as error:  # no such bucket, no credentials, no network
         reason = first_line(error)
         raise UserError(
-            f"{address} cannot be {what}: {type(error).__name__}: {reason}; check the name of the bucket and your "
+            f"{address} cannot be {action}: {type(error).__name__}: {reason}; check the name of the bucket and your "
             "credentials (gcloud auth application-default login; aws configure)"
         ) from error
 
@@ -119,17 +134,24 @@ class Mirror:
     def __init__(self, address: str):
         self.address, self.folder = address.rstrip("/"), local_folder(address)
         self._fs, self._root = open_filesystem(self.address)
-        self._sent: dict[str, tuple[int, int]] = {}  # size and time of the local files that were uploaded
+        self._sent: dict[str, tuple[int, int]] = {}  # path -> size and modification time when it was uploaded
 
     def pull(self) -> bool:
-        """Download the files of the manifest and delete all others. Returns False if the bucket has no manifest."""
-        with no_answer(self.address, "read"):
+        """Download the files of the manifest, and delete all other local files.
+
+        Returns:
+            False if the bucket has no manifest, that is, no run.
+
+        Raises:
+            UserError: The bucket cannot be read.
+        """
+        with bucket_errors(self.address, "read"):
             # another process may have changed the bucket since it was listed
             self._fs.invalidate_cache()
             manifest = self._read_manifest()
             wanted = manifest or {}
             for path in self._files():
-                if path not in wanted and path != LOG_FILE:  # the launcher of this process may be writing it
+                if path not in wanted and path != LOG_FILE:  # the process that launched this one may be writing its log
                     (self.folder / path).unlink()
             for path, size in wanted.items():
                 here = self.folder / path
@@ -142,12 +164,16 @@ class Mirror:
             self._drop_empty()
             self._sent = {path: self._state(path) for path in wanted}
         if manifest is not None:
-            say(f"bucket     {self.address}: {len(wanted)} files, as {self.folder}")
+            say(f"bucket     {self.address}: {len(wanted)} files, local copy in {self.folder}")
         return manifest is not None
 
     def push(self) -> None:
-        """Upload changed files, then the manifest, then delete files that no longer exist locally."""
-        with no_answer(self.address, "written"):
+        """Upload changed files, then the manifest; then delete files in the bucket that no longer exist locally.
+
+        Raises:
+            UserError: The bucket cannot be written.
+        """
+        with bucket_errors(self.address, "written"):
             for _ in range(5):
                 try:
                     state = {path: self._state(path) for path in self._files()}
@@ -169,18 +195,22 @@ class Mirror:
                     self._fs.rm_file(f"{self._root}/{path}")
 
     @contextlib.contextmanager
-    def following(self, every: float = EVERY) -> Iterator[None]:
-        """Inside the block, upload changed files every ``every`` seconds, and once more at its end."""
+    def uploading(self, every: float = UPLOAD_SECONDS) -> Iterator[None]:
+        """Inside the block, upload changed files every ``every`` seconds, and once more at its end.
+
+        Raises:
+            UserError: The last upload failed. Earlier failures are logged, and the upload is tried again.
+        """
         done = threading.Event()
 
-        def follow() -> None:
+        def upload() -> None:
             while not done.wait(every):
                 try:
                     self.push()
                 except UserError as error:
                     warn(f"{error}; trying again in {every:.0f} s")
 
-        thread = threading.Thread(target=follow, name="bucket", daemon=True)
+        thread = threading.Thread(target=upload, name="bucket", daemon=True)
         thread.start()
         try:
             yield
@@ -213,7 +243,7 @@ class Mirror:
         return stat.st_size, stat.st_mtime_ns
 
     def _drop_empty(self) -> None:
-        """Delete folders without files, because the folder of a checkpoint stands for the checkpoint."""
+        """Delete folders without files: a folder named after a step would be taken for a checkpoint."""
         for folder in sorted((p for p in self.folder.rglob("*") if p.is_dir()), reverse=True):
             if not any(p.is_file() for p in folder.rglob("*")):
                 shutil.rmtree(folder)

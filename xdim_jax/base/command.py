@@ -1,4 +1,4 @@
-"""What all command-line programs share: argument parsers, and one message per error."""
+"""Functions that all command-line programs use: argument parsers and error messages."""
 
 import argparse
 import os
@@ -10,7 +10,14 @@ from xdim_jax.base.errors import UserError, first_line
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run a command with the arguments of the process and exit: status 0 if it is done, 2 for unusable input."""
+    """Run a command with the arguments of the process, and exit.
+
+    The exit status is the return value of ``main``, 2 after an error that the user can correct, or 130 after Ctrl-C.
+    Any other exception is a bug of this package and is raised with its traceback.
+
+    Args:
+        main: Function that takes the arguments of the command line and returns the exit status.
+    """
     try:
         code = main(sys.argv[1:])
     except UserError as error:
@@ -22,7 +29,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
         code = 130
     except Exception as error:
         text = explain(error)
-        if text is None:  # a bug of this package: print the traceback
+        if text is None:
             raise
         sys.stdout.flush()
         print(f"error: {text}", file=sys.stderr, flush=True)
@@ -32,29 +39,35 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
 
 def explain(error: Exception) -> str | None:
     """Return a message if the machine lacks memory or devices; None for other errors."""
-    said = str(error)
+    text = str(error)
     line = first_line(error)
     smaller = (
-        "python -m xdim_jax.plan --config=<recipe> --budget=<memory> --largest=patch says what fits; or a smaller "
-        "--config.data.patch, --config.data.batch (or in parts: --config.train.accumulate), "
-        "--config.train.precision=bfloat16, --config.train.remat='decoder*'"
+        "Find the largest patch that fits with python -m xdim_jax.plan --config=<recipe> --budget=<memory> "
+        "--largest=patch. Or reduce --config.data.patch or --config.data.batch, process a batch in parts with "
+        "--config.train.accumulate, or give --config.train.precision=bfloat16 or --config.train.remat='decoder*'"
     )
     if isinstance(error, MemoryError):
         return f"out of memory on the host: {line}. {smaller}"
-    if isinstance(error, RuntimeError) and ("RESOURCE_EXHAUSTED" in said or "out of memory" in said.lower()):
+    if isinstance(error, RuntimeError) and ("RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()):
         return f"out of memory on the device: {line}. {smaller}"
-    if isinstance(error, RuntimeError) and ("Unable to initialize backend" in said or "No visible" in said):
-        asked = os.environ.get("JAX_PLATFORMS")
-        reason = f"JAX_PLATFORMS={asked} asks for it: unset it, or install" if asked else "Install"
+    if isinstance(error, RuntimeError) and ("Unable to initialize backend" in text or "No visible" in text):
+        platform = os.environ.get("JAX_PLATFORMS")
+        step = f"JAX_PLATFORMS={platform} selects this platform: unset it, or install" if platform else "Install"
         return (
-            f"no device to compute on: {line}. {reason} what it needs (pip install 'xdim_jax[cuda12]' or '[tpu]'); "
+            f"no device to compute on: {line}. {step} JAX for the device (pip install 'xdim_jax[cuda12]' or '[tpu]'); "
             "python -m xdim_jax.doctor checks this machine"
         )
     return None
 
 
 def make_parser(module: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """Return an argument parser that prints its description and epilog as they are written."""
+    """Return an argument parser that keeps the line breaks of its description and epilog.
+
+    Args:
+        module: Name of the module that is run with ``python -m``.
+        description: Text before the options in ``--help``.
+        epilog: Text after the options.
+    """
     return argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,

@@ -24,6 +24,10 @@ def load_config(spec: str, overrides: Sequence[str]) -> Config:
 
     If the path does not exist, a recipe of the package with this name is loaded.
 
+    Args:
+        spec: Path or name of a config file, and after a colon its variants, separated by commas.
+        overrides: Arguments ``--config.key=value``. If a key occurs twice, the last value applies.
+
     Returns:
         The config, locked.
 
@@ -38,7 +42,7 @@ def load_config(spec: str, overrides: Sequence[str]) -> Config:
             sys.path.insert(0, str(folder))
     module_spec = importlib.util.spec_from_file_location("xdim_config", path)
     if module_spec is None or module_spec.loader is None:
-        raise UserError(f"--config: {path} is not a Python file; a recipe has a function get_config(words)")
+        raise UserError(f"--config: {path} is not a Python file; expected one with a function get_config(variants)")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
@@ -46,7 +50,7 @@ def load_config(spec: str, overrides: Sequence[str]) -> Config:
     except (ValueError, SyntaxError, ImportError, AttributeError, NameError) as error:
         raise UserError(f"--config={spec}: {error}") from error
     _check_overrides(config, overrides)
-    overrides = list({o.partition("=")[0]: o for o in overrides}.values())  # the last value of a key counts
+    overrides = list({o.partition("=")[0]: o for o in overrides}.values())  # the last value of a key applies
     try:
         return _overridden(config, overrides)
     except (flags.Error, TypeError, ValueError) as error:
@@ -89,7 +93,7 @@ def _find_config(name: str) -> Path:
         if path.is_file():
             return path
     known = ", ".join(f"configs/{recipe}.py" for recipe in shipped_recipes())
-    raise UserError(f"--config: {name} does not exist; recipes that ship: {known}")
+    raise UserError(f"--config: {name} does not exist; available recipes: {known}")
 
 
 def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
@@ -97,7 +101,7 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not key.startswith("--config."):
-            raise UserError(f"unknown argument {override}; overrides read --config.<key>=<value>, see --help")
+            raise UserError(f"unknown argument {override}; expected overrides --config.<key>=<value>, see --help")
         if not equals:
             raise UserError(f"{override} has no value; write {override}=<value>")
         key = key.removeprefix("--config.")
@@ -108,7 +112,7 @@ def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
 
 
 def leaves(config: Config, prefix: str = "") -> list[tuple[str, Any]]:
-    """Return all keys of a config, dotted, with their values."""
+    """Return all keys of a config with their values; keys of sections are dotted, e.g. ``optim.schedule.peak``."""
     found = []
     for key, value in config.items():
         if isinstance(value, ConfigDict):
@@ -118,10 +122,18 @@ def leaves(config: Config, prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def differences(a: Config, b: Config, *, free: Sequence[str]) -> list[tuple[str, Any, Any]]:
-    """Return the keys whose values differ between two configs, with both values. Keys in ``free`` are not compared."""
+def differences(a: Config, b: Config, *, ignored: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Compare two configs.
+
+    Args:
+        a, b: The configs.
+        ignored: Dotted keys that are not compared.
+
+    Returns:
+        Each key whose values differ, with the value in ``a`` and the value in ``b``; None for a key that is missing.
+    """
     x, y = dict(leaves(a)), dict(leaves(b))
-    keys = [key for key in sorted(x.keys() | y.keys()) if key not in free]
+    keys = [key for key in sorted(x.keys() | y.keys()) if key not in ignored]
     return [(k, x.get(k), y.get(k)) for k in keys if _plain(x.get(k)) != _plain(y.get(k))]
 
 

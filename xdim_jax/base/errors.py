@@ -8,20 +8,25 @@ class UserError(ValueError):
 
 
 def join_problems(problems: list[str], summary: str) -> UserError:
-    """Return one error that lists all problems."""
+    """Return one error that lists all problems.
+
+    Args:
+        problems: One or more messages. A single message is returned as it is.
+        summary: Noun after the number of problems in the first line, e.g. "files that cannot be read".
+    """
     if len(problems) == 1:
         return UserError(problems[0])
     return UserError("\n  - ".join([f"{len(problems)} {summary}:", *problems]))
 
 
-def first_line(error: BaseException, most: int = 300) -> str:
-    """Return the first line of an error's message, or the name of its type if the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """Return the first line of an error's message, at most ``limit`` characters; its type if the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
 
 
-def shorten(names: Sequence[object], most: int = 5) -> str:
-    """Return the first names of a list, separated by commas, and dots if there are more."""
-    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
+def shorten(names: Sequence[object], limit: int = 5) -> str:
+    """Return the first ``limit`` names, separated by commas, and an ellipsis if there are more."""
+    return ", ".join(map(str, names[:limit])) + (", ..." if len(names) > limit else "")
 
 
 def gib(count: float) -> str:

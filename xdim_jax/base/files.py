@@ -1,4 +1,4 @@
-"""Files that are either complete or absent."""
+"""Atomic writes of files, and JSON."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from xdim_jax.base.errors import UserError
 
 
 def cache_folder() -> Path:
-    """Return the folder of compiled programs and of copies of buckets, inside the user's cache folder."""
+    """Return the package's folder inside the user's cache folder, for compiled programs and local copies of buckets."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xdim_jax"
 
 
@@ -48,7 +48,7 @@ def partial_files(path: Path) -> list[Path]:
 
 
 def write_error(path: Path, error: OSError) -> UserError:
-    """Return the error for a failed write; if the disk is full, the message has the free space."""
+    """Return the error for a failed write; if the disk or a quota is full, the message says how much space is free."""
     reason = error.strerror or str(error)
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"cannot write {path}: {reason}; choose another path")

@@ -1,4 +1,4 @@
-"""Restarts a command with an allocator setting that must be in place before the program starts."""
+"""Restart of a command with huge pages: glibc reads this setting only when a process starts."""
 
 import os
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 def prefer_huge_pages() -> None:
     """On CPU, restart this process with huge pages for glibc's allocator, unless they are in use already.
 
-    XLA allocates all temporaries of a step again at every step. With pages of 4 KiB, the kernel needs a tenth of a step
-    to provide them. glibc reads the setting when a process starts, hence the restart. The setting has no effect if the
-    kernel uses huge pages always or never.
+    XLA allocates all temporaries of a step anew at every step. With pages of 4 KiB, the operating system spends a tenth
+    of the step on their page faults. The setting has no effect if the operating system uses huge pages always or never;
+    then the process is not restarted.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     setting = "glibc.malloc.hugetlb=1"

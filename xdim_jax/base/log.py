@@ -1,17 +1,15 @@
-"""Lines on the terminal."""
+"""Log lines and progress bars."""
 
 import contextlib
 import contextvars
 import math
 import sys
 from collections.abc import Callable, Iterator
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    pass
-LOG_FILE = "train.log"  # terminal lines of runs that have no terminal of their own
+LOG_FILE = "train.log"  # in the workdir: log of a run that shares a process with others or is trained by a sweep
 
 
 _quiet = False
@@ -27,8 +25,8 @@ _file: contextvars.ContextVar[IO[str] | None] = contextvars.ContextVar("file", d
 
 
 @contextlib.contextmanager
-def into(file: IO[str]) -> Iterator[None]:
-    """Inside the block, write the lines of this thread to a file. For processes that train several runs."""
+def redirect_to(file: IO[str]) -> Iterator[None]:
+    """Inside the block, write the log lines of this thread to a file. Processes that train several runs use it."""
     token = _file.set(file)
     try:
         yield
@@ -47,8 +45,11 @@ def warn(line: str) -> None:
     print(f"warning: {line}", file=_file.get(), flush=True)
 
 
-def bar(title: str) -> Callable[[int, int], None]:
-    """Return ``show(done, total)``, which draws a progress bar on a terminal, and else prints a line at every tenth."""
+def progress_bar(title: str) -> Callable[[int, int], None]:
+    """Return a function ``show(done, total)`` that reports how many cases are done.
+
+    On a terminal it draws a progress bar. Otherwise it logs a line after each tenth of the cases.
+    """
     shown: list[tqdm] = []
 
     def show(done: int, total: int) -> None:

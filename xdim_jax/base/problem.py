@@ -1,4 +1,4 @@
-"""Problems found in a data set: one record per finding, and the table of the kinds of findings."""
+"""Problems of a data set: the class `Problem`, and the table of all kinds of problems."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -11,13 +11,13 @@ KINDS = {
     "missing_image": "an image, modality or phase of a case is missing",
     "missing_label": "a case has no reference labels although labels are needed",
     "missing_view": "a patient lacks a view, an instant or a sequence that other patients have",
-    "missing_info": "a file with the facts of an examination is missing or incomplete",
+    "missing_info": "a file that describes an acquisition (Info_2CH.cfg, Info_4CH.cfg) is missing or incomplete",
     "missing_file": "a list names a file or patient that does not exist",
     "extra_file": "a file belongs to no case: unknown modality, label without an image, or unknown name pattern",
     "wrong_convention": "files are named by another convention of the data set",
     "duplicate_case": "one case is stored in two places",
     "duplicate_content": "two cases contain the same image",
-    "patient_in_two_folds": "a split lists a patient on two sides",
+    "patient_in_two_folds": "a patient is in two subsets of a split, e.g. in training and in validation",
     "unreadable": "a file cannot be read: truncated, damaged, or in another format",
     "shape": "arrays of one case differ in shape, or have a wrong number of axes or channels",
     "affine": "files of one case differ in position or orientation in space",
@@ -46,15 +46,15 @@ ERROR, WARNING = "error", "warning"
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One finding.
+    """One problem of a data set. As text it reads "<path> <found>; expected <expected>: <suggestion>".
 
     Attributes:
         kind: Key of `KINDS`.
         path: File or folder with the problem.
-        found: What was found; the end of a sentence that begins with the path.
+        found: What was found, starting with a verb: "has shape (3, 4)".
         expected: What was expected instead.
         suggestion: What the user can do about it.
-        case_id: Case with the problem; empty if the finding belongs to no single case.
+        case_id: Case with the problem; empty if the problem belongs to no single case.
         severity: `ERROR` if the case cannot be used; `WARNING` if a person should look at it.
     """
 
@@ -84,7 +84,7 @@ def errors(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def in_case(case_id: str, problems: Iterable[Problem]) -> list[Problem]:
-    """Return the problems with the id of their case, which the readers of files do not know."""
+    """Return the problems with their ``case_id`` set. Functions that read files leave it empty."""
     return [dataclasses.replace(p, case_id=case_id) for p in problems]
 
 
@@ -101,6 +101,6 @@ def data_error(*problems: Problem, summary: str = "problems") -> DataError:
 
     Args:
         problems: One or more problems.
-        summary: Words after their number in the first line, which is left out for a single problem.
+        summary: Noun after the number of problems in the first line, see `xdim_jax.base.errors.join_problems`.
     """
     return DataError(str(join_problems([str(p) for p in problems], summary)), list(problems))

@@ -1,7 +1,8 @@
-"""Signals, and the exit statuses that a scheduler reads.
+"""Signal handlers, and the exit statuses that a scheduler reads.
 
-Schedulers send SIGTERM or SIGUSR1 some time before they kill a process. Both save the run and end it with the exit
-status `REQUEUE`, which means: run the same command again. Ctrl-C saves and ends the run with status 130.
+Schedulers send SIGTERM or SIGUSR1 some time before they kill a process. After such a signal, the run is saved and exits
+with the status `REQUEUE`, which means that the same command should be run again. After Ctrl-C, the run is saved and
+exits with status 130.
 """
 
 import contextlib
@@ -39,10 +40,13 @@ class StopRequest:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """Inside the block, signals are recorded in the `StopRequest` that is yielded. A second Ctrl-C interrupts."""
+    """Context manager that yields a `StopRequest`, in which signals are recorded inside the block.
+
+    Ctrl-C after an earlier signal raises KeyboardInterrupt.
+    """
     stop = StopRequest()
     old = {number: signal.getsignal(number) for number in SIGNALS}
-    listen(stop)
+    install_handlers(stop)
     try:
         yield stop
     finally:
@@ -50,8 +54,12 @@ def catch_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def listen(stop: StopRequest) -> None:
-    """Install the signal handlers. Call it again after a library has installed handlers of its own."""
+def install_handlers(stop: StopRequest) -> None:
+    """Install the signal handlers. Call it again after a library has installed handlers of its own.
+
+    Args:
+        stop: Record of the signals. If it is not busy, a signal ends the process at once.
+    """
 
     def handle(number: int, _frame: Any) -> None:
         if stop.signal and number == signal.SIGINT:

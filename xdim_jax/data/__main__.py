@@ -99,8 +99,7 @@ def _add_verify(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_dataset(parser, list(DATASETS))
-    everything = {name: entry.everything for name, entry in DATASETS.items()}
-    _add_options(parser, _OPTIONS, everything)
+    _add_options(parser, _OPTIONS, {name: entry.verify_options for name, entry in DATASETS.items()})
     parser.add_argument("--no-labels", action="store_true", help="do not report missing reference labels")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the problems to FILE; with -, print only JSON"
@@ -113,9 +112,9 @@ def _add_verify(commands: Any) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     """Run the command ``verify``, and return its exit status."""
-    dataset = get_dataset({**DATASETS[options.dataset].everything, **_section(options)})
+    dataset = get_dataset({**DATASETS[options.dataset].verify_options, **_section(options)})
     to_screen = options.json == Path("-")
-    progress = {} if to_screen else {"progress": log.bar("verify")}
+    progress = {} if to_screen else {"progress": log.progress_bar("verify")}
     findings = verify(dataset, options.root, need_labels=not options.no_labels, jobs=options.jobs, **progress)
     report = {
         "dataset": dataset.name,
@@ -208,7 +207,7 @@ def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         settings = _paper_preparation(options.dataset, dataset)
     cases = list_cases(dataset, root, need_labels=True)
     base = options.store or data.get("store", "") or default_folder(root)
-    prepare_cases(dataset, cases, settings, base, jobs=options.jobs, say=log.say, progress=log.bar("prepare"))
+    prepare_cases(dataset, cases, settings, base, jobs=options.jobs, say=log.say, progress=log.progress_bar("prepare"))
     backend = open_backend(base, store_key(dataset, settings)[0])
     entries = {entry for case in cases for entry in backend.find_entries(case.case_id)}
     log.say(f"done       {len(cases)} cases in {backend}, {gib(sum(map(backend.size, entries)))}")
@@ -223,7 +222,7 @@ def _paper_preparation(name: str, dataset: Dataset) -> Preparation:
 
 # -- phantom ------------------------------------------------------------------------------------------------------
 
-_LARGEST = 1024  # maximum number of voxels along a side of a phantom
+_MAX_SIDE = 1024  # maximum number of voxels along a side of a phantom
 
 
 def _add_phantom(commands: Any) -> None:
@@ -279,8 +278,8 @@ def _shape(text: str, sides: int) -> tuple[int, ...]:
         shape = tuple(int(n) for n in text.split(","))
     except ValueError as error:
         raise UserError(f"--shape={text}: expected {sides} numbers separated by commas") from error
-    if len(shape) != sides or max(shape) > _LARGEST:
-        raise UserError(f"--shape={text}: expected {sides} numbers separated by commas, at most {_LARGEST}")
+    if len(shape) != sides or max(shape) > _MAX_SIDE:
+        raise UserError(f"--shape={text}: expected {sides} numbers separated by commas, at most {_MAX_SIDE}")
     return shape
 
 

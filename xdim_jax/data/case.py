@@ -1,4 +1,4 @@
-"""What all data sets have in common: a case on disk, a case in memory, and the functions that read it."""
+"""Cases and data sets: a case on disk, a case in memory, and the functions that list and read cases."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.problem import ERROR, WARNING, DataError, Problem, data_error, errors, in_case
 from xdim_jax.data.images.dicom import load_masks
 from xdim_jax.data.images.grid import Axes, Grid, compare_grids
-from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, strip, where
+from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, source_path, strip_suffix
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import Regions
 
@@ -22,16 +22,16 @@ class Case:
 
     Attributes:
         case_id: Unique name in the data set, which also names its prediction.
-        patient: Name of the patient. All cases of a patient are on the same side of a split.
+        patient: Name of the patient. All cases of a patient are in the same subset of a split.
         images: One source per channel, or one source with all channels.
         channels: Names of the channels, in their order.
-        label: Reference labels on the grid of the first image; PNG masks contain one file per slice of the image.
-            None if the case has no reference.
+        label: Source of the reference labels, on the grid of the first image: one file, or one PNG mask per slice. None
+            if the case has no reference.
         labels: Meaning of the values in the label files.
         axes: How file axes are converted to axes in memory.
-        same_grid: Further series for which the reference is valid. They must be on the grid of the image; only
-            `xdim_jax.data.verify` reads them.
-        info: Facts of the examination, e.g. view, instant, quality, modality.
+        same_grid: Other series of the same examination to which the reference also applies. `xdim_jax.data.verify`
+            checks that they are on the grid of the image; nothing else reads them.
+        info: Properties of the acquisition, e.g. view, instant, quality, modality.
     """
 
     case_id: str
@@ -74,8 +74,8 @@ class Scan:
 
     Attributes:
         cases: Complete cases.
-        problems: Everything wrong with the other files and folders.
-        splits: Official folds that come with the data; each maps a side (training, validation, testing) to patients.
+        problems: Problems of the other files and folders.
+        splits: Official folds that come with the data; each maps a subset (training, validation, testing) to patients.
         incomplete: Cases that lack files, with the files that exist; `xdim_jax.data.verify` inspects them, too.
     """
 
@@ -101,9 +101,10 @@ class Dataset:
         annotated: ``annotated(case)`` returns the names of the regions annotated in the reference of a case; None if
             all references annotate all regions.
         same_structures: True if every case is expected to contain every structure.
-        inspect: ``inspect(case, image)`` returns the intensities that are implausible for the data set.
+        inspect: ``inspect(case, image)`` returns a problem for each channel with intensities that are implausible for
+            the data set.
         case_from_files: ``case_from_files(paths)`` makes a case from files outside the layout, one per channel, and
-            checks their names; None if their names have no meaning.
+            checks their names; None if file names carry no information.
     """
 
     name: str
@@ -170,7 +171,7 @@ def case_from_files(sources: Sequence[Source], dataset: Dataset, modality: str =
     """
     if dataset.case_from_files and all(isinstance(source, Path) for source in sources):
         return dataset.case_from_files([path for path in sources if isinstance(path, Path)])
-    paths = [where(source) for source in sources]
+    paths = [source_path(source) for source in sources]
     order = ", ".join(dataset.channels)
     if len(paths) not in (1, len(dataset.channels)):
         raise UserError(f"{len(paths)} files given; expected one per channel, in the order {order}")
@@ -182,13 +183,15 @@ def case_from_files(sources: Sequence[Source], dataset: Dataset, modality: str =
             f"{dataset.name}, {dataset.layout}"
         )
     first = paths[0].absolute()  # for a series, this is its folder, whose name may contain dots
-    name = first.name if isinstance(sources[0], tuple) else (strip(first.name) or first.stem).removesuffix("_0000")
+    name = (
+        first.name if isinstance(sources[0], tuple) else (strip_suffix(first.name) or first.stem).removesuffix("_0000")
+    )
     info = {"modality": modality} if modality else {}
     return Case(name, name, tuple(sources), dataset.channels, None, dataset.labels, dataset.axes, info=info)
 
 
 def without_label(case: Case) -> Case:
-    """Return the case without its reference, which is then not read."""
+    """Return the case without its reference, for callers that do not need it to be read."""
     return dataclasses.replace(case, label=None)
 
 
@@ -208,7 +211,7 @@ def check_grids(cases: Sequence[Case]) -> None:
                 problems += error.problems
                 continue
             first = first or grid
-            problems += compare_grids(where(source), grid, where(case.images[0]), first)
+            problems += compare_grids(source_path(source), grid, source_path(case.images[0]), first)
     if problems:
         raise data_error(*problems, summary="files that do not fit their case")
 
@@ -231,7 +234,7 @@ def read_case(case: Case) -> Volume:
 
 
 def load_case(case: Case) -> tuple[Volume | None, list[Problem]]:
-    """Read a case as far as possible.
+    """Read a case, and return its problems instead of raising them.
 
     Returns:
         The case, or None if its image is incomplete; and all its problems.
@@ -257,7 +260,7 @@ def _load_images(case: Case) -> tuple[np.ndarray | None, Grid | None, list[Probl
     complete = True
     per_file = len(case.channels) // len(case.images)
     for k, source in enumerate(case.images):
-        path = where(source)
+        path = source_path(source)
         try:
             array, own_grid = read_image(source, "stored" if grid and grid.flat else case.axes)
         except DataError as error:
@@ -277,12 +280,12 @@ def _load_images(case: Case) -> tuple[np.ndarray | None, Grid | None, list[Probl
             complete = False
             continue
         if grid:
-            problems += compare_grids(path, own_grid, where(case.images[0]), grid)
+            problems += compare_grids(path, own_grid, source_path(case.images[0]), grid)
         grid = grid or own_grid
         with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are then reported
             if image is None and len(case.images) == 1:
                 image = array = array.astype(np.float32, copy=False)
-            else:  # each file is copied into one array, so that there is never a second array of all channels
+            else:  # copy each file into one array; stacking all channels at the end would need twice the memory
                 image = np.empty((*array.shape[:3], len(case.channels)), np.float32) if image is None else image
                 if image.shape[:3] == array.shape[:3]:
                     channels = image[..., k * per_file : (k + 1) * per_file]
@@ -324,7 +327,7 @@ def _load_label(case: Case, source: Source, grid: Grid | None) -> tuple[np.ndarr
         Label indices on the grid of the image, or None if there is no grid or the reference does not fit it; and all
         problems.
     """
-    path, problems = where(source), []
+    path, problems = source_path(source), []
     try:
         if _is_masks(source):
             assert isinstance(source, tuple)
@@ -346,7 +349,7 @@ def _load_label(case: Case, source: Source, grid: Grid | None) -> tuple[np.ndarr
         else:
             stored, label_grid = read_image(source, "stored" if grid and grid.flat else case.axes)
             if grid is not None:
-                problems += compare_grids(path, label_grid, where(case.images[0]), grid)
+                problems += compare_grids(path, label_grid, source_path(case.images[0]), grid)
             if stored.shape[3] != 1:
                 problems.append(
                     Problem(
@@ -369,14 +372,18 @@ def _load_label(case: Case, source: Source, grid: Grid | None) -> tuple[np.ndarr
 def encode_label(case: Case, label: np.ndarray) -> np.ndarray:
     """Convert label indices to the values of the case's convention.
 
-    Structures that the convention lacks become background: in CHAOS only the liver is labelled on CT, but a network
-    that was also trained on MR may find other organs there.
+    Structures that the convention lacks become background. In CHAOS, for example, CT has labels only for the liver, but
+    a network that was also trained on MR may predict other organs on CT.
+
+    Args:
+        case: Case with the convention.
+        label: Label indices (D, H, W).
     """
     return case.labels.encode(np.where(label < len(case.labels.values), label, 0))
 
 
 def label_problems(labels: Labels, path: Path, values: np.ndarray, unknown: Sequence[float]) -> list[Problem]:
-    """Return what is wrong with the values of a label map.
+    """Return the problems of the values of a label map.
 
     Args:
         labels: Convention of the label map.
@@ -394,7 +401,7 @@ def label_problems(labels: Labels, path: Path, values: np.ndarray, unknown: Sequ
             Problem(
                 "label_value",
                 path,
-                found=f"contains {'only ' * alone}the values {listed}, which are those of no structure",
+                found=f"contains {'only ' * alone}the values {listed}, which belong to no structure",
                 expected=f"the grey values {known} of {labels.name}",
                 suggestion="map the values" if alone else "check these voxels: they are read as background",
                 severity=ERROR if alone else WARNING,
@@ -435,7 +442,10 @@ def label_problems(labels: Labels, path: Path, values: np.ndarray, unknown: Sequ
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """Return what a trained network must know about its data, for the workdir."""
+    """Return the description of a data set for the workdir of a run, as JSON values.
+
+    `xdim_jax.data.datasets.trained_dataset` uses it for prediction without the data.
+    """
     return {
         "dataset": dataset.name,
         "channels": list(dataset.channels),

@@ -19,12 +19,12 @@ REQUIRED = ""  # default of an option that must be given
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A key of the config's ``data`` section, and a flag of ``xdim_jax.data``, that a data set or its phantoms take.
+    """An option of a data set or its phantoms: a key of the config's ``data`` section, and a flag of ``xdim_jax.data``.
 
     Attributes:
         default: Value if the option is not given; `REQUIRED` if it must be given. On the command line, the values of a
             tuple are separated by commas.
-        help: Meaning, for --help.
+        help: Description for ``--help``.
         choices: Possible values of the flag; empty if the data set itself checks them.
     """
 
@@ -35,10 +35,10 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class Phantoms:
-    """How synthetic cases of a data set are written.
+    """Settings of the phantoms (synthetic cases) of a data set.
 
     Attributes:
-        write: Function that writes them, see `xdim_jax.data.phantom`.
+        write: Function that writes phantoms, see `xdim_jax.data.phantom`.
         shape: Default number of voxels along x, y and, if not 2D, z.
         first: Number of the first case.
         options: Further keyword arguments of ``write``.
@@ -52,17 +52,17 @@ class Phantoms:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetEntry:
-    """All that the package knows about one data set.
+    """Entry of a data set in the table `DATASETS`.
 
     Attributes:
         make: ``make(**options)`` returns the `Dataset`.
         options: Options of ``make``, by name.
         preparation: Preparation in the paper. The window is for CT images only.
-        everything: Values of the options that leave no file out, for ``xdim_jax.data verify``.
+        verify_options: Values of the options with which ``xdim_jax.data verify`` checks all files.
         scoring: ``scoring(data)`` returns the name and the options of the scoring rules for a ``data`` section.
-        described: Makes the `Dataset` from the record in a workdir instead of from the data; None if ``make`` does not
-            read the data.
-        phantoms: How phantoms are written; None if there are none.
+        from_description: Function that returns the `Dataset` for the contents of a dataset.json; None if ``make`` reads
+            no file.
+        phantoms: Settings of the phantoms; None if the data set has none.
         shown_channels: Channels in the figures of a report, as in Fig. 12 of the paper; empty for the first two.
         volumetric: True if reports show three orthogonal planes, False if they show slices.
     """
@@ -70,9 +70,9 @@ class DatasetEntry:
     make: Callable[..., Dataset]
     options: Mapping[str, Option]
     preparation: Preparation = dataclasses.field(default_factory=Preparation)
-    everything: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    verify_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scoring: Callable[[Mapping[str, Any]], tuple[str, dict[str, Any]]] = lambda data: ("generic", {})
-    described: Callable[[nnunet.Card], Dataset] | None = None
+    from_description: Callable[[nnunet.Description], Dataset] | None = None
     phantoms: Phantoms | None = None
     shown_channels: tuple[str, ...] = ()
     volumetric: bool = True
@@ -83,7 +83,7 @@ _ROOT = {"root": Option(REQUIRED, "folder of the data set")}
 DATASETS = {
     "brats": DatasetEntry(
         brats.dataset,
-        {"convention": Option(REQUIRED, "file names and label values; never guessed", tuple(brats.CONVENTIONS))},
+        {"convention": Option(REQUIRED, "convention of file names and label values", tuple(brats.CONVENTIONS))},
         # brain crop, z-score of the nonzero voxels of each channel (Sect. 3.1.3)
         Preparation(crop="nonzero", normalise="zscore_nonzero"),
         scoring=brats.scoring,
@@ -91,7 +91,9 @@ DATASETS = {
             phantom.write_brats,
             (240, 240, 155),
             first=0,
-            options={"convention": Option("brats2021", "file names and label values", tuple(brats.CONVENTIONS))},
+            options={
+                "convention": Option("brats2021", "convention of file names and labels", tuple(brats.CONVENTIONS))
+            },
         ),
         shown_channels=("t2", "t1ce"),
     ),
@@ -103,30 +105,30 @@ DATASETS = {
             "quality": Option(camus.QUALITIES, f"one or more of {', '.join(camus.QUALITIES)}"),
         },
         Preparation(normalise="zscore"),  # z-score of each image (Sect. 3.1.1)
-        everything={"instants": camus.ALL_INSTANTS},
+        verify_options={"instants": camus.ALL_INSTANTS},
         scoring=camus.scoring,
         phantoms=Phantoms(
             phantom.write_camus,
             (549, 389),
-            options={"layout": Option("nifti", "files as in the public or the older release", phantom.CAMUS_LAYOUTS)},
+            options={"layout": Option("nifti", "files of the public or the older release", phantom.CAMUS_LAYOUTS)},
         ),
         volumetric=False,
     ),
     "chaos": DatasetEntry(
         chaos.dataset,
         {
-            "task": Option(5, "task of the challenge; 4 reads CT and MR", tuple(chaos.TASKS)),
-            "phase": Option("in", "images of T1-DUAL to use", chaos.PHASES),
+            "task": Option(5, "task of the challenge; tasks 1 and 4 have CT and MR", tuple(chaos.TASKS)),
+            "phase": Option("in", "phases of T1-DUAL to use", chaos.PHASES),
         },
         # slices of 512 x 512 (Sect. 3.1.2); the paper names no window: this is the usual one for abdominal soft tissue
         Preparation(size=(512, 512), window=(60.0, 400.0)),
-        everything={"task": 4, "phase": "each"},
+        verify_options={"task": 4, "phase": "each"},
         scoring=chaos.scoring,
         phantoms=Phantoms(phantom.write_chaos, (512, 512, 80)),
         volumetric=False,
     ),
-    "nnunet": DatasetEntry(nnunet.nnunet, _ROOT, described=nnunet.described_nnunet),
-    "decathlon": DatasetEntry(nnunet.decathlon, _ROOT, described=nnunet.described_decathlon),
+    "nnunet": DatasetEntry(nnunet.nnunet, _ROOT, from_description=nnunet.nnunet_from_description),
+    "decathlon": DatasetEntry(nnunet.decathlon, _ROOT, from_description=nnunet.decathlon_from_description),
 }
 
 
@@ -158,7 +160,7 @@ def get_dataset(data: Mapping[str, Any]) -> Dataset:
 
 
 def trained_dataset(data: Mapping[str, Any], description: Mapping[str, Any]) -> Dataset:
-    """Return the data set on which a network was trained; the data themselves are not needed.
+    """Return the data set on which a network was trained, without reading the data.
 
     Args:
         data: The ``data`` section of the run's config.
@@ -167,8 +169,8 @@ def trained_dataset(data: Mapping[str, Any], description: Mapping[str, Any]) -> 
     Raises:
         UserError: See `get_dataset`; also raised if the record cannot be used.
     """
-    if described := get_entry(data["dataset"]).described:
-        return described(nnunet.read_description(description))
+    if from_description := get_entry(data["dataset"]).from_description:
+        return from_description(nnunet.read_description(description))
     return get_dataset(data)
 
 
@@ -176,13 +178,13 @@ def scoring_rules(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the scoring rules for the ``data`` section of a config.
 
     Returns:
-        The value of the flag ``--rules`` of ``xdim_jax.evaluate``; and values of further flags of it, by name.
+        The value of the flag ``--rules`` of ``xdim_jax.evaluate``, and the values of its other flags by name.
     """
     return get_entry(data["dataset"]).scoring(data)
 
 
 def write_phantoms(data: Mapping[str, Any], folder: Path, *, seed: int, progress: Callable[[str], None]) -> None:
-    """Write the phantoms that the ``data`` section of a config describes, into ``train`` and ``held_out``.
+    """Write the phantoms that the ``data`` section of a config describes, into two folders ``train`` and ``held_out``.
 
     Args:
         data: Section with the name of the data set, its options, and the section ``phantom``.

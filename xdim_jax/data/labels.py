@@ -1,4 +1,4 @@
-"""Label conventions: the label values in the files of a data set, and the structures that they mean."""
+"""Label conventions: the label values in the files of a data set, and their meaning."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ _TOLERANCE = 1e-3  # some copies of data sets store labels as floats with roundi
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """The label convention of a data set. It is always given, never guessed from the values.
+    """The label convention of a data set. The data set defines it; it is never inferred from the values in a file.
 
     Attributes:
         name: Name for messages, e.g. ``brats2021``.
@@ -19,7 +19,7 @@ class Labels:
         ranges: For each index but 0, the values ``low < value <= high`` that are read as this index; all other values
             are background. Empty if every value must be one of ``values``.
         others: Ranges of values that are known, but are read as background.
-        elsewhere: Pairs of a value and the name of another convention that has it, as hints for messages.
+        elsewhere: Pairs (value, name of another convention that defines this value), for hints in messages.
     """
 
     name: str
@@ -30,7 +30,14 @@ class Labels:
     elsewhere: tuple[tuple[int, str], ...] = ()
 
     def decode(self, values: np.ndarray) -> tuple[np.ndarray, list[float]]:
-        """Convert the values of a file to indices uint8; also return the found values that have no meaning."""
+        """Convert the values of a file to label indices.
+
+        Args:
+            values: Values of any shape and dtype.
+
+        Returns:
+            Indices, uint8, of the same shape; and the values in the file that the convention does not define.
+        """
         label = np.zeros(values.shape, np.uint8)
         if self.ranges:
             for index, (low, high) in enumerate(self.ranges, 1):
@@ -52,7 +59,7 @@ class Labels:
         return np.array(self.values, np.uint8 if max(self.values) < 256 else np.uint16)[label]
 
     def select(self, structures: tuple[str, ...]) -> "Labels":
-        """Return the convention of the same files with fewer structures; the others are read as background."""
+        """Return a convention for the same files that reads only the given structures, and the rest as background."""
         kept = [self.structures.index(name) for name in structures]
         assert self.ranges, "without ranges every value must be a structure"
         return Labels(

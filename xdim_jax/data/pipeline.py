@@ -1,6 +1,6 @@
-"""The stream of training batches from prepared cases, which is a pure function of (seed, step).
+"""The stream of training batches from prepared cases. A batch is a pure function of the seed and the step.
 
-There are three kinds of sampling, each of which gives arrays of one size:
+There are three kinds of sampling. In each of them, all samples have the same size:
 
     patches     3D patches at random positions; with patch depth 1, random slices
     slices      every slice of every volume once per epoch, in random order: for 2D networks on 3D data, and 2D images
@@ -25,7 +25,7 @@ Size = tuple[int, int, int]
 Sample = tuple[np.ndarray, np.ndarray]  # image float32 (D, H, W, C), label uint8 (D, H, W)
 
 
-def records(entries: Sequence[Entry], sampling: str, per_case: int) -> list[tuple[Entry, int]]:
+def epoch_samples(entries: Sequence[Entry], sampling: str, per_case: int) -> list[tuple[Entry, int]]:
     """Return the samples of one epoch.
 
     Args:
@@ -42,7 +42,7 @@ def records(entries: Sequence[Entry], sampling: str, per_case: int) -> list[tupl
 
 
 def steps_per_epoch(count: int, batch: int) -> int:
-    """Return the number of full batches among ``count`` samples, but at least 1."""
+    """Return the number of full batches in ``count`` samples, but at least 1."""
     return max(count // batch, 1)
 
 
@@ -60,13 +60,19 @@ def check_size(entries: Sequence[Entry], sampling: str, size: Size) -> None:
             )
 
 
-def cut(entry: Entry, start: Sequence[int], size: Size) -> Sample:
-    """Return a standardised part of a case.
+def read_part(entry: Entry, start: Sequence[int], size: Size) -> Sample:
+    """Read a part of a case.
 
     Args:
         entry: The prepared case.
         start: First voxel along D, H, W.
-        size: Size along D, H, W; along an axis where it is larger than the case, zeros are added on both sides.
+        size: Size along D, H, W. If it is larger than the case along an axis, zeros are added on both sides.
+
+    Returns:
+        The standardised image, float32 (D, H, W, C), and the label indices, uint8 (D, H, W).
+
+    Raises:
+        UserError: The case has no label, or cannot be read.
     """
     prepared = entry.load()
     if prepared.label is None:
@@ -82,12 +88,19 @@ def cut(entry: Entry, start: Sequence[int], size: Size) -> Sample:
 def random_start(entry: Entry, size: Size, foreground: float, rng: np.random.Generator) -> list[int]:
     """Return the first voxel (D, H, W) of a random patch.
 
-    With probability ``foreground`` the patch contains a labelled voxel: a structure of the case is drawn first, then
-    one of its voxels, then a position of the patch that contains it. Otherwise every position is equally likely.
+    With probability ``foreground`` the patch contains a labelled voxel: a structure of the case is chosen at random,
+    then one of its voxels, then one of the positions at which the patch contains this voxel. Otherwise all positions
+    are equally likely.
+
+    Args:
+        entry: The prepared case.
+        size: Size of the patch along D, H, W.
+        foreground: Probability, 0 to 1.
+        rng: Source of random numbers.
     """
     spans = [max(n - p, 0) for n, p in zip(entry.shape, size, strict=True)]  # largest start along each axis
     starts = [int(rng.integers(0, span + 1)) for span in spans]
-    if rng.random() < foreground and (voxel := entry.voxel(rng)) is not None:
+    if rng.random() < foreground and (voxel := entry.random_voxel(rng)) is not None:
         starts = [
             int(rng.integers(max(0, v - p + 1), min(v, span) + 1))
             for v, p, span in zip(voxel, size, spans, strict=True)
@@ -98,17 +111,17 @@ def random_start(entry: Entry, size: Size, foreground: float, rng: np.random.Gen
 def _sampler(
     sampling: str, size: Size, foreground: float
 ) -> Callable[[tuple[Entry, int], np.random.Generator], Sample]:
-    def sample(record: tuple[Entry, int], rng: np.random.Generator) -> Sample:
-        entry, number = record
+    def read(sample: tuple[Entry, int], rng: np.random.Generator) -> Sample:
+        entry, number = sample
         if sampling == "patches":
-            return cut(entry, random_start(entry, size, foreground, rng), size)
-        return cut(entry, (number if sampling == "slices" else 0, 0, 0), size)
+            return read_part(entry, random_start(entry, size, foreground, rng), size)
+        return read_part(entry, (number if sampling == "slices" else 0, 0, 0), size)
 
-    return sample
+    return read
 
 
 class Activity:
-    """The current tasks of the reading threads."""
+    """Record of what the reading threads are doing, for the watchdog."""
 
     def __init__(self) -> None:
         self._busy: dict[int, tuple[str, float]] = {}
@@ -142,21 +155,21 @@ def make_stream(
     threads: int,
     process_index: int = 0,
     process_count: int = 1,
-    facts: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    extras: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     activity: Activity | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Return an endless iterator over batches.
 
-    Each epoch visits all samples (see `records`) in a new order. The random numbers of a sample depend on the seed and
-    its index in the stream. Batches are therefore equal for any number of threads, and resuming needs only the step. An
-    exception in a thread is raised by the iterator with its traceback.
+    Each epoch visits all samples (see `epoch_samples`) in a new order. The random numbers of a sample depend on the
+    seed and its index in the stream. Batches are therefore equal for any number of threads, and resuming needs only the
+    step. The iterator raises the exceptions of its threads, with their tracebacks.
 
     Args:
         entries: Prepared cases.
         sampling: One of `SAMPLINGS`.
         size: Size of a sample along D, H, W.
         flat: True to remove the axis D, whose size must be 1.
-        foreground: Share of patches that contain a labelled voxel, see `random_start`.
+        foreground: Fraction of patches that contain a labelled voxel, see `random_start`.
         patches_per_case: Patches per case and epoch.
         batch: Samples per batch, over all processes.
         seed: Seed of the order and of all random numbers.
@@ -164,23 +177,27 @@ def make_stream(
         threads: Number of reading threads.
         process_index: Number of this process.
         process_count: Number of processes, each of which reads its share of a batch.
-        facts: Further arrays by case id, which are added to every sample of the case.
+        extras: Further arrays by case id and name, which are added to every sample of the case.
         activity: Record of the tasks of the threads.
 
     Returns:
-        An iterator over dictionaries with ``image`` float32 (B, D, H, W, C), ``label`` uint8 (B, D, H, W), ``key``
-        uint32 (B, 2), random bits for the augmentation of the sample, ``digest`` uint32 (B,), CRC-32 of these three,
-        and the facts.
-    """
-    sample = _sampler(sampling, size, foreground)
+        An iterator over dictionaries with the keys:
 
-    def load(record: tuple[Entry, int], rng: np.random.Generator) -> dict[str, Any]:
-        entry, number = record
+        - ``image``, float32 (B, D, H, W, C)
+        - ``label``, uint8 (B, D, H, W)
+        - ``key``, uint32 (B, 2): random bits for the augmentation of each sample
+        - ``digest``, uint32 (B,): CRC-32 of the three arrays of each sample
+        - the names in ``extras``
+    """
+    read = _sampler(sampling, size, foreground)
+
+    def load(sample: tuple[Entry, int], rng: np.random.Generator) -> dict[str, Any]:
+        entry, number = sample
         if activity:
             activity.begin(f"case {entry.case_id}" + (f", slice {number}" if sampling == "slices" else ""))
         try:
             key = rng.integers(0, 2**32, 2, np.uint32)
-            image, label = sample(record, rng)
+            image, label = read(sample, rng)
             arrays: dict[str, Any] = {
                 "image": image[0] if flat else image,
                 "label": label[0] if flat else label,
@@ -189,12 +206,12 @@ def make_stream(
             digest = 0
             for array in arrays.values():
                 digest = zlib.crc32(np.ascontiguousarray(array).data, digest)
-            return arrays | {"digest": np.uint32(digest)} | dict((facts or {}).get(entry.case_id, {}))
+            return arrays | {"digest": np.uint32(digest)} | dict((extras or {}).get(entry.case_id, {}))
         finally:
             if activity:
                 activity.end()
 
-    source = records(entries, sampling, patches_per_case)
+    source = epoch_samples(entries, sampling, patches_per_case)
     stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(load)
     stream = stream[process_index::process_count].batch(batch // process_count, drop_remainder=True)[start_step:]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(threads, 1))

@@ -29,8 +29,8 @@ class Preparation:
         crop: "nonzero" for the smallest box with all voxels that are not 0 in at least one channel; "none".
         spacing: Spacing in mm along D, H, W after resampling; 0 to keep an axis, empty to keep all.
         size: Pixels along H, W of every slice after resampling, whatever its spacing; empty to keep the size.
-        window: Centre and width in HU to which CT images are clipped; empty for no window. Other modalities are never
-            clipped.
+        window: Centre and width in HU of the window to which CT images are clipped; empty for no window. Other
+            modalities are never clipped.
         normalise: "zscore" of all voxels of a channel, "zscore_nonzero" of its voxels that are not 0 (the others stay
             0), or "none".
 
@@ -85,7 +85,7 @@ class Prepared:
         label: Label indices, uint8 (D, H, W); None if the case has no reference.
         shift: One number per channel; the input of the network is ``(raw - shift) * scale``.
         scale: One number per channel.
-        masked: True if voxels that are 0 stay 0.
+        masked: True if standardisation leaves voxels that are 0 unchanged.
         box: Part of the source array that was kept by the crop.
         source: Shape (D, H, W) of the source array.
         spacing: Spacing in mm along D, H, W of the prepared grid.
@@ -102,10 +102,11 @@ class Prepared:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape (D, H, W) of the prepared grid."""
         return self.raw.shape[:3]
 
     def image(self, part: tuple[slice, ...] = ()) -> np.ndarray:
-        """Return the standardised image, or a part of it, as float32."""
+        """Return the standardised image, or a part of it, as float32 (D, H, W, C)."""
         raw = np.asarray(self.raw[part])
         out = (raw.astype(np.float32) - np.array(self.shift, np.float32)) * np.array(self.scale, np.float32)
         if self.masked:
@@ -123,7 +124,13 @@ class Prepared:
 
 
 def prepare(case: Case, volume: Volume, settings: Preparation) -> Prepared:
-    """Crop, resample and clip a case, and compute how it is standardised."""
+    """Crop, resample and clip a case, and compute shift and scale for its standardisation.
+
+    Args:
+        case: Case, whose channels and modality decide which channels are CT.
+        volume: Images and reference of the case.
+        settings: How the case is prepared.
+    """
     image, label = volume.image, volume.label
     box = nonzero_box(image) if settings.crop == "nonzero" else _whole(image.shape)
     image, label = image[box], label if label is None else label[box]
@@ -132,9 +139,9 @@ def prepare(case: Case, volume: Volume, settings: Preparation) -> Prepared:
     background = image == 0 if shape != image.shape[:3] and settings.normalise == "zscore_nonzero" else None
     if shape != image.shape[:3]:
         image = resample(image, shape)
-        label = label if label is None else nearest(label, shape)
-        if background is not None:  # interpolation would spread the edge of the brain into the background
-            image[nearest(background, shape)] = 0
+        label = label if label is None else resample_nearest(label, shape)
+        if background is not None:  # interpolation has spread the edge of the brain into the background
+            image[resample_nearest(background, shape)] = 0
     limits = None
     if settings.window and (ct := _ct_channels(case.channels, case.info.get("modality", ""))):
         centre, width = settings.window
@@ -161,7 +168,7 @@ def needed_bytes(
     Returns:
         The number of bytes at the peak, and the number of bytes of the prepared case.
     """
-    source = grid.in_memory[0][::-1]
+    source = grid.memory_geometry[0][::-1]
     shape = target_shape(source, grid.spacing, settings)
     n, m = math.prod(source), math.prod(shape)
     image = 4 * channels * n
@@ -177,9 +184,8 @@ def needed_bytes(
         preparing = max(preparing + n, image + 3 * n)
     if shape != source:
         smooth = 4 * n * any(t < s for s, t in zip(source, shape, strict=True))
-        masks = (
-            3 * channels * max(n, m) if settings.normalise == "zscore_nonzero" else 0
-        )  # the background and its resampling
+        # the mask of the background, and the copies that resampling it needs
+        masks = 3 * channels * max(n, m) if settings.normalise == "zscore_nonzero" else 0
         preparing = image + 4 * channels * m + masks + max(smooth, kept)
     return max(reading, preparing), kept
 
@@ -233,7 +239,7 @@ def nonzero_box(image: np.ndarray) -> Box:
 
 
 def _statistics(image: np.ndarray, normalise: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return shift and scale of every channel. A channel that is constant, or has no voxels to average, becomes 0."""
+    """Return shift and scale of every channel. The scale is 0 if a channel is constant or has no nonzero voxels."""
     channels = np.moveaxis(image, -1, 0)
     if normalise == "none":
         return (0.0,) * len(channels), (1.0,) * len(channels)
@@ -289,10 +295,17 @@ def _clipped(image: np.ndarray, bounds: np.ndarray | None, dtype: Any) -> np.nda
 
 
 def resample(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Resample ``(D, H, W, C)`` linearly to another shape (D, H, W) over the same extent, as float32.
+    """Resample an image linearly to another number of voxels over the same extent.
 
-    Against aliasing, an axis that becomes coarser is smoothed first, by a Gaussian with a standard deviation of half
-    the growth of a voxel.
+    Where voxels become larger along an axis, by a factor ``s``, the image is smoothed along this axis first, to prevent
+    aliasing: by a Gaussian with a standard deviation of ``(s - 1) / 2`` voxels of the image.
+
+    Args:
+        image: (D, H, W, C).
+        shape: New shape (D, H, W).
+
+    Returns:
+        The resampled image, float32; the image itself if it has the shape already.
     """
     if image.shape[:3] == tuple(shape):
         return image
@@ -307,8 +320,8 @@ def resample(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return out
 
 
-def nearest(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Resample an array to another shape (D, H, W) by nearest neighbour, at the centres of the voxels."""
+def resample_nearest(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Resample an array to another shape (D, H, W): each new voxel gets the value at its centre."""
     sizes = sorted(zip(label.shape[:3], shape, range(3), strict=True), key=lambda s: s[1] / s[0])
     for n, m, axis in sizes:  # axes that become smaller first, to save memory
         if n != m:

@@ -20,8 +20,8 @@ from scipy.ndimage import label as connected
 class Regions:
     """Named sets of label indices, any two of which are disjoint or nested.
 
-    The own label of a region is the label that belongs to it, but to no region inside it. A label map can be computed
-    from predicted regions because every region has exactly one.
+    Every region has exactly one own label: a label of the region that is in no other region inside it. Therefore
+    predicted regions can be converted to a label map.
 
     Attributes:
         sets: Label indices of each region, in the order of the network's channels.
@@ -62,7 +62,7 @@ class Regions:
 
     @functools.cached_property
     def _forest(self) -> list["_Node"]:
-        """The outermost regions; each node contains the regions inside it."""
+        """The outermost regions, as the roots of trees of nested regions."""
 
         def inside(outer: set[int] | None) -> list[_Node]:
             below = [(c, set(v)) for c, v in enumerate(self.sets.values()) if outer is None or set(v) < outer]
@@ -96,7 +96,7 @@ class Regions:
 
         Args:
             scores: Probabilities or masks ``(..., R)``.
-            threshold: Score above which a voxel is in a region: one for all regions, or one for each.
+            threshold: Score above which a voxel is in a region: one number for all regions, or one for each by name.
             xp: Array library: numpy, or ``jax.numpy`` inside a jitted program.
 
         Returns:
@@ -143,6 +143,14 @@ def keep_largest(label: np.ndarray, regions: Regions, names: Sequence[str]) -> n
     """Keep only the largest 26-connected component of each named region.
 
     The other components get the enclosing region's own label, or become background if there is no enclosing region.
+
+    Args:
+        label: Label indices (D, H, W).
+        regions: Regions of the label map.
+        names: Names of the regions to which this is applied.
+
+    Returns:
+        A changed copy; ``label`` itself if there are no names.
     """
     if not names:
         return label
@@ -163,7 +171,15 @@ def keep_largest(label: np.ndarray, regions: Regions, names: Sequence[str]) -> n
 
 
 def drop_small_et(label: np.ndarray, minimum: int) -> np.ndarray:
-    """Relabel ET as NCR if the case has fewer than ``minimum`` voxels of ET (paper, Sect. 3.1.3); never if 0."""
+    """Relabel ET as NCR if there are fewer than ``minimum`` voxels of ET (paper, Sect. 3.1.3).
+
+    Args:
+        label: Label indices of BraTS.
+        minimum: Number of voxels; 0 to keep every ET.
+
+    Returns:
+        A changed copy; ``label`` itself if nothing changes.
+    """
     et = label == ET
     if np.count_nonzero(et) >= minimum:
         return label

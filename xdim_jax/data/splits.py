@@ -7,7 +7,7 @@ from typing import TypeVar
 from xdim_jax.base.errors import UserError
 from xdim_jax.data.case import Case
 
-ALL_FOLDS = -1  # number of a fold that means all folds, one after the other
+ALL_FOLDS = -1  # value of config.data.fold for training all folds, one after the other
 
 T = TypeVar("T")
 
@@ -17,6 +17,11 @@ def assign_folds(patients: Iterable[str], folds: int, seed: int) -> dict[str, in
 
     Patients are sorted by a seeded hash of their names, and assigned to the folds in turn. The result depends only on
     the set of names, not on their order or the machine. The sizes of folds differ by at most one.
+
+    Args:
+        patients: Names of patients, which may be repeated.
+        folds: Number of folds.
+        seed: Seed of the hash.
 
     Returns:
         Number of the fold of each patient.
@@ -32,7 +37,13 @@ def check_fold(fold: int, folds: int) -> None:
 
 
 def split_cases(cases: Sequence[Case], *, fold: int, folds: int, seed: int) -> tuple[list[Case], list[Case]]:
-    """Return the training cases and the validation cases of a fold; all cases of a patient are on the same side.
+    """Return the training cases and the validation cases of a fold. All cases of a patient are in the same subset.
+
+    Args:
+        cases: All cases.
+        fold: Number of the fold with the validation cases, from 0.
+        folds: Number of folds.
+        seed: Seed of the assignment, see `assign_folds`.
 
     Raises:
         UserError: The fold does not exist, or there are fewer patients than folds.
@@ -73,8 +84,13 @@ def official_split(
 ) -> tuple[list[Case], list[Case]]:
     """Return the training and the validation cases of a split that comes with the data.
 
+    Args:
+        cases: All cases.
+        splits: Splits of the data set, see `xdim_jax.data.case.Scan`.
+        fold: Number of the split, from 0.
+
     Raises:
-        UserError: The data have no splits or not this fold, or one of its sides has no cases.
+        UserError: The data have no splits or not this fold, or its training or validation subset has no cases.
     """
     if not splits:
         raise UserError(
@@ -84,11 +100,13 @@ def official_split(
         raise UserError(
             f"config.data.fold={fold}: the data come with the folds 0 to {len(splits) - 1}; give one of them"
         )
-    sides = [[c for c in cases if c.patient in set(splits[fold].get(s, ()))] for s in ("training", "validation")]
-    if not all(sides):
+    train, validation = (
+        [c for c in cases if c.patient in set(splits[fold].get(subset, ()))] for subset in ("training", "validation")
+    )
+    if not train or not validation:
         raise UserError(
-            f"of the {len(cases)} cases, fold {fold} of the list of splits has {len(sides[0])} training and "
-            f"{len(sides[1])} validation cases; expected some of both: correct the list, or give "
+            f"fold {fold} of the list of splits has {len(train)} training and {len(validation)} validation cases among "
+            f"the {len(cases)} cases; expected at least one of each: correct the list, or give "
             "--config.data.split=folds"
         )
-    return sides[0], sides[1]
+    return train, validation

@@ -8,12 +8,12 @@ The store is a folder of memory-mapped files:
                                       /voxels.npy   int32: flat indices of labelled voxels, sorted by structure
                                       /case.json    the other attributes of `Prepared`, and the source files
 
-or the same in a bucket, with zarr arrays. The key is a digest of the data set, its label convention and the
-preparation, and the name of an entry contains a digest of the case's source files. The store is thus keyed by content
-and settings, and an entry that a run may be reading is never replaced. An entry is found by the names, sizes and times
-of the source files; if these differ, the content of the files is compared. Cases are written completely or not at all,
-so that an interrupted preparation can be resumed, and several processes can prepare cases into one folder. Entries of
-files that have changed since remain: remove the folder to free the space.
+A store in a bucket has the same structure, with zarr arrays. The key is a digest of the data set, its label convention
+and the preparation, and the name of an entry contains a digest of the case's source files. The store is thus keyed by
+content and settings, and a valid entry, which a run may be reading, is never replaced. An entry is found by the names,
+sizes and modification times of the source files; if these differ, the content of the files is compared. Cases are
+written completely or not at all, so that an interrupted preparation can be resumed, and several processes can prepare
+cases into one folder. If source files change, their old entries are not deleted. To free the space, delete the folder.
 """
 
 import concurrent.futures
@@ -45,8 +45,8 @@ class Entry:
         patient: Name of the patient.
         location: Folder or address of the entry.
         shape: Shape (D, H, W) of the prepared image.
-        structures: Label index of each structure and position of its first voxel in voxels.npy; then -1 and the number
-            of all voxels.
+        structures: Pairs (label index of a structure, position of its first voxel in voxels.npy). The last pair is -1
+            and the number of all labelled voxels.
     """
 
     case_id: str
@@ -62,21 +62,25 @@ class Entry:
             UserError: Files are missing or damaged.
         """
         with self._reading():
-            facts, image, label = open_entry(self.location)
-            box = tuple(slice(*b) for b in facts["box"])
+            metadata, image, label = open_entry(self.location)
+            box = tuple(slice(*b) for b in metadata["box"])
             return Prepared(
                 image,
                 label,
-                tuple(facts["shift"]),
-                tuple(facts["scale"]),
-                facts["masked"],
+                tuple(metadata["shift"]),
+                tuple(metadata["scale"]),
+                metadata["masked"],
                 (box[0], box[1], box[2]),
-                tuple(facts["source"]),
-                tuple(facts["spacing"]),
+                tuple(metadata["source"]),
+                tuple(metadata["spacing"]),
             )
 
-    def voxel(self, rng: np.random.Generator) -> tuple[int, ...] | None:
-        """Return the indices of a random voxel of a random structure of the case; None if it contains no structure."""
+    def random_voxel(self, rng: np.random.Generator) -> tuple[int, ...] | None:
+        """Return the indices of a random voxel of a random structure of the case; None if it contains no structure.
+
+        Raises:
+            UserError: Files are missing or damaged.
+        """
         count = len(self.structures) - 1
         if count < 1:
             return None
@@ -90,7 +94,7 @@ class Entry:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:  # a UserError is a ValueError
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:  # ValueError includes UserError
             raise UserError(
                 f"the prepared case {self.location} is damaged ({type(error).__name__}: {error}); run the same command "
                 "again, which prepares it again"
@@ -98,16 +102,24 @@ class Entry:
 
 
 def store_key(dataset: Dataset, settings: Preparation) -> tuple[str, dict[str, Any]]:
-    """Return the digest that names a store, and the settings from which it is computed."""
-    facts = {
+    """Return the key of a store, and the values from which it is computed.
+
+    Args:
+        dataset: Data set of the cases.
+        settings: How they are prepared.
+
+    Returns:
+        A digest of 12 hexadecimal digits; and the contents of store.json.
+    """
+    values = {
         "version": _VERSION,
         "dataset": dataset.name,
         "channels": list(dataset.channels),
         "labels": dataset.labels.to_json(),
         "prepare": dataclasses.asdict(settings),
     }
-    facts = json.loads(json.dumps(facts))  # equal to what is read from store.json
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12], facts
+    values = json.loads(json.dumps(values))  # tuples become lists, as in store.json
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12], values
 
 
 def default_folder(root: Path) -> Path:
@@ -128,7 +140,7 @@ def prepare_cases(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Entry]:
-    """Return the entries of all cases; those that are missing or out of date are prepared first.
+    """Return the entries of all cases, and prepare the cases whose entries are missing or out of date.
 
     Args:
         dataset: Data set of the cases.
@@ -136,7 +148,7 @@ def prepare_cases(
         settings: How they are prepared.
         base: Folder or address of the stores of all settings.
         jobs: Number of threads; each has one case in memory.
-        say: Called with lines for the log; before the second case is prepared, with an estimate of the size.
+        say: Called with lines for the log. After the first case, one of them estimates the size of the others.
         progress: Called with the number of prepared cases and the number of cases to prepare.
 
     Raises:
@@ -144,9 +156,9 @@ def prepare_cases(
         UserError: The store cannot be written, or the disk has not enough space.
     """
     check_preparation(dataset, settings)
-    key, facts = store_key(dataset, settings)
+    key, values = store_key(dataset, settings)
     backend = open_backend(base, key)
-    backend.create(facts)
+    backend.create(values)
     with concurrent.futures.ThreadPoolExecutor(max(jobs, 1)) as pool:
         entries = list(pool.map(lambda case: _find(backend, case), cases))
     missing = [i for i, entry in enumerate(entries) if entry is None]
@@ -170,7 +182,8 @@ def _prepare_missing(
 ) -> Generator[Entry | DataError]:
     """Prepare cases, and yield the entry or the error of each, in their order.
 
-    The first case that can be prepared is finished before the others begin, because its size tells their size.
+    The first case that can be prepared is finished before the others begin, because its size is used to estimate the
+    space that the others need.
     """
 
     def run(case: Case) -> Entry | DataError:
@@ -208,11 +221,11 @@ def _check_space(backend: StoreBackend, first: Entry, others: int, say: Callable
 
 
 def _signature(case: Case) -> list[list[Any]]:
-    """Return name, size and time of every source file, in their order."""
+    """Return name, size and modification time of every source file, in their order."""
     return [[p.name, (s := p.stat()).st_size, s.st_mtime_ns] for p in case.files]
 
 
-def _content(case: Case) -> str:
+def _content_digest(case: Case) -> str:
     """Return a digest of the names and the contents of all source files."""
     digest = hashlib.blake2b(digest_size=20)
     for path in case.files:
@@ -225,19 +238,19 @@ def _content(case: Case) -> str:
 
 def _find(backend: StoreBackend, case: Case) -> Entry | None:
     """Return the complete entry that was prepared from the current source files of a case; None if there is none."""
-    known = {entry: backend.read_facts(entry) for entry in backend.find_entries(case.case_id)}
-    valid = {entry: facts for entry, facts in known.items() if facts is not None and _is_valid(facts, case)}
+    known = {entry: backend.read_metadata(entry) for entry in backend.find_entries(case.case_id)}
+    valid = {entry: metadata for entry, metadata in known.items() if metadata and _is_valid(metadata, case)}
     if not valid:
         return None
     try:
         signature = _signature(case)
-        for location, facts in valid.items():
-            if facts["signature"] == signature:
-                return _entry(case, location, facts)
-        location = _location(backend, case, _content(case))
+        for location, metadata in valid.items():
+            if metadata["signature"] == signature:
+                return _entry(case, location, metadata)
+        location = _location(backend, case, _content_digest(case))
         if location in valid:
             with contextlib.suppress(UserError):  # a read-only store can be used, too
-                backend.write_facts(location, valid[location] | {"signature": signature})
+                backend.write_metadata(location, valid[location] | {"signature": signature})
             return _entry(case, location, valid[location])
     except OSError:  # a source file is missing, which is reported when the case is prepared
         return None
@@ -248,23 +261,23 @@ def _location(backend: StoreBackend, case: Case, content: str) -> Location:
     return backend.location(f"{case.case_id}-{content[:16]}")
 
 
-def _is_valid(facts: Any, case: Case) -> bool:
-    """Return whether an entry with these facts was prepared with the current attributes of the case."""
+def _is_valid(metadata: Any, case: Case) -> bool:
+    """Return whether an entry was prepared with the current attributes of the case."""
     try:
-        same = facts["axes"] == case.axes and facts["patient"] == case.patient
-        return same and facts["structures"] is not None
+        same = metadata["axes"] == case.axes and metadata["patient"] == case.patient
+        return same and metadata["structures"] is not None
     except (KeyError, TypeError):
         return False
 
 
-def _entry(case: Case, location: Location, facts: dict[str, Any]) -> Entry:
-    structures = tuple((int(i), int(start)) for i, start in facts["structures"])
-    return Entry(case.case_id, case.patient, location, tuple(facts["shape"]), structures)
+def _entry(case: Case, location: Location, metadata: dict[str, Any]) -> Entry:
+    structures = tuple((int(i), int(start)) for i, start in metadata["structures"])
+    return Entry(case.case_id, case.patient, location, tuple(metadata["shape"]), structures)
 
 
 def _write(backend: StoreBackend, case: Case, settings: Preparation) -> Entry:
     try:
-        signature, content = _signature(case), _content(case)
+        signature, content = _signature(case), _content_digest(case)
     except OSError as error:
         path = Path(error.filename or case.files[0])
         raise data_error(
@@ -278,13 +291,13 @@ def _write(backend: StoreBackend, case: Case, settings: Preparation) -> Entry:
             )
         ) from error
     location = _location(backend, case, content)
-    facts = backend.read_facts(location)
-    if facts is not None and _is_valid(facts, case):  # another process has prepared it in the meantime
-        return _entry(case, location, facts)
+    metadata = backend.read_metadata(location)
+    if metadata is not None and _is_valid(metadata, case):  # another process has prepared it in the meantime
+        return _entry(case, location, metadata)
     prepared = prepare(case, read_case(case), settings)
-    voxels, structures = _voxels(prepared.label)
+    voxels, structures = _labelled_voxels(prepared.label)
     arrays = {"image": prepared.raw, "label": prepared.label, "voxels": voxels}
-    facts = {
+    metadata = {
         "case_id": case.case_id,
         "patient": case.patient,
         "axes": case.axes,
@@ -302,10 +315,10 @@ def _write(backend: StoreBackend, case: Case, settings: Preparation) -> Entry:
         "structures": structures,
     }
     present = {name: array for name, array in arrays.items() if array is not None}
-    return _entry(case, location, backend.write(location, present, facts, lambda other: _is_valid(other, case)))
+    return _entry(case, location, backend.write(location, present, metadata, lambda other: _is_valid(other, case)))
 
 
-def _voxels(label: np.ndarray | None) -> tuple[np.ndarray, list[list[int]]]:
+def _labelled_voxels(label: np.ndarray | None) -> tuple[np.ndarray, list[list[int]]]:
     """Return the flat indices of labelled voxels, sorted by structure, and `Entry.structures`."""
     if label is None:
         return np.zeros(0, np.int32), [[-1, 0]]

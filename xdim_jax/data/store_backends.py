@@ -1,7 +1,7 @@
 """Storage of prepared cases: a folder with ``.npy`` files, or a bucket with zarr arrays.
 
-Each entry has a name, the arrays ``image``, ``label`` and ``voxels``, and the facts in ``case.json``. This file is
-written last and contains the sizes of the others, so that an incomplete entry is recognised and ignored.
+Each entry has a name, the arrays ``image``, ``label`` and ``voxels``, and the metadata in ``case.json``. This file is
+written last and contains the sizes of the other files, so that incomplete entries are recognised and ignored.
 """
 
 import contextlib
@@ -17,25 +17,28 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xdim_jax.base.bucket import is_address, no_answer, open_filesystem
+from xdim_jax.base.bucket import bucket_errors, is_address, open_filesystem
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_error, write_json, write_text
 
-FACTS = "case.json"
+METADATA_FILE = "case.json"
 _OTHER_FOLDER = "to use another folder, give --config.data.store=<folder>, or prepare --store=<folder>"
 _CHUNK = (32, 64, 64)  # voxels of a zarr chunk: small, because a patch is read in whole chunks
-_CHUNK_VOXELS = 2**16  # elements of a chunk of the list of labelled voxels
+_CHUNK_VOXELS = 2**16  # elements of a chunk of the array voxels
 _CACHE = 2**29  # bytes of chunks that are cached in memory
 
 Location = Path | str  # location of an entry or a store: a folder, or an address in a bucket
-_PARSER = threading.Lock()  # see `_open_npy`
+_NPY_LOCK = threading.Lock()  # see `_open_npy`
 
 
 class StoreBackend(Protocol):
-    """The prepared cases that have one key, see `xdim_jax.data.store.store_key`."""
+    """Interface of a store: all prepared cases with one key, see `xdim_jax.data.store.store_key`."""
 
     def create(self, key: dict[str, Any]) -> None:
-        """Create the store if it does not exist, and record the settings of its key.
+        """Create the store if it does not exist, and write store.json.
+
+        Args:
+            key: Contents of store.json.
 
         Raises:
             UserError: The store cannot be written.
@@ -49,26 +52,30 @@ class StoreBackend(Protocol):
         """Return the location of the entry with this name, whether it exists or not."""
         ...
 
-    def read_facts(self, entry: Location) -> dict[str, Any] | None:
+    def read_metadata(self, entry: Location) -> dict[str, Any] | None:
         """Read case.json; None if the entry is incomplete."""
         ...
 
-    def write_facts(self, entry: Location, facts: dict[str, Any]) -> None:
+    def write_metadata(self, entry: Location, metadata: dict[str, Any]) -> None:
         """Replace case.json."""
 
     def write(
-        self, entry: Location, arrays: Mapping[str, np.ndarray], facts: dict[str, Any], is_valid: Callable[[Any], bool]
+        self,
+        entry: Location,
+        arrays: Mapping[str, np.ndarray],
+        metadata: dict[str, Any],
+        is_valid: Callable[[Any], bool],
     ) -> dict[str, Any]:
         """Write an entry, unless another process has written it in the meantime.
 
         Args:
             entry: Location of the entry.
             arrays: Arrays by name.
-            facts: Contents of case.json, without the sizes of files.
-            is_valid: ``is_valid(facts)`` tells whether an existing entry can be used instead.
+            metadata: Contents of case.json, without the sizes of files.
+            is_valid: ``is_valid(metadata)`` returns True if an existing entry can be used instead.
 
         Returns:
-            The facts with the sizes of files.
+            The metadata with the sizes of files.
         """
         ...
 
@@ -81,35 +88,36 @@ class StoreBackend(Protocol):
 
 
 def open_backend(base: Location, key: str) -> StoreBackend:
-    """Return the backend for a key below a folder or an address."""
+    """Return the store with a key below a folder or an address."""
     return ZarrBackend(f"{base}/{key}") if is_address(base) else FolderBackend(Path(base) / key)
 
 
 def open_entry(entry: Location) -> tuple[dict[str, Any], Any, Any]:
-    """Return the facts, the image and the label of an entry.
+    """Open an entry. Its arrays are read when they are indexed.
 
-    The label is None if the entry has none. The arrays are read when they are indexed.
+    Returns:
+        The metadata, the image, and the label or None.
     """
     if is_address(entry):
         return _open_zarr_entry(str(entry))[:3]
     folder = Path(entry)
-    facts = read_json(folder / FACTS)
-    label = _open_npy(folder / "label.npy") if "label.npy" in facts["files"] else None
-    return facts, _open_npy(folder / "image.npy"), label
+    metadata = read_json(folder / METADATA_FILE)
+    label = _open_npy(folder / "label.npy") if "label.npy" in metadata["files"] else None
+    return metadata, _open_npy(folder / "image.npy"), label
 
 
 def open_voxels(entry: Location) -> Any:
-    """Return the list of labelled voxels of an entry, which is read when it is indexed."""
+    """Return the array of labelled voxels of an entry, which is read when it is indexed."""
     return _open_zarr_entry(str(entry))[3] if is_address(entry) else _open_npy(Path(entry) / "voxels.npy")
 
 
 def _open_npy(path: Path) -> np.ndarray:
     """Map an array into memory, in one thread at a time.
 
-    numpy has Python parse the header, and CPython 3.11.7 raised ``SystemError`` (AST constructor recursion depth
-    mismatch) when several threads did this at once.
+    NumPy parses the header with `ast.literal_eval`. In CPython 3.11.7, this raised ``SystemError`` (AST constructor
+    recursion depth mismatch) if several threads did it at the same time.
     """
-    with _PARSER:
+    with _NPY_LOCK:
         return np.load(path, mmap_mode="r")
 
 
@@ -141,20 +149,24 @@ class FolderBackend:
     def location(self, name: str) -> Location:
         return self.base / name
 
-    def read_facts(self, entry: Location) -> dict[str, Any] | None:
+    def read_metadata(self, entry: Location) -> dict[str, Any] | None:
         folder = Path(entry)
         try:
-            facts = read_json(folder / FACTS)
-            complete = all((folder / name).stat().st_size == size for name, size in facts["files"].items())
-            return facts if complete else None
+            metadata = read_json(folder / METADATA_FILE)
+            complete = all((folder / name).stat().st_size == size for name, size in metadata["files"].items())
+            return metadata if complete else None
         except (UserError, UnicodeDecodeError, KeyError, TypeError, AttributeError, OSError):
             return None
 
-    def write_facts(self, entry: Location, facts: dict[str, Any]) -> None:
-        write_json(Path(entry) / FACTS, facts)
+    def write_metadata(self, entry: Location, metadata: dict[str, Any]) -> None:
+        write_json(Path(entry) / METADATA_FILE, metadata)
 
     def write(
-        self, entry: Location, arrays: Mapping[str, np.ndarray], facts: dict[str, Any], is_valid: Callable[[Any], bool]
+        self,
+        entry: Location,
+        arrays: Mapping[str, np.ndarray],
+        metadata: dict[str, Any],
+        is_valid: Callable[[Any], bool],
     ) -> dict[str, Any]:
         folder = Path(entry)
         temporary = _temporary_name(folder)
@@ -162,21 +174,21 @@ class FolderBackend:
             temporary.mkdir(parents=True)
             for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", array)
-            facts = facts | {"files": {p.name: p.stat().st_size for p in temporary.iterdir()}}
-            write_text(temporary / FACTS, json.dumps(facts, indent=1))
+            metadata = metadata | {"files": {p.name: p.stat().st_size for p in temporary.iterdir()}}
+            write_text(temporary / METADATA_FILE, json.dumps(metadata, indent=1))
             self._move(temporary, folder, is_valid)
         except OSError as error:
             raise UserError(f"{write_error(folder, error)} ({_OTHER_FOLDER})") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        return facts
+        return metadata
 
     def _move(self, temporary: Path, folder: Path, is_valid: Callable[[Any], bool]) -> None:
         """Rename a complete entry to its final name; a valid entry of that name is kept, a damaged one is replaced."""
         try:
             temporary.rename(folder)
         except OSError:
-            if is_valid(self.read_facts(folder)):  # another process was first
+            if is_valid(self.read_metadata(folder)):  # another process was first
                 return
             old = _temporary_name(folder)
             folder.rename(old)
@@ -207,7 +219,7 @@ class ZarrBackend:
         self.base = base
         self._fs, self._root = open_filesystem(base)
         self._sizes: dict[str, dict[str, int]] = {}  # entry -> object -> bytes
-        with no_answer(base, "read"):
+        with bucket_errors(base, "read"):
             self._list_objects("")
 
     def _list_objects(self, name: str) -> None:
@@ -218,16 +230,16 @@ class ZarrBackend:
         except FileNotFoundError:
             found = {}
         self._sizes.pop(name, None)
-        for path, facts in found.items():
+        for path, metadata in found.items():
             entry, _, inner = path.removeprefix(self._root).lstrip("/").partition("/")
             if inner:
-                self._sizes.setdefault(entry, {})[inner] = facts["size"]
+                self._sizes.setdefault(entry, {})[inner] = metadata["size"]
 
     def __str__(self) -> str:
         return self.base
 
     def create(self, key: dict[str, Any]) -> None:
-        with no_answer(self.base, "written"):
+        with bucket_errors(self.base, "written"):
             if not self._fs.exists(f"{self._root}/store.json"):
                 self._fs.pipe_file(f"{self._root}/store.json", json.dumps(key, indent=2).encode())
 
@@ -237,30 +249,34 @@ class ZarrBackend:
     def location(self, name: str) -> Location:
         return f"{self.base}/{name}"
 
-    def read_facts(self, entry: Location) -> dict[str, Any] | None:
+    def read_metadata(self, entry: Location) -> dict[str, Any] | None:
         name = _entry_name(entry)
         sizes = self._sizes.get(name, {})
-        if FACTS not in sizes:
+        if METADATA_FILE not in sizes:
             return None
-        with no_answer(self.base, "read"):
+        with bucket_errors(self.base, "read"):
             try:
-                facts = json.loads(self._fs.cat_file(f"{self._root}/{name}/{FACTS}"))
-                return facts if {k: v for k, v in sizes.items() if k != FACTS} == facts["files"] else None
+                metadata = json.loads(self._fs.cat_file(f"{self._root}/{name}/{METADATA_FILE}"))
+                return metadata if {k: v for k, v in sizes.items() if k != METADATA_FILE} == metadata["files"] else None
             except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
                 return None
 
-    def write_facts(self, entry: Location, facts: dict[str, Any]) -> None:
-        with no_answer(self.base, "written"):
-            path = f"{self._root}/{_entry_name(entry)}/{FACTS}"
-            self._fs.pipe_file(path, json.dumps(facts, indent=1).encode())
+    def write_metadata(self, entry: Location, metadata: dict[str, Any]) -> None:
+        with bucket_errors(self.base, "written"):
+            path = f"{self._root}/{_entry_name(entry)}/{METADATA_FILE}"
+            self._fs.pipe_file(path, json.dumps(metadata, indent=1).encode())
 
     def write(
-        self, entry: Location, arrays: Mapping[str, np.ndarray], facts: dict[str, Any], is_valid: Callable[[Any], bool]
+        self,
+        entry: Location,
+        arrays: Mapping[str, np.ndarray],
+        metadata: dict[str, Any],
+        is_valid: Callable[[Any], bool],
     ) -> dict[str, Any]:
         name = _entry_name(entry)
-        with no_answer(self.base, "written"):
+        with bucket_errors(self.base, "written"):
             self._list_objects(name)
-            existing = self.read_facts(entry)
+            existing = self.read_metadata(entry)
             if existing is not None and is_valid(existing):  # another process was first
                 return existing
             with contextlib.suppress(FileNotFoundError):  # remains of an interrupted preparation
@@ -268,10 +284,10 @@ class ZarrBackend:
             for kind, array in arrays.items():
                 _zarr(f"{entry}/{kind}", array)[...].write(array).result()
             self._list_objects(name)
-        facts = facts | {"files": {k: v for k, v in self._sizes[name].items() if k != FACTS}}
-        self.write_facts(entry, facts)
-        self._sizes[name][FACTS] = 0
-        return facts
+        metadata = metadata | {"files": {k: v for k, v in self._sizes[name].items() if k != METADATA_FILE}}
+        self.write_metadata(entry, metadata)
+        self._sizes[name][METADATA_FILE] = 0
+        return metadata
 
     def size(self, entry: Location) -> int:
         return sum(self._sizes[_entry_name(entry)].values())
@@ -286,13 +302,13 @@ def _entry_name(entry: Location) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _open_zarr_entry(entry: str) -> tuple[dict[str, Any], Any, Any, Any]:
-    """Return facts, image, label and labelled voxels."""
+    """Return metadata, image, label and labelled voxels."""
     fs, root = open_filesystem(entry)
-    with no_answer(entry, "read"):
-        facts = json.loads(fs.cat_file(f"{root}/{FACTS}"))
-        arrays = {name.partition("/")[0] for name in facts["files"]}
+    with bucket_errors(entry, "read"):
+        metadata = json.loads(fs.cat_file(f"{root}/{METADATA_FILE}"))
+        arrays = {name.partition("/")[0] for name in metadata["files"]}
         label = _LazyArray(f"{entry}/label") if "label" in arrays else None
-        return facts, _LazyArray(f"{entry}/image"), label, _LazyArray(f"{entry}/voxels")
+        return metadata, _LazyArray(f"{entry}/image"), label, _LazyArray(f"{entry}/voxels")
 
 
 class _LazyArray:
@@ -304,7 +320,7 @@ class _LazyArray:
         self.dtype, self.ndim = np.dtype(self._array.dtype.numpy_dtype), len(self.shape)
 
     def __getitem__(self, part: Any) -> np.ndarray:
-        with no_answer(self._address, "read"):
+        with bucket_errors(self._address, "read"):
             return self._array[part].read().result()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -336,14 +352,14 @@ def _zarr(address: str, like: np.ndarray | None = None) -> Any:
         ],
     }
     spec["store_data_equal_to_fill_value"] = True  # otherwise a deleted chunk would be read as zeros
-    made = {"create": True, "dtype": like.dtype, "shape": like.shape}
-    return tensorstore.open(spec, context=_context(), **made).result()
+    new = {"create": True, "dtype": like.dtype, "shape": like.shape}
+    return tensorstore.open(spec, context=_context(), **new).result()
 
 
 def _kvstore(address: str) -> dict[str, Any]:
     """Return tensorstore's description of an address.
 
-    Emulators of object stores are found by the environment variables that the stores' own clients read.
+    Emulators of object stores are configured by the same environment variables as for the stores' own clients.
     """
     scheme, _, rest = address.partition("://")
     if scheme == "file":

@@ -1,4 +1,4 @@
-"""The check of a data set: file names, headers, contents, and comparisons between cases."""
+"""Checks of a data set: file names, headers, contents, and comparisons between cases."""
 
 import concurrent.futures
 import dataclasses
@@ -15,12 +15,13 @@ from xdim_jax.base.problem import ERROR, KINDS, WARNING, DataError, Problem, err
 from xdim_jax.data.case import Case, Dataset, Volume, load_case, scan_cases
 from xdim_jax.data.images import dicom, nifti
 from xdim_jax.data.images.grid import compare_grids
-from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, where
+from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, source_path
 
 _PLAUSIBLE_MM = (0.01, 50.0)
 _RARE = 10  # a missing structure is reported if at most one case in 10 lacks it
-_REVERSED_GAIN = 0.8  # label slices seem reversed if reversing them reduces the spread of intensities by this factor
-_MIN_SLICES = 3  # labelled slices that are needed to judge the order of label slices
+# label slices seem to be reversed if reversing them reduces the spread of intensities in the structures by this factor
+_REVERSED_GAIN = 0.8
+_MIN_SLICES = 3  # number of labelled slices that this check needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +43,19 @@ class Inspection:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """The result of checking a data set: the number of complete cases, and all problems."""
+    """The result of checking a data set.
+
+    Attributes:
+        cases: Number of complete cases.
+        problems: All problems.
+    """
 
     cases: int
     problems: list[Problem]
 
     @property
     def errors(self) -> int:
+        """Number of problems that are errors."""
         return len(errors(self.problems))
 
 
@@ -92,20 +99,20 @@ def verify(
 def inspect(case: Case, dataset: Dataset) -> Inspection:
     """Read a case completely and check its contents."""
     volume, problems = load_case(case)
-    problems = _without_repetitions([*_headers(case), *problems, *_same_grid_images(case)])
+    problems = _without_repetitions([*_check_headers(case), *problems, *_check_same_grid(case)])
     digests, structures = (), None
     if volume is not None:
-        problems += _spacing(case, volume) + _image(case, volume) + dataset.inspect(case, volume.image)
+        problems += _check_spacing(case, volume) + _check_image(case, volume) + dataset.inspect(case, volume.image)
         digests = tuple(map(_digest, np.moveaxis(volume.image, -1, 0)))
         if volume.label is not None:
             structures = frozenset(np.unique(volume.label).tolist()) - {0}
             if not any(p.kind in ("label_scale", "label_value", "dtype") for p in problems):
-                problems += _label(case, volume, structures)
+                problems += _check_label(case, volume, structures)
     return Inspection(case, in_case(case.case_id, problems), digests, structures)
 
 
 def _without_repetitions(problems: Sequence[Problem]) -> list[Problem]:
-    """Keep the first of equal problems: header and content may show the same problem, and cases may share files."""
+    """Keep the first of equal problems: header and voxels may have the same problem, and cases may share files."""
 
     def key(p: Problem) -> tuple[str, ...]:
         once_per_file = p.kind in ("unreadable", "slice_count")
@@ -124,10 +131,10 @@ def _digest(channel: np.ndarray) -> str:
 # -- headers ------------------------------------------------------------------------------------------------------
 
 
-def _headers(case: Case) -> list[Problem]:
+def _check_headers(case: Case) -> list[Problem]:
     problems = []
     for source in (*case.images, *case.same_grid):
-        problems += _series_headers(source) if isinstance(source, tuple) else []
+        problems += _check_series_headers(source) if isinstance(source, tuple) else []
     for source in case.same_grid:
         if len(files_of(source)) != len(files_of(case.images[0])):  # reported when the folder was listed
             continue
@@ -135,14 +142,14 @@ def _headers(case: Case) -> list[Problem]:
             grid, first = (read_grid(s, case.axes) for s in (source, case.images[0]))
         except DataError:  # reported above
             continue
-        problems += compare_grids(where(source), grid, where(case.images[0]), first)
+        problems += compare_grids(source_path(source), grid, source_path(case.images[0]), first)
     for path in [*case.images, case.label]:
         if isinstance(path, Path) and path.name.endswith(nifti.SUFFIXES):
-            problems += _nifti_header(path)
+            problems += _check_nifti_header(path)
     return problems
 
 
-def _series_headers(files: Sequence[Path]) -> list[Problem]:
+def _check_series_headers(files: Sequence[Path]) -> list[Problem]:
     slices, problems = [], []
     for path in files:
         try:
@@ -152,8 +159,8 @@ def _series_headers(files: Sequence[Path]) -> list[Problem]:
     return problems or dicom.series_problems(slices)
 
 
-def _nifti_header(path: Path) -> list[Problem]:
-    """Return the contradictions within a header, which other programs may resolve in another way than xdim_jax."""
+def _check_nifti_header(path: Path) -> list[Problem]:
+    """Return a problem if a header contradicts itself, because other programs may then read another geometry."""
     import nibabel as nib
 
     try:
@@ -172,7 +179,7 @@ def _nifti_header(path: Path) -> list[Problem]:
                 path,
                 found=f"has voxel sizes {_sizes(zooms)} in pixdim and {_sizes(lengths)} in its sform",
                 expected="one voxel size",
-                suggestion="rewrite the file with the right one",
+                suggestion="write the file again with the correct voxel size",
                 severity=WARNING,
             )
         ]
@@ -187,7 +194,7 @@ def _nifti_header(path: Path) -> list[Problem]:
                     path,
                     found=f"has an sform and a qform that differ by {shift:.2f} voxels",
                     expected="one position in space",
-                    suggestion="rewrite the file with the right one; xdim_jax reads the sform",
+                    suggestion="write the file again with the correct affine; xdim_jax reads the sform",
                     severity=WARNING,
                 )
             ]
@@ -198,14 +205,14 @@ def _sizes(values: Sequence[float] | np.ndarray) -> str:
     return " x ".join(f"{v:.4g}" for v in values)
 
 
-def _spacing(case: Case, volume: Volume) -> list[Problem]:
+def _check_spacing(case: Case, volume: Volume) -> list[Problem]:
     spacing = volume.grid.spacing[1:] if volume.grid.flat or case.axes != "anatomical" else volume.grid.spacing
     if all(_PLAUSIBLE_MM[0] <= s <= _PLAUSIBLE_MM[1] for s in spacing):
         return []
     return [
         Problem(
             "implausible_spacing",
-            where(case.images[0]),
+            source_path(case.images[0]),
             found=f"has voxels of {_sizes(spacing[::-1])} mm",
             expected=f"{_PLAUSIBLE_MM[0]} to {_PLAUSIBLE_MM[1]:g} mm",
             suggestion="restore its header; sizes are in mm",
@@ -214,8 +221,8 @@ def _spacing(case: Case, volume: Volume) -> list[Problem]:
     ]
 
 
-def _same_grid_images(case: Case) -> list[Problem]:
-    """Inspect the images of the series that share the reference."""
+def _check_same_grid(case: Case) -> list[Problem]:
+    """Check the images of other series to which the reference also applies."""
     problems = []
     for source in case.same_grid:
         try:
@@ -224,7 +231,7 @@ def _same_grid_images(case: Case) -> list[Problem]:
             problems += error.problems
             continue
         other = dataclasses.replace(case, images=(source,), channels=case.channels[:1], same_grid=())
-        problems += _image(other, Volume(case.case_id, array.astype(np.float32), None, grid))
+        problems += _check_image(other, Volume(case.case_id, array.astype(np.float32), None, grid))
     return problems
 
 
@@ -235,10 +242,10 @@ def _source(case: Case, channel: int) -> Source:
     return case.images[min(channel, len(case.images) - 1)]  # one file may contain all channels
 
 
-def _image(case: Case, volume: Volume) -> list[Problem]:
+def _check_image(case: Case, volume: Volume) -> list[Problem]:
     problems = []
     for c, name in enumerate(case.channels):
-        channel, path = volume.image[..., c], where(_source(case, c))
+        channel, path = volume.image[..., c], source_path(_source(case, c))
         if float(channel.min()) == float(channel.max()):
             problems.append(
                 Problem(
@@ -277,13 +284,13 @@ def _image(case: Case, volume: Volume) -> list[Problem]:
     return problems
 
 
-def _label(case: Case, volume: Volume, structures: frozenset[int]) -> list[Problem]:
+def _check_label(case: Case, volume: Volume, structures: frozenset[int]) -> list[Problem]:
     assert case.label is not None and volume.label is not None
     if not structures:
         return [
             Problem(
                 "empty_label",
-                where(case.label),
+                source_path(case.label),
                 found="contains no structure",
                 expected=", ".join(case.labels.structures[1:]),
                 suggestion="check that it is the right file, or leave the case out",
@@ -294,7 +301,7 @@ def _label(case: Case, volume: Volume, structures: frozenset[int]) -> list[Probl
         return [
             Problem(
                 "label_order",
-                where(case.label),
+                source_path(case.label),
                 found="fits the image better if its slices are read in reverse order",
                 expected="masks in the order of the slices",
                 suggestion="the k-th mask by name belongs to the k-th slice by name: rename the masks if they were "
@@ -306,7 +313,7 @@ def _label(case: Case, volume: Volume, structures: frozenset[int]) -> list[Probl
 
 
 def _seems_reversed(image: np.ndarray, label: np.ndarray) -> bool:
-    """Return whether the structures are more homogeneous if the label slices are reversed.
+    """True if the intensities in the structures are clearly more homogeneous with the label slices in reverse order.
 
     An organ has about one intensity, whereas a mask on a wrong slice includes the surroundings of the organ.
     """
@@ -328,7 +335,7 @@ def _seems_reversed(image: np.ndarray, label: np.ndarray) -> bool:
 
 
 def _duplicates(inspections: Sequence[Inspection]) -> list[Problem]:
-    """Return the cases that contain an image of an earlier case."""
+    """Return a problem for each case that contains an image of an earlier case."""
     first: dict[str, Case] = {}
     problems = []
     for inspection in inspections:
@@ -344,7 +351,7 @@ def _duplicates(inspections: Sequence[Inspection]) -> list[Problem]:
             problems.append(
                 Problem(
                     "duplicate_content",
-                    where(_source(case, channels[0])),
+                    source_path(_source(case, channels[0])),
                     found=f"contains the same image as {name}{some}",
                     expected="different images",
                     suggestion="keep one: the same image could be in training and in validation"
@@ -358,7 +365,7 @@ def _duplicates(inspections: Sequence[Inspection]) -> list[Problem]:
 
 
 def _missing_structures(inspections: Sequence[Inspection], dataset: Dataset) -> list[Problem]:
-    """Return the structures that a case lacks although nearly all cases of its modality have them."""
+    """Return a problem for each structure that a case lacks although nearly all cases of its modality have it."""
     if not dataset.same_structures:
         return []
     groups: dict[str, list[Inspection]] = defaultdict(list)
@@ -376,7 +383,7 @@ def _missing_structures(inspections: Sequence[Inspection], dataset: Dataset) -> 
                 problems.append(
                     Problem(
                         "missing_structure",
-                        where(case.label),
+                        source_path(case.label),
                         found=f"contains no {name}, but {len(group) - len(without)} other cases do",
                         expected=name,
                         suggestion="check whether the case really lacks it",
@@ -387,7 +394,7 @@ def _missing_structures(inspections: Sequence[Inspection], dataset: Dataset) -> 
     return problems
 
 
-# -- the table ----------------------------------------------------------------------------------------------------
+# -- the report ---------------------------------------------------------------------------------------------------
 
 
 def format_findings(findings: Findings, root: Path) -> list[str]:

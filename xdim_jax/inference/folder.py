@@ -9,7 +9,7 @@ from pathlib import Path
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import partial_files, read_json, write_json
 from xdim_jax.data.case import Case
-from xdim_jax.data.images.image import files_of, where
+from xdim_jax.data.images.image import files_of, source_path
 from xdim_jax.data.images.nifti import read_note
 from xdim_jax.inference.predictor import Predictor
 from xdim_jax.runs import environment
@@ -107,6 +107,6 @@ def _write_record(path: Path, predictor: Predictor, cases: Sequence[Case]) -> No
         "settings": dataclasses.asdict(predictor.settings),
         "environment": environment.describe(),
         "made_by": made_by | {c.case_id: predictor.sources for c in cases},
-        "images": images | {c.case_id: [str(where(s).absolute()) for s in c.images] for c in cases},
+        "images": images | {c.case_id: [str(source_path(s).absolute()) for s in c.images] for c in cases},
     }
     write_json(path, record)

@@ -8,7 +8,7 @@ from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.problem import ERROR
 from xdim_jax.data.case import Case, Dataset, case_from_files, scan_cases
 from xdim_jax.data.images.dicom import files_in_order
-from xdim_jax.data.images.image import strip
+from xdim_jax.data.images.image import strip_suffix
 
 
 def find_cases(
@@ -56,5 +56,5 @@ def find_cases(
 
 def _images_in(dataset: Dataset, folder: Path) -> list[Path]:
     """Return the image files of a folder; an empty list if the folder has the data set's layout."""
-    images = sorted(p for p in folder.iterdir() if p.is_file() and strip(p.name) and not p.name.startswith("."))
+    images = sorted(p for p in folder.iterdir() if p.is_file() and strip_suffix(p.name) and not p.name.startswith("."))
     return images if images and not dataset.scan(folder, False).cases else []

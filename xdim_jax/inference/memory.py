@@ -54,7 +54,7 @@ def required_bytes(predictor: Predictor, cases: Sequence[Case]) -> tuple[int, in
             stored = [voxel_type(source) for source in case.images]
         except UserError:
             continue  # prediction reports the error of this case
-        source = grid.in_memory[0][::-1]
+        source = grid.memory_geometry[0][::-1]
         peak, after = needed_bytes(stored, len(case.channels), grid, predictor.preparation)
         reading, kept, voxels = max(reading, peak), max(kept, after), max(voxels, math.prod(source))
         if predictor.segmenter.extra_outputs and grid.orientation[-1, 0] != 2:

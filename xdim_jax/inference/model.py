@@ -14,7 +14,15 @@ from xdim_jax import ops
 from xdim_jax.base.errors import UserError
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
-from xdim_jax.nets.weights import Weights, abstract_encoder, check_leaves, module_leaves, named, read_weights, replaced
+from xdim_jax.nets.weights import (
+    Weights,
+    abstract_encoder,
+    check_leaves,
+    flatten,
+    module_leaves,
+    read_weights,
+    replace_leaves,
+)
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.workdir import CONFIG_FILE, read_config
 
@@ -117,7 +125,9 @@ def make_model(weights: Weights, source: str) -> Model:
     check_leaves(weights.arrays, module_leaves(module), f"the weights of {source}")
     graphdef, params, stats = split_model(module)
     arrays = {n: jnp.asarray(a, jnp.promote_types(a.dtype, jnp.float32)) for n, a in weights.arrays.items()}
-    return Model(weights.model, graphdef, replaced(params, arrays), replaced(stats, arrays), source, encoder=encoder)
+    return Model(
+        weights.model, graphdef, replace_leaves(params, arrays), replace_leaves(stats, arrays), source, encoder=encoder
+    )
 
 
 def read_file_or_workdir(path: Path) -> Weights:
@@ -130,11 +140,11 @@ def read_file_or_workdir(path: Path) -> Weights:
         return read_weights(path)
     if not (path / CONFIG_FILE).is_file():
         raise UserError(f"{path} is not the workdir of a run (it has no {CONFIG_FILE}), nor a weights file")
-    config = networks.plain(read_config(path)["model"])
+    config = networks.plain_dict(read_config(path)["model"])
     try:
         _, params, stats = split_model(networks.build(config, seed=0))
     except ValueError as error:
         raise UserError(f"{path / CONFIG_FILE}: model: {error}") from error
     params, stats, source = checkpoint.load_weights(path, params, stats)
-    arrays = {name: np.asarray(array) for name, array in (named(params) | named(stats)).items()}
+    arrays = {name: np.asarray(array) for name, array in (flatten(params) | flatten(stats)).items()}
     return Weights("network", config, arrays, {}, {"from": "xdim_jax", "workdir": str(path), "weights": source})

@@ -120,8 +120,9 @@ class Predictor:
         members = [(params, stats) for params, stats, _ in loaded]
         self.weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members) if len(members) > 1 else members[0]
         self.digest = _digest(config, members, self.resolved, self.settings.largest)
+        forward = make_forward(graphdef, PRECISIONS[self.resolved.precision])
         self.segmenter = make_segmenter(
-            ops.in_form(config.train.get("ops", "auto"), make_forward(graphdef, PRECISIONS[self.resolved.precision])),
+            ops.with_implementation(config.train.get("ops", "auto"), forward),
             self.output,
             config.data.patch,
             self.resolved.overlap,
@@ -272,7 +273,7 @@ def _check_common(workdirs: Sequence[Path], configs: Sequence[Any]) -> None:
     """Raise UserError if the runs differ in the config values of `_COMMON`, or in channels, labels or regions."""
     problems = []
     for workdir, config in zip(workdirs[1:], configs[1:], strict=True):
-        for key, a, b in differences(configs[0], config, free=()):
+        for key, a, b in differences(configs[0], config, ignored=()):
             if any(key == name or key.startswith(f"{name}.") for name in _COMMON):
                 problems.append(f"{key}: {a!r} in {workdirs[0]}, {b!r} in {workdir}")
     described = [read_json(w / DATA_FILE) for w in workdirs]

@@ -1,1 +1,1 @@
-"""Networks: layers, encoders, the three networks of the paper, inflation, pre-trained weights."""
+"""Networks: layers, encoders, the three networks of the paper, inflation, and pre-trained weights."""

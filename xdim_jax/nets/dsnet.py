@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 
 from xdim_jax.base.errors import UserError
-from xdim_jax.nets.layers import TORCH_GAIN, Conv, ConvTranspose, Style, check_choice, conv_upsampled, stage
+from xdim_jax.nets.layers import TORCH_GAIN, Conv, ConvTranspose, Style, check_choice, conv_upsampled, named_stage
 from xdim_jax.nets.unet import DECODER_EPS, ConvNorm, OmniaNet, side_problems
 
 PLANES = 3  # planes after compression: the colour channels of an image
@@ -22,14 +22,14 @@ UPSAMPLINGS = ((5, 3, 0), (2, 2, 0), (3, 2, 1), (4, 3, 1))  # kernel, stride and
 DECODERS = ("transposed", "nearest")
 
 
-def compressed(depth: int) -> int:
+def compressed_depth(depth: int) -> int:
     """Return the number of planes after the four compressions of a depth: 3 for depths 97 to 144."""
     for stride in DEPTH_STRIDES:
         depth = -(-depth // stride)
     return depth
 
 
-LEGAL_DEPTHS = [d for d in range(1, 1000) if compressed(d) == PLANES]
+VALID_DEPTHS = [d for d in range(1, 1000) if compressed_depth(d) == PLANES]
 
 
 class Compress(nnx.Module):
@@ -44,11 +44,11 @@ class Compress(nnx.Module):
 
 
 class Expand(nnx.Module):
-    """Upsampling along the depth to the planes of the skip, concatenation, and one or two `ConvNorm`.
+    """Upsampling along the depth, concatenation with the skip connection, and one or two `ConvNorm`.
 
-    ``decoder="transposed"`` has one `ConvNorm`, ``"nearest"`` has two. The transposed convolution is evaluated on the
-    planes of the skip: its result is cropped if it has more planes, and extended if it has fewer. Therefore every depth
-    that is compressed to three planes works, not only the 128 of the released code.
+    ``decoder="transposed"`` has one `ConvNorm`, ``"nearest"`` has two. The upsampled array gets as many planes as the
+    skip connection: a transposed convolution is cropped if it has more planes, and extended if it has fewer. Therefore
+    every depth that is compressed to three planes can be used, not only the 128 of the released code.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class DSNet(nnx.Module):
             x = self.conv1(image)
         skips = [x]
         for name, block in zip(("conv2", "enc3", "enc4", "enc5"), (self.conv2, *self.enc), strict=True):
-            x = stage(self, name, block)(x)
+            x = named_stage(self, name, block)(x)
             skips.append(x)
         x = skips.pop()
         batch, planes, height, width, images = x.shape
@@ -173,8 +173,8 @@ class DSNet(nnx.Module):
     @classmethod
     def check_space(cls, section: Mapping[str, Any], size: Sequence[int], devices: int) -> None:
         raise UserError(
-            f"config.mesh.space={devices}: DS-Net folds the depth into colour channels; spread the batch instead "
-            "(mesh.space=1)"
+            f"config.mesh.space={devices}: DS-Net converts the depth to colour channels, so the depth cannot be "
+            "divided among devices; give --config.mesh.space=1, which divides the batch"
         )
 
     def features(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array | None]:
@@ -188,12 +188,12 @@ class DSNet(nnx.Module):
             ValueError: The depth is not between 97 and 144, or H or W is not a multiple of 32.
         """
         images, skips = self._compress(image)
-        y = stage(self, "inner", self.inner)(images, rngs)
+        y = named_stage(self, "inner", self.inner)(images, rngs)
         # (B C, H, W, D) -> (B, C, H, W, D) -> (B, D, H, W, C)
         x = y.reshape(image.shape[0], -1, *y.shape[1:]).transpose(0, 4, 2, 3, 1)
         coarse = []
         for i, (expand, skip) in enumerate(zip(self.dec, reversed(skips), strict=True)):
-            x = stage(self, f"dec{i + 1}", expand)(x, skip)
+            x = named_stage(self, f"dec{i + 1}", expand)(x, skip)
             if levels and i < len(self.heads):
                 coarse.append(self.heads[i](x))
         with jax.named_scope("last"):
@@ -202,7 +202,7 @@ class DSNet(nnx.Module):
 
 
 def volume_problems(size: Sequence[int], level_strides: Sequence[Sequence[int]]) -> list[str]:
-    """Return one sentence per side that DS-Net cannot process: axis, level, and the valid sizes.
+    """Return a sentence for each side that DS-Net cannot process, with the axis, the level and the valid sizes.
 
     Args:
         size: Depth, height and width of a volume.
@@ -210,11 +210,11 @@ def volume_problems(size: Sequence[int], level_strides: Sequence[Sequence[int]])
     """
     depth, *plane = size
     problems = []
-    if depth not in LEGAL_DEPTHS:
-        low, high = LEGAL_DEPTHS[0], LEGAL_DEPTHS[-1]
+    if depth not in VALID_DEPTHS:
+        low, high = VALID_DEPTHS[0], VALID_DEPTHS[-1]
         near = f"{low} or {low + 1}" if depth < low else f"{high} or {high - 1}"
         problems.append(
             f"axis D is {depth}: level 1/{math.prod(DEPTH_STRIDES)} of the depth would have "
-            f"{compressed(max(depth, 0))} planes, not {PLANES}; use {low} to {high}, nearest {near}"
+            f"{compressed_depth(max(depth, 0))} planes, not {PLANES}; use {low} to {high}, nearest {near}"
         )
     return problems + side_problems(plane, level_strides)

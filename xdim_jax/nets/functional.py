@@ -17,7 +17,12 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], dict[s
 
 
 def make_forward(graphdef: nnx.GraphDef, dtype: Any = jnp.float32) -> Callable[[tuple[Any, Any], jax.Array], jax.Array]:
-    """Return ``forward((params, stats), image) -> logits`` in evaluation mode, with activations of ``dtype``."""
+    """Return the function ``forward((params, stats), image) -> logits`` of a network in evaluation mode.
+
+    Args:
+        graphdef: Static part of the network, see `split_model`.
+        dtype: dtype of the activations.
+    """
 
     def forward(weights: tuple[Any, Any], image: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, *weights)
@@ -31,7 +36,10 @@ PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def precision(train: Mapping[str, Any]) -> Any:
-    """Return the dtype of activations that the ``train`` section of a config selects.
+    """Return the dtype of activations that ``train["precision"]`` names.
+
+    Args:
+        train: The ``train`` section of a config.
 
     Raises:
         UserError: The name of the dtype is unknown.

@@ -1,4 +1,4 @@
-"""Dimensional transfer: the kernels of a 2D network become those of a 3D network (paper, Sect. 2.2.1).
+"""Dimensional transfer: inflation of the kernels of a 2D network to the kernels of a 3D network (paper, Sect. 2.2.1).
 
 A kernel gains an axis of ``k`` taps, and `profile` gives the weight of each tap. On a volume that is constant along
 this axis the 3D kernel acts as the 2D kernel times the sum of the weights. The table states what each rule preserves,
@@ -53,14 +53,15 @@ AXES = {"depth": 0, "time": 0, "height": 1, "width": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Inflation:
-    """The rules of an inflation. The new axis is given by the `xdim_jax.nets.layers.Depth` of the target network.
+    """The rules of an inflation. The `xdim_jax.nets.layers.Depth` of the 3D network defines the new axis.
 
     Attributes:
         rule: One of `RULES`; see the table above.
         sigma: Standard deviation for ``gaussian``, in taps.
         spacing: Slice distance divided by pixel width, for ``spacing``.
         seed: Random seed for ``random``.
-        layers: Exceptions: pairs of a pattern for layer names (``blocks.0.*``) and a rule. The first match is used.
+        layers: Exceptions: pairs (pattern of layer names, rule), such as ``("blocks.0.*", "centre")``. The first match
+            is used.
     """
 
     rule: str = "mean"
@@ -83,6 +84,12 @@ class Inflation:
 
 def profile(rule: str, taps: int, *, sigma: float = 1.0, spacing: float = 1.0) -> np.ndarray:
     """Return the weights of the taps along the new axis, ``(taps,)`` in float64.
+
+    Args:
+        rule: One of `RULES` except ``acs`` and ``random``.
+        taps: Number of taps.
+        sigma: See `Inflation`.
+        spacing: See `Inflation`.
 
     Raises:
         ValueError: The rule has no such weights (``acs`` and ``random``).
@@ -131,7 +138,7 @@ def inflate_kernel(
 
 
 def _acs(kernel: np.ndarray, taps: int, axis: int) -> np.ndarray:
-    """Divide the filters into three nearly equal groups; the plane of group g is perpendicular to axis ``axis + g``."""
+    """Inflate by rule ``acs``: group g, a third of the filters, is in the plane perpendicular to axis ``axis + g``."""
     window, filters = kernel.shape[:-2], kernel.shape[-1]
     if set(window) != {taps} or len(window) != 2:
         raise ValueError(
@@ -154,12 +161,12 @@ def named_layers(module: nnx.Module) -> dict[str, Any]:
 def inflate_arrays(
     arrays: Mapping[str, np.ndarray], source: nnx.Module, target: nnx.Module, inflation: Inflation, axis: int
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Turn the weights of a 2D network into those of its 3D counterpart.
+    """Inflate the weights of a 2D network for its 3D counterpart.
 
     Args:
         arrays: Weights of ``source`` by name.
-        source: The 2D network, with shapes in place of arrays.
-        target: The 3D network, with shapes in place of arrays. Its layers have the same names.
+        source: The 2D network, with shapes instead of arrays.
+        target: The 3D network, with shapes instead of arrays. Its layers have the same names.
         inflation: The rules.
         axis: Position of the new axis among the spatial axes; 0 is depth, or time.
 
@@ -184,12 +191,12 @@ def inflate_arrays(
             continue
         shape = wanted[name].kernel.shape
         if rule == "random":
-            _draw(out, done, name, shape, norm, inflation.seed)
+            _randomise(out, done, name, shape, norm, inflation.seed)
             continue
         if isinstance(layer, ConvTranspose):
             rule = "repeat_uncorrected"
         elif rule == "repeat" and not norm:
-            rule = "mean"  # no norm follows that would remove the factor
+            rule = "mean"  # no norm follows, whose statistics could be corrected
         taps = shape[axis]
         try:
             out[f"{name}.kernel"] = inflate_kernel(arrays[f"{name}.kernel"], taps, rule=rule, **options)
@@ -198,23 +205,25 @@ def inflate_arrays(
             continue
         done[f"{name}.kernel"] = rule if taps > 1 else "axis added"
         if rule == "repeat" and taps > 1:
-            _correct(out, done, name, norm, layers[norm].eps, taps)
+            _correct_norm(out, done, name, norm, layers[norm].eps, taps)
     if problems:
         raise join_problems(problems, "layers cannot be inflated")
     return out, done
 
 
 def _sibling(name: str, sibling: str | None) -> str:
-    """Return the path of a layer in the same module as another; empty if there is none."""
+    """Return the path of the layer ``sibling`` in the same module as the layer ``name``; empty if it is None."""
     parent = name.rpartition(".")[0]
     return "" if sibling is None else f"{parent}.{sibling}" if parent else sibling
 
 
-def _correct(out: dict[str, np.ndarray], done: dict[str, str], conv: str, norm: str, eps: float, taps: int) -> None:
+def _correct_norm(
+    out: dict[str, np.ndarray], done: dict[str, str], conv: str, norm: str, eps: float, taps: int
+) -> None:
     """Correct the statistics of a norm whose input is now ``taps`` times as large.
 
-    Mean and standard deviation are multiplied by ``taps``. Because eps is not, the variance gets
-    ``(taps^2 - 1) * eps`` in addition, so that the output of the norm is exactly the same.
+    The mean is multiplied by ``taps``. The new variance is ``taps^2 * (var + eps) - eps``, so that the output of the
+    norm is exactly the same although eps does not change.
     """
     if f"{conv}.bias" in out:
         out[f"{conv}.bias"] = out[f"{conv}.bias"] * taps
@@ -225,7 +234,7 @@ def _correct(out: dict[str, np.ndarray], done: dict[str, str], conv: str, norm: 
         done[f"{norm}.mean"] = done[f"{norm}.var"] = f"corrected for {taps} taps"
 
 
-def _draw(
+def _randomise(
     out: dict[str, np.ndarray], done: dict[str, str], name: str, shape: tuple[int, ...], norm: str, seed: int
 ) -> None:
     """Replace a kernel by random values (He et al.), its bias by 0, and reset the norm that follows."""
@@ -233,7 +242,7 @@ def _draw(
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     out[f"{name}.kernel"] = (rng.standard_normal(shape) * HE_GAIN / np.sqrt(np.prod(shape[:-1]))).astype(dtype)
     done[f"{name}.kernel"] = "random"
-    built = {f"{name}.bias": 0, f"{norm}.scale": 1, f"{norm}.bias": 0, f"{norm}.mean": 0, f"{norm}.var": 1}
-    for leaf in built.keys() & out.keys():
-        out[leaf] = np.full_like(out[leaf], built[leaf])
+    initial = {f"{name}.bias": 0, f"{norm}.scale": 1, f"{norm}.bias": 0, f"{norm}.mean": 0, f"{norm}.var": 1}
+    for leaf in initial.keys() & out.keys():
+        out[leaf] = np.full_like(out[leaf], initial[leaf])
         done[leaf] = "reset"

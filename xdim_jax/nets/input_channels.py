@@ -9,11 +9,11 @@ mean      mean over RGB, times one factor for the layer                         
                                                                                  independent channels of equal variance
 cycle     R, G, B, R, ... times 3 / C; for C = 1 the sum (timm's rule)           the response to a repeated grey image,
                                                                                  if C is 1 or a multiple of 3
-map       that of source channel ``channel_map[c]``, times one factor for        the same as ``mean``
+map       kernel of source channel ``channel_map[c]``, times one factor for      the same as ``mean``
           the layer
-randn     normal values of standard deviation 1 (the rule of the released code   nothing. It is there for comparison:
-          if C is not 1 or 3)                                                    the deviation is 8.5 times that of He
-                                                                                 et al. in 2D at C = 16
+randn     normal values of standard deviation 1 (the rule of the released code   nothing; for comparisons only. In 2D
+          if C is not 1 or 3)                                                    with C = 16, the deviation is 8.5 times
+                                                                                 as large as He et al. recommend
 ========  =====================================================================  ======================================
 """
 

@@ -1,9 +1,11 @@
 """Building blocks of the networks, for 2D and 3D, channels last.
 
-Random kernels come from numpy when a network is built, because an eager ``jax.random`` call would compile a program for
-each shape. Under a JAX transformation they come from ``jax.random``. The two give different numbers with the same
-distribution. Activations have the dtype of the image: kernels and biases are cast to it where they are used, and norms
-compute in float32 or better and cast their result. Modes follow Flax: ``model.train()`` and ``model.eval()`` set
+When a network is built, random kernels come from NumPy, because an eager ``jax.random`` call would compile a program
+for each shape. Under a JAX transformation they come from ``jax.random``. The numbers differ, but their distribution is
+the same.
+
+Activations have the dtype of the image: kernels and biases are cast to it where they are used, and norms compute in
+float32 or better and cast their result. As in Flax, ``model.train()`` and ``model.eval()`` select the mode: they set
 ``use_running_average`` and ``deterministic``.
 """
 
@@ -20,31 +22,31 @@ from jax.core import Tracer
 
 from xdim_jax import ops
 
-PADDINGS = ("symmetric", "same")  # of encoders; a single layer may also have "valid" (no padding)
+PADDINGS = ("symmetric", "same")  # paddings of encoders; a single layer may also have "valid" (no padding)
 NORMS = ("batch", "instance", "instance_noaffine")
 DEPTH_PADDINGS = ("zero", "edge", "renorm")
 SQUEEZES = ("volume", "slice")
 LEVELS = 5  # an encoder halves its input five times
 
-HE_GAIN = math.sqrt(2)  # He et al. 2015: preserves the variance if a rectifier follows
-TORCH_GAIN = math.sqrt(1 / 3)  # the variance of torch's default uniform(+-1 / sqrt(fan_in))
+HE_GAIN = math.sqrt(2)  # He et al. 2015: preserves the variance if a ReLU follows
+TORCH_GAIN = math.sqrt(1 / 3)  # same variance as PyTorch's default initialisation, uniform(+-1 / sqrt(fan_in))
 
 
 def check_choice(what: str, value: object, known: tuple[object, ...]) -> None:
-    """Raise ValueError, which lists the known values, if ``value`` is not one of them."""
+    """Raise ValueError with a list of the known values if ``value`` is not one of them."""
     if value not in known:
         raise ValueError(f"unknown {what} {value!r}; known: {', '.join(map(str, known))}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Depth:
-    """How a 3D network processes the spatial axis that the corresponding 2D network lacks (`xdim_jax.nets.inflate`).
+    """Options for the spatial axis of a 3D network that the corresponding 2D network does not have.
 
     Attributes:
         axis: Position of the axis: 0 for depth (or time), 1 for height, 2 for width.
         padding: Padding along this axis: ``zero``, as in the released code; ``edge``, which repeats the outermost slice
-            and makes inflation exact; ``renorm``, which pads with zeros and divides by the fraction of the kernel that
-            is inside the volume.
+            and makes inflation exact (see `xdim_jax.nets.inflate`); ``renorm``, which pads with zeros and divides by
+            the fraction of the kernel that is inside the volume.
         squeeze: Squeeze-and-excitation pools over the ``volume``, as in the released code, or over each ``slice``.
         strides: Strides along this axis of the five levels, finest first: 2 as in the plane, or 1 to keep all slices.
     """
@@ -65,7 +67,7 @@ class Depth:
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """Settings that the layers of one network share.
+    """Settings that all layers of a network share.
 
     Attributes:
         ndim: Number of spatial axes, 2 or 3.
@@ -105,24 +107,33 @@ class Style:
         return tuple(self.strides(level) for level in range(LEVELS))
 
 
-def stage(owner: nnx.Module, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``call``, a part of the network ``owner``, as a function whose operations have its name in profiles.
+def named_stage(owner: nnx.Module, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls a part of a network inside a named scope, so that profiles show its name.
 
-    If the name is in ``owner.remat``, the backward pass computes its activations again.
+    Args:
+        owner: Network. If the name is in ``owner.remat``, the backward pass recomputes the activations of the part.
+        name: Name of the part.
+        call: The part.
     """
-    again = name in getattr(owner, "remat", ())
+    recomputes = name in getattr(owner, "remat", ())
 
     def named(*arguments: Any) -> Any:
         with jax.named_scope(name):
-            if again:
+            if recomputes:
                 return nnx.remat(lambda module, *rest: module(*rest))(call, *arguments)
             return call(*arguments)
 
     return named
 
 
-def draw_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], gain: float) -> jax.Array:
-    """Return normal values of standard deviation ``gain / sqrt(fan_in)``; ``shape`` ends in ``(in / groups, out)``."""
+def random_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], gain: float) -> jax.Array:
+    """Return a random kernel with a normal distribution.
+
+    Args:
+        rngs: Random numbers.
+        shape: Shape ``(*kernel, in / groups, out)``.
+        gain: Standard deviation times ``sqrt(fan_in)``.
+    """
     key = rngs.params()
     std = gain / math.sqrt(math.prod(shape[:-1]))
     if isinstance(key, Tracer):
@@ -131,8 +142,8 @@ def draw_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], gain: float) -> jax.Arra
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(std))
 
 
-def filled(value: float, size: int) -> jax.Array:
-    """Return an array ``(size,)`` of one value. It comes from numpy, so that nothing is compiled."""
+def constant(value: float, size: int) -> jax.Array:
+    """Return an array ``(size,)`` of one value. NumPy creates it, so that no program is compiled."""
     return jnp.asarray(np.full(size, value, jnp.result_type(float)))
 
 
@@ -145,12 +156,12 @@ class Conv(nnx.Module):
         kernel: Size of the kernel, one number for all axes or one number per axis.
         style: Number of axes, padding and depth options.
         strides: One number per axis; None for 1.
-        padding: Padding; None for that of the style. ``valid`` means no padding.
+        padding: Padding; None for the padding of the style. ``valid`` means no padding.
         depthwise: True for one kernel per channel.
         bias: True to add a bias.
-        gain: Gain of the random kernel; see `draw_kernel`.
-        norm: Name of the norm in the same module that normalises the output; None if there is none. Inflation by
-            repetition multiplies the output, and corrects the statistics of this norm.
+        gain: Gain of the random kernel; see `random_kernel`.
+        norm: Name of the norm in the same module that normalises the output; None if there is none. The inflation rule
+            ``repeat`` corrects the statistics of this norm.
         rngs: Random numbers of the kernel.
     """
 
@@ -177,8 +188,8 @@ class Conv(nnx.Module):
         self.depth = style.depth
         self.groups = channels if depthwise else 1
         self.norm = norm
-        self.kernel = nnx.Param(draw_kernel(rngs, (*window, channels // self.groups, filters), gain))
-        self.bias = nnx.Param(filled(0, filters)) if bias else None
+        self.kernel = nnx.Param(random_kernel(rngs, (*window, channels // self.groups, filters), gain))
+        self.bias = nnx.Param(constant(0, filters)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
@@ -203,11 +214,12 @@ class Conv(nnx.Module):
 
 
 def _inverse_coverage(kernel: jax.Array, axis: int, n: int, stride: int, pad: tuple[int, int]) -> jax.Array:
-    """Return, for each output, the sum of the kernel's absolute values divided by that of the taps inside the volume.
+    """Return, for each output, the factor that corrects for the taps of the kernel outside the volume.
 
-    Partial convolutions (Liu et al. 2018) count taps. Here the taps are weighted by their absolute values, so that the
-    correction is exact for every kernel that is a profile along the axis times a 2D kernel. For example, a kernel with
-    only a middle tap needs no correction.
+    The factor is the sum of the kernel's absolute values over all taps, divided by the sum over the taps inside the
+    volume. Partial convolutions (Liu et al. 2018) count taps instead. With absolute values, the correction is exact for
+    every kernel that is a profile along the axis times a 2D kernel; for example, a kernel with only a middle tap needs
+    no correction.
 
     Args:
         kernel: Kernel of the convolution.
@@ -235,7 +247,7 @@ class ConvTranspose(nnx.Module):
         filters: Number of output channels.
         kernel: Size of the kernel along each axis.
         strides: One number per axis; None for the size of the kernel.
-        crop: Number of outputs left out at the start of each axis; None for 0.
+        crop: Number of outputs to remove at the start of each axis; None for 0.
         rngs: Random numbers of the kernel.
     """
 
@@ -250,12 +262,11 @@ class ConvTranspose(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.strides, self.crop = strides or kernel, crop or (0,) * len(kernel)
-        overlap = math.prod(
-            k / s for k, s in zip(kernel, self.strides, strict=True)
-        )  # number of taps that contribute to an output
+        # mean number of taps that contribute to an output
+        overlap = math.prod(k / s for k, s in zip(kernel, self.strides, strict=True))
         gain = HE_GAIN * math.sqrt(math.prod(kernel) / overlap)
-        self.kernel = nnx.Param(draw_kernel(rngs, (*kernel, channels, filters), gain))
-        self.bias = nnx.Param(filled(0, filters))
+        self.kernel = nnx.Param(random_kernel(rngs, (*kernel, channels, filters), gain))
+        self.bias = nnx.Param(constant(0, filters))
 
     def __call__(self, x: jax.Array, size: tuple[int, ...] | None = None) -> jax.Array:
         """Map ``(batch, *spatial, in)`` to ``(batch, *size, out)``; see `xdim_jax.ops.conv_transpose`."""
@@ -273,7 +284,7 @@ def conv_upsampled(
     trans: ConvTranspose | None = None,
     size: tuple[int, ...] | None = None,
 ) -> jax.Array:
-    """Return ``conv`` of an upsampled array, concatenated with a skip.
+    """Upsample an array, concatenate it with a skip connection, and apply a convolution.
 
     Args:
         conv: Convolution with 3 taps along every axis, stride 1 and no bias.
@@ -281,11 +292,14 @@ def conv_upsampled(
         skip: Array ``(batch, *size, more)``, whose channels follow the upsampled ones; or None.
         factors: Upsampling factors.
         trans: Transposed convolution that upsamples; None for nearest neighbours.
-        size: Spatial size after upsampling; None for ``factors`` times that of ``x``.
+        size: Spatial size after upsampling; None for ``factors`` times the size of ``x``.
+
+    Returns:
+        Array ``(batch, *size, out)``.
     """
     if x.ndim == 4 or conv.depth.padding == "zero":
-        expand = None if trans is None else ops.Expand(trans.kernel[...], trans.bias[...], trans.crop)
-        return ops.conv_upsampled(x, skip, conv.kernel[...], factors=factors, size=size, expand=expand)
+        transposed = None if trans is None else ops.TransposedConv(trans.kernel[...], trans.bias[...], trans.crop)
+        return ops.conv_upsampled(x, skip, conv.kernel[...], factors=factors, size=size, transposed=transposed)
     x = ops.upsample(x, factors, size) if trans is None else trans(x, size)
     return conv(x if skip is None else jnp.concatenate([x, skip], -1))
 
@@ -294,8 +308,8 @@ class Dense(nnx.Module):
     """An affine map of the channels, the same for every voxel (PyTorch's ``Linear``)."""
 
     def __init__(self, channels: int, filters: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(draw_kernel(rngs, (channels, filters), HE_GAIN))
-        self.bias = nnx.Param(filled(0, filters))
+        self.kernel = nnx.Param(random_kernel(rngs, (channels, filters), HE_GAIN))
+        self.bias = nnx.Param(constant(0, filters))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return ops.pointwise(x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
@@ -305,8 +319,13 @@ class Norm(nnx.Module):
     """Normalisation with the activation that follows it.
 
     Instance norm uses the statistics of each sample and channel, in training and in evaluation. Batch norm uses the
-    statistics of the batch in training and running averages in evaluation. The averages are those of PyTorch: Flax's
-    momentum 0.9 is PyTorch's 0.1, and the variance is unbiased.
+    statistics of the batch in training and running averages in evaluation. As in PyTorch, the running averages have a
+    momentum of 0.1 (0.9 in Flax's convention) and contain the unbiased variance.
+
+    Args:
+        channels: Number of channels.
+        style: Kind of norm, and eps.
+        activation: Activation, see `xdim_jax.ops.activate`; None for no activation.
     """
 
     def __init__(self, channels: int, style: Style, activation: str | None = None):
@@ -315,11 +334,11 @@ class Norm(nnx.Module):
         self.use_running_average = False
         self.axis: str | None = None  # name of the pmap axis over which batch statistics are averaged
         affine = style.norm != "instance_noaffine"
-        self.scale = nnx.Param(filled(1, channels)) if affine else None
-        self.bias = nnx.Param(filled(0, channels)) if affine else None
+        self.scale = nnx.Param(constant(1, channels)) if affine else None
+        self.bias = nnx.Param(constant(0, channels)) if affine else None
         if style.norm == "batch":
-            self.mean = nnx.BatchStat(filled(0, channels))
-            self.var = nnx.BatchStat(filled(1, channels))
+            self.mean = nnx.BatchStat(constant(0, channels))
+            self.var = nnx.BatchStat(constant(1, channels))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kind = jnp.promote_types(x.dtype, jnp.float32)
@@ -342,19 +361,19 @@ class Norm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Affine normalisation of every voxel over its channels."""
+    """Layer norm: standardisation of every voxel over its channels, with scale and shift."""
 
     def __init__(self, channels: int, eps: float):
         self.eps = eps
-        self.scale = nnx.Param(filled(1, channels))
-        self.bias = nnx.Param(filled(0, channels))
+        self.scale = nnx.Param(constant(1, channels))
+        self.bias = nnx.Param(constant(0, channels))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return ops.layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)
 
 
 class SqueezeExcite(nnx.Module):
-    """Multiplies every channel by a gate that is computed from the means of the channels (Hu et al. 2018)."""
+    """Squeeze-and-excitation (Hu et al. 2018): a gate for every channel, computed from the means of all channels."""
 
     def __init__(self, channels: int, reduced: int, style: Style, *, rngs: nnx.Rngs):
         self.conv_reduce = Conv(channels, reduced, 1, style=style, bias=True, rngs=rngs)
@@ -367,7 +386,11 @@ class SqueezeExcite(nnx.Module):
 
 
 class DropPath(nnx.Module):
-    """Stochastic depth (Huang et al. 2016): drops a residual branch per sample or divides by the keep probability."""
+    """Stochastic depth (Huang et al. 2016).
+
+    In training, a residual branch is replaced by 0 for random samples, and divided by the keep probability for the
+    others. In evaluation it is unchanged.
+    """
 
     def __init__(self, rate: float):
         if not 0 <= rate < 1:

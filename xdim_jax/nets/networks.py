@@ -1,6 +1,6 @@
-"""What a network offers, the table of the networks, and the functions that build one from a ``model`` section.
+"""The interface of a network, the table of all networks, and functions that build one from a ``model`` section.
 
-A new network is a class with the members of `Network` in a file of its own, an entry in `NETWORKS`, and a test.
+To add a network, write a class with the members of `Network` into a new file, add it to `NETWORKS`, and add a test.
 """
 
 import fnmatch
@@ -26,7 +26,7 @@ class Network(Protocol):
         fixed_axes: Number of leading spatial axes that `xdim_jax.plan` does not vary when it searches for the largest
             patch: 1 for DS-Net, whose depth is limited; else 0.
         encoder_path: Keys that lead to the encoder, both in the section and in the parameters.
-        remat: Names of the stages whose activations the backward pass computes again; see `set_remat`.
+        remat: Names of the stages whose activations the backward pass recomputes; see `set_remat`.
     """
 
     ndim: ClassVar[int]
@@ -36,7 +36,7 @@ class Network(Protocol):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Names of the parts whose activations can be computed again. A stage ``a.b`` is the stage ``b`` of part a."""
+        """Names of the parts whose activations can be recomputed. ``a.b`` is the stage ``b`` of the attribute ``a``."""
         ...
 
     @property
@@ -46,7 +46,7 @@ class Network(Protocol):
 
     @classmethod
     def size_problems(cls, section: Mapping[str, Any], size: Sequence[int]) -> list[str]:
-        """Return one sentence per spatial side that the network cannot process: axis, level, the nearest valid sizes.
+        """Return a sentence for each side that the network cannot process, with the axis, the level and valid sizes.
 
         Args:
             section: The ``model`` section.
@@ -56,7 +56,12 @@ class Network(Protocol):
 
     @classmethod
     def check_space(cls, section: Mapping[str, Any], size: Sequence[int], devices: int) -> None:
-        """Check that the first spatial axis of an image of this size can be divided among devices at every level.
+        """Check that the first spatial axis of an image can be divided among devices at every level.
+
+        Args:
+            section: The ``model`` section.
+            size: Spatial sides of an image.
+            devices: Number of devices.
 
         Raises:
             UserError: It cannot be divided; names the config key ``mesh.space`` and the next valid sizes.
@@ -70,7 +75,7 @@ class Network(Protocol):
     def __call__(self, image: jax.Array, rngs: nnx.Rngs | None = None, *, levels: bool = False) -> Any:
         """Return the logits ``(batch, *spatial, out_channels)`` of an image ``(batch, *spatial, in_channels)``.
 
-        With ``levels``, return a list: the logits, then those of the deep-supervision heads from fine to coarse.
+        With ``levels``, return a list: the logits, and then the logits of the deep-supervision heads, finest first.
         """
         ...
 
@@ -93,6 +98,10 @@ def get_network(config: Mapping[str, Any]) -> type[Network]:
 def build(config: Mapping[str, Any], *, seed: int) -> nnx.Module:
     """Build the network that a ``model`` section describes, with random weights, in training mode.
 
+    Args:
+        config: The ``model`` section.
+        seed: Seed of the weights.
+
     Raises:
         ValueError: A network, encoder, norm or other choice is unknown, or a key is missing or unknown.
     """
@@ -106,11 +115,11 @@ def build(config: Mapping[str, Any], *, seed: int) -> nnx.Module:
 
 
 def build_abstract(config: Mapping[str, Any]) -> nnx.Module:
-    """Build the same network with shapes in place of arrays, for example to compare it with a weights file."""
+    """Build the same network as `build`, with shapes instead of arrays, for example to compare it with a file."""
     return nnx.eval_shape(lambda: build(config, seed=0))
 
 
-def parts_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+def part_names(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names that the operations of a network have in profiles; see `xdim_jax.training.roofline`."""
     network: Any = build_abstract(config)
     return network.parts
@@ -122,7 +131,7 @@ def spatial_axes(config: Mapping[str, Any]) -> int:
 
 
 def set_remat(model: Any, names: str) -> None:
-    """Select the stages whose activations are computed again in the backward pass, which saves memory.
+    """Select the stages whose activations are recomputed in the backward pass, which saves memory.
 
     Args:
         model: Network from `build`, changed in place.
@@ -134,7 +143,7 @@ def set_remat(model: Any, names: str) -> None:
     patterns = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [p for p in patterns if not fnmatch.filter(model.stages, p)]:
         raise UserError(
-            f"config.train.remat={names}: {', '.join(unknown)} fits no stage of this network; it has: "
+            f"config.train.remat={names}: {', '.join(unknown)} matches no stage of this network; it has: "
             f"{', '.join(model.stages)}"
         )
     model.remat = tuple(s for s in model.stages if any(fnmatch.fnmatchcase(s, p) for p in patterns))
@@ -143,10 +152,10 @@ def set_remat(model: Any, names: str) -> None:
         getattr(model, owner).remat = tuple(s.removeprefix(prefix) for s in model.remat if s.startswith(prefix))
 
 
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config section as nested dicts of plain values, with tuples in place of lists."""
+def plain_dict(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config section as nested dicts, with tuples instead of lists."""
     return {
-        key: plain(value) if isinstance(value, Mapping) or hasattr(value, "to_dict") else _tuple(value)
+        key: plain_dict(value) if isinstance(value, Mapping) or hasattr(value, "to_dict") else _tuple(value)
         for key, value in config.items()
     }
 
@@ -157,11 +166,15 @@ def _tuple(value: Any) -> Any:
 
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the network's constructor."""
-    return {key: value for key, value in plain(config).items() if key != "name"}
+    return {key: value for key, value in plain_dict(config).items() if key != "name"}
 
 
 def check_patch(config: Mapping[str, Any], patch: Sequence[int]) -> None:
-    """Check that a network can be trained with patches of this size.
+    """Check that a network can be trained with patches of a given size.
+
+    Args:
+        config: The ``model`` section.
+        patch: Spatial sides of a patch.
 
     Raises:
         ValueError: The size is not valid; names the axis, the level and the nearest valid sizes.
@@ -169,7 +182,7 @@ def check_patch(config: Mapping[str, Any], patch: Sequence[int]) -> None:
     network, name = get_network(config), config["name"]
     if len(patch) != network.ndim:
         raise ValueError(
-            f"data.patch has {len(patch)} axes, {tuple(patch)}; {name} takes {network.ndim} "
+            f"data.patch={tuple(patch)} has {len(patch)} axes; {name} needs {network.ndim} "
             f"({', '.join('DHW'[3 - network.ndim :])})"
         )
     if problems := network.size_problems(_options(config), patch):
@@ -177,7 +190,12 @@ def check_patch(config: Mapping[str, Any], patch: Sequence[int]) -> None:
 
 
 def check_space(config: Mapping[str, Any], patch: Sequence[int], space: int) -> None:
-    """Check that the first axis of a patch can be divided among ``space`` devices at every level of a network.
+    """Check that the first axis of a patch can be divided among devices at every level of a network.
+
+    Args:
+        config: The ``model`` section.
+        patch: Spatial sides of a patch.
+        space: Number of devices, ``config.mesh.space``.
 
     Raises:
         UserError: It cannot be divided; names the next valid sizes.

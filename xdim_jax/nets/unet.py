@@ -19,7 +19,7 @@ from xdim_jax.nets.layers import (
     Style,
     check_choice,
     conv_upsampled,
-    stage,
+    named_stage,
 )
 
 DECODER_EPS = 1e-5  # of every norm outside the encoder, as in the released code
@@ -48,7 +48,10 @@ class ConvNorm(nnx.Module):
 
 
 class UpStage(nnx.Module):
-    """A decoder stage: upsampling, concatenation [upsampled, skip], two `ConvNorm` (paper, Sect. 2.1.1 and 2.2.1)."""
+    """A decoder stage (paper, Sect. 2.1.1 and 2.2.1).
+
+    It consists of upsampling, concatenation with the skip connection (upsampled channels first), and two `ConvNorm`.
+    """
 
     def __init__(
         self,
@@ -86,8 +89,8 @@ class UNet(nnx.Module):
         activation: Activation of the decoder and of the first block, ``relu`` or ``silu``.
         upsampling: ``nearest`` or ``transposed`` (convolution).
         filters: Number of filters of each decoder stage, coarsest first.
-        full_resolution: True to put a block of ``filters[-1]`` filters before the encoder, whose output is the last
-            skip (paper, Fig. 2 and Sect. 3.2).
+        full_resolution: True to put a block of ``filters[-1]`` filters before the encoder. Its output is the skip
+            connection of the last decoder stage (paper, Fig. 2 and Sect. 3.2).
         deep_supervision: True to add 1^n convolutions to logits on the four coarser decoder stages.
         depth: Fields of `xdim_jax.nets.layers.Depth`, for 3D.
     """
@@ -158,21 +161,21 @@ class UNet(nnx.Module):
     def size_problems(cls, section: Mapping[str, Any], size: Sequence[int]) -> list[str]:
         level_strides = cls._level_strides(section)
         problems = side_problems(size, level_strides)
-        if not problems and section["norm"] != "batch" and set(_coarsest(size, level_strides)) == {1}:
+        if not problems and section["norm"] != "batch" and set(_coarsest_size(size, level_strides)) == {1}:
             problems.append(
-                "it leaves one voxel at the coarsest level, where a norm over space has nothing to normalise; make at "
-                f"least one side {2 * max(size)}"
+                "the coarsest level has one voxel, but the norm needs at least two; make at least one side "
+                f"{2 * max(size)}"
             )
         return problems
 
     @classmethod
     def check_space(cls, section: Mapping[str, Any], size: Sequence[int], devices: int) -> None:
-        planes = _coarsest(size, cls._level_strides(section))[0]
+        planes = _coarsest_size(size, cls._level_strides(section))[0]
         if planes % devices:
             step = size[0] // planes * devices
             low = max(size[0] // step, 1) * step
             raise UserError(
-                f"config.mesh.space={devices} does not divide the {planes} planes that the coarsest level has of "
+                f"config.mesh.space={devices} does not divide the {planes} planes at the coarsest level of "
                 f"config.data.patch={tuple(size)}; make the first side {low} or {low + step}"
             )
 
@@ -184,10 +187,10 @@ class UNet(nnx.Module):
         return self._encode(image, rngs)[1:]
 
     def _encode(self, image: jax.Array, rngs: nnx.Rngs | None) -> list[Any]:
-        """Return the full-resolution feature (None without that block) and the five features of the encoder."""
+        """Return the full-resolution feature (None if there is no such block) and the five features of the encoder."""
         if problems := side_problems(image.shape[1:-1], self.level_strides):
             raise ValueError(f"an image of {image.shape[1:-1]} does not fit this network; {'; '.join(problems)}")
-        encode = stage(self, "encoder", self.encoder)
+        encode = named_stage(self, "encoder", self.encoder)
         if self.conv is None or self.norm is None:
             return [None, *encode(image, rngs)]
         with jax.named_scope("conv"):
@@ -203,7 +206,7 @@ class UNet(nnx.Module):
         *skips, x = self._encode(image, rngs)
         coarse = []
         for i, (decode, skip) in enumerate(zip(self.decoder, reversed(skips), strict=True)):
-            x = stage(self, f"decoder{i + 1}", decode)(x, skip)
+            x = named_stage(self, f"decoder{i + 1}", decode)(x, skip)
             if levels and i < len(self.heads):
                 coarse.append(self.heads[i](x))
         with jax.named_scope("last"):
@@ -223,13 +226,13 @@ class DXNet(UNet):
     ndim: ClassVar[int] = 3
 
 
-def _coarsest(size: Sequence[int], level_strides: Sequence[Sequence[int]]) -> list[int]:
+def _coarsest_size(size: Sequence[int], level_strides: Sequence[Sequence[int]]) -> list[int]:
     """Return the sides of the coarsest level."""
     return [n // math.prod(strides[i] for strides in level_strides) for i, n in enumerate(size)]
 
 
 def side_problems(size: Sequence[int], level_strides: Sequence[Sequence[int]]) -> list[str]:
-    """Return one sentence per side that is not divisible at every level: axis, level, and the nearest valid sizes.
+    """Return a sentence for each side that is not divisible at every level, with axis, level and nearest valid sizes.
 
     Args:
         size: Spatial sides of an image.

@@ -33,8 +33,8 @@ from xdim_jax.nets.layers import Depth
 
 FORMAT = "xdim_jax weights 1"
 UNUSED = "unused/"
-CHECKED = ("padding", "eps", "depth")  # properties of an encoder that its weights depend on
-_SHOWN = 4  # number of names that an error lists per side
+CHECKED = ("padding", "eps", "depth")  # properties of an encoder for which its weights were trained
+_SHOWN = 4  # number of names in each list of an error message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,20 +61,29 @@ class Weights:
 
 
 def write_weights(path: Path, weights: Weights) -> None:
-    """Write a weights file. The file is complete or absent."""
+    """Write a weights file atomically. Raises UserError if it cannot be written."""
     record = {"format": FORMAT, "kind": weights.kind, "model": weights.model, "source": weights.source}
     arrays = weights.arrays | {UNUSED + name: array for name, array in weights.unused.items()}
     write_arrays(path, arrays, {"xdim_jax": json.dumps(record)})
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. The file is complete or absent, and its permissions follow the umask."""
+    """Write a safetensors file atomically, with the permissions of the umask.
+
+    Args:
+        path: File to write.
+        arrays: Arrays by name.
+        metadata: Entries of the header.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        safetensors.numpy.save_file(arrays, temporary, metadata=metadata)  # readable by the user alone
-        temporary.chmod(mode)
+        safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
+        temporary.chmod(mode)  # safetensors writes files that only their owner can read
 
 
 def read_weights(path: Path) -> Weights:
@@ -85,14 +94,14 @@ def read_weights(path: Path) -> Weights:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist; weight files are made with python -m weight_port --help")
+        raise UserError(f"{path} does not exist; to create weights files, see python -m weight_port --help")
     try:
         with safetensors.safe_open(path, "np") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is not a complete safetensors file ({error}); port it again with python -m weight_port"
+            f"{path} is not a complete safetensors file ({error}); create it again with python -m weight_port"
         ) from error
     try:
         record = json.loads(metadata.get("xdim_jax", "{}"))
@@ -101,15 +110,15 @@ def read_weights(path: Path) -> Weights:
     record = record if isinstance(record, dict) else {}
     if record.get("format") != FORMAT:
         raise UserError(
-            f"{path} has weights that were not ported (found {record.get('format', 'no xdim_jax header')}, expected "
-            f"{FORMAT!r}): port them first with python -m weight_port --source=timm --model=<timm's name> "
+            f"{path} does not have the format of this package (found {record.get('format', 'no xdim_jax header')}, "
+            f"expected {FORMAT!r}): convert it with python -m weight_port --source=timm --model=<timm's name> "
             f"--from-file={path} --out=<name>.safetensors"
         )
-    if lacking := {"kind", "model", "source"} - record.keys():
-        raise UserError(f"the header of {path} lacks {', '.join(sorted(lacking))}: port the weights again")
+    if missing := {"kind", "model", "source"} - record.keys():
+        raise UserError(f"the header of {path} lacks {', '.join(sorted(missing))}: convert the weights again")
     return Weights(
         record["kind"],
-        networks.plain(record["model"]),
+        networks.plain_dict(record["model"]),
         {name: array for name, array in arrays.items() if not name.startswith(UNUSED)},
         {name.removeprefix(UNUSED): array for name, array in arrays.items() if name.startswith(UNUSED)},
         record["source"],
@@ -119,21 +128,27 @@ def read_weights(path: Path) -> Weights:
 # -- trees and names ----------------------------------------------------------------------------------------------
 
 
-def named(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a nested dict by path. The integer keys of lists become numbers in the path."""
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a nested dict by their dotted paths. The integer keys of lists become numbers."""
     leaves = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            leaves |= named(value, f"{prefix}{key}.")
+            leaves |= flatten(value, f"{prefix}{key}.")
         else:
             leaves[f"{prefix}{key}"] = value
     return leaves
 
 
-def replaced(tree: Mapping[Any, Any], leaves: Mapping[str, Any], prefix: str = "") -> dict[Any, Any]:
-    """Return a copy of the tree in which the leaves that ``leaves`` names (by path) are replaced."""
+def replace_leaves(tree: Mapping[Any, Any], leaves: Mapping[str, Any], prefix: str = "") -> dict[Any, Any]:
+    """Return a copy of a nested dict with some leaves replaced.
+
+    Args:
+        tree: Nested dict.
+        leaves: New leaves by their dotted paths.
+        prefix: Path of ``tree`` itself, with a dot at the end.
+    """
     return {
-        key: replaced(value, leaves, f"{prefix}{key}.")
+        key: replace_leaves(value, leaves, f"{prefix}{key}.")
         if isinstance(value, Mapping)
         else leaves.get(f"{prefix}{key}", value)
         for key, value in tree.items()
@@ -143,7 +158,7 @@ def replaced(tree: Mapping[Any, Any], leaves: Mapping[str, Any], prefix: str = "
 def module_leaves(module: nnx.Module) -> dict[str, Any]:
     """Return the parameters and running statistics of a module (abstract or not) by path."""
     params, stats = nnx.state(module, nnx.Param), nnx.state(module, nnx.BatchStat)
-    return named(nnx.to_pure_dict(params)) | named(nnx.to_pure_dict(stats))
+    return flatten(nnx.to_pure_dict(params)) | flatten(nnx.to_pure_dict(stats))
 
 
 def check_leaves(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str, hint: str = "") -> None:
@@ -156,19 +171,19 @@ def check_leaves(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str,
         hint: Last line of the error message, which suggests the next step.
 
     Raises:
-        UserError: They differ; lists the differences on both sides.
+        UserError: They differ; the message lists the differences.
     """
     extra = [name for name in found if name not in wanted]
-    lacking = [name for name in wanted if name not in found]
+    missing = [name for name in wanted if name not in found]
     shapes = [
         f"{name} is {tuple(found[name].shape)}, expected {tuple(wanted[name].shape)}"
         for name in found
         if name in wanted and tuple(found[name].shape) != tuple(wanted[name].shape)
     ]
-    if extra or lacking or shapes:
+    if extra or missing or shapes:
         raise UserError(
             f"{what} do not fit the network.\n  only in the source ({len(extra)}): {_shown(extra)}\n  only in the "
-            f"network ({len(lacking)}): {_shown(lacking)}\n  of another shape ({len(shapes)}): {_shown(shapes)}"
+            f"network ({len(missing)}): {_shown(missing)}\n  of another shape ({len(shapes)}): {_shown(shapes)}"
             + (f"\n{hint}" if hint else "")
         )
 
@@ -181,7 +196,7 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def encoder_section(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Find the encoder of a network.
+    """Describe the encoder of a network.
 
     Args:
         config: The ``model`` section of the network.
@@ -191,7 +206,7 @@ def encoder_section(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         `Weights.model`.
     """
     *path, last = networks.get_network(config).encoder_path
-    outer = networks.plain(config)
+    outer = networks.plain_dict(config)
     for key in path:
         outer = outer[key]
     encoder, prefix = outer[last], ".".join((*path, last, ""))
@@ -204,13 +219,13 @@ def encoder_section(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def abstract_encoder(section: Mapping[str, Any]) -> Any:
-    """Build the encoder that a section describes (see `Weights.model`), with shapes in place of arrays."""
+    """Build the encoder that a section describes (see `Weights.model`), with shapes instead of arrays."""
     options = dict(section)
     name, channels = options.pop("name"), options.pop("in_channels")
     return nnx.eval_shape(lambda: make_encoder(name, channels, rngs=nnx.Rngs(0), **options))
 
 
-def part(weights: Weights) -> Weights:
+def encoder_weights(weights: Weights) -> Weights:
     """Return the weights of the encoder of a network. Weights of an encoder are returned unchanged."""
     if weights.kind == "encoder":
         return weights
@@ -247,9 +262,9 @@ def adapt_encoder(
     """
     found, wanted = weights.model, dict(section)
     if found["name"] != wanted["name"]:
-        raise UserError(f"the weights are those of {found['name']}, the network's encoder is {wanted['name']}")
+        raise UserError(f"the weights belong to {found['name']}, but the network's encoder is {wanted['name']}")
     if found["ndim"] > wanted["ndim"]:
-        raise UserError(f"the weights are {found['ndim']}D, the network's encoder is {wanted['ndim']}D")
+        raise UserError(f"the weights are {found['ndim']}D, but the network's encoder is {wanted['ndim']}D")
     if unknown := set(accept) - set(CHECKED):
         raise UserError(f"unknown property to accept: {', '.join(sorted(unknown))}; known: {', '.join(CHECKED)}")
     problems = [
@@ -279,9 +294,9 @@ def adapt_encoder(
         axis = (target["depth"] or {}).get("axis", 0)
         arrays, inflated = inflate_arrays(arrays, flat, abstract_encoder(target), inflation, axis)
         done = {n: " then ".join(w for w in (done[n], inflated[n]) if w != "copied") or "copied" for n in arrays}
-        found, unused = target, {}  # a classification head among them is 2D
+        found, unused = target, {}  # the unused weights may have a classification head, which is 2D
     if found["norm"] == "batch" and wanted["norm"] != "batch":
-        unused = {}  # a classification head among them has batch norm
+        unused = {}  # the unused weights may have a classification head with batch norm
         kept = module_leaves(abstract_encoder({**found, "norm": wanted["norm"]}))
         for name in [n for n in arrays if n not in kept]:
             if name.rpartition(".")[2] in ("mean", "var", "scale", "bias"):
@@ -294,7 +309,7 @@ def adapt_encoder(
 
 
 def inflate_network(weights: Weights, depth: Mapping[str, Any], inflation: Inflation) -> tuple[Weights, dict[str, str]]:
-    """Turn the weights of a whole 2D network, including its decoder, into those of a 3D network.
+    """Inflate the weights of a whole 2D network, including its decoder.
 
     In evaluation mode and with rule ``centre``, depth strides 1 and squeeze ``slice``, the 3D network computes the
     output of the 2D network slice by slice, for every volume. With other rules it does so for depth-constant volumes,
@@ -310,7 +325,7 @@ def inflate_network(weights: Weights, depth: Mapping[str, Any], inflation: Infla
         each array was obtained.
 
     Raises:
-        UserError: The weights are not those of an Omnia-Net.
+        UserError: The weights do not belong to an Omnia-Net.
     """
     if weights.kind != "network" or weights.model["name"] != "omnianet":
         raise UserError(
@@ -337,7 +352,7 @@ def load(
     accept: Sequence[str] = (),
     require: bool = True,
 ) -> tuple[Any, Any, dict[str, str]]:
-    """Load weights into a network: those of an encoder into its encoder, those of a network into the whole network.
+    """Load the weights of an encoder into the encoder of a network, or the weights of a network into a whole network.
 
     Args:
         config: The ``model`` section of the network.
@@ -347,8 +362,8 @@ def load(
         inflation: See `adapt_encoder`. A 2D encoder is inflated for a 3D network. None for the default rules.
         channel_rule: Rule of `xdim_jax.nets.input_channels`, used if the numbers of channels differ.
         accept: See `adapt_encoder`.
-        require: True if every array of the weights and of the network (or its encoder) must have a counterpart. If
-            False, arrays of the weights without a counterpart are left out, and those of the network are unchanged.
+        require: True if every array of the weights and of the network (or its encoder) must have a counterpart. False
+            to ignore arrays of the weights without a counterpart, and to leave such arrays of the network unchanged.
 
     Returns:
         Parameters, running statistics, and how each array was obtained, by its path in the network.
@@ -365,12 +380,12 @@ def load(
         )
     else:
         done = dict.fromkeys(weights.arrays, "copied")
-        problems = _section_differences(weights.model, networks.plain(config))
+        problems = _section_differences(weights.model, networks.plain_dict(config))
         if problems and require:
             raise join_problems(problems, "properties of the network differ from those of the weights")
     arrays = {prefix + name: array for name, array in weights.arrays.items()}
     done = {prefix + name: what for name, what in done.items()}
-    wanted = {name: leaf for name, leaf in (named(params) | named(stats)).items() if name.startswith(prefix)}
+    wanted = {name: leaf for name, leaf in (flatten(params) | flatten(stats)).items() if name.startswith(prefix)}
     if require:
         check_leaves(arrays, wanted, "the weights")
     for name in list(arrays):
@@ -378,11 +393,11 @@ def load(
             done[name] = "left out: " + ("of another shape" if name in wanted else "not in the network")
             del arrays[name]
     cast = {name: jnp.asarray(array, wanted[name].dtype) for name, array in arrays.items()}
-    return replaced(params, cast), replaced(stats, cast), done
+    return replace_leaves(params, cast), replace_leaves(stats, cast), done
 
 
 def _section_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    flat = [{k: v for k, v in named(s).items() if not k.endswith("drop_path")} for s in (found, wanted)]
+    flat = [{k: v for k, v in flatten(s).items() if not k.endswith("drop_path")} for s in (found, wanted)]
     for section in flat:
         section.setdefault("deep_supervision", False)
     return [

@@ -1,4 +1,4 @@
-"""The operations of the networks. Some have two implementations.
+"""The operations of the networks. Some of them have two implementations.
 
 Arrays are channels last: ``(batch, *spatial, channels)`` with two or three spatial axes. Kernels are
 ``(*kernel, in / groups, out)``. Padding is one ``(before, after)`` pair per spatial axis.
@@ -10,31 +10,38 @@ convolutions were measured to be ten or more times slower there. On GPU and TPU 
 implementation, so that dense and depthwise convolutions use the vendor's library. The transposed convolution and the
 1x1 convolution are matrix products on every platform. Upsampling and pooling have one implementation.
 
-``use_form`` selects an implementation, for example ``use_form("reference")`` for debugging and for the tests that
-compare the two. `counted` tells which implementations a program uses.
+`use_implementation` selects one, for example ``use_implementation("reference")`` for debugging and for the tests that
+compare the two. `count_implementations` counts which ones a program uses.
 """
 
-from xdim_jax.ops.compilation import compile_program, compiler_options, keep_freed_memory, uncollected
+from xdim_jax.ops.compilation import compile_program, compiler_options, gc_disabled, keep_freed_memory
 from xdim_jax.ops.convolution import conv, pointwise
-from xdim_jax.ops.form import FORMS, active_form, counted, describe_forms, in_form, use_form
+from xdim_jax.ops.implementation import (
+    IMPLEMENTATIONS,
+    active_implementation,
+    count_implementations,
+    describe_implementation,
+    use_implementation,
+    with_implementation,
+)
 from xdim_jax.ops.layout import same_padding, symmetric_padding
 from xdim_jax.ops.norm import activate, layer_norm, normalise, squeeze_excite
 from xdim_jax.ops.resize import conv_transpose, max_pool, upsample
-from xdim_jax.ops.upsampled import Expand, conv_upsampled
+from xdim_jax.ops.upsampled import TransposedConv, conv_upsampled
 
 __all__ = [
-    "FORMS",
-    "Expand",
+    "IMPLEMENTATIONS",
+    "TransposedConv",
     "activate",
-    "active_form",
+    "active_implementation",
     "compile_program",
     "compiler_options",
     "conv",
     "conv_transpose",
     "conv_upsampled",
-    "counted",
-    "describe_forms",
-    "in_form",
+    "count_implementations",
+    "describe_implementation",
+    "gc_disabled",
     "keep_freed_memory",
     "layer_norm",
     "max_pool",
@@ -43,7 +50,7 @@ __all__ = [
     "same_padding",
     "squeeze_excite",
     "symmetric_padding",
-    "uncollected",
     "upsample",
-    "use_form",
+    "use_implementation",
+    "with_implementation",
 ]

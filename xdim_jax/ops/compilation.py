@@ -40,7 +40,7 @@ def _processor_key() -> str:
 
 @functools.cache
 def compiler_options() -> dict[str, Any]:
-    """Return the options that every program of the networks is compiled with.
+    """Return the compiler options for all programs that contain a network.
 
     On CPU jaxlib 0.10 computes convolutions with YNNPACK, which uses one thread if there are few channels. These
     options make XLA compute them with Eigen, which uses all threads. Reductions and matrix products stay with YNNPACK:
@@ -59,10 +59,10 @@ def compiler_options() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Disable the garbage collector inside the block, for tracing and lowering a program.
+def gc_disabled() -> Iterator[None]:
+    """Disable Python's garbage collector inside the block, for tracing and lowering a program.
 
-    This makes tracing a third faster: it creates many objects, of which few can be collected.
+    This makes tracing a third faster, because tracing creates many objects, few of which can be collected.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -74,9 +74,9 @@ def uncollected() -> Iterator[None]:
 
 
 def compile_program(lowered: Any) -> Any:
-    """Compile a lowered program with `compiler_options`, and return the compiler's freed memory to the system.
+    """Compile a lowered program with `compiler_options`, and return the compiler's memory to the operating system.
 
-    Compiling a training step leaves 0.5 to 1.5 GiB of freed memory, which would otherwise stay with the process, in
+    The compiler frees its memory, but glibc would keep it in the process: 0.5 to 1.5 GiB for a training step, in
     addition to the arrays of the program.
     """
     compiled = lowered.compile(compiler_options=compiler_options())
@@ -86,11 +86,11 @@ def compile_program(lowered: Any) -> Any:
 
 
 def keep_freed_memory() -> None:
-    """On CPU, keep the memory that programs free in the process from now on, for a step that is repeated many times.
+    """On CPU, reuse freed memory from now on instead of returning it to the operating system.
 
-    XLA allocates the temporaries of every step in one block. By default glibc returns the block to the kernel after
-    the step, and the kernel fills it with zeros before the next one, which takes a tenth of a step of DX-Net at 64^3.
-    The peak memory is the same.
+    Call this before a step that is repeated many times. XLA allocates the temporaries of every step in one block. By
+    default glibc returns the block to the operating system after the step, which fills it with zeros before the next
+    step. This takes a tenth of a step of DX-Net at 64^3. The peak memory does not change.
     """
     if jax.default_backend() == "cpu" and (glibc := _glibc()):
         mmap_max, trim_threshold = -4, -1  # parameters of mallopt(3)
@@ -105,7 +105,10 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def needed_bytes(compiled: Any) -> int:
-    """Return the memory per device of arguments, temporaries, code, and results that do not reuse an argument."""
+    """Return the memory in bytes that a compiled program needs on each device.
+
+    It is the sum of the arguments, the temporaries, the code, and the results that do not reuse an argument's memory.
+    """
     m = compiled.memory_analysis()
     results = m.output_size_in_bytes - m.alias_size_in_bytes
     return m.argument_size_in_bytes + results + m.temp_size_in_bytes + m.generated_code_size_in_bytes

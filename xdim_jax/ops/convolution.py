@@ -1,16 +1,16 @@
-"""Convolution: the function that selects the implementation."""
+"""Convolution, with the selection of its implementation."""
 
 import jax
 import jax.numpy as jnp
 
 from xdim_jax.ops.dense import dense
 from xdim_jax.ops.depthwise import depthwise
-from xdim_jax.ops.form import active_form, count_use, forced_form
+from xdim_jax.ops.implementation import active_implementation, count_use, requested_implementation
 from xdim_jax.ops.layout import Ints, Pairs, conv_reference
 
 
 def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pairs, groups: int = 1) -> jax.Array:
-    """Convolution without bias.
+    """Compute a convolution without bias.
 
     Args:
         x: Array ``(batch, *spatial, in)``.
@@ -38,24 +38,24 @@ def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pairs, grou
     if groups == 1 and set(window) == {1} and set(strides) == {1} and not any(map(any, padding)):
         count_use("1x1 as matrix products")
         return pointwise(x, kernel)
-    if forced_form() == "sharded" and groups > 1:
+    if requested_implementation() == "sharded" and groups > 1:
         count_use("depthwise by planes")
-        return _by_taps_of_first_axis(x, kernel, strides, padding, groups)
-    if active_form() == "fast" and groups == 1:
+        return _conv_per_tap(x, kernel, strides, padding, groups)
+    if active_implementation() == "fast" and groups == 1:
         return dense(x, kernel, strides, padding)
-    if active_form() == "fast" and kernel.shape[-1] == channels:
+    if active_implementation() == "fast" and kernel.shape[-1] == channels:
         count_use("depthwise as shifted sums")
         return depthwise(x, kernel, strides, padding)
     count_use("depthwise by XLA" if groups > 1 else "dense by XLA")
     return conv_reference(x, kernel, strides, padding, groups)
 
 
-def _by_taps_of_first_axis(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs, groups: int) -> jax.Array:
+def _conv_per_tap(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs, groups: int) -> jax.Array:
     """Compute one convolution per tap along the first spatial axis, and add them.
 
-    This avoids an error of XLA's partitioner (jaxlib 0.10.2): if the first spatial axis is distributed over devices
-    and the kernel is longer than the part of one device, the input's gradient of a depthwise convolution is multiplied
-    by the number of devices along the batch axis.
+    This avoids a bug of XLA's partitioner (jaxlib 0.10.2): if the first spatial axis is distributed over devices and
+    the kernel is longer than the part on one device, the gradient of a depthwise convolution with respect to its input
+    is too large, by a factor equal to the number of devices along the batch axis.
     """
     pads = [(0, 0), padding[0], *[(0, 0)] * (x.ndim - 2)]
     padded = jnp.pad(x, pads)
@@ -71,8 +71,16 @@ def _by_taps_of_first_axis(x: jax.Array, kernel: jax.Array, strides: Ints, paddi
 
 
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Compute a 1x1 convolution as one matrix product over all voxels."""
+    """Compute a convolution with one tap as a matrix product over all voxels.
+
+    Args:
+        x: Array ``(batch, *spatial, in)``.
+        kernel: Array ``(1, ..., 1, in, out)``.
+
+    Returns:
+        Array ``(batch, *spatial, out)``.
+    """
     channels, out = kernel.shape[-2:]
-    if forced_form() == "sharded":  # a reshape would merge distributed axes with others
+    if requested_implementation() == "sharded":  # a reshape would merge distributed axes with others
         return jnp.tensordot(x, kernel.reshape(channels, out), 1)
     return (x.reshape(-1, channels) @ kernel.reshape(channels, out)).reshape(*x.shape[:-1], out)

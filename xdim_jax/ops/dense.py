@@ -7,24 +7,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xdim_jax.ops.form import count_use
-from xdim_jax.ops.layout import Ints, Pairs, conv_reference, delayed, moved, split_axes
-from xdim_jax.ops.scatter import Axis, scatter, scatter_gradient
+from xdim_jax.ops.implementation import count_use
+from xdim_jax.ops.layout import Ints, Pairs, conv_reference, delay_until, shift_planes, split_axes
 from xdim_jax.ops.slabs import kernel_gradient
-from xdim_jax.ops.winograd import suits, winograd, winograd_gradient
+from xdim_jax.ops.transposed import Axis, transposed_conv, transposed_conv_kernel_gradient
+from xdim_jax.ops.winograd import is_faster, winograd, winograd_gradient
 
-_MANY = 3  # from this ratio of output to input channels on, the depth taps are concatenated before the convolution
+_MANY_OUTPUTS = 3  # ratio of output to input channels; see `_dense_unit`
 
 
 def dense(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> jax.Array:
     """Compute a dense convolution; see `xdim_jax.ops.conv` for the arguments.
 
-    A stride along the depth turns into channels: the taps along the depth are concatenated, so only the slices that
-    are needed are read. Strides in the plane are XLA's own in the forward pass. The backward pass computes each phase
-    of the stride separately. If a side is not divisible by its stride, space-to-depth turns the convolution into one
-    of stride 1.
+    A strided 3D convolution is computed as a 2D convolution of the output slices: the input slices that an output slice
+    depends on are concatenated as channels. If the strides divide the sides of the plane exactly, the forward pass is
+    XLA's strided 2D convolution, and the backward pass computes one convolution per phase of the stride (see
+    `xdim_jax.ops.transposed`). Otherwise space-to-depth turns the 2D convolution into one of stride 1.
     """
-    if max(strides) > 1 and _halves(x.shape, kernel.shape, strides, padding):
+    if max(strides) > 1 and _divides_plane(x.shape, kernel.shape, strides, padding):
         count_use("dense, strided")
         return _strided(x, kernel, strides, padding)
     if x.ndim == 5 and max(strides) > 1:
@@ -35,7 +35,7 @@ def dense(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> jax
     if max(strides) > 1:
         x, kernel = _space_to_depth(x, kernel, strides, padding)
         padding = ((0, 0),) * len(strides)
-    count_use("dense by Winograd" if suits(x.shape, kernel.shape, padding) else "dense by 2D convolutions")
+    count_use("dense by Winograd" if is_faster(x.shape, kernel.shape, padding) else "dense by 2D convolutions")
     return _dense_unit(x, kernel, padding)
 
 
@@ -52,8 +52,8 @@ def _fold_depth(x: jax.Array, kernel: jax.Array, stride: int, pad: tuple[int, in
     return jnp.concatenate(slices, -1), kernel
 
 
-def _halves(shape: Ints, kernel: Ints, strides: Ints, padding: Pairs) -> bool:
-    """Return True if the plane is strided and its output sides are exactly the input sides divided by the strides."""
+def _divides_plane(shape: Ints, kernel: Ints, strides: Ints, padding: Pairs) -> bool:
+    """True if the plane is strided, and the sides of its output are the sides of its input divided by the strides."""
     plane = zip(shape[-3:-1], kernel[-4:-2], strides[-2:], padding[-2:], strict=True)
     return max(strides[-2:]) > 1 and all(
         0 <= before <= k - s and n % s == 0 and (n + before + after - k) // s + 1 == n // s
@@ -63,7 +63,7 @@ def _halves(shape: Ints, kernel: Ints, strides: Ints, padding: Pairs) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _strided(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> jax.Array:
-    """Compute a strided convolution whose output has 1/stride of the sides in the plane; see `_halves`."""
+    """Compute a strided convolution for which `_divides_plane` is True."""
     if x.ndim == 4:
         return conv_reference(x, kernel, strides, padding)
     x, kernel = _fold_depth(x, kernel, strides[0], padding[0])
@@ -76,7 +76,7 @@ def _strided_fwd(x, kernel, strides, padding):
 
 
 def _strided_bwd(strides, padding, residuals, g):
-    """Compute the gradients by `scatter`: the transpose of a strided convolution is a transposed convolution."""
+    """Compute the gradients with `transposed_conv`, which is the transpose of a strided convolution."""
     x, kernel = residuals
     if x.ndim == 4:  # an image is a volume of one slice
         dx, dkernel = _strided_bwd((1, *strides), ((0, 0), *padding), (x[:, None], kernel[None]), g[:, None])
@@ -85,8 +85,8 @@ def _strided_bwd(strides, padding, residuals, g):
         Axis(s, before, n) for s, (before, _), n in zip(strides, padding, x.shape[1:4], strict=True)
     )
     axes = (depth, height, width)
-    dkernel = scatter_gradient(g, delayed(x, g), kernel.shape[:3], axes)
-    dx = scatter(g, jnp.swapaxes(delayed(kernel, dkernel), 3, 4), axes)
+    dkernel = transposed_conv_kernel_gradient(g, delay_until(x, g), kernel.shape[:3], axes)
+    dx = transposed_conv(g, jnp.swapaxes(delay_until(kernel, dkernel), 3, 4), axes)
     return dx, jnp.swapaxes(dkernel, 3, 4)
 
 
@@ -94,7 +94,7 @@ _strided.defvjp(_strided_fwd, _strided_bwd)
 
 
 def _space_to_depth(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> tuple[jax.Array, jax.Array]:
-    """Turn the strides into channels: stride s gives s times the channels and a kernel of ceil(k / s) taps."""
+    """Convert to a convolution of stride 1: a stride s gives s times as many channels, and ceil(k / s) taps."""
     ndim = len(strides)
     pads, blocks = [], []
     for n, k, s, (before, after) in zip(x.shape[1:-1], kernel.shape[:ndim], strides, padding, strict=True):
@@ -122,17 +122,18 @@ def _space_to_depth(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pai
 def _dense_unit(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
     """Compute a dense convolution of stride 1.
 
-    In 3D one 2D convolution of all planes gives an output for each tap along the depth; these are shifted by their tap
-    and added. If the output has many more channels than the input, the planes of all taps are concatenated as channels
-    before the convolution instead. Winograd's algorithm is used where it is faster.
+    In 3D one 2D convolution of all planes computes the contributions of all taps along the depth as separate output
+    channels. These are shifted by the positions of their taps and added. If the output has at least `_MANY_OUTPUTS`
+    times as many channels as the input, the input slices of all taps are concatenated as channels instead, before the
+    2D convolution. Winograd's algorithm is used where it is faster.
     """
-    if suits(x.shape, kernel.shape, padding):
+    if is_faster(x.shape, kernel.shape, padding):
         return winograd(x, kernel, padding)
     if x.ndim == 4:
         return conv_reference(x, kernel, (1, 1), padding)
     batch, depth, height, width, channels = x.shape
     taps, out = kernel.shape[0], kernel.shape[-1]
-    if taps == 1 or out >= _MANY * channels:
+    if taps == 1 or out >= _MANY_OUTPUTS * channels:
         x, columns = _fold_depth(x, kernel, 1, padding[0])
         y = conv_reference(x.reshape(-1, height, width, x.shape[-1]), columns, (1, 1), padding[1:])
         return y.reshape(batch, -1, *y.shape[1:])
@@ -141,7 +142,7 @@ def _dense_unit(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
     y = conv_reference(planes, columns, (1, 1), padding[1:])
     y = y.reshape(batch, depth, *y.shape[1:3], taps, out)
     depth_out = depth + sum(padding[0]) - taps + 1
-    parts = [moved(y[..., a, :], padding[0][0] - a, depth_out) for a in reversed(range(taps))]
+    parts = [shift_planes(y[..., a, :], padding[0][0] - a, depth_out) for a in reversed(range(taps))]
     return functools.reduce(operator.add, parts)
 
 
@@ -152,13 +153,13 @@ def _dense_unit_fwd(x, kernel, padding):
 def _dense_unit_bwd(padding, residuals, g):
     x, kernel = residuals
     window = kernel.shape[:-2]
-    if suits(x.shape, kernel.shape, padding):
+    if is_faster(x.shape, kernel.shape, padding):
         dkernel = winograd_gradient(x, g, window, padding)
     else:
-        dkernel = kernel_gradient(delayed(x, g), g, window, padding)
+        dkernel = kernel_gradient(delay_until(x, g), g, window, padding)
     # the gradient of the input is a convolution with reversed kernel, swapped channels and complementary padding
     back = tuple((k - 1 - before, k - 1 - after) for k, (before, after) in zip(window, padding, strict=True))
-    reversed_kernel = jnp.swapaxes(jnp.flip(delayed(kernel, dkernel), tuple(range(len(window)))), -1, -2)
+    reversed_kernel = jnp.swapaxes(jnp.flip(delay_until(kernel, dkernel), tuple(range(len(window)))), -1, -2)
     return _dense_unit(g, reversed_kernel, back), dkernel
 
 

@@ -11,14 +11,14 @@ from jax import lax
 from xdim_jax.ops.layout import Ints, Pairs, largest_divisor, split_axes
 
 _UNROLLED_TAPS = 27  # with more taps in one fusion, XLA on CPU does not vectorise the loop
-_TREE_ROWS = 16  # number of parts that are added elementwise before the reduction over space
+_ADDED_PARTS = 16  # number of parts of an array that are added elementwise before the sum over space
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> jax.Array:
-    """Compute a depthwise convolution; see `xdim_jax.ops.conv`.
+    """Compute a depthwise convolution; see `xdim_jax.ops.conv` for the arguments.
 
-    With more than 27 taps, the taps along the first axis are a loop in the program.
+    If the kernel has more than 27 taps, the program has a loop over the taps along the first axis.
     """
     ndim = len(strides)
     window, taps = kernel.shape[:ndim], kernel.reshape(*kernel.shape[:ndim], -1)
@@ -36,7 +36,7 @@ def depthwise(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) ->
 
 
 def _phases(x: jax.Array, window: Ints, strides: Ints, padding: Pairs) -> tuple[jax.Array, Ints]:
-    """Pad, and split every axis into the phases of its stride.
+    """Pad, and split every axis into the phases of its stride: phase r has the elements r, r + s, r + 2 s, ...
 
     Returns:
         Array ``(B, *ceil(n / s), *s, C)``, and the spatial size of the output.
@@ -54,8 +54,8 @@ def _phases(x: jax.Array, window: Ints, strides: Ints, padding: Pairs) -> tuple[
     return x, tuple(out)
 
 
-def _tap(phases: jax.Array, tap: Ints, strides: Ints, out: Ints) -> jax.Array:
-    """Return the inputs that are multiplied by one tap of the kernel, one per output voxel."""
+def _tap_inputs(phases: jax.Array, tap: Ints, strides: Ints, out: Ints) -> jax.Array:
+    """Return the inputs that are multiplied by one tap of the kernel, one for each output voxel."""
     start = [a // s for a, s in zip(tap, strides, strict=True)]
     phase = [a % s for a, s in zip(tap, strides, strict=True)]
     batch, channels = phases.shape[0], phases.shape[-1]
@@ -64,14 +64,15 @@ def _tap(phases: jax.Array, tap: Ints, strides: Ints, out: Ints) -> jax.Array:
 
 
 def _tap_sum(phases: jax.Array, taps: jax.Array, strides: Ints, out: Ints, first: range) -> jax.Array:
-    total, shape = (
-        None,
-        (phases.shape[0], *out, phases.shape[-1]),
-    )  # lax, not jnp: its checks would add seconds of tracing
+    """Return the sum over taps of their inputs times their weights.
+
+    It calls lax instead of jnp, whose checks would add seconds of tracing.
+    """
+    total, shape = None, (phases.shape[0], *out, phases.shape[-1])
     for tap in _indices(first, *map(range, taps.shape[1:-1])):
         weight = lax.slice(taps, [*tap, 0], [*(a + 1 for a in tap), taps.shape[-1]])
         weight = lax.broadcast_in_dim(lax.reshape(weight, taps.shape[-1:]), shape, (len(shape) - 1,))
-        part = lax.mul(_tap(phases, tap, strides, out), weight)
+        part = lax.mul(_tap_inputs(phases, tap, strides, out), weight)
         total = part if total is None else lax.add(total, part)
     assert total is not None
     return total
@@ -134,7 +135,7 @@ def _depthwise_kernel_gradient(
 ) -> jax.Array:
     """Return the gradient of the kernel: for each tap, the sum over voxels of its inputs times ``g``.
 
-    The taps along all axes but the last are a loop in the program.
+    The program has a loop over the taps along all axes but the last.
     """
     ndim = len(strides)
     window = tuple(shape[:ndim])
@@ -148,7 +149,7 @@ def _depthwise_kernel_gradient(
             rows = lax.dynamic_index_in_dim(rows, a % strides[axis], 1 + ndim + axis)
             rows = lax.dynamic_slice_in_dim(rows, a // strides[axis], out[axis], 1 + axis)
         inner = (1,) * (ndim - 1) + (strides[-1],)
-        sums = [_space_sum(_tap(rows, (0,) * (ndim - 1) + (c,), inner, out), g) for c in range(last)]
+        sums = [_space_sum(_tap_inputs(rows, (0,) * (ndim - 1) + (c,), inner, out), g) for c in range(last)]
         return lax.dynamic_update_index_in_dim(grad, jnp.stack(sums), i, 0)
 
     grad = lax.fori_loop(0, math.prod(outer), body, jnp.zeros((math.prod(outer), last, x.shape[-1]), x.dtype))
@@ -158,10 +159,11 @@ def _depthwise_kernel_gradient(
 def _space_sum(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the sum of ``a * b`` over all axes but the last.
 
-    Parts of the array are added elementwise first; the rest of the sum is a matrix product with ones.
+    The array is divided into parts, which are added elementwise first. The rest of the sum is a matrix product with
+    ones.
     """
     channels = a.shape[-1]
-    rows = largest_divisor(a.shape[1], _TREE_ROWS)
+    rows = largest_divisor(a.shape[1], _ADDED_PARTS)
     n = a.shape[1] // rows
     total = a[:, :n] * b[:, :n]
     for r in range(1, rows):

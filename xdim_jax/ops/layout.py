@@ -1,4 +1,4 @@
-"""Helpers of the operations: padding, axis names, splitting and shifting axes, the order of computation."""
+"""Helpers of the operations: padding, dimension numbers, splitting and shifting axes, the order of computation."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,14 @@ Ints = tuple[int, ...]
 
 
 def same_padding(size: Sequence[int], kernel: Sequence[int], strides: Sequence[int]) -> Pairs:
-    """Return TensorFlow's "SAME" padding, which the ``tf_efficientnet_*`` weights were trained with.
+    """Return TensorFlow's "SAME" padding, with which the ``tf_efficientnet_*`` weights were trained.
 
-    An odd padding element is placed at the end of the axis.
+    If the number of padding elements of an axis is odd, there is one more after the axis than before it.
+
+    Args:
+        size: Spatial size of the input.
+        kernel: Size of the kernel along each axis.
+        strides: One number per axis.
     """
     pairs = []
     for n, k, s in zip(size, kernel, strides, strict=True):
@@ -23,12 +28,12 @@ def same_padding(size: Sequence[int], kernel: Sequence[int], strides: Sequence[i
 
 
 def symmetric_padding(kernel: Sequence[int]) -> Pairs:
-    """Return ``k // 2`` elements of padding on both sides of each axis, PyTorch's usual convention."""
+    """Return a padding of ``k // 2`` elements on both sides of each axis, as is usual in PyTorch."""
     return tuple((k // 2, k // 2) for k in kernel)
 
 
 def conv_reference(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs, groups: int = 1) -> jax.Array:
-    """Compute a convolution as one ``lax`` call: the reference implementation."""
+    """Compute a convolution as one ``lax`` call; see `xdim_jax.ops.conv` for the arguments."""
     return lax.conv_general_dilated(
         x, kernel, strides, padding, dimension_numbers=layout(x.ndim - 2), feature_group_count=groups
     )
@@ -51,11 +56,11 @@ def largest_divisor(n: int, limit: int) -> int:
     return max((d for d in range(1, n + 1) if n % d == 0 and d <= limit), default=1)
 
 
-def moved(x: jax.Array, by: int, size: int, stride: int = 1) -> jax.Array:
-    """Move plane i to ``stride * i + by`` along the first spatial axis of an array with ``size`` planes.
+def shift_planes(x: jax.Array, by: int, size: int, stride: int = 1) -> jax.Array:
+    """Copy plane i to position ``stride * i + by`` of an array of zeros with ``size`` planes.
 
-    Planes that are moved outside are dropped, and the other planes are zero. This is one ``lax.pad``, which XLA fuses
-    into the sum that uses it.
+    Planes are taken along the first spatial axis. Planes whose new position is outside the array are dropped. This is
+    one ``lax.pad``, which XLA fuses into the sum that uses it.
     """
     end = by + stride * (x.shape[1] - 1) + 1
     if (by, end, stride) == (0, size, 1):
@@ -64,12 +69,13 @@ def moved(x: jax.Array, by: int, size: int, stride: int = 1) -> jax.Array:
     return lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
-def delayed(x: jax.Array, other: jax.Array) -> jax.Array:
+def delay_until(x: jax.Array, other: jax.Array) -> jax.Array:
     """Return ``x`` with a false dependency on ``other``, which delays its computation until ``other`` is available.
 
     Backward passes use this for arrays that they recompute from the residuals. Without it XLA on CPU computes these
     arrays right after the forward pass, all at once, and keeps them in memory until they are used. Optimisation
     barriers do not help: XLA on CPU removes them before it merges equal computations and orders the others.
+
     With several devices ``x`` is returned unchanged, because reading one element of a distributed array would need
     communication.
     """

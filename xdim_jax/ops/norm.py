@@ -8,14 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xdim_jax.ops.form import active_form
-from xdim_jax.ops.layout import Ints, delayed
+from xdim_jax.ops.implementation import active_implementation
+from xdim_jax.ops.layout import Ints, delay_until
 
 _ACTIVATIONS = (None, "silu", "relu", "relu6", "gelu")
 
 
 def activate(x: jax.Array, activation: str | None) -> jax.Array:
-    """Apply an activation: None, ``silu``, ``relu``, ``relu6`` or ``gelu`` (exact, by the error function)."""
+    """Apply an activation: None, ``silu``, ``relu``, ``relu6`` or ``gelu`` (the exact one, with the error function).
+
+    Raises:
+        ValueError: The name is unknown.
+    """
     if activation not in _ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {_ACTIVATIONS}")
     if activation == "silu":
@@ -54,7 +58,7 @@ def normalise(
         The result, the mean and the biased variance. The two statistics keep ``axes`` with size 1. They have no
         gradient and are for running averages.
     """
-    if active_form() == "reference" or across is not None:
+    if active_implementation() == "reference" or across is not None:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # cast once, so that its gradient is rounded once
         mean, var = _moments(wide, axes, across)
         z = (wide - mean) * lax.rsqrt(var + eps) * scale + bias
@@ -63,7 +67,14 @@ def normalise(
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, eps: float) -> jax.Array:
-    """Standardise every voxel over its channels, scale and shift (Ba et al. 2016)."""
+    """Standardise every voxel over its channels, scale and shift (Ba et al. 2016).
+
+    Args:
+        x: Array ``(batch, *spatial, channels)``.
+        scale: Factor of each channel, ``(channels,)``.
+        bias: Shift of each channel, ``(channels,)``.
+        eps: Number that is added to the (biased) variance.
+    """
     mean, var = _moments(x, (x.ndim - 1,))
     return ((x - mean) * lax.rsqrt(var + eps) * scale + bias).astype(x.dtype)
 
@@ -80,6 +91,7 @@ def squeeze_excite(x: jax.Array, gate: Callable[[jax.Array], jax.Array], *, axes
 
 
 def _moments(x: jax.Array, axes: Ints, across: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """Return mean and biased variance, in float32 or better; see `normalise` for the arguments."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     share = (lambda a: lax.pmean(a, across)) if across else (lambda a: a)
     mean = share(jnp.mean(x, axes, keepdims=True))
@@ -100,11 +112,11 @@ def _normalise_fwd(x, scale, bias, axes, eps, activation):
 
 def _normalise_bwd(axes, eps, activation, residuals, cotangents):
     x, scale, bias, mean, rstd = residuals
-    mean = delayed(mean, cotangents[0])
+    mean = delay_until(mean, cotangents[0])
     xhat = (x - mean) * rstd
     dz = cotangents[0].astype(xhat.dtype)
     if activation is not None:
-        dz = dz * _slope(xhat * scale + bias, activation)
+        dz = dz * _derivative(xhat * scale + bias, activation)
     sum_dz = jnp.sum(dz, axes, keepdims=True)
     sum_dz_xhat = jnp.sum(dz * xhat, axes, keepdims=True)
     count = math.prod(x.shape[a] for a in axes)
@@ -114,7 +126,8 @@ def _normalise_bwd(axes, eps, activation, residuals, cotangents):
     return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
 
 
-def _slope(z: jax.Array, activation: str) -> jax.Array:
+def _derivative(z: jax.Array, activation: str) -> jax.Array:
+    """Return the derivative of an activation at ``z``."""
     if activation == "relu":
         return (z > 0).astype(z.dtype)
     if activation == "relu6":

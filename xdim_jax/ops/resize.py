@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from xdim_jax.ops.form import count_use, forced_form
+from xdim_jax.ops.implementation import count_use, requested_implementation
 from xdim_jax.ops.layout import Ints, Pairs, layout
 
 
@@ -29,7 +29,7 @@ def conv_transpose(
         x: Array ``(batch, *spatial, in)``.
         kernel: Array ``(*kernel, in, out)``.
         strides: One number per axis; None for the size of the kernel.
-        crop: Number of outputs left out at the start of every axis, PyTorch's ``padding``; None for 0.
+        crop: Number of outputs p to remove at the start of every axis (PyTorch's ``padding``); None for 0.
         size: Spatial size of the output; None for ``(n - 1) s - 2 p + k``. Outputs that no tap reaches are 0.
 
     Returns:
@@ -42,11 +42,11 @@ def conv_transpose(
     if size is None:
         sides = zip(x.shape[1:-1], window, strides, crop, strict=True)
         size = tuple((n - 1) * s - 2 * p + k for n, k, s, p in sides)
-    count_use("transposed by XLA" if forced_form() == "reference" else "transposed as matrix products")
-    if forced_form() == "reference":
+    count_use("transposed by XLA" if requested_implementation() == "reference" else "transposed as matrix products")
+    if requested_implementation() == "reference":
         return _conv_transpose_reference(x, kernel, strides, crop, size)
     columns = jnp.moveaxis(kernel, ndim, 0).reshape(channels, -1)
-    if forced_form() == "sharded":  # a reshape would merge distributed axes with others
+    if requested_implementation() == "sharded":  # a reshape would merge distributed axes with others
         y = jnp.tensordot(x, columns, 1).reshape(*x.shape[:-1], *window, out)
     else:
         y = (x.reshape(-1, channels) @ columns).reshape(*x.shape[:-1], *window, out)
@@ -64,7 +64,11 @@ def conv_transpose(
 
 
 def _overlap_add(y: jax.Array, axis: int, taps_axis: int, stride: int, crop: int, size: int) -> jax.Array:
-    """Add tap t of position i to output ``stride * i + t``: one sum per phase of the stride; the phases interleave."""
+    """Add tap t of position i to output ``stride * i + t``, along one axis.
+
+    The outputs of each phase (those with the same index modulo the stride) are computed as one sum of shifted arrays,
+    and the phases are interleaved.
+    """
     n, taps = y.shape[axis], y.shape[taps_axis]
     rounds = -(-taps // stride)
     phases = []
@@ -79,7 +83,7 @@ def _overlap_add(y: jax.Array, axis: int, taps_axis: int, stride: int, crop: int
                 pads[axis] = (q, rounds - 1 - q)
                 part = jnp.pad(part, pads)
             total = part if total is None else total + part
-        if total is None:  # a stride longer than the kernel leaves gaps
+        if total is None:  # the stride is longer than the kernel: no tap reaches this phase
             shape = [m for i, m in enumerate(y.shape) if i != taps_axis]
             shape[axis] = n + rounds - 1
             total = jnp.zeros(shape, y.dtype)
@@ -108,10 +112,13 @@ def upsample(x: jax.Array, factors: Ints, size: Sequence[int] | None = None) -> 
     Args:
         x: Array ``(batch, *spatial, channels)``.
         factors: One whole number per spatial axis.
-        size: Spatial size of the output; None for ``factors`` times that of ``x``.
+        size: Spatial size of the output; None for ``factors`` times the size of ``x``.
+
+    Returns:
+        Array ``(batch, *size, channels)``.
 
     Raises:
-        ValueError: ``size`` is larger than ``factors`` times that of ``x``.
+        ValueError: ``size`` is larger than ``factors`` times the size of ``x``.
     """
     for axis, factor in enumerate(factors, 1):
         if factor > 1:
@@ -121,14 +128,24 @@ def upsample(x: jax.Array, factors: Ints, size: Sequence[int] | None = None) -> 
         if size is not None and x.shape[axis] != size[axis - 1]:
             if x.shape[axis] < size[axis - 1]:
                 raise ValueError(
-                    f"upsample: axis {axis - 1} has {x.shape[axis]} samples, {size[axis - 1]} are requested"
+                    f"upsample: axis {axis - 1} has {x.shape[axis]} elements, but size={tuple(size)} requests more"
                 )
             x = lax.slice_in_dim(x, 0, size[axis - 1], axis=axis)
     return x
 
 
 def max_pool(x: jax.Array, window: Ints, strides: Ints, padding: Pairs) -> jax.Array:
-    """Return the largest value of every window; padding is minus infinity."""
+    """Return the largest value in every window.
+
+    Args:
+        x: Array ``(batch, *spatial, channels)``.
+        window: Size of the window along each spatial axis.
+        strides: One number per spatial axis.
+        padding: Number of elements ``(before, after)`` for each spatial axis, which are minus infinity.
+
+    Returns:
+        Array ``(batch, *spatial_out, channels)``.
+    """
     if math.prod(window) == 1:
         return x
     pads = ((0, 0), *padding, (0, 0))

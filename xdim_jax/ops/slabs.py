@@ -1,4 +1,4 @@
-"""The gradient of the kernel of a dense convolution of stride 1."""
+"""The gradient of the kernel of a dense convolution of stride 1, computed slab by slab."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,15 @@ from jax import lax
 
 from xdim_jax.ops.layout import Ints, Pairs, largest_divisor
 
-_SLAB_BYTES = 8 << 20  # the arrays of a slab fit into the last-level cache
+_SLAB_BYTES = 8 << 20  # largest size of the arrays of a slab, so that they fit into the last-level cache
 
 
 def kernel_gradient(x: jax.Array, g: jax.Array, window: Ints, padding: Pairs) -> jax.Array:
-    """Return the gradient of a kernel, computed as a sum of matrix products over slabs of the volume.
+    """Return the gradient of a kernel as a sum of matrix products, one for each slab of the volume.
 
-    A matrix product multiplies x, shifted by every tap along W, by g, shifted by every tap along the other axes.
+    A slab consists of some rows of a plane, or of some planes. Its matrix product has the copies of ``x`` that are
+    shifted by each tap along W as one factor, and the copies of ``g`` that are shifted by each pair of taps along D and
+    H as the other.
 
     Args:
         x: Input of the convolution, ``(batch, *spatial, in)`` with two or three spatial axes.

@@ -2,8 +2,8 @@
 
 Four outputs along the axis need six products instead of twelve: ``y = A^T [(G g) * (B^T d)]``. Each of the six products
 is a convolution over the other axes. The matrices are those of Toom and Cook for the points 0, +-3/4, +-3/2 and
-infinity. With these points all terms of the sums have similar magnitudes: in float32 the error is 1.3 times that of a
-plain sum of 432 terms. With the points 0, +-1, +-2 and infinity it is twice that of the plain sum.
+infinity. With these points all terms of the sums have similar magnitudes. In float32 the error is 1.3 times the error
+of a plain sum of 432 terms; with the points 0, +-1, +-2 and infinity it is 2 times this error.
 """
 
 import functools
@@ -16,35 +16,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xdim_jax.ops.layout import Ints, Pairs, conv_reference, delayed, moved
+from xdim_jax.ops.layout import Ints, Pairs, conv_reference, delay_until, shift_planes
 from xdim_jax.ops.slabs import kernel_gradient
 
 _POINTS = (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2))
 _OUTPUTS, _TAPS = 4, 3
-_PRODUCTS = 5e8  # below this, compiling six convolutions in place of one costs more time than they save
-_CHANNELS = {4: 40, 5: 16}  # by number of axes: with fewer channels, moving the parts takes longer than the products
+# minimum number of products: with fewer, compiling six convolutions instead of one takes more time than is saved
+_MIN_PRODUCTS = 5e8
+# minimum number of channels, by the number of axes of x: with fewer, copying takes longer than the saved products
+_MIN_CHANNELS = {4: 40, 5: 16}
 
 
-def suits(shape: Ints, kernel: Ints, padding: Pairs) -> bool:
-    """Return True if a convolution of stride 1 is possible and faster by this algorithm; the limits are from CPUs."""
-    enough = min(kernel[-2:]) >= _CHANNELS[len(shape)] and math.prod(shape[:-1]) * math.prod(kernel) >= _PRODUCTS
-    return enough and kernel[0] == _TAPS and padding[0] == (1, 1) and shape[1] >= _OUTPUTS
+def is_faster(shape: Ints, kernel: Ints, padding: Pairs) -> bool:
+    """True if the algorithm supports a convolution of stride 1 and is faster. The limits were measured on CPUs.
+
+    Args:
+        shape: Shape of the input, ``(batch, *spatial, in)``.
+        kernel: Shape of the kernel, ``(*kernel, in, out)``.
+        padding: Padding of the convolution.
+    """
+    large = min(kernel[-2:]) >= _MIN_CHANNELS[len(shape)] and math.prod(shape[:-1]) * math.prod(kernel) >= _MIN_PRODUCTS
+    return large and kernel[0] == _TAPS and padding[0] == (1, 1) and shape[1] >= _OUTPUTS
 
 
 def winograd(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
-    """Compute a convolution for which `suits` is True."""
+    """Compute a convolution of stride 1 that the algorithm supports, see `is_faster`."""
     kernels = jnp.tensordot(jnp.asarray(_G, x.dtype), kernel, 1)
-    parts = [_inner(part, kernels[j], padding[1:]) for j, part in enumerate(_inputs(x))]
+    parts = [_conv_other_axes(part, kernels[j], padding[1:]) for j, part in enumerate(_inputs(x))]
     return functools.reduce(
-        operator.add, [moved(_combine(row, parts), i, x.shape[1], _OUTPUTS) for i, row in enumerate(_A.T)]
+        operator.add, [shift_planes(_combine(row, parts), i, x.shape[1], _OUTPUTS) for i, row in enumerate(_A.T)]
     )
 
 
-def _inner(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
-    """Compute the convolution over the other axes.
-
-    In 3D these are the planes. In 2D these are the rows: the kernel has one tap across them.
-    """
+def _conv_other_axes(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
+    """Compute the convolution over all axes but the first: over the planes of a volume, or the rows of an image."""
     if x.ndim == 4:
         return conv_reference(x, kernel[None], (1, 1), ((0, 0), *padding))
     y = conv_reference(x.reshape(-1, *x.shape[2:]), kernel, (1, 1), padding)
@@ -58,28 +63,38 @@ def _inputs(x: jax.Array) -> list[jax.Array]:
 
 
 def _planes(x: jax.Array) -> list[jax.Array]:
-    """Return the six planes that a tile depends on: the one before it, its four, and the one after it."""
+    """Return the six planes on which a tile of four planes depends: the previous plane, the four, and the next one."""
     tiles = _tiles(x)
     count = tiles.shape[1]
     inside = [tiles[:, :, i] for i in range(_OUTPUTS)]
-    return [moved(inside[-1], 1, count), *inside, moved(inside[0], -1, count)]
+    return [shift_planes(inside[-1], 1, count), *inside, shift_planes(inside[0], -1, count)]
 
 
 def _tiles(x: jax.Array) -> jax.Array:
+    """Split the first spatial axis into tiles of four planes; the last tile is filled with zeros."""
     count = -(-x.shape[1] // _OUTPUTS)
-    return moved(x, 0, count * _OUTPUTS).reshape(x.shape[0], count, _OUTPUTS, *x.shape[2:])
+    return shift_planes(x, 0, count * _OUTPUTS).reshape(x.shape[0], count, _OUTPUTS, *x.shape[2:])
 
 
 def winograd_gradient(x: jax.Array, g: jax.Array, window: Ints, padding: Pairs) -> jax.Array:
     """Return the gradient of the kernel, ``G^T [(B^T d) (A g)]``.
 
     The six products are computed one after another, because the inputs of each are large.
+
+    Args:
+        x: Input of the convolution.
+        g: Gradient of its output.
+        window: Size of the kernel along each axis.
+        padding: Padding of the convolution.
+
+    Returns:
+        Array ``(*window, in, out)``.
     """
     grads, done = [], g
     for part, row in zip(_BT, _A, strict=True):
-        tiles = _tiles(delayed(g, done))
-        given = _combine(row, [tiles[:, :, i] for i in range(_OUTPUTS)])
-        pair = (_combine(part, _planes(delayed(x, done))), given)
+        tiles = _tiles(delay_until(g, done))
+        g_part = _combine(row, [tiles[:, :, i] for i in range(_OUTPUTS)])
+        pair = (_combine(part, _planes(delay_until(x, done))), g_part)
         if x.ndim == 4:
             grad = kernel_gradient(*pair, (1, *window[1:]), ((0, 0), *padding[1:]))[0]
         else:
@@ -90,6 +105,7 @@ def winograd_gradient(x: jax.Array, g: jax.Array, window: Ints, padding: Pairs) 
 
 
 def _combine(weights: Sequence[float], parts: Sequence[jax.Array]) -> jax.Array:
+    """Return the weighted sum of arrays."""
     terms = [p if w == 1 else p * np.asarray(w, p.dtype) for w, p in zip(weights, parts, strict=True) if w != 0]
     return functools.reduce(operator.add, terms)
 

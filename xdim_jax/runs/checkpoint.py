@@ -1,4 +1,4 @@
-"""Checkpoints with orbax: the training state, to resume from, and the best weights, to predict with.
+"""Checkpoints with orbax: training states, from which a run resumes, and the best weights, for prediction.
 
 <workdir>/checkpoints/<step>/   the two latest training states, written in the background
 <workdir>/best/<step>/          weights and running statistics of the best validation
@@ -26,7 +26,7 @@ from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.runs.state import TrainState
 from xdim_jax.runs.workdir import CONFIG_FILE
 
-KEPT = 2  # latest states; if the newest is damaged, the one before it is used
+KEPT = 2  # number of latest states to keep: if the newest is damaged, the run resumes from the one before it
 LATEST_FOLDER, BEST_FOLDER = "checkpoints", "best"
 _TRIES = 5  # attempts to read weights that a running training may replace at any time
 _SCORE = "dice"
@@ -40,8 +40,8 @@ class Checkpoints:
     Attributes:
         latest: Manager of the latest states.
         best: Manager of the best weights.
-        alone: False if all processes save together into one folder. True if each process has a disk of its own: process
-            0 saves alone, because every process has the whole state, and the other processes have no managers.
+        alone: False if all processes save together into one shared folder. True if each process has its own disk. Then
+            only process 0 has managers and saves the state, of which every process has a complete copy.
     """
 
     latest: ocp.CheckpointManager | None
@@ -52,11 +52,13 @@ class Checkpoints:
 _LOGGERS = ("absl", "asyncio")  # orbax logs every save and restore at INFO
 
 
-def quieten_process() -> None:
-    """Silence messages of orbax for the rest of the process. For entry points only, because it changes global state.
+def silence_orbax() -> None:
+    """Silence the messages of orbax for the rest of the process.
 
-    If a write fails, orbax raises an error, and in addition every other array of that save logs, warns that a coroutine
-    was never awaited, or reports a closed event loop. These messages come from background threads, at any time.
+    If a write fails, orbax raises an error. In addition, its background threads print a log line, a warning about a
+    coroutine that was never awaited, or an "Event loop is closed" for every other array, and may do so at any time.
+
+    Only entry points should call this function, because it changes global state.
     """
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -84,7 +86,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def exist(workdir: Path) -> bool:
+def exists(workdir: Path) -> bool:
     """Return True if a run in this workdir has saved a checkpoint."""
     return any(_newest(workdir / folder) for folder in (LATEST_FOLDER, BEST_FOLDER))
 
@@ -100,6 +102,9 @@ def open_checkpoints(
         workdir: Folder of the run.
         warn: Called with a warning for each checkpoint that is deleted.
         alone: See `Checkpoints`; has no effect in runs with one process.
+
+    Raises:
+        UserError: The folders cannot be created.
     """
     alone = alone and jax.process_count() > 1
     if alone and jax.process_index():
@@ -147,16 +152,21 @@ def close(checkpoints: Checkpoints) -> None:
 
 
 def save_latest(checkpoints: Checkpoints, state: TrainState, progress: dict[str, Any]) -> None:
-    """Start to save a state in the background, unless there is a checkpoint of its step already.
+    """Start to save a state in the background. Do nothing if a checkpoint of this step exists.
+
+    Args:
+        checkpoints: Open checkpoint folders.
+        state: State to save.
+        progress: Values to save as JSON with the state.
 
     Raises:
-        UserError: This save, or the one before it, cannot be written.
+        UserError: This save, or the previous one, has failed.
     """
     manager = checkpoints.latest
     if manager is None:
         return
     step = int(state.step)
-    state = _held(state) if checkpoints.alone else state
+    state = _local_copy(state) if checkpoints.alone else state
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
     if step not in manager.all_steps():
         _guarded(manager, lambda: manager.save(step, args=items, force=True))
@@ -165,9 +175,17 @@ def save_latest(checkpoints: Checkpoints, state: TrainState, progress: dict[str,
 def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, score: float) -> None:
     """Save the weights if their score is the best so far, and wait until they are complete.
 
-    The weights before them are deleted afterwards, so the newest folder has the best weights at any time. A running
-    save of a state is finished first: orbax numbers the barriers of both managers together, so with several processes,
-    two saves at the same time could wait at different barriers.
+    The previous best weights are deleted only afterwards, so a reader always finds complete weights.
+
+    Args:
+        checkpoints: Open checkpoint folders.
+        step: Number of steps done.
+        params: Parameters.
+        stats: Running statistics.
+        score: Mean validation Dice.
+
+    Raises:
+        UserError: The weights cannot be written.
     """
     latest, best = checkpoints.latest, checkpoints.best
     if latest is None or best is None:
@@ -176,15 +194,17 @@ def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, scor
     if kept is not None and (best.metrics(kept) or {}).get(_SCORE, -1.0) >= score:
         return
     weights = {"params": params, "stats": stats}
-    items = ocp.args.Composite(weights=ocp.args.StandardSave(_held(weights) if checkpoints.alone else weights))
+    items = ocp.args.Composite(weights=ocp.args.StandardSave(_local_copy(weights) if checkpoints.alone else weights))
     if step not in best.all_steps():
+        # orbax has one counter of barriers for both managers: with several processes, two saves at the same time could
+        # wait at different barriers
         _guarded(latest, latest.wait_until_finished)
         _guarded(best, lambda: best.save(step, args=items, metrics={_SCORE: score}, force=True))
         _guarded(best, best.wait_until_finished)
 
 
-def _held(tree: Any) -> Any:
-    """Return the arrays of this process, given trees that are replicated over all processes."""
+def _local_copy(tree: Any) -> Any:
+    """Return this process's copy of arrays that are replicated over all processes, as NumPy arrays."""
     return jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), tree)
 
 
@@ -209,14 +229,15 @@ def _guarded(manager: ocp.CheckpointManager, action: Callable[[], Any]) -> None:
 def restore_latest(
     checkpoints: Checkpoints, like: TrainState, warn: Callable[[str], None]
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """Return the newest state that can be read, with its progress; None if there is no checkpoint.
-
-    Damaged checkpoints are moved to another folder.
+    """Read the newest state that can be read. Newer, damaged checkpoints are moved to another folder.
 
     Args:
         checkpoints: Open checkpoint folders.
         like: State with the shapes and shardings of the result; the checkpoint may come from other devices.
         warn: Called with a warning for each damaged checkpoint.
+
+    Returns:
+        The state, and the progress that was saved with it; None if there is no checkpoint.
 
     Raises:
         UserError: There are checkpoints, but none can be read.
@@ -236,13 +257,13 @@ def _restore_for_all(
 
     found = None
     if checkpoints.latest is not None:
-        found = _restore(checkpoints.latest, _held(like), warn)
+        found = _restore(checkpoints.latest, _local_copy(like), warn)
     text = json.dumps(found[1]).encode() if found else b""
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     if not length:
         return None
     text = multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(length, b" "), np.uint8))
-    state = multihost_utils.broadcast_one_to_all(found[0] if found else _held(like))
+    state = multihost_utils.broadcast_one_to_all(found[0] if found else _local_copy(like))
     put = lambda a, old: jax.make_array_from_callback(old.shape, old.sharding, lambda i: np.asarray(a)[i])  # noqa: E731
     return jax.tree.map(put, state, like), json.loads(bytes(np.asarray(text)))
 
@@ -319,9 +340,9 @@ def _newest(folder: Path) -> Path | None:
 
 
 def _read(folder: Path, weights: dict[str, Any]) -> tuple[Any, Any]:
-    """Read the parameters and statistics for evaluation, and nothing else of a state.
+    """Read the parameters and statistics for evaluation, without the other arrays of a state.
 
-    If the checkpoint does not have an array, orbax silently leaves it unset. So names and shapes are compared first.
+    orbax raises no error if the checkpoint lacks an array. Therefore names and shapes are compared first.
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         described = reader.metadata(folder.absolute()).item_metadata
@@ -348,7 +369,7 @@ def _read(folder: Path, weights: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _differences(found: Any, wanted: Any) -> list[str]:
-    """Return leaves that only one tree has, or whose shapes differ. Integer keys of lists are strings on disk."""
+    """Describe the leaves that only one tree has, or whose shapes differ. On disk, indices of lists are strings."""
     trees = [
         {".".join(str(k.key) for k in path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
         for t in (found, wanted)

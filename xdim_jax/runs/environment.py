@@ -1,4 +1,4 @@
-"""Versions, devices and machine, for the records of a run, so that a result can be traced to its environment."""
+"""Description of the environment of a run: package versions, devices and machine."""
 
 import datetime
 import importlib.metadata
@@ -47,12 +47,17 @@ def devices() -> str:
 
 
 def record_start(workdir: Path, step: int) -> None:
-    """Add an entry to the file of a run."""
+    """Append the current environment to `FILE` of a run.
+
+    Args:
+        workdir: Folder of the run.
+        step: Number of steps done at this start.
+    """
     write_json(workdir / FILE, [*read_starts(workdir), {"step": step, **describe()}])
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:
-    """Return the entries of the file of a run; an empty list if the file is missing or damaged."""
+    """Return the entries of `FILE` of a run; an empty list if the file is missing or damaged."""
     try:
         entries = read_json(workdir / FILE)
     except (OSError, UserError):

@@ -26,17 +26,31 @@ STEPS_FILE = "steps.jsonl"  # loss, norms and digests of the batch of every step
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-    """Open record files of a run, and its trackers. Processes that do not write have none of them."""
+    """Open record files and trackers of a run. In processes that write no records, all are None or empty.
+
+    Attributes:
+        jsonl: Open `METRICS_FILE`.
+        steps: Open `STEPS_FILE`.
+        tensorboard: TensorBoard writer.
+        trackers: Trackers, see `xdim_jax.runs.trackers`.
+    """
 
     jsonl: IO[str] | None = None
     validations: IO[str] | None = None
     steps: IO[str] | None = None
     tensorboard: "SummaryWriter | None" = None
-    trackers: list[Any] = dataclasses.field(default_factory=list)  # see xdim_jax.runs.trackers
+    trackers: list[Any] = dataclasses.field(default_factory=list)
 
 
 def read_records(workdir: Path, file: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """Return the records of a run, oldest first, without an incomplete last line of a run that was killed."""
+    """Return the records of a run, oldest first.
+
+    Reading ends at the first line that is not a record, because the last line of a killed run may be incomplete.
+
+    Args:
+        workdir: Folder of the run.
+        file: `METRICS_FILE` or `STEPS_FILE`.
+    """
     path = workdir / file
     if not path.exists():
         return []
@@ -80,7 +94,7 @@ def open_recorder(workdir: Path, step: int, *, writes: bool, trackers: Sequence[
 
 
 def _tensorboard() -> "type[SummaryWriter]":
-    """Return tensorboardX's writer, without importing torch: tensorboardX imports it if it can, which takes seconds."""
+    """Import tensorboardX's writer, but not torch, which tensorboardX would import if installed, in seconds."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
@@ -93,7 +107,17 @@ def _tensorboard() -> "type[SummaryWriter]":
 
 
 def record(recorder: Recorder, kind: str, step: int, values: Mapping[str, float]) -> None:
-    """Append one record, also to TensorBoard and the trackers. Raises UserError if it cannot be written."""
+    """Append a record to `METRICS_FILE`, TensorBoard and the trackers.
+
+    Args:
+        recorder: Open record files.
+        kind: Kind of the record, e.g. "train", "epoch" or "validation".
+        step: Number of steps done.
+        values: Values by name. JSON has null instead of NaN and infinity; TensorBoard and trackers omit these values.
+
+    Raises:
+        UserError: A file cannot be written.
+    """
     if recorder.jsonl is None or recorder.tensorboard is None:
         return
     entry = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
@@ -108,18 +132,18 @@ def record(recorder: Recorder, kind: str, step: int, values: Mapping[str, float]
         recorder.tensorboard.flush()
     except OSError as error:
         raise write_error(Path(recorder.jsonl.name), error) from error
-    _tell_trackers(recorder, lambda tracker: tracker.scalars(step, scalars))
+    _call_trackers(recorder, lambda tracker: tracker.scalars(step, scalars))
 
 
-def _tell_trackers(recorder: Recorder, tell: Callable[[Any], None]) -> None:
-    """Call every tracker. A tracker that fails (no server, full disk) is not used any more, and training continues."""
+def _call_trackers(recorder: Recorder, call: Callable[[Any], None]) -> None:
+    """Call a function for every tracker. A tracker that fails (no server, full disk) is removed with a warning."""
     for tracker in list(recorder.trackers):
         try:
-            tell(tracker)
+            call(tracker)
         except Exception as error:
             recorder.trackers.remove(tracker)
             reason = first_line(error)
-            warn(f"{type(tracker).__name__.strip('_').lower()} fails and is not used any more: {reason}")
+            warn(f"{type(tracker).__name__.strip('_').lower()} has failed and is no longer used: {reason}")
 
 
 def record_cases(recorder: Recorder, step: int, cases: Mapping[str, Mapping[str, float]]) -> None:
@@ -134,7 +158,7 @@ def record_cases(recorder: Recorder, step: int, cases: Mapping[str, Mapping[str,
 
 
 def record_steps(recorder: Recorder, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Append the values that `verify_run` compares. Raises UserError if they cannot be written."""
+    """Append the records of steps to `STEPS_FILE`. Raises UserError if they cannot be written."""
     if recorder.steps is None:
         return
     try:
@@ -145,7 +169,16 @@ def record_steps(recorder: Recorder, entries: Sequence[Mapping[str, Any]]) -> No
 
 
 def record_pictures(recorder: Recorder, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-    """Record pictures, uint8 (H, W, 3), by name. Raises UserError if they cannot be written."""
+    """Write pictures to TensorBoard and the trackers.
+
+    Args:
+        recorder: Open record files.
+        step: Number of steps done.
+        pictures: Pictures by name, uint8 (H, W, 3).
+
+    Raises:
+        UserError: TensorBoard's file cannot be written.
+    """
     if recorder.tensorboard is None:
         return
     try:
@@ -154,12 +187,12 @@ def record_pictures(recorder: Recorder, step: int, pictures: Mapping[str, np.nda
         recorder.tensorboard.flush()
     except OSError as error:
         raise write_error(Path(str(recorder.tensorboard.logdir)), error) from error
-    _tell_trackers(recorder, lambda tracker: tracker.pictures(step, pictures))
+    _call_trackers(recorder, lambda tracker: tracker.pictures(step, pictures))
 
 
 def close_recorder(recorder: Recorder) -> None:
     """Close the files. If the disk is full, the loss of the last buffered scalars is only a warning."""
-    _tell_trackers(recorder, lambda tracker: tracker.close())
+    _call_trackers(recorder, lambda tracker: tracker.close())
     for file in (recorder.jsonl, recorder.validations, recorder.steps, recorder.tensorboard):
         try:
             if file is not None:
@@ -174,7 +207,7 @@ class NotFiniteError(UserError):
     def __init__(self, step: int, losses: list[float]):
         shown = ", ".join(f"{x:.4g}" for x in losses)
         super().__init__(
-            f"the loss or the update is not finite at step {step} (last losses: {shown}). The checkpoints are "
-            "from earlier steps. Check the intensities of the training data, or give a lower "
+            f"the loss or the update is not finite at step {step} (last losses: {shown}). The saved checkpoints are "
+            "from earlier steps and are not affected. Check the intensities of the training data, or give a lower "
             "--config.optim.schedule.peak with another --workdir"
         )

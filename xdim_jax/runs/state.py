@@ -1,4 +1,4 @@
-"""The training state: everything that one optimisation step changes, as a plain tree of arrays."""
+"""The training state: everything that one optimisation step changes, as a pytree of arrays."""
 
 from typing import Any, NamedTuple
 
@@ -26,21 +26,28 @@ class TrainState(NamedTuple):
 
 
 def init_state(params: Any, stats: Any, tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
-    """Return the state before the first step; with ``ema``, it includes a moving average."""
+    """Return the state before the first step.
+
+    Args:
+        params: Initial parameters, or a LookAhead pair of them.
+        stats: Initial running statistics.
+        tx: Optimiser.
+        ema: True if the state has a moving average of the weights.
+    """
     average = {"params": fast(params), "stats": stats} if ema else {}
     return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params), average)
 
 
-def evaluated(state: TrainState) -> tuple[Any, Any]:
+def evaluation_weights(state: TrainState) -> tuple[Any, Any]:
     """Return the parameters and statistics to evaluate: the moving average if there is one, else the slow weights."""
     return (state.ema["params"], state.ema["stats"]) if state.ema else (slow(state.params), state.stats)
 
 
 def fast(params: Any) -> Any:
-    """Return the weights at which gradients are computed."""
+    """Return the fast weights of a LookAhead pair, at which gradients are computed; other parameters unchanged."""
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
 def slow(params: Any) -> Any:
-    """Return the weights that are evaluated and exported, unless there is a moving average."""
+    """Return the slow weights of a LookAhead pair, which are evaluated and exported; other parameters unchanged."""
     return params.slow if isinstance(params, optax.LookaheadParams) else params

@@ -16,26 +16,29 @@ from xdim_jax.base.files import write_text
 
 
 class Tracker(Protocol):
-    """What an experiment tracker must offer."""
+    """Interface of an experiment tracker."""
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Record finite values by name."""
 
-    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None: ...
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Record pictures by name, uint8 (H, W, 3)."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the run of the tracker."""
 
 
 class _Wandb:
-    """A run of Weights & Biases. A resumed run keeps its id."""
+    """A run of Weights & Biases. A resumed run keeps its id, which is stored in the workdir."""
 
     def __init__(self, project: str, workdir: Path, config: Config):
-        wandb = _import("wandb", "wandb")
+        wandb = _import("wandb")
         os.environ.setdefault("WANDB_MODE", "offline")
         self._wandb = wandb
         self._run = wandb.init(
             project=project,
             name=workdir.absolute().name,
-            id=_kept(workdir / "wandb_run", lambda: uuid.uuid4().hex[:8]),
+            id=_stored_id(workdir / "wandb_run", lambda: uuid.uuid4().hex[:8]),
             resume="allow",
             dir=str(workdir),
             config=config.to_dict(),
@@ -55,18 +58,18 @@ class _Mlflow:
     """A run of MLflow. A resumed run keeps its id, which is stored in the workdir."""
 
     def __init__(self, experiment: str, workdir: Path, config: Config):
-        mlflow = _import("mlflow", "mlflow")
+        mlflow = _import("mlflow")
         if "MLFLOW_TRACKING_URI" not in os.environ:
             mlflow.set_tracking_uri(f"sqlite:///{workdir.absolute() / 'mlflow.db'}")
             if mlflow.get_experiment_by_name(experiment) is None:
                 mlflow.create_experiment(experiment, artifact_location=(workdir.absolute() / "mlartifacts").as_uri())
         mlflow.set_experiment(experiment)
-        kept = workdir / "mlflow_run"
-        begun = kept.exists()
+        id_file = workdir / "mlflow_run"
+        resumed = id_file.exists()
         name = workdir.absolute().name
-        run = mlflow.start_run(run_id=kept.read_text(encoding="ascii").strip() if begun else None, run_name=name)
-        _kept(kept, lambda: run.info.run_id)
-        if not begun:
+        run = mlflow.start_run(run_id=id_file.read_text(encoding="ascii").strip() if resumed else None, run_name=name)
+        _stored_id(id_file, lambda: run.info.run_id)
+        if not resumed:
             mlflow.log_params({key: str(value) for key, value in leaves(config)})
         self._mlflow = mlflow
 
@@ -82,7 +85,11 @@ class _Mlflow:
 
 
 def open_trackers(config: Config, workdir: Path) -> list[Tracker]:
-    """Open the trackers that ``config.train`` names.
+    """Open the trackers that ``config.train.wandb`` and ``config.train.mlflow`` name.
+
+    Args:
+        config: Config of the run, which is recorded.
+        workdir: Folder of the run, where ids and offline files are stored.
 
     Raises:
         UserError: A package is not installed, or a tracker cannot be opened.
@@ -104,17 +111,18 @@ def open_trackers(config: Config, workdir: Path) -> list[Tracker]:
     return opened
 
 
-def _kept(path: Path, make: Callable[[], str]) -> str:
-    """Return the word in a file of the workdir; the first time, make the word and write the file."""
+def _stored_id(path: Path, make: Callable[[], str]) -> str:
+    """Return the id in a file; if the file does not exist, write it with a new id from ``make``."""
     if not path.exists():
         write_text(path, make())
     return path.read_text(encoding="utf-8").strip()
 
 
-def _import(module: str, extra: str) -> Any:
+def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"config.train.{extra} needs the package {module}: pip install 'xdim_jax[{extra}]', or leave it empty"
+            f"config.train.{module} needs the package {module}: pip install 'xdim_jax[{module}]', or set "
+            f"--config.train.{module}=''"
         ) from error

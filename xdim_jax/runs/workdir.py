@@ -1,4 +1,4 @@
-"""Names of the files in the workdir of a run, and its resolved config."""
+"""Names of the main files in the workdir of a run, and access to its resolved config."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +9,13 @@ from xdim_jax.base.config import Config, differences
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_json
 
-# the resolved config of a run, and a description of its data (channels, labels, regions)
-CONFIG_FILE, DATA_FILE = "config.json", "data.json"
+CONFIG_FILE = "config.json"  # resolved config
+DATA_FILE = "data.json"  # description of the data: channels, labels and regions
 SPLIT_FILE = "split.json"  # training and validation cases
 
 
 def find_members(workdirs: Sequence[Path]) -> list[Path]:
-    """Return the workdirs of single runs: the workdir of a cross-validation is replaced by those of its folds."""
+    """Return the workdirs of single runs, each once. A cross-validation contributes the workdirs of its folds."""
     found: list[Path] = []
     for workdir in workdirs:
         folds = sorted(workdir.glob(f"fold*/{CONFIG_FILE}"))
@@ -23,13 +23,13 @@ def find_members(workdirs: Sequence[Path]) -> list[Path]:
     return list({folder.resolve(): folder for folder in found}.values())
 
 
-def claim_workdir(workdir: Path, config: Config, *, free: Sequence[str], started: bool) -> None:
-    """Write the resolved config of a run.
+def claim_workdir(workdir: Path, config: Config, *, ignored: Sequence[str], started: bool) -> None:
+    """Write the resolved config into the workdir; if a run was started there, check that it has the same config.
 
     Args:
         workdir: Folder of the run.
         config: Config of the run.
-        free: Keys that may differ from the config of a started run.
+        ignored: Dotted keys that may differ from the config of a started run.
         started: True if the run has been trained already.
 
     Raises:
@@ -38,8 +38,8 @@ def claim_workdir(workdir: Path, config: Config, *, free: Sequence[str], started
     path = workdir / CONFIG_FILE
     if started:
         differing = [
-            f"{key}: {found!r} there, {wanted!r} asked for"
-            for key, found, wanted in differences(read_config(workdir), config, free=free)
+            f"{key}: {found!r} in {CONFIG_FILE}, {wanted!r} now"
+            for key, found, wanted in differences(read_config(workdir), config, ignored=ignored)
         ]
         if differing:
             raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from xdim_jax.base.errors import UserError
-from xdim_jax.data.images.image import strip
+from xdim_jax.data.images.image import strip_suffix
 from xdim_jax.scoring import lesions
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair, measure, voxel_geometry
 from xdim_jax.scoring.rules import Coding, Column, Job, LabelMap, Masks, Rules, ScoredCase, Values, find_files
@@ -62,7 +62,7 @@ def find(folder: Path) -> dict[str, LabelMap]:
     """Return the label maps in a folder by case id: ``<id>.nii.gz`` or ``<id>_seg.nii.gz``, also in case folders."""
 
     def name_of(path: Path) -> str | None:
-        stem = strip(path.name) or ""
+        stem = strip_suffix(path.name) or ""
         if stem.endswith("_Segm") and path.parent != folder:
             return path.parent.name  # the reference of BraTS20_Training_355 is not named after the case
         case = stem

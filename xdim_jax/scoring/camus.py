@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xdim_jax.data.images.image import strip
+from xdim_jax.data.images.image import strip_suffix
 from xdim_jax.scoring import simpson
 from xdim_jax.scoring.masks import Geometry, Pair, measure
 from xdim_jax.scoring.rules import (
@@ -41,7 +41,7 @@ def find(folder: Path) -> dict[str, LabelMap]:
     """Return the label maps in a folder by case id. If some names end in ``_gt``, the other files are images."""
 
     def match(path: Path) -> re.Match[str] | None:
-        return _NAME.fullmatch(strip(path.name) or "")
+        return _NAME.fullmatch(strip_suffix(path.name) or "")
 
     only_gt = any((m := match(p)) and m[5] for p in folder.rglob("*_gt.*")) if folder.is_dir() else False
     attributes: dict[str, dict[str, str]] = {}

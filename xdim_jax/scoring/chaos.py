@@ -15,7 +15,7 @@ import numpy as np
 from xdim_jax.base.errors import UserError
 from xdim_jax.data.case import list_cases
 from xdim_jax.data.images.dicom import files_in_order
-from xdim_jax.data.images.image import strip
+from xdim_jax.data.images.image import strip_suffix
 from xdim_jax.data.layouts.chaos import TEST_PREFIX, dataset
 from xdim_jax.scoring.masks import Geometry, Pair, measure
 from xdim_jax.scoring.rules import (
@@ -146,7 +146,7 @@ def _case_of_file(path: Path) -> str | None:
     The two phases of T1-DUAL have the same reference. The prediction for the in-phase image is scored, and that for the
     out-of-phase image is ignored.
     """
-    stem = (strip(path.name) or "").removesuffix("_seg").removesuffix("_in")
+    stem = (strip_suffix(path.name) or "").removesuffix("_seg").removesuffix("_in")
     return stem if re.fullmatch(rf"({TEST_PREFIX})?(CT_\d+|MR_\d+_(T1DUAL|T2SPIR))", stem) else None
 
 
@@ -178,7 +178,7 @@ def _find_predictions(folder: Path, references: Mapping[str, LabelMap]) -> dict[
         ref = references.get(case)
         axes = ref.axes if ref else "anatomical"
         found[case] = LabelMap(case, files, _patient(case), _attributes(case), None, axes)
-    if not found or any(strip(p.name) for p in folder.iterdir()):
+    if not found or any(strip_suffix(p.name) for p in folder.iterdir()):
         for case, label_map in find_label_maps(folder).items():
             if case in found:
                 raise UserError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xdim_jax.base.errors import UserError
-from xdim_jax.data.images.image import strip
+from xdim_jax.data.images.image import strip_suffix
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair, measure
 from xdim_jax.scoring.rules import Coding, LabelMap, Masks, Rules, Values, column, find_files, squeeze_slice
 
@@ -19,7 +19,7 @@ def find(folder: Path) -> dict[str, LabelMap]:
     """Return all images in a folder by case id: the file name without suffix and without ``_seg`` or ``_gt``."""
 
     def name_of(path: Path) -> str | None:
-        stem = strip(path.name) or ""
+        stem = strip_suffix(path.name) or ""
         for ending in ("_seg", "-seg", "_gt"):
             stem = stem.removesuffix(ending)
         return stem

@@ -15,7 +15,7 @@ import numpy as np
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.data.images.dicom import load_masks
 from xdim_jax.data.images.grid import Axes, Grid, compare_grids
-from xdim_jax.data.images.image import Source, read_grid, read_volume, strip, where
+from xdim_jax.data.images.image import Source, read_grid, read_volume, source_path, strip_suffix
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair
 
 # subfolders that predict writes next to the label maps; they contain no label maps
@@ -114,7 +114,7 @@ class LabelMap:
     @property
     def path(self) -> Path:
         """The file or folder that messages name."""
-        return where(self.source)
+        return source_path(self.source)
 
     def load(self) -> tuple[np.ndarray, Grid]:
         """Return the values (D, H, W) and their grid. Raises UserError if the files cannot be read."""
@@ -125,8 +125,8 @@ class LabelMap:
         if values.shape != tuple(grid.shape):
             raise UserError(
                 f"{self.path} has {values.shape[2]} masks of {values.shape[1]} x {values.shape[0]} pixels, but "
-                f"{where(self.grid)} has {grid.shape[2]} slices of {grid.shape[1]} x {grid.shape[0]}; write one mask "
-                "of the same size for each slice"
+                f"{source_path(self.grid)} has {grid.shape[2]} slices of {grid.shape[1]} x {grid.shape[0]}; write one "
+                "mask of the same size for each slice"
             )
         return grid.to_memory(values), grid
 
@@ -354,7 +354,7 @@ def find_coding(rules: Rules, ref: LabelMap, values: np.ndarray, predicted: np.n
 
 def geometry_from_grid(shape: Sequence[int], grid: Grid) -> Geometry:
     """Return the geometry of an array (D, H, W) with the given grid."""
-    affine = grid.in_memory[1][:3, :3][:, ::-1]  # columns: steps along D, H, W
+    affine = grid.memory_geometry[1][:3, :3][:, ::-1]  # columns: steps along D, H, W
     return Geometry(tuple(shape), grid.spacing, affine)
 
 
@@ -391,7 +391,7 @@ def find_files(folder: Path, layout: str, name_of: Callable[[Path], str | None])
     found: dict[str, Path] = {}
     for path in sorted([*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")]):
         hidden = path.name.startswith(".") or path.parent.name in EXTRA_OUTPUTS
-        if hidden or strip(path.name) is None or not path.is_file():
+        if hidden or strip_suffix(path.name) is None or not path.is_file():
             continue
         case = name_of(path)
         if case is None:

@@ -28,7 +28,7 @@ def distinct_programs(
 
     Args:
         suggest: Function of the space.
-        spec: Recipe, as ``FILE[:WORDS]``.
+        spec: Recipe, as ``FILE[:VARIANT,...]``.
         overrides: Arguments ``--config.<key>=<value>``.
 
     Returns:
@@ -70,7 +70,7 @@ def dry_run(
 
     Args:
         suggest: Function of the space.
-        spec: Recipe, as ``FILE[:WORDS]``.
+        spec: Recipe, as ``FILE[:VARIANT,...]``.
         overrides: Arguments ``--config.<key>=<value>``.
         slots: Number of trials in one program; 0 if each trial is trained alone.
         layout: Layout of a pack, one of `xdim_jax.training.pack.LAYOUTS`.

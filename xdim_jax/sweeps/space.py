@@ -177,7 +177,7 @@ def check_space(suggest: Suggest, path: Path, spec: str, overrides: Sequence[str
     Args:
         suggest: Function of the space.
         path: File of the space, for messages.
-        spec: Recipe, as ``FILE[:WORDS]``.
+        spec: Recipe, as ``FILE[:VARIANT,...]``.
         overrides: Arguments ``--config.<key>=<value>``.
 
     Returns:

@@ -25,7 +25,7 @@ class Job:
     """The settings that all trials of a sweep share.
 
     Attributes:
-        config: Recipe, as ``FILE[:WORDS]``.
+        config: Recipe, as ``FILE[:VARIANT,...]``.
         overrides: Arguments ``--config.<key>=<value>``; the parameters of a trial follow them and take precedence.
         suggest: Function that samples the parameters of a trial, see `xdim_jax.sweeps.space`.
         root: Folder of the workdirs of all trials, or an address in a bucket (gs://, s3://).

@@ -90,7 +90,7 @@ CHOICES: dict[str, Sequence[str]] = {
         rule for rule in input_channels.RULES if rule != "map"
     ),  # "map" is possible in weight_port only
     "init.part": ("all", "encoder"),
-    "train.ops": tuple(form for form in ops.FORMS if form != "sharded"),  # "sharded" is chosen automatically
+    "train.ops": tuple(form for form in ops.IMPLEMENTATIONS if form != "sharded"),  # "sharded" is chosen automatically
 }
 
 

@@ -23,9 +23,9 @@ def compile_step(lower: Callable[..., Any], *arguments: Any) -> Any:
     """
     say("compile    train step ...")
     begin = time.monotonic()
-    with ops.counted() as forms:
+    with ops.count_implementations() as counts:
         lowered = lower(*arguments)
-    for words, count in forms.most_common():
+    for words, count in counts.most_common():
         say(f"           {count:4d} {words}")
     outcome: list[Any] = []
 

@@ -45,7 +45,7 @@ def train_folds(config: Config, workdir: Path, train: Callable[[Runs], int]) -> 
             run.
     """
     folds = _count_folds(config.data)
-    if checkpoint.exist(workdir):
+    if checkpoint.exists(workdir):
         raise UserError(f"{workdir} is the workdir of a single run; give another --workdir for fold=all")
     runs = []
     for fold in range(folds):

@@ -170,8 +170,8 @@ def operations() -> Finding:
 
     from xdim_jax import ops
 
-    text = ops.describe_forms()
-    facts = {"form": ops.active_form(), "compiler_options": ops.compiler_options()}
+    text = ops.describe_implementation()
+    facts = {"form": ops.active_implementation(), "compiler_options": ops.compiler_options()}
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if jax.default_backend() == "cpu" and huge.is_file() and "[never]" in huge.read_text(encoding="ascii"):
         advice = f"huge pages are off, which makes steps about 10 % slower: write madvise to {huge}"

@@ -84,7 +84,7 @@ def initialise(
     source = read_initial_weights(init)
     try:
         rule = inflate.Inflation(init.inflate, sigma=init.sigma, spacing=init.spacing, seed=seed)
-        chosen = weights.part(source) if init.part == "encoder" else source
+        chosen = weights.encoder_weights(source) if init.part == "encoder" else source
         params, stats, done = weights.load(
             model,
             params,
@@ -112,7 +112,7 @@ def _report(
     name: str, source: Weights, params: Any, stats: Any, done: Mapping[str, str], prefix: str
 ) -> dict[str, Any]:
     """Return the content of ``pretrained.json``. ``coverage``: loaded share of the arrays below ``prefix``."""
-    sizes = {n: a.size for n, a in (weights.named(params) | weights.named(stats)).items() if n.startswith(prefix)}
+    sizes = {n: a.size for n, a in (weights.flatten(params) | weights.flatten(stats)).items() if n.startswith(prefix)}
     loaded = {n for n, what in done.items() if not what.startswith(("dropped", "left out"))} & sizes.keys()
     return {
         "weights": name,

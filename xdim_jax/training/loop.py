@@ -32,7 +32,7 @@ from xdim_jax.base.signals import StopRequest
 from xdim_jax.data.pipeline import Activity
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import Recorder, read_records, record, record_cases, record_pictures
-from xdim_jax.runs.state import TrainState, evaluated
+from xdim_jax.runs.state import TrainState, evaluation_weights
 from xdim_jax.training import mesh, validation
 from xdim_jax.training.agreement import SAVE, STOP, Agreement
 from xdim_jax.training.compiling import compile_step
@@ -343,7 +343,7 @@ class RunController:
         """Validate, record the scores, and keep the weights if they are the best so far."""
         run, own = self.run, self._own(state)
         step, begin = int(own.step), time.monotonic()
-        weights = evaluated(own)
+        weights = evaluation_weights(own)
         try:
             scores, pictures, cases = run.validate(weights, run.stop)
         except InterruptedValidationError:

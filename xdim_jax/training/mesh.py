@@ -91,7 +91,10 @@ class Devices:
         else:
             replicated = NamedSharding(self.mesh, PartitionSpec())
             program = jax.jit(step, donate_argnums=0, out_shardings=(replicated, replicated))
-        with ops.uncollected(), ops.use_form("sharded") if self.mesh.shape[SPACE] > 1 else contextlib.nullcontext():
+        with (
+            ops.gc_disabled(),
+            ops.use_implementation("sharded") if self.mesh.shape[SPACE] > 1 else contextlib.nullcontext(),
+        ):
             return program.lower(state, batch, key)
 
 

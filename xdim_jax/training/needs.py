@@ -134,7 +134,7 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
     The reference implementation of the operations is counted, because it has no loops. XLA would count the body of a
     loop only once.
     """
-    with ops.use_form("reference"):
+    with ops.use_implementation("reference"):
         cost = jax.jit(lambda *a: function(*a)).lower(*arguments).cost_analysis()
     return float((cost or {}).get("flops", math.nan))
 
@@ -143,7 +143,7 @@ def step_products(config: Config, dataset: Dataset, choice: Choice) -> tuple[lis
     """Return the convolutions and matrix products of a step on one device, and the names of the network's parts."""
     config = _apply(config, choice)
     program, params, stats = make_program(config, dataset, per_epoch=1, abstract=True)
-    parts = networks.parts_of(config.model)
+    parts = networks.part_names(config.model)
     return find_products(program.step, *step_arguments(program, dataset, params, stats), parts=parts), parts
 
 

@@ -95,7 +95,7 @@ def open_run(
     Raises:
         UserError: Weights or data cannot be used, or the workdir belongs to another config or cannot be written.
     """
-    started = checkpoint.exist(workdir)
+    started = checkpoint.exists(workdir)
     mesh.barrier("checked")  # process 0 must not write before all processes have checked
     network = _start_network(config, workdir, devices, started=started)
     output = make_output(config.output, dataset)
@@ -160,7 +160,7 @@ def _start_network(config: Config, workdir: Path, devices: Devices, *, started: 
     else:
         params, stats, report = initialise(config.init, config.model, config.seed, params, stats)
     if jax.process_index() == 0:
-        claim_workdir(workdir, config, free=FREE_KEYS, started=started)
+        claim_workdir(workdir, config, ignored=FREE_KEYS, started=started)
         if report is not None:
             write_json(workdir / REPORT_FILE, report)
     return graphdef, params, stats

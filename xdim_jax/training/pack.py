@@ -207,7 +207,7 @@ class Pack:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / log.LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115
         try:
-            with log.into(file):
+            with log.redirect_to(file):
                 member = self._make_member(config, dataset, workdir, file)
                 self.members[member.slot] = member
                 self._put(member)
@@ -226,7 +226,7 @@ class Pack:
         if not any(m.group == member.group for m in self.members if m is not None):
             _, stack, _ = self._streams.pop(member.group, (None, contextlib.ExitStack(), None))
             stack.close()
-        with contextlib.closing(member.file), log.into(member.file):
+        with contextlib.closing(member.file), log.redirect_to(member.file):
             if member.error:
                 log.say(f"error: {member.error}")
             member.opened.close()
@@ -350,7 +350,7 @@ def _lower(one_program: program.Program, layout: str, devices: Mesh, *arguments:
     spec = PartitionSpec(_TRIAL)
     if devices.size > 1:
         step_all = jax.shard_map(step_all, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False)
-    with ops.uncollected():
+    with ops.gc_disabled():
         return jax.jit(step_all, donate_argnums=0, out_shardings=NamedSharding(devices, spec)).lower(*arguments)
 
 
@@ -481,7 +481,7 @@ def _put_slot(stacked: Any, slot: Any, tree: Any) -> Any:
 @contextlib.contextmanager
 def _own_log_and_error(member: Member) -> Iterator[None]:
     """Log to the file of the run inside the block, and set its error if the block raises UserError."""
-    with log.into(member.file):
+    with log.redirect_to(member.file):
         try:
             yield
         except UserError as error:

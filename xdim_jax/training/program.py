@@ -112,7 +112,7 @@ def make_program(
     schedule = optim.make_schedule(config.optim.schedule, epochs=config.train.epochs, per_epoch=per_epoch)
     optim.rates_of(params, config.optim.rates)  # raises UserError if a pattern matches no parameter
     step = make_step(config, graphdef, output, schedule, axis=axis)
-    forward = ops.in_form(config.train.ops, make_forward(graphdef, precision(config.train)))
+    forward = ops.with_implementation(config.train.ops, make_forward(graphdef, precision(config.train)))
     return Program(graphdef, output, schedule, step, forward, config), params, stats
 
 
@@ -150,7 +150,7 @@ def make_step(
         ema=traced.get("optim.ema", config.optim.ema),
         axis=axis,
     )
-    return ops.in_form(config.train.ops, step)
+    return ops.with_implementation(config.train.ops, step)
 
 
 def _without_prefix(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def find_products(function: Callable[..., Any], *arguments: Any, parts: Sequence
         arguments: Its arguments; they may be shapes.
         parts: Names of the parts of the network.
     """
-    with ops.use_form("reference"):
+    with ops.use_implementation("reference"):
         # a new function each time, because JAX caches traces by function
         jaxpr = jax.make_jaxpr(lambda *a: function(*a))(*arguments)
     return [

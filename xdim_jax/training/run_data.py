@@ -41,7 +41,7 @@ class RunData:
         """Return the number of steps per epoch, given the ``data`` section of a config."""
         if data.epoch_steps:
             return data.epoch_steps
-        samples = pipeline.records(self.train, data.sampling, data.patches_per_case)
+        samples = pipeline.epoch_samples(self.train, data.sampling, data.patches_per_case)
         return pipeline.steps_per_epoch(len(samples), data.batch)
 
     def open_stream(
@@ -68,7 +68,7 @@ class RunData:
             threads=data.threads,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            facts=self.facts,
+            extras=self.facts,
             activity=activity,
         )
 
@@ -146,7 +146,7 @@ def _prepare(data: Any, dataset: Dataset, root: Path, cases: list[Case]) -> list
         store.prepare_cases(dataset, cases[index::count], settings, folder, jobs=data.threads)
         mesh.barrier("prepared")
     return store.prepare_cases(
-        dataset, cases, settings, folder, jobs=data.threads, say=log.say, progress=log.bar("prepare")
+        dataset, cases, settings, folder, jobs=data.threads, say=log.say, progress=log.progress_bar("prepare")
     )
 
 

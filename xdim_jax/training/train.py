@@ -86,5 +86,5 @@ def _make_devices(config: Config) -> Devices:
     networks.check_space(config.model, config.data.patch, space)
     log.say(f"devices    {environment.devices()} in {jax.process_count()} processes")
     log.say(f"mesh       data {rows} x space {space}, {devices.parallel}")
-    log.say(f"operations {ops.describe_forms('sharded' if space > 1 else config.train.ops)}")
+    log.say(f"operations {ops.describe_implementation('sharded' if space > 1 else config.train.ops)}")
     return devices

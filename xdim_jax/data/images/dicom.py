@@ -16,9 +16,9 @@ import numpy as np
 from xdim_jax.base.problem import ERROR, WARNING, DataError, Problem, data_error, errors
 from xdim_jax.data.images.grid import Axes, Grid, make_grid
 
-# relative deviations of a step from the median step: above the first a warning is given, above the second a slice is
-# considered missing
-_UNEVEN, _GAP = 0.1, 0.5
+# relative deviations of a slice distance from the median distance
+_UNEVEN = 0.1  # above it, a warning is given
+_GAP = 0.5  # above it, a slice is considered missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Slice:
     echo_time: float | None
 
 
-def natural(path: Path) -> list[Any]:
+def natural_key(path: Path) -> list[Any]:
     """Return a sort key that compares numbers in file names by value: img2 before img10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
@@ -49,11 +49,11 @@ def files_in_order(folder: Path, *suffixes: str) -> tuple[Path, ...]:
     if not folder.is_dir():
         return ()
     found = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
-    return tuple(sorted((p for p in found if p.suffix.lower() in suffixes), key=natural))
+    return tuple(sorted((p for p in found if p.suffix.lower() in suffixes), key=natural_key))
 
 
 def read_header(path: Path) -> Slice:
-    """Read everything but the pixels. Raises DataError if the file is not DICOM."""
+    """Read the geometry of a slice, without the pixels. Raises DataError if the file is not DICOM."""
     return _header(path, _read(path, stop_before_pixels=True))
 
 
@@ -87,7 +87,11 @@ def _header(path: Path, data: Any) -> Slice:
 
 
 def series_problems(slices: Sequence[Slice]) -> list[Problem]:
-    """Return every contradiction between the headers of a series."""
+    """Return the problems of the headers of a series.
+
+    Missing tags and different sizes are reported first. If there are none, different pixel sizes and orientations are
+    reported; and if there are none either, wrong distances between slices.
+    """
     first, problems = slices[0], []
     for s in slices:
         if s.size != first.size:
@@ -126,7 +130,7 @@ def series_problems(slices: Sequence[Slice]) -> list[Problem]:
 
 
 def _plane_problems(slices: Sequence[Slice]) -> list[Problem]:
-    """Return the slices whose pixel size or orientation differs from the first slice."""
+    """Return a problem for each slice whose pixel size or orientation differs from the first slice."""
     first, problems = slices[0], []
     assert first.spacing is not None and first.orientation is not None
     for s in slices[1:]:
@@ -155,7 +159,7 @@ def _plane_problems(slices: Sequence[Slice]) -> list[Problem]:
 
 
 def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
-    """Return the slices whose distance from the slice before differs from the median distance."""
+    """Return a problem for each slice whose distance from the previous slice differs from the median distance."""
     if len(slices) < 2:
         return []
     first = slices[0]
@@ -204,6 +208,10 @@ def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
 def series_grid(slices: Sequence[Slice], axes: Axes) -> Grid:
     """Return the grid of a series in the given order; its file axes are columns, rows, slices.
 
+    Args:
+        slices: Geometry of the slices.
+        axes: How file axes are converted to axes in memory.
+
     Raises:
         DataError: The headers contradict each other.
     """
@@ -218,7 +226,7 @@ def series_grid(slices: Sequence[Slice], axes: Axes) -> Grid:
     affine[:3, 1] = down * first.spacing[0]
     if len(slices) > 1:
         affine[:3, 2] = (last.position - first.position) / (len(slices) - 1)
-    else:  # a single slice has no step; any step gives a volume
+    else:  # the distance of a single slice is unknown, but must not be zero
         affine[:3, 2] = np.cross(across, down) * first.spacing[0]
     affine[:3, 3] = first.position
     affine[:2] *= -1  # DICOM's frame is LPS, nibabel's is RAS
@@ -245,7 +253,8 @@ def load(files: Sequence[Path], axes: Axes) -> tuple[np.ndarray, Grid]:
     return array.transpose(2, 1, 0), grid
 
 
-VOXEL_TYPE = np.dtype(np.int32), 4  # dtype from `load` (float32 has the same size), and bytes per voxel at its peak
+# dtype of the array from `load` (float32, which it may also have, is as large), and its peak memory in bytes per voxel
+VOXEL_TYPE = np.dtype(np.int32), 4
 
 
 def _rescaled(path: Path, data: Any) -> np.ndarray:
@@ -316,17 +325,17 @@ def _read_mask(path: Path) -> np.ndarray:
                 suggestion="save it without colours",
             )
         )
-    return np.minimum(plane, 255).astype(np.uint8)  # values above 255 are structure, too
+    return np.minimum(plane, 255).astype(np.uint8)  # the cast alone would turn 256 into 0, the background
 
 
 def unreadable(path: Path, format_name: str, error: Exception) -> DataError:
     """Return the error for a file that a library could not read."""
-    size = f"{path.stat().st_size} bytes" if path.is_file() else "not a file"
+    size = f"has {path.stat().st_size} bytes" if path.is_file() else "is not a file"
     return data_error(
         Problem(
             "unreadable",
             path,
-            found=f"cannot be read as {format_name} ({type(error).__name__}: {error}); it is {size}",
+            found=f"cannot be read as {format_name} ({type(error).__name__}: {error}); it {size}",
             expected=f"a complete {format_name} file",
             suggestion="the download may be truncated or damaged: fetch it again",
         )

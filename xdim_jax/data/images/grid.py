@@ -1,9 +1,9 @@
 """The position of voxels in space, and the conversion between the axes of a file and those in memory.
 
 In memory every volume is ``(D, H, W)`` = (z, y, x). Its axes point to superior, posterior and left (z, y, x of the LPS
-frame), so that a network sees the same anatomy whatever axis order a file uses. Ultrasound, which has no anatomical
-frame, and plain 2D images keep their stored axes: W runs along the rows of the picture. Output files get the axes, the
-affine and the header of the input file.
+frame), so the input of a network does not depend on the order of the axes in a file. Ultrasound, which has no
+anatomical frame, and plain 2D images keep their stored axes: W runs along the rows of the picture. Output files get the
+axes, the affine and the header of the input file.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class Grid:
         return float(z), float(y), float(x)
 
     @property
-    def in_memory(self) -> tuple[tuple[int, ...], np.ndarray]:
+    def memory_geometry(self) -> tuple[tuple[int, ...], np.ndarray]:
         """Shape (x, y, z) and affine after the conversion to the axes in memory."""
         order = np.argsort(self.orientation[:, 0])
         return tuple(self.shape[i] for i in order), self.affine @ inv_ornt_aff(self.orientation, self.shape)
@@ -85,6 +85,13 @@ class Grid:
 
 def make_grid(path: Path, shape: tuple[int, ...], affine: np.ndarray, *, header: Any = None, axes: Axes) -> Grid:
     """Return the grid of a file with two or more axes.
+
+    Args:
+        path: File, for messages.
+        shape: Voxels along the file's axes; axes after the third are channels and are ignored.
+        affine: 4 x 4 matrix from voxel indices to mm in the RAS+ frame.
+        header: NIfTI header, or None for other formats.
+        axes: How file axes are converted to axes in memory.
 
     Raises:
         DataError: An axis is missing or empty, a voxel size is zero, or the affine is not finite or is singular.
@@ -117,9 +124,17 @@ def make_grid(path: Path, shape: tuple[int, ...], affine: np.ndarray, *, header:
 
 
 def compare_grids(path: Path, grid: Grid, first_path: Path, first: Grid) -> list[Problem]:
-    """Return the reason why two files are not on the same grid, whatever the order of their axes; empty if they are."""
+    """Check that two files are on the same grid. The order of the axes in the files may differ.
+
+    Args:
+        path, grid: File, and its grid.
+        first_path, first: File with which it is compared, and its grid.
+
+    Returns:
+        One problem: shape, voxel size or affine differs. An empty list if the grids are the same.
+    """
     name = first_path.name
-    (shape, affine), (first_shape, first_affine) = grid.in_memory, first.in_memory
+    (shape, affine), (first_shape, first_affine) = grid.memory_geometry, first.memory_geometry
     if shape != first_shape:
         return [
             Problem(

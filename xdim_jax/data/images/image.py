@@ -18,13 +18,13 @@ SUFFIXES = (*nifti.SUFFIXES, *metaimage.SUFFIXES)
 Source = Path | tuple[Path, ...]
 
 
-def strip(name: str) -> str | None:
+def strip_suffix(name: str) -> str | None:
     """Return a file name without its image suffix; None if it has no image suffix."""
     return next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s)), None)
 
 
-def where(source: Source) -> Path:
-    """Return the path that messages name: the file, or the folder of a series."""
+def source_path(source: Source) -> Path:
+    """Return the path of an image for messages: the file, or the folder of a series."""
     return source if isinstance(source, Path) else source[0].parent
 
 
@@ -34,7 +34,7 @@ def files_of(source: Source) -> tuple[Path, ...]:
 
 
 def source_at(path: Path) -> Source:
-    """Return the image at a path that `where` returned: a file, or the series of DICOM slices in a folder."""
+    """Return the image at a path that `source_path` returned: a file, or the series of DICOM slices in a folder."""
     return dicom.files_in_order(path, ".dcm") if path.is_dir() else path
 
 
@@ -50,17 +50,21 @@ def _reading(source: Source) -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError as error:
-        path = Path(error.filename or where(source))
+        path = Path(error.filename or source_path(source))
         raise data_error(
             Problem("unreadable", path, found="does not exist", expected="a file", suggestion="fetch it again")
         ) from error
     except Exception as error:  # nibabel, zlib, ITK and pydicom raise many types for damaged files
         name = "DICOM" if isinstance(source, tuple) else _reader(source)[0]
-        raise dicom.unreadable(where(source), name, error) from error
+        raise dicom.unreadable(source_path(source), name, error) from error
 
 
 def read_grid(source: Source, axes: Axes = "anatomical") -> Grid:
     """Read the grid of an image from its header, without the voxels.
+
+    Args:
+        source: File or series.
+        axes: How file axes are converted to axes in memory.
 
     Raises:
         DataError: The header has one of the problems for which `read_image` raises an error.
@@ -73,7 +77,10 @@ def read_grid(source: Source, axes: Axes = "anatomical") -> Grid:
 
 
 def voxel_type(source: Source) -> tuple[np.dtype, int]:
-    """Return the dtype of the array from `read_image`, and the bytes per voxel at its peak, from the header alone.
+    """Predict the memory that `read_image` needs, from the header alone.
+
+    Returns:
+        The dtype of the array, and the peak memory while it is read, in bytes per voxel.
 
     Raises:
         DataError: The header cannot be read, see `read_grid`.
@@ -91,11 +98,18 @@ def _check_exists(path: Path) -> None:
 
 
 def read_image(source: Source, axes: Axes = "anatomical") -> tuple[np.ndarray, Grid]:
-    """Read an image as ``(D, H, W, C)``, with the scaling of the file applied, and its grid.
+    """Read an image and its grid.
+
+    Args:
+        source: File or series.
+        axes: How file axes are converted to axes in memory.
+
+    Returns:
+        The array ``(D, H, W, C)``, with the scaling of the file applied; and the grid.
 
     Raises:
-        DataError: The file is missing, truncated or in another format, has fewer than two or more than four axes, or
-            has no usable affine.
+        DataError: The file is missing, truncated or in another format, its voxels are not real numbers, it has fewer
+            than two or more than four axes, or it has no usable affine.
     """
     with _reading(source):
         if isinstance(source, tuple):
@@ -107,7 +121,7 @@ def read_image(source: Source, axes: Axes = "anatomical") -> tuple[np.ndarray, G
         raise data_error(
             Problem(
                 "dtype",
-                where(source),
+                source_path(source),
                 found=f"contains {array.dtype} voxels",
                 expected="real numbers",
                 suggestion="convert the file",
@@ -118,7 +132,7 @@ def read_image(source: Source, axes: Axes = "anatomical") -> tuple[np.ndarray, G
         raise data_error(
             Problem(
                 "shape",
-                where(source),
+                source_path(source),
                 found=f"has shape {array.shape}",
                 expected="two to four axes",
                 suggestion="split the file",
@@ -128,7 +142,7 @@ def read_image(source: Source, axes: Axes = "anatomical") -> tuple[np.ndarray, G
 
 
 def read_volume(source: Source, axes: Axes = "anatomical") -> tuple[np.ndarray, Grid]:
-    """Read an image of one channel as ``(D, H, W)``, and its grid.
+    """Read an image of one channel and its grid, like `read_image`, but as an array ``(D, H, W)``.
 
     Raises:
         DataError: See `read_image`; also raised if the image has more than one channel.
@@ -138,7 +152,7 @@ def read_volume(source: Source, axes: Axes = "anatomical") -> tuple[np.ndarray, 
         raise data_error(
             Problem(
                 "shape",
-                where(source),
+                source_path(source),
                 found=f"has shape {(*grid.shape, array.shape[3])}",
                 expected="one 3D volume",
                 suggestion="split it along its last axis",

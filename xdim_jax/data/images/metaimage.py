@@ -27,7 +27,7 @@ def load_grid(path: Path, axes: Axes) -> Grid:
 
 
 def voxel_type(path: Path) -> tuple[np.dtype, int]:
-    """Return the dtype of the array from `load`, and the bytes per voxel at its peak: ITK's image is copied."""
+    """Return the dtype of the array from `load`, and its peak memory in bytes per voxel: ITK's image is copied."""
     import SimpleITK as sitk
 
     dtype = sitk.GetArrayViewFromImage(sitk.Image([1] * 2, _read_header(path).GetPixelID())).dtype
@@ -61,7 +61,7 @@ def write(path: Path, array: np.ndarray, grid: Grid) -> None:
     image.SetSpacing([float(s) for s in lengths[:n]])
     image.SetOrigin([float(v) for v in affine[:n, 3]])
     direction = (affine[:3, :3] / lengths)[:n, :n]
-    if abs(np.linalg.det(direction)) > 0.5:  # smaller if a 2D image is not in the plane of the first two axes of space
+    if abs(np.linalg.det(direction)) > 0.5:  # close to 0 for a 2D image that is not parallel to the x-y plane
         image.SetDirection([float(v) for v in direction.ravel()])
     sitk.WriteImage(image, str(path))
 

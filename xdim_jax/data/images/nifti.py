@@ -1,8 +1,8 @@
 """Reading and writing NIfTI files.
 
-nibabel parses and writes the headers; the voxels are read here, for two reasons. For a scaled or float64 file nibabel
-5.4 takes about four times the memory of the float32 array (256 MiB for 256 x 256 x 256 voxels, against 67 MiB here),
-and it does not verify gzip's checksum.
+nibabel parses and writes the headers. It is not used to read voxels, for two reasons. For a scaled or float64 file,
+nibabel 5.4 needs about four times the memory of the float32 array (256 MiB for 256 x 256 x 256 voxels, compared with
+67 MiB here). It also does not verify gzip's checksum.
 """
 
 import gzip
@@ -20,8 +20,8 @@ from xdim_jax.base.problem import Problem, data_error
 from xdim_jax.data.images.grid import Axes, Grid, make_grid
 
 SUFFIXES = (".nii.gz", ".nii")
-_MAX_COMPRESSION = 1032  # gzip's highest possible ratio
-_CHUNK = 2**17  # voxels that are scaled, and bytes that are skipped, at a time
+_MAX_COMPRESSION = 1032  # highest possible compression ratio of gzip
+_CHUNK = 2**17  # number of voxels to scale at a time, or of bytes to skip at a time
 
 
 def load(path: Path, axes: Axes) -> tuple[np.ndarray, Grid]:
@@ -46,7 +46,7 @@ def load_grid(path: Path, axes: Axes) -> Grid:
 
 
 def voxel_type(path: Path) -> tuple[np.dtype, int]:
-    """Return the dtype of the array from `load`, and the bytes per voxel at its peak, from the header alone."""
+    """Return the dtype of the array from `load`, and its peak memory in bytes per voxel, from the header alone."""
     with _open(path) as file:
         dtype, _, _ = _scaling(_read_header(path, file))
     return dtype, dtype.itemsize
@@ -64,8 +64,8 @@ def _read_header(path: Path, file: Any) -> Any:
     """Read the header, and move to the first voxel.
 
     Raises:
-        DataError: The affine depends on a voxel size of zero, which nibabel would replace by 1 mm; or the header
-            declares more voxels than the file can contain.
+        DataError: A voxel size that the affine needs is zero (nibabel would silently use 1 mm); or the header declares
+            more voxels than the file can contain.
     """
     data = file.read(nib.Nifti2Header.sizeof_hdr)
     kind: Any = nib.Nifti2Header if nib.Nifti2Header.may_contain_header(data) else nib.Nifti1Header
@@ -130,7 +130,7 @@ def _fill(file: Any, array: np.ndarray) -> None:
     """Read the bytes of an array. Raises EOFError if the file is too short."""
     view: Any = array.view(np.uint8)
     left = memoryview(view)
-    while left:  # in parts: gzip decompresses into memory of its own, since Python 3.12 twice as much as it reads
+    while left:  # read in parts, because gzip needs a buffer as large as each part, or twice as large since Python 3.12
         if not (count := file.readinto(left[: 4 * _CHUNK])):
             raise EOFError(f"ends {left.nbytes} bytes before the last voxel")
         left = left[count:]

@@ -1,6 +1,6 @@
 """Writing a NIfTI file part by part, so that the whole array is never in memory.
 
-nibabel makes the header; it can write voxels only from a whole array.
+nibabel creates the header. It is not used for the voxels, because it can only write a whole array.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def stream_volume(path: Path, grid: Grid, channels: int = 0, note: str = "") -> 
         note: Description for the header, at most 79 ASCII characters.
 
     Raises:
-        UserError: The file cannot be written; nothing of it remains.
+        UserError: The file cannot be written; the incomplete file is deleted.
     """
     shape = (*grid.shape, channels) if channels else tuple(grid.shape)
     with atomic_path(path) as temporary:

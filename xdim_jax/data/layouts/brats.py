@@ -3,9 +3,9 @@
     <root>/BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2,seg}.nii.gz             convention brats2021 (2019-2022)
     <root>/BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t2f,t1n,t1c,t2w,seg}.nii.gz      conventions brats2023, brats2024
 
-Case folders may be one level deeper (``HGG/``, ``LGG/``), and files may be ``.nii``. The convention defines the meaning
-of the label values and is never guessed from them: label 4 is the enhancing tumour up to 2022 and a resection cavity in
-2024.
+Case folders may be one level deeper (``HGG/``, ``LGG/``), and files may be ``.nii``. The user must name the convention,
+because it cannot be inferred from the label values: label 4 is the enhancing tumour up to 2022 and a resection cavity
+in 2024.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.problem import WARNING, Problem
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images import nifti
-from xdim_jax.data.images.image import where
+from xdim_jax.data.images.image import source_path
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import BRATS, BRATS_2024, TISSUES, Regions
 
@@ -33,7 +33,7 @@ class Convention:
     Attributes:
         name: Name of the convention.
         separator: Character between the name of a case and the name of a modality.
-        modalities: This generation's names of `MODALITIES`, in the same order.
+        modalities: Names of the `MODALITIES` in file names, in the same order.
         labels: Meaning of the label values.
         regions: Regions that are predicted and scored.
         rules: Name of the scoring rules, see `xdim_jax.scoring.challenges`.
@@ -47,10 +47,11 @@ class Convention:
     rules: str
 
     def file_name(self, case: str, part: str) -> str:
+        """Return the name, without suffix, of the file with a modality or the reference (``seg``) of a case."""
         return f"{case}{self.separator}{part}"
 
     def layout(self) -> str:
-        """Return the expected tree, for messages."""
+        """Return the expected tree of files, for messages."""
         case = "BraTS2021_00000" if self.separator == "_" else "BraTS-GLI-00000-000"
         parts = ",".join((*self.modalities, "seg"))
         return f"<root>/{case}/{case}{self.separator}{{{parts}}}.nii.gz"
@@ -113,15 +114,15 @@ def scoring(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return get_convention(data["convention"]).rules, {"convention": data["convention"]}
 
 
-_BACKGROUND = 0.05  # smallest share of exact zeros in a skull-stripped image
+_MIN_ZEROS = 0.05  # fraction of voxels that are 0 in a skull-stripped image, at least
 
 
 def inspect(case: Case, image: np.ndarray) -> list[Problem]:
-    """Return the images that are not skull-stripped magnitudes: negative, or not exactly 0 outside the brain."""
+    """Return a problem for each image that has negative values, or too few zeros to be skull-stripped."""
     problems = []
     for source, name, channel in zip(case.images, case.channels, np.moveaxis(image, -1, 0), strict=True):
         zeros = np.count_nonzero(channel == 0) / channel.size
-        if zeros < _BACKGROUND:
+        if zeros < _MIN_ZEROS:
             found = f"is 0 in only {100 * zeros:.1f} % of its voxels ({name})"
             step = "strip the skull, and set the voxels outside the brain to 0"
         elif channel.min() < 0:
@@ -132,7 +133,7 @@ def inspect(case: Case, image: np.ndarray) -> list[Problem]:
         problems.append(
             Problem(
                 "intensity_range",
-                where(source),
+                source_path(source),
                 found=found,
                 expected="a skull-stripped image, 0 outside the brain",
                 suggestion=step,
@@ -143,7 +144,7 @@ def inspect(case: Case, image: np.ndarray) -> list[Problem]:
 
 
 def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
-    """List the cases below ``root``, which may also be a single case folder, and the problems of incomplete cases."""
+    """List the cases below ``root``, which may also be the folder of a single case, and the problems of all folders."""
     below = [p for p in [root, *root.glob("*/"), *root.glob("*/*/")] if not p.name.startswith(".")]
     below = [p for p in below if "__MACOSX" not in p.parts]
     folders = sorted(p for p in below if _is_case(p))
@@ -164,12 +165,12 @@ def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
                 )
             )
         elif missing:
-            problems += _missing(folder, convention, missing)
+            problems += _missing_files(folder, convention, missing)
             if case.images:
                 incomplete.append(case)
         else:
             cases[case.case_id] = case
-            problems += _surplus(folder, case)
+            problems += _extra_files(folder, case)
     for folder in below:
         if folder not in folders and folder != root and _looks_like_a_broken_case(folder):
             problems.append(
@@ -215,7 +216,8 @@ def _find_files(folder: Path, convention: Convention, need_labels: bool) -> tupl
     return Case(folder.name, patient, tuple(existing.values()), tuple(existing), label, convention.labels), missing
 
 
-def _missing(folder: Path, convention: Convention, missing: list[str]) -> list[Problem]:
+def _missing_files(folder: Path, convention: Convention, missing: list[str]) -> list[Problem]:
+    """Return a problem for each missing file, or a single one if the files are named by another convention."""
     for other in CONVENTIONS.values():
         if other.separator != convention.separator and not _find_files(folder, other, False)[1]:
             return [
@@ -241,7 +243,8 @@ def _missing(folder: Path, convention: Convention, missing: list[str]) -> list[P
     ]
 
 
-def _surplus(folder: Path, case: Case) -> list[Problem]:
+def _extra_files(folder: Path, case: Case) -> list[Problem]:
+    """Return a problem for each image file that belongs to no modality."""
     others = [p for p in sorted(folder.iterdir()) if p.name.endswith(nifti.SUFFIXES) and not p.name.startswith(".")]
     return [
         Problem(
@@ -259,7 +262,11 @@ def _surplus(folder: Path, case: Case) -> list[Problem]:
 
 
 def case_from_files(paths: Sequence[Path], convention: Convention) -> Case:
-    """Return a case made from its modality files, which are given in the order of `MODALITIES`.
+    """Return a case made from its image files.
+
+    Args:
+        paths: One file per modality, in the order of `MODALITIES`.
+        convention: Convention of the file names.
 
     Raises:
         UserError: There is not one existing file per modality, or the names show another order or different cases.
@@ -279,6 +286,8 @@ def case_from_files(paths: Sequence[Path], convention: Convention) -> Case:
             raise UserError(f"{path} is {named[0]} by its name, but {wanted} is expected; the order is {order}")
         stems.append(stem.removesuffix(f"{convention.separator}{wanted}") if named else "")
     if len(set(filter(None, stems))) > 1:
-        raise UserError(f"the files belong to different cases: {', '.join(sorted(set(stems)))}; give those of one case")
+        raise UserError(
+            f"the files belong to different cases: {', '.join(sorted(set(stems)))}; give the files of one case"
+        )
     name = stems[0] or paths[0].name.split(".")[0]
     return Case(name, name, tuple(paths), MODALITIES, None, convention.labels)

@@ -6,9 +6,9 @@
     {training,testing}/patient0001/patient0001_2CH_ED[_gt].mhd + .raw                                 older release
     listSubGroups/subGroup1_{training,validation,testing}.txt
 
-A case is one frame (ED or ES of one view), or one half sequence with its frames along D. Images keep their stored axes:
-rows go away from the probe. ``Case.info`` contains the view, the instant, the group, and the facts in the cfg file
-(``ImageQuality``, ``EF``, ``ED``, ``ES``, ...).
+A case is one frame (end-diastole ED or end-systole ES of one view), or one half sequence with its frames along D.
+Images keep their stored axes, so H points away from the probe. ``Case.info`` contains the view, the instant, the group,
+and the values in the cfg file (``ImageQuality``, ``EF``, ``ED``, ``ES``, ...).
 """
 
 import re
@@ -22,7 +22,7 @@ from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.problem import WARNING, Problem
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images.grid import Axes
-from xdim_jax.data.images.image import where
+from xdim_jax.data.images.image import source_path
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import Regions
 
@@ -44,7 +44,7 @@ def dataset(
     Args:
         views: Some of 2CH and 4CH.
         instants: Some of ED, ES and half_sequence.
-        quality: Some of Good, Medium and Poor. If not all are given, images of unknown quality are left out.
+        quality: Some of Good, Medium and Poor. Unless all three are given, images of unknown quality are left out.
 
     Raises:
         UserError: A view, instant or quality is unknown.
@@ -81,7 +81,7 @@ def inspect(case: Case, image: np.ndarray) -> list[Problem]:
     return [
         Problem(
             "intensity_range",
-            where(case.images[0]),
+            source_path(case.images[0]),
             found=f"has values from {low:g} to {high:g}",
             expected="0 to 255",
             suggestion="restore the raw grey values",
@@ -104,20 +104,26 @@ def read_info(path: Path) -> dict[str, str]:
 
 
 def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Sequence[str], need_labels: bool) -> Scan:
-    """List the images below ``root``; a missing view or instant is only a warning, because every image is a case."""
-    patients, problems = _find(root)
+    """List the images below ``root``; a missing view or instant is only a warning, because every image is a case.
+
+    Args:
+        root: Folder of the data set.
+        views, instants, quality: See `dataset`.
+        need_labels: True if an image without reference is an error.
+    """
+    patients, problems = _find_files(root)
     cases = []
     incomplete: dict[str, list[str]] = {}  # "view instant" -> patients without this image
-    without_facts: list[str] = []
+    without_info: list[str] = []
     for (group, patient), (folder, parts) in sorted(patients.items()):
         name = f"{group}_{patient}" if group else patient
         # if a folder contains several patients, it is unknown to which of them its cfg files belong
         one_patient = sum(other == folder for other, _ in patients.values()) == 1
         for view in views:
-            info, found = _facts(folder, view, name) if one_patient else ({}, [])
+            info, found = _read_view_info(folder, view, name) if one_patient else ({}, [])
             problems += found
             if not info and any(v == view for v, _ in parts):
-                without_facts.append(f"{name} {view}")
+                without_info.append(f"{name} {view}")
             for instant in instants:
                 paths = parts.get((view, instant), {})
                 if instant == "half_sequence" and not paths:
@@ -134,19 +140,19 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
                 if set(quality) < set(QUALITIES) and info.get("ImageQuality") not in quality:
                     continue
                 axes: Axes = "reversed" if instant == "half_sequence" and _is_reversed(info) else "stored"
-                facts = {"view": view, "instant": instant, **({"group": group} if group else {}), **info}
+                properties = {"view": view, "instant": instant, **({"group": group} if group else {}), **info}
                 if "gt" in paths or not need_labels:
                     label = paths.get("gt")
                     cases.append(
-                        Case(case_id, name, (paths["image"],), ("ultrasound",), label, LABELS, axes, info=facts)
+                        Case(case_id, name, (paths["image"],), ("ultrasound",), label, LABELS, axes, info=properties)
                     )
     problems += _missing_views(root, incomplete, len(patients))
-    if without_facts:
+    if without_info:
         problems.append(
             Problem(
                 "missing_info",
                 root,
-                found=f"has no Info_<view>.cfg for {len(without_facts)} views: {shorten(without_facts)}",
+                found=f"has no Info_<view>.cfg for {len(without_info)} views: {shorten(without_info)}",
                 expected="one in the folder of each view",
                 suggestion="continue without it: the quality and the direction of half sequences are then unknown",
                 severity=WARNING,
@@ -156,10 +162,11 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
     return Scan(cases, problems + found, splits)
 
 
-def _find(root: Path) -> tuple[dict[tuple[str, str], tuple[Path, _Parts]], list[Problem]]:
+def _find_files(root: Path) -> tuple[dict[tuple[str, str], tuple[Path, _Parts]], list[Problem]]:
     """Return the folder and the files of each (group, patient), and all problems.
 
-    The group separates the test patients of the older release, which are numbered from 1 again.
+    The group is "testing" for the test patients of the older release, because their names occur in its training set,
+    too. Otherwise it is empty.
     """
     patients: dict[tuple[str, str], tuple[Path, _Parts]] = {}
     problems = []
@@ -199,8 +206,8 @@ def _find(root: Path) -> tuple[dict[tuple[str, str], tuple[Path, _Parts]], list[
     return patients, problems
 
 
-def _facts(folder: Path, view: str, patient: str) -> tuple[dict[str, str], list[Problem]]:
-    """Read the cfg file of a view. Unusable frame numbers are removed."""
+def _read_view_info(folder: Path, view: str, patient: str) -> tuple[dict[str, str], list[Problem]]:
+    """Read the cfg file of a view, without frame numbers that cannot be used; empty if there is no file."""
     path = folder / f"Info_{view}.cfg"
     if not path.is_file():
         return {}, []
@@ -235,7 +242,7 @@ def _facts(folder: Path, view: str, patient: str) -> tuple[dict[str, str], list[
 
 
 def _is_reversed(info: Mapping[str, str]) -> bool:
-    """Return whether ED comes after ES in the half sequence; its frames are then read in reverse order."""
+    """True if ED comes after ES in the half sequence. Its frames are then read in reverse order."""
     return "ED" in info and "ES" in info and int(info["ED"]) > int(info["ES"])
 
 
@@ -272,7 +279,7 @@ def _missing_views(root: Path, incomplete: Mapping[str, Sequence[str]], patients
                     root,
                     found=f"contains no {image} of any patient",
                     expected=f"{image} of every patient",
-                    suggestion="continue without it: volumes by Simpson's rule need both views",
+                    suggestion="continue without it; volumes by Simpson's rule need both views and are not computed",
                     severity=WARNING,
                 )
             )
@@ -319,8 +326,8 @@ def _splits(root: Path, patients: set[str]) -> tuple[tuple[dict[str, tuple[str, 
             )
             continue
         names = tuple(line.strip() for line in lines if line.strip())
-        sides = folds.setdefault(int(match[1] or 0), {})
-        sides[match[2]] = names
+        subsets = folds.setdefault(int(match[1] or 0), {})
+        subsets[match[2]] = names
         if absent := sorted(set(names) - patients):
             problems.append(
                 Problem(
@@ -332,31 +339,32 @@ def _splits(root: Path, patients: set[str]) -> tuple[tuple[dict[str, tuple[str, 
                     severity=WARNING,
                 )
             )
-    return tuple(folds[k] for k in sorted(folds)), problems + _on_two_sides(folds, lists)
+    return tuple(folds[k] for k in sorted(folds)), problems + _repeated_patients(folds, lists)
 
 
-def _on_two_sides(folds: Mapping[int, Mapping[str, tuple[str, ...]]], lists: Sequence[Path]) -> list[Problem]:
-    """Return the patients that a fold lists on more than one side, or twice on one side."""
+def _repeated_patients(folds: Mapping[int, Mapping[str, tuple[str, ...]]], lists: Sequence[Path]) -> list[Problem]:
+    """Return a problem for each patient that a fold lists in more than one subset, or twice in one subset."""
     problems = []
-    for number, sides in folds.items():
+    for number, subsets in folds.items():
         seen: dict[str, str] = {}
-        for side, names in sides.items():
+        for subset, names in subsets.items():
             for name in names:
                 if name in seen:
                     problems.append(
                         Problem(
                             "patient_in_two_folds",
-                            next(p for p in lists if p.name.endswith(f"{side}.txt") and _number(p) == number),
+                            next(p for p in lists if p.name.endswith(f"{subset}.txt") and _number(p) == number),
                             found=f"lists {name}, which {seen[name]} lists, too",
                             expected="each patient once",
-                            suggestion="keep the patient on one side",
+                            suggestion="keep the patient in one subset",
                             case_id=name,
                         )
                     )
-                seen[name] = side
+                seen[name] = subset
     return problems
 
 
 def _number(path: Path) -> int:
+    """Return the number of the fold in the name of a list; 0 if it has none."""
     digits = re.sub(r"\D", "", path.stem)
     return int(digits or 0)

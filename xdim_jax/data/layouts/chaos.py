@@ -20,7 +20,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.problem import WARNING, DataError, Problem, errors, in_case
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images.dicom import files_in_order, read_header
-from xdim_jax.data.images.image import where
+from xdim_jax.data.images.image import source_path
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import Regions
 
@@ -55,9 +55,9 @@ def dataset(task: int = 5, phase: str = "in") -> Dataset:
     Args:
         task: 1 CT and MR, liver; 2 CT, liver; 3 MR, liver; 4 CT and MR, liver on CT and four organs on MR; 5 MR, four
             organs.
-        phase: Images of T1-DUAL to use: "in" (the masks are named after them), "out", "each" (two cases with one
-            mask), or "both" (two channels). "both" leaves out T2-SPIR, which has one channel, and is not possible for
-            tasks with CT.
+        phase: Images of T1-DUAL to use: "in" (the masks are named after them), "out", "each" (two cases that share the
+            masks), or "both" (one case with two channels). "both" leaves out T2-SPIR, which has one channel, and is not
+            possible for tasks with CT.
 
     Raises:
         UserError: The task or the phase is unknown, or they cannot be combined.
@@ -93,14 +93,14 @@ def scoring(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def inspect(case: Case, image: np.ndarray) -> list[Problem]:
-    """Return a problem if CT is not in Hounsfield units, with air around the patient, or if MR is negative."""
+    """Return a problem if a CT image has no values of air (at most -500 HU), or an MR image has negative values."""
     low, ct = float(image.min()), case.info["modality"] == "CT"
     if low <= -500 if ct else low >= 0:
         return []
     return [
         Problem(
             "intensity_range",
-            where(case.images[0]),
+            source_path(case.images[0]),
             found=f"has values from {low:g}",
             expected="Hounsfield units, with air near -1000" if ct else "magnitudes of 0 or more",
             suggestion="check modality and rescale intercept",
@@ -110,7 +110,15 @@ def inspect(case: Case, image: np.ndarray) -> list[Problem]:
 
 
 def scan(root: Path, modalities: tuple[str, ...], mr_labels: Labels, phase: str, need_labels: bool) -> Scan:
-    """List the series below ``root``, which contains CT and MR, or contains Train_Sets and Test_Sets."""
+    """List the series below ``root``, which contains the folders CT and MR, or the folders Train_Sets and Test_Sets.
+
+    Args:
+        root: Folder of the data set.
+        modalities: Some of CT and MR.
+        mr_labels: Labels to read from the masks of MR; masks of CT contain only the liver.
+        phase: Images of T1-DUAL to use, see `dataset`.
+        need_labels: True if a series without masks is an error. Test_Sets is then not listed if Train_Sets exists.
+    """
     cases: list[Case] = []
     incomplete: list[Case] = []
     problems: list[Problem] = []
@@ -181,7 +189,7 @@ def _series(
         return [], problems
     info = {"modality": modality, "sequence": sequence}
     base = Case(name, patient, (), ("image",), masks or None, labels, info=info)
-    return _choose(base, phases, phase), problems
+    return _select_phase(base, phases, phase), problems
 
 
 def _mask_problems(ground: Path, masks: Sequence[Path], phases: Mapping[str, tuple[Path, ...]]) -> list[Problem]:
@@ -218,8 +226,8 @@ def _mask_problems(ground: Path, masks: Sequence[Path], phases: Mapping[str, tup
     return problems
 
 
-def _choose(base: Case, phases: dict[str, tuple[Path, ...]], phase: str) -> list[Case]:
-    """Return the cases that ``phase`` selects."""
+def _select_phase(base: Case, phases: dict[str, tuple[Path, ...]], phase: str) -> list[Case]:
+    """Return the cases of a series for a value of ``phase``, see `dataset`."""
     if "image" in phases:  # not T1-DUAL
         return [] if phase == "both" else [dataclasses.replace(base, images=(phases["image"],))]
     if len(phases) == 1:  # the other phase is missing: an incomplete case, for verify
@@ -235,7 +243,10 @@ def _choose(base: Case, phases: dict[str, tuple[Path, ...]], phase: str) -> list
 
 
 def _phases(dicom: Path) -> tuple[dict[str, tuple[Path, ...]], list[Problem]]:
-    """Return in- and out-phase files: by folder, or if both are in one, by echo time (in-phase has the longer one)."""
+    """Return the in-phase and the out-phase files, and their problems.
+
+    If both are in one folder, they are distinguished by their echo times: that of in-phase images is longer.
+    """
     found = {"in": files_in_order(dicom / "InPhase", ".dcm"), "out": files_in_order(dicom / "OutPhase", ".dcm")}
     merged = files_in_order(dicom, ".dcm")
     if merged and not any(found.values()):

@@ -24,7 +24,7 @@ from typing import Any
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.problem import WARNING, Problem, data_error, errors
 from xdim_jax.data.case import Case, Dataset, Scan
-from xdim_jax.data.images.image import SUFFIXES, strip
+from xdim_jax.data.images.image import SUFFIXES, strip_suffix
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import Regions
 
@@ -34,15 +34,15 @@ _CHANNEL_DIGITS = 4  # as in _0000
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
+class Description:
     """The contents of a ``dataset.json``.
 
     Attributes:
         channels: Names of the channels.
         labels: Meaning of the label values.
         regions: Regions to predict.
-        listed: Names of the listed training cases; empty if there is no list.
-        count: Stated number of training cases; None if there is none.
+        listed: Names of the training cases in the list ``training``; empty if there is no list.
+        count: Number of training cases according to ``numTraining``; None if there is no such key.
     """
 
     channels: tuple[str, ...]
@@ -53,42 +53,42 @@ class Card:
 
 
 def nnunet(root: Path | str) -> Dataset:
-    """Return data in nnU-Net's raw format. Raises UserError if their ``dataset.json`` cannot be used."""
-    return described_nnunet(read_card(Path(root) / "dataset.json"))
+    """Return a data set in nnU-Net's raw format. Raises UserError if its ``dataset.json`` cannot be used."""
+    return nnunet_from_description(read_dataset_json(Path(root) / "dataset.json"))
 
 
 def decathlon(root: Path | str) -> Dataset:
     """Return a task of the Decathlon. Raises UserError if its ``dataset.json`` cannot be used."""
-    return described_decathlon(read_card(Path(root) / "dataset.json"))
+    return decathlon_from_description(read_dataset_json(Path(root) / "dataset.json"))
 
 
-def described_nnunet(card: Card) -> Dataset:
-    """Return data in nnU-Net's layout, described by a card."""
-    return _dataset("nnU-Net", NNUNET_LAYOUT, card, one_file_per_channel=True)
+def nnunet_from_description(description: Description) -> Dataset:
+    """Return the data set in nnU-Net's raw format that a ``dataset.json`` describes."""
+    return _dataset("nnU-Net", NNUNET_LAYOUT, description, one_file_per_channel=True)
 
 
-def described_decathlon(card: Card) -> Dataset:
-    """Return data in the layout of the Decathlon, described by a card."""
-    return _dataset("Decathlon", DECATHLON_LAYOUT, card, one_file_per_channel=False)
+def decathlon_from_description(description: Description) -> Dataset:
+    """Return the data set in the layout of the Decathlon that a ``dataset.json`` describes."""
+    return _dataset("Decathlon", DECATHLON_LAYOUT, description, one_file_per_channel=False)
 
 
-def _dataset(name: str, layout: str, card: Card, *, one_file_per_channel: bool) -> Dataset:
+def _dataset(name: str, layout: str, description: Description, *, one_file_per_channel: bool) -> Dataset:
     return Dataset(
         name=name,
         layout=layout,
-        channels=card.channels,
-        labels=card.labels,
-        regions=card.regions,
-        scan=lambda root, need_labels: _scan(root, card, need_labels, one_file_per_channel),
+        channels=description.channels,
+        labels=description.labels,
+        regions=description.regions,
+        scan=lambda root, need_labels: _scan(root, description, need_labels, one_file_per_channel),
         same_structures=False,
     )
 
 
-def _card_error(path: Path, *, found: str, expected: str, suggestion: str) -> Exception:
+def _json_error(path: Path, *, found: str, expected: str, suggestion: str) -> Exception:
     return data_error(Problem("dataset_json", path, found=found, expected=expected, suggestion=suggestion))
 
 
-def read_card(path: Path) -> Card:
+def read_dataset_json(path: Path) -> Description:
     """Read a ``dataset.json`` of nnU-Net 1, nnU-Net 2 or the Decathlon.
 
     Raises:
@@ -97,7 +97,7 @@ def read_card(path: Path) -> Card:
     data = _read_object(path)
     ending = data.get("file_ending", SUFFIXES[0])
     if ending not in SUFFIXES:
-        raise _card_error(
+        raise _json_error(
             path,
             found=f"has the file_ending {ending!r}",
             expected=", ".join(SUFFIXES),
@@ -105,7 +105,7 @@ def read_card(path: Path) -> Card:
         )
     named = data.get("channel_names", data.get("modality"))
     if not isinstance(named, dict) or sorted(named, key=str) != sorted(map(str, range(len(named)))) or not named:
-        raise _card_error(
+        raise _json_error(
             path,
             found=f"names its channels {named!r}",
             expected='"channel_names": {"0": ..., "1": ...}',
@@ -117,7 +117,7 @@ def read_card(path: Path) -> Card:
     if not isinstance(entries, list) or not all(
         isinstance(e, str) or (isinstance(e, dict) and "image" in e) for e in entries
     ):
-        raise _card_error(
+        raise _json_error(
             path,
             found="has a list of training cases that cannot be read",
             expected='[{"image": ..., "label": ...}]',
@@ -125,13 +125,13 @@ def read_card(path: Path) -> Card:
         )
     listed = tuple(_case_name(entry) for entry in entries)
     count = data.get("numTraining")
-    return Card(channels, labels, regions, listed, count if isinstance(count, int) else None)
+    return Description(channels, labels, regions, listed, count if isinstance(count, int) else None)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; any other JSON value counts as an empty object."""
+    """Read a JSON object; for another JSON value, return an empty dictionary."""
     if not path.is_file():
-        raise _card_error(
+        raise _json_error(
             path,
             found="does not exist",
             expected="a description of the data",
@@ -140,14 +140,14 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _card_error(path, found=f"is not JSON ({error})", expected="JSON", suggestion="correct it") from error
+        raise _json_error(path, found=f"is not JSON ({error})", expected="JSON", suggestion="correct it") from error
     return data if isinstance(data, dict) else {}
 
 
 def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
     """Return the labels and the regions that the key ``labels`` of a ``dataset.json`` defines."""
     if not isinstance(labels, dict) or len(labels) < 2:
-        raise _card_error(
+        raise _json_error(
             path,
             found=f"names its labels {labels!r}",
             expected='"labels": {"background": 0, "name": 1, ...}',
@@ -156,7 +156,7 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
     if all(str(key).isdigit() for key in labels):  # Decathlon and nnU-Net 1: value -> name
         labels = {name: int(value) for value, name in labels.items()}
     if "ignore" in labels:
-        raise _card_error(
+        raise _json_error(
             path,
             found='has a label "ignore"',
             expected="labels to learn; voxels without a label are not supported",
@@ -173,7 +173,7 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
         index = {value: i for i, value in enumerate(values)}
         regions = Regions({n: tuple(index[int(v)] for v in vs) for n, vs in sets.items() if vs != (0,)})
     except (TypeError, ValueError) as error:
-        raise _card_error(
+        raise _json_error(
             path,
             found=f"has labels that cannot be used ({error})",
             expected="whole numbers, and regions that are nested or disjoint",
@@ -184,10 +184,10 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
 
 def _case_name(entry: Any) -> str:
     image = entry["image"] if isinstance(entry, dict) else entry
-    return strip(Path(str(image)).name) or str(image)
+    return strip_suffix(Path(str(image)).name) or str(image)
 
 
-def _scan(root: Path, card: Card, need_labels: bool, one_file_per_channel: bool) -> Scan:
+def _scan(root: Path, description: Description, need_labels: bool, one_file_per_channel: bool) -> Scan:
     folders = [root / "imagesTr", *([] if need_labels else [root / "imagesTs"])]
     if not folders[0].is_dir():
         folders = [root]  # a folder of images without labels
@@ -210,7 +210,7 @@ def _scan(root: Path, card: Card, need_labels: bool, one_file_per_channel: bool)
                     )
                 )
                 continue
-            images, wrong = _channels(folder, name, files, card, one_file_per_channel)
+            images, wrong = _channels(folder, name, files, description, one_file_per_channel)
             label = labels.pop(name, None)
             problems += wrong
             if label is None and need_labels:
@@ -225,7 +225,7 @@ def _scan(root: Path, card: Card, need_labels: bool, one_file_per_channel: bool)
                     )
                 )
             elif not errors(wrong):
-                cases[name] = Case(name, name, images, card.channels, label, card.labels)
+                cases[name] = Case(name, name, images, description.channels, label, description.labels)
         problems += [
             Problem(
                 "extra_file",
@@ -239,15 +239,17 @@ def _scan(root: Path, card: Card, need_labels: bool, one_file_per_channel: bool)
             for name, path in labels.items()
         ]
     named = cases.keys() | {p.case_id for p in errors(problems)}
-    problems += _card_problems(root, card, named, need_labels, only_images=folders[0] == root)
+    problems += _list_problems(root, description, named, need_labels, only_images=folders[0] == root)
     splits, wrong = _splits(root, named)
     return Scan(list(cases.values()), problems + wrong, splits)
 
 
-def _card_problems(root: Path, card: Card, cases: set[str], need_labels: bool, *, only_images: bool) -> list[Problem]:
+def _list_problems(
+    root: Path, description: Description, cases: set[str], need_labels: bool, *, only_images: bool
+) -> list[Problem]:
     """Compare the list and the number of training cases in ``dataset.json`` with the existing cases."""
     path = root / "dataset.json"
-    if not only_images and (absent := [n for n in card.listed if n not in cases]):
+    if not only_images and (absent := [n for n in description.listed if n not in cases]):
         return [
             Problem(
                 "missing_file",
@@ -257,12 +259,12 @@ def _card_problems(root: Path, card: Card, cases: set[str], need_labels: bool, *
                 suggestion="fetch them, or correct the list",
             )
         ]
-    if need_labels and card.count is not None and card.count != len(cases) and path.is_file():
+    if need_labels and description.count is not None and description.count != len(cases) and path.is_file():
         return [
             Problem(
                 "dataset_json",
                 path,
-                found=f"states numTraining {card.count}, but {len(cases)} cases exist",
+                found=f"states numTraining {description.count}, but {len(cases)} cases exist",
                 expected="the number of cases",
                 suggestion="correct the number",
                 severity=WARNING,
@@ -276,11 +278,11 @@ def _images(folder: Path) -> list[tuple[str, Path]]:
     if not folder.is_dir():
         return []
     found = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
-    return [(name, p) for p in found if (name := strip(p.name)) is not None]
+    return [(name, p) for p in found if (name := strip_suffix(p.name)) is not None]
 
 
 def _group(folder: Path, one_file_per_channel: bool) -> tuple[dict[str, dict[str, Path]], list[Problem]]:
-    """Return the files by case and channel number, and a problem for every second file of the same name."""
+    """Return case -> channel number -> file, and a problem for each further file of the same case and channel."""
     groups: dict[str, dict[str, Path]] = {}
     problems = []
     for name, path in _images(folder):
@@ -305,12 +307,12 @@ def _group(folder: Path, one_file_per_channel: bool) -> tuple[dict[str, dict[str
 
 
 def _channels(
-    folder: Path, name: str, files: Mapping[str, Path], card: Card, one_file_per_channel: bool
+    folder: Path, name: str, files: Mapping[str, Path], description: Description, one_file_per_channel: bool
 ) -> tuple[tuple[Path, ...], list[Problem]]:
-    """Return the files of a case in the order of the channels, and missing and surplus channels."""
+    """Return the files of a case in the order of the channels, and a problem for each missing or extra channel."""
     if not one_file_per_channel:
         return tuple(files.values()), []
-    wanted = {f"{i:04d}": channel for i, channel in enumerate(card.channels)}
+    wanted = {f"{i:04d}": channel for i, channel in enumerate(description.channels)}
     missing = [
         Problem(
             "missing_image",
@@ -323,7 +325,7 @@ def _channels(
         for number, channel in wanted.items()
         if number not in files
     ]
-    surplus = [
+    extra = [
         Problem(
             "extra_file",
             path,
@@ -336,7 +338,7 @@ def _channels(
         for number, path in files.items()
         if number not in wanted
     ]
-    return tuple(files[n] for n in wanted if n in files), missing + surplus
+    return tuple(files[n] for n in wanted if n in files), missing + extra
 
 
 def _splits(root: Path, cases: set[str]) -> tuple[tuple[dict[str, tuple[str, ...]], ...], list[Problem]]:
@@ -344,10 +346,10 @@ def _splits(root: Path, cases: set[str]) -> tuple[tuple[dict[str, tuple[str, ...
     path = next((p for p in (root / "splits.json", root / "splits_final.json") if p.is_file()), None)
     if path is None:
         return (), []
-    sides = {"train": "training", "val": "validation", "test": "testing"}
+    subsets = {"train": "training", "val": "validation", "test": "testing"}
     try:
         folds = json.loads(path.read_text(encoding="utf-8"))
-        splits = tuple({str(sides.get(k, k)): tuple(map(str, v)) for k, v in fold.items()} for fold in folds)
+        splits = tuple({str(subsets.get(k, k)): tuple(map(str, v)) for k, v in fold.items()} for fold in folds)
     except (ValueError, AttributeError, TypeError) as error:
         return (), [
             Problem(
@@ -364,9 +366,9 @@ def _splits(root: Path, cases: set[str]) -> tuple[tuple[dict[str, tuple[str, ...
             Problem(
                 "patient_in_two_folds",
                 path,
-                found=f"lists {name} on both sides of fold {number}",
+                found=f"lists {name} for training and for validation in fold {number}",
                 expected="each case once",
-                suggestion="keep it on one side",
+                suggestion="keep it in one list",
                 case_id=name,
             )
             for name in sorted(set(fold.get("training", ())) & set(fold.get("validation", ())))
@@ -385,10 +387,19 @@ def _splits(root: Path, cases: set[str]) -> tuple[tuple[dict[str, tuple[str, ...
     return splits, problems
 
 
-def read_description(value: Mapping[str, Any]) -> Card:
-    """Return the card in the record that `xdim_jax.data.case.describe` made. Raises UserError if it cannot be used."""
+def read_description(value: Mapping[str, Any]) -> Description:
+    """Read the description of the training data in a workdir.
+
+    Args:
+        value: Result of `xdim_jax.data.case.describe`.
+
+    Raises:
+        UserError: A key is missing, or has a wrong value.
+    """
     try:
         labels = Labels.from_json(value["labels"])
-        return Card(tuple(value["channels"]), labels, Regions({k: tuple(v) for k, v in value["regions"].items()}))
+        return Description(
+            tuple(value["channels"]), labels, Regions({k: tuple(v) for k, v in value["regions"].items()})
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the description of the training data cannot be used ({error})") from error

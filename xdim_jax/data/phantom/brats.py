@@ -1,9 +1,9 @@
 """Phantoms in the layout of BraTS: a skull-stripped head with a tumour, in four modalities.
 
 The head is an ellipsoid brain (grey matter, white matter, ventricles) with a lesion that consists of oedema, an
-enhancing rim and a necrotic centre; every fifth case has no enhancing part. Four co-registered modalities show the
-tissues with the contrasts of the real sequences, with a smooth bias field and noise. All shapes are ellipsoids deformed
-by smooth random fields, so they scale with the volume.
+enhancing rim and a necrotic centre; every fifth case has no enhancing part. The four modalities show the tissues with
+the contrasts of the real sequences, a smooth bias field and noise. All shapes are ellipsoids that are deformed by
+smooth random fields, and their sizes are relative to the size of the volume.
 """
 
 import dataclasses
@@ -17,10 +17,11 @@ from scipy.ndimage import gaussian_filter
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import atomic_path
 from xdim_jax.data.layouts.brats import MODALITIES, get_convention
-from xdim_jax.data.phantom.common import Difficulty, blend, claim_folder, smooth_field
+from xdim_jax.data.phantom.common import Difficulty, claim_folder, scale_contrast, smooth_field
 from xdim_jax.data.regions import ED, ET, NCR
 
-# relative signals of (grey, white, fluid, oedema, necrosis, enhancing) in each sequence
+_TISSUES = ("grey", "white", "fluid", "oedema", "necrosis", "enhancing")
+# relative signals of these tissues in each sequence
 _CONTRAST = {
     "flair": (0.75, 0.62, 0.25, 1.20, 0.50, 1.00),
     "t1": (0.62, 0.85, 0.30, 0.58, 0.42, 0.62),
@@ -28,13 +29,13 @@ _CONTRAST = {
     "t2": (0.78, 0.60, 1.25, 1.05, 1.12, 0.95),
 }
 _SIGNAL = 600.0  # stored value for a relative signal of 1
-_SMALLEST = 32  # voxels along an axis; with fewer, parts of the lesion would vanish
+_MIN_SIDE = 32  # voxels along an axis; with fewer, parts of the lesion would vanish
 
 
 def brats_case(
     shape: tuple[int, int, int], rng: np.random.Generator, *, enhancing: bool, difficulty: Difficulty
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Draw one head.
+    """Generate one head.
 
     Args:
         shape: Voxels along x, y, z.
@@ -48,42 +49,40 @@ def brats_case(
     axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
     x, y, z = np.meshgrid(*axes, indexing="ij", sparse=True)
 
-    def bent(centre: np.ndarray, radii: np.ndarray, bend: float) -> np.ndarray:
-        """Return distances from the centre of a deformed ellipsoid in units of its radii; below 1 is inside."""
+    def ellipsoid(centre: np.ndarray, radii: np.ndarray, deformation: float) -> np.ndarray:
+        """Return the distance from the centre of a deformed ellipsoid, in units of its radii: below 1 inside."""
         r = np.sqrt(sum(((a - c) / s) ** 2 for a, c, s in zip((x, y, z), centre, radii, strict=True)))
-        return r * (1 + bend * smooth_field(shape, rng, cells=6))
+        return r * (1 + deformation * smooth_field(shape, rng, cells=6))
 
-    head = bent(np.zeros(3), np.array([0.72, 0.85, 0.78]), 0.04)
+    head = ellipsoid(np.zeros(3), np.array([0.72, 0.85, 0.78]), 0.04)
     brain = head < 1
     white = (head < 0.80 + 0.08 * smooth_field(shape, rng, cells=12)) & brain
     side = np.array([0.16, 0.0, 0.05])
     ventricles = np.zeros(shape, bool)
     for sign in (-1, 1):
-        ventricles |= bent(side * [sign, 1, 1], np.array([0.09, 0.32, 0.16]), 0.15) < 1
+        ventricles |= ellipsoid(side * [sign, 1, 1], np.array([0.09, 0.32, 0.16]), 0.15) < 1
 
     # the centre of the lesion is well inside the white matter of one hemisphere
     centre = rng.uniform([0.15, -0.35, -0.25], [0.38, 0.35, 0.30]) * [rng.choice([-1, 1]), 1, 1]
     size = rng.uniform(0.24, 0.40) * rng.uniform(0.85, 1.15, 3)
-    oedema = (bent(centre, size, 0.25) < 1) & brain
-    core = (bent(centre, size * rng.uniform(0.55, 0.72), 0.15) < 1) & oedema
-    necrosis = (bent(centre, size * rng.uniform(0.38, 0.50), 0.15) < 1) & core
+    oedema = (ellipsoid(centre, size, 0.25) < 1) & brain
+    core = (ellipsoid(centre, size * rng.uniform(0.55, 0.72), 0.15) < 1) & oedema
+    necrosis = (ellipsoid(centre, size * rng.uniform(0.38, 0.50), 0.15) < 1) & core
     label = np.zeros(shape, np.uint8)
     label[oedema] = ED
     label[core] = ET if enhancing else NCR
     label[necrosis] = NCR
 
     images = {}
-    noise = rng.standard_normal((len(MODALITIES), *shape), np.float32) * difficulty.noise
-    for modality, grain in zip(MODALITIES, noise, strict=True):
-        grey, bright, fluid, swollen, dead, leaking = blend(
-            dict(enumerate(_CONTRAST[modality])), difficulty.contrast
-        ).values()
-        signal = np.where(white, bright, grey).astype(np.float32)
-        signal[ventricles] = fluid
-        for tissue, value in ((ED, swollen), (NCR, dead), (ET, leaking)):
-            signal[label == tissue] = value
+    noises = rng.standard_normal((len(MODALITIES), *shape), np.float32) * difficulty.noise
+    for modality, noise in zip(MODALITIES, noises, strict=True):
+        signals = scale_contrast(dict(zip(_TISSUES, _CONTRAST[modality], strict=True)), difficulty.contrast)
+        signal = np.where(white, signals["white"], signals["grey"]).astype(np.float32)
+        signal[ventricles] = signals["fluid"]
+        for index, tissue in ((ED, "oedema"), (NCR, "necrosis"), (ET, "enhancing")):
+            signal[label == index] = signals[tissue]
         signal = gaussian_filter(signal, 0.6) * np.exp(difficulty.bias * smooth_field(shape, rng, cells=3))
-        values = np.maximum((signal * rng.uniform(0.8, 1.2) + grain) * _SIGNAL, 1)  # never exactly 0 in the brain
+        values = np.maximum((signal * rng.uniform(0.8, 1.2) + noise) * _SIGNAL, 1)  # never exactly 0 in the brain
         images[modality] = np.where(brain, np.rint(values), 0).astype(np.int16)
     return images, label
 
@@ -101,12 +100,12 @@ def write_brats(
 ) -> list[Path]:
     """Write phantoms in the layout of BraTS; complete cases that exist are kept.
 
-    The geometry is that of the challenge's files: voxels of 1 mm, affine diag(-1, -1, 1), translation (0, ny - 1, 0).
+    The geometry is the same as in the challenge: voxels of 1 mm, affine diag(-1, -1, 1), translation (0, ny - 1, 0).
 
     Args:
         root: Folder of the cases and of ``phantom.json``, the record of the settings.
         cases: Number of cases.
-        convention: File names and label values, see `xdim_jax.data.layouts.brats`.
+        convention: Convention of file names and label values, see `xdim_jax.data.layouts.brats`.
         shape: Voxels along x, y, z.
         seed: Seed of all cases.
         first: Number of the first case; case n depends only on n and the settings.
@@ -119,8 +118,8 @@ def write_brats(
     Raises:
         UserError: The shape is too small, the folder contains phantoms of other settings, or a file cannot be written.
     """
-    if len(shape) != 3 or min(shape) < _SMALLEST:
-        raise UserError(f"phantom shape {tuple(shape)}: expected three numbers (x,y,z) of at least {_SMALLEST} voxels")
+    if len(shape) != 3 or min(shape) < _MIN_SIDE:
+        raise UserError(f"phantom shape {tuple(shape)}: expected three numbers (x,y,z) of at least {_MIN_SIDE} voxels")
     difficulty = difficulty or Difficulty()
     generation = get_convention(convention)
     settings = {

@@ -3,8 +3,9 @@
 The left ventricle is half an ellipsoid. Its long axis runs along the beam, and the mitral plane closes its base. Its
 half-widths differ between the two views. The axis is bent, which displaces the discs of the ventricle but keeps their
 areas, so that its volume and the ejection fraction are known exactly. The cfg files contain these exact values, not
-estimates from the masks. Myocardium surrounds the ventricle, and the atrium is below it. Speckle is complex noise that
-is smoothed along and across the beam, more so at greater depth, and log-compressed.
+estimates from the masks. Myocardium surrounds the ventricle, and the atrium is below it. Speckle is the magnitude of
+smoothed complex noise; in the picture, it becomes coarser with depth. The image shows the logarithm of the echo
+amplitude.
 """
 
 import dataclasses
@@ -19,12 +20,12 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import atomic_path
 from xdim_jax.data.layouts.camus import VIEWS
-from xdim_jax.data.phantom.common import Difficulty, blend, claim_folder, smooth_field
+from xdim_jax.data.phantom.common import Difficulty, claim_folder, scale_contrast, smooth_field
 
 _WIDTH_MM, _HEIGHT_MM = 170.0, 120.0  # size of the picture, for any number of pixels
 _PROBE = (0.0, -4.0)  # lateral position and depth in mm of the point where the beams meet
 _HALF_ANGLE = math.radians(43)
-_SMALLEST = 64  # pixels along a side
+_MIN_SIDE = 64  # pixels along a side
 # echo amplitudes; the picture shows their logarithm
 _ECHO = {"blood": 0.08, "myocardium": 0.35, "tissue": 0.90, "valve": 1.2}
 LAYOUTS = ("nifti", "metaimage")
@@ -68,7 +69,7 @@ class Heart:
 
 
 def draw_heart(rng: np.random.Generator) -> Heart:
-    """Draw the sizes of an adult heart."""
+    """Return a heart with random sizes in the range of adults."""
     return Heart(
         length=rng.uniform(68, 80),
         radius={view: rng.uniform(20, 26) for view in VIEWS},
@@ -91,10 +92,17 @@ def _grid(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, tuple[float, 
 
 
 def draw_mask(heart: Heart, view: str, phase: float, shape: tuple[int, int]) -> np.ndarray:
-    """Return the label map of a view, uint8 (H, W): 1 cavity, 2 myocardium, 3 atrium."""
+    """Return the label map of a view, uint8 (H, W): 1 cavity, 2 myocardium, 3 atrium.
+
+    Args:
+        heart: Heart.
+        view: One of `VIEWS`.
+        phase: 0 for end-diastole, 1 for end-systole.
+        shape: Pixels (H, W).
+    """
     x, y, _ = _grid(shape)
     length, radius = (s * v for s, v in zip(heart.scale(phase), (heart.length, heart.radius[view]), strict=True))
-    base = heart.apex + heart.length * (1 - 0.25 * (1 - heart.scale(phase)[0]))  # the base moves up a little
+    base = heart.apex + heart.length * (1 - 0.25 * (1 - heart.scale(phase)[0]))  # the base moves towards the apex
     tilt = heart.tilt[view]
     # position along the long axis (0 at the base, `length` at the apex) and across it
     u, v = x - math.sin(tilt) * 20, y - base
@@ -116,12 +124,13 @@ def draw_mask(heart: Heart, view: str, phase: float, shape: tuple[int, int]) -> 
 
 
 def _sector(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the mask of the pixels that the ultrasound beams reach."""
     u, v = x - _PROBE[0], y - _PROBE[1]
     return (np.abs(np.arctan2(u, v)) < _HALF_ANGLE) & (np.hypot(u, v) < _HEIGHT_MM - _PROBE[1])
 
 
 def _speckle(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return fully developed speckle of mean 1: fine along the beam, and across it coarser with depth."""
+    """Return fully developed speckle with a mean of 1, whose grains become wider with depth, as the beams diverge."""
     u, v = x - _PROBE[0], y - _PROBE[1]
     distance, angle = np.hypot(u, v), np.arctan2(u, v)
     shape = (400, 160)  # depths, beams
@@ -133,9 +142,9 @@ def _speckle(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
 
 def draw_frame(label: np.ndarray, rng: np.random.Generator, difficulty: Difficulty) -> np.ndarray:
-    """Draw the ultrasound image uint8 (H, W) of a label map; 0 outside the sector."""
+    """Return an ultrasound image, uint8 (H, W), of a label map. It is 0 outside the sector and at least 1 inside."""
     x, y, _ = _grid((label.shape[0], label.shape[1]))
-    echo = blend(_ECHO, difficulty.contrast)
+    echo = scale_contrast(_ECHO, difficulty.contrast)
     medium = np.full(label.shape, echo["tissue"], np.float32)
     for value, tissue in ((1, "blood"), (2, "myocardium"), (3, "blood")):
         medium[label == value] = echo[tissue]
@@ -163,9 +172,9 @@ def write_camus(
 ) -> list[Path]:
     """Write phantoms in a layout of CAMUS; complete patients that exist are kept.
 
-    Every patient has both views with ED, ES and a half sequence, each with its reference. Every seventh patient has
-    reversed sequences, which begin with ES. Split files list four fifths of the patients for training, and a tenth each
-    for validation and testing.
+    Every patient has ED, ES and a half sequence of both views, and the reference of each. Every seventh patient has
+    reversed sequences, which begin with ES. Split files list four fifths of the patients for training, one tenth for
+    validation and one tenth for testing.
 
     Args:
         root: Folder of the data set and of ``phantom.json``, the record of the settings.
@@ -187,8 +196,8 @@ def write_camus(
     """
     if layout not in LAYOUTS:
         raise UserError(f"phantom layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
-    if len(shape) != 2 or min(shape) < _SMALLEST:
-        raise UserError(f"phantom shape {tuple(shape)}: expected two numbers (x,y) of at least {_SMALLEST} pixels")
+    if len(shape) != 2 or min(shape) < _MIN_SIDE:
+        raise UserError(f"phantom shape {tuple(shape)}: expected two numbers (x,y) of at least {_MIN_SIDE} pixels")
     if frames < 2:
         raise UserError(f"{frames} frames: expected at least two, ED and ES")
     difficulty = difficulty or Difficulty()
@@ -229,8 +238,8 @@ def _write_view(
     phases = [(1 - math.cos(math.pi * i / (frames - 1))) / 2 for i in range(frames)]
     masks = [draw_mask(heart, view, phase, shape) for phase in phases]
     images = [draw_frame(mask, rng, difficulty) for mask in masks]
-    backwards = number % 7 == 0
-    order = slice(None, None, -1 if backwards else 1)
+    is_reversed = number % 7 == 0
+    order = slice(None, None, -1 if is_reversed else 1)
     parts = {
         "ED": (images[0], masks[0]),
         "ES": (images[-1], masks[-1]),
@@ -240,16 +249,16 @@ def _write_view(
         for ending, array in (("", image), ("_gt", mask)):
             path = folder / f"{name}_{view}_{part}{ending}"
             (_save_nifti if nifti else _save_metaimage)(path, array, spacing)
-    ed, es = (frames, 1) if backwards else (1, frames)
+    ed, es = (frames, 1) if is_reversed else (1, frames)
     quality = ("Good", "Good", "Medium", "Poor")[number % 4]
-    facts = {"ED": ed, "ES": es, "NbFrame": frames, "Sex": "FM"[number % 2], "Age": 40 + number % 40}
-    facts |= {"ImageQuality": quality, "FrameRate": 50}
+    info = {"ED": ed, "ES": es, "NbFrame": frames, "Sex": "FM"[number % 2], "Age": 40 + number % 40}
+    info |= {"ImageQuality": quality, "FrameRate": 50}
     if nifti:
-        facts |= {"EF": round(100 * heart.ejection, 1)}
+        info |= {"EF": round(100 * heart.ejection, 1)}
     else:
         edv, esv = heart.volume(0), heart.volume(1)
-        facts |= {"LVedv": round(edv, 1), "LVesv": round(esv, 1), "LVef": round(100 * heart.ejection, 1)}
-    text = "".join(f"{key}: {value}\n" for key, value in facts.items())
+        info |= {"LVedv": round(edv, 1), "LVesv": round(esv, 1), "LVef": round(100 * heart.ejection, 1)}
+    text = "".join(f"{key}: {value}\n" for key, value in info.items())
     (folder / f"Info_{view}.cfg").write_text(text, encoding="utf-8")
 
 
@@ -272,8 +281,8 @@ def _save_metaimage(path: Path, array: np.ndarray, spacing: tuple[float, float])
 def _write_splits(root: Path, names: list[str], nifti: bool) -> None:
     tenth = max(len(names) // 10, min(len(names) // 3, 1))  # 0 for one or two patients, who are all in training
     last = len(names) - tenth
-    sides = {"training": names[: last - tenth], "validation": names[last - tenth : last], "testing": names[last:]}
-    if not nifti:  # ten folds, each of which tests another tenth
+    subsets = {"training": names[: last - tenth], "validation": names[last - tenth : last], "testing": names[last:]}
+    if not nifti:  # the older release has ten folds with different test patients
         for fold in range(10):
             order = names[fold * tenth :] + names[: fold * tenth]
             parts = {
@@ -283,11 +292,11 @@ def _write_splits(root: Path, names: list[str], nifti: bool) -> None:
             }
             _write_lists(root / "listSubGroups", f"subGroup{fold + 1}_", parts)
         return
-    _write_lists(root / "database_split", "subgroup_", sides)
+    _write_lists(root / "database_split", "subgroup_", subsets)
 
 
-def _write_lists(folder: Path, stem: str, sides: dict[str, list[str]]) -> None:
+def _write_lists(folder: Path, stem: str, subsets: dict[str, list[str]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for side, names in sides.items():
-        with atomic_path(folder / f"{stem}{side}.txt") as path:
+    for subset, names in subsets.items():
+        with atomic_path(folder / f"{stem}{subset}.txt") as path:
             path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")

@@ -1,9 +1,9 @@
 """Phantoms in the layout of CHAOS: an abdomen on CT, and on MR as T1 in-phase, T1 out-phase and T2.
 
-Tissues have HU on CT and relative signals on MR; out-phase images lose signal where water meets fat. Slices are DICOM
-files with true positions. As in the data set, the names of slices run downwards on CT and upwards on MR, and
-SliceThickness is not the distance between slices. CT masks have one bit per pixel and contain only the liver, although
-the images show the other organs, too.
+Tissues have HU on CT and relative signals on MR. Out-phase images are dark at the borders between water and fat, whose
+signals cancel each other. Slices are DICOM files with correct positions. As in the data set, the file names of slices
+are in downward order on CT and in upward order on MR, and SliceThickness is not the distance between slices. CT masks
+have one bit per pixel and contain only the liver, although the images show the other organs, too.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import atomic_path
 from xdim_jax.data.layouts.chaos import MR_LABELS, ORGANS
-from xdim_jax.data.phantom.common import Difficulty, blend, claim_folder, smooth_field
+from xdim_jax.data.phantom.common import Difficulty, claim_folder, scale_contrast, smooth_field
 
 _TISSUES = ("air", "fat", "muscle", "bone", *ORGANS)
 _HU: dict[str, float] = dict(zip(_TISSUES, (-1000, -100, 55, 420, 110, 180, 180, 135), strict=True))
@@ -29,58 +29,62 @@ _SIGNAL: dict[str, dict[str, float]] = {
 _ECHO_TIMES = {"in": 4.6, "out": 2.3, "spir": 70.0}
 _MR_UNITS = 900.0  # stored value for a relative signal of 1
 _SIZE_MM = (390.0, 330.0, 180.0)  # field of view along x, y, z
-_SMALLEST = (64, 64, 16)
+_MIN_SHAPE = (64, 64, 16)  # voxels of CT along x, y, z
 
 
 def abdomen(shape: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
-    """Draw an abdomen.
+    """Generate an abdomen.
 
     Args:
         shape: Slices, rows, columns.
         rng: Source of all random numbers.
 
     Returns:
-        Tissue indices, uint8 (slices, rows, columns): slices run up, rows to the patient's back, columns to the left.
+        Indices of `_TISSUES`, uint8 (slices, rows, columns). Slices are in upward order, rows are in the order from the
+        front to the back of the patient, and columns from the patient's right to the left.
     """
     axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
     z, y, x = np.meshgrid(*axes, indexing="ij", sparse=True)
 
-    def bent(cx: float, cy: float, cz: float, rx: float, ry: float, rz: float, bend: float = 0.10) -> np.ndarray:
+    def ellipsoid(
+        cx: float, cy: float, cz: float, rx: float, ry: float, rz: float, deformation: float = 0.10
+    ) -> np.ndarray:
+        """Return the distance from the centre of a deformed ellipsoid, in units of its radii: below 1 inside."""
         cx, cy, cz = (c + rng.normal(0, 0.015) for c in (cx, cy, cz))
         scale = rng.uniform(0.92, 1.08)
         r = np.sqrt(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 + ((z - cz) / rz) ** 2) / scale
-        return r * (1 + bend * smooth_field(shape, rng, cells=5))
+        return r * (1 + deformation * smooth_field(shape, rng, cells=5))
 
     index = {name: i for i, name in enumerate(_TISSUES)}
     label = np.zeros(shape, np.uint8)
-    body = bent(0, 0, 0, 0.86, 0.80, 9.0, 0.03)
+    body = ellipsoid(0, 0, 0, 0.86, 0.80, 9.0, 0.03)
     label[body < 1] = index["fat"]
     label[body < 0.88] = index["muscle"]
     label[body < 0.82] = index["fat"]
-    label[bent(0, 0.10, 0, 0.52, 0.40, 9.0) < 1] = index["muscle"]  # bowel and vessels
-    label[bent(0, 0.50, 0, 0.12, 0.16, 9.0, 0.03) < 1] = index["bone"]
+    label[ellipsoid(0, 0.10, 0, 0.52, 0.40, 9.0) < 1] = index["muscle"]  # bowel and vessels
+    label[ellipsoid(0, 0.50, 0, 0.12, 0.16, 9.0, 0.03) < 1] = index["bone"]
     # the right side of the patient is on the left of the picture
     for name, side in (("right kidney", -1), ("left kidney", 1)):
         lower = -0.35 if side < 0 else -0.25
-        kidney = bent(side * 0.34, 0.36, lower, 0.13, 0.15, 0.50)
+        kidney = ellipsoid(side * 0.34, 0.36, lower, 0.13, 0.15, 0.50)
         label[kidney < 1] = index[name]
-        label[(kidney < 0.35)] = index["fat"]  # the pelvis
-    liver = np.minimum(bent(-0.34, -0.10, 0.30, 0.42, 0.50, 0.75), bent(0.02, -0.32, 0.45, 0.38, 0.24, 0.45))
+        label[(kidney < 0.35)] = index["fat"]  # renal pelvis
+    liver = np.minimum(ellipsoid(-0.34, -0.10, 0.30, 0.42, 0.50, 0.75), ellipsoid(0.02, -0.32, 0.45, 0.38, 0.24, 0.45))
     free = (label != index["right kidney"]) & (label != index["bone"])
     label[(liver < 1) & (body < 0.80) & free] = index["liver"]
-    spleen = bent(0.52, 0.24, 0.35, 0.15, 0.28, 0.42)
+    spleen = ellipsoid(0.52, 0.24, 0.35, 0.15, 0.28, 0.42)
     label[(spleen < 1) & (body < 0.80) & (label != index["left kidney"])] = index["spleen"]
     return label
 
 
 def _paint(tissue: np.ndarray, values: dict[str, float], difficulty: Difficulty) -> np.ndarray:
-    organs = blend({name: v for name, v in values.items() if name != "air"}, difficulty.contrast)
+    organs = scale_contrast({name: v for name, v in values.items() if name != "air"}, difficulty.contrast)
     table = np.array([values["air"], *organs.values()], np.float32)
     return gaussian_filter(table[tissue], (0.3, 0.7, 0.7))
 
 
 def paint_ct(tissue: np.ndarray, difficulty: Difficulty, rng: np.random.Generator) -> np.ndarray:
-    """Return a CT image in HU, int16; a noise of 0.06 means 18 HU."""
+    """Return a CT image in HU, int16. The standard deviation of its noise is 300 HU times ``difficulty.noise``."""
     hu = _paint(tissue, _HU, difficulty) + 300 * difficulty.noise * rng.standard_normal(tissue.shape, np.float32)
     return np.clip(np.rint(hu), -1000, 2434).astype(np.int16)
 
@@ -88,12 +92,20 @@ def paint_ct(tissue: np.ndarray, difficulty: Difficulty, rng: np.random.Generato
 def paint_mr(
     tissue: np.ndarray, sequence: str, difficulty: Difficulty, rng: np.random.Generator, bias: np.ndarray
 ) -> np.ndarray:
-    """Return the MR image of a sequence (in, out or spir): magnitudes of 12 bits, uint16."""
+    """Return an MR image with magnitudes of 12 bits, uint16.
+
+    Args:
+        tissue: Tissue indices (slices, rows, columns).
+        sequence: in, out or spir.
+        difficulty: Noise, bias field and contrast.
+        rng: Source of random numbers.
+        bias: Smooth field of the same shape, which is scaled by ``difficulty.bias``.
+    """
     signal = _paint(tissue, _SIGNAL[sequence], difficulty)
-    if sequence == "out":  # signals of water and fat in one voxel cancel each other: dark lines where they meet
+    if sequence == "out":  # the signals of water and fat in one voxel cancel each other
         fat = gaussian_filter((tissue == 1) * np.float32(1), (0, 1.0, 1.0))
         water = gaussian_filter((tissue > 1) * np.float32(1), (0, 1.0, 1.0))
-        signal = signal * (1 - 2.4 * np.minimum(fat, water) ** 1)
+        signal = signal * (1 - 2.4 * np.minimum(fat, water))
     signal = np.maximum(signal, 0) * np.exp(difficulty.bias * bias)
     real, imaginary = rng.standard_normal((2, *tissue.shape), np.float32) * difficulty.noise
     return np.clip(np.rint(np.hypot(signal + real, imaginary) * _MR_UNITS), 0, 4095).astype(np.uint16)
@@ -128,8 +140,8 @@ def write_chaos(
     Raises:
         UserError: The shape is too small, the folder contains phantoms of other settings, or a file cannot be written.
     """
-    if len(shape) != 3 or any(n < m for n, m in zip(shape, _SMALLEST, strict=True)):
-        raise UserError(f"phantom shape {tuple(shape)}: expected three numbers (x,y,z) of at least {_SMALLEST} voxels")
+    if len(shape) != 3 or any(n < m for n, m in zip(shape, _MIN_SHAPE, strict=True)):
+        raise UserError(f"phantom shape {tuple(shape)}: expected three numbers (x,y,z) of at least {_MIN_SHAPE} voxels")
     mr_shape = (shape[0] // 2, shape[1] // 2, shape[2] * 3 // 8)
     difficulty = difficulty or Difficulty()
     settings = {"dataset": "chaos", "shape": list(shape)}
@@ -157,7 +169,7 @@ def _organs(tissue: np.ndarray) -> np.ndarray:
 
 
 def _write_ct(folder: Path, tissue: np.ndarray, rng: np.random.Generator, labels: bool, difficulty: Difficulty) -> None:
-    hu = paint_ct(tissue, difficulty, rng)[::-1]  # file names run downwards
+    hu = paint_ct(tissue, difficulty, rng)[::-1]  # file names are in downward order
     liver = (_organs(tissue) == 1)[::-1]
     series = _Series("CT", "CT", tissue.shape, rng, downwards=True)
     for k, plane in enumerate(hu):
@@ -183,7 +195,7 @@ def _write_mr(folder: Path, tissue: np.ndarray, rng: np.random.Generator, labels
 
 
 class _Series:
-    """Writes the slices of one series."""
+    """Writer of the slices of one series."""
 
     def __init__(
         self,
@@ -198,9 +210,8 @@ class _Series:
         from pydicom.uid import generate_uid
 
         slices, rows, columns = shape
-        self.spacing = (_SIZE_MM[1] / rows, _SIZE_MM[0] / columns)
-        side = min(self.spacing)  # pixels are square, as in the data set
-        self.spacing = (round(side, 4), round(side, 4))
+        side = round(min(_SIZE_MM[1] / rows, _SIZE_MM[0] / columns), 4)  # pixels are square, as in the data set
+        self.spacing = (side, side)
         self.step = round(_SIZE_MM[2] / slices, 3) * (-1 if downwards else 1)
         self.start = 1690.5 if downwards else -60.0
         self.origin = (-self.spacing[1] * columns / 2, -self.spacing[0] * rows / 2)

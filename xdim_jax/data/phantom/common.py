@@ -1,4 +1,4 @@
-"""Smooth random fields, the difficulty, and the record of the settings, for all phantoms."""
+"""Functions that all phantoms use: smooth random fields, the difficulty, and the record of the settings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ SETTINGS_FILE = "phantom.json"
 
 @dataclasses.dataclass(frozen=True)
 class Difficulty:
-    """How hard the phantoms are.
+    """Settings that make phantoms easier or harder to segment.
 
     Attributes:
         noise: Standard deviation of the noise, in units of the signal of the tissues. In ultrasound it is added to
@@ -38,11 +38,16 @@ class Difficulty:
 
 
 def smooth_field(shape: tuple[int, ...], rng: np.random.Generator, cells: int) -> np.ndarray:
-    """Return a random field with a standard deviation of about 1 that varies over ``1 / cells`` of the image."""
+    """Return a smooth random field with a mean near 0 and a standard deviation near 1.
+
+    Args:
+        shape: Shape of the field.
+        rng: Source of random numbers.
+        cells: The field interpolates ``cells + 2`` random values along each axis.
+    """
     coarse = rng.standard_normal((cells + 2,) * len(shape)).astype(np.float32)
-    middle = tuple(
-        -(-n // 3) for n in shape
-    )  # for speed: cubic interpolation to a third of the resolution, then linear
+    # for speed, interpolate cubically only to a third of the resolution, and then linearly
+    middle = tuple(-(-n // 3) for n in shape)
     field = _resize(_resize(coarse, middle, order=3), shape, order=1)
     return np.clip(field / max(float(field.std()), 1e-6), -2.5, 2.5)
 
@@ -52,8 +57,8 @@ def _resize(field: np.ndarray, shape: tuple[int, ...], order: int) -> np.ndarray
     return np.asarray(zoom(field, factors, order=order, mode="nearest", grid_mode=True))
 
 
-def blend(values: Mapping[Any, float], contrast: float) -> dict[Any, float]:
-    """Move signals towards their mean: a contrast of 1 keeps them, 0 makes them equal."""
+def scale_contrast(values: Mapping[Any, float], contrast: float) -> dict[Any, float]:
+    """Scale the differences of signals from their mean: 1 keeps the signals, 0 replaces all of them by their mean."""
     mean = sum(values.values()) / len(values)
     return {key: mean + contrast * (value - mean) for key, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""The encoders: image classifiers that give features at five scales, each in 2D and 3D from the same code.
+"""The encoders: image classifiers that return features at five scales, each in 2D and 3D from the same code.
 
 An encoder family is one file with a module and a `Family`. The module's constructor takes ``(name, channels, style,
 drop_path, rngs)``. Its attribute ``channels`` has the number of channels of each feature (0 for a level without one).
@@ -51,10 +51,10 @@ def make_encoder(
         channels: Number of channels of the image.
         ndim: Number of spatial axes, 2 or 3.
         norm: ``batch``, ``instance`` or ``instance_noaffine``. ConvNeXt has layer norms with every value.
-        eps: eps of every norm; see `CONVENTIONS` for the two values that EfficientNets were trained with.
+        eps: eps of every norm; see `CONVENTIONS` for the two values with which EfficientNets were trained.
         padding: ``symmetric`` or ``same``; see `CONVENTIONS`.
         drop_path: Rate of stochastic depth; see docs/networks.md for the rates of single blocks.
-        depth: Fields of `xdim_jax.nets.layers.Depth`, for 3D.
+        depth: Fields of `xdim_jax.nets.layers.Depth`, for 3D; None for the defaults.
         rngs: Random numbers of the weights.
 
     Raises:

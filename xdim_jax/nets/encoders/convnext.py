@@ -8,11 +8,11 @@ from flax import nnx
 
 from xdim_jax import ops
 from xdim_jax.nets.encoders.family import SYMMETRIC, Family
-from xdim_jax.nets.layers import Conv, Dense, DropPath, LayerNorm, Style, filled
+from xdim_jax.nets.layers import Conv, Dense, DropPath, LayerNorm, Style, constant
 
 REPEATS = {"convnext_tiny": (3, 3, 9, 3)}
 WIDTHS = (96, 192, 384, 768)
-LAYER_SCALE = 1e-6  # initial value of the gains of a block
+LAYER_SCALE = 1e-6  # initial value of the factors that scale the channels of a block's output
 
 
 class Mlp(nnx.Module):
@@ -27,13 +27,13 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A depthwise 7^n convolution, a layer norm, an MLP and a gain per channel, added to the input."""
+    """A residual block: a depthwise 7^n convolution, a layer norm, an MLP and a factor for each channel."""
 
     def __init__(self, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
         self.conv_dw = Conv(channels, channels, 7, style=style, depthwise=True, bias=True, norm="norm", rngs=rngs)
         self.norm = LayerNorm(channels, style.eps)
         self.mlp = Mlp(channels, rngs)
-        self.gamma = nnx.Param(filled(LAYER_SCALE, channels))
+        self.gamma = nnx.Param(constant(LAYER_SCALE, channels))
         self.drop_path = DropPath(drop_path)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -71,9 +71,9 @@ class Stage(nnx.Module):
 class ConvNeXt(nnx.Module):
     """ConvNeXt with four features, at 1/4 to 1/32. There is none at 1/2, because the stem has stride 4.
 
-    The arguments are those of `xdim_jax.nets.encoders.efficientnet.EfficientNet`, except that block i of n has the
-    stochastic-depth rate ``drop_path * i / (n - 1)``, and that all norms are layer norms, whatever ``style.norm`` is.
-    The stem and the other strided convolutions have kernels as long as their strides, along the depth too.
+    See `xdim_jax.nets.encoders.efficientnet.EfficientNet` for the arguments. There are two differences: block i of n
+    has the stochastic-depth rate ``drop_path * i / (n - 1)``, and all norms are layer norms, whatever ``style.norm``
+    is. The kernels of the stem and of the other strided convolutions are as long as their strides, along the depth too.
     """
 
     def __init__(self, name: str, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
@@ -116,5 +116,5 @@ FAMILY = Family(
     make=ConvNeXt,
     unused=("head.",),
     timm={name: (name, {**SYMMETRIC, "eps": 1e-6}) for name in REPEATS},
-    taps=dict.fromkeys(REPEATS, (None, "stages.0", "stages.1", "stages.2", "stages.3")),
+    feature_layers=dict.fromkeys(REPEATS, (None, "stages.0", "stages.1", "stages.2", "stages.3")),
 )

@@ -21,7 +21,15 @@ from xdim_jax.nets.layers import Conv, DropPath, Norm, SqueezeExcite, Style
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A row of the table of EfficientNet-B0. The stride is that of the first block."""
+    """A stage of EfficientNet-B0 (Tan and Le 2019, Table 1).
+
+    Attributes:
+        repeats: Number of blocks.
+        kernel: Size of the depthwise kernels.
+        stride: Stride of the first block; the other blocks have stride 1.
+        expand: Number of channels inside a block divided by the number of its input channels.
+        channels: Number of output channels.
+    """
 
     repeats: int
     kernel: int
@@ -40,7 +48,7 @@ STAGES = (
     Stage(4, 5, 2, 6, 192),
     Stage(1, 3, 1, 6, 320),
 )
-TAPS = (1, 2, 4, 6)  # stages whose output is a feature; the first feature is the output of the stem
+FEATURE_STAGES = (1, 2, 4, 6)  # stages whose output is a feature; the first feature is the output of the stem
 
 
 class Member(NamedTuple):
@@ -169,7 +177,7 @@ class EfficientNet(nnx.Module):
         lite = MEMBERS[name.removeprefix(PREFIX)].lite
         self.conv_stem = Conv(channels, stem, 3, style=style, strides=style.strides(0), norm="bn1", rngs=rngs)
         self.bn1 = Norm(stem, style, _activation(lite))
-        self.channels = (stem, *(stages[i].channels for i in TAPS))
+        self.channels = (stem, *(stages[i].channels for i in FEATURE_STAGES))
         total, built, width, level = sum(s.repeats for s in stages), 0, stem, 1
         self.blocks = nnx.List([])
         for stage in stages:
@@ -198,7 +206,7 @@ class EfficientNet(nnx.Module):
         for i, blocks in enumerate(self.blocks):
             for block in blocks:
                 x = block(x, rngs)
-            if i in TAPS:
+            if i in FEATURE_STAGES:
                 features.append(x)
         return features
 
@@ -212,5 +220,5 @@ FAMILY = Family(
     unused=("conv_head.", "bn2.", "classifier."),
     timm={f"tf_{name}": (name, CONVENTIONS["timm"]) for name in _IN_TIMM}
     | {name: (name, SYMMETRIC) for name in _IN_TIMM},
-    taps=dict.fromkeys(_NAMES, ("bn1", "blocks.1", "blocks.2", "blocks.4", "blocks.6")),
+    feature_layers=dict.fromkeys(_NAMES, ("bn1", "blocks.1", "blocks.2", "blocks.4", "blocks.6")),
 )

@@ -1,9 +1,9 @@
-"""The description of an encoder family, and the conventions of the trainings that weights come from."""
+"""The description of an encoder family, and the padding and eps with which pre-trained weights were trained."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-# padding and eps of the trainings: TensorFlow's EfficientNets in timm (``tf_*``), and the files of the authors
+# padding and eps in training: of TensorFlow's EfficientNets in timm (``tf_*``), and of the networks of the authors
 CONVENTIONS: dict[str, dict[str, Any]] = {
     "timm": {"padding": "same", "eps": 1e-3},
     "authors": {"padding": "symmetric", "eps": 1e-5},
@@ -15,13 +15,13 @@ class Family(NamedTuple):
     """An encoder family. The attributes of its module have timm's names, so the path of a weight is its name in timm.
 
     Attributes:
-        members: Names that a config may give.
+        members: Names of the encoders of the family, for configs.
         stem: Path of the first convolution.
         make: Function ``(name, channels, *, style, drop_path, rngs)`` that builds the module.
-        unused: Prefixes of timm's weights that no segmentation network uses (the classifier).
-        timm: timm's architectures, each with the member that it is and the padding and eps of its training.
-        taps: For each member, the layers of timm's model whose outputs are the five features; None for a level
-            without a feature.
+        unused: Prefixes of the names of timm's weights that no segmentation network uses (the classifier).
+        timm: Name of timm's architecture -> name of the member, and the padding and eps with which it was trained.
+        feature_layers: Name of the member -> layers of timm's model whose outputs are the five features; None for a
+            level without a feature.
     """
 
     members: tuple[str, ...]
@@ -29,4 +29,4 @@ class Family(NamedTuple):
     make: Callable[..., Any]
     unused: tuple[str, ...]
     timm: Mapping[str, tuple[str, Mapping[str, Any]]]
-    taps: Mapping[str, tuple[str | None, ...]]
+    feature_layers: Mapping[str, tuple[str | None, ...]]

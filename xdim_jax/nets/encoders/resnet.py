@@ -8,7 +8,7 @@ from xdim_jax.nets.encoders.family import SYMMETRIC, Family
 from xdim_jax.nets.layers import Conv, DropPath, Norm, Style
 
 REPEATS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
-BOTTLENECK = {"resnet50": 4}  # factor of the channels of the last convolution of a block; others have no bottleneck
+BOTTLENECK = {"resnet50": 4}  # ratio of the channels of a block's last and first convolution; others: no bottleneck
 WIDTHS = (64, 128, 256, 512)
 STEM_CHANNELS = 64
 
@@ -57,8 +57,8 @@ class Block(nnx.Module):
 class ResNet(nnx.Module):
     """ResNet with five features: the outputs of the stem and of the four stages.
 
-    The arguments are those of `xdim_jax.nets.encoders.efficientnet.EfficientNet`, except that block i of n has the
-    stochastic-depth rate ``drop_path * i / (n - 1)``.
+    See `xdim_jax.nets.encoders.efficientnet.EfficientNet` for the arguments. There is one difference: block i of n has
+    the stochastic-depth rate ``drop_path * i / (n - 1)``.
     """
 
     def __init__(self, name: str, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
@@ -111,5 +111,5 @@ FAMILY = Family(
     make=ResNet,
     unused=("fc.",),
     timm={name: (name, SYMMETRIC) for name in REPEATS},
-    taps=dict.fromkeys(REPEATS, ("act1", "layer1", "layer2", "layer3", "layer4")),
+    feature_layers=dict.fromkeys(REPEATS, ("act1", "layer1", "layer2", "layer3", "layer4")),
 )

@@ -1,6 +1,6 @@
 """The VGG encoder with batch norm (Simonyan and Zisserman 2015), 16 and 19 layers, in 2D and 3D from the same code.
 
-A U-Net with this encoder is of the line of TernausNet and v16U-Net, from which the paper starts (Sect. 1.2).
+A U-Net with this encoder is similar to TernausNet and v16U-Net, from which the paper starts (Sect. 1.2).
 """
 
 import jax
@@ -15,7 +15,7 @@ WIDTHS = (64, 128, 256, 512, 512)
 
 
 class Pool(nnx.Module):
-    """The largest value of every 2^n block. Along a depth axis of stride 1 the block has one slice."""
+    """Max pooling over blocks as large as the strides. Along a depth axis of stride 1 a block has one slice."""
 
     def __init__(self, strides: tuple[int, ...]):
         self.strides = strides
@@ -24,8 +24,11 @@ class Pool(nnx.Module):
         return ops.max_pool(x, self.strides, self.strides, ((0, 0),) * len(self.strides))
 
 
-class Nothing(nnx.Module):
-    """An identity in place of timm's rectifier, which keeps the indices; `Norm` before it applies the rectifier."""
+class Identity(nnx.Module):
+    """The identity, at the position of timm's ReLU, so that the other layers have the same indices as in timm.
+
+    The ReLU itself is part of the preceding `Norm`.
+    """
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x
@@ -34,7 +37,7 @@ class Nothing(nnx.Module):
 class VGG(nnx.Module):
     """VGG with five features: the inputs of the second to fifth pooling, and the output of the fifth.
 
-    The arguments are those of `xdim_jax.nets.encoders.efficientnet.EfficientNet`. There are no residual branches, so
+    See `xdim_jax.nets.encoders.efficientnet.EfficientNet` for the arguments. There are no residual branches, so
     ``drop_path`` has no effect.
     """
 
@@ -43,10 +46,10 @@ class VGG(nnx.Module):
         self.features = nnx.List([])
         for level, (count, filters) in enumerate(zip(CONVOLUTIONS[name], WIDTHS, strict=True)):
             for _ in range(count):
-                sibling = str(len(self.features) + 1)
-                self.features.append(Conv(channels, filters, 3, style=style, bias=True, norm=sibling, rngs=rngs))
+                norm = str(len(self.features) + 1)
+                self.features.append(Conv(channels, filters, 3, style=style, bias=True, norm=norm, rngs=rngs))
                 self.features.append(Norm(filters, style, "relu"))
-                self.features.append(Nothing())
+                self.features.append(Identity())
                 channels = filters
             self.features.append(Pool(style.strides(level)))
         self.channels = (*WIDTHS[1:], WIDTHS[-1])
@@ -67,7 +70,7 @@ FAMILY = Family(
     make=VGG,
     unused=("pre_logits.", "head."),
     timm={name: (name, SYMMETRIC) for name in CONVOLUTIONS},
-    taps={
+    feature_layers={
         "vgg16_bn": ("features.12", "features.22", "features.32", "features.42", "features.43"),
         "vgg19_bn": ("features.12", "features.25", "features.38", "features.51", "features.52"),
     },
