@@ -206,9 +206,7 @@ def test_a_3d_encoder_with_another_depth_treatment_is_refused():
 def test_a_damaged_description_is_explained(network, tmp_path):
     w = read_weights(network)
     write_weights(tmp_path / "w.safetensors", Weights(w.kind, {**w.model, "name": "unet"}, w.arrays))
-    with pytest.raises(
-        UserError, match=r"w.safetensors: .*unknown network 'unet'"
-    ):
+    with pytest.raises(UserError, match=r"w.safetensors: .*unknown network 'unet'"):
         xdim_jax.load_model(tmp_path / "w.safetensors")
     save_file(
         {"a": np.zeros(3)}, tmp_path / "v.safetensors", metadata={"xdim_jax": json.dumps({"format": weights.FORMAT})}
