@@ -64,8 +64,8 @@ def get_config(variants: Variants) -> Any:
     config: Any = ConfigDict()
     config.seed = 0  # seed of random weights, order of the samples, augmentation and folds
     config.output = "sigmoid"  # sigmoid: one channel per region; softmax: one channel per label, background first
-    # number of devices among which a batch (data) and the depth of a volume (space) are divided; data=-1: all devices
-    # divided by space. parallel: jit, or pmap, which supports only data
+    # data: number of devices among which a batch is divided, -1: all devices divided by space; space: number of devices
+    # among which the depth of each volume is divided; parallel: jit, or pmap, which supports only data
     config.mesh = ConfigDict({"data": -1, "space": 1, "parallel": "jit"})
     config.data = ConfigDict(
         {
@@ -135,7 +135,7 @@ def get_config(variants: Variants) -> Any:
     config.train = ConfigDict(
         {
             "epochs": 0,  # every recipe sets it
-            "precision": "float32",  # of activations; with bfloat16, weights, norms and losses remain float32
+            "precision": "float32",  # dtype of activations; with bfloat16, weights, norms and losses remain float32
             "accumulate": 1,  # number of parts into which a batch is divided; they are processed in turn to save memory
             "remat": "",  # stages whose activations are recomputed in the backward pass, e.g. "decoder5,encoder"
             "ops": "auto",  # implementation of the operations: auto (by platform), fast, or reference, for debugging
@@ -145,9 +145,9 @@ def get_config(variants: Variants) -> Any:
             "log_every": 50,  # steps between log lines
             "checkpoint_minutes": 10.0,  # time between checkpoints inside an epoch; every epoch ends with a checkpoint
             "checkpoint_steps": 0,  # steps between additional checkpoints; 0: none
-            "overlays": 3,  # validation cases of which pictures are drawn
-            "profile_start": 10,  # steps after the start before the profile begins
-            "profile_steps": 0,  # steps to profile, into <workdir>/profile; 0: none
+            "overlays": 3,  # number of validation cases of which pictures are recorded
+            "profile_start": 10,  # number of steps after the start before the profile begins
+            "profile_steps": 0,  # number of steps to profile, into <workdir>/profile; 0: none
             "watchdog_seconds": 60.0,  # waiting time for a batch before the log says what the reading threads do
             "wandb": "",  # project of Weights & Biases; offline if WANDB_MODE is not set; "": none
             "mlflow": "",  # experiment of MLflow; in <workdir>/mlflow.db if MLFLOW_TRACKING_URI is not set; "": none

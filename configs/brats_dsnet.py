@@ -10,8 +10,8 @@ CPU cores), ``fold=K`` (0 to 4) or ``fold=all``, ``scratch`` (random weights ins
 the released code; it differs only in the encoder's eps).
 
 A value without a comment is stated in the paper. Where paper and released code differ, the comment says so. The paper
-and the released code have different decoders, both the 2D and the 3D one. The recipe follows the code, because the code
-gave the published results. The decoders of the paper are ``inner.upsampling="nearest"``, ``inner.activation="relu"``,
+and the released code have different decoders, both in 2D and in 3D. The recipe follows the code, because the authors
+ran the code. The decoders of the paper are ``inner.upsampling="nearest"``, ``inner.activation="relu"``,
 ``inner.full_resolution=True`` ("Omnia-Net") and ``decoder="nearest"`` (two blocks per stage).
 
 Hardware: one GPU of 16 GB (the paper used a Tesla P100), patch 128^3, batch 1. Not measured on a GPU yet.

@@ -20,7 +20,7 @@ from xdim_jax.nets.encoders import CONVENTIONS
 from xdim_jax.nets.encoders.efficientnet import MEMBERS, scaled_channels
 from xdim_jax.nets.weights import Weights, abstract_encoder, encoder_section, flatten
 
-HEAD = 1280  # number of filters of the classification head of EfficientNet-B0; other sizes scale it
+HEAD = 1280  # number of filters of the classification head of EfficientNet-B0; scaled by the width of other sizes
 _DEPTH = {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)}
 _DROP_PATH = 0.4  # rate of stochastic depth of every released network
 

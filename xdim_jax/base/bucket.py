@@ -1,9 +1,8 @@
 """Workdirs in object stores: ``gs://bucket/path``, ``s3://bucket/path``, and any other address that fsspec knows.
 
-A run works in a local folder. Its files are uploaded to the bucket every 30 seconds and at the end. Object stores
-cannot rename folders, so a checkpoint does not appear in one step. Instead, each upload ends with a manifest of all
-files, and a machine that resumes the run downloads only the files of the manifest. It never reads a part of a
-checkpoint, even if an upload was interrupted.
+A run works in a local folder. Its files are uploaded to the bucket every 30 seconds and at the end. If an upload is
+interrupted, the bucket may contain a part of a checkpoint. Therefore each upload ends with a manifest of all files, and
+a machine that resumes the run downloads only the files of the manifest.
 """
 
 import contextlib

@@ -42,9 +42,9 @@ def explain(error: Exception) -> str | None:
     text = str(error)
     line = first_line(error)
     smaller = (
-        "Find the largest patch that fits with python -m xdim_jax.plan --config=<recipe> --budget=<memory> "
-        "--largest=patch. Or reduce --config.data.patch or --config.data.batch, process a batch in parts with "
-        "--config.train.accumulate, or give --config.train.precision=bfloat16 or --config.train.remat='decoder*'"
+        "Reduce --config.data.patch or --config.data.batch, process a batch in parts with --config.train.accumulate, "
+        "or give --config.train.precision=bfloat16 or --config.train.remat='decoder*'. To find the largest patch that "
+        "fits: python -m xdim_jax.plan --config=<recipe> --budget=<memory> --largest=patch"
     )
     if isinstance(error, MemoryError):
         return f"out of memory on the host: {line}. {smaller}"

@@ -122,7 +122,12 @@ class Dataset:
 
 
 def scan_cases(dataset: Dataset, root: Path, *, need_labels: bool) -> Scan:
-    """List the cases below a folder, in the order of their names, and every problem with names and folders.
+    """List the cases below a folder, sorted by name, and the problems of file names and folders.
+
+    Args:
+        dataset: Data set of the cases.
+        root: Folder of the data set.
+        need_labels: True if a case without reference is an error.
 
     Raises:
         UserError: The folder does not exist, or contains no case.
@@ -142,7 +147,7 @@ def scan_cases(dataset: Dataset, root: Path, *, need_labels: bool) -> Scan:
 
 
 def list_cases(dataset: Dataset, root: Path, *, need_labels: bool) -> list[Case]:
-    """Return the cases below a folder, in the order of their names.
+    """Return the cases below a folder, sorted by name; see `scan_cases` for the arguments.
 
     Raises:
         UserError: The folder does not exist or contains no case, or there are errors in names and folders, which are
@@ -191,7 +196,7 @@ def case_from_files(sources: Sequence[Source], dataset: Dataset, modality: str =
 
 
 def without_label(case: Case) -> Case:
-    """Return the case without its reference, for callers that do not need it to be read."""
+    """Return the case without its reference, so that the reference is not read."""
     return dataclasses.replace(case, label=None)
 
 
@@ -383,7 +388,7 @@ def encode_label(case: Case, label: np.ndarray) -> np.ndarray:
 
 
 def label_problems(labels: Labels, path: Path, values: np.ndarray, unknown: Sequence[float]) -> list[Problem]:
-    """Return the problems of the values of a label map.
+    """Check the values of a label map, and return their problems.
 
     Args:
         labels: Convention of the label map.

@@ -63,7 +63,7 @@ class DatasetEntry:
         from_description: Function that returns the `Dataset` for the contents of a dataset.json; None if ``make`` reads
             no file.
         phantoms: Settings of the phantoms; None if the data set has none.
-        shown_channels: Channels in the figures of a report, as in Fig. 12 of the paper; empty for the first two.
+        shown_channels: Channels in the figures of a report, as in Fig. 12 of the paper; empty: the first two channels.
         volumetric: True if reports show three orthogonal planes, False if they show slices.
     """
 

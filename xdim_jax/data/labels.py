@@ -59,7 +59,7 @@ class Labels:
         return np.array(self.values, np.uint8 if max(self.values) < 256 else np.uint16)[label]
 
     def select(self, structures: tuple[str, ...]) -> "Labels":
-        """Return a convention for the same files that reads only the given structures, and the rest as background."""
+        """Return a convention for the same files with fewer structures. Other structures are read as background."""
         kept = [self.structures.index(name) for name in structures]
         assert self.ranges, "without ranges every value must be a structure"
         return Labels(

@@ -3,7 +3,7 @@
 There are three kinds of sampling. In each of them, all samples have the same size:
 
     patches     3D patches at random positions; with patch depth 1, random slices
-    slices      every slice of every volume once per epoch, in random order: for 2D networks on 3D data, and 2D images
+    slices      every slice of every volume once per epoch, in random order; for 2D networks
     volumes     every volume once per epoch, padded to a common size
 """
 

@@ -26,7 +26,7 @@ class Preparation:
     """The ``data.prepare`` section of a config.
 
     Attributes:
-        crop: "nonzero" for the smallest box with all voxels that are not 0 in at least one channel; "none".
+        crop: "nonzero" to keep the smallest box with all voxels that are not 0 in at least one channel; or "none".
         spacing: Spacing in mm along D, H, W after resampling; 0 to keep an axis, empty to keep all.
         size: Pixels along H, W of every slice after resampling, whatever its spacing; empty to keep the size.
         window: Centre and width in HU of the window to which CT images are clipped; empty for no window. Other

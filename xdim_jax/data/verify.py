@@ -19,7 +19,7 @@ from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, 
 
 _PLAUSIBLE_MM = (0.01, 50.0)
 _RARE = 10  # a missing structure is reported if at most one case in 10 lacks it
-# label slices seem to be reversed if reversing them reduces the spread of intensities in the structures by this factor
+# label slices seem to be reversed if reversing them reduces the spread of intensities to less than this fraction
 _REVERSED_GAIN = 0.8
 _MIN_SLICES = 3  # number of labelled slices that this check needs
 

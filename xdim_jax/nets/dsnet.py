@@ -17,7 +17,7 @@ from xdim_jax.nets.layers import TORCH_GAIN, Conv, ConvTranspose, Style, check_c
 from xdim_jax.nets.unet import DECODER_EPS, ConvNorm, OmniaNet, side_problems
 
 PLANES = 3  # planes after compression: the colour channels of an image
-DEPTH_STRIDES = (3, 2, 2, 4)  # along the depth, of the four compressions
+DEPTH_STRIDES = (3, 2, 2, 4)  # strides of the four compressions
 UPSAMPLINGS = ((5, 3, 0), (2, 2, 0), (3, 2, 1), (4, 3, 1))  # kernel, stride and crop of the transposed convolutions
 DECODERS = ("transposed", "nearest")
 
@@ -141,7 +141,7 @@ class DSNet(nnx.Module):
         )
 
     def _compress(self, image: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """Return the 2D images ``(batch * images, H, W, 3)`` and the four skips, finest first."""
+        """Return the 2D images ``(batch * images, H, W, 3)`` and the four skip connections, finest first."""
         if problems := volume_problems(image.shape[1:-1], self.inner.level_strides):
             raise ValueError(f"a volume of {image.shape[1:-1]} does not fit DS-Net; {'; '.join(problems)}")
         with jax.named_scope("conv1"):

@@ -22,7 +22,7 @@ from xdim_jax.nets.layers import (
     named_stage,
 )
 
-DECODER_EPS = 1e-5  # of every norm outside the encoder, as in the released code
+DECODER_EPS = 1e-5  # eps of every norm outside the encoder, as in the released code
 ACTIVATIONS = ("relu", "silu")
 UPSAMPLINGS = ("nearest", "transposed")
 

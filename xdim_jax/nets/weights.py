@@ -249,7 +249,8 @@ def adapt_encoder(
         weights: Weights of an encoder.
         section: Description of the target encoder, see `Weights.model`.
         inflation: Rules that are used if the source is 2D and the target is 3D.
-        channel_rule: See `xdim_jax.nets.input_channels`; None for ``cycle`` if the numbers of channels differ.
+        channel_rule: Rule of `xdim_jax.nets.input_channels`, which is applied even if the numbers of channels are
+            equal. None to apply ``cycle`` if they differ, and no rule otherwise.
         channel_map: See `xdim_jax.nets.input_channels`.
         accept: Properties among `CHECKED` that may differ.
 

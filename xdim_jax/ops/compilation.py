@@ -89,8 +89,8 @@ def keep_freed_memory() -> None:
     """On CPU, reuse freed memory from now on instead of returning it to the operating system.
 
     Call this before a step that is repeated many times. XLA allocates the temporaries of every step in one block. By
-    default glibc returns the block to the operating system after the step, which fills it with zeros before the next
-    step. This takes a tenth of a step of DX-Net at 64^3. The peak memory does not change.
+    default, glibc returns the block to the operating system after each step, and the operating system fills a new block
+    with zeros before the next step. This takes a tenth of a step of DX-Net at 64^3. The peak memory does not change.
     """
     if jax.default_backend() == "cpu" and (glibc := _glibc()):
         mmap_max, trim_threshold = -4, -1  # parameters of mallopt(3)

@@ -2,9 +2,9 @@
 
 Upsampling (by repetition or by a transposed convolution) and the following convolution are together one linear map,
 ``y[s i + t - c] += x[i] @ W[t]``: a transposed convolution. Each tap of its kernel W is a sum over the pairs of taps of
-the two maps that connect the same input and output. This composed map needs fewer products: in 3D with factor 2, each
-output voxel needs 8 instead of 27, and the products of the upsampling are not needed. Neither the upsampled array nor
-its concatenation with the skip connection is ever in memory.
+the two maps that connect the same input and output. The composed map needs fewer products: in 3D with factor 2, it
+needs 8 products per output voxel, while the convolution alone needs 27. Neither the upsampled array nor its
+concatenation with the skip connection is ever in memory.
 """
 
 import functools
@@ -172,11 +172,11 @@ def _sum_bias(bias: jax.Array, size: Ints) -> jax.Array:
     """
     for axis, n in reversed(list(enumerate(size))):
         if axis > 0:
-            position = np.arange(n)[:, None] + np.arange(_TAPS) - 1  # of the input of each output and tap
+            position = np.arange(n)[:, None] + np.arange(_TAPS) - 1  # input position of each output and tap
             inside = jnp.asarray((position >= 0) & (position < n), bias.dtype)
             bias = jnp.moveaxis(jnp.tensordot(inside, bias, ((1,), (axis,))), 0, axis)
     first, last = shift_planes(bias[:1][None], 0, size[0])[0], shift_planes(bias[2:][None], size[0] - 1, size[0])[0]
-    return bias[0] + bias[1] + bias[2] - first - last  # no sum over an axis, which XLA would not fuse
+    return bias[0] + bias[1] + bias[2] - first - last  # not jnp.sum(bias, 0), which XLA would not fuse
 
 
 def _border_excess(

@@ -55,8 +55,8 @@ _LOGGERS = ("absl", "asyncio")  # orbax logs every save and restore at INFO
 def silence_orbax() -> None:
     """Silence the messages of orbax for the rest of the process.
 
-    If a write fails, orbax raises an error. In addition, its background threads print a log line, a warning about a
-    coroutine that was never awaited, or an "Event loop is closed" for every other array, and may do so at any time.
+    If a write fails, orbax raises an error. In addition, its background threads print messages about the other arrays,
+    at any time: log lines, warnings about coroutines that were never awaited, and "Event loop is closed".
 
     Only entry points should call this function, because it changes global state.
     """
@@ -298,8 +298,8 @@ def _restore(
 def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]:
     """Read the weights of a run for prediction.
 
-    These are the weights of the best validation. If there is none yet, they are those of the latest state: the moving
-    average if there is one, else the slow weights of LookAhead, else the parameters.
+    These are the weights of the best validation. If there was no validation yet, they are taken from the latest state:
+    the moving average if there is one, else the slow weights of LookAhead, else the parameters.
 
     Args:
         workdir: Folder of the run.

@@ -94,7 +94,7 @@ def open_recorder(workdir: Path, step: int, *, writes: bool, trackers: Sequence[
 
 
 def _tensorboard() -> "type[SummaryWriter]":
-    """Import tensorboardX's writer, but not torch, which tensorboardX would import if installed, in seconds."""
+    """Import tensorboardX's writer without torch. tensorboardX would import torch, which takes seconds."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]

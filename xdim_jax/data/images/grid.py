@@ -1,4 +1,4 @@
-"""The position of voxels in space, and the conversion between the axes of a file and those in memory.
+"""The position of voxels in space, and the conversion between the axes of a file and the axes in memory.
 
 In memory every volume is ``(D, H, W)`` = (z, y, x). Its axes point to superior, posterior and left (z, y, x of the LPS
 frame), so the input of a network does not depend on the order of the axes in a file. Ultrasound, which has no

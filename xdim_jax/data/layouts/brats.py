@@ -114,7 +114,7 @@ def scoring(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return get_convention(data["convention"]).rules, {"convention": data["convention"]}
 
 
-_MIN_ZEROS = 0.05  # fraction of voxels that are 0 in a skull-stripped image, at least
+_MIN_ZEROS = 0.05  # smallest fraction of voxels that are 0 in a skull-stripped image
 
 
 def inspect(case: Case, image: np.ndarray) -> list[Problem]:

@@ -245,7 +245,7 @@ def _select_phase(base: Case, phases: dict[str, tuple[Path, ...]], phase: str) -
 def _phases(dicom: Path) -> tuple[dict[str, tuple[Path, ...]], list[Problem]]:
     """Return the in-phase and the out-phase files, and their problems.
 
-    If both are in one folder, they are distinguished by their echo times: that of in-phase images is longer.
+    If both are in one folder, they are distinguished by their echo times: in-phase images have the longer one.
     """
     found = {"in": files_in_order(dicom / "InPhase", ".dcm"), "out": files_in_order(dicom / "OutPhase", ".dcm")}
     merged = files_in_order(dicom, ".dcm")

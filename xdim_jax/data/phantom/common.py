@@ -19,9 +19,9 @@ class Difficulty:
     """Settings that make phantoms easier or harder to segment.
 
     Attributes:
-        noise: Standard deviation of the noise, in units of the signal of the tissues. In ultrasound it is added to
-            speckle of a fixed strength.
-        bias: Standard deviation of the logarithmic bias field.
+        noise: Standard deviation of the noise, in units of the signal of the tissues. In ultrasound, standard deviation
+            of the logarithm of the echo amplitude, in addition to speckle of a fixed strength.
+        bias: Standard deviation of the logarithmic bias field; in ultrasound, a quarter of it.
         contrast: 1 for the usual contrast of tissues, 0 for equal intensities.
 
     Raises:

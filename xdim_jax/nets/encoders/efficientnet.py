@@ -52,7 +52,13 @@ FEATURE_STAGES = (1, 2, 4, 6)  # stages whose output is a feature; the first fea
 
 
 class Member(NamedTuple):
-    """Width and depth multipliers of a member of the family; ``lite`` is True for an EfficientNet-Lite."""
+    """A member of the family.
+
+    Attributes:
+        width: Multiplier of the numbers of channels.
+        depth: Multiplier of the numbers of blocks.
+        lite: True for an EfficientNet-Lite.
+    """
 
     width: float
     depth: float
@@ -81,7 +87,14 @@ PREFIX = "efficientnet_"
 
 
 def scaled_channels(channels: int, width: float) -> int:
-    """Return channels times the width multiplier, rounded to a multiple of 8 of at least 90 % of the exact value."""
+    """Return ``channels * width``, rounded to a multiple of 8.
+
+    The result is the nearest multiple, but the next higher one if the nearest is less than 90 % of the exact value.
+
+    Args:
+        channels: Number of channels of EfficientNet-B0.
+        width: Width multiplier.
+    """
     exact = channels * width
     rounded = max(8, int(exact + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * exact else rounded
