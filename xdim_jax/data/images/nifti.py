@@ -172,4 +172,16 @@ def write_volume(path: Path, array: np.ndarray, grid: Grid, note: str = "") -> N
     if note:
         image.header["descrip"] = note.encode("ascii")
     with atomic_path(path) as temporary:
-        nib.save(image, temporary)
+        save_image(image, temporary)
+
+
+def save_image(image: nib.Nifti1Image, path: Path) -> None:
+    """Write an image like ``nibabel.save``, but close the compressed file if the disk is full.
+
+    Since Python 3.13 a compressed file that was not closed prints a traceback when it is deleted.
+    """
+    if path.suffix != ".gz":
+        nib.save(image, path)
+        return
+    with open(path, "wb") as file, gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as compressed:
+        image.to_stream(compressed)

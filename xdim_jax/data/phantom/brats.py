@@ -16,6 +16,7 @@ from scipy.ndimage import gaussian_filter
 
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import atomic_path
+from xdim_jax.data.images.nifti import save_image
 from xdim_jax.data.layouts.brats import MODALITIES, get_convention
 from xdim_jax.data.phantom.common import Difficulty, claim_folder, scale_contrast, smooth_field
 from xdim_jax.data.regions import ED, ET, NCR
@@ -148,6 +149,6 @@ def write_brats(
             for part, array in parts.items():
                 image = nib.Nifti1Image(array, affine)
                 image.header.set_xyzt_units("mm")
-                nib.save(image, temporary / f"{generation.file_name(case, part)}.nii.gz")
+                save_image(image, temporary / f"{generation.file_name(case, part)}.nii.gz")
         progress(f"phantom {case}: {shape[0]}x{shape[1]}x{shape[2]}, {np.count_nonzero(label)} lesion voxels")
     return folders

@@ -19,6 +19,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import atomic_path
+from xdim_jax.data.images.nifti import save_image
 from xdim_jax.data.layouts.camus import VIEWS
 from xdim_jax.data.phantom.common import Difficulty, claim_folder, scale_contrast, smooth_field
 
@@ -267,7 +268,7 @@ def _save_nifti(path: Path, array: np.ndarray, spacing: tuple[float, float]) -> 
     image = nib.Nifti1Image(array.T if array.ndim == 2 else array.transpose(2, 1, 0), affine)
     image.header.set_xyzt_units("mm")
     image.header.set_zooms((spacing[1], spacing[0], *([1.0] * (array.ndim - 2))))
-    nib.save(image, path.with_name(f"{path.name}.nii.gz"))
+    save_image(image, path.with_name(f"{path.name}.nii.gz"))
 
 
 def _save_metaimage(path: Path, array: np.ndarray, spacing: tuple[float, float]) -> None:
