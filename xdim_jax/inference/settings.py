@@ -164,4 +164,5 @@ def _flips(settings: Settings, trained: Any, *, slices: bool) -> tuple[int, ...]
 
 
 def _names(names: set[str]) -> str:
+    """Return names as text."""
     return ", ".join(sorted(names))
