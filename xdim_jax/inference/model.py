@@ -94,7 +94,7 @@ def load_model(path: str | Path) -> Model:
         The model, in evaluation mode.
 
     Raises:
-        UserError: The path has no weights, or the weights do not fit the network that is described with them.
+        UserError: The path has no weights, or they do not fit the network that is described there.
     """
     return make_model(read_file_or_workdir(Path(path)), str(path))
 
@@ -107,7 +107,7 @@ def make_model(weights: Weights, source: str) -> Model:
         source: Name of the weights in messages.
 
     Raises:
-        UserError: The weights do not fit the network that is described with them.
+        UserError: The weights do not fit the network that they describe.
     """
     encoder = weights.kind == "encoder"
     try:
@@ -129,7 +129,7 @@ def read_file_or_workdir(path: Path) -> Weights:
     if not path.is_dir():
         return read_weights(path)
     if not (path / CONFIG_FILE).is_file():
-        raise UserError(f"{path} is not the workdir of a run (it has no {CONFIG_FILE}), nor a weights file")
+        raise UserError(f"{path} is neither the workdir of a run (it has no {CONFIG_FILE}) nor a weights file")
     config = networks.plain(read_config(path)["model"])
     try:
         _, params, stats = split_model(networks.build(config, seed=0))

@@ -2,8 +2,8 @@
 
 Every sample has 64 random bits of its own (``batch["key"]``, see `xdim_jax.data.pipeline`). So its augmentation depends
 only on the seed and on its position in the stream, not on devices, processes or threads. All geometric transforms of a
-sample are composed into one coordinate transform. The image is interpolated linearly, and the label by nearest
-neighbour, only once. A transform with probability 0 is not part of the program.
+sample are composed into one coordinate transform, so that image and label are interpolated only once: the image
+linearly, the label by nearest neighbour. A transform with probability 0 is not part of the program.
 
 Names that occur in many functions: ``active`` has the settings of the transforms with a probability above 0, by name,
 and ``keys`` has a random key for each transform. ``coords`` has the coordinates of the output voxels in the input, in

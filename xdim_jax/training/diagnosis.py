@@ -234,7 +234,7 @@ def reading(folder: Path) -> Finding:
         return Finding("reading", FAILURE, f"{folder} contains no files", "give the folder of your data")
     rate = total / seconds
     facts = {"folder": str(folder), "files": count, "bytes": total, "seconds": seconds, "bytes_per_second": rate}
-    text = f"{folder}: {count} files, {rate / 1e6:.0f} MB/s (files that were read recently come from memory)"
+    text = f"{folder}: {count} files, {rate / 1e6:.0f} MB/s (files that were read recently may be cached)"
     if rate < 20e6 and total > 20e6:
         advice = "slow: prepare the cases on a local disk with python -m xdim_jax.data prepare --store=<folder>"
         return Finding("reading", WARNING, text, advice, facts)
