@@ -368,8 +368,8 @@ def test_layouts_that_do_not_fit_are_refused_with_the_numbers():
         "config.data.batch=6 does not divide over 8 data-parallel devices in 1 processes; "
         "set --config.data.batch=8 or --config.mesh.data=6",
         "config.mesh.space=3 does not divide the 8 devices",
-        "config.mesh asks for 16 x 1 devices; there are 8",
-        "config.mesh asks for 0 x 1 devices; there are 8",
+        "config.mesh needs 16 x 1 devices, but there are 8",
+        "config.mesh needs 0 x 1 devices, but there are 8",
         "config.mesh.space=0 does not divide the 8 devices",
         "config.data.batch=6 does not divide over 2 data-parallel devices in 1 processes in 2 parts "
         "(config.train.accumulate); set --config.data.batch=4",
