@@ -157,8 +157,7 @@ def _record_split(workdir: Path, root: Path, train: list[Case], validation: list
         for side in ("train", "validation"):
             if changed := sorted(set(before[side]) ^ set(split[side])):
                 raise UserError(
-                    f"the {side} cases in {root} differ from those with which the run in {workdir} started: "
-                    f"{len(changed)} were added or removed ({shorten(changed)}). Restore the data to resume the run, "
-                    "or give another --workdir"
+                    f"the run in {workdir} started with other {side} cases than those in {root}: {len(changed)} differ "
+                    f"({shorten(changed)}). Restore the data to resume the run, or give another --workdir"
                 )
     write_json(path, split)
