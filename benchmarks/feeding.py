@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--case", default="dxnet:64", help="as in benchmarks/compare.py")
-    add("--cases", type=int, default=6, help="number of phantoms, of which a fifth is for validation")
+    add("--cases", type=int, default=6, help="number of phantoms; a fifth of them is for validation")
     add("--steps", type=int, default=10, help="number of steps of a block")
     add("--rounds", type=int, default=5, help="number of measured blocks of each kind")
     add("--threads", type=int, default=2, help="number of reading threads")

@@ -5,7 +5,7 @@
 
 A case is an encoder (``toy``, or an EfficientNet) and the size of its 2D images. The trials differ in learning rate and
 beta, so that each separate process must compile its own program. A way of training is a number of workers (such as
-``workers:2``), each of which trains one trial after the other in separate processes, or the layout of one pack with all
+``workers:2``), which train one trial after the other in separate processes, or the layout of one pack with all
 trials (such as ``scan``). Each way runs ``python -m xdim_jax.sweep``, beginning with an empty compilation cache. The
 results are
 

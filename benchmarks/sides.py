@@ -183,12 +183,50 @@ def make_torch(case: Case, phase: str, options: argparse.Namespace) -> tuple[Cal
     The name of the side has ``-cl`` for channels last, and ``-compile`` for ``torch.compile``.
     """
     import torch
-    import torch.nn.functional as F
-
-    from tests import twins
 
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    net, x, y = _torch_network(case, device, channels_last="-cl" in options.side)
+    forward = torch.compile(net) if "compile" in options.side else net
+    facts: dict[str, Any] = {"versions": {"torch": torch.__version__}, "device": _device_name(torch, device)}
+
+    def cast() -> Any:
+        return torch.autocast(device, torch.bfloat16, enabled=options.precision == "bfloat16")
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    if phase == "train":
+        step = _torch_step(case, net, forward, x, y, cast)
+
+        def train() -> None:
+            step()
+            wait()
+
+        return train, facts
+    net.eval()
+
+    def infer(x: Any = x) -> Any:
+        with torch.inference_mode(), cast():
+            return forward(x)
+
+    if phase == "predict":
+        return _torch_predict(torch, infer, device), facts
+
+    def once() -> None:
+        infer()
+        wait()
+
+    return once, facts
+
+
+def _torch_network(case: Case, device: str, *, channels_last: bool) -> tuple[Any, Any, Any]:
+    """Return the network in PyTorch, its input, and the targets, in one memory layout."""
+    import torch
+
+    from tests import twins
+
     torch.manual_seed(0)
     if case.recipe == "brats_dsnet":
         net = twins.DS("b0", 4, 3)
@@ -198,44 +236,24 @@ def make_torch(case: Case, phase: str, options: argparse.Namespace) -> tuple[Cal
         net = twins.omnianet("b4" if case.recipe.startswith("chaos") else "b0", 1, case.out)
     image, label = make_data(case)
     x = torch.from_numpy(np.moveaxis(image, -1, 1).copy()).to(device)
-    last = "-cl" in options.side
-    layout = (torch.channels_last if x.ndim == 4 else torch.channels_last_3d) if last else torch.contiguous_format
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
     net = net.to(device)
     for module in net.modules():  # a network with 2D and 3D parts needs both layouts
         for parameter in module.parameters(recurse=False):
-            if last and parameter.ndim in (4, 5):
-                form = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
-                parameter.data = parameter.data.contiguous(memory_format=form)
-    x = x.contiguous(memory_format=layout)
+            if parameter.ndim in formats:
+                parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+    x = x.contiguous(memory_format=formats.get(x.ndim, torch.contiguous_format))
     y = torch.from_numpy(label.astype(np.int64)).to(device)
     if not case.softmax:  # regions WT, TC, ET from the labels NCR, ED, ET
         y = torch.stack([y > 0, (y == 1) | (y == 3), y == 3], 1).float()
-    forward = torch.compile(net) if "compile" in options.side else net
-    facts: dict[str, Any] = {"versions": {"torch": torch.__version__}, "device": _device_name(torch, device)}
-    half = options.precision == "bfloat16"
+    return net, x, y
 
-    def cast() -> Any:
-        return torch.autocast(device, torch.bfloat16, enabled=half)
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
+def _torch_step(case: Case, net: Any, forward: Any, x: Any, y: Any, cast: Callable[[], Any]) -> Callable[[], None]:
+    """Return a function that computes a training step: loss, gradient, Nadam and LookAhead."""
+    import torch
+    import torch.nn.functional as F
 
-    if phase != "train":
-        net.eval()
-
-        def infer(x: Any = x) -> Any:
-            with torch.inference_mode(), cast():
-                return forward(x)
-
-        if phase == "predict":
-            return _torch_predict(torch, infer, device), facts
-
-        def once() -> None:
-            infer()
-            wait()
-
-        return once, facts
     net.train()
     optimiser = torch.optim.NAdam(net.parameters(), lr=1e-3, betas=(0.95, 0.99))
     slow = [p.detach().clone() for p in net.parameters()]
@@ -268,9 +286,8 @@ def make_torch(case: Case, phase: str, options: argparse.Namespace) -> tuple[Cal
                 torch._foreach_lerp_(slow, [p.detach() for p in fast], 0.5)
                 torch._foreach_copy_([p.detach() for p in fast], slow)
         loss.item()
-        wait()
 
-    return step, facts
+    return step
 
 
 def _device_name(torch: Any, device: str) -> str:

@@ -59,7 +59,7 @@ def test_the_terminal_gets_json_alone(capsys):
     ("make", "text"),
     [
         (lambda folder: None, "is not a folder"),
-        (lambda folder: folder.mkdir(), "holds no files"),
+        (lambda folder: folder.mkdir(), "no files"),
     ],
 )
 def test_data_that_cannot_be_read(make, text, tmp_path, capsys, monkeypatch):

@@ -798,7 +798,7 @@ def test_chaos_missing_case_is_counted_once(tmp_path, abdomen):
 
 
 def test_chaos_reference_without_an_organ(tmp_path, abdomen, capsys):
-    """Not evaluation_weights, and said."""
+    """Not evaluated, and said."""
     root = tmp_path / "Train_Sets"
     shutil.copytree(abdomen, root)
     for path in (root / "MR/1/T2SPIR/Ground").iterdir():
@@ -1062,7 +1062,7 @@ def evaluated(tmp_path_factory):
 
 
 @pytest.fixture
-def two(evaluation_weights, tmp_path):
+def two(evaluated, tmp_path):
     """Copies of them."""
     return tuple(shutil.copytree(evaluated / name, tmp_path / name) for name in "ab")
 
@@ -1084,7 +1084,7 @@ def test_compare_by_hand(two, tmp_path, capsys):
     assert "0.0625" in "".join(capsys.readouterr())
 
 
-def test_compare_says_what_it_leaves_out(evaluation_weights, two, tmp_path, capsys):
+def test_compare_says_what_it_leaves_out(evaluated, two, tmp_path, capsys):
     """Cases and metrics that one of the two has alone."""
     pred = shutil.copytree(evaluated / "pred_b", tmp_path / "pred")
     (pred / "c5.nii.gz").unlink()

@@ -1,9 +1,9 @@
 """Report the memory and the floating-point operations that a recipe needs for a training step and for prediction.
 
 Every combination of the given settings is compiled for the devices of this machine, with shapes in place of arrays, so
-neither data nor memory for the arrays is needed. The memory is that which the compiler reserves per device for state,
-batch and temporaries. The operations are those of the layers as they are defined, for all devices together. A
-multiply-add counts as two.
+neither data nor memory for the arrays is needed. The memory is the amount that the compiler reserves per device for
+state, batch and temporaries. Operations are counted from the definitions of the layers, not from the compiled program,
+for all devices together. A multiply-add counts as two.
 
 --parts adds a table for each combination. For each part of the network, it has the operations of a training step, and
 the bytes that its convolutions and matrix products read and write at least. --ceilings adds a column to it: a lower

@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def command() -> NoReturn:
-    """Console entry point."""
+    """Run the console script."""
     run(main)
 
 

@@ -63,7 +63,8 @@ def array_case(
         if len(spacing) != len(spatial) or not all(s > 0 for s in spacing):
             raise UserError(f"spacing={spacing}: expected mm above 0 along {', '.join(spatial)}")
         size = dict(zip(spatial, spacing, strict=True))
-        affine = np.diag([-size["x"], -size["y"], size.get("z", 1.0), 1.0])  # axes point to L, P, S; grids use RAS
+        # x, y, z of the array point to left, posterior, superior; the affine maps them to right, anterior, superior
+        affine = np.diag([-size["x"], -size["y"], size.get("z", 1.0), 1.0])
     xyzc = _to_xyzc(image, axes)
     grid = Grid(xyzc.shape[:3], np.asarray(affine, np.float64), None, dataset.axes)
     info = {"modality": modality} if modality else {}

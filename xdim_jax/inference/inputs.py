@@ -23,7 +23,7 @@ def find_cases(
         modality: CT or MR. Needed if the data set has both and the path does not determine which one.
 
     Returns:
-        The usable cases, and a dictionary case id -> reasons with the cases that cannot be used.
+        The usable cases, and for the other cases: case id -> reasons why it cannot be used.
 
     Raises:
         UserError: A path does not exist, or two images of a folder have the same case id.

@@ -102,7 +102,7 @@ def load_model(path: str | Path) -> Model:
         The model, in evaluation mode.
 
     Raises:
-        UserError: The path has no weights, or the weights do not fit the network that is described with them.
+        UserError: The path has no weights, or they do not fit the network that is described there.
     """
     return make_model(read_file_or_workdir(Path(path)), str(path))
 
@@ -115,7 +115,7 @@ def make_model(weights: Weights, source: str) -> Model:
         source: Name of the weights in messages.
 
     Raises:
-        UserError: The weights do not fit the network that is described with them.
+        UserError: The weights do not fit the network that they describe.
     """
     encoder = weights.kind == "encoder"
     try:

@@ -57,7 +57,7 @@ class Output:
         return logits > 0
 
     def decode(self, scores: Any, threshold: float | Mapping[str, float], xp: Any = np) -> Any:
-        """Return label indices (uint8) of the most probable labels.
+        """Return label indices (uint8), given the probabilities of the channels.
 
         Args:
             scores: Probabilities ``(..., channels)``.
@@ -92,7 +92,7 @@ def postprocess(label: np.ndarray, regions: Regions, *, largest: Sequence[str] =
     Args:
         label: Label indices (D, H, W).
         regions: Regions of the data set.
-        largest: Regions of which only the largest connected component is kept.
+        largest: Names of regions. Only their largest connected component is kept.
         min_et: Smallest number of voxels of the enhancing tumour (BraTS). If there are fewer, they become NCR. 0 for no
             limit.
 

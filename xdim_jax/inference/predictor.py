@@ -249,6 +249,7 @@ class _Collector(dict[str, np.ndarray]):
 
 
 def _as_paths(paths: Paths) -> list[Path]:
+    """Return one or several paths as a list."""
     return [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
 
 

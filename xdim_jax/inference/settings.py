@@ -27,7 +27,7 @@ class Settings:
         batch: Number of windows that are computed at once; 0 for one on CPU and four on other devices.
         threshold: Threshold of the probabilities, for all regions or by region; None for the threshold in the config.
         min_et: Smallest number of voxels of the enhancing tumour (BraTS); None for the value in the config.
-        largest: Regions of which only the largest connected component is kept; ``("all",)`` for all regions.
+        largest: Names of regions, or ``("all",)``. Only their largest connected component is kept.
         probabilities: True to compute the probabilities of all channels in addition to labels.
         uncertainty: True to compute the variance of the probabilities in addition to labels.
     """
@@ -61,7 +61,7 @@ class ResolvedSettings:
         threshold: Threshold of the probabilities, for all regions or by region; not used with softmax.
         flips: Axes of a volume (0: D, 1: H, 2: W) along which windows are mirrored.
         precision: ``float32`` or ``bfloat16``.
-        largest: Regions of which only the largest connected component is kept.
+        largest: Names of regions. Only their largest connected component is kept.
     """
 
     predict: dict[str, Any]
@@ -164,4 +164,5 @@ def _flips(settings: Settings, trained: Any, *, slices: bool) -> tuple[int, ...]
 
 
 def _names(names: set[str]) -> str:
+    """Return names as text."""
     return ", ".join(sorted(names))

@@ -10,7 +10,7 @@ from xdim_jax.data.prepare import Prepared, resample
 
 SIGMA = 1 / 8  # standard deviation of the weights as a fraction of the patch, as in nnU-Net
 _FLOOR = 1e-3  # smallest weight; sums in a corner that only one window covers are divided by it
-_MULTIPLE = 32  # H and W of the buffer and of resampled rows are rounded up to it, so that few programs are compiled
+_MULTIPLE = 32  # H and W of buffer and resampled rows are rounded up to multiples of it, to compile few programs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ def render(
         channels: Names of the image channels.
         summary: Content of ``summary.json`` of the evaluation.
         scored: All scored cases of the evaluation.
-        evaluation: Content of ``evaluate.json``. Its folders are those from which images and label maps are read.
+        evaluation: Content of ``evaluate.json``. Images and label maps are read from the folders that it names.
         environments: Name, such as ``training`` -> recorded packages and devices.
     """
     options = Namespace(**dict.fromkeys(challenges.OPTIONS) | evaluation["options"] | {"ref": evaluation["ref"]})

@@ -9,7 +9,7 @@
     challenges  selection of rules by name, and their command-line options
     evaluation  scoring of all cases, in several processes
     results     result files, and statistics over cases
-    tables      the tables of the paper, with its rows and ours
+    tables      the tables of the paper with our rows added, and tables of all metrics
     paired      statistics of two evaluations of the same cases
     comparison  the table of the statistics of `paired`
     submission  conversion of predictions to the files that a challenge expects

@@ -28,7 +28,7 @@ CODINGS = {
 LAYOUT = "<case id>.nii.gz or <case id>/<case id>_seg.nii.gz"
 _LABEL_ENDINGS = ("_seg", "-seg")
 _MODALITIES = tuple(f"{s}{m}" for s in "_-" for m in ("flair", "t1", "t1ce", "t2", "t2f", "t1n", "t1c", "t2w"))
-# values that the platform of 2021 and 2022 gave a prediction that it could not read
+# values that the platform of 2021 and 2022 assigned to an unreadable prediction
 UNREADABLE_2022 = {"dice": 0.0, "hd95": 374.0, "sensitivity": 0.0, "specificity": 0.0}
 _COLUMNS_2022 = {
     "dice": Column("Dice"),
@@ -155,8 +155,8 @@ def tune_min_et(coding: Coding, jobs: Sequence[Job], run: Callable[..., Any]) ->
         run: Parallel ``map``.
 
     Returns:
-        ``dice``: mean Dice of ET over cases for every volume of `MIN_ET_GRID`, if predictions with fewer ET voxels get
-        no ET. ``best``: the volume with the highest mean Dice, the smallest one if several are equal.
+        ``dice``: volume -> mean Dice of ET over cases, if ET is removed from all predictions with fewer voxels of ET.
+        ``best``: the volume with the highest mean Dice, the smallest one if several are equal.
 
     Raises:
         UserError: There is no usable prediction.
@@ -188,8 +188,8 @@ def _aggregate_2022(
 def _whole_image(pair: Pair, penalty: float) -> dict[str, float]:
     """Return the "legacy" metrics of 2023, which are computed on the whole image instead of lesion by lesion.
 
-    If both masks are empty, Dice, HD95 and sensitivity are 1, 0 and 1. If one mask is empty, they are 0, the penalty
-    and 0.
+    If both masks are empty, Dice and sensitivity are 1, and HD95 is 0. If one mask is empty, Dice and sensitivity are
+    0, and HD95 is the penalty.
     """
     both_empty = not pair.p and not pair.g
     specificity = METRICS["specificity"].measure(pair)

@@ -160,7 +160,7 @@ def aggregate(
 
 
 def _volume_values(pred: simpson.Volumes, ref: simpson.Volumes) -> dict[str, float]:
-    """Return the values of a patient's row: rounded and unrounded volumes, and EF, predicted and of the reference."""
+    """Return rounded volumes, unrounded volumes and EF of a patient; reference values have the suffix ``_ref``."""
     values = {}
     for suffix, v in (("", pred), ("_ref", ref)):
         edv, esv = v.rounded

@@ -116,7 +116,7 @@ def statistics(values: Sequence[float], patients: Sequence[str] | None = None) -
         patients: The patient of each case. None for no confidence interval.
 
     Returns:
-        ``count`` and ``missing``: number of values, and of NaN. ``mean``, ``sd`` (ddof 1), ``median``, ``q25`` and
+        ``count``: number of values. ``missing``: number of NaN. ``mean``, ``sd`` (ddof 1), ``median``, ``q25`` and
         ``q75`` (linearly interpolated), ``min``, ``max``. ``low`` and ``high``: 95 % confidence interval of the mean,
         see `bootstrap_interval`. A statistic is None if there are too few values.
     """

@@ -171,7 +171,7 @@ class Job:
     structures: tuple[str, ...] | None = None
 
     def prediction_with_grid(self) -> LabelMap:
-        """Return the prediction. If it has no ``grid``, it gets that of the reference, or else the reference itself."""
+        """Return the prediction. If it has no ``grid``, that of the reference, or the reference itself, is used."""
         assert self.pred is not None, self.ref.case_id
         return dataclasses.replace(self.pred, grid=self.pred.grid or self.ref.grid or self.ref.source)
 

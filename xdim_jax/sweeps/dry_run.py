@@ -77,7 +77,7 @@ def dry_run(
         budget: Memory of a device in bytes; None for the memory of the devices of this machine.
 
     Raises:
-        UserError: Programs need more memory than that. The message lists all of them.
+        UserError: Programs need more memory than ``budget``. The message lists all of them.
     """
     programs = distinct_programs(suggest, spec, overrides)
     available = available_bytes() if budget is None else budget

@@ -69,7 +69,7 @@ class PackedWorker:
         self._slots, self._layout, self._heartbeat, self._grace = slots, layout, heartbeat, grace
         self._pack: Pack | None = None
         self._trials: list[_ActiveTrial] = []
-        self._next_claim = 0.0  # time of the next attempt to claim a trial, after there was none to claim
+        self._next_claim = 0.0  # no trial is claimed before this time
 
     def run(self, *, wait: bool = True) -> int:
         """Train trials until all trials of the study have ended.

@@ -24,6 +24,8 @@ _COLOUR_MAP = "viridis"
 def rank_trials(groups: dict[int, list[Any]]) -> list[tuple[int, Any]]:
     """Return the origin and the deciding attempt of every trial, best trial first. Trials without a Dice are last.
 
+    See `xdim_jax.sweeps.study` for the meaning of origin and attempt.
+
     Args:
         groups: Result of `xdim_jax.sweeps.study.group_attempts`.
     """

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-SAVE, STOP = 1, 2  # requests, in order of precedence
+SAVE, STOP = 1, 2  # requests; the larger number takes precedence
 _DELAY = 2  # number of steps after which a request is read; its step has then finished, so reading does not block
 
 

@@ -2,8 +2,8 @@
 
 Every sample has 64 random bits of its own (``batch["key"]``, see `xdim_jax.data.pipeline`). So its augmentation depends
 only on the seed and on its position in the stream, not on devices, processes or threads. All geometric transforms of a
-sample are composed into one coordinate transform. The image is interpolated linearly, and the label by nearest
-neighbour, only once. A transform with probability 0 is not part of the program.
+sample are composed into one coordinate transform, so that image and label are interpolated only once: the image
+linearly, the label by nearest neighbour. A transform with probability 0 is not part of the program.
 
 Names that occur in many functions: ``active`` has the settings of the transforms with a probability above 0, by name,
 and ``keys`` has a random key for each transform. ``coords`` has the coordinates of the output voxels in the input, in
@@ -206,16 +206,19 @@ def _range(image: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _noise(values: Mapping[str, Any], key: jax.Array, image: jax.Array) -> jax.Array:
+    """Add Gaussian noise with a random standard deviation."""
     sd = _uniform(key, 0.0, values["sd"]) * _is_applied(key, values["p"])
     return image + sd * jax.random.normal(jax.random.fold_in(key, 2), image.shape)
 
 
 def _brightness(values: Mapping[str, Any], key: jax.Array, image: jax.Array) -> jax.Array:
+    """Multiply each channel by a random factor."""
     factor = _uniform(key, values["low"], values["high"], (image.shape[-1],))
     return _by_channel(values, key, image, image * factor)
 
 
 def _contrast(values: Mapping[str, Any], key: jax.Array, image: jax.Array) -> jax.Array:
+    """Multiply the distance of each channel from its mean by a random factor; clip to the old range."""
     factor = _uniform(key, values["low"], values["high"], (image.shape[-1],))
     low, span = _range(image)
     mean = image.mean(tuple(range(image.ndim - 1)))
@@ -223,6 +226,7 @@ def _contrast(values: Mapping[str, Any], key: jax.Array, image: jax.Array) -> ja
 
 
 def _gamma(values: Mapping[str, Any], key: jax.Array, image: jax.Array) -> jax.Array:
+    """Raise each channel, scaled to [0, 1], to a random power; scale back to the old range."""
     exponent = _uniform(key, values["low"], values["high"], (image.shape[-1],))
     low, span = _range(image)
     return _by_channel(values, key, image, low + span * jnp.clip((image - low) / span, 0, 1) ** exponent)
@@ -239,6 +243,7 @@ def _window(values: Mapping[str, Any], key: jax.Array, image: jax.Array) -> jax.
 
 
 def _blur(values: Mapping[str, Any], key: jax.Array, image: jax.Array) -> jax.Array:
+    """Blur the image with a Gaussian of random width."""
     sigma = _uniform(key, values["low"], values["high"])
     return jnp.where(_is_applied(key, values["p"]), gaussian_blur(image, sigma, values["high"]), image)
 
@@ -288,6 +293,7 @@ def coarsen(image: jax.Array, share: jax.Array) -> jax.Array:
 
 
 def _cutout(values: Mapping[str, Any], key: jax.Array, image: jax.Array) -> jax.Array:
+    """Set a box at a random position to 0."""
     shape = image.shape[:-1]
     start = jax.random.uniform(jax.random.fold_in(key, 1), (len(shape),)) * (1 - values["share"])
     inside = _is_applied(key, values["p"])

@@ -3,9 +3,9 @@
     <workdir>/fold0/ ... fold4/      workdirs of the runs
     <workdir>/crossval.json          the best validation of each fold, their means and standard deviations
 
-One command can train all folds (``:fold=all``). Or each fold is trained by a job of its own (``:fold=2
---workdir=<workdir>/fold2``); ``:fold=all`` on the same workdir then trains only the folds that are not finished, and
-writes the summary.
+One command can train all folds (``:fold=all``). Or each fold is trained by a job of its own, with ``:fold=2`` and
+``--workdir=<workdir>/fold2``. A later ``:fold=all`` on the same workdir then trains only the folds that are not
+finished, and writes the summary.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from xdim_jax.base.config import load_config
+from xdim_jax.base.config import Config, load_config
 from xdim_jax.base.errors import first_line, gib
 from xdim_jax.ops.compilation import cache_programs
 from xdim_jax.runs import environment
@@ -234,11 +234,36 @@ def reading(folder: Path) -> Finding:
         return Finding("reading", FAILURE, f"{folder} contains no files", "give the folder of your data")
     rate = total / seconds
     facts = {"folder": str(folder), "files": count, "bytes": total, "seconds": seconds, "bytes_per_second": rate}
-    text = f"{folder}: {count} files, {rate / 1e6:.0f} MB/s (files that were read recently come from memory)"
+    text = f"{folder}: {count} files, {rate / 1e6:.0f} MB/s (files that were read recently may be cached)"
     if rate < 20e6 and total > 20e6:
         advice = "slow: prepare the cases on a local disk with python -m xdim_jax.data prepare --store=<folder>"
         return Finding("reading", WARNING, text, advice, facts)
     return Finding("reading", OK, text, facts=facts)
+
+
+def _small_config() -> Config:
+    """Return the config of a small DX-Net without stochastic depth."""
+    overrides = {
+        "model.encoder.name": "efficientnet_toy",
+        "model.encoder.drop_path": 0.0,
+        "model.filters": "(16,16,8,8,8)",
+        "data.patch": str(_PATCH).replace(" ", ""),
+        "data.batch": 1,
+    }
+    return load_config("brats_dxnet:phantom", [f"--config.{key}={value}" for key, value in overrides.items()])
+
+
+def _random_batch() -> dict[str, Any]:
+    """Return a batch with one random sample."""
+    import jax
+    import jax.numpy as jnp
+
+    rng = jax.random.split(jax.random.key(0))
+    return {
+        "image": jax.device_get(jax.random.normal(rng[0], (1, *_PATCH, 4))),
+        "label": jax.device_get(jax.random.randint(rng[1], (1, *_PATCH), 0, 4).astype(jnp.uint8)),
+        "key": jax.device_get(jax.random.bits(jax.random.key(2), (1, 2), jnp.uint32)),
+    }
 
 
 def training_step() -> Finding:
@@ -247,30 +272,15 @@ def training_step() -> Finding:
     The step must compile, its loss must fall, and its first loss and gradient norm must be those of the reference form.
     """
     import jax
-    import jax.numpy as jnp
 
     from xdim_jax import ops
     from xdim_jax.training.check import resolve_config
     from xdim_jax.training.mesh import make_devices
     from xdim_jax.training.program import make_program
 
-    overrides = ["--config.model.encoder.name=efficientnet_toy", "--config.model.filters=(16,16,8,8,8)"]
-    overrides += [
-        f"--config.data.patch={_PATCH}".replace(" ", ""),
-        "--config.data.batch=1",
-        "--config.model.encoder.drop_path=0.0",
-    ]
-    config = load_config("brats_dxnet:phantom", overrides)
-    config, dataset = resolve_config(config)
+    config, dataset = resolve_config(_small_config())
     mesh = make_devices(1, 1, batch=1)
-    rng = jax.random.split(jax.random.key(0))
-    batch = mesh.put_batch(
-        {
-            "image": jax.device_get(jax.random.normal(rng[0], (1, *_PATCH, 4))),
-            "label": jax.device_get(jax.random.randint(rng[1], (1, *_PATCH), 0, 4).astype(jnp.uint8)),
-            "key": jax.device_get(jax.random.bits(jax.random.key(2), (1, 2), jnp.uint32)),
-        }
-    )
+    batch = mesh.put_batch(_random_batch())
     norms = {}
     begin = time.perf_counter()
     for form in ("reference", "auto"):

@@ -49,7 +49,7 @@ class Progress:
     """Values, other than the training state, that change from step to step. They are saved with every checkpoint.
 
     Attributes:
-        score_sum: For each region, the sum of the training score over the steps of this epoch that had the region.
+        score_sum: For each region, the sum of its training score over those steps of this epoch that have such a score.
         score_steps: For each region, the number of these steps.
         validates: True once the training score of an epoch has exceeded ``train.validate_after_score``.
     """
@@ -59,7 +59,7 @@ class Progress:
     validates: bool = False
 
     def add(self, scores: Any) -> None:
-        """Add the scores of one step; NaN means that the step did not have the region."""
+        """Add the scores of one step; NaN means that no sample of the step had the region annotated."""
         values = np.asarray(scores, np.float64)
         known = np.isfinite(values)
         self.score_sum = (np.asarray(self.score_sum) + np.where(known, values, 0)).tolist()

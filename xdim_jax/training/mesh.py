@@ -1,4 +1,4 @@
-"""The mesh of devices, with the axes ``data`` (samples) and ``space`` (depth of a volume), and the use of processes.
+"""The mesh of devices, with the axes ``data`` (samples) and ``space`` (depth of a volume), and joining of processes.
 
 With ``jit``, one program is compiled for the whole mesh. Losses and batch statistics are those of the global batch, and
 XLA inserts the communication. With ``pmap``, a program for one device is compiled, which averages gradients and

@@ -1,8 +1,9 @@
 """Estimate memory and floating-point operations of a training step and of prediction.
 
 A program is compiled for the devices of this machine, with shapes in place of arrays, so neither data nor memory for
-the arrays is needed. The memory is that which the compiler reserves per device for state, batch and temporaries. The
-operations are those of the layers as they are defined, for all devices together. A multiply-add counts as two.
+the arrays is needed. The memory is the amount that the compiler reserves per device for state, batch and temporaries.
+Operations are counted from the definitions of the layers, not from the compiled program, for all devices together. A
+multiply-add counts as two.
 """
 
 import dataclasses
@@ -250,7 +251,7 @@ def parse_bytes(text: str) -> int:
     """Return the number of bytes of a text such as ``16GiB``, ``80 GB`` or ``500000000``.
 
     Raises:
-        UserError: The text is something else.
+        UserError: The text has another form.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     if not match or match[2] not in _UNITS or float(match[1]) <= 0:

@@ -42,6 +42,7 @@ class Profile:
             say(f"profile    of {count} steps written to {self._folder}; open it with TensorBoard or Perfetto")
 
     def _stop(self) -> None:
+        """Stop the profile if it is running."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

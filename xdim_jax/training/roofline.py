@@ -76,7 +76,7 @@ def part_of(name: str, parts: Iterable[str]) -> str:
 
 
 def is_backward(name: str) -> bool:
-    """Return whether the operation with a name computes a gradient, or recomputes an activation for a gradient."""
+    """Return whether an operation, given by its name, computes a gradient or recomputes an activation for one."""
     return "transpose(" in name or "rematted_computation" in name
 
 

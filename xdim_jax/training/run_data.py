@@ -1,4 +1,4 @@
-"""The data of a run: found, checked, split into training and validation cases, and prepared."""
+"""Find, check, split and prepare the data of a run."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -29,8 +29,8 @@ class RunData:
 
     Attributes:
         train: Prepared training cases.
-        validation: Validation cases, on disk and prepared.
-        facts: By case id, arrays that accompany every sample of the case.
+        validation: Validation cases: the case on disk, and the prepared case.
+        facts: Case id -> name -> array that is added to every sample of the case, such as its annotated regions.
     """
 
     train: list[store.Entry]
@@ -47,13 +47,13 @@ class RunData:
     def open_stream(
         self, data: Any, *, seed: int, start_step: int, activity: pipeline.Activity
     ) -> Iterator[dict[str, Any]]:
-        """Return this process's share of the batches, from the one after ``start_step`` steps.
+        """Return the batches of this process, beginning with that of step ``start_step + 1``.
 
         Args:
             data: The ``data`` section of a config.
             seed: Seed of the run.
             start_step: Number of steps done.
-            activity: Is told what the reading threads are doing.
+            activity: Object to which the reading threads report their current activity.
         """
         return pipeline.make_stream(
             self.train,
@@ -76,20 +76,22 @@ class RunData:
 def find_data(
     data: Any, seed: int, dataset: Dataset, output: Output, workdir: Path, *, started: bool, first: bool
 ) -> RunData:
-    """Find, split and prepare the cases of a run. Without a root folder, phantoms are written below the workdir first.
+    """Find, split and prepare the cases of a run.
+
+    If the config has no root folder, phantoms are written into the workdir and used as data.
 
     Args:
         data: The ``data`` section of a config.
         seed: Seed of the run.
         dataset: Data set that the section names.
-        output: Output of the network.
+        output: Meaning of the network's channels.
         workdir: Folder of the run.
         started: True if the run has been trained already.
         first: True if this process writes to the workdir.
 
     Raises:
-        UserError: The data cannot be used, or the cases of a run that has ``started`` differ from those it started
-            with. Training cases could otherwise become validation cases.
+        UserError: The data cannot be used, or the split of a run that has ``started`` has changed, so that former
+            training cases might be used for validation.
     """
     root = Path(data.root or workdir / "phantom" / "train")
     if not data.root and first:
@@ -107,6 +109,7 @@ def find_data(
 
 
 def _split(data: Any, seed: int, dataset: Dataset, root: Path) -> tuple[list[Case], list[Case]]:
+    """Return training and validation cases. Problems of other files are logged."""
     scan = data_case.scan_cases(dataset, root, need_labels=True)
     cases = data_case.usable_cases(scan, root)
     for problem in scan.problems:
@@ -124,7 +127,7 @@ def _split(data: Any, seed: int, dataset: Dataset, root: Path) -> tuple[list[Cas
 
 
 def _annotations(dataset: Dataset, output: Output, cases: list[Case]) -> dict[str, dict[str, np.ndarray]]:
-    """Return the channels and regions that are annotated in each case, if some cases have fewer than all."""
+    """Return the annotated channels and regions of each case; nothing if all of them are annotated in all cases."""
     if dataset.annotated is None:
         return {}
     facts = {}
@@ -138,7 +141,7 @@ def _annotations(dataset: Dataset, output: Output, cases: list[Case]) -> dict[st
 
 
 def _prepare(data: Any, dataset: Dataset, root: Path, cases: list[Case]) -> list[store.Entry]:
-    """Return the prepared cases. With several processes, each prepares its share before all of them read the store."""
+    """Prepare cases, unless they are in the store already. Several processes divide the work among themselves."""
     folder = data.store or store.default_folder(root)
     settings = Preparation.from_config(data.prepare)
     index, count = jax.process_index(), jax.process_count()
@@ -162,8 +165,7 @@ def _record_split(workdir: Path, root: Path, train: list[Case], validation: list
         for side in ("train", "validation"):
             if changed := sorted(set(before[side]) ^ set(split[side])):
                 raise UserError(
-                    f"the {side} cases in {root} differ from those with which the run in {workdir} started: "
-                    f"{len(changed)} were added or removed ({shorten(changed)}). Restore the data to resume the run, "
-                    "or give another --workdir"
+                    f"the run in {workdir} started with other {side} cases than those in {root}: {len(changed)} differ "
+                    f"({shorten(changed)}). Restore the data to resume the run, or give another --workdir"
                 )
     write_json(path, split)

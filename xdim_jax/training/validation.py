@@ -63,7 +63,7 @@ def make_validation(
         dataset: Data set of the cases.
         cases: Validation cases: the case on disk, and the prepared case.
         min_et: Smallest number of voxels of the enhancing tumour (BraTS); 0 for no limit.
-        overlays: Number of cases, from the first, of which pictures are drawn.
+        overlays: Number of pictures; they show the first cases.
     """
     names = dataset.regions.names
 
