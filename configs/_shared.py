@@ -64,9 +64,13 @@ def get_config(variants: Variants) -> Any:
     config: Any = ConfigDict()
     config.seed = 0  # seed of random weights, order of the samples, augmentation and folds
     config.output = "sigmoid"  # sigmoid: one channel per region; softmax: one channel per label, background first
-    # data: number of devices among which a batch is divided, -1: all devices divided by space; space: number of devices
-    # among which the depth of each volume is divided; parallel: jit, or pmap, which supports only data
-    config.mesh = ConfigDict({"data": -1, "space": 1, "parallel": "jit"})
+    config.mesh = ConfigDict(
+        {
+            "data": -1,  # number of devices among which a batch is divided; -1: all devices divided by space
+            "space": 1,  # number of devices among which the depth of each volume is divided
+            "parallel": "jit",  # jit, or pmap, which supports only data
+        }
+    )
     config.data = ConfigDict(
         {
             "sampling": "patches",  # patches, slices or volumes (xdim_jax/data/pipeline.py)

@@ -1,8 +1,9 @@
 """Generate the reference pages when the site is built: all config values and all public functions."""
 
 import ast
-import re
+import io
 import sys
+import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,23 +29,51 @@ def on_pre_build(config):
 
 
 def comments():
-    """Return the comment next to, or above, each key in the source of configs/, by the last part of the key."""
+    """Return the comment next to, or above, each dotted key in the source of configs/; the first file counts."""
     found = {}
     for path in sorted((ROOT / "configs").glob("*.py")):
-        above = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            stripped = line.strip()
-            if stripped.startswith("#"):
-                above.append(stripped.lstrip("# "))
-                continue
-            match = re.match(r'(?:"(\w+)"\s*:|config\.([\w.]+)\s*=)[^#]*(?:#\s*(.*))?$', stripped)
-            if match:
-                key = (match[1] or match[2]).rpartition(".")[2]
-                text = " ".join([*above, match[3] or ""]).strip()
-                if text:
-                    found.setdefault(key, text)
-            above = []
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        notes = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+        for key, line in keys(ast.parse(text)):
+            above = line - 1
+            while above in notes and lines[above - 1].lstrip().startswith("#"):
+                above -= 1
+            note = " ".join(notes[n] for n in range(above + 1, line + 1) if n in notes)
+            if note:
+                found.setdefault(key, note)
     return found
+
+
+def keys(tree):
+    """Yield the dotted config keys that a recipe sets, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "update":
+            target, value = node.func.value, node.args[0]
+        else:
+            continue
+        name = ast.unparse(target)
+        if not name.startswith("config."):
+            continue
+        key = name.removeprefix("config.")
+        dictionary = value.args[0] if isinstance(value, ast.Call) and value.args else value
+        if isinstance(dictionary, ast.Dict):
+            yield from inner_keys(key, dictionary)
+        else:
+            yield key, node.lineno
+
+
+def inner_keys(prefix, dictionary):
+    """Yield the dotted keys of a dictionary that has a line for each key, with their lines."""
+    lines = [key.lineno for key in dictionary.keys if key is not None]
+    for key, value in zip(dictionary.keys, dictionary.values, strict=True):
+        if isinstance(key, ast.Constant) and len(set(lines)) == len(lines) and dictionary.lineno not in lines:
+            yield f"{prefix}.{key.value}", key.lineno
+            if isinstance(value, ast.Dict):
+                yield from inner_keys(f"{prefix}.{key.value}", value)
 
 
 def config_page():
@@ -75,7 +104,7 @@ def config_page():
                 text = f"`{next(iter(by_value))}`"
             else:
                 text = "; ".join(f"`{value}`: {', '.join(names)}" for value, names in by_value.items())
-            note = notes.get(key.rpartition(".")[2], "")
+            note = notes.get(key, "")
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{key}`", text, note)) + " |")
         lines.append("")
     return "\n".join(lines)
