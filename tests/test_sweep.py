@@ -431,6 +431,16 @@ def test_the_page_of_a_study_that_has_just_begun(tmp_path):
     assert optuna.logging.get_verbosity() >= optuna.logging.WARNING
 
 
+@pytest.mark.quick
+def test_a_trial_with_a_dice_of_zero_is_before_one_without_a_dice(tmp_path):
+    study = open_toy(str(tmp_path / "s.journal"))
+    studies.claim_trial(study, 3)  # still running
+    studies.finish_trial(study, studies.claim_trial(study, 3), "COMPLETE", 0.0)
+    studies.finish_trial(study, studies.claim_trial(study, 3), "COMPLETE", 0.5)
+    ranked = page.rank_trials(studies.group_attempts(study))
+    assert [origin for origin, _ in ranked] == [2, 1, 0]
+
+
 # -- real training ------------------------------------------------------------------------------------------------
 
 

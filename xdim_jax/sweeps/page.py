@@ -30,7 +30,7 @@ def rank_trials(groups: dict[int, list[Any]]) -> list[tuple[int, Any]]:
         groups: Result of `xdim_jax.sweeps.study.group_attempts`.
     """
     found = [(origin, studies.deciding_attempt(attempts)) for origin, attempts in groups.items()]
-    return sorted(found, key=lambda item: (-(_score(item[1]) or -math.inf), item[0]))
+    return sorted(found, key=lambda item: (-_score_or(-math.inf, item[1]), item[0]))
 
 
 def complete_trials(ranked: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
@@ -48,6 +48,12 @@ def _score(trial: Any) -> float | None:
     if trial.state.name == "COMPLETE":
         return trial.value
     return max(trial.intermediate_values.values(), default=None)
+
+
+def _score_or(missing: float, trial: Any) -> float:
+    """Return the score of a trial, or ``missing`` if it has none."""
+    score = _score(trial)
+    return missing if score is None else score
 
 
 def render(study: Any) -> str:
@@ -112,7 +118,7 @@ def draw_curves(trials: Sequence[tuple[int, Any]]) -> Picture:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="lower right")
-    best = _score(trials[0][1]) or math.nan
+    best = _score_or(math.nan, trials[0][1])
     return figures.encode_png(
         figure, f"validation Dice of {len(trials)} trials, the best {best:.3f}", "The best five trials are in colour."
     )
