@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from xdim_jax.pages.figures import Picture, encode_png, render_template
 from xdim_jax.scoring.tables import Table
 from xdim_jax.studies.plan import Plan
-from xdim_jax.studies.results import Scores, Test, interval, verdict
+from xdim_jax.studies.results import Scores, Test, verdict
 
 _MARKERS = "os^Dvx*P"
 
@@ -44,7 +44,7 @@ def _score_table(plan: Plan, scores: Mapping[tuple[str, int], Scores], tests: Se
 
 
 def _cell(scores: Scores | None) -> str:
-    return "-" if scores is None else f"{interval(scores.last)} ({len(scores.seeds)})"
+    return "-" if scores is None else f"{scores.mean} ({len(scores.seeds)})"
 
 
 def _from(test: Test, baseline: str) -> Test:
@@ -87,12 +87,8 @@ def _step_table(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Table:
     for n in plan.sizes:
         for arm in plan.arms:
             if found := scores.get((arm, n)):
-                rows.append((str(n), arm, *(f"{_mean_at(found, s):.3f}" for s in chosen)))
+                rows.append((str(n), arm, *(f"{found.mean_at(s):.3f}" for s in chosen)))
     return Table("Dice over steps", ("patients", "arm", *map(str, chosen)), tuple(rows), "Validations during training.")
-
-
-def _mean_at(scores: Scores, step: int) -> float:
-    return float(np.mean(np.nanmean(scores.dice[:, scores.steps.index(step)], -1)))
 
 
 def _cost_table(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Table:
@@ -114,7 +110,7 @@ def draw_sizes(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Picture:
     axes = figure.subplots()
     for i, arm in enumerate(plan.arms):
         sizes = [n for n in plan.sizes if (arm, n) in scores]
-        found = [interval(scores[arm, n].last) for n in sizes]
+        found = [scores[arm, n].mean for n in sizes]
         shift = 1 + 0.02 * (i - (len(plan.arms) - 1) / 2)  # so that intervals do not cover each other
         errors = np.array([[m.mean - m.low, m.high - m.mean] for m in found]).T
         axes.errorbar(
@@ -188,7 +184,7 @@ def format_lines(plan: Plan, scores: Mapping[tuple[str, int], Scores], tests: Se
     for n in plan.sizes:
         found: list[tuple[str, Any]] = [(arm, scores[arm, n]) for arm in plan.arms if (arm, n) in scores]
         for arm, s in found:
-            lines.append(f"{n:>5} patients  {arm:<20} Dice {interval(s.last)}, {len(s.seeds)} seeds")
+            lines.append(f"{n:>5} patients  {arm:<20} Dice {s.mean}, {len(s.seeds)} seeds")
         if found:
             lines.append(f"{n:>5} patients  {verdict(n, list(plan.arms), scores, tests)}")
     return lines

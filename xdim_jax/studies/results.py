@@ -8,6 +8,7 @@ pairs of arms and all sizes.
 
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,15 @@ class Scores:
     def last(self) -> np.ndarray:
         """Dice after the last step, (seeds, patients)."""
         return self.dice[:, -1]
+
+    @functools.cached_property
+    def mean(self) -> "Mean":
+        """Mean Dice after the last step, with its interval."""
+        return interval(self.last)
+
+    def mean_at(self, step: int) -> float:
+        """Return the mean Dice at a validation."""
+        return _mean(self.dice[:, self.steps.index(step)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +201,7 @@ def paired_difference(a: Scores, b: Scores) -> np.ndarray:
 
 def verdict(size: int, arms: Sequence[str], scores: Mapping[tuple[str, int], Scores], tests: Sequence[Test]) -> str:
     """Return which arm is best for a size, or between which arms no difference was found."""
-    means = {arm: _mean(scores[arm, size].last) for arm in arms if (arm, size) in scores}
+    means = {arm: scores[arm, size].mean.mean for arm in arms if (arm, size) in scores}
     best = max(means, key=lambda arm: means[arm])
     unclear = [
         arm
