@@ -26,8 +26,13 @@ def assign_folds(patients: Iterable[str], folds: int, seed: int) -> dict[str, in
     Returns:
         Number of the fold of each patient.
     """
-    order = sorted(set(patients), key=lambda p: hashlib.sha256(f"{seed}:{p}".encode()).hexdigest())
+    order = _shuffled(patients, str(seed))
     return {patient: i % folds for i, patient in enumerate(order)}
+
+
+def _shuffled(patients: Iterable[str], key: str) -> list[str]:
+    """Return the different names in an order that depends only on them and on the key."""
+    return sorted(set(patients), key=lambda p: hashlib.sha256(f"{key}:{p}".encode()).hexdigest())
 
 
 def check_fold(fold: int, folds: int) -> None:
@@ -69,7 +74,7 @@ def limit_patients(cases: Sequence[Case], count: int, seed: int) -> list[Case]:
     """
     if not count:
         return list(cases)
-    order = sorted({c.patient for c in cases}, key=lambda p: hashlib.sha256(f"limit:{seed}:{p}".encode()).hexdigest())
+    order = _shuffled((c.patient for c in cases), f"limit:{seed}")
     if count > len(order):
         raise UserError(
             f"config.data.train_patients={count}, but this fold has {len(order)} training patients; give "

@@ -173,7 +173,7 @@ def _reason(error: Exception) -> str:
     """Return the reason for which a case failed, with advice if memory was exhausted."""
     if isinstance(error, UserError):
         return str(error)
-    line = first_line(error)[:200]
+    line = first_line(error, 200)
     full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line
     return f"{type(error).__name__}: {line}" + (
         "; try --batch=1, --precision=bfloat16 or --preset=fast" if full else ""

@@ -30,6 +30,7 @@ class Recorder:
 
     Attributes:
         jsonl: Open `METRICS_FILE`.
+        validations: Open `VALIDATIONS_FILE`.
         steps: Open `STEPS_FILE`.
         tensorboard: TensorBoard writer.
         trackers: Trackers, see `xdim_jax.runs.trackers`.
