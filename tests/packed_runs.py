@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests import small_runs
+from tests.small_runs import RECIPE
 from xdim_jax import ops, train
 from xdim_jax.base import signals
 from xdim_jax.base.config import load_config
@@ -20,17 +22,9 @@ from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import STEPS_FILE, read_records
 from xdim_jax.training import pack
 
-RECIPE = "configs/camus_omnianet.py:phantom"
-# 4 patients of 4 images, two folds: 2 steps in an epoch
 SHAPES = [
-    "--config.data.patch=(32,32)",
-    "--config.data.prepare.size=(32,32)",
-    "--config.data.batch=4",
-    "--config.data.folds=2",
-    "--config.augment.noise.p=0.5",
-    "--config.optim.lookahead.period=2",
+    *small_runs.SHAPES,
     "--config.optim.name=nadam_torch",
-    "--config.train.log_every=1",
     "--config.train.overlays=0",
 ]
 # the settings in which runs of one pack may differ

@@ -7,17 +7,21 @@ from flax import nnx
 from xdim_jax.nets import networks
 
 RECIPE = "configs/camus_omnianet.py:phantom"
-# 4 patients of 4 images, two folds: 2 steps in an epoch, 6 in all
-SMALL = [
+# 4 patients of 4 images, two folds: 2 steps in an epoch
+SHAPES = [
     "--config.data.patch=(32,32)",
     "--config.data.prepare.size=(32,32)",
     "--config.data.batch=4",
     "--config.data.folds=2",
     "--config.augment.noise.p=0.5",
     "--config.optim.lookahead.period=2",
+    "--config.train.log_every=1",
+]
+# 6 steps in all
+SMALL = [
+    *SHAPES,
     "--config.optim.ema=0.9",
     "--config.train.epochs=3",
-    "--config.train.log_every=1",
     "--config.train.validate_every=1",
 ]
 
