@@ -6,7 +6,7 @@
     validate_steps = 50          # steps between validations; the last one is scored
     baseline = "random"          # the arm with which the others are compared
 
-    [[grid]]                     # each grid adds its sizes x seeds for all arms
+    [[grid]]                     # each grid adds its sizes x seeds for all arms; the runs follow the order of the grids
     sizes = [5, 20]              # numbers of training patients
     seeds = [0, 1, 2]
 
@@ -82,12 +82,11 @@ class Plan:
         return tuple(sorted({seed for sizes, seeds in self.grids if size in sizes for seed in seeds}))
 
     def runs(self) -> Iterator[PlannedRun]:
-        """Yield all runs: all arms of a seed and size in turn, so that a study that is stopped early has pairs."""
-        for seed in sorted({seed for _, seeds in self.grids for seed in seeds}):
-            for size in self.sizes:
-                if seed in self.seeds(size):
-                    for arm in self.arms:
-                        yield PlannedRun(arm, size, seed)
+        """Yield all runs, grid by grid: all arms of a seed and size in turn, so that a study that is stopped has pairs."""
+        blocks = [(seed, size) for sizes, seeds in self.grids for seed in seeds for size in sizes]
+        for seed, size in dict.fromkeys(blocks):
+            for arm in self.arms:
+                yield PlannedRun(arm, size, seed)
 
     def config(self, run: PlannedRun, overrides: list[str]) -> Config:
         """Return the config of a run.
