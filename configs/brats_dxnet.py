@@ -59,7 +59,7 @@ def get_config(arg: str = "") -> Any:
             },
             # instance norm does not depend on the batch size, which is 1. It has a scale and a shift, so that the
             # pre-trained values can be used
-            "norm": "batch" if released else "instance",
+            "norm": "batch" if released else "instance",  # released code: batch
             "activation": "silu",
             "upsampling": "transposed",
             "filters": (256, 128, 64, 32, 16),  # of the decoder, coarsest first

@@ -118,4 +118,4 @@ def test_the_training_step(monkeypatch, quick_compile):
     conv = ops.convolution.dense
     monkeypatch.setattr(ops.convolution, "dense", lambda *a: 1.05 * conv(*a))
     broken = diagnosis.training_step()
-    assert broken.status == diagnosis.FAILURE and "reference form" in broken.text
+    assert broken.status == diagnosis.FAILURE and "reference implementation" in broken.text

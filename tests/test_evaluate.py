@@ -878,7 +878,7 @@ REGIONS = {
 
 
 def tumour(seed, et=4, shape=(24, 20, 22)):
-    """Oedema around necrosis around the enhancing part."""
+    """Edema around necrosis around the enhancing part."""
     field = gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 3)
     label = np.zeros(shape, np.uint8)
     for share, value in ((0.6, 2), (0.8, 1), (0.9, et)):

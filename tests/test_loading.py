@@ -97,7 +97,7 @@ def test_an_encoder_has_features_but_no_logits(tmp_path):
         (np.zeros((64, 64, 2), np.float32), r"shape \(64, 64, 2\).*\(batch, H, W, 2\)"),
         (np.zeros((1, 2, 64, 64), np.float32), r"shape \(1, 2, 64, 64\).*\(batch, H, W, 2\)"),
         (np.zeros((1, 64, 64, 2), np.int16), "int16"),
-        (np.zeros((1, 64, 80, 2), np.float32), r"axis W is 80: level 1/32 would halve 5; use 64 or 96"),
+        (np.zeros((1, 64, 80, 2), np.float32), r"axis W is 80: 5 at level 1/16 cannot be halved; use 64 or 96"),
     ],
 )
 def test_a_wrong_image_is_explained(network, image, words):

@@ -240,7 +240,7 @@ def test_missing_predictions_are_an_error_or_the_worst_score(run, trained, tmp_p
             assert metrics == {"dice": 0, "hd95": 374, "sensitivity": 0, "specificity": 0}
     assert len(json.loads((tmp_path / "eval" / "summary.json").read_text())["unreadable"]) == 2
     run("report", f"--workdir={trained}", f"--eval={tmp_path / 'eval'}", f"--out={tmp_path / 'r.html'}")
-    assert "Scored as unreadable" in (tmp_path / "r.html").read_text()
+    assert "No usable prediction" in (tmp_path / "r.html").read_text()
 
 
 @pytest.mark.slow

@@ -272,9 +272,12 @@ def test_seed_decides_the_weights():
 @pytest.mark.parametrize(
     ("patch", "words"),
     [
-        ((64, 70, 64), "axis H is 70: level 1/4 would halve 35; use 64 or 96"),
-        ((20, 64, 65), "axis D is 20: level 1/8 would halve 5; use 32 or 64; axis W is 65: level 1/2 would halve 65"),
-        ((0, 64, 64), "axis D is 0: level 1/2 would halve 0; use 32 or 64"),
+        ((64, 70, 64), "axis H is 70: 35 at level 1/2 cannot be halved; use 64 or 96"),
+        (
+            (20, 64, 65),
+            "axis D is 20: 5 at level 1/4 cannot be halved; use 32 or 64; axis W is 65: 65 at level 1/1 cannot be",
+        ),
+        ((0, 64, 64), "axis D is 0: 0 at level 1/1 cannot be halved; use 32 or 64"),
         ((64, 64), "3 \\(D, H, W\\)"),
         ((32, 32, 32), "one voxel"),
     ],
@@ -291,7 +294,11 @@ OMNIANET, DSNET = unet_case("omnianet")[0], ds_case()[0]
 @pytest.mark.parametrize(
     ("section", "patch", "words"),
     [
-        (OMNIANET, (256, 250), "data.patch=(256, 250) does not fit omnianet; axis W is 250: level 1/4 would halve 125"),
+        (
+            OMNIANET,
+            (256, 250),
+            "data.patch=(256, 250) does not fit omnianet; axis W is 250: 125 at level 1/2 cannot be halved",
+        ),
         (OMNIANET, (64, 64, 64), "2 (H, W)"),
         (
             DSNET,
@@ -299,11 +306,11 @@ OMNIANET, DSNET = unet_case("omnianet")[0], ds_case()[0]
             "axis D is 96: level 1/48 of the depth would have 2 planes, not 3; use 97 to 144, nearest 97",
         ),
         (DSNET, (145, 64, 64), "would have 4 planes, not 3; use 97 to 144, nearest 144 or 143"),
-        (DSNET, (128, 64, 72), "axis W is 72: level 1/16 would halve 9; use 64 or 96"),
+        (DSNET, (128, 64, 72), "axis W is 72: 9 at level 1/8 cannot be halved; use 64 or 96"),
         (
             TOY_MODEL | {"depth": {"strides": (1, 1, 2, 2, 2)}},
             (12, 64, 64),
-            "axis D is 12: level 1/8 would halve 3; use 8 or 16",
+            "axis D is 12: 3 at level 1/4 cannot be halved; use 8 or 16",
         ),
     ],
 )
@@ -358,7 +365,7 @@ def test_legal_sizes_pass():
 
 def test_a_wrong_image_is_refused_when_the_program_is_traced():
     for section, shape, words in (
-        (OMNIANET, (1, 64, 40, 3), "axis W is 40: level 1/16 would halve 5"),
+        (OMNIANET, (1, 64, 40, 3), "axis W is 40: 5 at level 1/8 cannot be halved"),
         (DSNET, (1, 90, 32, 32, 4), "axis D is 90"),
     ):
         model = networks.build_abstract(section)

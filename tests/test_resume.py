@@ -1173,7 +1173,7 @@ def test_a_ported_file_fills_the_encoder_and_the_report_says_how(ported, capsys)
     np.testing.assert_array_equal(arrays["encoder.layer4.1.bn2.var"], state["layer4.1.bn2.running_var"])
     assert not any(a.any() for name, a in arrays.items() if name not in inside), "the decoder is as it was"
     out = capsys.readouterr().out
-    assert "100 % of encoder" in out and digest in out
+    assert "100 % of the encoder" in out and digest in out
 
 
 def test_a_file_that_lacks_an_array_fails_unless_it_may(ported, tmp_path):

@@ -124,7 +124,10 @@ def main(argv: Sequence[str]) -> int:
     report["arrays"] = {n: {"done": d, "shape": _shape(converted.arrays, n)} for n, d in done.items()}
     report["unused"] = {n: list(a.shape) for n, a in converted.unused.items()}
     report |= {"kind": converted.kind, "model": converted.model}
-    report["zero_padding"] = options.inflate not in (None, "centre") and options.depth_padding in (None, "zero")
+    report["zero_padding"] = options.inflate in ("mean", "repeat", "gaussian", "spacing") and options.depth_padding in (
+        None,
+        "zero",
+    )
     path = options.out.with_suffix(".json")
     write_json(path, report)
     _log_summary(options.out, path, converted, report)

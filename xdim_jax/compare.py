@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--metrics",
         default="",
-        help="comma-separated metrics (default: all); the fewer metrics, the weaker is Holm's correction",
+        help="comma-separated metrics (default: all); with fewer metrics, Holm's correction is less strict",
     )
     parser.add_argument("--out", type=Path, help="Markdown file to write; .tex and .json files are written next to it")
     options = parser.parse_args(argv)

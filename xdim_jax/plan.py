@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
         "      --precision=float32,bfloat16 --budget=16GiB\n"
         "  python -m xdim_jax.plan --config=configs/brats_dxnet.py --budget=16GiB --largest=patch",
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:WORDS]", help="a recipe, e.g. configs/brats_dxnet.py")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:VARIANT,...]", help="a recipe, e.g. configs/brats_dxnet.py"
+    )
     parser.add_argument(
         "--patch",
         action="append",

@@ -94,7 +94,12 @@ def _parser() -> argparse.ArgumentParser:
         help="file names and labels of BraTS input; default: those of training",
     )
     add("--modality", choices=["CT", "MR"], default="", help="modality of the input, if training had both")
-    add("--preset", choices=PRESETS, default="default", help="fast: less overlap; best: more overlap, and mirroring")
+    add(
+        "--preset",
+        choices=PRESETS,
+        default="default",
+        help="fast: windows overlap by 0.25; best: by 0.5, and are mirrored; default: as in the config of the run",
+    )
     add(
         "--overlap",
         type=float,

@@ -6,8 +6,8 @@ result as an uninterrupted one. The command compares
 - the configs;
 - for each step: loss, norms of gradient and update, and a digest of every sample of the batch (image, label and random
   bits of its augmentation);
-- all arrays of the checkpoints that both runs have: parameters (both copies of LookAhead), running statistics,
-  optimiser state and moving average.
+- all arrays of the checkpoints that both runs have: parameters (fast and slow weights of LookAhead), running
+  statistics, optimiser state and moving average.
 """
 
 import dataclasses

@@ -174,7 +174,9 @@ def _add_prepare(commands: Any) -> None:
         description=_PREPARE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE[:WORDS]", help="a recipe; --config.<key>=<value> overrides any value")
+    parser.add_argument(
+        "--config", metavar="FILE[:VARIANT,...]", help="a recipe; --config.<key>=<value> overrides any value"
+    )
     _add_dataset(parser, list(DATASETS), required=False)
     _add_options(parser, _OPTIONS)
     parser.add_argument("--store", help="folder of the store (also gs://, s3://; default: <root>_prepared)")
@@ -237,11 +239,11 @@ def _add_phantom(commands: Any) -> None:
         "--cases",
         type=int,
         default=10,
-        help="number of patients; for chaos, on CT and again on MR (default %(default)s)",
+        help="number of patients; for chaos, of CT patients and also of MR patients (default %(default)s)",
     )
     add("--first", type=int, help=f"number of the first patient (default: {firsts})")
     add("--seed", type=int, default=0, help="seed of the random numbers (default %(default)s)")
-    add("--shape", metavar="X,Y[,Z]", help=f"number of voxels; for chaos, on CT (default: {shapes})")
+    add("--shape", metavar="X,Y[,Z]", help=f"number of voxels; for chaos, of CT images (default: {shapes})")
     add("--noise", type=float, help="standard deviation of the noise, in units of the signal (default 0.06)")
     add("--bias", type=float, help="standard deviation of the bias field (default 0.1)")
     add("--contrast", type=float, help="contrast of the tissues, 0 to 1 (default 1)")

@@ -20,8 +20,8 @@ from scipy.ndimage import label as connected
 class Regions:
     """Named sets of label indices, any two of which are disjoint or nested.
 
-    Every region has exactly one own label: a label of the region that is in no other region inside it. Therefore
-    predicted regions can be converted to a label map.
+    Every region has exactly one own label, that is, a label that belongs to none of the regions nested inside it.
+    Therefore predicted regions can be converted to a label map.
 
     Attributes:
         sets: Label indices of each region, in the order of the network's channels.
@@ -42,8 +42,8 @@ class Regions:
             inner = set().union(*(rest for _, rest in items if rest < labels))
             if len(labels - inner) != 1:
                 raise ValueError(
-                    f"region {name} has the own labels {sorted(labels - inner)}, which are in no region inside it; "
-                    "expected exactly one, so that a label map can be computed from predicted regions"
+                    f"region {name}: the labels {sorted(labels - inner)} belong to no region nested inside it; "
+                    "expected exactly one such label, so that a label map can be computed from predicted regions"
                 )
 
     @property
@@ -90,9 +90,9 @@ class Regions:
         """Convert scores to a label map.
 
         Outer regions are written first and inner regions over them, so that predicted regions become nested (paper,
-        Sect. 3.1.3: ET is kept unaltered, NCR is extracted from TC and ED from WT). If a voxel is above the threshold
-        in several disjoint regions, it belongs to the region with the highest score (the first one if scores are
-        equal). The score of a region is then the maximum over the region and all regions inside it.
+        Sect. 3.1.3: ET is kept unaltered, NCR is extracted from TC and ED from WT). Of disjoint regions, a voxel can
+        only belong to the one with the highest score (the first one if scores are equal), and does so if this score is
+        above the threshold of the region. The score of a region is the maximum over it and all regions inside it.
 
         Args:
             scores: Probabilities or masks ``(..., R)``.

@@ -22,7 +22,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_error, write_json, write_text
 
 METADATA_FILE = "case.json"
-_OTHER_FOLDER = "to use another folder, give --config.data.store=<folder>, or prepare --store=<folder>"
+_OTHER_FOLDER = "to use another folder, give --config.data.store=<folder>, or --store=<folder> of xdim_jax.data prepare"
 _CHUNK = (32, 64, 64)  # voxels of a zarr chunk: small, because a patch is read in whole chunks
 _CHUNK_VOXELS = 2**16  # elements of a chunk of the array voxels
 _CACHE = 2**29  # bytes of chunks that are cached in memory

@@ -58,7 +58,7 @@ def required_bytes(predictor: Predictor, cases: Sequence[Case]) -> tuple[int, in
         peak, after = needed_bytes(stored, len(case.channels), grid, predictor.preparation)
         reading, kept, voxels = max(reading, peak), max(kept, after), max(voxels, math.prod(source))
         if predictor.segmenter.extra_outputs and grid.orientation[-1, 0] != 2:
-            # depth is not the slowest axis of the file, so writing one row touches all pages of the file
+            # depth is not the slowest axis of the file, so writing one slice touches all pages of the file
             maps = max(maps, 4 * math.prod(source) * (predictor.segmenter.channels - 1))
         volumes.append((target_shape(source, grid.spacing, predictor.preparation), source))
     if not volumes:

@@ -155,11 +155,11 @@ def _open_sink(predictor: Predictor, volume: Volume, output: Path, case_id: str,
             path = output / name / f"{case_id}.nii"
             files[name] = stack.enter_context(stream_volume(path, volume.grid, channels, note))
 
-        def write_rows(rows: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
+        def write_slices(slices: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
             for name, part in values.items():
-                files[name]((rows, *box), part)
+                files[name]((slices, *box), part)
 
-        yield write_rows if files else None
+        yield write_slices if files else None
 
 
 def _write(output: Path, case: Case, label: np.ndarray, volume: Volume, note: str, title: str, begin: float) -> str:

@@ -163,7 +163,7 @@ class Predictor:
         return postprocess(label, self.output.regions, largest=self.resolved.largest, min_et=self.resolved.min_et)
 
     def predict_case(self, case: Case) -> Segmentation:
-        """Read and segment a case. Arrays are (D, H, W) in the orientation of memory.
+        """Read and segment a case. Arrays are (D, H, W), with axes as in `xdim_jax.data.images.grid`.
 
         Raises:
             DataError: The case cannot be read.
@@ -235,17 +235,17 @@ class Predictor:
 
 
 class _Collector(dict[str, np.ndarray]):
-    """A sink that collects all rows in float32 arrays on the source grid, which are 0 outside of the prepared box."""
+    """A sink that collects all slices in float32 arrays on the source grid, which are 0 outside of the prepared box."""
 
     def __init__(self, shape: Sequence[int]):
         super().__init__()
         self.shape = tuple(shape)
 
-    def __call__(self, rows: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
+    def __call__(self, slices: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
         for name, part in values.items():
             if name not in self:
                 self[name] = np.zeros((*self.shape, *part.shape[3:]), np.float32)
-            self[name][(rows, *box)] = part
+            self[name][(slices, *box)] = part
 
 
 def _as_paths(paths: Paths) -> list[Path]:

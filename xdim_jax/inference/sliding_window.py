@@ -1,7 +1,7 @@
 """Sliding-window prediction of whole volumes, in bounded memory.
 
 Windows are blended on the device with Gaussian weights, from the first slices of the volume to the last. A buffer on
-the device has the weighted sums of only the slices (called rows) that later windows still change. Complete rows are
+the device holds the weighted sums of those slices to which later windows still contribute. Complete slices are
 resampled to the source grid, decoded to labels, and removed from the buffer. So only label indices are copied to the
 host, and no array has the size of the volume times the number of classes.
 """
@@ -20,7 +20,7 @@ from xdim_jax.data.prepare import Prepared
 from xdim_jax.inference.output import Output
 from xdim_jax.inference.windows import Layout, Windows, batched, gaussian_weights, make_layout, read_window
 
-_ROWS = 8  # number of rows that are decoded to labels at once
+_ROWS = 8  # number of slices that are decoded to labels at once
 SLICES = 8  # batch of a 2D network: the number of slices of a volume that are computed at once
 
 # weights, images (B, *patch, C) -> logits (B, *patch, channels)
@@ -28,13 +28,13 @@ Forward = Callable[[Any, jax.Array], jax.Array]
 
 
 class Sink(Protocol):
-    """Function that receives the rows of a volume on the source grid, in order, as soon as they are complete."""
+    """Function that receives the slices of a volume on the source grid, in order, as soon as they are complete."""
 
-    def __call__(self, rows: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
-        """Receive some rows.
+    def __call__(self, slices: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
+        """Receive some slices.
 
         Args:
-            rows: Indices of the n rows along D on the source grid.
+            slices: Indices of the n slices along D on the source grid.
             box: Part of the plane (H, W) of the source grid that was predicted.
             values: ``probabilities``, float32 (n, H, W, channels), and ``uncertainty``, float32 (n, H, W), in the box.
         """
@@ -101,7 +101,7 @@ class Segmenter:
         buffer = jnp.zeros((layout.buffer_rows, *layout.plane, self.channels), jnp.float32)
         planes = jax.tree.map(jnp.asarray, layout.plane_matrices)
         rows, taps = layout.taps
-        top = done = 0  # first row of the buffer; first row of the source grid that is not decoded yet
+        top = done = 0  # first slice in the buffer; first slice of the source grid that is not decoded yet
         for i, start in enumerate(layout.starts[0]):
             for batch in batched(itertools.product([start], *layout.starts[1:]), layout.batch):
                 total = self._predict_windows(weights, prepared, layout, batch)
@@ -205,7 +205,7 @@ class Segmenter:
         return buffer
 
     def _decode_rows(self, buffer: jax.Array, rows: jax.Array, taps: jax.Array, planes: Any) -> dict[str, jax.Array]:
-        """Resample rows of the buffer to the source grid, and return their labels and the extra outputs."""
+        """Resample slices of the buffer to the source grid, and return their labels and the extra outputs."""
 
         def add_tap(t: jax.Array | int, total: jax.Array | float) -> jax.Array:
             part = jnp.take(buffer, rows[:, t], axis=0)  # (rows, H, W, channels + 1)
@@ -287,7 +287,7 @@ def _mirror(array: jax.Array, flips: jax.Array) -> jax.Array:
 
 
 def _shift_rows(buffer: jax.Array, by: jax.Array) -> jax.Array:
-    """Move the rows of the buffer ``by`` places towards the first row, in place; the last rows become 0."""
+    """Move the slices of the buffer ``by`` places towards the first one, in place; the last slices become 0."""
     rows = buffer.shape[0]
 
     def move(i: jax.Array, buffer: jax.Array) -> jax.Array:
@@ -298,6 +298,6 @@ def _shift_rows(buffer: jax.Array, by: jax.Array) -> jax.Array:
 
 
 def _crop(values: np.ndarray, count: int, layout: Layout) -> np.ndarray:
-    """Return the first ``count`` rows of decoded values, without the padding along H and W."""
+    """Return the first ``count`` slices of decoded values, without the padding along H and W."""
     y, x = (0, 0) if layout.resized else layout.before[1:]
     return values[:count, y : y + layout.target[1], x : x + layout.target[2]]

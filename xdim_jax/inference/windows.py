@@ -1,4 +1,4 @@
-"""Positions and weights of sliding windows, and the resampling of predicted rows to the source grid."""
+"""Positions and weights of sliding windows, and the resampling of predicted slices to the source grid."""
 
 import dataclasses
 import functools
@@ -9,8 +9,8 @@ import numpy as np
 from xdim_jax.data.prepare import Prepared, resample
 
 SIGMA = 1 / 8  # standard deviation of the weights as a fraction of the patch, as in nnU-Net
-_FLOOR = 1e-3  # smallest weight; sums in a corner that only one window covers are divided by it
-_MULTIPLE = 32  # H and W of buffer and resampled rows are rounded up to multiples of it, to compile few programs
+_FLOOR = 1e-3  # smallest weight, so that the division by the sum of weights stays accurate in corners with one window
+_MULTIPLE = 32  # H and W of buffer and resampled slices are rounded up to multiples of it, to compile few programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +63,17 @@ class Layout:
 
     @property
     def out(self) -> tuple[int, int]:
-        """H and W of rows after resampling to the source grid, rounded up if they are resized."""
+        """H and W of slices after resampling to the source grid, rounded up if they are resized."""
         if not self.resized:
             return self.plane
         return _round_up(self.target[1], _MULTIPLE), _round_up(self.target[2], _MULTIPLE)
 
     @functools.cached_property
     def taps(self) -> tuple[np.ndarray, np.ndarray]:
-        """Indices and weights of the rows of the padded volume from which each row of the source grid is interpolated.
+        """Indices and weights of slices of the padded volume, from which slices of the source grid are interpolated.
 
-        Both arrays have the shape ``(D, T)``. D is the number of rows of the source grid, and T the largest number of
-        rows from which one of them is interpolated.
+        Both arrays have the shape ``(D, T)``. D is the number of slices of the source grid, and T the largest number
+        of slices from which one of them is interpolated.
         """
         if self.size[0] == self.target[0]:
             return np.arange(self.size[0])[:, None] + self.before[0], np.ones((self.size[0], 1), np.float32)
@@ -82,17 +82,17 @@ class Layout:
         first, last = nonzero.argmax(1), self.size[0] - 1 - nonzero[:, ::-1].argmax(1)
         rows = np.minimum(first[:, None] + np.arange(int((last - first).max()) + 1), self.size[0] - 1)
         weights = np.where(rows <= last[:, None], np.take_along_axis(matrix, rows, 1), 0)
-        weights[:, 1:][rows[:, 1:] == rows[:, :-1]] = 0  # a row that was clipped to the last one counts once
+        weights[:, 1:][rows[:, 1:] == rows[:, :-1]] = 0  # a slice that was clipped to the last one counts once
         return rows + self.before[0], weights.astype(np.float32)
 
     @property
     def buffer_rows(self) -> int:
-        """Number of rows of the buffer: those of a window, and earlier ones that the source grid still needs."""
+        """Number of slices in the buffer: those of a window, and earlier ones that the source grid still needs."""
         return _round_up(self.patch[0] + (self.taps[0].shape[1] if self.size[0] != self.target[0] else 0), 8)
 
     @property
     def plane_matrices(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Matrices that resize H and W of the buffer to `out`; None if rows are not resized."""
+        """Matrices that resize H and W of the buffer to `out`; None if slices are not resized."""
         if not self.resized:
             return None
         height, width = (

@@ -47,8 +47,9 @@ class Expand(nnx.Module):
     """Upsampling along the depth, concatenation with the skip connection, and one or two `ConvNorm`.
 
     ``decoder="transposed"`` has one `ConvNorm`, ``"nearest"`` has two. The upsampled array gets as many planes as the
-    skip connection: a transposed convolution is cropped if it has more planes, and extended if it has fewer. Therefore
-    every depth that is compressed to three planes can be used, not only the 128 of the released code.
+    skip connection: the output of a transposed convolution is cropped if it has more planes, and padded with zeros
+    before the bias is added if it has fewer. Therefore every depth that is compressed to three planes can be used, not
+    only the 128 of the released code.
     """
 
     def __init__(

@@ -12,14 +12,14 @@ mean                   1/k each (Carreira and Zisserman 2017)      depth-constan
                                                                    ``renorm`` padding along depth
 repeat                 1 each, as in the paper; the statistics of  the same as ``mean`` if a batch norm follows every
                        the norm that follows are scaled            kernel; with other norms up to their eps
-repeat_uncorrected     1 each; the norm is not changed             nothing in evaluation mode; with batch or instance
-                                                                   statistics the same as ``mean`` up to eps
+repeat_uncorrected     1 each; the norm is not changed             nothing with running statistics; the same as ``mean``
+                                                                   with batch or instance statistics, up to eps
 centre                 1 in the middle, else 0                     depth-constant volumes with any padding; with depth
                                                                    strides 1 and squeeze ``slice`` any volume, slice by
                                                                    slice
 gaussian               a Gaussian of ``sigma`` taps, sum 1         depth-constant volumes with ``edge`` or ``renorm``
-spacing                overlap of each slice with a box that is    the same as ``gaussian``; ratio 1 is ``mean``, and
-                       as long as the 2D kernel in millimetres;    a ratio of k or more is ``centre``
+spacing                overlap of each slice with a box that is    as ``gaussian``; ``spacing`` 1 gives ``mean``, and
+                       as long as the 2D kernel in millimetres;    ``spacing`` of k or more gives ``centre``
                        slices are ``spacing`` times as thick as
                        pixels are wide
 acs                    a third of the filters each in the axial,   for each third: a volume that is constant along the

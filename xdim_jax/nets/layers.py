@@ -98,7 +98,7 @@ class Style:
         return tuple(sides)
 
     def strides(self, level: int) -> tuple[int, ...]:
-        """Return the strides of the layer whose output has 1/2^(level + 1) of the size of the input."""
+        """Return the strides of the layer whose output, in the plane, has 1/2^(level + 1) of the size of the image."""
         return self.window(2, self.depth.strides[level])
 
     @property
@@ -217,9 +217,9 @@ def _inverse_coverage(kernel: jax.Array, axis: int, n: int, stride: int, pad: tu
     """Return, for each output, the factor that corrects for the taps of the kernel outside the volume.
 
     The factor is the sum of the kernel's absolute values over all taps, divided by the sum over the taps inside the
-    volume. Partial convolutions (Liu et al. 2018) count taps instead. With absolute values, the correction is exact for
-    every kernel that is a profile along the axis times a 2D kernel; for example, a kernel with only a middle tap needs
-    no correction.
+    volume. Partial convolutions (Liu et al. 2018) count taps instead. With absolute values, the correction is exact on
+    a volume of equal slices, for every kernel that is a non-negative profile along the axis times a 2D kernel. For
+    example, a kernel with only a middle tap needs no correction.
 
     Args:
         kernel: Kernel of the convolution.

@@ -250,7 +250,7 @@ def side_problems(size: Sequence[int], level_strides: Sequence[Sequence[int]]) -
             low, high = n // step * step, (n // step + 1) * step
             sizes = f"{low} or {high}" if low > 0 else f"{step} or {2 * step}"
             problems.append(
-                f"axis {axis} is {n}: level 1/{scale * strides[i]} would halve {max(n, 0) // scale}; use {sizes}"
+                f"axis {axis} is {n}: {max(n, 0) // scale} at level 1/{scale} cannot be halved; use {sizes}"
             )
             break
     return problems

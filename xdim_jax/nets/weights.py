@@ -7,7 +7,8 @@ the encoder or network) and ``source`` (origin of the weights). Arrays whose nam
 the source that no network of this package uses. They keep the names and the layout of the source, so that the weights
 can be converted back without loss.
 
-Loading uses every array of the file once and fills every array of the network once. Otherwise it raises an error that
+Loading uses every array of the file once, except those under ``unused/``, and fills every array of the network once.
+Otherwise it raises an error that
 lists the names on both sides.
 """
 

@@ -7,8 +7,9 @@ Convolutions and norms have a *reference implementation*, which is plain JAX (fo
 a *fast implementation*, which computes the same sums in an order that XLA compiles to faster code. The implementation
 is chosen when a program is traced. On CPU the default is the fast one: XLA's own 3D depthwise and transposed
 convolutions were measured to be ten or more times slower there. On GPU and TPU the default is the reference
-implementation, so that dense and depthwise convolutions use the vendor's library. The transposed convolution and the
-1x1 convolution are matrix products on every platform. Upsampling and pooling have one implementation.
+implementation, so that dense and depthwise convolutions use the vendor's library. By default, the transposed
+convolution and the 1x1 convolution are matrix products on every platform. Upsampling and pooling have one
+implementation.
 
 `use_implementation` selects one, for example ``use_implementation("reference")`` for debugging and for the tests that
 compare the two. `count_implementations` counts which ones a program uses.

@@ -25,8 +25,9 @@ def use_implementation(name: str) -> Iterator[None]:
 
     Args:
         name: ``fast``; ``reference``; ``sharded``, for arrays whose spatial axes are distributed over several devices;
-            or ``auto``, which is ``fast`` on CPU and ``reference`` elsewhere. ``sharded`` is ``reference`` except for
-            the operations that XLA would compute by gathering whole arrays on each device.
+            or ``auto``, which is ``fast`` on CPU and ``reference`` elsewhere. ``sharded`` is ``reference`` with two
+            exceptions: operations for which XLA would gather whole arrays on each device, and depthwise convolutions,
+            whose gradient XLA's partitioner computes wrongly.
 
     Raises:
         ValueError: The name is unknown.
@@ -70,12 +71,12 @@ def describe_implementation(name: str = "auto") -> str:
     """Describe the implementation of a program's operations on this platform, in one line for the log."""
     with use_implementation(name):
         fast = active_implementation() == "fast"
-    own = "Winograd and 2D convolutions, composed with upsampling, depthwise as shifted sums"
-    convolution = own if fast else "the platform's convolutions"
-    library = ", Eigen's threads" if compiler_options() else ""
+    own = "dense convolutions by Winograd's algorithm or in 2D, depthwise convolutions as shifted sums, matrix products"
+    convolution = own if fast else "convolutions of XLA"
+    library = "; threads of Eigen" if compiler_options() else ""
     reason = "requested" if name != "auto" else jax.default_backend()
     shown = active_implementation() if name == "auto" else name
-    return f"{shown} ({reason}): {convolution}{library}; others as matrix products"
+    return f"{shown} ({reason}): {convolution}{library}"
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def delay_until(x: jax.Array, other: jax.Array) -> jax.Array:
 
     Backward passes use this for arrays that they recompute from the residuals. Without it XLA on CPU computes these
     arrays right after the forward pass, all at once, and keeps them in memory until they are used. Optimisation
-    barriers do not help: XLA on CPU removes them before it merges equal computations and orders the others.
+    barriers do not help: XLA on CPU removes them before it eliminates common subexpressions and schedules.
 
     With several devices ``x`` is returned unchanged, because reading one element of a distributed array would need
     communication.

@@ -52,7 +52,8 @@ def normalise(
         axes: The spatial axes for instance norm; the batch axis and the spatial axes for batch norm.
         eps: Number that is added to the (biased) variance.
         activation: See `activate`.
-        across: Name of a mapped axis (``pmap``) over whose devices the statistics are averaged; None for one device.
+        across: Name of a mapped axis (``pmap``) over whose devices the statistics are averaged. None without
+            ``pmap``: with ``jit`` on several devices, the statistics are those of the global batch.
 
     Returns:
         The result, the mean and the biased variance. The two statistics keep ``axes`` with size 1. They have no

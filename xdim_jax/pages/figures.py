@@ -25,7 +25,7 @@ COLOURS = {
     "liver": RED, "right kidney": YELLOW, "left kidney": BLUE, "spleen": GREEN,
     "WT": GREEN, "SNFH": GREEN, "TC": RED, "NETC": RED, "ET": YELLOW, "RC": BLUE,
 }  # fmt: skip
-# structure -> its name in the legend, which names the part that the structures drawn over it leave visible
+# names in the legend: other structures are drawn over these, and the name is that of the part that remains visible
 LEGEND_NAMES = {"WT": "edema (of WT)", "TC": "necrosis / non-enhancing (of TC)", "LV_epi": "myocardium (of LV_epi)"}
 ERROR_COLOURS = {"missed": "#ff00ff", "false": "#00ffff", "another structure": "#ff7f0e"}
 _OPACITY = 0.55  # opacity of labels that are drawn over an image

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATIONS_FILE = "validations.jsonl"  # the Dice of every validation case and region, at every validation
-STEPS_FILE = "steps.jsonl"  # loss, norms and digests of the batch of every step, exactly; verify_run compares them
+STEPS_FILE = "steps.jsonl"  # for every step: loss and norms, not rounded, and digests of the samples, for verify_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def read_records(workdir: Path, file: str = METRICS_FILE) -> list[dict[str, Any]
 
     Args:
         workdir: Folder of the run.
-        file: `METRICS_FILE` or `STEPS_FILE`.
+        file: `METRICS_FILE`, `VALIDATIONS_FILE` or `STEPS_FILE`.
     """
     path = workdir / file
     if not path.exists():
@@ -203,12 +203,12 @@ def close_recorder(recorder: Recorder) -> None:
 
 
 class NotFiniteError(UserError):
-    """The loss became NaN or infinite."""
+    """The loss, the gradient or the update of a step is not finite."""
 
     def __init__(self, step: int, losses: list[float]):
         shown = ", ".join(f"{x:.4g}" for x in losses)
         super().__init__(
-            f"the loss or the update is not finite at step {step} (last losses: {shown}). The saved checkpoints are "
-            "from earlier steps and are not affected. Check the intensities of the training data, or give a lower "
-            "--config.optim.schedule.peak with another --workdir"
+            f"the loss, the gradient or the update is not finite at step {step} (last losses: {shown}). The saved "
+            "checkpoints are from earlier steps and are not affected. Check the intensities of the training "
+            "data, or give a lower --config.optim.schedule.peak with another --workdir"
         )

@@ -54,7 +54,7 @@ _COLUMNS_2024 = {
     "nsd_1.0": Column("lesion-wise NSD, 1 mm"),
     **{k: c for k, c in _COLUMNS_2023.items() if k.startswith("lesions")},
 }
-# smallest ET volumes, in voxels, that nnU-Net tried for BraTS 2020
+# thresholds of the ET volume, in voxels, that nnU-Net tried for BraTS 2020
 MIN_ET_GRID = range(0, 751, 10)
 
 
@@ -147,7 +147,7 @@ def _measure_et(coding: Coding, job: Job) -> tuple[int, float, float]:
 
 
 def tune_min_et(coding: Coding, jobs: Sequence[Job], run: Callable[..., Any]) -> dict[str, Any]:
-    """Find the smallest ET volume that gives the best mean Dice of ET.
+    """Find the threshold of the ET volume, below which ET is removed, with the best mean Dice of ET.
 
     Args:
         coding: Values of the regions in the files.

@@ -60,14 +60,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--platform_2022",
         action="store_true",
         default=None,
-        help="brats2022: also compute sd, median and quartiles as the platform did, with the mean counted as a case",
+        help="brats2022: also compute sd, median and quartiles as the platform did: each over the cases and the "
+        "statistics before it",
     )
     group.add_argument(
         "--tune_min_et",
         action="store_true",
         default=None,
-        help="brats2022: also find the smallest ET volume (0 to 750 voxels) that gives the best mean Dice of ET; make "
-        "the predictions with --min_et=0",
+        help="brats2022: also find the number of voxels (0 to 750) below which a predicted ET is best removed, by the "
+        "mean Dice of ET; make the predictions with --min_et=0",
     )
     group.add_argument("--cohort", choices=sorted(COHORTS), help="brats2023: part of the challenge (default: GLI)")
     group.add_argument(

@@ -60,7 +60,7 @@ def evaluate_folders(
     if problems and missing == "error":
         raise join_problems(problems, "cases that cannot be scored")
     for problem in problems:
-        log.warn(f"{problem}: scored as unreadable")
+        log.warn(f"{problem}: the case gets the worst values")
     scored = _add_absent_structures(scored)
     if not any(case.values for case in scored):
         raise UserError(f"{ref} and {pred} contain no structure, only background; name the structures with --labels")

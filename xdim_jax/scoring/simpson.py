@@ -29,7 +29,7 @@ class Discs:
     """A ventricle in one view, divided into discs perpendicular to its long axis.
 
     Attributes:
-        diameters: Diameters from base to apex, in mm.
+        diameters: Diameters of the discs in mm, ordered from base to apex.
         height: Height of a disc, in mm.
     """
 

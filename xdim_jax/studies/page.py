@@ -73,7 +73,7 @@ def _test_table(title: str, tests: Sequence[Test]) -> Table:
     ]
     return Table(
         title=title,
-        header=("patients", "arm", "minus", "Dice", "seeds", "scored patients", "p", "p (Holm)", "different"),
+        header=("patients", "arm A", "arm B", "Dice A - B", "seeds", "scored patients", "p", "p (Holm)", "significant"),
         rows=tuple(rows),
         note="Paired by seed and patient. p: Wilcoxon's signed-rank test over patients; Holm's correction is over all "
         "pairs of arms and all sizes.",

@@ -36,8 +36,16 @@ from xdim_jax.base.files import atomic_path
 PLAN_FILE = "plan.toml"
 _KEYS = {"title": str, "recipe": str, "steps": int, "validate_steps": int, "baseline": str, "grid": list, "arms": dict}
 _OPTIONAL = {"settings": dict, "notes": str}
-# the plan itself decides about these
-_RESERVED = ("seed", "data.train_patients", "data.epoch_steps", "train.epochs", "train.validate_every", "data.root")
+# keys that are set by the plan itself, or on the command line; settings and arms must not contain them
+_RESERVED = (
+    "seed",
+    "data.root",
+    "data.train_patients",
+    "data.epoch_steps",
+    "train.epochs",
+    "train.validate_every",
+    "train.validate_after_score",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +90,10 @@ class Plan:
         return tuple(sorted({seed for sizes, seeds in self.grids if size in sizes for seed in seeds}))
 
     def runs(self) -> Iterator[PlannedRun]:
-        """Yield all runs, grid by grid: all arms of a seed and size in turn, so that a study that is stopped has pairs."""
+        """Yield all runs, grid by grid.
+
+        All arms of a seed and size follow each other, so that they can be compared even if the study is stopped early.
+        """
         blocks = [(seed, size) for sizes, seeds in self.grids for seed in seeds for size in sizes]
         for seed, size in dict.fromkeys(blocks):
             for arm in self.arms:

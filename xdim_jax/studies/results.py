@@ -128,7 +128,7 @@ def _read(plan: Plan, runs: Sequence[PlannedRun], workdir: Path) -> Scores:
     patients = tuple(sorted({patient for table in tables for patient in table[plan.steps]}))
     steps = tuple(range(plan.validate_steps, plan.steps + 1, plan.validate_steps))
     dice = np.array([[[table[s].get(p, np.nan) for p in patients] for s in steps] for table in tables])
-    seconds = np.array([_seconds(run.workdir(workdir)) for run in runs])
+    seconds = np.array([_seconds(run.workdir(workdir), plan.steps) for run in runs])
     return Scores(tuple(run.seed for run in runs), patients, steps, dice, seconds)
 
 
@@ -145,16 +145,16 @@ def _by_patient(workdir: Path) -> dict[int, dict[str, float]]:
     return table
 
 
-def _seconds(workdir: Path) -> float:
-    """Return the training time of a run, from the mean time per step in its record."""
-    found = [r for r in read_records(workdir) if r["kind"] == "train" and r.get("seconds")]
-    return float(np.mean([r["seconds"] for r in found]) * found[-1]["step"]) if found else float("nan")
+def _seconds(workdir: Path, steps: int) -> float:
+    """Return the training time of a run in seconds: the mean time per step in its record times the steps."""
+    found = [r for r in read_records(workdir) if r["kind"] == "train"]
+    return float(np.mean([r["seconds_per_step"] for r in found])) * steps if found else float("nan")
 
 
 def interval(values: np.ndarray) -> Mean:
-    """Return the mean of ``values`` (seeds, patients) and its interval: first over patients, then over seeds.
+    """Return the mean of ``values`` (seeds, patients) over patients and then over seeds, and its bootstrap interval.
 
-    NaN values are ignored. With one seed, the interval is over patients only.
+    The bootstrap resamples seeds and patients; with one seed, patients only. NaN values are ignored.
     """
     rng = np.random.default_rng(0)
     seeds, patients = values.shape

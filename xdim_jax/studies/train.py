@@ -25,7 +25,8 @@ def check_plan(plan: Plan, overrides: list[str]) -> None:
         if key not in FREE_KEYS:
             free = ", ".join(key for key in FREE_KEYS if key.startswith("data."))
             raise UserError(
-                f"{override}: settings of the runs belong into the plan; here only {free}, train.overlays, ..."
+                f"{override}: a setting of the runs must be in the plan; the command line may only give keys that "
+                f"change no result: {free}, train.overlays, ..."
             )
     problems, checked = [], set()
     first = next(iter(plan.runs()))

@@ -112,7 +112,7 @@ class _Probe:
 
 
 def explore(suggest: Suggest) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Visit every branch of a space.
+    """Visit every branch of a space, up to a limit of settings.
 
     The search starts with the first choice of every parameter. A choice may reveal further parameters, whose choices
     are then tried one at a time. Not all combinations are tried: their number grows exponentially.
@@ -172,7 +172,7 @@ def overrides_of(params: Params) -> list[str]:
 
 
 def check_space(suggest: Suggest, path: Path, spec: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Check that a config accepts every branch of a space.
+    """Check that a config accepts every branch of a space that `explore` visits.
 
     Args:
         suggest: Function of the space.

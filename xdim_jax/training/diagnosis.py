@@ -165,13 +165,13 @@ def cache() -> Finding:
 
 
 def operations() -> Finding:
-    """Check which form of the operations is used on this machine, see `xdim_jax.ops`."""
+    """Check which implementation of the operations is used on this machine, see `xdim_jax.ops`."""
     import jax
 
     from xdim_jax import ops
 
     text = ops.describe_implementation()
-    facts = {"form": ops.active_implementation(), "compiler_options": ops.compiler_options()}
+    facts = {"implementation": ops.active_implementation(), "compiler_options": ops.compiler_options()}
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if jax.default_backend() == "cpu" and huge.is_file() and "[never]" in huge.read_text(encoding="ascii"):
         advice = f"huge pages are off, which makes steps about 10 % slower: write madvise to {huge}"
@@ -267,9 +267,10 @@ def _random_batch() -> dict[str, Any]:
 
 
 def training_step() -> Finding:
-    """Train a small DX-Net for ten seconds, and compare its first step with the reference form of the operations.
+    """Train a small DX-Net for ten seconds, and compare its first step with the reference implementation.
 
-    The step must compile, its loss must fall, and its first loss and gradient norm must be those of the reference form.
+    The step must compile, its loss must fall, and its first loss and gradient norm must be those of the
+    reference implementation.
     """
     import jax
 
@@ -283,14 +284,14 @@ def training_step() -> Finding:
     batch = mesh.put_batch(_random_batch())
     norms = {}
     begin = time.perf_counter()
-    for form in ("reference", "auto"):
-        config.train.ops = form
+    for name in ("reference", "auto"):
+        config.train.ops = name
         program, params, stats = make_program(config, dataset, per_epoch=1)
         state = mesh.put_state(program.init(params, stats))
         key = mesh.put_state(jax.random.key(0))
         step = ops.compile_program(mesh.lower(program.step, state, batch, key))
         state, metrics = step(state, batch, key)
-        norms[form] = [float(metrics[k]) for k in ("loss", "grad_norm")]
+        norms[name] = [float(metrics[k]) for k in ("loss", "grad_norm")]
     compiled = time.perf_counter() - begin
     times: list[float] = []
     end = time.perf_counter() + _STEP_SECONDS
@@ -309,7 +310,7 @@ def training_step() -> Finding:
     )
     if not (math.isfinite(loss) and difference < 1e-3):
         text = (
-            f"loss or gradient norm differs by {difference:.1%} from the reference form"
+            f"loss or gradient norm differs by {difference:.1%} from the reference implementation"
             if math.isfinite(loss)
             else "the loss is not finite"
         )

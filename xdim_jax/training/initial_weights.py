@@ -99,10 +99,10 @@ def initialise(
         raise UserError(f"config.init.weights={init.weights}: {error}") from error
     prefix = weights.encoder_section(model)[0] if chosen.kind == "encoder" else ""
     report = _report(init.weights, source, params, stats, done, prefix)
-    part = f" of {prefix[:-1]}" if prefix else ""
+    part = prefix[:-1] if prefix else "network"
     counts = {what: sum(w == what for w in done.values()) for what in sorted(set(done.values()))}
     arrays = ", ".join(f"{count} {what}" for what, count in counts.items())
-    say(f"weights    {init.weights}: {100 * report['coverage']:.4g} %{part}; arrays: {arrays}")
+    say(f"weights    {init.weights}: fills {100 * report['coverage']:.4g} % of the {part}; arrays: {arrays}")
     if digest := source.source.get("sha256"):
         say(f"           sha256 {digest}")
     return params, stats, report
@@ -111,7 +111,7 @@ def initialise(
 def _report(
     name: str, source: Weights, params: Any, stats: Any, done: Mapping[str, str], prefix: str
 ) -> dict[str, Any]:
-    """Return the content of ``pretrained.json``. ``coverage``: loaded share of the arrays below ``prefix``."""
+    """Return the content of ``pretrained.json``. ``coverage``: share of the numbers below ``prefix`` that is loaded."""
     sizes = {n: a.size for n, a in (weights.flatten(params) | weights.flatten(stats)).items() if n.startswith(prefix)}
     loaded = {n for n, what in done.items() if not what.startswith(("dropped", "left out"))} & sizes.keys()
     return {

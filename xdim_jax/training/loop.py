@@ -166,8 +166,8 @@ class RunController:
         progress: Progress so far; updated in place.
         slot: Index of this run along the first axis of the metrics, if a program computes the steps of several runs.
             None if metrics have no such axis.
-        extract: Function that returns the state of this run, given the states of all runs of the program. The ``state``
-            arguments of the methods are then the states of all runs. None if they are the state of this run.
+        extract: Function that returns the state of this run, given the states of all runs of the program. Give it
+            if the ``state`` arguments of the methods are the states of all runs, and None if they are this run's state.
 
     Attributes:
         steps_done: Number of steps done.

@@ -295,7 +295,7 @@ def format_parts(
             each part.
     """
     head = ("part", "forward GFLOP", "GB", "backward GFLOP", "GB", "share of GFLOP")
-    rows: list[tuple[str, ...]] = [(*head, *(["at least, ms"] if ceilings else []))]
+    rows: list[tuple[str, ...]] = [(*head, *(["lower bound, ms"] if ceilings else []))]
     total = sum(p.flops for p in products)
     for part in (*parts, "", None):
         found = [p for p in products if part is None or p.part == part]

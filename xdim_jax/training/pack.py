@@ -156,7 +156,8 @@ class Pack:
     Args:
         config: Config of any of the runs.
         slots: Number of slots.
-        layout: One of `LAYOUTS`. ``auto`` is devices if there are several, else scan on CPU and vmap elsewhere.
+        layout: One of `LAYOUTS`. ``auto`` is ``devices`` if the numbers of slots and devices have a common
+            divisor above 1; otherwise it is ``scan`` on CPU and ``vmap`` elsewhere.
         stop: Signals that the process has received; a signal stops all runs.
 
     Raises:

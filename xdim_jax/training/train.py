@@ -65,7 +65,7 @@ def train_one_by_one(runs: list[tuple[Config, Path]], stop: StopRequest, *, sepa
         The first exit status that is not 0, or 0.
     """
     for number, (config, workdir) in enumerate(runs):
-        log.say(f"fold       {number} of {len(runs)}, {workdir}")
+        log.say(f"fold       {number} ({number + 1} of {len(runs)}), {workdir}")
         config, dataset = resolve_config(config)
         if status := train_run(config, dataset, workdir, stop, separate_disks=separate_disks):
             return status
@@ -73,7 +73,7 @@ def train_one_by_one(runs: list[tuple[Config, Path]], stop: StopRequest, *, sepa
 
 
 def _make_devices(config: Config) -> Devices:
-    """Return the mesh of devices for a config, and log it with the form of the operations."""
+    """Return the mesh of devices for a config, and log it with the implementation of the operations."""
     options = config.mesh
     devices = make_devices(
         options.data,

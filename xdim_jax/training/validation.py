@@ -62,7 +62,7 @@ def make_validation(
         segmenter: Function that segments prepared cases.
         dataset: Data set of the cases.
         cases: Validation cases: the case on disk, and the prepared case.
-        min_et: Smallest number of voxels of the enhancing tumour (BraTS); 0 for no limit.
+        min_et: Number of voxels below which a predicted enhancing tumour becomes necrosis (BraTS).
         overlays: Number of pictures; they show the first cases.
     """
     names = dataset.regions.names

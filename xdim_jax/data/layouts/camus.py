@@ -153,7 +153,7 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
                 "missing_info",
                 root,
                 found=f"has no Info_<view>.cfg for {len(without_info)} views: {shorten(without_info)}",
-                expected="one in the folder of each view",
+                expected="Info_<view>.cfg for each view, in the folder of the patient",
                 suggestion="continue without it: the quality and the direction of half sequences are then unknown",
                 severity=WARNING,
             )
@@ -279,7 +279,8 @@ def _missing_views(root: Path, incomplete: Mapping[str, Sequence[str]], patients
                     root,
                     found=f"contains no {image} of any patient",
                     expected=f"{image} of every patient",
-                    suggestion="continue without it; volumes by Simpson's rule need both views and are not computed",
+                    suggestion="continue without it; volumes by Simpson's rule are computed only for patients with "
+                    "ED and ES of both views",
                     severity=WARNING,
                 )
             )
@@ -289,7 +290,7 @@ def _missing_views(root: Path, incomplete: Mapping[str, Sequence[str]], patients
                 "missing_view",
                 root,
                 found=f"lacks {image} of {name}",
-                expected="two views at two instants",
+                expected=f"{image} of every patient",
                 suggestion="fetch the patient again, or continue without it",
                 case_id=name,
                 severity=WARNING,
@@ -354,7 +355,7 @@ def _repeated_patients(folds: Mapping[int, Mapping[str, tuple[str, ...]]], lists
                         Problem(
                             "patient_in_two_folds",
                             next(p for p in lists if p.name.endswith(f"{subset}.txt") and _number(p) == number),
-                            found=f"lists {name}, which {seen[name]} lists, too",
+                            found=f"lists {name}, who is also in the list {seen[name]}",
                             expected="each patient once",
                             suggestion="keep the patient in one subset",
                             case_id=name,

@@ -1,6 +1,6 @@
 """Phantoms: synthetic cases in the layouts of the real data sets, with which all commands run without licensed data.
 
-Each data set has a module that generates a case and writes it. A case depends only on the seed, its number and the
+A case depends only on the seed, its number and the
 settings, which are stored in ``phantom.json`` in the folder of the cases. Complete cases that exist are kept.
 """
 

@@ -1,6 +1,6 @@
 """Phantoms in the layout of BraTS: a skull-stripped head with a tumour, in four modalities.
 
-The head is an ellipsoid brain (grey matter, white matter, ventricles) with a lesion that consists of oedema, an
+The head is an ellipsoid brain (grey matter, white matter, ventricles) with a lesion that consists of edema, an
 enhancing rim and a necrotic centre; every fifth case has no enhancing part. The four modalities show the tissues with
 the contrasts of the real sequences, a smooth bias field and noise. All shapes are ellipsoids that are deformed by
 smooth random fields, and their sizes are relative to the size of the volume.
@@ -21,7 +21,7 @@ from xdim_jax.data.layouts.brats import MODALITIES, get_convention
 from xdim_jax.data.phantom.common import Difficulty, claim_folder, scale_contrast, smooth_field
 from xdim_jax.data.regions import ED, ET, NCR
 
-_TISSUES = ("grey", "white", "fluid", "oedema", "necrosis", "enhancing")
+_TISSUES = ("grey", "white", "fluid", "edema", "necrosis", "enhancing")
 # relative signals of these tissues in each sequence
 _CONTRAST = {
     "flair": (0.75, 0.62, 0.25, 1.20, 0.50, 1.00),
@@ -66,11 +66,11 @@ def brats_case(
     # the centre of the lesion is well inside the white matter of one hemisphere
     centre = rng.uniform([0.15, -0.35, -0.25], [0.38, 0.35, 0.30]) * [rng.choice([-1, 1]), 1, 1]
     size = rng.uniform(0.24, 0.40) * rng.uniform(0.85, 1.15, 3)
-    oedema = (ellipsoid(centre, size, 0.25) < 1) & brain
-    core = (ellipsoid(centre, size * rng.uniform(0.55, 0.72), 0.15) < 1) & oedema
+    edema = (ellipsoid(centre, size, 0.25) < 1) & brain
+    core = (ellipsoid(centre, size * rng.uniform(0.55, 0.72), 0.15) < 1) & edema
     necrosis = (ellipsoid(centre, size * rng.uniform(0.38, 0.50), 0.15) < 1) & core
     label = np.zeros(shape, np.uint8)
-    label[oedema] = ED
+    label[edema] = ED
     label[core] = ET if enhancing else NCR
     label[necrosis] = NCR
 
@@ -80,7 +80,7 @@ def brats_case(
         signals = scale_contrast(dict(zip(_TISSUES, _CONTRAST[modality], strict=True)), difficulty.contrast)
         signal = np.where(white, signals["white"], signals["grey"]).astype(np.float32)
         signal[ventricles] = signals["fluid"]
-        for index, tissue in ((ED, "oedema"), (NCR, "necrosis"), (ET, "enhancing")):
+        for index, tissue in ((ED, "edema"), (NCR, "necrosis"), (ET, "enhancing")):
             signal[label == index] = signals[tissue]
         signal = gaussian_filter(signal, 0.6) * np.exp(difficulty.bias * smooth_field(shape, rng, cells=3))
         values = np.maximum((signal * rng.uniform(0.8, 1.2) + noise) * _SIGNAL, 1)  # never exactly 0 in the brain

@@ -1,11 +1,12 @@
 """The EfficientNet encoder (Tan and Le 2019), B0 to B7 and Lite0 to Lite4, in 2D and 3D from the same code.
 
-EfficientNet-Lite has no squeeze-and-excitation and ReLU6 in place of SiLU. Its stem has the same width, and its first
+EfficientNet-Lite has ReLU6 in place of SiLU, and no squeeze-and-excitation. Its stem has the same width, and its first
 and last stage have one block, in all sizes (R. Liu, EfficientNet-Lite, TensorFlow blog, 2020).
 
-In 3D every kernel of size k becomes k x k x k and every stride acts on all three axes; nothing else changes (paper,
-Sect. 2.2.1; docs/networks.md, section EfficientNet encoder). Attributes have timm's names, so that the path of a weight
-is its name in timm. The classification head is left out, because no network of the paper calls it.
+In 3D, by default, every kernel of size k becomes k x k x k and every stride acts on all three axes; nothing else
+changes (paper, Sect. 2.2.1; docs/networks.md, section EfficientNet encoder). `xdim_jax.nets.layers.Depth` has options.
+Attributes have timm's names, so that the path of a weight is its name in timm. The classification head is left out, because
+no network of the paper calls it.
 """
 
 import dataclasses
@@ -118,7 +119,7 @@ def scaled_stages(name: str) -> tuple[int, tuple[Stage, ...]]:
 class Block(nnx.Module):
     """A depthwise-separable block (``expand`` 1) or an inverted residual block.
 
-    It has squeeze-and-excitation and SiLU, or, if ``lite``, no squeeze-and-excitation and ReLU6.
+    It has squeeze-and-excitation and SiLU. If ``lite``, it has ReLU6 and no squeeze-and-excitation.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-# padding and eps in training: of TensorFlow's EfficientNets in timm (``tf_*``), and of the networks of the authors
+# padding and eps with which weights were trained: those of timm's ``tf_*`` models, and of the networks of the authors
 CONVENTIONS: dict[str, dict[str, Any]] = {
     "timm": {"padding": "same", "eps": 1e-3},
     "authors": {"padding": "symmetric", "eps": 1e-5},
