@@ -40,6 +40,7 @@ seeds = [3]
 "data.prepare.size" = [32, 32]
 "data.batch" = 2
 "data.folds" = 2
+"train.log_every" = 1
 "model.encoder.name" = "efficientnet_lite_toy"
 "model.filters" = [8, 8, 8, 8, 8]
 
@@ -91,6 +92,7 @@ def test_a_run_gets_its_settings(tmp_path):
         ("[arms.high]", "[arms.'High LR']", ["High LR", "folder"]),
         ('"optim.schedule.peak" = 1e-4', "optim.schedule.peak = 1e-4", ["in quotes"]),
         ('"data.batch" = 2', '"seed" = 2', ["seed"]),
+        ('"data.batch" = 2', '"train.validate_after_score" = 0.5', ["train.validate_after_score"]),
         ("[arms.high]\n", "[arms.low2]\n[arms.high]\n[arms.high]\n", ["not a TOML file"]),
         ("[settings]", "[setting]", ["unknown key 'setting'"]),
     ],
@@ -278,6 +280,10 @@ def test_a_study_from_plan_to_page(trained, capsys, quick_compile):
         assert scored == pytest.approx([np.mean([list(v.values()) for v in last["cases"].values()])])
     assert "| high | " in (workdir / "tables.md").read_text()
     assert f"{np.mean(by_seed):.3f} [" in (workdir / "tables.md").read_text()
+    run = workdir / "low" / "n001" / "seed0"
+    seconds = np.mean([r["seconds_per_step"] for r in read_records(run) if r["kind"] == "train"])
+    cost = (workdir / "tables.md").read_text().partition("Cost")[2]
+    assert f"| low | 1 | 1 | {4 * seconds:.0f} | {seconds:.3f} |" in cost
     with open(workdir / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {r["step"] for r in rows} == {"2", "4"} and {r["region"] for r in rows} == {"LV_endo", "LV_epi", "LA"}

@@ -5,8 +5,9 @@ and last stage have one block, in all sizes (R. Liu, EfficientNet-Lite, TensorFl
 
 In 3D, by default, every kernel of size k becomes k x k x k and every stride acts on all three axes; nothing else
 changes (paper, Sect. 2.2.1; docs/networks.md, section EfficientNet encoder). `xdim_jax.nets.layers.Depth` has options.
-Attributes have timm's names, so that the path of a weight is its name in timm. The classification head is left out, because
-no network of the paper calls it.
+
+Attributes have timm's names, so that the path of a weight is its name in timm. The classification head is left out,
+because no network of the paper calls it.
 """
 
 import dataclasses
