@@ -280,7 +280,7 @@ def test_training_starts_from_ported_weights_and_its_workdir_is_a_model(tmp_path
     path = tmp_path / "enc.safetensors"
     write_weights(path, float32(make_encoder(eps=1e-5)))
     text = train(tmp_path / "run", f"--config.init.weights={path}", "--config.init.inflate=repeat")
-    assert f"weights    {path}: 100 % " in text and "31 axis added, 1 channels by cycle then repeat" in text
+    assert f"weights    {path}: fills 100 % " in text and "31 axis added, 1 channels by cycle then repeat" in text
     path.unlink()
     assert "weights    from the last checkpoint" in train(
         tmp_path / "run", f"--config.init.weights={path}", "--config.init.inflate=repeat"
