@@ -206,7 +206,7 @@ def test_two_lines_a_device_at_the_coarsest_level():
 @pytest.mark.parametrize(
     ("network", "overrides", "layouts"),
     [
-        ("dxnet", ["data.batch=4", "model.deep_supervision=True"], [(1, 4, "jit")]),
+        ("dxnet", ["data.batch=4", "model.deep_supervision=True"], [(2, 2, "jit"), (1, 4, "jit")]),
         ("dxnet", ["data.batch=4", "model.norm=batch"], [(2, 2, "jit"), (4, 1, "pmap")]),
     ],
 )

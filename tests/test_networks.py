@@ -275,7 +275,8 @@ def test_seed_decides_the_weights():
         ((64, 70, 64), "axis H is 70: 35 at level 1/2 cannot be halved; use 64 or 96"),
         (
             (20, 64, 65),
-            "axis D is 20: 5 at level 1/4 cannot be halved; use 32 or 64; axis W is 65: 65 at level 1/1 cannot be",
+            "axis D is 20: 5 at level 1/4 cannot be halved; use 32 or 64; "
+            "axis W is 65: 65 at level 1/1 cannot be halved",
         ),
         ((0, 64, 64), "axis D is 0: 0 at level 1/1 cannot be halved; use 32 or 64"),
         ((64, 64), "3 \\(D, H, W\\)"),
