@@ -124,10 +124,7 @@ def main(argv: Sequence[str]) -> int:
     report["arrays"] = {n: {"done": d, "shape": _shape(converted.arrays, n)} for n, d in done.items()}
     report["unused"] = {n: list(a.shape) for n, a in converted.unused.items()}
     report |= {"kind": converted.kind, "model": converted.model}
-    report["zero_padding"] = options.inflate in ("mean", "repeat", "gaussian", "spacing") and options.depth_padding in (
-        None,
-        "zero",
-    )
+    report["zero_padding"] = options.inflate not in (None, "centre") and options.depth_padding in (None, "zero")
     path = options.out.with_suffix(".json")
     write_json(path, report)
     _log_summary(options.out, path, converted, report)
@@ -270,7 +267,10 @@ def _log_summary(out: Path, path: Path, converted: Weights, report: Mapping[str,
     read_weights(out)  # check that the file can be read
     if report.get("zero_padding"):
         log.say("padding    zeros along the depth, as in the released code: for a volume of equal slices the features")
-        log.say("           differ from those in 2D; with --depth-padding=edge or renorm they are equal")
+        log.say(
+            "           differ from those in 2D. With --depth-padding=edge or renorm they are equal for the rules mean,"
+        )
+        log.say("           repeat, gaussian and spacing")
     log.say(f"wrote      {out}: {converted.kind} {converted.model['name']}, {len(converted.arrays)} arrays")
     for result in report["probes"]:
         if "skipped" in result:
