@@ -92,10 +92,10 @@ def _step_table(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Table:
 
 
 def _cost_table(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Table:
-    rows = [
-        (arm, str(n), f"{len(s.seeds)}", f"{np.mean(s.seconds):.0f}", f"{np.mean(s.seconds) / plan.steps:.3f}")
-        for (arm, n), s in sorted(scores.items(), key=lambda item: (list(plan.arms).index(item[0][0]), item[0][1]))
-    ]
+    rows = []
+    for (arm, n), s in sorted(scores.items(), key=lambda item: (list(plan.arms).index(item[0][0]), item[0][1])):
+        seconds = np.mean(s.seconds_per_step)
+        rows.append((arm, str(n), f"{len(s.seeds)}", f"{plan.steps * seconds:.0f}", f"{seconds:.3f}"))
     return Table(
         "Cost",
         ("arm", "patients", "runs", "seconds per run", "seconds per step"),

@@ -36,16 +36,6 @@ from xdim_jax.base.files import atomic_path
 PLAN_FILE = "plan.toml"
 _KEYS = {"title": str, "recipe": str, "steps": int, "validate_steps": int, "baseline": str, "grid": list, "arms": dict}
 _OPTIONAL = {"settings": dict, "notes": str}
-# keys that are set by the plan itself, or on the command line; settings and arms must not contain them
-_RESERVED = (
-    "seed",
-    "data.root",
-    "data.train_patients",
-    "data.epoch_steps",
-    "train.epochs",
-    "train.validate_every",
-    "train.validate_after_score",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +75,6 @@ class Plan:
         """All numbers of training patients, in increasing order."""
         return tuple(sorted({size for sizes, _ in self.grids for size in sizes}))
 
-    def seeds(self, size: int) -> tuple[int, ...]:
-        """Return the seeds of a size."""
-        return tuple(sorted({seed for sizes, seeds in self.grids if size in sizes for seed in seeds}))
-
     def runs(self) -> Iterator[PlannedRun]:
         """Yield all runs, grid by grid.
 
@@ -112,14 +98,25 @@ class Plan:
         values = {
             **self.settings,
             **self.arms[run.arm],
-            "seed": run.seed,
-            "data.train_patients": run.size,
-            "data.epoch_steps": self.validate_steps,
-            "train.epochs": self.steps // self.validate_steps,
-            "train.validate_every": 1,
-            "train.validate_after_score": 0.0,
+            **_own_values(run, self.steps, self.validate_steps),
         }
         return load_config(self.recipe, [*(f"--config.{k}={_format(v)}" for k, v in values.items()), *overrides])
+
+
+def _own_values(run: PlannedRun, steps: int, validate_steps: int) -> dict[str, Any]:
+    """Return the config keys that the plan itself sets for a run."""
+    return {
+        "seed": run.seed,
+        "data.train_patients": run.size,
+        "data.epoch_steps": validate_steps,
+        "train.epochs": steps // validate_steps,
+        "train.validate_every": 1,
+        "train.validate_after_score": 0.0,
+    }
+
+
+# settings and arms must not contain these; data.root is given on the command line
+_RESERVED = ("data.root", *_own_values(PlannedRun("", 1, 0), 1, 1))
 
 
 def read_plan(path: Path) -> Plan:

@@ -40,14 +40,14 @@ class Scores:
         patients: Names of the patients.
         steps: Steps of the validations.
         dice: Array (seeds, steps, patients); NaN for patients that a seed does not validate.
-        seconds: Training time of each run, without compilation and validation; NaN if it is not on record.
+        seconds_per_step: Mean of each run, without compilation and validation; NaN if it is not on record.
     """
 
     seeds: tuple[int, ...]
     patients: tuple[str, ...]
     steps: tuple[int, ...]
     dice: np.ndarray
-    seconds: np.ndarray
+    seconds_per_step: np.ndarray
 
     @property
     def last(self) -> np.ndarray:
@@ -128,7 +128,7 @@ def _read(plan: Plan, runs: Sequence[PlannedRun], workdir: Path) -> Scores:
     patients = tuple(sorted({patient for table in tables for patient in table[plan.steps]}))
     steps = tuple(range(plan.validate_steps, plan.steps + 1, plan.validate_steps))
     dice = np.array([[[table[s].get(p, np.nan) for p in patients] for s in steps] for table in tables])
-    seconds = np.array([_seconds(run.workdir(workdir), plan.steps) for run in runs])
+    seconds = np.array([_seconds_per_step(run.workdir(workdir)) for run in runs])
     return Scores(tuple(run.seed for run in runs), patients, steps, dice, seconds)
 
 
@@ -145,10 +145,9 @@ def _by_patient(workdir: Path) -> dict[int, dict[str, float]]:
     return table
 
 
-def _seconds(workdir: Path, steps: int) -> float:
-    """Return the training time of a run in seconds: the mean time per step in its record times the steps."""
-    found = [r for r in read_records(workdir) if r["kind"] == "train"]
-    return float(np.mean([r["seconds_per_step"] for r in found])) * steps if found else float("nan")
+def _seconds_per_step(workdir: Path) -> float:
+    found = [r["seconds_per_step"] for r in read_records(workdir) if r["kind"] == "train"]
+    return float(np.mean(found)) if found else float("nan")
 
 
 def interval(values: np.ndarray) -> Mean:
