@@ -20,7 +20,7 @@ from xdim_jax.data.prepare import Prepared
 from xdim_jax.inference.output import Output
 from xdim_jax.inference.windows import Layout, Windows, batched, gaussian_weights, make_layout, read_window
 
-_ROWS = 8  # number of slices that are decoded to labels at once
+_DECODED = 8  # number of slices that are decoded to labels at once
 SLICES = 8  # batch of a 2D network: the number of slices of a volume that are computed at once
 
 # weights, images (B, *patch, C) -> logits (B, *patch, channels)
@@ -76,8 +76,8 @@ class Segmenter:
         self._compiled: dict[tuple[int, ...], Any] = {}  # shape of a batch of windows -> compiled network
         self._sum = jax.jit(_sum, donate_argnums=0)
         self._blend = jax.jit(self._blend_windows, donate_argnums=0)
-        self._shift = jax.jit(_shift_rows, donate_argnums=0)
-        self._decode = jax.jit(self._decode_rows)
+        self._shift = jax.jit(_shift_slices, donate_argnums=0)
+        self._decode = jax.jit(self._decode_slices)
 
     @property
     def channels(self) -> int:
@@ -98,9 +98,9 @@ class Segmenter:
         layout = make_layout(self.windows, prepared.shape, tuple(b.stop - b.start for b in prepared.box))
         label = np.zeros(prepared.source, np.uint8)
         inside = label[prepared.box]
-        buffer = jnp.zeros((layout.buffer_rows, *layout.plane, self.channels), jnp.float32)
+        buffer = jnp.zeros((layout.buffer_slices, *layout.plane, self.channels), jnp.float32)
         planes = jax.tree.map(jnp.asarray, layout.plane_matrices)
-        rows, taps = layout.taps
+        slices, taps = layout.taps
         top = done = 0  # first slice in the buffer; first slice of the source grid that is not decoded yet
         for i, start in enumerate(layout.starts[0]):
             for batch in batched(itertools.product([start], *layout.starts[1:]), layout.batch):
@@ -108,11 +108,11 @@ class Segmenter:
                 buffer = self._blend(buffer, total, *self._placement(layout, batch, top))
             last = i + 1 == len(layout.starts[0])
             complete = layout.patch[0] + start if last else layout.starts[0][i + 1]
-            ready = layout.target[0] if last else int(np.searchsorted(rows.max(1), complete))
+            ready = layout.target[0] if last else int(np.searchsorted(slices.max(1), complete))
             while done < ready:
-                index = np.minimum(np.arange(done, done + _ROWS), ready - 1)
-                values = self._decode(buffer, jnp.asarray(rows[index] - top), jnp.asarray(taps[index]), planes)
-                count = min(_ROWS, ready - done)
+                index = np.minimum(np.arange(done, done + _DECODED), ready - 1)
+                values = self._decode(buffer, jnp.asarray(slices[index] - top), jnp.asarray(taps[index]), planes)
+                count = min(_DECODED, ready - done)
                 cropped = {name: _crop(np.asarray(v), count, layout) for name, v in values.items()}
                 inside[done : done + count] = cropped.pop("label")
                 if sink is not None:
@@ -120,7 +120,7 @@ class Segmenter:
                     sink(slice(first, first + count), prepared.box[1:], cropped)
                 done += count
             if not last:
-                needed = min(int(rows[done].min()) if done < layout.target[0] else complete, complete)
+                needed = min(int(slices[done].min()) if done < layout.target[0] else complete, complete)
                 buffer, top = self._shift(buffer, needed - top), needed
         return label
 
@@ -140,11 +140,11 @@ class Segmenter:
         network = (
             memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes if memory else 0
         )
-        buffer = max(layout.buffer_rows * math.prod(layout.plane) for layout in layouts) * self.channels * 4
-        rows = _ROWS * self.channels * 4 * max(3 * math.prod(p.plane) + 2 * math.prod(p.out) for p in layouts)
+        buffer = max(layout.buffer_slices * math.prod(layout.plane) for layout in layouts) * self.channels * 4
+        slices = _DECODED * self.channels * 4 * max(3 * math.prod(p.plane) + 2 * math.prod(p.out) for p in layouts)
         # the sums of a batch, their mean, and the weighted windows
         blending = 4 * largest.batch * math.prod(largest.patch) * self.channels * 4
-        return network + buffer + max(rows, blending)
+        return network + buffer + max(slices, blending)
 
     def _predict_windows(
         self, weights: Any, prepared: Prepared, layout: Layout, batch: Sequence[tuple[int, ...]]
@@ -204,18 +204,20 @@ class Segmenter:
             buffer = jax.lax.dynamic_update_slice(buffer, old + part[b] * valid[b], index)
         return buffer
 
-    def _decode_rows(self, buffer: jax.Array, rows: jax.Array, taps: jax.Array, planes: Any) -> dict[str, jax.Array]:
+    def _decode_slices(
+        self, buffer: jax.Array, slices: jax.Array, taps: jax.Array, planes: Any
+    ) -> dict[str, jax.Array]:
         """Resample slices of the buffer to the source grid, and return their labels and the extra outputs."""
 
         def add_tap(t: jax.Array | int, total: jax.Array | float) -> jax.Array:
-            part = jnp.take(buffer, rows[:, t], axis=0)  # (rows, H, W, channels + 1)
+            part = jnp.take(buffer, slices[:, t], axis=0)  # (slices, H, W, channels + 1)
             norm = part[..., -1:]
             part = jnp.where(norm > 0, part[..., :-1] / jnp.where(norm > 0, norm, 1), 0)
             return total + part * taps[:, t, None, None, None]
 
         found = add_tap(0, 0.0)
-        if rows.shape[1] > 1:
-            found = jax.lax.fori_loop(1, rows.shape[1], add_tap, found)
+        if slices.shape[1] > 1:
+            found = jax.lax.fori_loop(1, slices.shape[1], add_tap, found)
         if planes is not None:
             exact = jax.lax.Precision.HIGHEST
             found = jnp.einsum("kyxc,Yy->kYxc", found, planes[0], precision=exact)
@@ -286,15 +288,15 @@ def _mirror(array: jax.Array, flips: jax.Array) -> jax.Array:
     return array
 
 
-def _shift_rows(buffer: jax.Array, by: jax.Array) -> jax.Array:
+def _shift_slices(buffer: jax.Array, by: jax.Array) -> jax.Array:
     """Move the slices of the buffer ``by`` places towards the first one, in place; the last slices become 0."""
-    rows = buffer.shape[0]
+    slices = buffer.shape[0]
 
     def move(i: jax.Array, buffer: jax.Array) -> jax.Array:
-        moved = jax.lax.dynamic_slice_in_dim(buffer, jnp.minimum(i + by, rows - 1), 1)
-        return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.where(i + by < rows, moved, 0), i, 0)
+        moved = jax.lax.dynamic_slice_in_dim(buffer, jnp.minimum(i + by, slices - 1), 1)
+        return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.where(i + by < slices, moved, 0), i, 0)
 
-    return jax.lax.fori_loop(0, rows, move, buffer)
+    return jax.lax.fori_loop(0, slices, move, buffer)
 
 
 def _crop(values: np.ndarray, count: int, layout: Layout) -> np.ndarray:

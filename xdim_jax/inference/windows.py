@@ -80,13 +80,13 @@ class Layout:
         matrix = resampling_matrix(self.size[0], self.target[0])
         nonzero = matrix != 0
         first, last = nonzero.argmax(1), self.size[0] - 1 - nonzero[:, ::-1].argmax(1)
-        rows = np.minimum(first[:, None] + np.arange(int((last - first).max()) + 1), self.size[0] - 1)
-        weights = np.where(rows <= last[:, None], np.take_along_axis(matrix, rows, 1), 0)
-        weights[:, 1:][rows[:, 1:] == rows[:, :-1]] = 0  # a slice that was clipped to the last one counts once
-        return rows + self.before[0], weights.astype(np.float32)
+        slices = np.minimum(first[:, None] + np.arange(int((last - first).max()) + 1), self.size[0] - 1)
+        weights = np.where(slices <= last[:, None], np.take_along_axis(matrix, slices, 1), 0)
+        weights[:, 1:][slices[:, 1:] == slices[:, :-1]] = 0  # a slice that was clipped to the last one counts once
+        return slices + self.before[0], weights.astype(np.float32)
 
     @property
-    def buffer_rows(self) -> int:
+    def buffer_slices(self) -> int:
         """Number of slices in the buffer: those of a window, and earlier ones that the source grid still needs."""
         return _round_up(self.patch[0] + (self.taps[0].shape[1] if self.size[0] != self.target[0] else 0), 8)
 
