@@ -164,17 +164,16 @@ def prepare_cases(
     missing = [i for i, entry in enumerate(entries) if entry is None]
     say(f"store      {backend}: {len(cases) - len(missing)} of {len(cases)} cases prepared")
     problems: list[Problem] = []
-    failed = 0
     prepared = _prepare_missing(backend, [cases[i] for i in missing], settings, jobs, say)
     with contextlib.closing(prepared):
         for done, (i, outcome) in enumerate(zip(missing, prepared, strict=True), 1):
             if isinstance(outcome, DataError):
-                failed += 1
                 problems += outcome.problems
             else:
                 entries[i] = outcome
             progress(done, len(missing))
     if problems:
+        failed = sum(entry is None for entry in entries)
         raise data_error(
             *problems, summary=f"problems in {failed} of {len(missing)} cases; the other cases are prepared"
         )
