@@ -3,9 +3,8 @@
     python benchmarks/gpu.py [--networks=dxnet:128@4,dsnet:128@4] [--rounds=5] [--out=runs/gpu] [--rehearse]
 
 1. Correctness: logits, loss, gradient and running statistics of small cases are compared between the device and the
-   CPU, which uses another implementation of the operations. The device
-   computes in float32 (with full precision of products) and
-   in bfloat16, the CPU in float32. If they differ too much, nothing else is measured.
+   CPU, which uses another implementation of the operations. The device computes in float32 (with full precision of
+   products) and in bfloat16, the CPU in float32. If they differ too much, nothing else is measured.
 2. Ceilings: peak rates of the device, measured with one large matrix product and with an addition to one large array.
 3. Comparison: benchmarks/compare.py in bfloat16, with PyTorch in both memory layouts, with and without torch.compile.
 4. Profile: time of each part of the network in a training step, compared with a lower bound at the measured peak rates

@@ -8,8 +8,7 @@ the source that no network of this package uses. They keep the names and the lay
 can be converted back without loss.
 
 Loading uses every array of the file once, except those under ``unused/``, and fills every array of the network once.
-Otherwise it raises an error that
-lists the names on both sides.
+Otherwise it raises an error that lists the names on both sides.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
 """Dense convolution of 3 taps along the first spatial axis with half the products (Winograd 1980; Lavin and Gray 2016).
 
-Four outputs along the axis need six products instead of twelve: ``y = A^T [(G g) * (B^T d)]`` for
-the kernel g and six inputs d. Each of the six products
-is a convolution over the other axes. The matrices are those of Toom and Cook for the points 0, +-3/4, +-3/2 and
-infinity. With these points all terms of the sums have similar magnitudes. In float32 the error is 1.3 times the error
-of a plain sum of 432 terms; with the points 0, +-1, +-2 and infinity it is 2 times this error.
+Four outputs along the axis need six products instead of twelve: ``y = A^T [(G g) * (B^T d)]`` for the
+kernel g and six inputs d. Each of the six products is a convolution over the other axes. The matrices are those of Toom
+and Cook for the points 0, +-3/4, +-3/2 and infinity. With these points all terms of the sums have similar magnitudes.
+In float32 the error is 1.3 times the error of a plain sum of 432 terms; with the points 0, +-1, +-2 and infinity it is
+2 times this error.
 """
 
 import functools
@@ -78,7 +78,7 @@ def _tiles(x: jax.Array) -> jax.Array:
 
 
 def winograd_gradient(x: jax.Array, g: jax.Array, window: Ints, padding: Pairs) -> jax.Array:
-    """Return the gradient of the kernel: ``G^T [(B^T d) (A e)]`` for inputs d and gradients e of the outputs.
+    """Return the gradient of the kernel: ``G^T [(B^T x) (A g)]`` for each six inputs and four output gradients.
 
     The six products are computed one after another, because the inputs of each are large.
 

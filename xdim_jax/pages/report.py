@@ -24,7 +24,7 @@ from xdim_jax.scoring.rules import Job, Rules, ScoredCase, column, find_coding
 
 # cases to draw -> rank by mean Dice: 1 for the best case, 0 for the worst case
 ROLES = (("Best", 1.0), ("75th percentile", 0.75), ("Median", 0.5), ("25th percentile", 0.25), ("Worst", 0.0))
-_MAX_OPEN_ROWS = 12  # a longer table of all metrics is collapsed if the paper has a table
+_MAX_OPEN_ROWS = 12  # the first table of all metrics is shown open if it is not longer, or if the paper has no table
 
 
 def describe_network(model: Mapping[str, Any]) -> str:
