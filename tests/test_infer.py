@@ -9,6 +9,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 from scipy.special import softmax
 
+from xdim_jax.base.threads import StoppedError
 from xdim_jax.data import regions
 from xdim_jax.data.case import Case, Volume
 from xdim_jax.data.images.grid import Grid
@@ -119,6 +120,25 @@ def test_probabilities_come_back_to_the_source_grid_row_by_row(target, rng):
     assert np.isnan(found["probabilities"]).sum() == 3 * (np.prod(source) - np.prod(target)), "nothing outside"
     assert label.shape == source and label[box].any()
     assert not label[:3].any() and not label[:, -4:].any()
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_a_segmentation_that_is_stopped_ends_within_two_windows(after, rng):
+    """The 48 windows of this volume would otherwise all be computed."""
+    image = rng.normal(size=(64, 64, 48, 2)).astype(np.float32)
+    seen = []
+
+    def forward(weights, x):
+        jax.debug.callback(lambda: seen.append(1), ordered=True)
+        return voxelwise(weights, x)
+
+    segmenter = make(forward, (16, 16, 16), 0.0)
+    with pytest.raises(StoppedError):
+        segmenter(jnp.float32(1), whole(image), stopped=lambda: len(seen) > after)
+    jax.effects_barrier()
+    assert len(seen) <= after + 3
+    label = segmenter(jnp.float32(1), whole(image))
+    np.testing.assert_array_equal(label, make(voxelwise, (16, 16, 16), 0.0)(jnp.float32(1), whole(image)))
 
 
 def test_windows_are_weighted_by_the_gaussian():

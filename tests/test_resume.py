@@ -5,6 +5,7 @@ kills of the slow test are of the real one.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -41,7 +43,7 @@ from xdim_jax.data import pipeline
 from xdim_jax.data.case import Scan
 from xdim_jax.data.images import nifti
 from xdim_jax.data.prepare import Prepared
-from xdim_jax.inference import predictor
+from xdim_jax.inference import predictor, sliding_window
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.weights import Weights, flatten, write_weights
@@ -151,10 +153,12 @@ def test_what_the_whole_run_says_and_leaves(straight):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)], ids=["TERM", "USR1", "INT"]
+    ("number", "code"),
+    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)],
+    ids=["TERM", "USR1", "HUP", "INT"],
 )
 def test_a_signal_in_the_loop_saves_and_the_same_command_goes_on(
-    number, code, small, camus4, straight, tmp_path, monkeypatch
+    number, code, small, camus4, straight, tmp_path, monkeypatch, capfd
 ):
     """It comes in the middle of the second epoch."""
     heard = []
@@ -166,10 +170,10 @@ def test_a_signal_in_the_loop_saves_and_the_same_command_goes_on(
         log.say(line)
 
     monkeypatch.setattr(step_metrics, "say", say)
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)}
     out = train_small(tmp_path / "run", camus4, "--config.train.overlays=2", code=code)
     name = signal.Signals(number).name
-    assert f"{name}: saving after this step" in out
+    assert f"{name}: saving after this step" in capfd.readouterr().out
     assert f"stopped    by {name}" in out and "everything is saved" in out
     assert {n: signal.getsignal(n) for n in before} == before
     at = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
@@ -186,19 +190,27 @@ def test_a_signal_in_the_loop_saves_and_the_same_command_goes_on(
     assert "resume     from step 6" in out and "compile" not in out, "nothing is left to do"
 
 
-def test_a_signal_in_a_validation_ends_it_and_the_resumed_run_makes_it(small, camus4, straight, tmp_path, monkeypatch):
-    """At step 4, an epoch's end."""
-    original = validation.postprocess
+_WINDOWS = 8  # of the validation: two patients with four images, each of one window
+
+
+@pytest.mark.parametrize(("owner", "name"), [(validation, "postprocess"), (sliding_window, "read_window")])
+def test_a_signal_in_a_validation_ends_it_and_the_resumed_run_makes_it(
+    owner, name, small, camus4, straight, tmp_path, monkeypatch
+):
+    """At step 4, an epoch's end; between two cases, and inside the last case."""
+    original, calls = getattr(owner, name), []
 
     def interrupted(*arguments, **options):
         if checkpoint.exists(tmp_path / "run") and len(records(tmp_path / "run", "epoch")) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            calls.append(1)
+            if name == "postprocess" or len(calls) == _WINDOWS:
+                os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(validation, "postprocess", interrupted)
+    monkeypatch.setattr(owner, name, interrupted)
     out = train_small(tmp_path / "run", camus4, code=75)
     assert [r["step"] for r in records(tmp_path / "run", "validation")] == [2] and "validation at step 4" not in out
-    monkeypatch.setattr(validation, "postprocess", original)
+    monkeypatch.setattr(owner, name, original)
     out = train_small(tmp_path / "run", camus4)
     assert "resume     from step 4" in out and "validation at step 4" in out
     assert [(r["step"], r["dice"]) for r in records(tmp_path / "run", "validation")] == [
@@ -247,6 +259,7 @@ run(train.main)
         pytest.param("compile", "compiling now", signal.SIGUSR1, 75, marks=pytest.mark.slow),
         ("compile", "compiling now", signal.SIGINT, 130),
         ("steps", "step 2/6", signal.SIGTERM, 75),
+        ("steps without a reader", "step 2/6", signal.SIGHUP, 75),
     ],
 )
 def test_a_signal_to_the_process_is_heard_at_every_moment(
@@ -266,20 +279,24 @@ def test_a_signal_to_the_process_is_heard_at_every_moment(
             if text.startswith(line):
                 break
         time.sleep(0.5 if moment != "steps" else 0)  # until it is in the middle of it
+        if moment == "steps without a reader":  # as with ``| tee log``, when Ctrl-C has ended tee
+            process.stdout.close()
+            process.stderr.close()
         process.send_signal(number)
-        out, err = process.communicate(timeout=30)
+        out, err = ("", "") if process.stdout.closed else process.communicate(timeout=30)
+        process.wait(30)
     finally:
         process.kill()
     assert process.returncode == code, seen + out + err
     assert "Traceback" not in err
     stopped = [text for text in out.splitlines() if text.startswith("stopped ")]
-    assert len(stopped) == 1 and signal.Signals(number).name in stopped[0] and "same command" in stopped[0]
-    if moment == "steps":
-        assert "everything is saved" in stopped[0] and checkpoint.exists(tmp_path / "run")
-    else:
-        assert "nothing to save" in stopped[0] and not checkpoint.exists(tmp_path / "run")
+    if moment != "steps without a reader":
+        assert len(stopped) == 1 and signal.Signals(number).name in stopped[0] and "same command" in stopped[0]
+        assert ("everything is saved" if moment == "steps" else "nothing to save") in stopped[0]
+    trains = moment.startswith("steps")
+    assert checkpoint.exists(tmp_path / "run") == trains
     out = train_small(tmp_path / "run", camus4, store)
-    assert ("resume     from step" in out) == (moment == "steps")
+    assert ("resume     from step" in out) == trains
     assert_same_end(tmp_path / "run", straight, 6)
 
 
@@ -458,6 +475,39 @@ def test_a_file_that_cannot_be_read_does_not_lose_the_steps_before_it(tmp_path):
     progress = json.loads(next((tmp_path / "checkpoints" / "6" / "progress").glob("metadata")).read_text())
     assert progress["score_steps"] == [2, 0] and progress["score_sum"] == [0.5, 0.0]
     assert go_on(tmp_path) == 12
+
+
+def test_a_signal_ends_slow_steps_soon(tmp_path):
+    """JAX returns before a step has ended. Without a limit, dozens of steps would be in the queue and have to end."""
+    run = make_run(tmp_path, config={"log_every": 1000}, per_epoch=1000)
+    matrix = jnp.eye(800)
+
+    def slow(state, batch, key):
+        busy = jax.lax.fori_loop(0, 30, lambda _, x: x @ matrix, jnp.full((800, 800), batch["image"].sum()))
+        return count(state, batch | {"image": busy}, key)
+
+    run = dataclasses.replace(run, step=slow)
+    times = []
+
+    def stop():
+        times.append(time.monotonic())
+        run.stop.signal = signal.SIGTERM
+
+    def read():
+        for number, batch in enumerate(batches()):
+            if number == 2:  # the first step is compiled
+                times.append(time.monotonic())
+                threading.Timer(2, stop).start()
+            yield batch
+
+    with contextlib.closing(read()) as stream:
+        state = loop.fit(run, small_state(1.0), loop.Progress([0.0] * 2, [0] * 2), stream, validated=False)
+    times.append(time.monotonic())
+    close_recorder(run.recorder)
+    checkpoint.close(run.checkpoints)
+    begin, signalled, end = times
+    seconds_per_step = (end - begin) / (int(state.step) - 2)
+    assert end - signalled < 4 * seconds_per_step + 0.5, f"{seconds_per_step:.2f} s per step"
 
 
 @pytest.mark.parametrize("log_every", [100, 3])

@@ -50,8 +50,7 @@ def main(argv: Sequence[str]) -> int:
     _warn_about_references(records)
     _warn_about_exclusions(folders, evaluations, metrics)
     table = make_table(found, str(options.a), str(options.b))
-    for line in table.markdown().splitlines():
-        log.say(line)
+    log.write_result(table.markdown().rstrip("\n"))
     if options.out:
         write_text(options.out, table.markdown())
         write_text(options.out.with_suffix(".tex"), table.latex())

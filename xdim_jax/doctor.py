@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
                 log.say("step       ...      compiling takes a minute or two on a CPU; --quick skips this check")
     text = json.dumps({"verdict": verdict(findings), "findings": [dataclasses.asdict(f) for f in findings]}, indent=2)
     if options.json == "-":
-        print(text)
+        log.write_result(text)
     else:
         log.say(f"verdict    {verdict(findings)}")
         if options.json:

@@ -59,8 +59,7 @@ def main(argv: Sequence[str]) -> int:
         fits = lambda choice: measure(choice).step_bytes <= budget  # noqa: E731
         choices = needs.search_largest(config, choices, options.largest, fits, say=log.say)
     rows = [(choice, measure(choice)) for choice in choices]
-    for line in needs.format_rows(rows, budget):
-        log.say(line)
+    log.write_result("\n".join(needs.format_rows(rows, budget)))
     for choice in choices if options.parts else ():
         log.say(f"parts      {choice}")
         for line in needs.format_parts(*needs.step_products(config, dataset, choice), ceilings):

@@ -75,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "xdim_jax.study",
         __doc__ or "",
-        f"exit status: 0 done; 2 unusable input, or some runs failed; {REQUEUE} stopped by SIGTERM or SIGUSR1, and 130 "
-        "by Ctrl-C:\neverything is saved, run the same command again.",
+        f"exit status: 0 done; 2 unusable input, or some runs failed; {REQUEUE} stopped by SIGTERM, SIGUSR1 or "
+        "SIGHUP, and 130 by Ctrl-C:\neverything is saved, run the same command again.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | report")
     train = commands.add_parser("run", help="train all runs that are not finished, and write the report")

@@ -147,8 +147,8 @@ def _parser() -> argparse.ArgumentParser:
         "xdim_jax.sweep",
         __doc__ or "",
         "Any value of the config can be overridden for all trials: --config.<key>=<value>\n\n"
-        f"Exit status: 0 all trials have ended; 2 unusable input; {REQUEUE} stopped by SIGTERM or SIGUSR1, and 130 by "
-        "Ctrl-C: the\ntrial is returned to the queue.\n\n"
+        f"Exit status: 0 all trials have ended; 2 unusable input; {REQUEUE} stopped by SIGTERM, SIGUSR1 or SIGHUP, "
+        "and 130 by\nCtrl-C: the trial is returned to the queue.\n\n"
         "examples:\n"
         "  python -m xdim_jax.sweep --config=configs/camus_omnianet.py:phantom --space=configs/sweeps/optimiser.py \\\n"
         "      --trials=20 --workdir=runs/sweep\n"

@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         (__doc__ or "") + "\n\nThe command writes to the workdir: config.json, split.json, data.json, pretrained.json, "
         "environment.json,\nmetrics.jsonl, steps.jsonl, tensorboard/, overlays/, checkpoints/, best/.",
         "Any value of the config can be overridden: --config.<key>=<value>, e.g. --config.data.root=/data/BraTS\n\n"
-        f"Exit status: 0 done; 2 unusable input; {REQUEUE} stopped by SIGTERM or SIGUSR1, everything is saved, run the "
-        "same\ncommand again; 130 stopped by Ctrl-C, everything is saved.\n\n"
+        f"Exit status: 0 done; 2 unusable input; {REQUEUE} stopped by SIGTERM, SIGUSR1 or SIGHUP, everything is saved, "
+        "run the\nsame command again; 130 stopped by Ctrl-C, everything is saved.\n\n"
         "examples:\n"
         "  python -m xdim_jax.train --config=configs/brats_dxnet.py:phantom --workdir=runs/demo\n"
         "  python -m xdim_jax.train --config=configs/brats_dxnet.py --workdir=runs/dx \\\n"

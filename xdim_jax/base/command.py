@@ -1,40 +1,78 @@
 """Functions that all command-line programs use: argument parsers and error messages."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from xdim_jax.base.errors import UserError, first_line
+from xdim_jax.base.threads import is_abandoned_call_running
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run a command with the arguments of the process, and exit.
 
     The exit status is the return value of ``main``, 2 after an error that the user can correct, or 130 after Ctrl-C.
-    Any other exception is a bug of this package and is raised with its traceback.
+    Any other exception is a bug of this package and is raised with its traceback. The status does not depend on whether
+    standard output and standard error can be written.
 
     Args:
         main: Function that takes the arguments of the command line and returns the exit status.
     """
+    _open_streams()
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
+        code = _fail(f"error: {error}", 2)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
-        code = 130
+        code = _fail("stopped by Ctrl-C", 130)
     except Exception as error:
         text = explain(error)
         if text is None:
             raise
-        sys.stdout.flush()
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        code = 2
+        code = _fail(f"error: {text}", 2)
+    _flush_streams()
+    if is_abandoned_call_running():  # e.g. XLA compiles; Python cannot end this thread without a crash
+        os._exit(code)
     sys.exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    """Print an error message to standard error if possible, and return the exit status ``code``."""
+    _flush_streams()
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+    return code
+
+
+def _open_streams() -> None:
+    """Connect standard streams that are closed (``>&-``) to the null device.
+
+    Otherwise a file that is opened later would get the file descriptor of the stream, and messages could be written
+    into it.
+    """
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def _flush_streams() -> None:
+    """Flush the standard streams. One that cannot be written is connected to the null device.
+
+    Otherwise Python would flush it again at exit, print a message, and change the exit status to 120.
+    """
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except OSError:
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), number)
 
 
 def explain(error: Exception) -> str | None:

@@ -1,13 +1,22 @@
-"""Log lines and progress bars."""
+"""Log lines, results of commands, and progress bars.
+
+A log line that cannot be written (the reader of a pipe has ended, the terminal is closed, the disk is full) is dropped:
+the work does not depend on its log. Text that is the result of a command is written by `write_result`, which raises an
+error instead.
+"""
 
 import contextlib
 import contextvars
 import math
+import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from typing import IO
 
 from tqdm import tqdm
+
+from xdim_jax.base.errors import UserError
 
 LOG_FILE = "train.log"  # in the workdir: log of a run that shares a process with others or is trained by a sweep
 
@@ -37,29 +46,64 @@ def redirect_to(file: IO[str]) -> Iterator[None]:
 def say(line: str) -> None:
     """Print one line, without buffering."""
     if not _quiet:
-        print(line, file=_file.get(), flush=True)
+        _print(line)
 
 
 def warn(line: str) -> None:
     """Print a warning, without buffering."""
-    print(f"warning: {line}", file=_file.get(), flush=True)
+    _print(f"warning: {line}")
 
 
-def progress_bar(title: str) -> Callable[[int, int], None]:
+def _print(line: str) -> None:
+    """Print a line to the file of `redirect_to`, or else to standard output. If that fails, the line is dropped."""
+    with contextlib.suppress(OSError):
+        print(line, file=_file.get(), flush=True)
+
+
+def say_in_handler(line: str) -> None:
+    """Print one line from a signal handler.
+
+    The line goes to the file descriptor of standard output. It is dropped if it cannot be written at once. The
+    functions of Python's streams must not be called in a handler: the signal may have interrupted one of them.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if not _quiet and select.select([], [1], [], 0)[1]:
+            os.write(1, f"{line}\n".encode())
+
+
+def write_result(text: str) -> None:
+    """Print text that is the result of a command.
+
+    Raises:
+        UserError: Standard output cannot be written, e.g. because the disk is full. If it is a pipe whose reader has
+            ended, such as ``head``, there is no error.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise UserError(
+            f"standard output cannot be written: {error.strerror or error}; redirect it to another file"
+        ) from error
+
+
+def progress_bar(title: str, *, lines: bool = True) -> Callable[[int, int], None]:
     """Return a function ``show(done, total)`` that reports how many cases are done.
 
-    On a terminal it draws a progress bar. Otherwise it logs a line after each tenth of the cases.
+    On a terminal it draws a progress bar. Otherwise, with ``lines``, it logs a line after each tenth of the cases.
     """
     shown: list[tqdm] = []
 
     def show(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            if not shown:
-                shown.append(tqdm(total=total, desc=title, unit="case"))
-            shown[0].update(done - shown[0].n)
-            if done == total:
-                shown[0].close()
-        elif done == total or done * 10 // total > (done - 1) * 10 // total:
+        if sys.stderr is not None and sys.stderr.isatty():
+            with contextlib.suppress(OSError):  # the terminal has been closed
+                if not shown:
+                    shown.append(tqdm(total=total, desc=title, unit="case"))
+                shown[0].update(done - shown[0].n)
+                if done == total:
+                    shown[0].close()
+        elif lines and (done == total or done * 10 // total > (done - 1) * 10 // total):
             say(f"{title:<10} {done}/{total} cases")
 
     return show

@@ -1,22 +1,21 @@
 """Signal handlers, and the exit statuses that a scheduler reads.
 
-Schedulers send SIGTERM or SIGUSR1 some time before they kill a process. After such a signal, the run is saved and exits
-with the status `REQUEUE`, which means that the same command should be run again. After Ctrl-C, the run is saved and
-exits with status 130.
+Schedulers send SIGTERM or SIGUSR1 some time before they kill a process, and a terminal that is closed sends SIGHUP.
+After such a signal, the run is saved and exits with the status `REQUEUE`, which means that the same command should be
+run again. After Ctrl-C, the run is saved and exits with status 130.
 """
 
 import contextlib
 import dataclasses
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-from xdim_jax.base.log import say
+from xdim_jax.base.log import say_in_handler
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 @dataclasses.dataclass
@@ -57,6 +56,8 @@ def catch_signals() -> Iterator[StopRequest]:
 def install_handlers(stop: StopRequest) -> None:
     """Install the signal handlers. Call it again after a library has installed handlers of its own.
 
+    A SIGHUP that the process was started to ignore, as with ``nohup``, is still ignored.
+
     Args:
         stop: Record of the signals. If it is not busy, a signal ends the process at once.
     """
@@ -65,12 +66,13 @@ def install_handlers(stop: StopRequest) -> None:
         if stop.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.signal = number
+        name = signal.Signals(number).name
         if stop.busy:
-            say(f"{signal.Signals(number).name}: saving after this step")
+            say_in_handler(f"{name}: saving after this step")
             return
-        say(f"stopped    by {signal.Signals(number).name}; nothing to save; run the same command again to resume")
-        sys.stdout.flush()
+        say_in_handler(f"stopped    by {name}; nothing to save; run the same command again to resume")
         os._exit(stop.status)
 
     for number in SIGNALS:
-        signal.signal(number, handle)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle)

@@ -125,10 +125,9 @@ def _verify(options: argparse.Namespace) -> int:
         "problems": [p.to_json() for p in findings.problems],
     }
     if to_screen:
-        print(json.dumps(report, indent=2))
+        log.write_result(json.dumps(report, indent=2))
     else:
-        for line in format_findings(findings, options.root):
-            log.say(line)
+        log.write_result("\n".join(format_findings(findings, options.root)))
         if options.json:
             write_json(options.json, report)
     return 1 if findings.errors or (options.strict and findings.problems) else 0

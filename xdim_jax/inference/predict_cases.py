@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, first_line, shorten
@@ -80,6 +79,7 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
         The ids of the cases that failed. Each failure is logged with its reason; the other cases are predicted.
     """
     failures: list[str] = []
+    show = log.progress_bar("predict", lines=False)
     memory.log_required_memory(predictor, cases)
 
     def fail(case: Case, error: Exception) -> None:
@@ -98,7 +98,6 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
     with (
         concurrent.futures.ThreadPoolExecutor(1) as reader,
         concurrent.futures.ThreadPoolExecutor(1) as writer,
-        tqdm(total=len(cases), unit="case", disable=None if len(cases) > 1 else True) as bar,
     ):
         reading = reader.submit(_read, predictor, cases[0]) if cases else None
         writing: list[tuple[Case, concurrent.futures.Future[str]]] = []
@@ -117,7 +116,7 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
                 writing.append((case, writer.submit(_write, output, case, label, volume, note, title, begin)))
             except Exception as error:  # a damaged file, lack of memory, or a device error: only this case fails
                 fail(case, error)
-            bar.update()
+            show(number, len(cases))
         wait_for_writer(writing)
     return failures
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xdim_jax import ops
+from xdim_jax.base.threads import StoppedError, call_in_thread
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.inference.output import Output
 from xdim_jax.inference.windows import Layout, Windows, batched, gaussian_weights, make_layout, read_window
@@ -84,16 +85,27 @@ class Segmenter:
         """Number of channels of the buffer: the channels of the output, uncertainty if computed, and sum of weights."""
         return len(self.output.channels) + ("uncertainty" in self.extra_outputs) + 1
 
-    def __call__(self, weights: Any, prepared: Prepared, sink: Sink | None = None) -> np.ndarray:
+    def __call__(
+        self,
+        weights: Any,
+        prepared: Prepared,
+        sink: Sink | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> np.ndarray:
         """Segment a volume.
 
         Args:
             weights: Weights of the network, or stacked weights of several networks.
             prepared: The prepared case.
             sink: Function that receives the extra outputs.
+            stopped: Function that returns True if the segmentation is no longer needed. It is called after each window
+                and while the network is compiled.
 
         Returns:
             Label indices uint8 (D, H, W) on the source grid; 0 outside of the box that preparation has kept.
+
+        Raises:
+            StoppedError: ``stopped`` has returned True.
         """
         layout = make_layout(self.windows, prepared.shape, tuple(b.stop - b.start for b in prepared.box))
         label = np.zeros(prepared.source, np.uint8)
@@ -102,9 +114,14 @@ class Segmenter:
         planes = jax.tree.map(jnp.asarray, layout.plane_matrices)
         slices, taps = layout.taps
         top = done = 0  # first slice in the buffer; first slice of the source grid that is not decoded yet
+        last_total = None
         for i, start in enumerate(layout.starts[0]):
             for batch in batched(itertools.product([start], *layout.starts[1:]), layout.batch):
-                total = self._predict_windows(weights, prepared, layout, batch)
+                total = self._predict_windows(weights, prepared, layout, batch, stopped)
+                jax.block_until_ready(last_total)  # so that at most two batches are computed after a stop
+                if stopped():
+                    raise StoppedError
+                last_total = total[0]
                 buffer = self._blend(buffer, total, *self._placement(layout, batch, top))
             last = i + 1 == len(layout.starts[0])
             complete = layout.patch[0] + start if last else layout.starts[0][i + 1]
@@ -147,11 +164,16 @@ class Segmenter:
         return network + buffer + max(slices, blending)
 
     def _predict_windows(
-        self, weights: Any, prepared: Prepared, layout: Layout, batch: Sequence[tuple[int, ...]]
+        self,
+        weights: Any,
+        prepared: Prepared,
+        layout: Layout,
+        batch: Sequence[tuple[int, ...]],
+        stopped: Callable[[], bool],
     ) -> tuple[jax.Array, jax.Array]:
         """Return the sum over all passes of the probabilities of a batch of windows, and the sum of their squares."""
         image = jnp.asarray(np.stack([read_window(prepared, layout, s) for s in _fill(batch, layout.batch)]))
-        network, total = self._network(weights, image.shape), None
+        network, total = self._network(weights, image.shape, stopped), None
         for member, flips in self._passes:
             p = network(weights, image, member, flips)
             total = (p, p * p) if total is None else self._sum(total, p)
@@ -170,13 +192,13 @@ class Segmenter:
         starts = np.array(_fill(batch, layout.batch), np.int32) - np.array([top, 0, 0], np.int32)
         return jnp.asarray(gauss), starts, (np.arange(layout.batch) < len(batch)).astype(np.float32)
 
-    def _network(self, weights: Any, shape: tuple[int, ...]) -> Any:
+    def _network(self, weights: Any, shape: tuple[int, ...], stopped: Callable[[], bool] = lambda: False) -> Any:
         """Return the compiled network for a batch of windows ``(B, *patch, C)``."""
         if shape not in self._compiled:
             image, flips = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((3,), jnp.bool_)
             member = jax.ShapeDtypeStruct((), jnp.int32)
             lowered = jax.jit(self._probabilities).lower(weights, image, member, flips)
-            self._compiled[shape] = ops.compile_program(lowered)
+            self._compiled[shape] = call_in_thread(lambda: ops.compile_program(lowered), stopped)
         return self._compiled[shape]
 
     # The following methods are traced: they run on the device.

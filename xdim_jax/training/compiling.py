@@ -1,18 +1,18 @@
 """Compilation of the training step."""
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from xdim_jax import ops
 from xdim_jax.base.log import duration, say
+from xdim_jax.base.threads import call_in_thread
 
 
 def compile_step(lower: Callable[..., Any], *arguments: Any) -> Any:
     """Compile a training step, and log how long that takes.
 
-    XLA compiles in a second thread. Otherwise Python could not handle signals until the program is compiled.
+    Signals are handled while XLA compiles, see `xdim_jax.base.threads`.
 
     Args:
         lower: Function that lowers the step for the devices, such as `xdim_jax.training.mesh.Devices.lower`.
@@ -27,21 +27,7 @@ def compile_step(lower: Callable[..., Any], *arguments: Any) -> Any:
         lowered = lower(*arguments)
     for words, count in counts.most_common():
         say(f"           {count:4d} {words}")
-    outcome: list[Any] = []
-
-    def compile_lowered() -> None:
-        try:
-            outcome.append((ops.compile_program(lowered), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=compile_lowered, name="compile", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-    compiled, error = outcome[0]
-    if error is not None:
-        raise error
+    compiled = call_in_thread(lambda: ops.compile_program(lowered))
     ops.keep_freed_memory()
     say(f"compile    train step took {duration(time.monotonic() - begin)}")
     return compiled

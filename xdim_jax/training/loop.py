@@ -12,7 +12,8 @@ epoch. They are then fetched, checked for NaN, and recorded. An epoch ends with 
 follows every ``validate_every`` epochs, as soon as the training score has exceeded ``validate_after_score``.
 
 A signal does not interrupt a step. It sets a `StopRequest`, which the controller reads after each step; with several
-processes, `xdim_jax.training.agreement` makes all of them stop after the same step.
+processes, `xdim_jax.training.agreement` makes all of them stop after the same step. At most two steps are in the queue
+of the devices, so that a run on slow devices soon ends after a signal.
 """
 
 import dataclasses
@@ -190,6 +191,7 @@ class RunController:
         self._digests: list[list[int]] = []  # digests of the samples of these steps
         self._losses: list[float] = []  # losses of the last recorded steps, for messages
         self._agreement = Agreement()
+        self._previous: Any = None  # loss of the previous step
         self._saved_at = self._recorded_at = time.monotonic()
 
     def start(self, state: Any, *, validated: bool) -> None:
@@ -245,6 +247,8 @@ class RunController:
         run = self.run
         self.steps_done += 1
         done = self.steps_done
+        jax.block_until_ready(self._previous)
+        self._previous = metrics["loss"]
         request = self._agreement.read(metrics, self._request())
         if request == STOP:
             run.stop.signal = run.stop.signal or signal.SIGTERM  # the signal may have reached another process

@@ -10,6 +10,7 @@ from PIL import Image
 
 from xdim_jax.base.files import atomic_path
 from xdim_jax.base.signals import StopRequest
+from xdim_jax.base.threads import StoppedError
 from xdim_jax.data import case as data_case
 from xdim_jax.data import store
 from xdim_jax.data.case import Case, Dataset
@@ -71,6 +72,7 @@ def make_validation(
         weights = mesh.local(weights)
         scores = np.full((len(cases), len(names)), np.nan)
         pictures = {}
+        incomplete = False
         for first in range(0, len(cases), jax.process_count()):
             if mesh.agree(stop.signal > 0):
                 raise InterruptedValidationError
@@ -79,7 +81,12 @@ def make_validation(
                 continue
             case, entry = cases[number]
             prepared = entry.load()
-            label = postprocess(segmenter(weights, prepared), dataset.regions, min_et=min_et)
+            try:
+                label = segmenter(weights, prepared, stopped=lambda: stop.signal > 0)
+            except StoppedError:
+                incomplete = True
+                continue
+            label = postprocess(label, dataset.regions, min_et=min_et)
             volume = data_case.read_case(case) if number < overlays else None
             truth = data_case.read_label(case) if volume is None or volume.label is None else volume.label
             predicted, reference = dataset.regions.encode(label), dataset.regions.encode(truth)
@@ -90,6 +97,8 @@ def make_validation(
                     scores[number, r] = 1.0 if np.isnan(value) else value
             if volume is not None:
                 pictures[case.case_id] = draw(volume.image[..., 0], truth, label)
+        if mesh.agree(incomplete):
+            raise InterruptedValidationError
         every = mesh.gather(scores)  # (processes, cases, regions); NaN for the cases of other processes
         known = np.isfinite(every)
         total, count = np.where(known, every, 0).sum((0, 1)), known.sum((0, 1))
