@@ -246,7 +246,8 @@ def test_dicom_metaimage_and_nifti_of_one_volume_give_one_segmentation(flat, tmp
     np.testing.assert_array_equal(labels["series"], labels["volume.nii.gz"])
     np.testing.assert_array_equal(labels["volume.mha"], labels["volume.nii.gz"])
     record = json.loads((tmp_path / "out_series" / "predict.json").read_text())
-    assert record["images"] == {"series": [str(tmp_path / "series")]}
+    in_order = [str(tmp_path / "series" / f"{number:03d}.dcm") for number in (5, 4, 3, 2, 1)]  # by position
+    assert record["images"] == {f"{tmp_path.name}_series": [in_order]}
 
 
 def test_a_folder_of_loose_images(flat, tmp_path):
@@ -292,7 +293,7 @@ def test_paths_from_python(flat, predictor, found, image, tmp_path):
         by_slice.predict(tmp_path / "absent")
     with pytest.raises(UserError, match="files have their own"):
         by_slice.predict(tmp_path / "series", spacing=(9, 9, 9))
-    for nothing, words in (([], "shape (0,)"), (None, "object"), ("", "no nnU-Net case")):
+    for nothing, words in (([], "shape (0,)"), (None, "object"), ("", "a path is empty")):
         with pytest.raises(UserError, match=re.escape(words)):
             by_slice.predict(nothing)
     of_device = by_slice.predict(jnp.asarray(volume, jnp.float32), "zyx", (2.0, 0.7, 0.7))

@@ -1,13 +1,15 @@
 """Segment cases with a trained network, and write label maps on the voxel grid of the images.
 
-The input is a folder in the layout that the network was trained on, one BraTS case folder, a folder of DICOM slices, or
-the files of one case, one per channel (BraTS: in the order flair t1 t1ce t2). In nnU-Net's layout, it can also be a
-folder of images such as imagesTs. A network with one channel accepts a folder of images with any names. Reference
-labels are not needed.
+The input is a folder in the layout that the network was trained on, one BraTS case folder, or the files of one case,
+one per channel (BraTS: in the order flair t1 t1ce t2). In nnU-Net's layout, it can also be a folder of images such as
+imagesTs. A network with one channel accepts any folder: all images and all DICOM series in it and below it are
+segmented. Reference labels are not needed.
 
-The label map of a case is <output>/<case id>.nii.gz. Affine and header are those of the image, and label values those
-of the data set. --probabilities adds <output>/probabilities/<case id>.nii (float32, channels along the fourth axis),
-and --uncertainty adds <output>/uncertainty/<case id>.nii.
+The label map of a case is <output>/<case id>.nii.gz. Outside of the layout, the id of an image is its name, after the
+names of the folders between it and the input, and that of a DICOM series is PatientID and SeriesNumber. Affine and
+header are those of the image, and label values those of the data set. A prediction of another image is never replaced.
+--probabilities adds <output>/probabilities/<case id>.nii (float32, channels along the fourth axis), and --uncertainty
+adds <output>/uncertainty/<case id>.nii.
 
 The networks of several --workdir, or of all folds of a cross-validation, form an ensemble: their probabilities are
 averaged. Cases whose predictions are up to date (same networks, settings and images) are skipped.
@@ -45,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
         options.input,
         options.output,
         modality=options.modality,
+        series=[word.strip() for word in options.series.split(",") if word.strip()],
         shard=shard,
         overwrite=options.overwrite,
     )
@@ -93,7 +96,17 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(brats.CONVENTIONS),
         help="file names and labels of BraTS input; default: those of training",
     )
-    add("--modality", choices=["CT", "MR"], default="", help="modality of the input, if training had both")
+    add(
+        "--series",
+        default="",
+        help="comma-separated DICOM series to predict, each by its number, description, UID or case id; default: all",
+    )
+    add(
+        "--modality",
+        choices=["CT", "MR"],
+        default="",
+        help="modality of the input, if training had both and DICOM tags do not tell",
+    )
     add(
         "--preset",
         choices=PRESETS,

@@ -37,6 +37,7 @@ KINDS = {
     "duplicate_slice": "two slices of a volume have the same position or the same image",
     "slice_order": "slices are not sorted by their positions",
     "label_order": "label slices seem to be in reverse order",
+    "gantry_tilt": "the slices of a series are tilted against its axis",
     "slice_name": "a label slice is not named after its image",
     "intensity_range": "intensities are implausible for the modality",
     "dataset_json": "dataset.json is missing, is not JSON, or contradicts the files",

@@ -1,14 +1,17 @@
 """Cases and data sets: a case on disk, a case in memory, and the functions that list and read cases."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.problem import ERROR, WARNING, DataError, Problem, data_error, errors, in_case
+from xdim_jax.data.images import names
 from xdim_jax.data.images.dicom import load_masks
 from xdim_jax.data.images.grid import Axes, Grid, compare_grids
 from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, source_path, strip_suffix
@@ -77,12 +80,14 @@ class Scan:
         problems: Problems of the other files and folders.
         splits: Official folds that come with the data; each maps a subset (training, validation, testing) to patients.
         incomplete: Cases that lack files, with the files that exist; `xdim_jax.data.verify` inspects them, too.
+        known: Files of the layout that belong to none of the cases, e.g. those of another view, task or subset.
     """
 
     cases: list[Case]
     problems: list[Problem]
     splits: tuple[Mapping[str, tuple[str, ...]], ...] = ()
     incomplete: tuple[Case, ...] = ()
+    known: frozenset[Path] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +148,33 @@ def scan_cases(dataset: Dataset, root: Path, *, need_labels: bool) -> Scan:
             + (f"{', '.join(found)}, ..." if found else "an empty folder")
             + "".join(f"\n  - {problem}" for problem in scan.problems)
         )
-    return scan
+    return dataclasses.replace(scan, problems=[*scan.problems, *_unread_files(dataset, root, scan)])
+
+
+_NAMED_FILES = 20  # number of unread files that are named for each folder
+
+
+def _unread_files(dataset: Dataset, root: Path, scan: Scan) -> list[Problem]:
+    """Return a problem for each folder with files that are not read and not known to accompany images."""
+    read = {path for case in (*scan.cases, *scan.incomplete) for path in case.files} | scan.known
+    read |= {path for case in scan.cases for source in case.same_grid for path in files_of(source)}
+    reported = {Path(problem.path) for problem in scan.problems} - {root}
+    unread: dict[Path, list[str]] = {}
+    for path in names.files_below(root):
+        if path not in read and not names.is_companion(path) and reported.isdisjoint([path, *path.parents]):
+            unread.setdefault(path.parent, []).append(path.name)
+    return [
+        Problem(
+            "extra_file",
+            folder,
+            found=f"contains {len(files)} file{'s' * (len(files) > 1)} that are not read: "
+            f"{shorten(files, _NAMED_FILES)}",
+            expected=dataset.layout,
+            suggestion="rename them if they belong to the data, or move them to another folder",
+            severity=WARNING,
+        )
+        for folder, files in sorted(unread.items())
+    ]
 
 
 def list_cases(dataset: Dataset, root: Path, *, need_labels: bool) -> list[Case]:
@@ -157,7 +188,14 @@ def list_cases(dataset: Dataset, root: Path, *, need_labels: bool) -> list[Case]
 
 
 def usable_cases(scan: Scan, root: Path) -> list[Case]:
-    """Return the cases of a scan. Raises DataError with all errors of the scan, if there are any."""
+    """Return the cases of a scan, and log its warnings about files that are not read.
+
+    Raises:
+        DataError: Lists all errors of the scan.
+    """
+    for problem in scan.problems:
+        if problem.kind == "extra_file" and problem.severity == WARNING:
+            log.warn(str(problem))
     if fatal := errors(scan.problems):
         raise data_error(*fatal, summary=f"incomplete or misplaced files below {root}")
     return scan.cases
@@ -187,12 +225,23 @@ def case_from_files(sources: Sequence[Source], dataset: Dataset, modality: str =
             f"{paths[0]} does not show whether it is CT or MR: give --modality, or a folder in the layout of "
             f"{dataset.name}, {dataset.layout}"
         )
+    _check_channel_numbers(paths, order)
     first = paths[0].absolute()  # for a series, this is its folder, whose name may contain dots
     name = (
         first.name if isinstance(sources[0], tuple) else (strip_suffix(first.name) or first.stem).removesuffix("_0000")
     )
     info = {"modality": modality} if modality else {}
     return Case(name, name, tuple(sources), dataset.channels, None, dataset.labels, dataset.axes, info=info)
+
+
+def _check_channel_numbers(paths: Sequence[Path], order: str) -> None:
+    """Raise UserError if the names of files end with channel numbers (``_0000``) that contradict their order."""
+    for place, path in enumerate(paths):
+        match = re.fullmatch(r".*_(\d{4})", strip_suffix(path.name) or "")
+        if match and len(paths) > 1 and int(match[1]) != place:
+            raise UserError(
+                f"{path} is channel {int(match[1])} by its name, but was given as number {place}; the order is {order}"
+            )
 
 
 def without_label(case: Case) -> Case:

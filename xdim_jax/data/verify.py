@@ -13,7 +13,7 @@ import numpy as np
 from xdim_jax.base.errors import shorten
 from xdim_jax.base.problem import ERROR, KINDS, WARNING, DataError, Problem, errors, in_case
 from xdim_jax.data.case import Case, Dataset, Volume, load_case, scan_cases
-from xdim_jax.data.images import dicom, nifti
+from xdim_jax.data.images import dicom, names, nifti
 from xdim_jax.data.images.grid import compare_grids
 from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, source_path
 
@@ -144,7 +144,7 @@ def _check_headers(case: Case) -> list[Problem]:
             continue
         problems += compare_grids(source_path(source), grid, source_path(case.images[0]), first)
     for path in [*case.images, case.label]:
-        if isinstance(path, Path) and path.name.endswith(nifti.SUFFIXES):
+        if isinstance(path, Path) and names.strip(path.name, nifti.SUFFIXES) is not None:
             problems += _check_nifti_header(path)
     return problems
 
@@ -153,7 +153,7 @@ def _check_series_headers(files: Sequence[Path]) -> list[Problem]:
     slices, problems = [], []
     for path in files:
         try:
-            slices.append(dicom.read_header(path))
+            slices += dicom.read_headers(path)
         except DataError as error:
             problems += error.problems
     return problems or dicom.series_problems(slices)

@@ -5,11 +5,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from xdim_jax.base.errors import UserError, shorten
+from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.base.files import partial_files, read_json, write_json
 from xdim_jax.data.case import Case
-from xdim_jax.data.images.image import files_of, source_path
+from xdim_jax.data.images.image import files_of, source_from_json, source_to_json
 from xdim_jax.data.images.nifti import read_note
 from xdim_jax.inference.predictor import Predictor
 from xdim_jax.runs import environment
@@ -46,7 +47,7 @@ def claim_output(
 
     Raises:
         UserError: The folder contains predictions of other networks or settings, and neither ``overwrite`` nor
-            ``replace`` is set.
+            ``replace`` is set. Or files of this name that are not predictions, or are predictions of other images.
     """
     notes = {c.case_id: {read_note(path) for path in _expected_files(output, predictor, c.case_id)} for c in own_cases}
     prefix = f"{_MARK} {predictor.digest} "
@@ -59,10 +60,48 @@ def claim_output(
             "or --overwrite"
         )
     todo = [case for case in own_cases if overwrite or notes[case.case_id] != {make_note(predictor, case)}]
+    if not replace:
+        _check_replaced(output, todo)
     _write_record(output / results.PREDICT_FILE, predictor, all_cases)
     for case in todo:
         remove_prediction(output, case.case_id)
     return todo
+
+
+def _check_replaced(output: Path, todo: Sequence[Case]) -> None:
+    """Raise UserError if cases would replace files that are no predictions, or predictions of other images."""
+    record = output / results.PREDICT_FILE
+    known = read_json(record) if record.is_file() else {}
+    recorded = dict(known.get("images", {})) if isinstance(known, dict) else {}
+    problems = []
+    for case in todo:
+        path = output / f"{case.case_id}.nii.gz"
+        if not path.exists() or not path.stat().st_size:
+            continue
+        images = [source_to_json(source) for source in case.images]
+        if not read_note(path).startswith(_MARK):
+            problems.append(f"{path} exists, and is no prediction of xdim_jax; move it to another folder")
+        elif recorded.get(case.case_id, images) != images and not _same_paths(recorded[case.case_id], images):
+            problems.append(
+                f"{path} is the prediction of {_shown(recorded[case.case_id])}, and {_shown(images)} would replace it; "
+                "give another --output, or delete the prediction"
+            )
+    if problems:
+        raise join_problems(problems, "predictions would be lost")
+
+
+def _same_paths(recorded: Sequence[Any], images: Sequence[Any]) -> bool:
+    """Return whether two lists of images name the same files; a folder stands for its DICOM files."""
+
+    def files(values: Sequence[Any]) -> list[Path]:
+        return sorted(path.resolve() for value in values for path in files_of(source_from_json(value)))
+
+    return files(recorded) == files(images)
+
+
+def _shown(images: Sequence[Any]) -> str:
+    """Return the path of the first image; of a series, its folder."""
+    return str(Path(images[0][0]).parent if isinstance(images[0], list) else images[0])
 
 
 def make_note(predictor: Predictor, case: Case) -> str:
@@ -107,6 +146,6 @@ def _write_record(path: Path, predictor: Predictor, cases: Sequence[Case]) -> No
         "settings": dataclasses.asdict(predictor.settings),
         "environment": environment.describe(),
         "made_by": made_by | {c.case_id: predictor.sources for c in cases},
-        "images": images | {c.case_id: [str(source_path(s).absolute()) for s in c.images] for c in cases},
+        "images": images | {c.case_id: [source_to_json(s) for s in c.images] for c in cases},
     }
     write_json(path, record)

@@ -1,50 +1,63 @@
-"""The cases of an input path: image files, folders of DICOM slices, and folders of cases."""
+"""The cases of an input path: image files, DICOM series, and folders of cases."""
 
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, shorten
-from xdim_jax.base.problem import ERROR
+from xdim_jax.base.problem import ERROR, errors
 from xdim_jax.data.case import Case, Dataset, case_from_files, scan_cases
-from xdim_jax.data.images.dicom import files_in_order
 from xdim_jax.data.images.image import strip_suffix
+from xdim_jax.data.images.names import files_below, is_companion
+from xdim_jax.data.images.series import UNKNOWN_FORMAT, Series, find_series
+
+_NAMED_FILES = 20  # number of files that are named in a message
 
 
 def find_cases(
-    dataset: Dataset, paths: Sequence[Path], *, modality: str = ""
+    dataset: Dataset, paths: Sequence[Path], *, modality: str = "", series: Sequence[str] = ()
 ) -> tuple[list[Case], dict[str, list[str]]]:
-    """Find the cases in the given paths.
+    """Find the cases in the given paths, and log which files are left out.
 
     Args:
         dataset: Data set that the network was trained on.
         paths: The files of one case, one per channel. Or one path: an image, a folder in the data set's layout, one of
-            its case folders, a folder of DICOM slices, or (for one channel) a folder of any images.
-        modality: CT or MR. Needed if the data set has both and the path does not determine which one.
+            its case folders, or (for one channel) a folder of any images and DICOM series, also in folders below it.
+        modality: CT or MR. Needed if the data set has both and neither path nor DICOM tags determine which one.
+        series: Names, numbers, descriptions or UIDs of the DICOM series to use; all series if empty.
 
     Returns:
         The usable cases, and for the other cases: case id -> reasons why it cannot be used.
 
     Raises:
-        UserError: A path does not exist, or two images of a folder have the same case id.
+        UserError: A path does not exist, two images have the same case id, or a series does not exist.
     """
+    if absent := [str(path) for path in paths if not path.exists()]:
+        raise UserError(
+            f"{shorten(absent)}: no such file or folder; expected an image, a DICOM series, or a folder of cases"
+        )
+    files = [path for path in paths if path.is_file()]
+    if len(files) == len(paths) and all(strip_suffix(path.name) is not None for path in files):
+        if series:
+            raise UserError(f"--series is for DICOM, but {files[0]} is an image of another format")
+        return [case_from_files(files, dataset, modality)], {}
+    if len(files) == len(paths):
+        folder = files[0].parent
+    elif len(paths) == 1:
+        folder = paths[0]
+        if not series and (len(dataset.channels) > 1 or dataset.scan(folder, False).cases):
+            return _cases_in_layout(dataset, folder)
+        files = list(files_below(folder))
+    else:
+        raise UserError(f"{len(paths)} paths given; expected one folder, or the files of one case")
+    return _find_images(dataset, folder, files, modality, series)
+
+
+def _cases_in_layout(dataset: Dataset, folder: Path) -> tuple[list[Case], dict[str, list[str]]]:
+    """Return the cases of a folder in the layout of the data set, and the problems of the others."""
     problems: dict[str, list[str]] = {}
-    if len(paths) > 1 or paths[0].is_file():
-        return [case_from_files(paths, dataset, modality)], {}
-    folder = paths[0]
-    if not folder.exists():
-        raise UserError(f"{folder}: no such file or folder; expected an image, a folder of DICOM slices, or of cases")
-    if slices := files_in_order(folder, ".dcm"):
-        return [case_from_files([slices], dataset, modality)], {}
-    if folder.is_dir() and len(dataset.channels) == 1 and (images := _images_in(dataset, folder)):
-        found = [case_from_files([path], dataset, modality) for path in images]
-        names = [case.case_id for case in found]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise UserError(
-                f"{folder}: several images would be written to {shorten([f'{n}.nii.gz' for n in twice])}; put them "
-                "into different folders, and predict each folder with another --output"
-            )
-        return found, {}
     scan = scan_cases(dataset, folder, need_labels=False)
     for problem in scan.problems:
         if problem.severity == ERROR and problem.kind != "patient_in_two_folds":
@@ -54,7 +67,76 @@ def find_cases(
     return [case for case in scan.cases if case.case_id not in problems], problems
 
 
-def _images_in(dataset: Dataset, folder: Path) -> list[Path]:
-    """Return the image files of a folder; an empty list if the folder has the data set's layout."""
-    images = sorted(p for p in folder.iterdir() if p.is_file() and strip_suffix(p.name) and not p.name.startswith("."))
-    return images if images and not dataset.scan(folder, False).cases else []
+def _find_images(
+    dataset: Dataset, folder: Path, files: Sequence[Path], modality: str, selected: Sequence[str]
+) -> tuple[list[Case], dict[str, list[str]]]:
+    """Return a case for each image and each DICOM series among the files, and the problems of the other series."""
+    images = [] if selected else [path for path in files if strip_suffix(path.name) is not None]
+    found, left_out = find_series(folder, files)
+    if not images and not found:
+        if len(dataset.channels) > 1 or set(left_out.values()) <= {UNKNOWN_FORMAT}:
+            return _cases_in_layout(dataset, folder)  # raises an error that shows the layout
+        raise UserError(f"{folder} contains no image: {_reasons(left_out, folder)}")
+    if len(dataset.channels) > 1:
+        raise UserError(
+            f"{folder} contains DICOM series, but the network has {len(dataset.channels)} channels "
+            f"({', '.join(dataset.channels)}): convert the series to NIfTI, and give one file per channel"
+        )
+    found = _select(found, selected, folder)
+    if left_out:
+        log.warn(f"{len(left_out)} files are not used: {_reasons(left_out, folder)}")
+    unread = [p for p in files if strip_suffix(p.name) is None and not is_companion(p) and p not in left_out]
+    used = {path for s in found for path in s.files}
+    if unread := [p for p in unread if p not in used] if not selected else []:
+        log.warn(f"{len(unread)} files are not read: {_names(unread, folder)}")
+    cases = [_image_case(dataset, path, folder, modality) for path in images]
+    problems: dict[str, list[str]] = {}
+    for s in found:
+        log.say(f"series     {s}")
+        if fatal := errors(s.problems):
+            problems[s.name] = [str(p) for p in fatal]
+        else:
+            for problem in s.problems:
+                log.warn(str(problem))
+            known = s.modality if s.modality in ("CT", "MR") else ""
+            case = case_from_files([s.files], dataset, modality or known)
+            cases.append(dataclasses.replace(case, case_id=s.name, patient=s.name))
+    counts = Counter(case.case_id for case in cases)
+    if twice := [case for case in cases if counts[case.case_id] > 1]:
+        shown = shorten([str(case.files[0]) for case in twice])
+        raise UserError(
+            f"{shown} would all be written to {twice[0].case_id}.nii.gz; rename one of them, or predict each with "
+            "another --output"
+        )
+    return cases, problems
+
+
+def _image_case(dataset: Dataset, path: Path, folder: Path, modality: str) -> Case:
+    """Return the case of an image. Its id is the path below the folder, with ``_`` between folders and name."""
+    case = case_from_files([path], dataset, modality)
+    name = "_".join([*path.parent.relative_to(folder).parts, case.case_id])
+    return dataclasses.replace(case, case_id=name, patient=name)
+
+
+def _select(found: Sequence[Series], selected: Sequence[str], folder: Path) -> list[Series]:
+    """Return the selected series, or all. Raises UserError if there is no such series."""
+    known = "; ".join(map(str, found)) or "none"
+    if absent := [text for text in selected if not any(s.matches(text) for s in found)]:
+        raise UserError(f"--series={','.join(absent)}: there is no such series in {folder}; known: {known}")
+    chosen = [s for s in found if not selected or any(s.matches(text) for text in selected)]
+    if len(chosen) < len(found):
+        others = ", ".join(s.name for s in found if s not in chosen)
+        log.say(f"left out   series {others}, which --series does not name")
+    return chosen
+
+
+def _reasons(left_out: dict[Path, str], folder: Path) -> str:
+    """Return the files that are left out, grouped by their reasons."""
+    reasons: dict[str, list[Path]] = {}
+    for path, reason in left_out.items():
+        reasons.setdefault(reason, []).append(path)
+    return "; ".join(f"{_names(paths, folder)} {reason}" for reason, paths in reasons.items())
+
+
+def _names(paths: Sequence[Path], folder: Path) -> str:
+    return shorten([path.relative_to(folder) if path.is_relative_to(folder) else path for path in paths], _NAMED_FILES)

@@ -30,6 +30,7 @@ def predict_paths(
     output: Path,
     *,
     modality: str = "",
+    series: Sequence[str] = (),
     shard: tuple[int, int] = (0, 1),
     overwrite: bool = False,
 ) -> list[str]:
@@ -40,6 +41,7 @@ def predict_paths(
         paths: A folder of cases, or the files of one case, see `xdim_jax.inference.inputs.find_cases`.
         output: Folder for the predictions.
         modality: CT or MR. Needed if the networks were trained on both and the paths do not determine which one.
+        series: Names, numbers, descriptions or UIDs of the DICOM series to predict; all series if empty.
         shard: ``(i, n)``: predict every n-th case, starting with case i.
         overwrite: True to predict all cases again.
 
@@ -49,7 +51,7 @@ def predict_paths(
     Raises:
         UserError: There is no case, or the output folder contains predictions of other networks or settings.
     """
-    cases, problems = predictor.find_cases(paths, modality=modality)
+    cases, problems = predictor.find_cases(paths, modality=modality, series=series)
     for source in predictor.sources:
         log.say(f"weights    {source}")
     log.say(f"devices    {environment.devices()}")

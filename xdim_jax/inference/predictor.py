@@ -149,9 +149,11 @@ class Predictor:
         ]
         return "; ".join(parts)
 
-    def find_cases(self, paths: Paths, modality: str = "") -> tuple[list[Case], dict[str, list[str]]]:
+    def find_cases(
+        self, paths: Paths, modality: str = "", series: Sequence[str] = ()
+    ) -> tuple[list[Case], dict[str, list[str]]]:
         """Find the cases in the given paths, see `xdim_jax.inference.inputs.find_cases`."""
-        return inputs.find_cases(self.dataset, _as_paths(paths), modality=modality)
+        return inputs.find_cases(self.dataset, _as_paths(paths), modality=modality, series=series)
 
     def prepare(self, case: Case, volume: Volume) -> Prepared:
         """Prepare a case in the same way as the training cases."""
@@ -249,7 +251,9 @@ class _Collector(dict[str, np.ndarray]):
 
 
 def _as_paths(paths: Paths) -> list[Path]:
-    """Return one or several paths as a list."""
+    """Return one or several paths as a list. Raises UserError if one of them is empty."""
+    if "" in ([paths] if isinstance(paths, str | Path) else paths):
+        raise UserError("a path is empty; expected a file or a folder")
     return [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json
 from xdim_jax.data.datasets import DATASETS
-from xdim_jax.data.images.image import Source, read_image, source_at
+from xdim_jax.data.images.image import Source, read_image, source_from_json
 from xdim_jax.pages import figures
 from xdim_jax.pages.figures import View
 from xdim_jax.scoring import challenges, results, tables
@@ -277,8 +277,8 @@ def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels
 def _image_sources(job: Job, pred: Path) -> list[Source]:
     """Return the recorded images of the prediction. If none are recorded, return the image of the reference, if any."""
     record = pred / results.PREDICT_FILE
-    paths = read_json(record)["images"].get(job.ref.case_id, []) if record.is_file() else []
-    found = [source_at(Path(path)) for path in paths]
+    recorded = read_json(record)["images"].get(job.ref.case_id, []) if record.is_file() else []
+    found = [source_from_json(value) for value in recorded]
     if not found and job.ref.grid is not None:
         found.append(job.ref.grid)
     return found

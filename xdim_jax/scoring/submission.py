@@ -7,6 +7,7 @@ if a check fails.
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,17 +16,18 @@ from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.data.images import metaimage
 from xdim_jax.data.images.grid import Grid, compare_grids
-from xdim_jax.data.images.image import read_grid, source_at
+from xdim_jax.data.images.image import read_grid, source_from_json, source_path
 from xdim_jax.data.images.nifti import write_volume
 from xdim_jax.scoring import brats, camus, chaos
 from xdim_jax.scoring.results import PREDICT_FILE
 from xdim_jax.scoring.rules import Coding, LabelMap
 
+Images = dict[str, list[Any]]  # case id -> images, from ``predict.json``
 # function that writes the files of one case into a folder, and returns their number
 Writer = Callable[[Path], int]
 
 
-def pack_camus(pred: Path, images: dict[str, list[str]], suffix: str) -> list[Writer]:
+def pack_camus(pred: Path, images: Images, suffix: str) -> list[Writer]:
     """Return writers for CAMUS: one file per view and instant, such as ``patient0001_2CH_ED.mhd`` with its ``.raw``.
 
     Args:
@@ -42,7 +44,7 @@ def pack_camus(pred: Path, images: dict[str, list[str]], suffix: str) -> list[Wr
     return [functools.partial(_write_file, label_map, grid, f".{suffix}", write) for label_map, grid in checked]
 
 
-def pack_brats(pred: Path, images: dict[str, list[str]], convention: str) -> list[Writer]:
+def pack_brats(pred: Path, images: Images, convention: str) -> list[Writer]:
     """Return writers for BraTS: one file ``<case id>.nii.gz`` per case.
 
     Args:
@@ -57,7 +59,7 @@ def pack_brats(pred: Path, images: dict[str, list[str]], convention: str) -> lis
     return [functools.partial(_write_file, label_map, grid, ".nii.gz", write_volume) for label_map, grid in checked]
 
 
-def pack_chaos(pred: Path, images: dict[str, list[str]], tasks: Sequence[str]) -> list[Writer]:
+def pack_chaos(pred: Path, images: Images, tasks: Sequence[str]) -> list[Writer]:
     """Return writers for CHAOS: one PNG file per slice, numbered in the order of the DICOM file names.
 
     Args:
@@ -84,9 +86,7 @@ def pack_chaos(pred: Path, images: dict[str, list[str]], tasks: Sequence[str]) -
     return writers
 
 
-def _keep_test_cases(
-    maps: dict[str, LabelMap], images: dict[str, list[str]], prefix: str
-) -> tuple[dict[str, LabelMap], dict[str, list[str]]]:
+def _keep_test_cases(maps: dict[str, LabelMap], images: Images, prefix: str) -> tuple[dict[str, LabelMap], Images]:
     """Remove training cases, unless all cases are training cases.
 
     Test and training patients have the same numbers; only the prefix of their ids differs.
@@ -102,7 +102,7 @@ def _keep_test_cases(
 
 
 def _check_label_maps(
-    maps: dict[str, LabelMap], images: dict[str, list[str]], coding: Callable[[LabelMap], Coding]
+    maps: dict[str, LabelMap], images: Images, coding: Callable[[LabelMap], Coding]
 ) -> list[tuple[LabelMap, Grid]]:
     """Check that each label map has known values and the grid of its image. Return it with the grid of the image."""
     problems: list[str] = []
@@ -114,8 +114,9 @@ def _check_label_maps(
         try:
             values, grid = label_map.load()
             coding(label_map).masks(values, label_map.path)
-            image_grid = read_grid(source_at(Path(images[case][0])), label_map.axes)
-            problems += map(str, compare_grids(label_map.path, grid, Path(images[case][0]), image_grid))
+            source = source_from_json(images[case][0])
+            image_grid = read_grid(source, label_map.axes)
+            problems += map(str, compare_grids(label_map.path, grid, source_path(source), image_grid))
             checked.append((label_map, image_grid))
         except UserError as error:
             problems.append(str(error))

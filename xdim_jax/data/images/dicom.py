@@ -1,12 +1,13 @@
 """DICOM series and stacks of PNG masks; see docs/challenges.md, section "CHAOS: files".
 
-A series is a list of files in the natural order of their names, which is the order that CHAOS defines. The affine
-follows from the positions of the slices. SliceThickness is not used, because it need not be the distance between
+A series is a list of files in the order of its slices, or one file with several frames. `xdim_jax.data.images.series`
+finds the series below a folder and sorts their files by position; in CHAOS the names of the files define the order. The
+affine follows from the positions of the slices. SliceThickness is not used, because it need not be the distance between
 slices.
 """
 
 import dataclasses
-import re
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,19 @@ import numpy as np
 
 from xdim_jax.base.problem import ERROR, WARNING, DataError, Problem, data_error, errors
 from xdim_jax.data.images.grid import Axes, Grid, make_grid
+from xdim_jax.data.images.names import natural_key
 
 # relative deviations of a slice distance from the median distance
 _UNEVEN = 0.1  # above it, a warning is given
 _GAP = 0.5  # above it, a slice is considered missing
+# ratio of thickness and distance, or its inverse, above which it is reported; reconstructions overlap by up to a half
+_THICK = 1.75
+_TILT = 1.0  # angle in degrees between the normal of the slices and the line through them, above which it is reported
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Geometry from the header of one file.
+    """Geometry of one slice, from the header of its file.
 
     Positions and directions are in mm, in the LPS frame. A value is None if its tag is missing or unusable.
     """
@@ -34,11 +39,14 @@ class Slice:
     orientation: np.ndarray | None  # direction along a row, then down a column
     spacing: tuple[float, float] | None  # between rows, between columns
     echo_time: float | None
+    thickness: float | None = None
+    frame: int = 0  # index of the frame in the file
 
-
-def natural_key(path: Path) -> list[Any]:
-    """Return a sort key that compares numbers in file names by value: img2 before img10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+    @property
+    def height(self) -> float:
+        """Position along the normal of the slice, in mm."""
+        assert self.position is not None and self.orientation is not None
+        return float(self.position @ np.cross(self.orientation[:3], self.orientation[3:]))
 
 
 def files_in_order(folder: Path, *suffixes: str) -> tuple[Path, ...]:
@@ -52,12 +60,17 @@ def files_in_order(folder: Path, *suffixes: str) -> tuple[Path, ...]:
     return tuple(sorted((p for p in found if p.suffix.lower() in suffixes), key=natural_key))
 
 
-def read_header(path: Path) -> Slice:
-    """Read the geometry of a slice, without the pixels. Raises DataError if the file is not DICOM."""
-    return _header(path, _read(path, stop_before_pixels=True))
+def read_headers(path: Path) -> list[Slice]:
+    """Read the geometry of the slices of a file, without the pixels: one, or several that are sorted by position.
+
+    Raises:
+        DataError: The file is not DICOM.
+    """
+    return headers_of(path, read_file(path, stop_before_pixels=True))
 
 
-def _read(path: Path, **options: Any) -> Any:
+def read_file(path: Path, **options: Any) -> Any:
+    """Read a file with ``pydicom.dcmread``. Raises DataError if it is not DICOM."""
     import pydicom  # not needed for the other formats
 
     try:
@@ -66,24 +79,58 @@ def _read(path: Path, **options: Any) -> Any:
         raise unreadable(path, "DICOM", error) from error
 
 
-def _header(path: Path, data: Any) -> Slice:
+def headers_of(path: Path, data: Any) -> list[Slice]:
+    """Return the geometry of the slices of a file that has been read, see `read_headers`."""
+    count = int(data.get("NumberOfFrames") or 1)
+    slices = [_header(path, data, frame) for frame in range(count)]
+    if count > 1 and all(s.position is not None and s.orientation is not None for s in slices):
+        slices.sort(key=lambda s: s.height)
+    return slices
+
+
+def _header(path: Path, data: Any, frame: int) -> Slice:
     def numbers(tag: str, count: int) -> np.ndarray | None:
-        value = data.get(tag)
-        if value is None or isinstance(value, str) or len(value) != count:
+        value = _tag(data, frame, tag)
+        if value is None or isinstance(value, str) or not hasattr(value, "__len__") or len(value) != count:
             return None
         array = np.array([float(v) for v in value])
         return array if np.isfinite(array).all() else None
 
+    def number(tag: str) -> float | None:
+        value = _tag(data, frame, tag)
+        return float(value) if value not in (None, "") else None
+
     spacing = numbers("PixelSpacing", 2)
-    echo = data.get("EchoTime")
     return Slice(
         path,
         (int(data.get("Rows", 0)), int(data.get("Columns", 0))),
         numbers("ImagePositionPatient", 3),
         numbers("ImageOrientationPatient", 6),
         (float(spacing[0]), float(spacing[1])) if spacing is not None else None,
-        float(echo) if echo not in (None, "") else None,
+        number("EchoTime"),
+        number("SliceThickness"),
+        frame,
     )
+
+
+# sequence of the functional groups of a multi-frame image (DICOM PS3.3, C.7.6.16) in which a tag is stored
+_GROUPS = {
+    "PixelSpacing": "PixelMeasuresSequence",
+    "SliceThickness": "PixelMeasuresSequence",
+    "ImagePositionPatient": "PlanePositionSequence",
+    "ImageOrientationPatient": "PlaneOrientationSequence",
+    "RescaleSlope": "PixelValueTransformationSequence",
+    "RescaleIntercept": "PixelValueTransformationSequence",
+}
+
+
+def _tag(data: Any, frame: int, tag: str) -> Any:
+    """Return the value of a tag for a frame: from the frame's own group, the shared group, or the file; or None."""
+    for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
+        sequence = data.get(groups) if tag in _GROUPS else None
+        if sequence and index < len(sequence) and (group := sequence[index].get(_GROUPS[tag])) and tag in group[0]:
+            return group[0].get(tag)
+    return data.get(tag)
 
 
 def series_problems(slices: Sequence[Slice]) -> list[Problem]:
@@ -126,7 +173,7 @@ def series_problems(slices: Sequence[Slice]) -> list[Problem]:
                     suggestion="restore the tag",
                 )
             )
-    return problems or _plane_problems(slices) or _step_problems(slices)
+    return problems or _plane_problems(slices) or _step_problems(slices) or _axis_problems(slices)
 
 
 def _plane_problems(slices: Sequence[Slice]) -> list[Problem]:
@@ -205,6 +252,42 @@ def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
     return problems
 
 
+def _axis_problems(slices: Sequence[Slice]) -> list[Problem]:
+    """Return the problems of a tilt of the slices, and of a thickness that differs from their distance."""
+    if len(slices) < 2:
+        return []
+    first, last = slices[0], slices[-1]
+    assert first.position is not None and last.position is not None and first.orientation is not None
+    line = last.position - first.position
+    pitch = float(np.linalg.norm(line)) / (len(slices) - 1)
+    normal = np.cross(first.orientation[:3], first.orientation[3:])
+    angle = math.degrees(math.acos(min(1.0, abs(float(line @ normal)) / float(np.linalg.norm(line)))))
+    problems = []
+    if angle > _TILT:
+        problems.append(
+            Problem(
+                "gantry_tilt",
+                first.path.parent,
+                found=f"has slices that are tilted by {angle:.1f} degrees against the axis of the series",
+                expected="slices at right angles to the axis",
+                suggestion="resample the series: a network sees sheared anatomy",
+                severity=WARNING,
+            )
+        )
+    if first.thickness and not 1 / _THICK < first.thickness / pitch < _THICK:
+        problems.append(
+            Problem(
+                "spacing",
+                first.path.parent,
+                found=f"has SliceThickness {first.thickness:g} mm, but its slices are {pitch:.4g} mm apart",
+                expected="slices about as thick as their distance",
+                suggestion="nothing, if the slices overlap or have gaps; xdim_jax reads the distance",
+                severity=WARNING,
+            )
+        )
+    return problems
+
+
 def series_grid(slices: Sequence[Slice], axes: Axes) -> Grid:
     """Return the grid of a series in the given order; its file axes are columns, rows, slices.
 
@@ -238,9 +321,10 @@ def load(files: Sequence[Path], axes: Axes) -> tuple[np.ndarray, Grid]:
     headers, planes, problems = [], [], []
     for path in files:
         try:
-            data = _read(path)
-            planes.append(_rescaled(path, data))
-            headers.append(_header(path, data))  # `data` itself is not kept, because it contains the pixels
+            data = read_file(path)
+            slices = headers_of(path, data)
+            planes += _rescaled(path, data, slices)
+            headers += slices  # `data` itself is not kept, because it contains the pixels
         except DataError as error:
             problems += error.problems
     if problems:
@@ -257,25 +341,56 @@ def load(files: Sequence[Path], axes: Axes) -> tuple[np.ndarray, Grid]:
 VOXEL_TYPE = np.dtype(np.int32), 4
 
 
-def _rescaled(path: Path, data: Any) -> np.ndarray:
+def _rescaled(path: Path, data: Any, slices: Sequence[Slice]) -> list[np.ndarray]:
+    """Return the planes of the slices of a file, with slope and intercept applied."""
     try:
         pixels = data.pixel_array
     except Exception as error:  # pydicom and its decoders raise many types for damaged pixels
-        raise unreadable(path, "DICOM", error) from error
-    if pixels.ndim != 2:
+        raise _undecodable(path, data, error) from error
+    frames = pixels if pixels.ndim == 3 and len(slices) > 1 else pixels[None]
+    if frames.ndim != 3 or len(frames) != len(slices):
         raise data_error(
             Problem(
                 "shape",
                 path,
                 found=f"has pixels of shape {pixels.shape}",
-                expected="one grey plane",
+                expected="one grey plane for each frame",
                 suggestion="split it, or save it without colours",
             )
         )
-    slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
-    if slope.is_integer() and intercept.is_integer():
-        return pixels.astype(np.int32) * int(slope) + int(intercept)
-    return pixels.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    planes = []
+    for s in slices:
+        slope, intercept = (
+            float(default if (value := _tag(data, s.frame, tag)) in (None, "") else value)
+            for tag, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))
+        )
+        if slope.is_integer() and intercept.is_integer():
+            planes.append(frames[s.frame].astype(np.int32) * int(slope) + int(intercept))
+        else:
+            planes.append(frames[s.frame].astype(np.float32) * np.float32(slope) + np.float32(intercept))
+    return planes
+
+
+def _undecodable(path: Path, data: Any, error: Exception) -> DataError:
+    """Return the error for pixels that cannot be decoded; it names the compression if no decoder is installed."""
+    from pydicom.pixels.decoders.base import get_decoder
+
+    syntax = getattr(getattr(data, "file_meta", None), "TransferSyntaxUID", None)
+    try:
+        missing = syntax is not None and syntax.is_compressed and not get_decoder(syntax).is_available
+    except (NotImplementedError, ValueError):
+        missing = True
+    if not missing:
+        return unreadable(path, "DICOM", error)
+    return data_error(
+        Problem(
+            "unreadable",
+            path,
+            found=f"is compressed as {getattr(syntax, 'name', syntax)}",
+            expected="a compression with an installed decoder",
+            suggestion="pip install python-gdcm, or export the series uncompressed",
+        )
+    )
 
 
 def load_masks(files: Sequence[Path]) -> np.ndarray:

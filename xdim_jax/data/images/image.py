@@ -9,7 +9,7 @@ import numpy as np
 
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.problem import Problem, data_error
-from xdim_jax.data.images import dicom, metaimage, nifti
+from xdim_jax.data.images import dicom, metaimage, names, nifti
 from xdim_jax.data.images.grid import Axes, Grid
 
 SUFFIXES = (*nifti.SUFFIXES, *metaimage.SUFFIXES)
@@ -19,8 +19,16 @@ Source = Path | tuple[Path, ...]
 
 
 def strip_suffix(name: str) -> str | None:
-    """Return a file name without its image suffix; None if it has no image suffix."""
-    return next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s)), None)
+    """Return a file name, in Unicode normal form C, without its image suffix; None if it has no image suffix."""
+    return names.strip(name, SUFFIXES)
+
+
+def images_in(folder: Path) -> list[tuple[str, Path]]:
+    """Return the image files in a folder with their names without suffix; hidden files are left out."""
+    if not folder.is_dir():
+        return []
+    found = [(strip_suffix(p.name), p) for p in sorted(folder.iterdir()) if not names.is_hidden(p) and p.is_file()]
+    return [(name, path) for name, path in found if name is not None]
 
 
 def source_path(source: Source) -> Path:
@@ -33,14 +41,22 @@ def files_of(source: Source) -> tuple[Path, ...]:
     return (source,) if isinstance(source, Path) else source
 
 
-def source_at(path: Path) -> Source:
-    """Return the image at a path that `source_path` returned: a file, or the series of DICOM slices in a folder."""
-    return dicom.files_in_order(path, ".dcm") if path.is_dir() else path
+def source_to_json(source: Source) -> str | list[str]:
+    """Return the absolute path of a file, or those of the files of a series."""
+    return str(source.absolute()) if isinstance(source, Path) else [str(path.absolute()) for path in source]
+
+
+def source_from_json(value: str | list[str]) -> Source:
+    """Return the image that `source_to_json` has recorded; a folder stands for the DICOM files in it."""
+    if isinstance(value, list):
+        return tuple(map(Path, value))
+    return dicom.files_in_order(path, ".dcm") if (path := Path(value)).is_dir() else path
 
 
 def _reader(path: Path) -> tuple[str, Any]:
     """Return the name of the format of a file, and the module that reads it."""
-    return ("MetaImage or NRRD", metaimage) if path.name.endswith(metaimage.SUFFIXES) else ("NIfTI", nifti)
+    is_metaimage = names.strip(path.name, metaimage.SUFFIXES) is not None
+    return ("MetaImage or NRRD", metaimage) if is_metaimage else ("NIfTI", nifti)
 
 
 @contextlib.contextmanager
@@ -71,7 +87,7 @@ def read_grid(source: Source, axes: Axes = "anatomical") -> Grid:
     """
     with _reading(source):
         if isinstance(source, tuple):
-            return dicom.series_grid([dicom.read_header(path) for path in source], axes)
+            return dicom.series_grid([s for path in source for s in dicom.read_headers(path)], axes)
         _check_exists(source)
         return _reader(source)[1].load_grid(source, axes)
 

@@ -53,7 +53,7 @@ def voxel_type(path: Path) -> tuple[np.dtype, int]:
 
 
 def _open(path: Path) -> Any:
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+    return (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb")
 
 
 def _grid(path: Path, header: Any, axes: Axes) -> Grid:
@@ -180,7 +180,7 @@ def save_image(image: nib.Nifti1Image, path: Path) -> None:
 
     Since Python 3.13 a compressed file that was not closed prints a traceback when it is deleted.
     """
-    if path.suffix != ".gz":
+    if path.suffix.lower() != ".gz":
         nib.save(image, path)
         return
     with open(path, "wb") as file, gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as compressed:

@@ -9,6 +9,7 @@ in 2024.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.problem import WARNING, Problem
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images import nifti
-from xdim_jax.data.images.image import source_path
+from xdim_jax.data.images.image import images_in, source_path
+from xdim_jax.data.images.names import is_hidden, normalised, strip
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import BRATS, BRATS_2024, TISSUES, Regions
 
@@ -145,14 +147,14 @@ def inspect(case: Case, image: np.ndarray) -> list[Problem]:
 
 def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
     """List the cases below ``root``, which may also be the folder of a single case, and the problems of all folders."""
-    below = [p for p in [root, *root.glob("*/"), *root.glob("*/*/")] if not p.name.startswith(".")]
-    below = [p for p in below if "__MACOSX" not in p.parts]
+    below = [p for p in [root, *root.glob("*/"), *root.glob("*/*/")] if not any(map(is_hidden, [p, p.parent]))]
     folders = sorted(p for p in below if _is_case(p))
     cases: dict[str, Case] = {}
     problems: list[Problem] = []
     incomplete: list[Case] = []
     for folder in folders:
-        case, missing = _find_files(folder, convention, need_labels)
+        case, missing, same_name = _find_files(folder, convention, need_labels)
+        problems += same_name
         if case.case_id in cases:
             problems.append(
                 Problem(
@@ -187,37 +189,53 @@ def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
 
 
 def _looks_like_a_broken_case(folder: Path) -> bool:
-    names = [p.name for p in folder.iterdir()]
-    return not names or any(n.endswith(nifti.SUFFIXES) for n in names)
+    return not any(folder.iterdir()) or bool(_niftis(folder))
 
 
 def _is_case(folder: Path) -> bool:
-    return any(
-        p.name.startswith(folder.name) and p.name.endswith(nifti.SUFFIXES) for p in folder.iterdir() if p.is_file()
-    )
+    return any(stem.startswith(normalised(folder.name)) for stem, _ in _niftis(folder))
 
 
-def _find_files(folder: Path, convention: Convention, need_labels: bool) -> tuple[Case, list[str]]:
-    """Return the case with the files that exist, and the parts that are missing."""
+def _niftis(folder: Path) -> list[tuple[str, Path]]:
+    """Return the NIfTI files in a folder with their names without suffix."""
+    return [(name, p) for name, p in images_in(folder) if strip(p.name, nifti.SUFFIXES) is not None]
 
-    def find(part: str) -> Path | None:
-        stem = convention.file_name(folder.name, part)
-        return next((p for s in nifti.SUFFIXES if (p := folder / f"{stem}{s}").is_file()), None)
 
-    images = {part: find(part) for part in convention.modalities}
-    label = find("seg")
+def _find_files(folder: Path, convention: Convention, need_labels: bool) -> tuple[Case, list[str], list[Problem]]:
+    """Return the case with the files that exist, the parts that are missing, and parts found twice."""
+    name = normalised(folder.name)
+    files: dict[str, Path] = {}
+    problems = []
+    for stem, path in _niftis(folder):
+        if stem in files:
+            problems.append(
+                Problem(
+                    "duplicate_case",
+                    path,
+                    found=f"and {files[stem].name} have the same name without suffix",
+                    expected="one file",
+                    suggestion="keep one",
+                    case_id=name,
+                )
+            )
+        files.setdefault(stem, path)
+    images = {part: files.get(convention.file_name(name, part)) for part in convention.modalities}
+    label = files.get(convention.file_name(name, "seg"))
     if label is None:  # BraTS20_Training_355 has a segmentation of another name
-        label = next((p for p in sorted(folder.glob("*_Segm.nii*")) if not p.name.startswith(".")), None)
+        label = next((path for stem, path in files.items() if stem.endswith("_Segm")), None)
     missing = [part for part, path in images.items() if path is None]
     if need_labels and label is None:
         missing.append("seg")
-    patient = folder.name.rsplit("-", 1)[0] if convention.separator == "-" else folder.name  # without the time point
-    existing = {name: p for name, p in zip(MODALITIES, images.values(), strict=True) if p is not None}
-    return Case(folder.name, patient, tuple(existing.values()), tuple(existing), label, convention.labels), missing
+    patient = name.rsplit("-", 1)[0] if convention.separator == "-" else name  # without the time point
+    existing = {key: p for key, p in zip(MODALITIES, images.values(), strict=True) if p is not None}
+    case = Case(name, patient, tuple(existing.values()), tuple(existing), label, convention.labels)
+    return case, missing, problems
 
 
 def _missing_files(folder: Path, convention: Convention, missing: list[str]) -> list[Problem]:
     """Return a problem for each missing file, or a single one if the files are named by another convention."""
+    name = normalised(folder.name)
+    spellings = {_spelling(stem): path for stem, path in _niftis(folder)}
     for other in CONVENTIONS.values():
         if other.separator != convention.separator and not _find_files(folder, other, False)[1]:
             return [
@@ -227,25 +245,34 @@ def _missing_files(folder: Path, convention: Convention, missing: list[str]) -> 
                     found=f"has files named as in {other.name}, but the convention is {convention.name}",
                     expected=convention.layout(),
                     suggestion=f"give --config.data.convention={other.name} (train) or --convention={other.name}",
-                    case_id=folder.name,
+                    case_id=name,
                 )
             ]
-    return [
-        Problem(
-            "missing_label" if part == "seg" else "missing_image",
-            folder,
-            found=f"is missing {convention.file_name(folder.name, part)}.nii.gz",
-            expected=convention.layout(),
-            suggestion="fetch the case again or move it out of the data root",
-            case_id=folder.name,
+    problems = []
+    for part in missing:
+        wanted = convention.file_name(name, part)
+        other = spellings.get(_spelling(wanted))
+        problems.append(
+            Problem(
+                "missing_label" if part == "seg" else "missing_image",
+                folder,
+                found=f"is missing {wanted}.nii.gz" + (f", but has {other.name}" if other else ""),
+                expected=convention.layout(),
+                suggestion=f"rename {other.name}" if other else "fetch the case again or move it out of the data root",
+                case_id=name,
+            )
         )
-        for part in missing
-    ]
+    return problems
+
+
+def _spelling(stem: str) -> str:
+    """Return a name without differences in case, separators and spaces."""
+    return re.sub(r"[-_ .]+", "", stem).lower()
 
 
 def _extra_files(folder: Path, case: Case) -> list[Problem]:
     """Return a problem for each image file that belongs to no modality."""
-    others = [p for p in sorted(folder.iterdir()) if p.name.endswith(nifti.SUFFIXES) and not p.name.startswith(".")]
+    others = [p for stem, p in _niftis(folder) if not stem.endswith("seg")]
     return [
         Problem(
             "extra_file",
@@ -257,7 +284,7 @@ def _extra_files(folder: Path, case: Case) -> list[Problem]:
             severity=WARNING,
         )
         for p in others
-        if p not in case.files and not p.name.endswith(("seg.nii.gz", "seg.nii"))
+        if p not in case.files
     ]
 
 
@@ -276,18 +303,31 @@ def case_from_files(paths: Sequence[Path], convention: Convention) -> Case:
         raise UserError(f"{len(paths)} files given; expected one per modality, in the order {order}")
     if absent := [str(p) for p in paths if not p.is_file()]:
         raise UserError(f"{', '.join(absent)}: no such file; expected one per modality, in the order {order}")
-    stems = []
-    for path, wanted in zip(paths, convention.modalities, strict=True):
-        stem = path.name
-        for suffix in nifti.SUFFIXES:
-            stem = stem.removesuffix(suffix)
-        named = [m for m in convention.modalities if stem.endswith(f"{convention.separator}{m}")]
-        if named and wanted not in named:
-            raise UserError(f"{path} is {named[0]} by its name, but {wanted} is expected; the order is {order}")
-        stems.append(stem.removesuffix(f"{convention.separator}{wanted}") if named else "")
-    if len(set(filter(None, stems))) > 1:
-        raise UserError(
-            f"the files belong to different cases: {', '.join(sorted(set(stems)))}; give the files of one case"
-        )
-    name = stems[0] or paths[0].name.split(".")[0]
+    found = [_modality_of(path) for path in paths]
+    for (_, modality), path, wanted in zip(found, paths, MODALITIES, strict=True):
+        if modality not in ("", wanted):
+            raise UserError(
+                f"{path} is {modality} by its name, but {wanted} is expected at this place; the order is {order}"
+            )
+    stems = {stem for stem, modality in found if modality}
+    if len(stems) > 1:
+        raise UserError(f"the files belong to different cases: {', '.join(sorted(stems))}; give the files of one case")
+    name = next(iter(stems), "") or found[0][0]
     return Case(name, name, tuple(paths), MODALITIES, None, convention.labels)
+
+
+# names of the modalities in file names of all conventions, and of other data sets
+_ALIASES = {
+    "flair": ("flair", "t2f", "t2flair"),
+    "t1": ("t1", "t1n", "t1w"),
+    "t1ce": ("t1ce", "t1c", "t1gd", "t1post"),
+    "t2": ("t2", "t2w"),
+}
+
+
+def _modality_of(path: Path) -> tuple[str, str]:
+    """Return the name of the case and the modality in a file name; if it names no modality, the whole name and ""."""
+    stem = strip(path.name, nifti.SUFFIXES) or path.stem
+    case, separator, last = re.fullmatch(r"(.*?)([-_. ]?)([^-_. ]*)", stem).groups()  # pyright: ignore
+    modality = next((m for m, names in _ALIASES.items() if last.lower() in names), "")
+    return (case if modality and separator else stem), modality

@@ -31,7 +31,7 @@ REGIONS = Regions({"LV_endo": (1,), "LV_epi": (1, 2), "LA": (3,)})
 VIEWS, INSTANTS, QUALITIES = ("2CH", "4CH"), ("ED", "ES"), ("Good", "Medium", "Poor")
 ALL_INSTANTS = (*INSTANTS, "half_sequence")
 LAYOUT = "<root>/database_nifti/patient0001/patient0001_{2CH,4CH}_{ED,ES}[_gt].nii.gz, or .mhd below training/"
-_FILE = re.compile(r"(patient\d+)_(\dCH)_(ED|ES|half_sequence|sequence)(_gt)?\.(nii\.gz|nii|mhd|mha)")
+_FILE = re.compile(r"(patient\d+)_(\dCH)_(ED|ES|half_sequence|sequence)(_gt)?\.(?i:nii\.gz|nii|mhd|mha)")
 
 _Parts = dict[tuple[str, str], dict[str, Path]]  # (view, instant) -> files of "image" and "gt"
 
@@ -159,7 +159,8 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
             )
         )
     splits, found = _splits(root, {f"{g}_{p}" if g else p for g, p in patients})
-    return Scan(cases, problems + found, splits)
+    known = {path for _, parts in patients.values() for files in parts.values() for path in files.values()}
+    return Scan(cases, problems + found, splits, known=frozenset(known))
 
 
 def _find_files(root: Path) -> tuple[dict[tuple[str, str], tuple[Path, _Parts]], list[Problem]]:
@@ -173,7 +174,7 @@ def _find_files(root: Path) -> tuple[dict[tuple[str, str], tuple[Path, _Parts]],
     for path in sorted([*root.glob("*"), *root.glob("*/*"), *root.glob("*/*/*"), *root.glob("*/*/*/*")]):
         if path.name.startswith(".") or "__MACOSX" in path.parts or not (match := _FILE.fullmatch(path.name)):
             continue
-        patient, view, instant, gt, _ = match.groups()
+        patient, view, instant, gt = match.groups()
         group = "testing" if "testing" in path.relative_to(root).parts else ""
         folder, parts = patients.get((group, patient), (path.parent, {}))
         home = path.parent if path.parent.name == patient else folder  # the folder with the patient's cfg files

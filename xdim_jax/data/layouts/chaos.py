@@ -19,8 +19,9 @@ import numpy as np
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.problem import WARNING, DataError, Problem, errors, in_case
 from xdim_jax.data.case import Case, Dataset, Scan
-from xdim_jax.data.images.dicom import files_in_order, read_header
+from xdim_jax.data.images.dicom import files_in_order, read_headers
 from xdim_jax.data.images.image import source_path
+from xdim_jax.data.images.names import files_below
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import Regions
 
@@ -139,7 +140,9 @@ def scan(root: Path, modalities: tuple[str, ...], mr_labels: Labels, phase: str,
                     found, wrong = _series(path, name, patient, modality, labels, phase, need_labels)
                     (incomplete if errors(wrong) else cases).extend(found)
                     problems += wrong
-    return Scan(cases, problems, incomplete=tuple(incomplete))
+    folders = [folder for base in bases for modality in ("CT", "MR") for folder in _numbered(base / modality)]
+    known = {path for folder in [*folders, *tests] for path in files_below(folder) if path.suffix.lower() in _IMAGES}
+    return Scan(cases, problems, incomplete=tuple(incomplete), known=frozenset(known))
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -251,7 +254,7 @@ def _phases(dicom: Path) -> tuple[dict[str, tuple[Path, ...]], list[Problem]]:
     merged = files_in_order(dicom, ".dcm")
     if merged and not any(found.values()):
         try:
-            echoes = {path: read_header(path).echo_time for path in merged}
+            echoes = {path: read_headers(path)[0].echo_time for path in merged}
         except DataError as error:
             return {}, error.problems
         times = sorted({t for t in echoes.values() if t is not None})

@@ -24,7 +24,8 @@ from typing import Any
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.problem import WARNING, Problem, data_error, errors
 from xdim_jax.data.case import Case, Dataset, Scan
-from xdim_jax.data.images.image import SUFFIXES, strip_suffix
+from xdim_jax.data.images.image import SUFFIXES, images_in, strip_suffix
+from xdim_jax.data.images.names import normalised
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import Regions
 
@@ -184,7 +185,7 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
 
 def _case_name(entry: Any) -> str:
     image = entry["image"] if isinstance(entry, dict) else entry
-    return strip_suffix(Path(str(image)).name) or str(image)
+    return strip_suffix(Path(str(image)).name) or normalised(str(image))
 
 
 def _scan(root: Path, description: Description, need_labels: bool, one_file_per_channel: bool) -> Scan:
@@ -194,7 +195,8 @@ def _scan(root: Path, description: Description, need_labels: bool, one_file_per_
     cases: dict[str, Case] = {}
     problems: list[Problem] = []
     for folder in [f for f in folders if f.is_dir()]:
-        labels = dict(_images(folder.parent / "labelsTr")) if folder.name == "imagesTr" else {}
+        labels, duplicates = _labels(folder.parent / "labelsTr") if folder.name == "imagesTr" else ({}, [])
+        problems += duplicates
         groups, duplicates = _group(folder, one_file_per_channel)
         problems += duplicates
         for name, files in groups.items():
@@ -241,7 +243,8 @@ def _scan(root: Path, description: Description, need_labels: bool, one_file_per_
     named = cases.keys() | {p.case_id for p in errors(problems)}
     problems += _list_problems(root, description, named, need_labels, only_images=folders[0] == root)
     splits, wrong = _splits(root, named)
-    return Scan(list(cases.values()), problems + wrong, splits)
+    others = {path for folder in root.glob("*/") for _, path in images_in(folder)}  # imagesTs, labelsTs, ...
+    return Scan(list(cases.values()), problems + wrong, splits, known=frozenset(others))
 
 
 def _list_problems(
@@ -273,34 +276,40 @@ def _list_problems(
     return []
 
 
-def _images(folder: Path) -> list[tuple[str, Path]]:
-    """Return the image files of a folder with their names without suffix."""
-    if not folder.is_dir():
-        return []
-    found = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
-    return [(name, p) for p in found if (name := strip_suffix(p.name)) is not None]
+def _labels(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
+    """Return case -> label map, and a problem for each further label map of the same case."""
+    labels: dict[str, Path] = {}
+    problems = []
+    for name, path in images_in(folder):
+        if name in labels:
+            problems.append(_same_name(path, labels[name], case=name))
+        labels.setdefault(name, path)
+    return labels, problems
+
+
+def _same_name(path: Path, other: Path, case: str) -> Problem:
+    """Return the problem of two files that differ only in their suffix or in the form of their names."""
+    return Problem(
+        "duplicate_case",
+        path,
+        found=f"and {other.name} have the same name without suffix",
+        expected="one file",
+        suggestion="keep one",
+        case_id=case,
+    )
 
 
 def _group(folder: Path, one_file_per_channel: bool) -> tuple[dict[str, dict[str, Path]], list[Problem]]:
     """Return case -> channel number -> file, and a problem for each further file of the same case and channel."""
     groups: dict[str, dict[str, Path]] = {}
     problems = []
-    for name, path in _images(folder):
+    for name, path in images_in(folder):
         case, _, number = name.rpartition("_")
         if not (one_file_per_channel and len(number) == _CHANNEL_DIGITS and number.isdigit() and case):
             case, number = name, "" if one_file_per_channel else "0"
         files = groups.setdefault(case, {})
         if number in files:
-            problems.append(
-                Problem(
-                    "duplicate_case",
-                    path,
-                    found=f"and {files[number].name} are both {name}",
-                    expected="one file",
-                    suggestion="keep one",
-                    case_id=case,
-                )
-            )
+            problems.append(_same_name(path, files[number], case=case))
         else:
             files[number] = path
     return groups, problems
@@ -349,7 +358,9 @@ def _splits(root: Path, cases: set[str]) -> tuple[tuple[dict[str, tuple[str, ...
     subsets = {"train": "training", "val": "validation", "test": "testing"}
     try:
         folds = json.loads(path.read_text(encoding="utf-8"))
-        splits = tuple({str(subsets.get(k, k)): tuple(map(str, v)) for k, v in fold.items()} for fold in folds)
+        splits = tuple(
+            {str(subsets.get(k, k)): tuple(normalised(str(n)) for n in v) for k, v in fold.items()} for fold in folds
+        )
     except (ValueError, AttributeError, TypeError) as error:
         return (), [
             Problem(

@@ -1,0 +1,62 @@
+"""File names: suffixes in any case, Unicode normal forms, and files that are known to be no images."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# Files that accompany images. Everything else that is not read is reported.
+_COMPANIONS = (
+    *(".txt", ".md", ".rst", ".pdf", ".html", ".docx", ".log", ".sha256", ".md5", ".py"),
+    *(".json", ".csv", ".tsv", ".xlsx", ".xml", ".yaml", ".yml", ".toml", ".cfg", ".bval", ".bvec"),
+)
+_SYSTEM_FILES = ("thumbs.db", "desktop.ini", "dicomdir", "license", "readme")
+_PIXEL_FILES = (".raw", ".zraw")  # the pixels of a MetaImage header
+
+
+def normalised(name: str) -> str:
+    """Return a file name in Unicode normal form C. macOS returns names in form D, in which accents are separate."""
+    return unicodedata.normalize("NFC", name)
+
+
+def strip(name: str, suffixes: Sequence[str]) -> str | None:
+    """Return a file name, in normal form C, without its suffix; None if it has none of the suffixes.
+
+    Args:
+        name: File name.
+        suffixes: Suffixes in lower case, of which longer ones come first. In the name they can have any case.
+    """
+    lower = name.lower()
+    return next((normalised(name[: -len(s)]) for s in suffixes if lower.endswith(s)), None)
+
+
+def natural_key(path: Path) -> list[Any]:
+    """Return a sort key that compares numbers in file names by value: img2 before img10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def is_hidden(path: Path) -> bool:
+    """Return whether a file or folder is hidden, or belongs to an archive of macOS."""
+    return path.name.startswith(".") or path.name == "__MACOSX"
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """Yield all files below a folder, sorted by folder and name, without those that are hidden."""
+    visited = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in visited:  # a symbolic link to a folder above
+            folders[:] = []
+            continue
+        visited.add(real)
+        folders[:] = sorted(f for f in folders if not is_hidden(Path(f)))
+        yield from (path for name in sorted(names) if not is_hidden(path := Path(folder, name)))
+
+
+def is_companion(path: Path) -> bool:
+    """Return whether a file is known to accompany images: text, tables, files of the operating system."""
+    name = path.name.lower()
+    if path.suffix.lower() in _PIXEL_FILES:
+        return any(path.with_suffix(s).exists() for s in (".mhd", ".MHD"))
+    return name in _SYSTEM_FILES or path.suffix.lower() in _COMPANIONS

@@ -1,0 +1,235 @@
+"""DICOM series below a folder, as an archive (PACS) exports them.
+
+File names have no meaning: they can have any suffix or none. Files are grouped by SeriesInstanceUID and sorted by
+ImagePositionPatient along the normal of the slices. Localizers, single slices and files without an image are left out.
+"""
+
+import dataclasses
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xdim_jax.base.problem import DataError, Problem
+from xdim_jax.data.images import dicom
+from xdim_jax.data.images.dicom import Slice
+from xdim_jax.data.images.names import is_companion, natural_key, strip
+
+_OTHER_FORMATS = (".nii.gz", ".nii", ".mhd", ".mha", ".nrrd", ".png", ".jpg", ".jpeg", ".zip", ".gz", ".tar", ".raw")
+_TAGS = (
+    *("PatientID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality", "ImageType", "NumberOfFrames"),
+    *("Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"),
+    *(
+        "EchoTime",
+        "AcquisitionNumber",
+        "TemporalPositionIdentifier",
+        "DiffusionBValue",
+        "SharedFunctionalGroupsSequence",
+    ),
+    *("PerFrameFunctionalGroupsSequence", "SOPClassUID"),
+)
+UNKNOWN_FORMAT = "is no image in a known format"  # a reason for which `find_series` leaves out a file
+# tags by which the volumes of a series can differ that has several slices at each position
+_VOLUME_TAGS = ("EchoTime", "TemporalPositionIdentifier", "DiffusionBValue", "AcquisitionNumber")
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """A DICOM series, or one of its volumes.
+
+    Attributes:
+        name: PatientID and SeriesNumber, as in ``P01_3``; if the headers lack them, the names of the last two folders.
+        files: The files, sorted by position.
+        uid: SeriesInstanceUID.
+        number: SeriesNumber.
+        description: SeriesDescription.
+        modality: Modality, e.g. CT or MR.
+        problems: Problems of the headers, see `xdim_jax.data.images.dicom.series_problems`.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    uid: str
+    number: str
+    description: str
+    modality: str
+    problems: tuple[Problem, ...] = ()
+
+    def __str__(self) -> str:
+        described = f" ({self.description})" if self.description else ""
+        return f"{self.name}{described}, {self.modality or 'unknown modality'}, {len(self.files)} files"
+
+    def matches(self, selector: str) -> bool:
+        """Return whether a text is the name, UID, number or, in any case, the description of the series."""
+        return selector in (self.name, self.uid, self.number) or selector.lower() == self.description.lower()
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    path: Path
+    tags: Mapping[str, str]
+    slices: tuple[Slice, ...]
+
+
+def find_series(folder: Path, files: Iterable[Path]) -> tuple[list[Series], dict[Path, str]]:
+    """Find the DICOM series in some files.
+
+    Args:
+        folder: Folder that contains the files.
+        files: The files.
+
+    Returns:
+        The series, sorted by name; and the files that belong to none of them, with the reason. Files that are known to
+        accompany images, and files of other image formats, are not listed.
+    """
+    groups: dict[Hashable, list[_File]] = defaultdict(list)
+    left_out: dict[Path, str] = {}
+    for path in files:
+        if is_companion(path) or strip(path.name, _OTHER_FORMATS) is not None:
+            continue
+        try:
+            file = _read(path)
+        except DataError:
+            damaged = path.suffix.lower() == ".dcm" or _has_mark(path)
+            left_out[path] = "cannot be read as DICOM" if damaged else UNKNOWN_FORMAT
+            continue
+        if not file.slices[0].size[0]:
+            left_out[path] = f"has no image ({file.tags['Modality'] or 'unknown modality'})"
+        elif "LOCALIZER" in file.tags["ImageType"].upper():
+            left_out[path] = "is a localizer"
+        elif len(file.slices) > 1:
+            groups[path].append(file)
+        else:
+            groups[file.tags["SeriesInstanceUID"] or path.parent].append(file)
+    found: list[Series] = []
+    for group in groups.values():
+        series, dropped = _split(sorted(group, key=lambda f: natural_key(f.path)))
+        found += series
+        left_out |= dropped
+    return sorted(_with_unique_names(found, folder), key=lambda s: s.name), left_out
+
+
+def _read(path: Path) -> _File:
+    data = dicom.read_file(path, stop_before_pixels=True, specific_tags=list(_TAGS))
+    tags = {name: _text(data.get(name)) for name in _TAGS}
+    return _File(path, tags, tuple(dicom.headers_of(path, data)))
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _has_mark(path: Path) -> bool:
+    """Return whether a file has the mark of a DICOM file after its preamble."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _split(files: Sequence[_File]) -> tuple[list[Series], dict[Path, str]]:
+    """Divide the files of a series into volumes: stacks of parallel slices of one size, with one slice at a position.
+
+    Returns:
+        The volumes; and files of stacks with a single slice beside a larger one (scouts), with the reason.
+    """
+    if len(files[0].slices) > 1:
+        return [_make_series(files, "")], {}
+    stacks: dict[Hashable, list[_File]] = defaultdict(list)
+    for file in files:
+        stacks[_plane(file.slices[0])].append(file)
+    largest = max(map(len, stacks.values()))
+    dropped = {
+        stack[0].path: "is a single slice of another orientation or size than its series"
+        for stack in stacks.values()
+        if len(stack) == 1 and largest > 1
+    }
+    kept = [stack for stack in stacks.values() if stack[0].path not in dropped]
+    volumes = [volume for stack in kept for volume in _volumes(stack)]
+    return [_make_series(v, str(i) if len(volumes) > 1 else "") for i, v in enumerate(volumes, 1)], dropped
+
+
+def _plane(s: Slice) -> Hashable:
+    """Return size, orientation and pixel size of a slice, rounded."""
+    orientation = None if s.orientation is None else tuple((s.orientation + 0.0).round(2).tolist())
+    return s.size, orientation, None if s.spacing is None else tuple(round(v, 3) for v in s.spacing)
+
+
+def _volumes(stack: list[_File]) -> list[list[_File]]:
+    """Divide a stack with equally many slices at all positions by the first tag that separates them."""
+    if any(f.slices[0].position is None or f.slices[0].orientation is None for f in stack):
+        return [stack]  # the missing tags are reported when the series is read
+    stack = sorted(stack, key=lambda f: f.slices[0].height)
+    positions = Counter(round(f.slices[0].height, 2) for f in stack)
+    if set(positions.values()) == {1} or len(set(positions.values())) > 1 or len(positions) == 1:
+        return [stack]  # if only some positions have several slices, these are duplicates, which is a problem
+    for tag in _VOLUME_TAGS:
+        parts: dict[str, list[_File]] = defaultdict(list)
+        for file in stack:
+            parts[file.tags[tag]].append(file)
+        if len(parts) == len(stack) // len(positions) and len({len(part) for part in parts.values()}) == 1:
+            return [parts[key] for key in sorted(parts, key=_number_key)]
+    return [stack]
+
+
+def _number_key(text: str) -> tuple[float, str]:
+    try:
+        return float(text), text
+    except ValueError:
+        return float("inf"), text
+
+
+def _make_series(files: Sequence[_File], part: str) -> Series:
+    """Return a series; ``part`` is the number of the volume, if the series has several."""
+    tags, path = files[0].tags, files[0].path.absolute()
+    name = f"{tags['PatientID']}_{tags['SeriesNumber']}" if tags["PatientID"] and tags["SeriesNumber"] else ""
+    name = name or f"{path.parent.parent.name}_{path.parent.name}"
+    slices = [s for f in files for s in f.slices]
+    return Series(
+        _safe(f"{name}_{part}" if part else name),
+        tuple(f.path for f in files),
+        tags["SeriesInstanceUID"],
+        tags["SeriesNumber"],
+        tags["SeriesDescription"],
+        tags["Modality"],
+        tuple(_mixed(slices) or dicom.series_problems(slices)),
+    )
+
+
+def _mixed(slices: Sequence[Slice]) -> list[Problem]:
+    """Return a problem if every position has several slices."""
+    if any(s.position is None or s.orientation is None for s in slices):
+        return []
+    counts = set(Counter(round(s.height, 2) for s in slices).values())
+    if len(counts) > 1 or counts == {1} or len(slices) == counts.copy().pop():
+        return []
+    return [
+        Problem(
+            "duplicate_slice",
+            slices[0].path.parent,
+            found=f"has {counts.pop()} slices at each position, and no known tag distinguishes them",
+            expected="one volume per series",
+            suggestion="export each volume as a series of its own",
+        )
+    ]
+
+
+def _safe(name: str) -> str:
+    """Return a name that can be a file name: other characters than letters, digits, dots and signs become ``-``."""
+    return re.sub(r"[^\w.+-]+", "-", name).strip(".") or "series"
+
+
+def _with_unique_names(series: Sequence[Series], folder: Path) -> list[Series]:
+    """Extend names that several series have, by the folder of the files below ``folder``, or else by a number."""
+
+    def extend(series: Sequence[Series], suffix: Callable[[int, Series], str]) -> list[Series]:
+        counts = Counter(s.name for s in series)
+        return [
+            dataclasses.replace(s, name=_safe(f"{s.name}_{suffix(i, s)}")) if counts[s.name] > 1 else s
+            for i, s in enumerate(series, 1)
+        ]
+
+    series = extend(series, lambda i, s: "_".join(s.files[0].parent.relative_to(folder).parts))
+    return extend(series, lambda i, s: str(i))
