@@ -1,0 +1,499 @@
+"""Files as hospitals have them: names, DICOM exports of an archive, and several patients in one output folder."""
+
+import itertools
+import shutil
+import unicodedata
+
+import gdcm
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+from pydicom.uid import MPEG2MPML, UID, EnhancedMRImageStorage, generate_uid
+
+from tests.dicom_files import save_dicom
+from tests.test_predictor import make_workdir
+from tests.test_verify import write_decathlon, write_nnunet
+from xdim_jax import predict
+from xdim_jax.base.errors import UserError
+from xdim_jax.data import phantom
+from xdim_jax.data.case import read_case, scan_cases
+from xdim_jax.data.datasets import get_dataset
+from xdim_jax.data.images.image import read_image
+from xdim_jax.data.images.names import files_below
+from xdim_jax.data.images.series import find_series
+from xdim_jax.data.layouts import brats
+from xdim_jax.data.verify import verify
+from xdim_jax.inference import inputs
+
+# -- names --------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "nnunet": (write_nnunet, {}),
+    "decathlon": (write_decathlon, {}),
+    "brats": (
+        lambda root: phantom.write_brats(root, cases=3, shape=(32, 32, 32)),
+        {"convention": "brats2021"},
+    ),
+    "camus": (lambda root: phantom.write_camus(root, cases=2, shape=(96, 64)), {}),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request, tmp_path):
+    """A data set, its folder, and the number of its cases."""
+    write, options = LAYOUTS[request.param]
+    write(tmp_path / "data")
+    data = get_dataset({"dataset": request.param, "root": str(tmp_path / "data"), **options})
+    return data, tmp_path / "data", len(scan_cases(data, tmp_path / "data", need_labels=True).cases)
+
+
+def images_of(root):
+    return [p for p in files_below(root) if p.name.endswith((".nii.gz", ".nii"))]
+
+
+def rename_all(root, change):
+    for path in images_of(root):
+        path.rename(path.with_name(change(path.name)))
+
+
+def upper_suffix(name):
+    stem, _, _ = name.partition(".nii")
+    return stem + name[len(stem) :].upper()
+
+
+def test_suffixes_in_capitals_are_read(layout):
+    data, root, count = layout
+    rename_all(root, upper_suffix)
+    findings = verify(data, root)
+    assert findings.cases == count and findings.problems == []
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("name", ["nnunet", "decathlon"])
+def test_names_in_any_normal_form_are_one_name(name, form, tmp_path):
+    """Images in one form and lists, labels and splits in the other, as after a copy through macOS."""
+    write, options = LAYOUTS[name]
+    write(tmp_path)
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    for path in images_of(tmp_path):
+        of = form if path.parent.name.startswith("images") else other
+        path.rename(path.with_name(unicodedata.normalize(of, path.name.replace("organ", "orgäne"))))
+    for path in tmp_path.glob("*.json"):
+        path.write_text(unicodedata.normalize(other, path.read_text().replace("organ_", "orgäne_")), "utf-8")
+    data = get_dataset({"dataset": name, "root": str(tmp_path), **options})
+    findings = verify(data, tmp_path)
+    assert findings.cases == 4 and findings.problems == []
+
+
+@pytest.mark.parametrize(
+    "name", [".x.nii.gz", "._x.nii.gz", ".DS_Store", "Thumbs.db", "notes.txt", "__MACOSX/x.nii.gz", "list.xlsx"]
+)
+def test_files_that_are_known_to_be_no_data_are_not_mentioned(name, layout):
+    data, root, count = layout
+    for folder in {p.parent for p in images_of(root)} | {root}:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    findings = verify(data, root)
+    assert findings.cases == count and findings.problems == []
+
+
+@pytest.mark.parametrize("name", ["x.nii.gz.part", "x.nii.gz.crdownload", "x.img", "x.zip", "IM0001", "x.nii~"])
+def test_files_that_are_not_read_are_named(name, layout):
+    """Beside the images, and in a folder of their own."""
+    data, root, count = layout
+    for folder in (images_of(root)[0].parent, root / "more"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+        findings = verify(data, root)
+        assert findings.cases == count
+        (problem,) = findings.problems
+        assert problem.severity == "warning" and problem.path == folder and name in problem.found
+        (folder / name).unlink()
+    (root / "more").rmdir()
+
+
+def test_an_image_in_two_formats_is_an_error(layout):
+    """``x.nii`` beside ``x.nii.gz``: nobody knows which one is meant."""
+    data, root, _ = layout
+    for path in images_of(root)[:3]:
+        twin = path.with_name(path.name.partition(".nii")[0] + (".nii" if path.name.endswith(".gz") else ".nii.gz"))
+        twin.write_bytes(path.read_bytes())
+        problems = [p for p in scan_cases(data, root, need_labels=True).problems if p.severity == "error"]
+        assert problems and {p.kind for p in problems} == {"duplicate_case"}
+        assert all(path.name in str(p) and twin.name in str(p) for p in problems)
+        twin.unlink()
+
+
+def test_another_spelling_of_a_brats_file_is_said(tmp_path):
+    phantom.write_brats(tmp_path, cases=2, shape=(32, 32, 32))
+    data = get_dataset({"dataset": "brats", "root": str(tmp_path), "convention": "brats2021"})
+    folder = sorted(tmp_path.glob("BraTS*"))[0]
+    for part, other in (("t2", "T2"), ("t1ce", "T1CE"), ("flair", "Flair"), ("seg", "SEG")):
+        right = folder / f"{folder.name}_{part}.nii.gz"
+        wrong = right.with_name(f"{folder.name}_{other}.nii.gz")
+        right.rename(wrong)
+        problems = [p for p in scan_cases(data, tmp_path, need_labels=True).problems if p.severity == "error"]
+        assert len(problems) == 1 and wrong.name in problems[0].found and wrong.name in problems[0].suggestion
+        wrong.rename(right)
+
+
+NAMES = {
+    "brats2021": ("_flair", "_t1", "_t1ce", "_t2"),
+    "brats2023": ("-t2f", "-t1n", "-t1c", "-t2w"),
+    "others": ("_FLAIR", "_T1w", "_T1Gd", "_T2w"),
+}
+
+
+@pytest.mark.parametrize("convention", ["brats2021", "brats2023", "brats2024"])
+@pytest.mark.parametrize("names", NAMES)
+def test_only_the_right_order_of_brats_files_is_accepted(names, convention, tmp_path):
+    """Whatever convention the names follow, and whatever the run was trained on."""
+    for name in NAMES[names]:
+        (tmp_path / f"case{name}.nii.gz").touch()
+    for order in itertools.permutations(range(4)):
+        paths = [tmp_path / f"case{NAMES[names][i]}.nii.gz" for i in order]
+        if order == (0, 1, 2, 3):
+            assert brats.case_from_files(paths, brats.get_convention(convention)).case_id == "case"
+            continue
+        with pytest.raises(UserError, match="by its name") as error:
+            brats.case_from_files(paths, brats.get_convention(convention))
+        assert str(tmp_path) in str(error.value)
+
+
+def test_channel_numbers_that_contradict_the_order_are_an_error(tmp_path):
+    write_nnunet(tmp_path)
+    data = get_dataset({"dataset": "nnunet", "root": str(tmp_path)})
+    a, b = (tmp_path / "imagesTr" / f"organ_001_000{c}.nii.gz" for c in (0, 1))
+    assert len(inputs.find_cases(data, [a, b])[0]) == 1
+    with pytest.raises(UserError, match="channel 1 by its name"):
+        inputs.find_cases(data, [b, a])
+
+
+# -- DICOM --------------------------------------------------------------------------------------------------------
+
+
+def volume_of(seed, shape=(6, 10, 8)):
+    """``(z, y, x)``, from the feet to the head."""
+    return np.random.default_rng(seed).integers(-1000, 1000, shape).astype(np.int16)
+
+
+def save_slice(path, plane, z, uid, patient="P1", number=2, **more):
+    usual = {
+        "Modality": "CT",
+        "PatientID": patient,
+        "SeriesNumber": number,
+        "SeriesInstanceUID": uid,
+        "ImagePositionPatient": [0.0, 0.0, float(z)],
+        "PixelSpacing": [0.7, 0.7],
+        "SliceThickness": 2.5,
+        "RescaleSlope": 1,
+        "RescaleIntercept": 0,
+    }
+    save_dicom(path, plane, **(usual | more))
+
+
+def save_series(folder, volume, *, name=lambda k: f"{k:03d}.dcm", uid=None, order=None, **more):
+    """Save a series of axial slices 2.5 mm apart; ``order``: the places of the slices in the order of the names."""
+    uid = uid or generate_uid()
+    places = range(len(volume)) if order is None else order
+    for k, z in enumerate(places):
+        save_slice(folder / name(k), volume[z], 2.5 * z, uid, **more)
+
+
+def found_in(folder):
+    """The volumes by name, ``(z, y, x)``, and the files that are left out."""
+    series, left_out = find_series(folder, list(files_below(folder)))
+    return {s.name: read_image(s.files)[0][..., 0] for s in series}, {p.name: r for p, r in left_out.items()}, series
+
+
+RANDOM = np.random.default_rng(5).permutation(6)
+EXPORTS = {
+    "in order": {},
+    "from the head": {"order": range(5, -1, -1)},
+    "names in any order": {"order": RANDOM},
+    "no suffix": {"name": lambda k: f"IM{k:05d}", "order": RANDOM},
+    "UIDs": {"name": lambda k: f"1.2.826.0.1.{(k * 7919) % 997}.{k}", "order": RANDOM},
+    "capitals": {"name": lambda k: f"I{k}.DCM"},
+    "in folders": {"name": lambda k: f"D{k % 2}/{k}"},
+}
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_names_of_dicom_files_have_no_meaning(export, tmp_path):
+    save_series(tmp_path / "a", volume_of(0), **EXPORTS[export])
+    volumes, left_out, _ = found_in(tmp_path)
+    assert list(volumes) == ["P1_2"] and not left_out
+    np.testing.assert_array_equal(volumes["P1_2"], volume_of(0))
+
+
+def test_every_series_of_every_patient_is_found_and_what_is_left_out_is_said(tmp_path):
+    """All in one folder, with names that tell nothing."""
+    numbers = itertools.count()
+    name = lambda k: f"{(next(numbers) * 7919) % 99991:05d}"  # noqa: E731
+    contents = {}
+    for patient, number in itertools.product(("P1", "P2"), (2, 3)):
+        contents[f"{patient}_{number}"] = volume_of(len(contents))
+        save_series(tmp_path, contents[f"{patient}_{number}"], name=name, patient=patient, number=number, order=RANDOM)
+    localizer = {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"], "number": 1}
+    save_series(tmp_path, volume_of(8, (2, 10, 8)), name=lambda k: f"scout{k}", **localizer)
+    uid = pydicom.dcmread(next(files_below(tmp_path))).SeriesInstanceUID
+    turned = {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}
+    save_slice(tmp_path / "coronal", volume_of(9)[0], 0, uid, **turned)  # one of another orientation in a series
+    report = pydicom.dcmread(next(files_below(tmp_path)))
+    for tag in ("PixelData", "Rows", "Columns"):
+        delattr(report, tag)
+    report.Modality = "SR"
+    report.save_as(tmp_path / "report")
+    (tmp_path / "damaged.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"broken" * 9)
+    (tmp_path / "viewer.exe").write_bytes(b"MZ")
+    (tmp_path / "README.txt").write_text("an archive")
+    volumes, left_out, _ = found_in(tmp_path)
+    assert volumes.keys() == contents.keys()
+    for key, volume in contents.items():
+        np.testing.assert_array_equal(volumes[key], volume)
+    assert left_out.keys() == {"scout0", "scout1", "coronal", "report", "damaged.dcm", "viewer.exe"}
+    assert "localizer" in left_out["scout0"] and "SR" in left_out["report"]
+
+
+@pytest.mark.parametrize(
+    "tags", [{"EchoTime": [2.3, 4.6]}, {"TemporalPositionIdentifier": [1, 2]}, {"AcquisitionNumber": [1, 2]}]
+)
+def test_volumes_that_share_a_series_are_separated(tags, tmp_path):
+    """Two echoes, two times, two contrast phases at the same positions."""
+    ((tag, values),) = tags.items()
+    uid = generate_uid()
+    for i, value in enumerate(values):
+        save_series(tmp_path, volume_of(i), name=lambda k, i=i: f"{k}_{i}", uid=uid, order=RANDOM, **{tag: value})
+    volumes, _, _ = found_in(tmp_path)
+    assert list(volumes) == ["P1_2_1", "P1_2_2"]
+    for i, name in enumerate(volumes):
+        np.testing.assert_array_equal(volumes[name], volume_of(i))
+
+
+def test_volumes_that_no_tag_separates_are_one_problem(tmp_path):
+    uid = generate_uid()
+    for i in range(2):
+        save_series(tmp_path, volume_of(i), name=lambda k, i=i: f"{k}_{i}", uid=uid)
+    series, _ = find_series(tmp_path, list(files_below(tmp_path)))
+    (problem,) = series[0].problems
+    assert problem.kind == "duplicate_slice" and "2 slices at each position" in problem.found
+
+
+@pytest.mark.parametrize(("fault", "kind"), [("missing", "slice_gap"), ("twice", "duplicate_slice")])
+def test_missing_and_duplicate_slices_are_told_apart(fault, kind, tmp_path):
+    save_series(tmp_path, volume_of(0), order=RANDOM, uid="1.2.3.9")
+    if fault == "missing":
+        (tmp_path / f"{list(RANDOM).index(3):03d}.dcm").unlink()
+    else:
+        save_slice(tmp_path / "again", volume_of(0)[3], 7.5, "1.2.3.9")
+    series, _ = find_series(tmp_path, list(files_below(tmp_path)))
+    assert {p.kind for p in series[0].problems if p.severity == "error"} == {kind}
+
+
+def test_a_gantry_tilt_and_a_wrong_thickness_are_said(tmp_path):
+    tilt = np.radians(15)
+    down = [1, 0, 0, 0, float(np.cos(tilt)), float(np.sin(tilt))]
+    save_series(tmp_path / "tilted", volume_of(0), ImageOrientationPatient=down)
+    save_series(tmp_path / "thick", volume_of(0), patient="P2", SliceThickness=10)
+    save_series(tmp_path / "plain", volume_of(0), patient="P3")
+    series, _ = find_series(tmp_path, list(files_below(tmp_path)))
+    kinds = {s.name: {(p.kind, p.severity) for p in s.problems} for s in series}
+    assert kinds == {"P1_2": {("gantry_tilt", "warning")}, "P2_2": {("spacing", "warning")}, "P3_2": set()}
+    assert "15.0 degrees" in series[0].problems[0].found
+
+
+SYNTAXES = {
+    "RLE": gdcm.TransferSyntax.RLELossless,
+    "JPEG lossless": gdcm.TransferSyntax.JPEGLosslessProcess14_1,
+    "JPEG-LS": gdcm.TransferSyntax.JPEGLSLossless,
+    "JPEG 2000": gdcm.TransferSyntax.JPEG2000Lossless,
+}
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_compressed_pixels_are_read(syntax, tmp_path):
+    """Compressed with GDCM's own tools, without pydicom."""
+    save_series(tmp_path, volume_of(0), order=RANDOM)
+    for path in list(files_below(tmp_path)):
+        reader = gdcm.ImageReader()
+        reader.SetFileName(str(path))
+        assert reader.Read()
+        change = gdcm.ImageChangeTransferSyntax()
+        change.SetTransferSyntax(gdcm.TransferSyntax(SYNTAXES[syntax]))
+        change.SetInput(reader.GetImage())
+        assert change.Change()
+        writer = gdcm.ImageWriter()
+        writer.SetFileName(str(path))
+        writer.SetFile(reader.GetFile())
+        writer.SetImage(change.GetOutput())
+        assert writer.Write()
+        assert UID(pydicom.dcmread(path).file_meta.TransferSyntaxUID).is_compressed
+    volumes, _, _ = found_in(tmp_path)
+    np.testing.assert_array_equal(volumes["P1_2"], volume_of(0))
+
+
+def test_a_compression_without_decoder_is_named(tmp_path, monkeypatch):
+    save_series(tmp_path, volume_of(0))
+    path = tmp_path / "000.dcm"
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = MPEG2MPML
+    data["PixelData"].VR = "OB"
+    data.PixelData = pydicom.encaps.encapsulate([b"\0" * 8])
+    data.save_as(path)
+    series, _ = find_series(tmp_path, list(files_below(tmp_path)))
+    with pytest.raises(UserError, match="MPEG2") as error:
+        read_image(series[0].files)
+    assert "python-gdcm" in str(error.value)
+
+
+def test_frames_of_one_file_are_sorted_by_position(tmp_path):
+    """An enhanced MR image: geometry and rescaling in functional groups, frames in any order."""
+    volume = volume_of(0)
+    save_slice(
+        tmp_path / "x", volume[0], 0, generate_uid(), Modality="MR", ImagePositionPatient=None, PixelSpacing=None
+    )
+    data = pydicom.dcmread(tmp_path / "x")
+    for tag in ("ImageOrientationPatient", "SliceThickness", "RescaleSlope", "RescaleIntercept"):
+        delattr(data, tag)
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = EnhancedMRImageStorage
+    data.NumberOfFrames = len(volume)
+
+    def group(**sequences):
+        out = Dataset()
+        for name, values in sequences.items():
+            item = Dataset()
+            for tag, value in values.items():
+                setattr(item, tag, value)
+            setattr(out, name, Sequence([item]))
+        return out
+
+    data.SharedFunctionalGroupsSequence = Sequence(
+        [
+            group(
+                PixelMeasuresSequence={"PixelSpacing": [0.7, 0.8], "SliceThickness": 2.5},
+                PlaneOrientationSequence={"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]},
+            )
+        ]
+    )
+    data.PerFrameFunctionalGroupsSequence = Sequence(
+        [
+            group(
+                PlanePositionSequence={"ImagePositionPatient": [0, 0, 2.5 * float(z)]},
+                PixelValueTransformationSequence={"RescaleSlope": 2, "RescaleIntercept": int(z)},
+            )
+            for z in RANDOM
+        ]
+    )
+    data.PixelData = np.ascontiguousarray(volume[RANDOM]).tobytes()
+    data.save_as(tmp_path / "x")
+    series, _ = find_series(tmp_path, [tmp_path / "x"])
+    array, grid = read_image(series[0].files)
+    np.testing.assert_array_equal(array[..., 0], volume * 2 + np.arange(6)[:, None, None])
+    assert grid.spacing == pytest.approx((2.5, 0.7, 0.8))
+
+
+# -- prediction ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("own") / "run", flat=True, channels=("CT",))
+
+
+def run(workdir, source, output, *more, code=0):
+    assert predict.main([f"--workdir={workdir}", f"--input={source}", f"--output={output}", *more]) == code
+
+
+def names_in(folder):
+    return {p.name.removesuffix(".nii.gz") for p in folder.glob("*.nii.gz")}
+
+
+def save_nifti(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(volume_of(seed, (36, 40, 3)), np.eye(4)), path)
+
+
+def test_two_patients_never_share_an_output(workdir, tmp_path):
+    """One after the other into one folder: DICOM is named after the patient, and files of one name are refused."""
+    out = tmp_path / "out"
+    for i, patient in enumerate(("P1", "P2")):
+        save_series(tmp_path / patient / "DICOM_anon", volume_of(i, (3, 40, 36)), patient=patient)
+        run(workdir, tmp_path / patient / "DICOM_anon", out)
+    assert names_in(out) == {"P1_2", "P2_2"}
+
+    for i, patient in enumerate(("pa", "pb")):  # without PatientID: the folders' names
+        save_series(tmp_path / patient / "DICOM_anon", volume_of(i, (3, 40, 36)), patient=None)
+        run(workdir, tmp_path / patient / "DICOM_anon", out)
+    assert names_in(out) == {"P1_2", "P2_2", "pa_DICOM_anon", "pb_DICOM_anon"}
+
+    for i, patient in enumerate(("qa", "qb")):
+        save_nifti(tmp_path / patient / "CT.nii.gz", i)
+    run(workdir, tmp_path / "qa" / "CT.nii.gz", out)
+    before = (out / "CT.nii.gz").read_bytes()
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(UserError) as error:
+            run(workdir, tmp_path / "qb" / "CT.nii.gz", out, *more)
+        assert str(tmp_path / "qa" / "CT.nii.gz") in str(error.value)
+        assert str(tmp_path / "qb" / "CT.nii.gz") in str(error.value)
+    assert (out / "CT.nii.gz").read_bytes() == before
+    run(workdir, tmp_path / "qa" / "CT.nii.gz", out)  # the same image is no conflict
+
+
+def test_a_file_that_is_no_prediction_is_never_replaced(workdir, tmp_path):
+    save_nifti(tmp_path / "in" / "a.nii.gz", 0)
+    save_nifti(tmp_path / "out" / "a.nii.gz", 1)
+    before = (tmp_path / "out" / "a.nii.gz").read_bytes()
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match="no prediction"):
+            run(workdir, tmp_path / "in", tmp_path / "out", *more)
+    assert (tmp_path / "out" / "a.nii.gz").read_bytes() == before
+
+
+def test_a_tree_of_patients_is_predicted_whole(workdir, tmp_path, capsys):
+    """Images with the same name in different folders, DICOM with the same numbers, and files that are not read."""
+    root = tmp_path / "in"
+    for i, patient in enumerate(("pa", "pb")):
+        save_nifti(root / patient / "CT.nii.gz", i)
+        save_series(root / patient / "st1" / "se1", volume_of(i, (3, 40, 36)), name=lambda k: f"I{k}", patient="ANON")
+    shutil.copy(root / "pa" / "CT.nii.gz", root / "PC.NII.GZ")
+    (root / "pa" / "incomplete.nii.gz.part").write_bytes(b"x")
+    run(workdir, root, tmp_path / "out")
+    expected = {"pa_CT", "pb_CT", "PC", "ANON_2_pa_st1_se1", "ANON_2_pb_st1_se1"}
+    assert names_in(tmp_path / "out") == expected
+    assert "pa/incomplete.nii.gz.part" in capsys.readouterr().out
+
+
+def test_series_can_be_selected(workdir, tmp_path, capsys):
+    for number, text in ((2, "portal venous"), (3, "native")):
+        save_series(
+            tmp_path / "in" / str(number), volume_of(number, (3, 40, 36)), number=number, SeriesDescription=text
+        )
+    for i, (selector, name) in enumerate((("3", "P1_3"), ("Portal Venous", "P1_2"), ("P1_3", "P1_3"))):
+        run(workdir, tmp_path / "in", tmp_path / f"out{i}", f"--series={selector}")
+        assert names_in(tmp_path / f"out{i}") == {name}
+        said = capsys.readouterr().out
+        assert ({"P1_2", "P1_3"} - {name}).pop() in next(t for t in said.splitlines() if t.startswith("left out"))
+    with pytest.raises(UserError, match=r"--series=9.*P1_2.*P1_3"):
+        run(workdir, tmp_path / "in", tmp_path / "no", "--series=9")
+
+
+def test_a_series_with_a_gap_fails_and_the_others_are_predicted(workdir, tmp_path, capsys):
+    for patient in ("P1", "P2"):
+        save_series(tmp_path / "in" / patient, volume_of(0, (5, 40, 36)), patient=patient)
+    (tmp_path / "in" / "P1" / "002.dcm").unlink()
+    run(workdir, tmp_path / "in", tmp_path / "out", code=1)
+    assert names_in(tmp_path / "out") == {"P2_2"}
+    assert "P1_2 left out" in capsys.readouterr().out
+
+
+def test_dicom_of_both_modalities_needs_no_flag(tmp_path):
+    """A network that was trained on CT and MR takes the modality from the headers."""
+    data = get_dataset({"dataset": "chaos", "root": str(tmp_path), "task": 1, "phase": "in"})
+    for modality in ("CT", "MR"):
+        save_series(tmp_path / modality, volume_of(0), patient=modality, Modality=modality)
+    cases, problems = inputs.find_cases(data, [tmp_path])
+    assert {c.case_id: c.info["modality"] for c in cases} == {"CT_2": "CT", "MR_2": "MR"} and not problems
+    assert read_case(cases[0]).image.shape == (6, 10, 8, 1)
