@@ -582,7 +582,7 @@ def test_camus_predictions_may_be_called_gt_or_lie_in_folders(tmp_path):
     expected, _ = run("camus", camus_predictions(tmp_path / "pred", patients=(1,)), ref, tmp_path / "out")
     named = camus_predictions(tmp_path / "named" / "patient0001", patients=(1,), ending="_gt").parent
     assert run("camus", named, ref, tmp_path / "out")[0] == expected
-    perfect, summary = run("camus", ref, ref, tmp_path / "out")
+    perfect, summary = run("camus", shutil.copytree(ref, tmp_path / "same"), ref, tmp_path / "out")
     assert {v for (_, s, m), v in perfect.items() if m == "dice"} == {1}
     assert summary["volumes"]["agreement"]["edv"]["mae"] == 0
 
@@ -592,8 +592,50 @@ def test_camus_test_patients_of_the_old_release_are_others(tmp_path):
     ref = camus_tree(tmp_path / "ref", "metaimage", patients=(1,))
     (ref / "testing").mkdir()
     shutil.copytree(ref / "training" / "patient0001", ref / "testing" / "patient0001")
-    _, summary = run("camus", ref, ref, tmp_path / "out")
+    _, summary = run("camus", shutil.copytree(ref, tmp_path / "same"), ref, tmp_path / "out")
     assert summary["cases"] == 8 and summary["volumes"]["patients"] == 2
+
+
+def test_camus_volumes_of_stray_pieces_and_implausible_ones_are_said(tmp_path, capsys):
+    """A patient whose first contour is a stray piece, and one whose ES is larger than its ED."""
+    ref, pred = camus_tree(tmp_path / "ref"), camus_predictions(tmp_path / "pred")
+    for view in ("2CH", "4CH"):
+        ed, es = (pred / f"patient0002_{view}_{instant}.nii.gz" for instant in ("ED", "ES"))
+        ed.rename(tmp_path / "x.nii.gz")
+        es.rename(ed)
+        (tmp_path / "x.nii.gz").rename(es)
+    stray = predicted(1, ("2CH", "ED")).copy()
+    stray[:2] = 0
+    stray[1, 1:4] = 1
+    save(pred / "patient0001_2CH_ED.nii.gz", stray.T, PICTURE)
+    found, summary = run("camus", pred, ref, tmp_path / "out")
+    said = capsys.readouterr().out
+    volumes = summary["volumes"]
+    assert list(volumes["reasons"]) == ["patient0001"] == volumes["failed"]
+    assert list(volumes["implausible"]) == ["patient0002"]
+    assert "prediction: 2CH ED: the first contour encloses a stray piece" in volumes["reasons"]["patient0001"]
+    assert math.isnan(found["patient0001", "LV volume", "edv"])
+    assert all(f"warning: patient000{i}: " in said for i in (1, 2))
+
+
+@pytest.mark.parametrize("rules", ["camus", "brats2022", "generic"])
+def test_references_that_are_given_as_predictions(rules, tmp_path, capsys):
+    """The same files are refused; copies of them are scored with a warning in the log, the summary and the report."""
+    tree = {"camus": camus_tree, "brats2022": lambda root: brats_tree(root, "brats2022")[1]}
+    ref = tree.get(rules, tree["brats2022"])(tmp_path / "data")
+    if rules == "generic":
+        flat = tmp_path / "flat"
+        flat.mkdir()
+        for path in ref.rglob("*seg.nii.gz"):
+            shutil.copy(path, flat)
+        ref = flat
+    linked = tmp_path / "linked"
+    linked.symlink_to(ref)
+    for same in (ref, linked):
+        refused(["also given as predictions", "_"], rules, same, ref, tmp_path / "out")
+    _, summary = run(rules, shutil.copytree(ref, tmp_path / "copy"), ref, tmp_path / "out")
+    assert len(summary["identical"]) == summary["cases"]
+    assert f"{summary['cases']} of {summary['cases']} predictions equal their reference" in capsys.readouterr().out
 
 
 def test_camus_missing_image(tmp_path):
@@ -946,7 +988,7 @@ def test_smallest_et_by_hand(tmp_path):
 @pytest.mark.parametrize("rules", ["brats2023", "brats2024"])
 def test_brats_of_later_years(tmp_path, rules):
     pred, ref, out = brats_tree(tmp_path, rules)
-    found, summary = run(rules, ref, ref, out)
+    found, summary = run(rules, shutil.copytree(ref, tmp_path / "same"), ref, out)
     assert set(summary["structures"]) == set(REGIONS[rules])
     assert {v for (_, _, m), v in found.items() if m == "dice"} == {1}
     assert {v for (_, _, m), v in found.items() if m == "hd95"} == {0}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 from scipy.stats import pearsonr
+from skimage.measure import find_contours
 
 from tests.reference_scores import CAMUS_IMAGES, slow_view, slow_volumes, ventricle
 from xdim_jax.scoring import camus, simpson
@@ -68,13 +69,24 @@ PATIENTS = {
 }
 
 
+def rests_on_a_stray_piece(mask, spacing):
+    """Whether the area inside of the first contour, by the shoelace formula, is less than half of the cavity."""
+    mask = simpson.resample_isotropic(mask, spacing)
+    y, x = find_contours(mask.astype(float), 0.5)[0].T
+    return abs(np.dot(y, np.roll(x, 1)) - np.dot(x, np.roll(y, 1))) / 2 < 0.5 * mask.sum()
+
+
 @pytest.mark.parametrize("step", ["largest", "per_instant"])
 @pytest.mark.parametrize("name", PATIENTS)
 def test_equals_the_slow_implementation(name, step):
     masks = PATIENTS[name]
+    if any(rests_on_a_stray_piece(*masks[key]) for key in CAMUS_IMAGES):
+        found = simpson.volumes(masks, step=step)
+        assert math.isnan(found.edv) and math.isnan(found.esv) and "stray piece" in found.reason
+        return
     if any(slow_view(*masks[key]) is None for key in CAMUS_IMAGES):
         found = simpson.volumes(masks, step=step)
-        assert math.isnan(found.edv) and math.isnan(found.esv)
+        assert math.isnan(found.edv) and math.isnan(found.esv) and found.reason
         return
     found = simpson.volumes(masks, step=step)
     assert (found.edv, found.esv) == pytest.approx(slow_volumes(masks, step), abs=1e-8)
@@ -103,7 +115,10 @@ def test_upright_and_wild_shapes_equal_the_slow_implementation(name):
     """Chords of one length, places half between two pixels, chords near 45 degrees: where the order of steps shows."""
     mask = SHAPES[name]
     found, slow = simpson.discs(mask, (1.0, 1.0)), slow_view(mask, (1.0, 1.0))
-    assert (found is None) == (slow is None)
+    if rests_on_a_stray_piece(mask, (1.0, 1.0)):
+        assert "stray piece" in found
+        return
+    assert isinstance(found, str) == (slow is None)
     if slow is not None:
         assert found.diameters.tolist() == pytest.approx(slow[0])
         assert found.height == pytest.approx(slow[1])
@@ -184,7 +199,7 @@ def test_a_single_pixel_does_not_raise(where):
 def test_the_largest_part_alone():
     """With a stray part first in raster order: the official contour is the stray part's; the option drops it."""
     stray, clean = PATIENTS["stray part above"], PATIENTS["straight"]
-    assert simpson.volumes(stray).edv < 0.5 * simpson.volumes(clean).edv
+    assert all(" ".join(key) in simpson.volumes(stray).reason for key in CAMUS_IMAGES)
     found = simpson.volumes(stray, contour="largest_part")
     assert (found.edv, found.esv) == pytest.approx(slow_volumes(clean), abs=1e-8)
 
@@ -270,3 +285,19 @@ def test_agreement_of_too_few():
     assert camus.agreement([], []) == {"correlation": None, "bias": None, "sd": None, "mae": None}
     assert camus.agreement([5.0], [3.0]) == {"correlation": None, "bias": 2, "sd": None, "mae": 2}
     assert camus.agreement([5.0, 5.0], [3.0, 4.0])["correlation"] is None
+
+
+@pytest.mark.parametrize(
+    ("edv", "esv", "plausible"),
+    [
+        (120, 60, True),
+        (60, 120, False),
+        (80, 80, False),
+        (650, 90, False),
+        (0, 0, False),
+        (50, 0, False),
+        (599, 1, True),
+    ],
+)
+def test_volumes_that_no_heart_has_are_implausible(edv, esv, plausible):
+    assert (Volumes(edv, esv).implausible == "") == plausible

@@ -503,6 +503,7 @@ BRATS_FAULTS = {
         "brats2023", same_time_point_again, "duplicate_content", WARNING, "BraTS-GLI-00001-001", "BraTS-GLI-00001-00"
     ),
     "not skull-stripped": of_brats("t1", lambda p: edit(p, lambda a: a + 100), "intensity_range", WARNING),
+    "part of the brain": of_brats("flair", lambda p: edit(p, put(0, np.s_[..., 20:])), "coverage", WARNING),
     "standardised intensities": of_brats(
         "t1",
         lambda p: edit(p, lambda a: np.where(a > 0, (a - a[a > 0].mean()) / a.std(), 0).astype("f4")),

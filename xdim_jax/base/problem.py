@@ -39,6 +39,7 @@ KINDS = {
     "label_order": "label slices seem to be in reverse order",
     "gantry_tilt": "the slices of a series are tilted against its axis",
     "slice_name": "a label slice is not named after its image",
+    "coverage": "an image covers much less of the body than the other images of its case",
     "intensity_range": "intensities are implausible for the modality",
     "dataset_json": "dataset.json is missing, is not JSON, or contradicts the files",
 }

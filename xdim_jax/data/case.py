@@ -178,24 +178,21 @@ def _unread_files(dataset: Dataset, root: Path, scan: Scan) -> list[Problem]:
 
 
 def list_cases(dataset: Dataset, root: Path, *, need_labels: bool) -> list[Case]:
-    """Return the cases below a folder, sorted by name; see `scan_cases` for the arguments.
+    """Return the cases below a folder, sorted by name, and log warnings; see `scan_cases` for the arguments.
 
     Raises:
         UserError: The folder does not exist or contains no case, or there are errors in names and folders, which are
             all listed.
     """
-    return usable_cases(scan_cases(dataset, root, need_labels=need_labels), root)
+    scan = scan_cases(dataset, root, need_labels=need_labels)
+    cases = usable_cases(scan, root)
+    for problem in scan.problems:
+        log.warn(str(problem))
+    return cases
 
 
 def usable_cases(scan: Scan, root: Path) -> list[Case]:
-    """Return the cases of a scan, and log its warnings about files that are not read.
-
-    Raises:
-        DataError: Lists all errors of the scan.
-    """
-    for problem in scan.problems:
-        if problem.kind == "extra_file" and problem.severity == WARNING:
-            log.warn(str(problem))
+    """Return the cases of a scan. Raises DataError with all errors of the scan, if there are any."""
     if fatal := errors(scan.problems):
         raise data_error(*fatal, summary=f"incomplete or misplaced files below {root}")
     return scan.cases

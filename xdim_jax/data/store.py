@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ import numpy as np
 from xdim_jax.base.errors import UserError, gib
 from xdim_jax.base.problem import DataError, Problem, data_error
 from xdim_jax.data.case import Case, Dataset, read_case
-from xdim_jax.data.prepare import Preparation, Prepared, check_preparation, prepare
+from xdim_jax.data.images.image import read_grid
+from xdim_jax.data.prepare import Preparation, Prepared, check_preparation, prepare, target_shape
 from xdim_jax.data.store_backends import Location, StoreBackend, open_backend, open_entry, open_voxels
 
 _VERSION = 1  # increased when the file format or the result of a preparation changes
@@ -197,11 +199,12 @@ def _prepare_missing(
 
     rest = list(cases)
     while rest:
-        outcome = run(rest.pop(0))
+        case = rest.pop(0)
+        outcome = run(case)
         yield outcome
         if isinstance(outcome, Entry):
             if rest:
-                _check_space(backend, outcome, len(rest), say)
+                _check_space(backend, case, outcome, rest, settings, say)
             break
     with concurrent.futures.ThreadPoolExecutor(max(jobs, 1)) as pool:
         try:
@@ -211,16 +214,48 @@ def _prepare_missing(
             raise
 
 
-def _check_space(backend: StoreBackend, first: Entry, others: int, say: Callable[[str], None]) -> None:
-    """Estimate the size of the other cases from the first one. Raises UserError if it exceeds the free space."""
-    size, free = backend.size(first.location), backend.free()
+def _check_space(
+    backend: StoreBackend,
+    case: Case,
+    entry: Entry,
+    others: Sequence[Case],
+    settings: Preparation,
+    say: Callable[[str], None],
+) -> None:
+    """Estimate the size of cases that are not prepared, from their headers and the bytes per voxel of a prepared one.
+
+    Args:
+        backend: Store of the cases.
+        case: A case that has been prepared.
+        entry: Its entry.
+        others: Cases to prepare.
+        settings: How they are prepared.
+        say: Called with a line for the log.
+
+    Raises:
+        UserError: The estimate exceeds the free space.
+    """
+    first = _prepared_voxels(case, settings)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        voxels = list(pool.map(lambda other: _prepared_voxels(other, settings) or first, others))
+    size = int(backend.size(entry.location) * sum(voxels) / first)
+    free = backend.free()
     room = "" if free is None else f"; {gib(free)} free"
-    say(f"store      {others} cases to prepare, about {gib(size * others)}{room}")
-    if free is not None and size * others > free:
+    say(f"store      {len(others)} cases to prepare, about {gib(size)}{room}")
+    if free is not None and size > free:
         raise UserError(
-            f"{backend}: the {others} cases left need about {gib(size * others)}, but only {gib(free)} are free; free "
-            "some space, or choose another folder with --config.data.store=<folder>, and run the same command again"
+            f"{backend}: the {len(others)} cases left need about {gib(size)}, but only {gib(free)} are free; free some "
+            "space, or choose another folder with --config.data.store=<folder>, and run the same command again"
         )
+
+
+def _prepared_voxels(case: Case, settings: Preparation) -> int:
+    """Return the number of voxels of a case after resampling, before cropping; 0 if its header cannot be read."""
+    try:
+        grid = read_grid(case.images[0], case.axes)
+    except UserError:
+        return 0
+    return math.prod(target_shape(grid.memory_geometry[0][::-1], grid.spacing, settings))
 
 
 def _signature(case: Case) -> list[list[Any]]:

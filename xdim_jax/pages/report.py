@@ -88,6 +88,7 @@ def render(
         tables=[(t, [_is_paper(row) for row in t.rows]) for t in shown_tables],
         further=[(t, [_is_paper(row) for row in t.rows]) for t in collapsed_tables],
         unreadable=summary["unreadable"],
+        identical=summary.get("identical", []),
         empty=[
             (s, counts["pred"], counts["ref"], counts["both"])
             for s, counts in summary["empty"].items()

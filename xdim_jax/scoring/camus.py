@@ -134,14 +134,13 @@ def aggregate(
     for job, result in zip(jobs, scored, strict=True):
         if not result.problem:
             patients.setdefault(job.ref.patient, {})[job.attributes["view"], job.attributes["instant"]] = job
-    complete = {p: found for p, found in patients.items() if len(found) == 4}
+    complete = {p: images for p, images in patients.items() if len(images) == 4}
     maps = [
-        ({k: j.pred for k, j in found.items()}, {k: j.ref for k, j in found.items()}) for found in complete.values()
+        ({k: j.pred for k, j in images.items()}, {k: j.ref for k, j in images.items()}) for images in complete.values()
     ]
     compute = functools.partial(_predicted_and_reference_volumes, step=step, contour=contour)
-    values = {
-        patient: _volume_values(pred, ref) for patient, (pred, ref) in zip(complete, run(compute, maps), strict=True)
-    }
+    found = dict(zip(complete, run(compute, maps), strict=True))
+    values = {patient: _volume_values(pred, ref) for patient, (pred, ref) in found.items()}
     rows = [ScoredCase(p, p, {"view": "", "instant": ""}, {"LV volume": v}, {}) for p, v in values.items()]
     failed = sorted(p for p, v in values.items() if not all(map(math.isfinite, v.values())))
     usable = [v for p, v in values.items() if p not in failed]
@@ -152,11 +151,26 @@ def aggregate(
         },
         "patients": len(usable),
         "failed": failed,
+        "reasons": _texts(found, "reason"),
+        "implausible": _texts(found, "implausible"),
         "incomplete": sorted({j.ref.patient for j in jobs} - complete.keys()),
         "step": step,
         "contour": contour,
     }
     return rows, {"volumes": summary}
+
+
+def _texts(found: Mapping[str, Sequence[simpson.Volumes]], attribute: str) -> dict[str, str]:
+    """Return patient -> texts of an attribute of the predicted and of the reference volumes, without empty ones."""
+    texts = {
+        patient: "; ".join(
+            f"{which}: {text}"
+            for which, v in zip(("prediction", "reference"), both, strict=True)
+            if (text := getattr(v, attribute))
+        )
+        for patient, both in found.items()
+    }
+    return {patient: text for patient, text in texts.items() if text}
 
 
 def _volume_values(pred: simpson.Volumes, ref: simpson.Volumes) -> dict[str, float]:

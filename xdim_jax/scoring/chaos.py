@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from xdim_jax.base.errors import UserError
-from xdim_jax.data.case import list_cases
+from xdim_jax.data.case import scan_cases, usable_cases
 from xdim_jax.data.images.dicom import files_in_order
 from xdim_jax.data.images.image import strip_suffix
 from xdim_jax.data.layouts.chaos import TEST_PREFIX, dataset
@@ -127,7 +127,8 @@ def find(folder: Path) -> dict[str, LabelMap]:
     if not any(True for _ in folder.rglob("*.dcm")):
         return find_label_maps(folder)
     found = {}
-    for case in list_cases(dataset(4, "in"), folder, need_labels=True):  # task 4 has CT and MR
+    references = dataset(4, "in")  # task 4 has CT and MR
+    for case in usable_cases(scan_cases(references, folder, need_labels=True), folder):
         assert isinstance(case.label, tuple)
         attributes = _attributes(case.case_id)
         found[case.case_id] = LabelMap(case.case_id, case.label, case.patient, attributes, case.images[0], case.axes)

@@ -126,6 +126,10 @@ def _aggregate_lines(summary: dict[str, Any]) -> list[str]:
     for name, a in summary.get("volumes", {}).get("agreement", {}).items():
         if a["bias"] is not None:
             lines.append(f"{name.upper()}: correlation {number(a['correlation'], 3)}, bias {number(a['bias'], 1)}")
+    titles = {"reasons": "no volumes", "implausible": "implausible volumes, expected 0 < ESV < EDV < 600 ml"}
+    for key, words in titles.items():
+        for patient, text in summary.get("volumes", {}).get(key, {}).items():
+            lines.append(f"warning: {patient}: {words} ({text})")
     for task, values in summary.get("tasks", {}).items():
         lines.append(f"task {task}: score {number(values['score']['mean'], 2)} over {values['cases']} cases")
     if tuned := summary.get("min_et"):

@@ -9,6 +9,7 @@ from typing import Any
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.base.files import read_json, write_json
+from xdim_jax.data.images.image import files_of
 from xdim_jax.scoring import results, tables
 from xdim_jax.scoring.evaluation import describe, score_jobs, write_evaluation
 from xdim_jax.scoring.rules import Job, Rules, ScoredCase, column
@@ -53,6 +54,7 @@ def evaluate_folders(
             f"{len(without)} of {total} references in {ref} have no prediction in {pred}: {shorten(without)}. Predict "
             "them, or give --missing=penalise to score them as the challenge does"
         )
+    _check_distinct(jobs)
     if surplus:
         log.warn(f"{len(surplus)} predictions without a reference are left out: {shorten(surplus)}")
     scored, extra_rows, extra = score_jobs(rules, jobs, metrics, processes=processes)
@@ -79,6 +81,11 @@ def evaluate_folders(
     write_json(out / results.EVALUATE_FILE, record)
     for line in describe(summary, rules):
         log.say(line)
+    if same := summary["identical"]:
+        log.warn(
+            f"{len(same)} of {summary['cases']} predictions equal their reference in every voxel ({shorten(same)}): "
+            "they are probably copies of the references, and their scores mean nothing"
+        )
     log.say(f"done       {out}: {', '.join((results.CASES_FILE, results.SUMMARY_FILE, *results.TABLES_FILES))}")
 
 
@@ -90,6 +97,20 @@ def check_small_et_kept(pred: Path) -> None:
         raise UserError(
             f"--tune_min_et: {record} says that ET below {minimum} voxels was removed; predict with --min_et=0 into "
             "another folder first"
+        )
+
+
+def _check_distinct(jobs: Sequence[Job]) -> None:
+    """Raise UserError if a reference is also given as the prediction."""
+    same = []
+    for job in jobs:
+        if job.pred is not None:
+            pred, ref = (files_of(m.source)[0].resolve() for m in (job.pred, job.ref))
+            same += [str(ref)] if pred == ref else []
+    if same := list(dict.fromkeys(same)):
+        raise UserError(
+            f"{len(same)} references are also given as predictions: {shorten(same)}; give a --pred folder that has "
+            "predictions only"
         )
 
 

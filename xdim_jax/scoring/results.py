@@ -213,6 +213,7 @@ def summarise(rules: Rules, scored: Sequence[ScoredCase], extra: Mapping[str, An
         "groups": {group: structure_statistics(cases) for group, cases in sorted(groups.items())},
         "empty": empty,
         "unreadable": sorted({c.case_id for c in scored if c.problem}),
+        "identical": sorted({c.case_id for c in scored if c.identical}),
         **extra,
     }
 

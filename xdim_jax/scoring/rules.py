@@ -188,6 +188,7 @@ class ScoredCase:
         empty: Structure -> which of its masks are empty: ``pred``, ``ref`` or ``both``. A structure without an empty
             mask is not listed.
         problem: Reason why the prediction cannot be used; the values are then the worst ones. Empty if it can be used.
+        identical: True if prediction and reference are equal in every voxel of every structure, and not empty.
     """
 
     case_id: str
@@ -196,6 +197,7 @@ class ScoredCase:
     values: Values
     empty: Mapping[str, str]
     problem: str = ""
+    identical: bool = False
 
 
 def no_groups(attributes: Mapping[str, str]) -> tuple[str, ...]:
@@ -302,7 +304,9 @@ def score_case(rules: Rules, ref: LabelMap, pred: LabelMap | None, extra_metrics
         which = {name: (not pred_masks[name].any(), not mask.any()) for name, mask in ref_masks.items()}
         names = {(True, False): "pred", (False, True): "ref", (True, True): "both"}
         empty = {name: names[key] for name, key in which.items() if key in names}
-    return ScoredCase(ref.case_id, ref.patient, ref.attributes, scores, empty, problem)
+    same = not problem and all(np.array_equal(pred_masks[name], mask) for name, mask in ref_masks.items())
+    identical = same and any(mask.any() for mask in ref_masks.values())
+    return ScoredCase(ref.case_id, ref.patient, ref.attributes, scores, empty, problem, identical)
 
 
 def _load_prediction(ref: LabelMap, grid: Grid, pred: LabelMap | None) -> tuple[np.ndarray | None, str]:

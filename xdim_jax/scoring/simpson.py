@@ -21,6 +21,8 @@ _DISCS = 20
 _MAX_SLOPE = 45.0  # largest angle between the base and the horizontal, in degrees
 _MAX_DEVIATION = 8.0  # largest distance of the contour from the line of the base, in pixels
 # the wall is searched at distances of 8, 8.5, 9, ... pixels from the axis
+_SMALLEST_PART = 0.5  # smallest share of the cavity that the first contour must enclose
+_LARGEST_ML = 600.0  # largest plausible volume of a left ventricle
 _SEARCH_START, _SEARCH_STEP = 8.0, 0.5
 
 
@@ -44,10 +46,19 @@ class Volumes:
     Attributes:
         edv: End-diastolic volume in ml.
         esv: End-systolic volume in ml.
+        reason: Why the volumes are NaN; empty if they are not.
     """
 
     edv: float
     esv: float
+    reason: str = ""
+
+    @property
+    def implausible(self) -> str:
+        """The volumes as text if they are not 0 < ESV < EDV < 600 ml; else empty."""
+        if self.reason or 0 < self.esv < self.edv < _LARGEST_ML:
+            return ""
+        return f"EDV {self.edv:.0f} ml, ESV {self.esv:.0f} ml"
 
     @property
     def rounded(self) -> tuple[float, float]:
@@ -59,9 +70,6 @@ class Volumes:
         """Ejection fraction in percent, computed from the rounded volumes. NaN if the EDV is 0."""
         edv, esv = self.rounded
         return 100 * (edv - esv) / edv if edv else math.nan
-
-
-UNDEFINED = Volumes(math.nan, math.nan)
 
 
 def volumes(
@@ -81,7 +89,7 @@ def volumes(
             the official code; "largest_part" for the largest 4-connected part.
 
     Returns:
-        The volumes; NaN if a mask is empty or has no base.
+        The volumes; NaN, with a reason, if a mask cannot be divided into discs, see `discs`.
 
     Raises:
         ValueError: ``step`` or ``contour`` is unknown.
@@ -89,9 +97,10 @@ def volumes(
     if step not in STEPS or contour not in CONTOURS:
         raise ValueError(f"step={step!r}, contour={contour!r}: expected one of {STEPS} and one of {CONTOURS}")
     divided = {key: discs(mask, spacing, contour=contour) for key, (mask, spacing) in masks.items()}
-    if any(found is None for found in divided.values()):
-        return UNDEFINED
-    known = {key: found for key, found in divided.items() if found is not None}
+    reasons = [f"{' '.join(key)}: {found}" for key, found in divided.items() if isinstance(found, str)]
+    if reasons:
+        return Volumes(math.nan, math.nan, "; ".join(reasons))
+    known = {key: found for key, found in divided.items() if isinstance(found, Discs)}
     millilitres = []
     for instant in INSTANTS:
         two, four = (known[view, instant] for view in VIEWS)
@@ -101,7 +110,7 @@ def volumes(
     return Volumes(*millilitres)
 
 
-def discs(mask: np.ndarray, spacing: Sequence[float], *, contour: str = "official") -> Discs | None:
+def discs(mask: np.ndarray, spacing: Sequence[float], *, contour: str = "official") -> Discs | str:
     """Divide the ventricle in one view into discs.
 
     Args:
@@ -110,7 +119,8 @@ def discs(mask: np.ndarray, spacing: Sequence[float], *, contour: str = "officia
         contour: See `volumes`.
 
     Returns:
-        The discs; None if the mask is empty, has no base or consists of a single point.
+        The discs; or a reason, if the mask is empty, has no base, consists of a single point, or if the first contour
+        encloses less than half of the cavity. The volume would then be that of a stray piece.
     """
     from skimage.measure import find_contours
 
@@ -121,16 +131,20 @@ def discs(mask: np.ndarray, spacing: Sequence[float], *, contour: str = "officia
         mask = parts == 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
     usable = mask.any() and min(mask.shape) > 1
     contours = find_contours(mask.astype(np.float64), 0.5) if usable else []
-    if not contours or (base := base_line(contours[0])) is None:
-        return None
+    if not contours:
+        return "there is no cavity"
     points = contours[0]
+    if (share := _enclosed_share(mask, points)) < _SMALLEST_PART:
+        return f"the first contour encloses a stray piece with {100 * share:.0f} % of the cavity"
+    if (base := base_line(points)) is None:
+        return "the contour has no base"
     left, right = base  # indices of the contour points at its ends; left > right
     middle = points[int(right + round((left - right) / 2))]
     apex = points[int(np.argmax(((points - middle) ** 2).sum(1)))]
     axis = apex - middle
     length = math.hypot(*axis)
     if not length:
-        return None
+        return "the contour is a single point"
     normal = np.array([-axis[1], axis[0]]) / length
     widths = [
         sum(_distance_to_wall(mask, middle + axis * (k / _DISCS), sign * normal) for sign in (1, -1))
@@ -138,6 +152,18 @@ def discs(mask: np.ndarray, spacing: Sequence[float], *, contour: str = "officia
     ]
     pixel = float(min(spacing))
     return Discs(np.array(widths) * pixel, length * pixel / _DISCS)
+
+
+def _enclosed_share(mask: np.ndarray, contour: np.ndarray) -> float:
+    """Return the share of a mask that belongs to the 4-connected part at a contour, which is half a pixel outside."""
+    found: Any = label(mask)
+    parts = found[0]
+    inside = [np.floor(contour).astype(int), np.ceil(contour).astype(int)]
+    numbers = np.concatenate([parts[tuple(points.T)] for points in inside])
+    numbers = numbers[numbers > 0]
+    if not numbers.size:
+        return 0.0
+    return float((parts == np.bincount(numbers).argmax()).sum() / mask.sum())
 
 
 def resample_isotropic(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:

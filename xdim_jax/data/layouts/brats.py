@@ -116,12 +116,13 @@ def scoring(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return get_convention(data["convention"]).rules, {"convention": data["convention"]}
 
 
+_MIN_COVERAGE = 0.9  # smallest number of nonzero voxels, relative to the image with most of them
 _MIN_ZEROS = 0.05  # smallest fraction of voxels that are 0 in a skull-stripped image
 
 
 def inspect(case: Case, image: np.ndarray) -> list[Problem]:
     """Return a problem for each image that has negative values, or too few zeros to be skull-stripped."""
-    problems = []
+    problems = _coverage_problems(case, image)
     for source, name, channel in zip(case.images, case.channels, np.moveaxis(image, -1, 0), strict=True):
         zeros = np.count_nonzero(channel == 0) / channel.size
         if zeros < _MIN_ZEROS:
@@ -143,6 +144,27 @@ def inspect(case: Case, image: np.ndarray) -> list[Problem]:
             )
         )
     return problems
+
+
+def _coverage_problems(case: Case, image: np.ndarray) -> list[Problem]:
+    """Return a problem for each image that covers much less of the brain than the image that covers most of it."""
+    counts = [int(np.count_nonzero(channel)) for channel in np.moveaxis(image, -1, 0)]
+    size = image[..., 0].size
+    stripped = [count for count in counts if count <= (1 - _MIN_ZEROS) * size]
+    largest = max(stripped, default=0)
+    return [
+        Problem(
+            "coverage",
+            source_path(source),
+            found=f"covers {count} voxels of the brain ({name}), but {case.channels[counts.index(largest)]} covers "
+            f"{largest}",
+            expected="images of the same part of the brain",
+            suggestion="look at the case: what lies outside of an image cannot be segmented as in training",
+            severity=WARNING,
+        )
+        for source, name, count in zip(case.images, case.channels, counts, strict=True)
+        if 0 < count < _MIN_COVERAGE * largest
+    ]
 
 
 def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:

@@ -131,6 +131,7 @@ def scan(root: Path, modalities: tuple[str, ...], mr_labels: Labels, phase: str,
     for base in bases:
         group = TEST_PREFIX if base in tests and len(bases) > 1 else ""
         for modality in modalities:
+            problems += [] if (base / modality).is_dir() else [_no_modality(base, modality)]
             for folder in _numbered(base / modality):
                 patient = f"{group}{modality}_{folder.name}"
                 series = [folder] if modality == "CT" else [folder / "T1DUAL", folder / "T2SPIR"]
@@ -143,6 +144,17 @@ def scan(root: Path, modalities: tuple[str, ...], mr_labels: Labels, phase: str,
     folders = [folder for base in bases for modality in ("CT", "MR") for folder in _numbered(base / modality)]
     known = {path for folder in [*folders, *tests] for path in files_below(folder) if path.suffix.lower() in _IMAGES}
     return Scan(cases, problems, incomplete=tuple(incomplete), known=frozenset(known))
+
+
+def _no_modality(base: Path, modality: str) -> Problem:
+    return Problem(
+        "missing_view",
+        base,
+        found=f"has no folder {modality}",
+        expected="the modalities of the task",
+        suggestion=f"fetch the {modality} data, or choose a task without {modality} (--task, --config.data.task)",
+        severity=WARNING,
+    )
 
 
 def _numbered(folder: Path) -> list[Path]:
