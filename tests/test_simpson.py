@@ -72,7 +72,10 @@ PATIENTS = {
 def rests_on_a_stray_piece(mask, spacing):
     """Whether the area inside of the first contour, by the shoelace formula, is less than half of the cavity."""
     mask = simpson.resample_isotropic(mask, spacing)
-    y, x = find_contours(mask.astype(float), 0.5)[0].T
+    first = {tuple(point + 1) for point in find_contours(mask.astype(float), 0.5)[0]}
+    # with a margin all contours are closed, also those at the edge of the image
+    closed = find_contours(np.pad(mask.astype(float), 1), 0.5)
+    y, x = max(closed, key=lambda contour: len(first & set(map(tuple, contour)))).T
     return abs(np.dot(y, np.roll(x, 1)) - np.dot(x, np.roll(y, 1))) / 2 < 0.5 * mask.sum()
 
 
