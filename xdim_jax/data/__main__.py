@@ -18,7 +18,7 @@ from xdim_jax.data import phantom
 from xdim_jax.data.case import Dataset, list_cases
 from xdim_jax.data.datasets import DATASETS, REQUIRED, Option, get_dataset
 from xdim_jax.data.prepare import Preparation
-from xdim_jax.data.store import default_folder, prepare_cases, store_key
+from xdim_jax.data.store import default_folder, describe_cases, prepare_cases, store_key
 from xdim_jax.data.store_backends import open_backend
 from xdim_jax.data.verify import format_findings, verify
 
@@ -208,7 +208,9 @@ def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         settings = _paper_preparation(options.dataset, dataset)
     cases = list_cases(dataset, root, need_labels=True)
     base = options.store or data.get("store", "") or default_folder(root)
-    prepare_cases(dataset, cases, settings, base, jobs=options.jobs, say=log.say, progress=log.progress_bar("prepare"))
+    progress = log.progress_bar("prepare")
+    prepared = prepare_cases(dataset, cases, settings, base, jobs=options.jobs, say=log.say, progress=progress)
+    describe_cases(prepared, dataset, settings)
     backend = open_backend(base, store_key(dataset, settings)[0])
     entries = {entry for case in cases for entry in backend.find_entries(case.case_id)}
     log.say(f"done       {len(cases)} cases in {backend}, {gib(sum(map(backend.size, entries)))}")

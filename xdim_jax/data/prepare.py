@@ -143,7 +143,7 @@ def prepare(case: Case, volume: Volume, settings: Preparation) -> Prepared:
         if background is not None:  # interpolation has spread the edge of the brain into the background
             image[resample_nearest(background, shape)] = 0
     limits = None
-    if settings.window and (ct := _ct_channels(case.channels, case.info.get("modality", ""))):
+    if settings.window and (ct := ct_channels(case.channels, case.info.get("modality", ""))):
         centre, width = settings.window
         limits = [(-np.inf, np.inf)] * image.shape[3]
         for channel in ct:
@@ -190,14 +190,14 @@ def needed_bytes(
     return max(reading, preparing), kept
 
 
-def _ct_channels(channels: Sequence[str], modality: str) -> list[int]:
+def ct_channels(channels: Sequence[str], modality: str) -> list[int]:
     """Return the channels in HU: all channels of a CT case, else those with the name CT, as in nnU-Net."""
     return [i for i, name in enumerate(channels) if modality == "CT" or name.upper() == "CT"]
 
 
 def check_preparation(dataset: Dataset, settings: Preparation) -> None:
     """Raise UserError if there is an intensity window, but the data set has no CT images."""
-    if settings.window and not dataset.holds_ct and not _ct_channels(dataset.channels, ""):
+    if settings.window and not dataset.holds_ct and not ct_channels(dataset.channels, ""):
         raise UserError(
             f"config.data.prepare.window={settings.window} is for CT images, but {dataset.name} has only the channels "
             f"{', '.join(dataset.channels)}; name the channel CT in dataset.json, or remove the window"

@@ -22,14 +22,16 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, gib
 from xdim_jax.base.problem import DataError, Problem, data_error
+from xdim_jax.data import facts
 from xdim_jax.data.case import Case, Dataset, read_case
 from xdim_jax.data.images.image import read_grid
 from xdim_jax.data.prepare import Preparation, Prepared, check_preparation, prepare, target_shape
@@ -49,6 +51,7 @@ class Entry:
         shape: Shape (D, H, W) of the prepared image.
         structures: Pairs (label index of a structure, position of its first voxel in voxels.npy). The last pair is -1
             and the number of all labelled voxels.
+        facts: Result of `xdim_jax.data.facts.measure`; None if an earlier version has prepared the case.
     """
 
     case_id: str
@@ -56,6 +59,7 @@ class Entry:
     location: Location
     shape: tuple[int, ...]
     structures: tuple[tuple[int, int], ...]
+    facts: Mapping[str, Any] | None = None
 
     def load(self) -> Prepared:
         """Open the case, whose arrays are read when they are indexed.
@@ -180,6 +184,16 @@ def prepare_cases(
             *problems, summary=f"problems in {failed} of {len(missing)} cases; the other cases are prepared"
         )
     return [entry for entry in entries if entry is not None]
+
+
+def describe_cases(entries: Sequence[Entry], dataset: Dataset, settings: Preparation) -> None:
+    """Log what the cases look like, with warnings where a choice is missing; see `xdim_jax.data.facts.describe`."""
+    known = [entry.facts for entry in entries if entry.facts is not None]
+    lines, warnings = facts.describe(known, dataset.channels, settings)
+    for line in lines:
+        log.say(line)
+    for warning in warnings:
+        log.warn(warning)
 
 
 def _prepare_missing(
@@ -310,7 +324,7 @@ def _is_valid(metadata: Any, case: Case) -> bool:
 
 def _entry(case: Case, location: Location, metadata: dict[str, Any]) -> Entry:
     structures = tuple((int(i), int(start)) for i, start in metadata["structures"])
-    return Entry(case.case_id, case.patient, location, tuple(metadata["shape"]), structures)
+    return Entry(case.case_id, case.patient, location, tuple(metadata["shape"]), structures, metadata.get("facts"))
 
 
 def _write(backend: StoreBackend, case: Case, settings: Preparation) -> Entry:
@@ -332,7 +346,8 @@ def _write(backend: StoreBackend, case: Case, settings: Preparation) -> Entry:
     metadata = backend.read_metadata(location)
     if metadata is not None and _is_valid(metadata, case):  # another process has prepared it in the meantime
         return _entry(case, location, metadata)
-    prepared = prepare(case, read_case(case), settings)
+    volume = read_case(case)
+    prepared = prepare(case, volume, settings)
     voxels, structures = _labelled_voxels(prepared.label)
     arrays = {"image": prepared.raw, "label": prepared.label, "voxels": voxels}
     metadata = {
@@ -351,6 +366,7 @@ def _write(backend: StoreBackend, case: Case, settings: Preparation) -> Entry:
         "scale": list(prepared.scale),
         "masked": prepared.masked,
         "structures": structures,
+        "facts": facts.measure(case, volume, settings),
     }
     present = {name: array for name, array in arrays.items() if array is not None}
     return _entry(case, location, backend.write(location, present, metadata, lambda other: _is_valid(other, case)))

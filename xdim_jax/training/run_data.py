@@ -148,9 +148,11 @@ def _prepare(data: Any, dataset: Dataset, root: Path, cases: list[Case]) -> list
     if count > 1:
         store.prepare_cases(dataset, cases[index::count], settings, folder, jobs=data.threads)
         mesh.barrier("prepared")
-    return store.prepare_cases(
+    entries = store.prepare_cases(
         dataset, cases, settings, folder, jobs=data.threads, say=log.say, progress=log.progress_bar("prepare")
     )
+    store.describe_cases(entries, dataset, settings)
+    return entries
 
 
 def _record_split(workdir: Path, root: Path, train: list[Case], validation: list[Case], *, started: bool) -> None:
