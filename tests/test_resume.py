@@ -955,6 +955,33 @@ def test_zeros_of_another_sign_differ(tmp_path, capsys):
     assert code == 1 and "params.fast.w" in out
 
 
+_EXPONENTIAL = ("--config.optim.schedule.name=exponential", "--config.optim.schedule.constant_epochs=1")
+
+
+def test_a_finished_run_is_continued_to_more_epochs(small, camus4, tmp_path):
+    """With a schedule that does not depend on the length, the result is that of a run of that length."""
+    train_small(tmp_path / "long", camus4, *_EXPONENTIAL, "--config.train.epochs=4")
+    train_small(tmp_path / "run", camus4, *_EXPONENTIAL, "--config.train.epochs=2")
+    out = train_small(tmp_path / "run", camus4, *_EXPONENTIAL, "--config.train.epochs=4")
+    assert "changed    config.train.epochs: 2 before, 4 from now on" in out and "resume     from step 4" in out
+    assert_same_end(tmp_path / "run", tmp_path / "long", 8)
+    scores = [
+        [(r["step"], r["dice"]) for r in records(w, "validation")] for w in (tmp_path / "run", tmp_path / "long")
+    ]
+    assert scores[0] == scores[1] and len(scores[0]) == 4
+    with pytest.raises(UserError, match=r"train\.epochs: 4 in config\.json, 2 now"):
+        train.main(arguments(tmp_path / "run", camus4, *_EXPONENTIAL, "--config.train.epochs=2"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["epochs"] == 4
+
+
+def test_validation_may_become_rarer_in_a_run_that_goes_on(small, camus4, tmp_path):
+    train_small(tmp_path / "run", camus4, "--config.train.epochs=1")
+    more = ("--config.train.epochs=4", "--config.train.validate_every=3", "--config.train.patience=9")
+    out = train_small(tmp_path / "run", camus4, *more)
+    assert "validate   every 3 epochs (6 steps), and at the end" in out
+    assert [r["step"] for r in records(tmp_path / "run", "validation")] == [2, 6, 8]
+
+
 def test_another_seed_parts_at_the_first_step(small, camus4, straight, tmp_path, capsys):
     train_small(tmp_path / "run", camus4, "--config.seed=1")
     code, out = verified(straight, tmp_path / "run", capsys)

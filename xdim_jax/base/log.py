@@ -11,6 +11,7 @@ import math
 import os
 import select
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import IO
 
@@ -88,14 +89,17 @@ def write_result(text: str) -> None:
         ) from error
 
 
-def progress_bar(title: str, *, lines: bool = True) -> Callable[[int, int], None]:
+def progress_bar(title: str, *, lines: bool = True, interval: float = 0.0) -> Callable[[int, int], None]:
     """Return a function ``show(done, total)`` that reports how many cases are done.
 
-    On a terminal it draws a progress bar. Otherwise, with ``lines``, it logs a line after each tenth of the cases.
+    On a terminal it draws a progress bar. Otherwise, with ``lines``, it logs a line after each tenth of the cases, but
+    not within ``interval`` seconds after the start or the last line.
     """
     shown: list[tqdm] = []
+    logged = time.monotonic()
 
     def show(done: int, total: int) -> None:
+        nonlocal logged
         if sys.stderr is not None and sys.stderr.isatty():
             with contextlib.suppress(OSError):  # the terminal has been closed
                 if not shown:
@@ -104,6 +108,9 @@ def progress_bar(title: str, *, lines: bool = True) -> Callable[[int, int], None
                 if done == total:
                     shown[0].close()
         elif lines and (done == total or done * 10 // total > (done - 1) * 10 // total):
+            if interval and time.monotonic() - logged < interval:
+                return
+            logged = time.monotonic()
             say(f"{title:<10} {done}/{total} cases")
 
     return show

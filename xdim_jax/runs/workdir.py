@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -23,30 +24,40 @@ def find_members(workdirs: Sequence[Path]) -> list[Path]:
     return list({folder.resolve(): folder for folder in found}.values())
 
 
-def claim_workdir(workdir: Path, config: Config, *, ignored: Sequence[str], started: bool) -> None:
+def claim_workdir(
+    workdir: Path, config: Config, *, ignored: Sequence[str], continued: Sequence[str] = (), started: bool
+) -> list[tuple[str, Any, Any]]:
     """Write the resolved config into the workdir; if a run was started there, check that it has the same config.
 
     Args:
         workdir: Folder of the run.
         config: Config of the run.
         ignored: Dotted keys that may differ from the config of a started run.
+        continued: Further keys that may differ; ``train.epochs`` may only become larger.
         started: True if the run has been trained already.
+
+    Returns:
+        The ``continued`` keys that differ, with the value so far and the new value.
 
     Raises:
         UserError: The workdir belongs to another config (the message lists all differences), or cannot be written.
     """
     path = workdir / CONFIG_FILE
+    changed: list[tuple[str, Any, Any]] = []
     if started:
-        differing = [
-            f"{key}: {found!r} in {CONFIG_FILE}, {wanted!r} now"
-            for key, found, wanted in differences(read_config(workdir), config, ignored=ignored)
-        ]
-        if differing:
+        found = differences(read_config(workdir), config, ignored=ignored)
+        changed = [d for d in found if d[0] in continued and not (d[0] == "train.epochs" and d[1] > d[2])]
+        differing = [f"{key}: {before!r} in {CONFIG_FILE}, {now!r} now" for key, before, now in found]
+        if len(changed) < len(found):
+            free = ", ".join(f"config.{key}" for key in continued)
             raise UserError(
                 f"{workdir} has a run with another config; give another --workdir, or the same config to resume it. "
-                "Differences:\n  " + "\n  ".join(differing)
+                + (f"Only {free} may change, and epochs only become larger. " if continued else "")
+                + "Differences:\n  "
+                + "\n  ".join(differing)
             )
     write_json(path, config.to_dict())
+    return changed
 
 
 def read_config(workdir: Path) -> Config:

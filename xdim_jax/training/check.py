@@ -39,6 +39,10 @@ FREE_KEYS = (
     ),
 )
 
+# keys that may change when a run is resumed or a finished run is continued: they decide how long it trains and when it
+# validates; train.epochs cannot become smaller
+CONTINUE_KEYS = ("train.epochs", "train.patience", "train.validate_every", "train.validate_after_score")
+
 # key -> smallest and largest allowed value
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),

@@ -21,7 +21,7 @@ from xdim_jax.runs.state import TrainState
 from xdim_jax.runs.trackers import open_trackers
 from xdim_jax.runs.workdir import claim_workdir
 from xdim_jax.training import mesh
-from xdim_jax.training.check import FREE_KEYS
+from xdim_jax.training.check import CONTINUE_KEYS, FREE_KEYS
 from xdim_jax.training.initial_weights import REPORT_FILE, initialise
 from xdim_jax.training.loop import Progress, Run
 from xdim_jax.training.mesh import Devices
@@ -160,7 +160,9 @@ def _start_network(config: Config, workdir: Path, devices: Devices, *, started: 
     else:
         params, stats, report = initialise(config.init, config.model, config.seed, params, stats)
     if jax.process_index() == 0:
-        claim_workdir(workdir, config, ignored=FREE_KEYS, started=started)
+        changed = claim_workdir(workdir, config, ignored=FREE_KEYS, continued=CONTINUE_KEYS, started=started)
+        for key, before, now in changed:
+            log.say(f"changed    config.{key}: {before} before, {now} from now on")
         if report is not None:
             write_json(workdir / REPORT_FILE, report)
     return graphdef, params, stats
@@ -171,7 +173,18 @@ def _describe(config: Config, dataset: Dataset, data: RunData, per_epoch: int, w
     counts = f"{len(data.train)} training, {len(data.validation)} validation cases"
     log.say(f"data       {dataset.name}, {counts}, fold {config.data.fold}")
     log.say(f"steps      {config.train.epochs} epochs x {per_epoch} = {config.train.epochs * per_epoch}")
+    log.say(f"validate   {_describe_validation(config.train, per_epoch)}")
     log.say(f"workdir    {workdir}")
+
+
+def _describe_validation(train: Config, per_epoch: int) -> str:
+    """Return a line of text that says when validations take place."""
+    every, threshold = train.validate_every, train.validate_after_score
+    begin = f", after the training score of an epoch has exceeded {threshold:g}" if threshold > 0 else ""
+    if every >= train.epochs:
+        return "at the end"
+    epochs = "epoch" if every == 1 else f"{every} epochs"
+    return f"every {epochs} ({every * per_epoch} steps){begin}, and at the end"
 
 
 def _restore(checkpoints: checkpoint.Checkpoints, state: TrainState, *, regions: int) -> tuple[TrainState, Progress]:

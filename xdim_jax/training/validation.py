@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from xdim_jax.base import log
 from xdim_jax.base.files import atomic_path
 from xdim_jax.base.signals import StopRequest
 from xdim_jax.base.threads import StoppedError
@@ -20,6 +21,7 @@ from xdim_jax.pages.colours import PALETTE, to_rgb
 from xdim_jax.scoring import masks
 from xdim_jax.training import mesh
 
+_PROGRESS_SECONDS = 20.0  # time between two lines about the progress of a validation
 OVERLAYS = "overlays"  # folder of the pictures, in the workdir
 
 
@@ -73,6 +75,7 @@ def make_validation(
         scores = np.full((len(cases), len(names)), np.nan)
         pictures = {}
         incomplete = False
+        show = log.progress_bar("validate", interval=_PROGRESS_SECONDS)
         for first in range(0, len(cases), jax.process_count()):
             if mesh.agree(stop.signal > 0):
                 raise InterruptedValidationError
@@ -95,6 +98,7 @@ def make_validation(
                 if name in shown:
                     value = masks.dice(predicted[..., r], reference[..., r])
                     scores[number, r] = 1.0 if np.isnan(value) else value
+            show(min(first + jax.process_count(), len(cases)), len(cases))
             if volume is not None:
                 pictures[case.case_id] = draw(volume.image[..., 0], truth, label)
         if mesh.agree(incomplete):
