@@ -7,6 +7,7 @@ import pytest
 
 from tests import golden
 from xdim_jax.base.config import load_config, shipped_configs, shipped_recipes
+from xdim_jax.training.check import resolve_config
 
 
 def flat(tree, prefix=""):
@@ -49,3 +50,28 @@ def test_files_with_an_underscore_are_not_recipes():
     files = {path.stem for path in shipped_configs().glob("*.py")}
     assert "_shared" in files and not [name for name in shipped_recipes() if name.startswith("_")]
     assert files - set(shipped_recipes()) == {"__init__", "_shared"}
+
+
+@pytest.mark.parametrize(
+    ("names", "sided"),
+    [
+        (("liver", "tumour"), False),
+        (("kidney left", "kidney right"), True),
+        (("LeftVentricle",), True),
+        (("lung_L", "lung_R"), True),
+        (("hippocampus-lh",), True),
+        (("lesion", "rectum", "larynx", "arteries"), False),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["own_dxnet", "own_omnianet"])
+def test_own_recipes_mirror_along_all_axes_that_keep_the_meaning_of_the_structures(recipe, names, sided, tmp_path):
+    labels = {"background": 0} | {name: i for i, name in enumerate(names, 1)}
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": labels}))
+    config = load_config(f"configs/{recipe}.py", [f"--config.data.root={tmp_path}"])
+    resolved, _ = resolve_config(config)
+    axes = len(config.data.patch)
+    assert resolved.augment.flip.axes == tuple(range(axes - 1 if sided else axes)) and resolved.augment.flip.p == 0.5
+    given, _ = resolve_config(
+        load_config(f"configs/{recipe}.py", [f"--config.data.root={tmp_path}", "--config.augment.flip.axes=(1,)"])
+    )
+    assert given.augment.flip.axes == (1,)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def resolve_config(config: Config, *, needs_data: bool = True) -> tuple[Config, 
         needs_data: True if a config without data (and without phantoms) is an error.
 
     Returns:
-        A copy of the config in which ``model.in_channels`` and ``model.out_channels`` are set, and the data set.
+        A copy of the config in which ``model.in_channels``, ``model.out_channels`` and ``augment.flip.axes`` are set,
+        and the data set.
 
     Raises:
         UserError: A value is unknown, out of range, or cannot be combined with another one.
@@ -114,6 +116,7 @@ def resolve_config(config: Config, *, needs_data: bool = True) -> tuple[Config, 
     config = config.copy_and_resolve_references()
     dataset = _find_dataset(config.data, needs_data=needs_data)
     _set_channels(config, dataset)
+    _set_flip_axes(config, dataset)
     check_preparation(dataset, Preparation.from_config(config.data.prepare))
     if problems := [*_range_problems(config), *_choice_problems(config), *_combination_problems(config)]:
         raise join_problems(problems, "values of the config cannot be used")
@@ -148,6 +151,21 @@ def _set_channels(config: Config, dataset: Dataset) -> None:
         if config.model[key] != expected:
             names = f" with output={config.output}: {', '.join(output.channels)}" if key == "out_channels" else ""
             raise UserError(f"config.model.{key}={config.model[key]}: {dataset.name} needs {expected}{names}")
+
+
+# words in the name of a structure that exists on one side of the body
+_SIDES = re.compile(r"left|right|(?<![a-z])(l|r|lt|rt|lh|rh)(?![a-z])", re.IGNORECASE)
+
+
+def _set_flip_axes(config: Config, dataset: Dataset) -> None:
+    """If images are flipped and the config has no axes, set them to all axes; without W if structures have sides.
+
+    A flip along W exchanges left and right, so the network could not learn the difference.
+    """
+    flip = config.augment.flip
+    if flip.p > 0 and not flip.axes:
+        sided = any(_SIDES.search(name) for name in (*dataset.labels.structures, *dataset.regions.names))
+        flip.axes = tuple(range(len(config.data.patch) - sided))
 
 
 def _value(config: Config, key: str) -> Any:
