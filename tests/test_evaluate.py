@@ -638,6 +638,45 @@ def test_references_that_are_given_as_predictions(rules, tmp_path, capsys):
     assert f"{summary['cases']} of {summary['cases']} predictions equal their reference" in capsys.readouterr().out
 
 
+def test_cases_can_be_chosen_by_a_list_or_a_file(tmp_path):
+    pred, ref, out = brats_tree(tmp_path, "brats2022", cases=3)
+    everything, _ = run("brats2022", pred, ref, out)
+    names = [brats_case(n, "brats2022") for n in (0, 2)]
+    (tmp_path / "list.txt").write_text("\n".join(names) + "\n\n")
+    for chosen in (", ".join(names), tmp_path / "list.txt"):
+        found, summary = run("brats2022", pred, ref, out, f"--cases={chosen}")
+        assert found == {key: value for key, value in everything.items() if key[0] in names}
+        assert summary["cases"] == 2
+    refused(["BraTS_absent", "no reference"], "brats2022", pred, ref, out, f"--cases={names[0]},BraTS_absent")
+
+
+@pytest.mark.parametrize("fault", ["missing", "damaged"])
+def test_cases_without_a_usable_prediction_can_be_left_out(fault, tmp_path, capsys):
+    """The other cases have the values that they have without it, also those that are computed over all cases."""
+    ref, pred = camus_tree(tmp_path / "ref"), camus_predictions(tmp_path / "pred")
+    alone = camus_predictions(tmp_path / "alone", patients=(2,))
+    path = pred / "patient0001_4CH_ES.nii.gz"
+    others = camus_predictions(tmp_path / "others")
+    (others / path.name).unlink()
+    path.unlink() if fault == "missing" else path.write_bytes(b"damaged")
+    found, summary = run("camus", pred, ref, tmp_path / "out", "--missing=skip")
+    assert "patient0001_4CH_ES" in capsys.readouterr().out
+    assert summary["cases"] == 7 and not any(key[0] == "patient0001_4CH_ES" for key in found)
+    record = json.loads((tmp_path / "out" / "evaluate.json").read_text())
+    assert record["skipped"] == ["patient0001_4CH_ES"] and "patient0001_4CH_ES" not in record["cases"]
+    cases = ",".join(f"patient0002_{view}_{instant}" for view, instant in CAMUS_IMAGES)
+    expected, _ = run("camus", alone, ref, tmp_path / "out2", f"--cases={cases}")
+    assert {key: value for key, value in found.items() if key[0].startswith("patient0002")} == expected
+    (tmp_path / "none").mkdir()
+    save(tmp_path / "none" / "patient0009_2CH_ED.nii.gz", predicted(1, ("2CH", "ED")).T, PICTURE)
+    refused("no reference", "camus", tmp_path / "none", ref, tmp_path / "out", "--missing=skip")
+
+
+def test_plain_names_of_metrics(tmp_path):
+    found, _ = run("brats2022", *brats_tree(tmp_path, "brats2022"), "--metrics=hd95,assd,hd95_pooled")
+    assert {"hd95_pooled", "assd_pooled"} <= {metric for _, _, metric in found}
+
+
 def test_camus_missing_image(tmp_path):
     ref, pred = camus_tree(tmp_path / "ref"), camus_predictions(tmp_path / "pred")
     (pred / "patient0001_4CH_ES.nii.gz").unlink()

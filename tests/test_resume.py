@@ -965,9 +965,7 @@ def test_a_finished_run_is_continued_to_more_epochs(small, camus4, tmp_path):
     out = train_small(tmp_path / "run", camus4, *_EXPONENTIAL, "--config.train.epochs=4")
     assert "changed    config.train.epochs: 2 before, 4 from now on" in out and "resume     from step 4" in out
     assert_same_end(tmp_path / "run", tmp_path / "long", 8)
-    scores = [
-        [(r["step"], r["dice"]) for r in records(w, "validation")] for w in (tmp_path / "run", tmp_path / "long")
-    ]
+    scores = [[(r["step"], r["dice"]) for r in records(w, "validation")] for w in (tmp_path / "run", tmp_path / "long")]
     assert scores[0] == scores[1] and len(scores[0]) == 4
     with pytest.raises(UserError, match=r"train\.epochs: 4 in config\.json, 2 now"):
         train.main(arguments(tmp_path / "run", camus4, *_EXPONENTIAL, "--config.train.epochs=2"))

@@ -56,6 +56,9 @@ def _evaluate(options: Any, cases: set[str] | None = None) -> None:
     if absent := [f"--{name}" for name in ("rules", "pred", "ref", "out") if getattr(options, name) is None]:
         raise UserError(f"{' and '.join(absent)} missing: give --rules, --pred, --ref and --out, or --workdir")
     rules = challenges.make_rules(options.rules, options)
+    if options.cases:
+        chosen = _read_cases(options.cases)
+        cases = chosen if cases is None else cases & chosen
     if options.tune_min_et:
         check_small_et_kept(options.pred)
     evaluate_folders(
@@ -69,6 +72,16 @@ def _evaluate(options: Any, cases: set[str] | None = None) -> None:
         missing=options.missing,
         processes=options.jobs,
     )
+
+
+def _read_cases(text: str) -> set[str]:
+    """Return the case ids in a comma-separated list, or in a file with one id per line."""
+    path = Path(text)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--cases={text} is not a text file; expected one case id per line") from error
+    return {line.strip() for line in lines if line.strip()}
 
 
 def _set_defaults_of_run(options: Any, workdir: Path) -> None:
@@ -98,16 +111,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder for the results, created if it does not exist")
     add(
         "--missing",
-        choices=["error", "penalise"],
+        choices=["error", "penalise", "skip"],
         default="error",
-        help="what to do if a prediction is missing or unreadable: stop with an error, or give the case the worst "
-        "values of the challenge (default: %(default)s)",
+        help="what to do if a prediction is missing or unreadable: stop with an error, give the case the worst values "
+        "of the challenge, or leave it out with a warning (default: %(default)s)",
+    )
+    add(
+        "--cases",
+        default="",
+        help="ids of the cases to score, separated by commas, or a text file with one id per line; default: all",
     )
     add(
         "--metrics",
         default="",
         help="comma-separated metrics in addition to those of the challenge; for generic, all metrics (default: "
-        f"{','.join(generic.DEFAULT_METRICS)}). Distances are in mm. Known: {', '.join(METRICS)}",
+        f"{','.join(generic.DEFAULT_METRICS)}). Distances are in mm; hd95 and assd are the pooled ones. Known: "
+        f"{', '.join(METRICS)}",
     )
     add("--jobs", type=int, default=_cores(), help="number of scoring processes (default: one per core)")
     challenges.add_options(parser)

@@ -130,9 +130,16 @@ def make_rules(name: str, options: argparse.Namespace) -> Rules:
     return generic.rules(structures, metrics, border=options.border != "inside")
 
 
+_ALIASES = {"hd95": "hd95_pooled", "assd": "assd_pooled"}
+
+
 def parse_metrics(text: str) -> tuple[str, ...]:
-    """Return the metric names in a comma-separated list. Raises UserError for a name that is not known."""
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    """Return the metric names in a comma-separated list; ``hd95`` means ``hd95_pooled``, and ``assd`` ``assd_pooled``.
+
+    Raises:
+        UserError: A name is not known.
+    """
+    names = tuple(_ALIASES.get(name.strip(), name.strip()) for name in text.split(",") if name.strip())
     if unknown := [name for name in names if name not in METRICS]:
         variants = sorted({m for name in unknown for m in METRICS if m.startswith(f"{name}_")})
         hint = f"; did you mean {' or '.join(variants)}?" if variants else ""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def evaluate_folders(
     out: Path,
     *,
     options: dict[str, Any],
-    cases: Collection[str] | None = None,
+    cases: Set[str] | None = None,
     metrics: Sequence[str] = (),
     missing: str = "error",
     processes: int = 1,
@@ -35,10 +35,11 @@ def evaluate_folders(
         ref: Folder of references.
         out: Folder for the results.
         options: Options of the rules, which are recorded in evaluate.json.
-        cases: Ids of the cases that are scored; None for all.
+        cases: Ids of the cases that are scored; None for all. Each must have a reference.
         metrics: Names of metrics in addition to those of the rules.
         missing: What happens if a prediction is missing or unreadable. ``error``: a UserError is raised.
-            ``penalise``: the case gets the worst values of the challenge.
+            ``penalise``: the case gets the worst values of the challenge. ``skip``: the case is left out, with a
+            warning, and listed in evaluate.json.
         processes: Maximum number of scoring processes.
 
     Raises:
@@ -46,6 +47,8 @@ def evaluate_folders(
     """
     jobs, surplus = rules.jobs(pred, ref)
     if cases is not None:
+        if absent := sorted(cases - {job.ref.case_id for job in jobs}):
+            raise UserError(f"{len(absent)} of the cases to score have no reference in {ref}: {shorten(absent)}")
         jobs = [job for job in jobs if job.ref.case_id in cases]
     without = list(dict.fromkeys(job.ref.case_id for job in jobs if job.pred is None))
     if without and missing == "error":
@@ -54,15 +57,25 @@ def evaluate_folders(
             f"{len(without)} of {total} references in {ref} have no prediction in {pred}: {shorten(without)}. Predict "
             "them, or give --missing=penalise to score them as the challenge does"
         )
+    if all(job.pred is None for job in jobs) and missing == "skip":
+        raise UserError(f"no reference in {ref} has a prediction in {pred}; expected at least one")
     _check_distinct(jobs)
     if surplus:
         log.warn(f"{len(surplus)} predictions without a reference are left out: {shorten(surplus)}")
+    skipped = set(without) if missing == "skip" else set()
+    jobs = [job for job in jobs if job.ref.case_id not in skipped]
     scored, extra_rows, extra = score_jobs(rules, jobs, metrics, processes=processes)
     problems = list(dict.fromkeys(case.problem for case in scored if case.problem))
     if problems and missing == "error":
         raise join_problems(problems, "cases that cannot be scored")
     for problem in problems:
-        log.warn(f"{problem}: the case gets the worst values")
+        log.warn(f"{problem}: the case {'is left out' if missing == 'skip' else 'gets the worst values'}")
+    if problems and missing == "skip":  # again without these cases, because rules aggregate over all cases
+        skipped |= {case.case_id for case in scored if case.problem}
+        jobs = [job for job in jobs if job.ref.case_id not in skipped]
+        scored, extra_rows, extra = score_jobs(rules, jobs, metrics, processes=processes)
+    if skipped:
+        log.warn(f"{len(skipped)} cases are left out: {shorten(sorted(skipped))}; scores of the others may be too good")
     scored = _add_absent_structures(scored)
     if not any(case.values for case in scored):
         raise UserError(f"{ref} and {pred} contain no structure, only background; name the structures with --labels")
@@ -77,6 +90,7 @@ def evaluate_folders(
         "rules": rules.name,
         "options": options | {"metrics": list(metrics), "missing": missing},
         "cases": _record(jobs),
+        "skipped": sorted(skipped),
     }
     write_json(out / results.EVALUATE_FILE, record)
     for line in describe(summary, rules):

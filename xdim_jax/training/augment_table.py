@@ -13,8 +13,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "rotate": {"p": 0.0, "degrees": 15.0, "plane": False},
     "translate": {"p": 0.0, "share": 0.1},  # largest shift along every axis, as a share of the side
     "shear": {"p": 0.0, "amount": 0.1},  # largest tangent of the shear angle, for every pair of axes
-    # spatial axes, each flipped with probability p; in a config, () means all axes, but not left-right if structures have
-    # sides
+    # spatial axes, each flipped with probability p; in a config, () means all axes, but not left-right if structures
+    # have sides
     "flip": {"p": 0.0, "axes": ()},
     # displacements, interpolated from random ones at ``cells`` points per axis; share: their standard deviation, as a
     # share of the side
