@@ -6,6 +6,7 @@ kills of the slow test are of the real one.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -47,9 +48,9 @@ from xdim_jax.inference import predictor, sliding_window
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.weights import Weights, flatten, write_weights
-from xdim_jax.runs import checkpoint, trackers
+from xdim_jax.runs import checkpoint, lock, trackers
 from xdim_jax.runs.records import close_recorder
-from xdim_jax.training import check, crossval, initial_weights, loop, step_metrics, validation, watchdog
+from xdim_jax.training import check, crossval, initial_weights, loop, open_run, step_metrics, validation, watchdog
 from xdim_jax.training import train as training
 
 REPO = Path(__file__).parent.parent
@@ -298,6 +299,43 @@ def test_a_signal_to_the_process_is_heard_at_every_moment(
     out = train_small(tmp_path / "run", camus4, store)
     assert ("resume     from step" in out) == trains
     assert_same_end(tmp_path / "run", straight, 6)
+
+
+# -- the lock of the workdir --------------------------------------------------------------------------------------
+
+
+def test_two_processes_never_train_in_one_workdir(small, camus4, straight, tmp_path, monkeypatch, capsys):
+    """The second one names the first, waits, and takes over when the first is killed, without losing a step."""
+    store = f"--config.data.store={tmp_path / 'store'}"
+    command = [sys.executable, "-c", _PROCESS, "steps", *arguments(tmp_path / "run", camus4, store)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDIM_JAX_CACHE": "off", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        for text in process.stdout:
+            if text.startswith("step 2/6"):
+                break
+        process.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(open_run, "lock_workdir", functools.partial(lock.lock_workdir, wait=1))
+        with pytest.raises(UserError, match=f"in use by process {process.pid} on") as error:
+            train.main(arguments(tmp_path / "run", camus4, store))
+        assert str(tmp_path / "run") in str(error.value)
+        monkeypatch.setattr(open_run, "lock_workdir", functools.partial(lock.lock_workdir, wait=60))
+        threading.Timer(1, process.kill).start()
+        out = train_small(tmp_path / "run", camus4, store)
+        assert f"waiting    for process {process.pid}" in out
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait()
+    assert_same_end(tmp_path / "run", straight, 6)
+
+
+def test_a_lock_is_released_when_a_run_fails(tmp_path):
+    for _ in range(2):
+        file = lock.lock_workdir(tmp_path, wait=0)
+        with pytest.raises(UserError, match="in use"):
+            lock.lock_workdir(tmp_path, wait=0)
+        file.close()
 
 
 # -- the loop alone -----------------------------------------------------------------------------------------------

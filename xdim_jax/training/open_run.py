@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -16,6 +16,7 @@ from xdim_jax.inference.output import make_output
 from xdim_jax.inference.sliding_window import Segmenter, make_segmenter
 from xdim_jax.nets import networks
 from xdim_jax.runs import checkpoint, environment
+from xdim_jax.runs.lock import lock_workdir
 from xdim_jax.runs.records import close_recorder, open_recorder, read_records
 from xdim_jax.runs.state import TrainState
 from xdim_jax.runs.trackers import open_trackers
@@ -55,6 +56,7 @@ class OpenRun:
         validated: True if the record has a validation of this state.
         open_stream: Function that opens the stream of batches, starting with that of the next step.
         shared: Functions that further runs with the same program can use.
+        lock: Lock of the workdir; None in processes other than the first, and if there are no locks.
     """
 
     run: Run
@@ -64,11 +66,16 @@ class OpenRun:
     validated: bool
     open_stream: Callable[[], Iterator[dict[str, Any]]]
     shared: SharedPrograms
+    lock: IO[str] | None = None
 
     def close(self) -> None:
         """Wait until all records and checkpoints are written, and close them. Raises UserError if that fails."""
-        close_recorder(self.run.recorder)
-        checkpoint.close(self.run.checkpoints)
+        try:
+            close_recorder(self.run.recorder)
+            checkpoint.close(self.run.checkpoints)
+        finally:
+            if self.lock is not None:
+                self.lock.close()
 
 
 def open_run(
@@ -81,7 +88,7 @@ def open_run(
     shared: SharedPrograms | None = None,
     separate_disks: bool = False,
 ) -> OpenRun:
-    """Start a run, or resume the run in ``workdir``.
+    """Start a run, or resume the run in ``workdir``, which is locked until the run is closed.
 
     Args:
         config: Config of a recipe, as `xdim_jax.training.check.resolve_config` returns it.
@@ -93,8 +100,30 @@ def open_run(
         separate_disks: True if each process has a workdir of its own. Only that of process 0 is kept.
 
     Raises:
-        UserError: Weights or data cannot be used, or the workdir belongs to another config or cannot be written.
+        UserError: Weights or data cannot be used, or the workdir belongs to another config, cannot be written, or is in
+            use by another process.
     """
+    lock = lock_workdir(workdir) if jax.process_index() == 0 else None
+    try:
+        opened = _open_locked_run(config, dataset, workdir, stop, devices, shared=shared, separate_disks=separate_disks)
+    except BaseException:
+        if lock is not None:
+            lock.close()
+        raise
+    return dataclasses.replace(opened, lock=lock)
+
+
+def _open_locked_run(
+    config: Config,
+    dataset: Dataset,
+    workdir: Path,
+    stop: StopRequest,
+    devices: Devices,
+    *,
+    shared: SharedPrograms | None,
+    separate_disks: bool,
+) -> OpenRun:
+    """Start or resume a run, see `open_run`."""
     started = checkpoint.exists(workdir)
     mesh.barrier("checked")  # process 0 must not write before all processes have checked
     network = _start_network(config, workdir, devices, started=started)

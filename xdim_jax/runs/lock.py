@@ -1,0 +1,71 @@
+"""A lock that keeps two processes from training in one workdir at the same time."""
+
+import contextlib
+import errno
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from xdim_jax.base import log
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import write_error
+
+LOCK_FILE = ".lock"  # in the workdir: process id and host of the process that trains there
+WAIT_SECONDS = 60.0  # a process that was killed, or a scheduler that replaces it, may need this time
+
+
+def lock_workdir(workdir: Path, wait: float = WAIT_SECONDS) -> IO[str] | None:
+    """Lock a workdir until the returned file is closed, or the process ends in any way.
+
+    Args:
+        workdir: Folder of a run; created if it does not exist.
+        wait: Time in seconds to wait for another process that has the lock.
+
+    Returns:
+        The locked file; None if the file system has no locks, which is logged.
+
+    Raises:
+        UserError: Another process still has the lock, or the folder cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    path = workdir / LOCK_FILE
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise write_error(path, error) from error
+    end, waiting = time.monotonic() + wait, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                log.warn(f"{path} cannot be locked ({error.strerror}): make sure that only one run uses this workdir")
+                file.close()
+                return None
+        if not waiting:
+            log.say(f"waiting    for {_owner(file)}, which trains in {workdir}")
+            waiting = True
+        if time.monotonic() >= end:
+            owner = _owner(file)
+            file.close()
+            raise UserError(f"{workdir} is in use by {owner}; wait until it ends, stop it, or give another --workdir")
+        time.sleep(0.5)
+    with contextlib.suppress(OSError):  # the lock holds, even if the disk is full
+        file.truncate(0)
+        file.write(f"{os.getpid()} {socket.gethostname()}")
+        file.flush()
+    return file
+
+
+def _owner(file: IO[str]) -> str:
+    """Return the process that has locked a file, as text."""
+    file.seek(0)
+    number, _, host = file.read().partition(" ")
+    return f"process {number or '?'} on {host or 'another host'}"
