@@ -16,7 +16,7 @@ LOCK_FILE = ".lock"  # in the workdir: process id and host of the process that t
 WAIT_SECONDS = 60.0  # a process that was killed, or a scheduler that replaces it, may need this time
 
 
-def lock_workdir(workdir: Path, wait: float = WAIT_SECONDS) -> IO[str] | None:
+def lock_workdir(workdir: Path, wait: float = WAIT_SECONDS) -> IO[bytes] | None:
     """Lock a workdir until the returned file is closed, or the process ends in any way.
 
     Args:
@@ -36,7 +36,7 @@ def lock_workdir(workdir: Path, wait: float = WAIT_SECONDS) -> IO[str] | None:
     path = workdir / LOCK_FILE
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        file = open(path, "ab+", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise write_error(path, error) from error
     end, waiting = time.monotonic() + wait, False
@@ -59,13 +59,12 @@ def lock_workdir(workdir: Path, wait: float = WAIT_SECONDS) -> IO[str] | None:
         time.sleep(0.5)
     with contextlib.suppress(OSError):  # the lock holds, even if the disk is full
         file.truncate(0)
-        file.write(f"{os.getpid()} {socket.gethostname()}")
-        file.flush()
+        file.write(f"{os.getpid()} {socket.gethostname()}".encode())
     return file
 
 
-def _owner(file: IO[str]) -> str:
+def _owner(file: IO[bytes]) -> str:
     """Return the process that has locked a file, as text."""
     file.seek(0)
-    number, _, host = file.read().partition(" ")
+    number, _, host = file.read().decode(errors="replace").partition(" ")
     return f"process {number or '?'} on {host or 'another host'}"

@@ -4,20 +4,17 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
 from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.files import atomic_path, write_error
 from xdim_jax.base.log import warn
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
+from xdim_jax.runs.tensorboard import FOLDER, EventFile
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATIONS_FILE = "validations.jsonl"  # the Dice of every validation case and region, at every validation
@@ -32,14 +29,14 @@ class Recorder:
         jsonl: Open `METRICS_FILE`.
         validations: Open `VALIDATIONS_FILE`.
         steps: Open `STEPS_FILE`.
-        tensorboard: TensorBoard writer.
+        tensorboard: TensorBoard's event file.
         trackers: Trackers, see `xdim_jax.runs.trackers`.
     """
 
     jsonl: IO[str] | None = None
     validations: IO[str] | None = None
     steps: IO[str] | None = None
-    tensorboard: "SummaryWriter | None" = None
+    tensorboard: EventFile | None = None
     trackers: list[Any] = dataclasses.field(default_factory=list)
 
 
@@ -87,24 +84,11 @@ def open_recorder(workdir: Path, step: int, *, writes: bool, trackers: Sequence[
         with atomic_path(workdir / name) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
     try:
-        tensorboard = _tensorboard()(str(workdir / "tensorboard"), purge_step=step + 1)
+        tensorboard = EventFile(workdir, step)
         metrics, validations, steps = (open(workdir / name, "a", encoding="utf-8") for name in names)  # noqa: SIM115
         return Recorder(metrics, validations, steps, tensorboard, list(trackers))
     except OSError as error:
-        raise write_error(workdir / "tensorboard", error) from error
-
-
-def _tensorboard() -> "type[SummaryWriter]":
-    """Import tensorboardX's writer without torch. tensorboardX would import torch, which takes seconds."""
-    hidden = "torch" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hidden:
-            del sys.modules["torch"]
-    return SummaryWriter
+        raise write_error(workdir / FOLDER, error) from error
 
 
 def record(recorder: Recorder, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -128,11 +112,11 @@ def record(recorder: Recorder, kind: str, step: int, values: Mapping[str, float]
         recorder.jsonl.write(json.dumps(entry) + "\n")
         recorder.jsonl.flush()
         os.fsync(recorder.jsonl.fileno())
-        for name, value in scalars.items():
-            recorder.tensorboard.add_scalar(name, value, step)
-        recorder.tensorboard.flush()
     except OSError as error:
         raise write_error(Path(recorder.jsonl.name), error) from error
+    for name, value in scalars.items():
+        recorder.tensorboard.add_scalar(name, value, step)
+    recorder.tensorboard.flush()
     _call_trackers(recorder, lambda tracker: tracker.scalars(step, scalars))
 
 
@@ -176,18 +160,12 @@ def record_pictures(recorder: Recorder, step: int, pictures: Mapping[str, np.nda
         recorder: Open record files.
         step: Number of steps done.
         pictures: Pictures by name, uint8 (H, W, 3).
-
-    Raises:
-        UserError: TensorBoard's file cannot be written.
     """
     if recorder.tensorboard is None:
         return
-    try:
-        for name, picture in pictures.items():
-            recorder.tensorboard.add_image(f"validation/{name}", picture, step, dataformats="HWC")
-        recorder.tensorboard.flush()
-    except OSError as error:
-        raise write_error(Path(str(recorder.tensorboard.logdir)), error) from error
+    for name, picture in pictures.items():
+        recorder.tensorboard.add_picture(f"validation/{name}", picture, step)
+    recorder.tensorboard.flush()
     _call_trackers(recorder, lambda tracker: tracker.pictures(step, pictures))
 
 

@@ -66,7 +66,7 @@ class OpenRun:
     validated: bool
     open_stream: Callable[[], Iterator[dict[str, Any]]]
     shared: SharedPrograms
-    lock: IO[str] | None = None
+    lock: IO[bytes] | None = None
 
     def close(self) -> None:
         """Wait until all records and checkpoints are written, and close them. Raises UserError if that fails."""
