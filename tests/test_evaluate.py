@@ -18,6 +18,7 @@ from tests.reference_scores import CAMUS_IMAGES, brute, slow_volumes, ventricle
 from xdim_jax import compare, evaluate
 from xdim_jax.base.errors import UserError
 from xdim_jax.data.phantom import write_chaos
+from xdim_jax.scoring import tables
 
 FILES = {"cases.csv", "summary.json", "tables.md", "tables.tex", "evaluate.json"}
 
@@ -848,6 +849,32 @@ def test_chaos_results_as_png(tmp_path, abdomen):
     found, summary = run("chaos", pred, abdomen, tmp_path / "out")
     check_chaos(found, abdomen, "25")
     assert set(summary["tasks"]) == {"2", "5"}
+
+
+def test_chaos_pngs_in_folders_that_name_the_case(tmp_path, abdomen):
+    """Folders named after the case ids; and for a single case, the folder itself."""
+    pngs = chaos_pngs(tmp_path / "pred", abdomen, 2, ["CT_1", "CT_2"])
+    expected, _ = run("chaos", pngs, abdomen, tmp_path / "out", "--task=2")
+    named = tmp_path / "named"
+    for case, folder in (("CT_1", "1"), ("CT_2", "2")):
+        shutil.copytree(pngs / "Task2" / "CT" / folder / "Results", named / case)
+    assert run("chaos", named, abdomen, tmp_path / "out", "--task=2")[0] == expected
+    alone = tmp_path / "alone" / "CT"
+    shutil.copytree(abdomen / "CT" / "1", alone / "1")
+    found, _ = run("chaos", named / "CT_1", alone.parent, tmp_path / "out", "--task=2")
+    assert found == {key: value for key, value in expected.items() if key[0] == "CT_1"}
+    shutil.copytree(named / "CT_1", tmp_path / "masks")
+    words = ["PNG files", "CT_1, CT_2", "in folders named after the case ids"]
+    refused(words, "chaos", tmp_path / "masks", abdomen, tmp_path / "out", "--task=2")
+    assert run("chaos", tmp_path / "masks", alone.parent, tmp_path / "out", "--task=2")[0] == found
+
+
+def test_the_average_of_the_paper_stands_only_beside_all_five_tasks(tmp_path, abdomen):
+    pred = chaos_predictions(tmp_path / "pred", abdomen)
+    for tasks, shown in (("5",), False), (("1", "2", "3", "4", "5"), True):
+        run("chaos", pred, abdomen, tmp_path / "out", *(f"--task={task}" for task in tasks))
+        table = tables.paper_tables(json.loads((tmp_path / "out" / "summary.json").read_text()))[0]
+        assert any(row[0] == "average" for row in table.rows) == shown
 
 
 def test_chaos_references_as_label_maps(tmp_path, abdomen):

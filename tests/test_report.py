@@ -17,7 +17,10 @@ from xdim_jax.data.case import encode_label, list_cases, read_grid, read_label
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.images.image import source_path
 from xdim_jax.data.images.nifti import write_volume
+from xdim_jax.pages import figures
+from xdim_jax.pages import report as report_page
 from xdim_jax.runs import environment
+from xdim_jax.scoring.rules import Column, ScoredCase
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell"))), None
@@ -169,3 +172,35 @@ def test_a_browser_shows_all_of_it(made, width, tmp_path):
     assert (pixels.std(2) > 20).mean() > 0.002, "some colour"
     blank = (pixels.reshape(len(pixels), -1) == pixels[0, 0, 0]).all(1)
     assert blank.mean() < 0.6, "mostly empty"
+
+
+@pytest.mark.parametrize(
+    ("reference", "images"),
+    [
+        ("c1/c1_seg.nii.gz", ["c1/c1_flair.nii.gz", "c1/c1_t1.nii.gz"]),
+        ("c1/c1-seg.nii.gz", ["c1/c1-t2f.nii.gz"]),
+        ("p1/p1_2CH_ED_gt.nii.gz", ["p1/p1_2CH_ED.nii.gz"]),
+        ("data/labelsTr/c1.nii.gz", ["data/imagesTr/c1_0000.nii.gz", "data/imagesTr/c1_0001.nii.gz"]),
+        ("data/labelsTr/c1.nii.gz", ["data/imagesTr/c1.nii.gz"]),
+        ("refs/c1.nii.gz", []),
+    ],
+)
+def test_images_beside_the_references_are_found(reference, images, tmp_path):
+    """Without predict.json; files of other cases and other label maps are not taken for images."""
+    others = [
+        "c1/c10_flair.nii.gz",
+        "p1/p1_2CH_ES.nii.gz",
+        "data/imagesTr/c11_0000.nii.gz",
+        "refs/c2.nii.gz",
+        "c1/c1_gt.nii",
+    ]
+    for name in (reference, *images, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert report_page._images_beside(tmp_path / reference) == [tmp_path / name for name in images]
+
+
+def test_one_case_has_no_box_plot_and_two_have_one():
+    cases = [ScoredCase(f"c{i}", f"c{i}", {}, {"liver": {"dice": 0.8 + i / 10}}, {}) for i in range(2)]
+    assert figures.draw_boxes({"all": cases[:1]}, {"dice": Column("Dice")}) == []
+    assert len(figures.draw_boxes({"all": cases}, {"dice": Column("Dice")})) == 1

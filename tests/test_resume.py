@@ -619,7 +619,7 @@ def events_of(workdir):
 
 
 def test_validation_cases_are_drawn(straight, camus4):
-    """Image, reference, prediction side by side; the first two cases of the split."""
+    """Image, reference, prediction side by side, twice as large, above legend and Dice; the first two cases."""
     cases = json.loads((straight / "split.json").read_text())["validation"][:2]
     assert sorted(p.name for p in (straight / "overlays").iterdir()) == [f"{c}.png" for c in sorted(cases)]
     for case in cases:
@@ -627,7 +627,10 @@ def test_validation_cases_are_drawn(straight, camus4):
         (path,) = camus4.rglob(f"{case}.nii.gz")
         (truth,) = camus4.rglob(f"{case}_gt.nii.gz")
         pixels = np.asarray(nib.load(path).dataobj).squeeze().T  # files are (x, y)
-        assert pixels.shape == (64, 96) and picture.shape == (64, 3 * 96, 3) and picture.dtype == np.uint8
+        assert pixels.shape == (64, 96) and picture.shape[1] == 2 * 3 * 96 and picture.dtype == np.uint8
+        caption, picture = picture[128:], picture[:128:2, ::2]
+        red, white = (caption.astype(int) @ weights for weights in ([1, -1, -1], [-1, 1, 1]))
+        assert red.max() > 60 and white.max() > 120, "a name in red, and white numbers"
         image, reference = picture[:, :96].astype(int), picture[:, 96:192].astype(int)
         assert np.corrcoef(image[..., 0].ravel(), pixels.ravel())[0, 1] > 0.95
         assert (image == image[..., :1]).all(), "the image is grey"
@@ -660,8 +663,16 @@ def test_an_early_prediction_does_not_choose_the_slice():
     assert (shown[:, 4:8] == 0).all() and (shown[:, 8:] != 0).any(-1).all()
 
 
+def test_ct_is_drawn_in_the_window_for_soft_tissue():
+    """-140 HU is black, 260 HU white, and 60 HU in the middle, whatever else is in the slice."""
+    image = np.full((1, 8, 8), -1000, np.float32)
+    image[0, 0, :4] = (-140, 60, 260, 3000)
+    picture = validation.draw(image, np.zeros((1, 8, 8), np.uint8), np.zeros((1, 8, 8), np.uint8))
+    assert picture[0, :4, 0].tolist() == [0, 128, 255, 255] and not picture[1:, :8].any()
+
+
 def test_the_slice_with_most_structure_is_drawn():
-    """By hand: slice 1 of 2; percentiles 1 and 99 of a plane of 0 and 100 are its ends."""
+    """By hand: slice 1 of 2, which has the values 0 and 100."""
     image = np.zeros((2, 4, 6), np.float32)
     image[1, :, 3:] = 100
     reference, predicted = np.zeros((2, 2, 4, 6), np.uint8)

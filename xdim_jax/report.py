@@ -13,7 +13,7 @@ from xdim_jax.base import bucket, log
 from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_json, write_text
-from xdim_jax.pages.report import render
+from xdim_jax.pages.report import render, rules_of
 from xdim_jax.runs import environment
 from xdim_jax.runs.records import read_records
 from xdim_jax.runs.workdir import DATA_FILE, find_members, read_config
@@ -44,8 +44,10 @@ def main(argv: Sequence[str]) -> int:
     }
     write_json(options.out.with_name(f"{options.out.stem}.report.json"), sources)
     log.say(f"report     {options.out.absolute()}")
+    columns = rules_of(evaluation).columns
+    title = columns["dice"].title if "dice" in columns else "Dice"
     for structure, metrics in summary["structures"].items():
-        log.say(f"Dice {structure}    {number(metrics['dice']['mean'], 3) if 'dice' in metrics else '-'}")
+        log.say(f"{title} {structure}    {number(metrics['dice']['mean'], 3) if 'dice' in metrics else '-'}")
     return 0
 
 

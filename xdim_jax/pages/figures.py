@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from xdim_jax.pages.colours import BLUE, GREEN, PALETTE, RED, YELLOW, to_rgb
+from xdim_jax.pages.colours import BLUE, GREEN, PALETTE, RED, YELLOW, to_grey, to_rgb
 from xdim_jax.scoring.masks import bounding_box
 from xdim_jax.scoring.rules import Column, Masks, ScoredCase
 
@@ -143,7 +143,7 @@ def draw_boxes(groups: Mapping[str, Sequence[ScoredCase]], metrics: Mapping[str,
     """
     structures = list(dict.fromkeys(s for cases in groups.values() for c in cases for s in c.values))
     shown = [m for m in metrics if any(m in v for cases in groups.values() for c in cases for v in c.values.values())]
-    if not structures or not shown:
+    if not structures or not shown or max(map(len, groups.values())) < 2:  # a box of one case says nothing
         return []
     boxes = len(structures) * len(groups)
     figure = Figure(figsize=(10, 3.2 * len(shown)), layout="constrained")
@@ -264,7 +264,7 @@ def draw_case(view: View, title: str, scores: str) -> Picture:
     Args:
         view: The case.
         title: Title for the caption.
-        scores: Dice of the structures as text, for the caption.
+        scores: Scores of the structures as text, for the caption.
     """
     order = drawing_order(view.ref, view.pred)
     colours = structure_colours(list(view.ref))
@@ -310,7 +310,7 @@ def draw_case(view: View, title: str, scores: str) -> Picture:
             if column == 0 and len(planes) > 1:
                 plane_name = ("axial", "coronal", "sagittal")[axis] if view.volumetric else f"slice {index + 1}"
                 panel.text(0.02, 0.02, plane_name, color="white", transform=panel.transAxes, fontsize=8)
-    return encode_png(figure, f"{title}: image, reference, prediction and errors", f"{title}. Dice {scores}.")
+    return encode_png(figure, f"{title}: image, reference, prediction and errors", f"{title}. {scores}.")
 
 
 def _choose_planes(ref: np.ndarray, pred: np.ndarray, *, volumetric: bool) -> list[tuple[int, int]]:
@@ -347,18 +347,14 @@ def overlay_labels(image: np.ndarray, label: np.ndarray | None, palette: Sequenc
     """Draw translucent labels over a grey image.
 
     Args:
-        image: (H, W). Black and white are the 1st and the 99.5th percentile of the values above the minimum.
+        image: (H, W), see `xdim_jax.pages.colours.to_grey` for the grey values.
         label: Label map (H, W) with labels from 1, and 0 for background; None to draw the image alone.
         palette: Colours ``#rrggbb`` of the labels 1, 2, ...
 
     Returns:
         RGB (H, W, 3) from 0 to 1.
     """
-    image = image.astype(np.float32)
-    inside = image[image > image.min()]
-    low, high = np.percentile(inside, [1, 99.5]) if inside.size else (0.0, 1.0)
-    grey = np.clip((image - low) / max(float(high - low), 1e-6), 0, 1)
-    rgb = np.repeat(grey[..., None], 3, -1)
+    rgb = np.repeat(to_grey(image)[..., None], 3, -1)
     if label is not None:
         for number, colour in enumerate(palette, 1):
             value = np.array(to_rgb(colour)) / 255

@@ -5,6 +5,7 @@ table of all cases.
 """
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json
 from xdim_jax.data.datasets import DATASETS
-from xdim_jax.data.images.image import Source, read_image, source_from_json
+from xdim_jax.data.images.image import Source, images_in, read_image, source_from_json, strip_suffix
 from xdim_jax.pages import figures
 from xdim_jax.pages.figures import View
 from xdim_jax.scoring import challenges, results, tables
@@ -34,6 +35,13 @@ def describe_network(model: Mapping[str, Any]) -> str:
     """
     described = model.get("inner", model)
     return f"{model['name']}, encoder {described['encoder']['name']}, {described['norm']} norm"
+
+
+def rules_of(evaluation: Mapping[str, Any]) -> Rules:
+    """Return the rules of an evaluation, given the content of its ``evaluate.json``."""
+    options = Namespace(**dict.fromkeys(challenges.OPTIONS) | evaluation["options"] | {"ref": evaluation["ref"]})
+    options.metrics = tuple(evaluation["options"].get("metrics", ()))
+    return challenges.make_rules(evaluation["rules"], options)
 
 
 def render(
@@ -56,10 +64,9 @@ def render(
         evaluation: Content of ``evaluate.json``. Images and label maps are read from the folders that it names.
         environments: Name, such as ``training`` -> recorded packages and devices.
     """
-    options = Namespace(**dict.fromkeys(challenges.OPTIONS) | evaluation["options"] | {"ref": evaluation["ref"]})
-    options.metrics = tuple(evaluation["options"].get("metrics", ()))
-    rules = challenges.make_rules(evaluation["rules"], options)
-    columns = dict(rules.columns) | {m: column(m) for m in options.metrics if m not in rules.columns}
+    rules = rules_of(evaluation)
+    metrics = tuple(evaluation["options"].get("metrics", ()))
+    columns = dict(rules.columns) | {m: column(m) for m in metrics if m not in rules.columns}
     cases = [c for c in scored if c.case_id in evaluation["cases"]]
     chosen, left_out = choose_cases(cases, summary["unreadable"])
     if not chosen:
@@ -128,7 +135,8 @@ def _draw_cases(
         except (UserError, KeyError, OSError) as error:
             left_out.append(f"No picture of {case.case_id}: {error}.")
             continue
-        scores = ", ".join(f"{s} {number(_finite(v.get('dice')), 3)}" for s, v in case.values.items())
+        dice = ", ".join(f"{s} {number(_finite(v.get('dice')), 3)}" for s, v in case.values.items())
+        scores = f"{rules.columns['dice'].title if 'dice' in rules.columns else 'Dice'}: {dice}"
         pictures.append(figures.draw_case(view, f"{role}: {case.case_id}", scores))
         colours = figures.structure_colours(list(view.ref))
         legend |= {figures.LEGEND_NAMES.get(name, name): colour for name, colour in colours.items()}
@@ -276,10 +284,26 @@ def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels
 
 
 def _image_sources(job: Job, pred: Path) -> list[Source]:
-    """Return the recorded images of the prediction. If none are recorded, return the image of the reference, if any."""
+    """Return the recorded images of the prediction; if none are recorded, those beside the reference, if any."""
     record = pred / results.PREDICT_FILE
     recorded = read_json(record)["images"].get(job.ref.case_id, []) if record.is_file() else []
     found = [source_from_json(value) for value in recorded]
-    if not found and job.ref.grid is not None:
-        found.append(job.ref.grid)
-    return found
+    if found or job.ref.grid is not None:
+        return found or [job.ref.grid] if job.ref.grid is not None else found
+    return list(_images_beside(job.ref.path))
+
+
+def _images_beside(reference: Path) -> list[Path]:
+    """Return the images of a reference ``case_seg`` or ``case_gt`` in its folder, or of ``labelsTr/case`` in imagesTr.
+
+    A name belongs to the case if it is that of the case, with or without the name or number of a channel after it.
+    """
+    stem = strip_suffix(reference.name) or ""
+    case = re.sub(r"[-_](seg|gt)$", "", stem)
+    folders = [reference.parent] if case != stem else []
+    folders += [reference.parent.with_name(name) for name in ("imagesTr", "imagesTs", "images")]
+    pattern = re.compile(rf"{re.escape(case)}([-_](?!seg$|gt$)[A-Za-z0-9]+)?")
+    for folder in folders:
+        if found := [path for name, path in images_in(folder) if pattern.fullmatch(name) and path != reference]:
+            return found
+    return []

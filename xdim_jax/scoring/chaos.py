@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from xdim_jax.base.errors import UserError
+from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.data.case import scan_cases, usable_cases
 from xdim_jax.data.images.dicom import files_in_order
 from xdim_jax.data.images.image import strip_suffix
@@ -45,7 +45,11 @@ TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "4": (("CT", "MR"), tuple(ORGANS)),
     "5": (("MR",), tuple(ORGANS)),
 }
-LAYOUT = "<case id>.nii.gz (CT_1, MR_1_T1DUAL, MR_1_T2SPIR), or PNG masks as in the challenge"
+LAYOUT = (
+    "<case id>.nii.gz (CT_1, MR_1_T1DUAL, MR_1_T2SPIR); or PNG masks in the order of the slices, in CT/1/, "
+    "MR/1/T2SPIR/ and so on as in the challenge, in folders named after the case ids, or, for a single case, in the "
+    "folder itself"
+)
 # metric -> threshold: a lower DICE, or a higher RAVD, ASSD or MSSD, has the score 0
 _THRESHOLDS = {"dice": 0.8, "ravd": 5.0, "assd": 15.0, "mssd": 60.0}
 _COLUMNS = {
@@ -168,9 +172,17 @@ def _find_predictions(folder: Path, references: Mapping[str, LabelMap]) -> dict[
     found: dict[str, LabelMap] = {}
     for subfolder in pngs:
         match = _RESULT_FOLDER.fullmatch(str(subfolder.relative_to(folder)))
-        if match is None:
-            continue
-        case = f"CT_{match[2]}" if match[2] else f"MR_{match[3]}_{match[4]}"
+        if match is not None:
+            case = f"CT_{match[2]}" if match[2] else f"MR_{match[3]}_{match[4]}"
+        elif subfolder == folder and len(references) == 1:
+            case = next(iter(references))
+        elif subfolder.name in references:
+            case = subfolder.name
+        else:
+            raise UserError(
+                f"{subfolder} contains PNG files, but does not show the case; expected {LAYOUT}; the references are "
+                f"{shorten(sorted(references))}"
+            )
         if case in found:
             raise UserError(
                 f"there are two folders of masks for case {case}: {found[case].path} and {subfolder}; keep one"
@@ -213,11 +225,13 @@ def pair_predictions(pred: Path, references: dict[str, LabelMap], tasks: Sequenc
         raise UserError(
             f"{pred} has the folders {names}, but not {', '.join(absent)}; remove --task to score all that exist"
         )
-    shared = None if existing else _find_predictions(pred, references)
     chosen = tasks or existing or list(TASKS)
+    wanted = {modality for task in chosen for modality in TASKS[task][0]}
+    of_tasks = {case: ref for case, ref in references.items() if ref.attributes["modality"] in wanted}
+    shared = None if existing else _find_predictions(pred, of_tasks)
     for task in chosen:
         modalities, organs = TASKS[task]
-        predictions = shared or _find_predictions(folders[task], references)
+        predictions = shared or _find_predictions(folders[task], of_tasks)
         unmatched |= predictions.keys() - references.keys()
         for case, ref in sorted(references.items()):
             if ref.attributes["modality"] in modalities:

@@ -1,12 +1,12 @@
 """Validation on whole cases during training. It returns the Dice of each region, and pictures of some cases."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from xdim_jax.base import log
 from xdim_jax.base.files import atomic_path
@@ -17,7 +17,7 @@ from xdim_jax.data import store
 from xdim_jax.data.case import Case, Dataset
 from xdim_jax.inference.output import postprocess
 from xdim_jax.inference.sliding_window import Segmenter
-from xdim_jax.pages.colours import PALETTE, to_rgb
+from xdim_jax.pages.colours import PALETTE, to_grey, to_rgb
 from xdim_jax.scoring import masks
 from xdim_jax.training import mesh
 
@@ -100,7 +100,9 @@ def make_validation(
                     scores[number, r] = 1.0 if np.isnan(value) else value
             show(min(first + jax.process_count(), len(cases)), len(cases))
             if volume is not None:
-                pictures[case.case_id] = draw(volume.image[..., 0], truth, label)
+                dice = {name: float(d) for name, d in zip(names, scores[number], strict=True) if np.isfinite(d)}
+                structures = dataset.labels.structures
+                pictures[case.case_id] = draw(volume.image[..., 0], truth, label, structures, dice)
         if mesh.agree(incomplete):
             raise InterruptedValidationError
         every = mesh.gather(scores)  # (processes, cases, regions); NaN for the cases of other processes
@@ -120,28 +122,66 @@ def make_validation(
 _COLOURS = np.array([to_rgb(colour) for colour in PALETTE])  # colours of the labels 1, 2, ...
 
 
-def draw(image: np.ndarray, reference: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+_CAPTION_HEIGHT = 14  # pixels
+_MIN_PANEL = 192  # smallest width of a panel, in pixels; smaller images are enlarged by a whole factor
+
+
+def draw(
+    image: np.ndarray,
+    reference: np.ndarray,
+    predicted: np.ndarray,
+    structures: Sequence[str] = (),
+    scores: Mapping[str, float] | None = None,
+) -> np.ndarray:
     """Draw image, reference and prediction side by side, in the slice with the most labelled pixels.
 
     Args:
         image: Image (D, H, W), with any range of values.
         reference: Label indices (D, H, W).
         predicted: Label indices (D, H, W).
+        structures: Names of the labels, the background first, for a legend below the picture; empty for no legend.
+        scores: Dice by region, which is written below the picture.
 
     Returns:
-        RGB picture, uint8 (H, 3 W, 3).
+        RGB picture, uint8 (H, 3 W, 3); higher by the legend and the scores, if there are any, and enlarged by a whole
+        factor if it is small.
     """
     structure = reference if reference.any() else predicted  # early predictions may fill the whole volume
     at = int(np.argmax((structure > 0).sum((1, 2))))
-    plane = image[at].astype(np.float32)
-    low, high = np.percentile(plane, [1, 99])
-    grey = np.clip((plane - low) / max(high - low, 1e-6), 0, 1)[..., None] * 255
-    grey = np.repeat(grey, 3, -1)
+    grey = np.repeat(to_grey(image[at], image)[..., None], 3, -1) * 255
     panels = [grey]
     for label in (reference[at], predicted[at]):
         colour = _COLOURS[(np.maximum(label, 1) - 1) % len(_COLOURS)]
         panels.append(np.where(label[..., None] > 0, 0.5 * grey + 0.5 * colour, grey))
-    return np.concatenate(panels, 1).round().astype(np.uint8)
+    picture = np.concatenate(panels, 1).round().astype(np.uint8)
+    if not structures and not scores:
+        return picture
+    factor = -(-_MIN_PANEL // image.shape[2])
+    picture = np.repeat(np.repeat(picture, factor, 0), factor, 1)
+    legend = [(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(structures[1:])]
+    dice = [(f"{name} {value:.3f}", "#ffffff") for name, value in (scores or {}).items()]
+    captions = [_caption(words, picture.shape[1]) for words in (legend, [("Dice:", "#ffffff"), *dice]) if words]
+    return np.concatenate([picture, *captions])
+
+
+def _caption(words: Sequence[tuple[str, str]], width: int) -> np.ndarray:
+    """Draw words with their colours in lines on black. Returns RGB, uint8 (H, width, 3)."""
+    font = ImageFont.load_default()
+    lines: list[list[tuple[str, str, int]]] = [[]]
+    x = 2
+    for word, colour in words:
+        length = int(font.getlength(word)) + 8
+        if x + length > width and lines[-1]:
+            lines.append([])
+            x = 2
+        lines[-1].append((word, colour, x))
+        x += length
+    strip = Image.new("RGB", (width, _CAPTION_HEIGHT * len(lines)))
+    pen = ImageDraw.Draw(strip)
+    for row, line in enumerate(lines):
+        for word, colour, x in line:
+            pen.text((x, row * _CAPTION_HEIGHT), word, fill=colour, font=font)
+    return np.asarray(strip)
 
 
 def save_pictures(workdir: Path, pictures: dict[str, np.ndarray]) -> None:
