@@ -1,8 +1,12 @@
 """Files as hospitals have them: names, DICOM exports of an archive, and several patients in one output folder."""
 
 import itertools
+import os
 import shutil
+import subprocess
+import sys
 import unicodedata
+from pathlib import Path
 
 import gdcm
 import nibabel as nib
@@ -497,3 +501,116 @@ def test_dicom_of_both_modalities_needs_no_flag(tmp_path):
     cases, problems = inputs.find_cases(data, [tmp_path])
     assert {c.case_id: c.info["modality"] for c in cases} == {"CT_2": "CT", "MR_2": "MR"} and not problems
     assert read_case(cases[0]).image.shape == (6, 10, 8, 1)
+
+
+# -- unusual headers and contents ---------------------------------------------------------------------------------
+
+
+def test_patients_with_one_series_uid_are_not_merged(tmp_path):
+    """As after a poor anonymisation: one UID for all, at other positions."""
+    save_series(tmp_path / "a", volume_of(0), uid="1.2.3", patient="A")
+    for k, plane in enumerate(volume_of(1)):
+        save_slice(tmp_path / "b" / f"{k}.dcm", plane, 100 + 2.5 * k, "1.2.3", patient="B")
+    volumes, _, _ = found_in(tmp_path)
+    assert list(volumes) == ["A_2", "B_2"]
+    for i, name in enumerate(volumes):
+        np.testing.assert_array_equal(volumes[name], volume_of(i))
+
+
+@pytest.mark.parametrize(
+    "tags", [{"Modality": "SEG"}, {"Modality": "RTDOSE"}, {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, {"number": 9}]
+)
+def test_what_is_no_scan_is_left_out_beside_one(tags, tmp_path):
+    """A segmentation, a dose, a screenshot, and a planning image of one slice."""
+    save_series(tmp_path, volume_of(0), order=RANDOM)
+    options = {"number": 8} | tags
+    save_slice(tmp_path / "other", volume_of(1)[0], 0, generate_uid(), **options)
+    volumes, left_out, _ = found_in(tmp_path)
+    assert list(volumes) == ["P1_2"] and set(left_out) == {"other"}
+
+
+ODD = {
+    "EchoTime with a comma": ("EchoTime", b"1,0 "),
+    "two echo times": ("EchoTime", b"1\\2 "),
+    "empty Rows": ("Rows", b""),
+    "a position without a number": ("ImagePositionPatient", b"0\\\\0"),
+    "PixelSpacing that is no number": ("PixelSpacing", b"x "),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ODD)
+def test_odd_headers_fail_only_their_own_series(name, tmp_path):
+    """The bytes of a tag are replaced, because pydicom would refuse to write them."""
+    tag, value = ODD[name]
+    save_series(tmp_path, volume_of(0), order=RANDOM)
+    save_series(tmp_path / "odd", volume_of(1), patient="ODD", EchoTime=1)
+    for path in files_below(tmp_path / "odd"):
+        content = path.read_bytes()
+        group, element = divmod(pydicom.datadict.tag_for_keyword(tag), 65536)
+        at = content.index(group.to_bytes(2, "little") + element.to_bytes(2, "little"))
+        size = int.from_bytes(content[at + 6 : at + 8], "little")
+        path.write_bytes(content[: at + 6] + len(value).to_bytes(2, "little") + value + content[at + 8 + size :])
+    series, _ = find_series(tmp_path, list(files_below(tmp_path)))
+    whole = next(s for s in series if s.name == "P1_2")
+    np.testing.assert_array_equal(read_image(whole.files)[0][..., 0], volume_of(0))
+    assert whole.problems == ()
+
+
+def test_an_image_that_fails_does_not_delete_what_is_not_its_prediction(workdir, tmp_path, capsys):
+    """A hand-made file, and the prediction of another image, of the name of a series with a gap."""
+    save_series(tmp_path / "a", volume_of(0, (5, 40, 36)), patient="P")
+    run(workdir, tmp_path / "a", tmp_path / "out")
+    before = (tmp_path / "out" / "P_2.nii.gz").read_bytes()
+    for part in ("b", "c"):
+        save_series(tmp_path / part, volume_of(1, (5, 40, 36)), patient="P")
+        (tmp_path / part / "002.dcm").unlink()
+    run(workdir, tmp_path / "b", tmp_path / "out", code=1)
+    assert (tmp_path / "out" / "P_2.nii.gz").read_bytes() == before and "is kept" in capsys.readouterr().out
+    (tmp_path / "a" / "002.dcm").unlink()  # of the same image: the old prediction is not that of the current files
+    run(workdir, tmp_path / "a", tmp_path / "out", code=1)
+    assert not (tmp_path / "out" / "P_2.nii.gz").exists()
+    save_nifti(tmp_path / "out" / "P_2.nii.gz", 3)
+    run(workdir, tmp_path / "c", tmp_path / "out", code=1)
+    assert (tmp_path / "out" / "P_2.nii.gz").exists()
+
+
+def test_a_shard_does_not_make_way_for_another(workdir, tmp_path):
+    """Four images, of which the output has others of the same names: neither shard replaces any."""
+    for folder in ("a", "b"):
+        for i in range(4):
+            save_nifti(tmp_path / folder / f"{i}.nii.gz", i)
+    run(workdir, tmp_path / "a", tmp_path / "out")
+    for path in (tmp_path / "out").glob("[02].nii.gz"):
+        path.unlink()
+    for shard in ("0/2", "1/2", "1/2"):
+        with pytest.raises(UserError, match="would replace it"):
+            run(workdir, tmp_path / "b", tmp_path / "out", f"--shard={shard}")
+
+
+def test_images_beside_folders_are_all_predicted(workdir, tmp_path):
+    """A plain folder whose names look like nnU-Net's."""
+    save_nifti(tmp_path / "in" / "p1_0000.nii.gz", 0)
+    save_nifti(tmp_path / "in" / "p2" / "ct.nii.gz", 1)
+    run(workdir, tmp_path / "in", tmp_path / "out")
+    assert names_in(tmp_path / "out") == {"p1", "p2_ct"}
+
+
+def test_a_root_above_is_searched(tmp_path, monkeypatch):
+    phantom.write_brats(tmp_path / "data", cases=1, shape=(32, 32, 32))
+    (tmp_path / "data" / "x").mkdir()
+    (tmp_path / "data" / "x" / "readme.txt").touch()
+    monkeypatch.chdir(tmp_path / "data" / "x")
+    data = get_dataset({"dataset": "brats", "root": "..", "convention": "brats2021"})
+    assert len(scan_cases(data, Path(".."), need_labels=True).cases) == 1
+
+
+def test_names_that_cannot_be_encoded_are_logged(tmp_path):
+    """Latin-1 names from an archive made on Windows, on a terminal with UTF-8 and one with ASCII."""
+    script = (
+        "from xdim_jax.base import log; log.say(chr(0xDCFC) + chr(0xE4)); log.write_result(chr(0xDCFC) + chr(0xE4))"
+    )
+    for encoding in ("utf-8", "ascii"):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=60)
+        assert done.returncode == 0 and done.stdout.count(b"\\udcfc") == 2

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.stats import wilcoxon
 
 from xdim_jax import study
@@ -279,6 +280,8 @@ def test_a_study_from_plan_to_page(trained, capsys, quick_compile):
         scored = [r["dice"] for r in read_records(run) if r["kind"] == "validation" and r["step"] == 4]
         assert scored == pytest.approx([np.mean([list(v.values()) for v in last["cases"].values()])])
     assert "| high | " in (workdir / "tables.md").read_text()
+    for name in ("sizes.png", "steps.png"):
+        assert np.ptp(np.asarray(Image.open(workdir / name).convert("L"))) > 100, "something is drawn"
     assert f"{np.mean(by_seed):.3f} [" in (workdir / "tables.md").read_text()
     run = workdir / "low" / "n001" / "seed0"
     seconds = np.mean([r["seconds_per_step"] for r in read_records(run) if r["kind"] == "train"])

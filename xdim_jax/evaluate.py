@@ -24,9 +24,10 @@ from typing import Any, NoReturn
 
 from xdim_jax.base import bucket
 from xdim_jax.base.command import make_parser, run
-from xdim_jax.base.errors import UserError
+from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.huge_pages import prefer_huge_pages
 from xdim_jax.data.datasets import scoring_rules
+from xdim_jax.data.images.names import normalised
 from xdim_jax.runs.workdir import find_members, read_config
 from xdim_jax.scoring import challenges, generic
 from xdim_jax.scoring.folders import check_small_et_kept, evaluate_folders
@@ -58,7 +59,9 @@ def _evaluate(options: Any, cases: set[str] | None = None) -> None:
     rules = challenges.make_rules(options.rules, options)
     if options.cases:
         chosen = _read_cases(options.cases)
-        cases = chosen if cases is None else cases & chosen
+        if cases is not None and (absent := sorted(chosen - cases)):
+            raise UserError(f"--cases: {shorten(absent)} are no validation cases of this run")
+        cases = chosen
     if options.tune_min_et:
         check_small_et_kept(options.pred)
     evaluate_folders(
@@ -76,12 +79,12 @@ def _evaluate(options: Any, cases: set[str] | None = None) -> None:
 
 def _read_cases(text: str) -> set[str]:
     """Return the case ids in a comma-separated list, or in a file with one id per line."""
-    path = Path(text)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+        is_file = os.path.isfile(text)  # noqa: PTH113 - a long list is no error here, unlike for Path.is_file
+        lines = Path(text).read_text(encoding="utf-8-sig").splitlines() if is_file else text.split(",")
     except UnicodeDecodeError as error:
         raise UserError(f"--cases={text} is not a text file; expected one case id per line") from error
-    return {line.strip() for line in lines if line.strip()}
+    return {normalised(line.strip()) for line in lines if line.strip()}
 
 
 def _set_defaults_of_run(options: Any, workdir: Path) -> None:

@@ -8,7 +8,8 @@ run trains every arm of the plan with every number of training patients and ever
 command continues a study. At the end it writes the report.
 
 report writes results.csv (the Dice of every run, validation, case and region), tables.md and study.html (learning
-curves, and paired tests with Holm's correction), also of a study that is not finished. configs/studies/ has plans.
+curves, and paired tests with Holm's correction), sizes.png and steps.png (the curves), also of a study that is not
+finished. configs/studies/ has plans.
 """
 
 if __name__ == "__main__":  # see xdim_jax/train.py
@@ -17,6 +18,7 @@ if __name__ == "__main__":  # see xdim_jax/train.py
     prefer_huge_pages()
 
 import argparse
+import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -24,7 +26,7 @@ from typing import NoReturn
 from xdim_jax.base import log
 from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.errors import UserError
-from xdim_jax.base.files import write_text
+from xdim_jax.base.files import atomic_path, write_text
 from xdim_jax.base.signals import REQUEUE, catch_signals
 from xdim_jax.ops.compilation import cache_programs
 from xdim_jax.runs import checkpoint
@@ -58,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write_report(plan: Plan, workdir: Path) -> None:
-    """Write results.csv, tables.md and study.html. Raises UserError if no run is finished."""
+    """Write results.csv, tables.md, study.html and two figures. Raises UserError if no run is finished."""
     from xdim_jax.studies import page  # imports matplotlib, which training does not need
 
     scores = collect(plan, workdir)
@@ -66,6 +68,9 @@ def write_report(plan: Plan, workdir: Path) -> None:
     write_results(workdir / RESULTS_FILE, plan, workdir)
     write_text(workdir / "tables.md", "\n".join(t.markdown() for t in page.make_tables(plan, scores, tests)))
     write_text(workdir / "study.html", page.render(plan, (workdir / PLAN_FILE).read_text("utf-8"), scores, tests))
+    for name, picture in (("sizes.png", page.draw_sizes(plan, scores)), ("steps.png", page.draw_steps(plan, scores))):
+        with atomic_path(workdir / name) as temporary:
+            temporary.write_bytes(base64.b64decode(picture.png))
     for line in page.format_lines(plan, scores, tests):
         log.say(line)
     log.say(f"report     {workdir / 'study.html'}, tables.md, {RESULTS_FILE}")

@@ -58,7 +58,16 @@ def warn(line: str) -> None:
 def _print(line: str) -> None:
     """Print a line to the file of `redirect_to`, or else to standard output. If that fails, the line is dropped."""
     with contextlib.suppress(OSError):
-        print(line, file=_file.get(), flush=True)
+        _print_encodable(line, _file.get() or sys.stdout)
+
+
+def _print_encodable(line: str, file: IO[str] | None) -> None:
+    """Print a line without buffering. Characters that the encoding of the file lacks become escape sequences."""
+    try:
+        print(line, file=file, flush=True)
+    except UnicodeEncodeError:
+        encoding = getattr(file, "encoding", None) or "utf-8"
+        print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 def say_in_handler(line: str) -> None:
@@ -69,7 +78,7 @@ def say_in_handler(line: str) -> None:
     """
     with contextlib.suppress(OSError, ValueError):
         if not _quiet and select.select([], [1], [], 0)[1]:
-            os.write(1, f"{line}\n".encode())
+            os.write(1, f"{line}\n".encode(errors="backslashreplace"))
 
 
 def write_result(text: str) -> None:
@@ -80,7 +89,7 @@ def write_result(text: str) -> None:
             ended, such as ``head``, there is no error.
     """
     try:
-        print(text, flush=True)
+        _print_encodable(text, sys.stdout)
     except BrokenPipeError:
         pass
     except OSError as error:

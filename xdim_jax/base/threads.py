@@ -37,11 +37,14 @@ def call_in_thread(function: Callable[[], _Result], stopped: Callable[[], bool] 
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    while thread.is_alive():
-        if stopped():
-            _abandoned.append(thread)
-            raise StoppedError
-        thread.join(0.2)
+    try:
+        while thread.is_alive():
+            if stopped():
+                raise StoppedError
+            thread.join(0.2)
+    except BaseException:  # also a second Ctrl-C
+        _abandoned.append(thread)
+        raise
     if errors:
         raise errors[0]
     return outcome[0]

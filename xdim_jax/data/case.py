@@ -233,11 +233,14 @@ def case_from_files(sources: Sequence[Source], dataset: Dataset, modality: str =
 
 def _check_channel_numbers(paths: Sequence[Path], order: str) -> None:
     """Raise UserError if the names of files end with channel numbers (``_0000``) that contradict their order."""
-    for place, path in enumerate(paths):
-        match = re.fullmatch(r".*_(\d{4})", strip_suffix(path.name) or "")
-        if match and len(paths) > 1 and int(match[1]) != place:
+    matches = [re.fullmatch(r".*_(\d{4})", strip_suffix(path.name) or "") for path in paths]
+    numbers = [int(match[1]) for match in matches if match]
+    if sorted(numbers) != list(range(len(paths))):  # these are no numbers of channels
+        return
+    for place, (path, number) in enumerate(zip(paths, numbers, strict=True)):
+        if number != place:
             raise UserError(
-                f"{path} is channel {int(match[1])} by its name, but was given as number {place}; the order is {order}"
+                f"{path} is channel {number} by its name, but was given as number {place}; the order is {order}"
             )
 
 

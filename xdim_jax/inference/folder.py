@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.base.files import partial_files, read_json, write_json
 from xdim_jax.data.case import Case
@@ -61,22 +62,20 @@ def claim_output(
         )
     todo = [case for case in own_cases if overwrite or notes[case.case_id] != {make_note(predictor, case)}]
     if not replace:
-        _check_replaced(output, todo)
+        _check_replaced(output, predictor, all_cases)
     _write_record(output / results.PREDICT_FILE, predictor, all_cases)
     for case in todo:
         remove_prediction(output, case.case_id)
     return todo
 
 
-def _check_replaced(output: Path, todo: Sequence[Case]) -> None:
+def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case]) -> None:
     """Raise UserError if cases would replace files that are no predictions, or predictions of other images."""
-    record = output / results.PREDICT_FILE
-    known = read_json(record) if record.is_file() else {}
-    recorded = dict(known.get("images", {})) if isinstance(known, dict) else {}
+    recorded = _recorded_images(output)
     problems = []
-    for case in todo:
+    for case in cases:
         path = output / f"{case.case_id}.nii.gz"
-        if not path.exists() or not path.stat().st_size:
+        if not path.exists() or not path.stat().st_size or read_note(path) == make_note(predictor, case):
             continue
         images = [source_to_json(source) for source in case.images]
         if not read_note(path).startswith(_MARK):
@@ -90,13 +89,22 @@ def _check_replaced(output: Path, todo: Sequence[Case]) -> None:
         raise join_problems(problems, "predictions would be lost")
 
 
+def _recorded_images(output: Path) -> dict[str, Any]:
+    """Return case id -> images from ``predict.json``; nothing if there is no such file."""
+    record = output / results.PREDICT_FILE
+    known = read_json(record) if record.is_file() else {}
+    return dict(known.get("images", {})) if isinstance(known, dict) else {}
+
+
+def _files(value: Any) -> list[Path]:
+    """Return the files of a recorded image; a folder stands for its DICOM files."""
+    return list(files_of(source_from_json(value)))
+
+
 def _same_paths(recorded: Sequence[Any], images: Sequence[Any]) -> bool:
-    """Return whether two lists of images name the same files; a folder stands for its DICOM files."""
-
-    def files(values: Sequence[Any]) -> list[Path]:
-        return sorted(path.resolve() for value in values for path in files_of(source_from_json(value)))
-
-    return files(recorded) == files(images)
+    """Return whether two lists of images name the same files."""
+    found = [sorted(path.resolve() for value in values for path in _files(value)) for values in (recorded, images)]
+    return found[0] == found[1]
 
 
 def _shown(images: Sequence[Any]) -> str:
@@ -108,6 +116,21 @@ def make_note(predictor: Predictor, case: Case) -> str:
     """Return a line that identifies the networks, the settings, and the names, sizes and times of the image files."""
     facts = [_identify(path) for source in case.images for path in files_of(source)]
     return f"{_MARK} {predictor.digest} {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+
+
+def remove_outdated(output: Path, case_id: str, inputs: Sequence[Path]) -> None:
+    """Delete the prediction of a case that cannot be predicted now, so that an earlier one does not stand in for it.
+
+    A file that is no prediction, or is the prediction of an image outside of the ``inputs``, is kept, with a warning.
+    """
+    path = output / f"{case_id}.nii.gz"
+    if path.exists() and path.stat().st_size:
+        below = [folder.resolve() for folder in inputs]
+        files = [f.resolve() for value in _recorded_images(output).get(case_id, []) for f in _files(value)]
+        if not read_note(path).startswith(_MARK) or not all(set(below) & {f, *f.parents} for f in files):
+            log.warn(f"{path} is kept, which is no prediction of this input")
+            return
+    remove_prediction(output, case_id)
 
 
 def remove_prediction(output: Path, case_id: str) -> None:

@@ -47,12 +47,24 @@ def find_cases(
         folder = files[0].parent
     elif len(paths) == 1:
         folder = paths[0]
-        if not series and (len(dataset.channels) > 1 or dataset.scan(folder, False).cases):
+        if not series and (len(dataset.channels) > 1 or _has_layout(dataset, folder)):
             return _cases_in_layout(dataset, folder)
         files = list(files_below(folder))
     else:
         raise UserError(f"{len(paths)} paths given; expected one folder, or the files of one case")
     return _find_images(dataset, folder, files, modality, series)
+
+
+def _has_layout(dataset: Dataset, folder: Path) -> bool:
+    """Return whether a folder has the layout of the data set, and is not just a folder with images of any names."""
+    cases = dataset.scan(folder, False).cases
+    named_by_file = [
+        case.label is None
+        and case.files[0].parent == folder
+        and (strip_suffix(case.files[0].name) or "").removesuffix("_0000") == case.case_id
+        for case in cases
+    ]
+    return bool(cases) and not all(named_by_file)
 
 
 def _cases_in_layout(dataset: Dataset, folder: Path) -> tuple[list[Case], dict[str, list[str]]]:
@@ -73,8 +85,11 @@ def _find_images(
     """Return a case for each image and each DICOM series among the files, and the problems of the other series."""
     images = [] if selected else [path for path in files if strip_suffix(path.name) is not None]
     found, left_out = find_series(folder, files)
+    if len(dataset.channels) > 1 and not found:
+        unknown = [path for path in files if strip_suffix(path.name) is None]
+        raise UserError(f"{_names(unknown, folder)} cannot be read; expected one image per channel")
     if not images and not found:
-        if len(dataset.channels) > 1 or set(left_out.values()) <= {UNKNOWN_FORMAT}:
+        if set(left_out.values()) <= {UNKNOWN_FORMAT}:
             return _cases_in_layout(dataset, folder)  # raises an error that shows the layout
         raise UserError(f"{folder} contains no image: {_reasons(left_out, folder)}")
     if len(dataset.channels) > 1:
@@ -114,7 +129,8 @@ def _find_images(
 def _image_case(dataset: Dataset, path: Path, folder: Path, modality: str) -> Case:
     """Return the case of an image. Its id is the path below the folder, with ``_`` between folders and name."""
     case = case_from_files([path], dataset, modality)
-    name = "_".join([*path.parent.relative_to(folder).parts, case.case_id])
+    below = path.parent.relative_to(folder).parts if path.is_relative_to(folder) else path.parent.parts[-1:]
+    name = "_".join([*below, case.case_id])
     return dataclasses.replace(case, case_id=name, patient=name)
 
 

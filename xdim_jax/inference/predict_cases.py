@@ -17,7 +17,7 @@ from xdim_jax.data.images.nifti import write_volume
 from xdim_jax.data.images.stream import stream_volume
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.inference import memory
-from xdim_jax.inference.folder import claim_output, make_note, remove_prediction
+from xdim_jax.inference.folder import claim_output, make_note, remove_outdated, remove_prediction
 from xdim_jax.inference.predictor import Predictor
 from xdim_jax.inference.sliding_window import Sink
 from xdim_jax.runs import environment
@@ -63,7 +63,7 @@ def predict_paths(
     for name, messages in problems.items():
         log.warn(f"case {name} left out: {'; '.join(messages)}")
         if Path(name).name == name:  # a case id; otherwise the path of a file that belongs to no case
-            remove_prediction(output, name)
+            remove_outdated(output, name, paths)
     if len(todo) < len(own_cases):
         log.say(f"skipped    {len(own_cases) - len(todo)} of {len(own_cases)} cases, whose predictions are up to date")
     failures = [*problems, *predict_cases(predictor, todo, output)]

@@ -98,8 +98,8 @@ class Segmenter:
             weights: Weights of the network, or stacked weights of several networks.
             prepared: The prepared case.
             sink: Function that receives the extra outputs.
-            stopped: Function that returns True if the segmentation is no longer needed. It is called after each window
-                and while the network is compiled.
+            stopped: Function that returns True if the segmentation is no longer needed. It is called after each
+                batch of windows, and while the network is compiled.
 
         Returns:
             Label indices uint8 (D, H, W) on the source grid; 0 outside of the box that preparation has kept.

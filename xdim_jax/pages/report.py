@@ -296,7 +296,7 @@ def _image_sources(job: Job, pred: Path) -> list[Source]:
 def _images_beside(reference: Path) -> list[Path]:
     """Return the images of a reference ``case_seg`` or ``case_gt`` in its folder, or of ``labelsTr/case`` in imagesTr.
 
-    A name belongs to the case if it is that of the case, with or without the name or number of a channel after it.
+    An image belongs to the case if its name is the case id, optionally followed by ``_`` or ``-`` and a channel.
     """
     stem = strip_suffix(reference.name) or ""
     case = re.sub(r"[-_](seg|gt)$", "", stem)

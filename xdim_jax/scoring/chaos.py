@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.data.case import scan_cases, usable_cases
 from xdim_jax.data.images.dicom import files_in_order
@@ -63,6 +64,7 @@ _COLUMNS = {
     "mssd": Column("MSSD", "mm", 2, False),
     "mssd_score": Column("MSSD score", "", 2),
 }
+_CASE = re.compile(rf"({TEST_PREFIX})?(CT_\d+|MR_\d+_(T1DUAL|T2SPIR))")
 _RESULT_FOLDER = re.compile(r"(?:.*/)?(CT/(\d+)|MR/(\d+)/(T1DUAL|T2SPIR))(?:/.*)?")
 
 
@@ -152,7 +154,7 @@ def _case_of_file(path: Path) -> str | None:
     out-of-phase image is ignored.
     """
     stem = (strip_suffix(path.name) or "").removesuffix("_seg").removesuffix("_in")
-    return stem if re.fullmatch(rf"({TEST_PREFIX})?(CT_\d+|MR_\d+_(T1DUAL|T2SPIR))", stem) else None
+    return stem if _CASE.fullmatch(stem) else None
 
 
 def _attributes(case: str) -> dict[str, str]:
@@ -170,19 +172,19 @@ def _find_predictions(folder: Path, references: Mapping[str, LabelMap]) -> dict[
     """Return the predictions in a folder by case id: PNG files as in a submission, and label maps."""
     pngs = sorted({p.parent for p in folder.rglob("*.png") if not p.name.startswith(".")}) if folder.is_dir() else []
     found: dict[str, LabelMap] = {}
+    unknown: list[Path] = []
+    has_maps = folder.is_dir() and any(strip_suffix(p.name) for p in folder.iterdir())
     for subfolder in pngs:
         match = _RESULT_FOLDER.fullmatch(str(subfolder.relative_to(folder)))
         if match is not None:
             case = f"CT_{match[2]}" if match[2] else f"MR_{match[3]}_{match[4]}"
-        elif subfolder == folder and len(references) == 1:
-            case = next(iter(references))
-        elif subfolder.name in references:
+        elif _CASE.fullmatch(subfolder.name):
             case = subfolder.name
+        elif subfolder == folder and len(references) == 1 and not has_maps:
+            case = next(iter(references))
         else:
-            raise UserError(
-                f"{subfolder} contains PNG files, but does not show the case; expected {LAYOUT}; the references are "
-                f"{shorten(sorted(references))}"
-            )
+            unknown.append(subfolder)
+            continue
         if case in found:
             raise UserError(
                 f"there are two folders of masks for case {case}: {found[case].path} and {subfolder}; keep one"
@@ -191,7 +193,12 @@ def _find_predictions(folder: Path, references: Mapping[str, LabelMap]) -> dict[
         ref = references.get(case)
         axes = ref.axes if ref else "anatomical"
         found[case] = LabelMap(case, files, _patient(case), _attributes(case), None, axes)
-    if not found or any(strip_suffix(p.name) for p in folder.iterdir()):
+    if unknown:
+        shown = f"{shorten([str(p) for p in unknown])}: PNG files whose folder does not show the case"
+        if not found and not has_maps:
+            raise UserError(f"{shown}; expected {LAYOUT}; the references are {shorten(sorted(references))}")
+        log.warn(f"{shown} are not read")
+    if not found or has_maps:
         for case, label_map in find_label_maps(folder).items():
             if case in found:
                 raise UserError(

@@ -73,6 +73,8 @@ def evaluate_folders(
     if problems and missing == "skip":  # again without these cases, because rules aggregate over all cases
         skipped |= {case.case_id for case in scored if case.problem}
         jobs = [job for job in jobs if job.ref.case_id not in skipped]
+        if not jobs:
+            raise UserError(f"no prediction in {pred} can be used; expected at least one")
         scored, extra_rows, extra = score_jobs(rules, jobs, metrics, processes=processes)
     if skipped:
         log.warn(f"{len(skipped)} cases are left out: {shorten(sorted(skipped))}; scores of the others may be too good")

@@ -90,20 +90,22 @@ def headers_of(path: Path, data: Any) -> list[Slice]:
 
 def _header(path: Path, data: Any, frame: int) -> Slice:
     def numbers(tag: str, count: int) -> np.ndarray | None:
-        value = _tag(data, frame, tag)
-        if value is None or isinstance(value, str) or not hasattr(value, "__len__") or len(value) != count:
+        try:
+            array = np.array([float(v) for v in _tag(data, frame, tag)])
+        except (TypeError, ValueError):
             return None
-        array = np.array([float(v) for v in value])
-        return array if np.isfinite(array).all() else None
+        return array if array.shape == (count,) and np.isfinite(array).all() else None
 
     def number(tag: str) -> float | None:
-        value = _tag(data, frame, tag)
-        return float(value) if value not in (None, "") else None
+        try:
+            return float(_tag(data, frame, tag))
+        except (TypeError, ValueError):
+            return None
 
     spacing = numbers("PixelSpacing", 2)
     return Slice(
         path,
-        (int(data.get("Rows", 0)), int(data.get("Columns", 0))),
+        (int(data.get("Rows") or 0), int(data.get("Columns") or 0)),
         numbers("ImagePositionPatient", 3),
         numbers("ImageOrientationPatient", 6),
         (float(spacing[0]), float(spacing[1])) if spacing is not None else None,

@@ -1,7 +1,8 @@
 """DICOM series below a folder, as an archive (PACS) exports them.
 
 File names have no meaning: they can have any suffix or none. Files are grouped by SeriesInstanceUID and sorted by
-ImagePositionPatient along the normal of the slices. Localizers, single slices and files without an image are left out.
+ImagePositionPatient along the normal of the slices. Localizers, secondary captures, segmentations, reports, and single
+slices beside larger series are left out.
 """
 
 import dataclasses
@@ -11,24 +12,31 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xdim_jax.base.problem import DataError, Problem
+from xdim_jax.base.problem import Problem
 from xdim_jax.data.images import dicom
 from xdim_jax.data.images.dicom import Slice
 from xdim_jax.data.images.names import is_companion, natural_key, strip
 
 _OTHER_FORMATS = (".nii.gz", ".nii", ".mhd", ".mha", ".nrrd", ".png", ".jpg", ".jpeg", ".zip", ".gz", ".tar", ".raw")
 _TAGS = (
-    *("PatientID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality", "ImageType", "NumberOfFrames"),
-    *("Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"),
     *(
-        "EchoTime",
-        "AcquisitionNumber",
-        "TemporalPositionIdentifier",
-        "DiffusionBValue",
-        "SharedFunctionalGroupsSequence",
+        "PatientID",
+        "StudyInstanceUID",
+        "SeriesInstanceUID",
+        "SeriesNumber",
+        "SeriesDescription",
+        "Modality",
+        "ImageType",
     ),
-    *("PerFrameFunctionalGroupsSequence", "SOPClassUID"),
+    *("SOPClassUID", "EchoTime", "AcquisitionNumber", "TemporalPositionIdentifier", "DiffusionBValue"),
 )
+_GEOMETRY = (
+    *("NumberOfFrames", "Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
+    *("SliceThickness", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+)
+_NO_IMAGES = ("SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "PR", "KO", "SR", "REG", "DOC")  # modalities
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # SOP class of screenshots; also the beginning of longer UIDs
+_VOLUMETRIC = ("CT", "MR", "PT")  # modalities in which a single slice beside larger series is a planning image
 UNKNOWN_FORMAT = "is no image in a known format"  # a reason for which `find_series` leaves out a file
 # tags by which the volumes of a series can differ that has several slices at each position
 _VOLUME_TAGS = ("EchoTime", "TemporalPositionIdentifier", "DiffusionBValue", "AcquisitionNumber")
@@ -45,6 +53,7 @@ class Series:
         number: SeriesNumber.
         description: SeriesDescription.
         modality: Modality, e.g. CT or MR.
+        frames: Number of slices.
         problems: Problems of the headers, see `xdim_jax.data.images.dicom.series_problems`.
     """
 
@@ -54,6 +63,7 @@ class Series:
     number: str
     description: str
     modality: str
+    frames: int
     problems: tuple[Problem, ...] = ()
 
     def __str__(self) -> str:
@@ -90,28 +100,36 @@ def find_series(folder: Path, files: Iterable[Path]) -> tuple[list[Series], dict
             continue
         try:
             file = _read(path)
-        except DataError:
+        except Exception:  # pydicom raises many types for damaged or unusual headers
             damaged = path.suffix.lower() == ".dcm" or _has_mark(path)
             left_out[path] = "cannot be read as DICOM" if damaged else UNKNOWN_FORMAT
             continue
-        if not file.slices[0].size[0]:
+        modality = file.tags["Modality"]
+        if not file.slices[0].size[0] or modality in _NO_IMAGES:
             left_out[path] = f"has no image ({file.tags['Modality'] or 'unknown modality'})"
+        elif file.tags["SOPClassUID"].startswith(_SECONDARY_CAPTURE):
+            left_out[path] = "is a secondary capture"
         elif "LOCALIZER" in file.tags["ImageType"].upper():
             left_out[path] = "is a localizer"
         elif len(file.slices) > 1:
             groups[path].append(file)
         else:
-            groups[file.tags["SeriesInstanceUID"] or path.parent].append(file)
+            series = file.tags["SeriesInstanceUID"] or path.parent
+            groups[file.tags["PatientID"], file.tags["StudyInstanceUID"], series].append(file)
     found: list[Series] = []
     for group in groups.values():
         series, dropped = _split(sorted(group, key=lambda f: natural_key(f.path)))
         found += series
         left_out |= dropped
+    if any(len(s.files) > 1 for s in found):
+        single = [s for s in found if len(s.files) == 1 and s.modality in _VOLUMETRIC and s.frames == 1]
+        left_out |= {s.files[0]: "is the only slice of its series" for s in single}
+        found = [s for s in found if s not in single]
     return sorted(_with_unique_names(found, folder), key=lambda s: s.name), left_out
 
 
 def _read(path: Path) -> _File:
-    data = dicom.read_file(path, stop_before_pixels=True, specific_tags=list(_TAGS))
+    data = dicom.read_file(path, stop_before_pixels=True, specific_tags=[*_TAGS, *_GEOMETRY])
     tags = {name: _text(data.get(name)) for name in _TAGS}
     return _File(path, tags, tuple(dicom.headers_of(path, data)))
 
@@ -130,7 +148,7 @@ def _has_mark(path: Path) -> bool:
 
 
 def _split(files: Sequence[_File]) -> tuple[list[Series], dict[Path, str]]:
-    """Divide the files of a series into volumes: stacks of parallel slices of one size, with one slice at a position.
+    """Divide the files of a series into volumes. A volume is a stack of parallel slices of one size, one per position.
 
     Returns:
         The volumes; and files of stacks with a single slice beside a larger one (scouts), with the reason.
@@ -158,7 +176,7 @@ def _plane(s: Slice) -> Hashable:
 
 
 def _volumes(stack: list[_File]) -> list[list[_File]]:
-    """Divide a stack with equally many slices at all positions by the first tag that separates them."""
+    """If every position of a stack has the same number of slices, divide it by the first tag that differs in them."""
     if any(f.slices[0].position is None or f.slices[0].orientation is None for f in stack):
         return [stack]  # the missing tags are reported when the series is read
     stack = sorted(stack, key=lambda f: f.slices[0].height)
@@ -194,6 +212,7 @@ def _make_series(files: Sequence[_File], part: str) -> Series:
         tags["SeriesNumber"],
         tags["SeriesDescription"],
         tags["Modality"],
+        len(slices),
         tuple(_mixed(slices) or dicom.series_problems(slices)),
     )
 
@@ -221,6 +240,11 @@ def _safe(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name).strip(".") or "series"
 
 
+def _parts_below(path: Path, folder: Path) -> tuple[str, ...]:
+    """Return the names of the folders between ``folder`` and ``path``, or the last one if it is elsewhere."""
+    return path.relative_to(folder).parts if path.is_relative_to(folder) else path.absolute().parts[-1:]
+
+
 def _with_unique_names(series: Sequence[Series], folder: Path) -> list[Series]:
     """Extend names that several series have, by the folder of the files below ``folder``, or else by a number."""
 
@@ -231,5 +255,5 @@ def _with_unique_names(series: Sequence[Series], folder: Path) -> list[Series]:
             for i, s in enumerate(series, 1)
         ]
 
-    series = extend(series, lambda i, s: "_".join(s.files[0].parent.relative_to(folder).parts))
+    series = extend(series, lambda i, s: "_".join(_parts_below(s.files[0].parent, folder)))
     return extend(series, lambda i, s: str(i))

@@ -169,7 +169,8 @@ def _coverage_problems(case: Case, image: np.ndarray) -> list[Problem]:
 
 def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
     """List the cases below ``root``, which may also be the folder of a single case, and the problems of all folders."""
-    below = [p for p in [root, *root.glob("*/"), *root.glob("*/*/")] if not any(map(is_hidden, [p, p.parent]))]
+    below = [root, *root.glob("*/"), *root.glob("*/*/")]
+    below = [p for p in below if not any(is_hidden(Path(part)) for part in p.relative_to(root).parts)]
     folders = sorted(p for p in below if _is_case(p))
     cases: dict[str, Case] = {}
     problems: list[Problem] = []

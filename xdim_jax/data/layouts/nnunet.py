@@ -243,7 +243,9 @@ def _scan(root: Path, description: Description, need_labels: bool, one_file_per_
     named = cases.keys() | {p.case_id for p in errors(problems)}
     problems += _list_problems(root, description, named, need_labels, only_images=folders[0] == root)
     splits, wrong = _splits(root, named)
-    others = {path for folder in root.glob("*/") for _, path in images_in(folder)}  # imagesTs, labelsTs, ...
+    others: set[Path] = set()
+    if folders[0] != root:
+        others = {path for folder in root.glob("*/") for _, path in images_in(folder)}  # imagesTs, labelsTs, ...
     return Scan(list(cases.values()), problems + wrong, splits, known=frozenset(others))
 
 
