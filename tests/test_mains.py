@@ -280,13 +280,18 @@ def test_what_is_there_already_is_skipped_and_other_settings_are_refused(run, tr
     assert (tmp_path / f"{second}.nii.gz").stat().st_mtime_ns == stamp
     out = run(*arguments, "--overlap=0.6", code=2)
     assert str(tmp_path) in out and "--overwrite" in out
-    # a map whose image changed since is made anew, whatever the record says
-    image = tmp_path / "in" / first / f"{first}_t2.nii.gz"
+    # images at another place would replace the predictions of these
     shutil.copytree(held_out, tmp_path / "in")
     (tmp_path / "in" / second).rename(tmp_path / "elsewhere")
+    image = tmp_path / "in" / first / f"{first}_t2.nii.gz"
     os.utime(image, (1, 1))
-    again = ("predict", f"--workdir={trained}", "--input", tmp_path / "in", f"--output={tmp_path}")
-    assert "skipped" not in run(*again) and "skipped    1 of 1" in run(*again)
+    again = ("predict", f"--workdir={trained}", "--input", tmp_path / "in")
+    assert "would replace it" in run(*again, f"--output={tmp_path}", code=2)
+    # a map whose image changed since is made anew, whatever the record says
+    run(*again, f"--output={tmp_path / 'other'}")
+    os.utime(image, (2, 2))
+    assert "skipped" not in run(*again, f"--output={tmp_path / 'other'}")
+    assert "skipped    1 of 1" in run(*again, f"--output={tmp_path / 'other'}")
 
 
 @pytest.mark.slow
