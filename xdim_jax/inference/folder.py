@@ -75,10 +75,11 @@ def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case]) -
     problems = []
     for case in cases:
         path = output / f"{case.case_id}.nii.gz"
-        if not path.exists() or not path.stat().st_size or read_note(path) == make_note(predictor, case):
+        note = read_note(path)
+        if not path.exists() or not path.stat().st_size or note == make_note(predictor, case):
             continue
         images = [source_to_json(source) for source in case.images]
-        if not read_note(path).startswith(_MARK):
+        if not note.startswith(_MARK):
             problems.append(f"{path} exists, and is no prediction of xdim_jax; move it to another folder")
         elif recorded.get(case.case_id, images) != images and not _same_paths(recorded[case.case_id], images):
             problems.append(

@@ -287,10 +287,9 @@ def _image_sources(job: Job, pred: Path) -> list[Source]:
     """Return the recorded images of the prediction; if none are recorded, those beside the reference, if any."""
     record = pred / results.PREDICT_FILE
     recorded = read_json(record)["images"].get(job.ref.case_id, []) if record.is_file() else []
-    found = [source_from_json(value) for value in recorded]
-    if found or job.ref.grid is not None:
-        return found or [job.ref.grid] if job.ref.grid is not None else found
-    return list(_images_beside(job.ref.path))
+    if recorded:
+        return [source_from_json(value) for value in recorded]
+    return [*_images_beside(job.ref.path)] if job.ref.grid is None else [job.ref.grid]
 
 
 def _images_beside(reference: Path) -> list[Path]:

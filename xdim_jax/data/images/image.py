@@ -1,7 +1,7 @@
 """Images in any supported format: NIfTI, MetaImage and NRRD files, and series of DICOM slices."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,34 @@ def images_in(folder: Path) -> list[tuple[str, Path]]:
         return []
     found = [(strip_suffix(p.name), p) for p in sorted(folder.iterdir()) if not names.is_hidden(p) and p.is_file()]
     return [(name, path) for name, path in found if name is not None]
+
+
+def unique_images(images: Sequence[tuple[str, Path]], case_id: str = "") -> tuple[dict[str, Path], list[Problem]]:
+    """Return name -> image, and a problem for each further image with the same name without suffix.
+
+    Args:
+        images: Result of `images_in`.
+        case_id: Case of the images; empty if each name is that of a case.
+    """
+    found: dict[str, Path] = {}
+    problems = []
+    for name, path in images:
+        if name in found:
+            problems.append(same_name(path, found[name], case_id or name))
+        found.setdefault(name, path)
+    return found, problems
+
+
+def same_name(path: Path, other: Path, case_id: str) -> Problem:
+    """Return the problem of two files that differ only in their suffix or in the form of their names."""
+    return Problem(
+        "duplicate_case",
+        path,
+        found=f"and {other.name} have the same name without suffix",
+        expected="one file",
+        suggestion="keep one",
+        case_id=case_id,
+    )
 
 
 def source_path(source: Source) -> Path:

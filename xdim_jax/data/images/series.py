@@ -19,16 +19,9 @@ from xdim_jax.data.images.names import is_companion, natural_key, strip
 
 _OTHER_FORMATS = (".nii.gz", ".nii", ".mhd", ".mha", ".nrrd", ".png", ".jpg", ".jpeg", ".zip", ".gz", ".tar", ".raw")
 _TAGS = (
-    *(
-        "PatientID",
-        "StudyInstanceUID",
-        "SeriesInstanceUID",
-        "SeriesNumber",
-        "SeriesDescription",
-        "Modality",
-        "ImageType",
-    ),
-    *("SOPClassUID", "EchoTime", "AcquisitionNumber", "TemporalPositionIdentifier", "DiffusionBValue"),
+    *("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription"),
+    *("Modality", "ImageType", "SOPClassUID"),
+    *("EchoTime", "AcquisitionNumber", "TemporalPositionIdentifier", "DiffusionBValue"),
 )
 _GEOMETRY = (
     *("NumberOfFrames", "Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
@@ -106,7 +99,7 @@ def find_series(folder: Path, files: Iterable[Path]) -> tuple[list[Series], dict
             continue
         modality = file.tags["Modality"]
         if not file.slices[0].size[0] or modality in _NO_IMAGES:
-            left_out[path] = f"has no image ({file.tags['Modality'] or 'unknown modality'})"
+            left_out[path] = f"has no image ({modality or 'unknown modality'})"
         elif file.tags["SOPClassUID"].startswith(_SECONDARY_CAPTURE):
             left_out[path] = "is a secondary capture"
         elif "LOCALIZER" in file.tags["ImageType"].upper():
@@ -122,7 +115,7 @@ def find_series(folder: Path, files: Iterable[Path]) -> tuple[list[Series], dict
         found += series
         left_out |= dropped
     if any(len(s.files) > 1 for s in found):
-        single = [s for s in found if len(s.files) == 1 and s.modality in _VOLUMETRIC and s.frames == 1]
+        single = [s for s in found if s.frames == 1 and s.modality in _VOLUMETRIC]
         left_out |= {s.files[0]: "is the only slice of its series" for s in single}
         found = [s for s in found if s not in single]
     return sorted(_with_unique_names(found, folder), key=lambda s: s.name), left_out
@@ -177,19 +170,34 @@ def _plane(s: Slice) -> Hashable:
 
 def _volumes(stack: list[_File]) -> list[list[_File]]:
     """If every position of a stack has the same number of slices, divide it by the first tag that differs in them."""
-    if any(f.slices[0].position is None or f.slices[0].orientation is None for f in stack):
+    if not all(_is_placed(f.slices[0]) for f in stack):
         return [stack]  # the missing tags are reported when the series is read
     stack = sorted(stack, key=lambda f: f.slices[0].height)
-    positions = Counter(round(f.slices[0].height, 2) for f in stack)
-    if set(positions.values()) == {1} or len(set(positions.values())) > 1 or len(positions) == 1:
-        return [stack]  # if only some positions have several slices, these are duplicates, which is a problem
+    count = _slices_per_position([f.slices[0] for f in stack])
+    if count == 1:
+        return [stack]
     for tag in _VOLUME_TAGS:
         parts: dict[str, list[_File]] = defaultdict(list)
         for file in stack:
             parts[file.tags[tag]].append(file)
-        if len(parts) == len(stack) // len(positions) and len({len(part) for part in parts.values()}) == 1:
+        if len(parts) == count and len({len(part) for part in parts.values()}) == 1:
             return [parts[key] for key in sorted(parts, key=_number_key)]
     return [stack]
+
+
+def _is_placed(s: Slice) -> bool:
+    """Return whether the header of a slice has its position and orientation."""
+    return s.position is not None and s.orientation is not None
+
+
+def _slices_per_position(slices: Sequence[Slice]) -> int:
+    """Return the number of slices at each position; 1 if it differs, or if there is only one position.
+
+    If only some positions have several slices, these are duplicates, which `dicom.series_problems` reports.
+    """
+    positions = Counter(round(s.height, 2) for s in slices)
+    counts = set(positions.values())
+    return counts.pop() if len(counts) == 1 and len(positions) > 1 else 1
 
 
 def _number_key(text: str) -> tuple[float, str]:
@@ -219,16 +227,14 @@ def _make_series(files: Sequence[_File], part: str) -> Series:
 
 def _mixed(slices: Sequence[Slice]) -> list[Problem]:
     """Return a problem if every position has several slices."""
-    if any(s.position is None or s.orientation is None for s in slices):
-        return []
-    counts = set(Counter(round(s.height, 2) for s in slices).values())
-    if len(counts) > 1 or counts == {1} or len(slices) == counts.copy().pop():
+    count = _slices_per_position(slices) if all(map(_is_placed, slices)) else 1
+    if count == 1:
         return []
     return [
         Problem(
             "duplicate_slice",
             slices[0].path.parent,
-            found=f"has {counts.pop()} slices at each position, and no known tag distinguishes them",
+            found=f"has {count} slices at each position, and no known tag distinguishes them",
             expected="one volume per series",
             suggestion="export each volume as a series of its own",
         )

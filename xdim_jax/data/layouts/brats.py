@@ -20,7 +20,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.problem import WARNING, Problem
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images import nifti
-from xdim_jax.data.images.image import images_in, source_path
+from xdim_jax.data.images.image import images_in, source_path, unique_images
 from xdim_jax.data.images.names import is_hidden, normalised, strip
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import BRATS, BRATS_2024, TISSUES, Regions
@@ -227,21 +227,7 @@ def _niftis(folder: Path) -> list[tuple[str, Path]]:
 def _find_files(folder: Path, convention: Convention, need_labels: bool) -> tuple[Case, list[str], list[Problem]]:
     """Return the case with the files that exist, the parts that are missing, and parts found twice."""
     name = normalised(folder.name)
-    files: dict[str, Path] = {}
-    problems = []
-    for stem, path in _niftis(folder):
-        if stem in files:
-            problems.append(
-                Problem(
-                    "duplicate_case",
-                    path,
-                    found=f"and {files[stem].name} have the same name without suffix",
-                    expected="one file",
-                    suggestion="keep one",
-                    case_id=name,
-                )
-            )
-        files.setdefault(stem, path)
+    files, problems = unique_images(_niftis(folder), name)
     images = {part: files.get(convention.file_name(name, part)) for part in convention.modalities}
     label = files.get(convention.file_name(name, "seg"))
     if label is None:  # BraTS20_Training_355 has a segmentation of another name

@@ -24,7 +24,7 @@ from typing import Any
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.problem import WARNING, Problem, data_error, errors
 from xdim_jax.data.case import Case, Dataset, Scan
-from xdim_jax.data.images.image import SUFFIXES, images_in, strip_suffix
+from xdim_jax.data.images.image import SUFFIXES, images_in, same_name, strip_suffix, unique_images
 from xdim_jax.data.images.names import normalised
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import Regions
@@ -195,7 +195,8 @@ def _scan(root: Path, description: Description, need_labels: bool, one_file_per_
     cases: dict[str, Case] = {}
     problems: list[Problem] = []
     for folder in [f for f in folders if f.is_dir()]:
-        labels, duplicates = _labels(folder.parent / "labelsTr") if folder.name == "imagesTr" else ({}, [])
+        images = images_in(folder.parent / "labelsTr") if folder.name == "imagesTr" else []
+        labels, duplicates = unique_images(images)
         problems += duplicates
         groups, duplicates = _group(folder, one_file_per_channel)
         problems += duplicates
@@ -278,29 +279,6 @@ def _list_problems(
     return []
 
 
-def _labels(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
-    """Return case -> label map, and a problem for each further label map of the same case."""
-    labels: dict[str, Path] = {}
-    problems = []
-    for name, path in images_in(folder):
-        if name in labels:
-            problems.append(_same_name(path, labels[name], case=name))
-        labels.setdefault(name, path)
-    return labels, problems
-
-
-def _same_name(path: Path, other: Path, case: str) -> Problem:
-    """Return the problem of two files that differ only in their suffix or in the form of their names."""
-    return Problem(
-        "duplicate_case",
-        path,
-        found=f"and {other.name} have the same name without suffix",
-        expected="one file",
-        suggestion="keep one",
-        case_id=case,
-    )
-
-
 def _group(folder: Path, one_file_per_channel: bool) -> tuple[dict[str, dict[str, Path]], list[Problem]]:
     """Return case -> channel number -> file, and a problem for each further file of the same case and channel."""
     groups: dict[str, dict[str, Path]] = {}
@@ -311,7 +289,7 @@ def _group(folder: Path, one_file_per_channel: bool) -> tuple[dict[str, dict[str
             case, number = name, "" if one_file_per_channel else "0"
         files = groups.setdefault(case, {})
         if number in files:
-            problems.append(_same_name(path, files[number], case=case))
+            problems.append(same_name(path, files[number], case))
         else:
             files[number] = path
     return groups, problems
