@@ -120,7 +120,7 @@ def test_an_array_gives_labels_probabilities_and_uncertainty(predictor, found, i
     np.testing.assert_allclose(found.probabilities.sum(-1), 1, atol=1e-5)
     np.testing.assert_array_equal(found.probabilities.argmax(-1), found.label)
     assert found.uncertainty.shape == image.shape[:3] and found.uncertainty.max() > 0
-    assert "mirrored along W" in predictor.describe() and "1 network" in predictor.describe()
+    assert "mirrored along W" in predictor.groups[0].describe() and "1 network" in predictor.groups[0].describe()
 
 
 @pytest.mark.parametrize("axes", ["xyzc", "cyzx", "zcxy"])
@@ -155,6 +155,90 @@ def test_a_file_is_predicted_as_its_array(predictor, found, image, tmp_path, wor
     np.testing.assert_array_equal(np.asarray(written.dataobj), array.label)
 
 
+@pytest.fixture(scope="module")
+def flat_two(tmp_path_factory):
+    """A 2D network with the channels of `workdir`, another patch and another spacing."""
+    return make_workdir(tmp_path_factory.mktemp("flat_two") / "run", flat=True, seed=3, spacing=(0, 1.2, 1.2))
+
+
+def test_2d_and_3d_networks_are_averaged_on_the_grid_of_the_image(workdir, flat_two, image):
+    spacing = (2.0, 1.0, 1.0)
+    alone = [xdim_jax.Predictor(w, probabilities=True).predict(image, spacing=spacing) for w in (workdir, flat_two)]
+    assert np.abs(alone[0].probabilities - alone[1].probabilities).max() > 1e-3
+    both = xdim_jax.Predictor([workdir, flat_two], probabilities=True, uncertainty=True)
+    assert len(both.groups) == 2
+    together = both.predict(image, spacing=spacing)
+    each = [a.probabilities for a in alone]
+    np.testing.assert_allclose(together.probabilities, np.mean(each, 0), atol=1e-6)
+    np.testing.assert_allclose(together.uncertainty, np.var(each, 0).mean(-1), atol=1e-6)
+    np.testing.assert_array_equal(together.label, np.mean(each, 0).argmax(-1))
+    reverse = xdim_jax.Predictor([flat_two, workdir]).predict(image, spacing=spacing)
+    np.testing.assert_array_equal(reverse.label, together.label)
+    assert both.digest not in {xdim_jax.Predictor(w).digest for w in (workdir, flat_two)}
+
+
+def test_every_network_has_the_same_weight(workdir, flat_two, image, tmp_path):
+    """Two networks of one kind and one of another."""
+    image = image[:, :32]  # one window in 3D: the mean of two networks is then exact
+    other = make_workdir(tmp_path / "other", seed=7)
+    three = (workdir, flat_two, other)
+    alone = [xdim_jax.Predictor(w, probabilities=True).predict(image).probabilities for w in three]
+    together = xdim_jax.Predictor(list(three), probabilities=True)
+    assert [group.members for group in together.groups] == [2, 1]
+    assert [source.split(",")[0] for source in together.sources] == [str(w) for w in three]
+    np.testing.assert_allclose(together.predict(image).probabilities, np.mean(alone, 0), atol=1e-5)
+
+
+def test_a_cropped_border_is_background_in_an_average(workdir, flat_two, image, tmp_path):
+    """One network crops to the voxels that are not zero, the other one sees the whole image."""
+    cropping = make_workdir(tmp_path / "cropping", crop="nonzero")
+    framed = np.pad(image, ((2, 2), (6, 6), (5, 5), (0, 0)))
+    alone = [xdim_jax.Predictor(w, probabilities=True).predict(framed).probabilities for w in (cropping, flat_two)]
+    assert not alone[0][:, :6].any(), "outside of the crop, the network itself predicts nothing"
+    together = xdim_jax.Predictor([cropping, flat_two], probabilities=True).predict(framed).probabilities
+    border = np.array([1, 0, 0])
+    np.testing.assert_allclose(together[:, :6], (alone[1][:, :6] + border) / 2, atol=1e-6)
+    np.testing.assert_allclose(together[2:-2, 6:-6, 5:-5], np.mean(alone, 0)[2:-2, 6:-6, 5:-5], atol=1e-6)
+
+
+def test_networks_of_other_data_are_no_ensemble(workdir, flat, tmp_path):
+    sigmoid = make_workdir(tmp_path / "sigmoid")
+    config = json.loads((sigmoid / CONFIG_FILE).read_text())
+    config["output"] = "sigmoid"
+    write_json(sigmoid / CONFIG_FILE, config)
+    with pytest.raises(UserError, match=r"output: 'softmax' in .*, 'sigmoid' in"):
+        xdim_jax.Predictor([workdir, sigmoid])
+    with pytest.raises(UserError, match=r"model\.in_channels: 2 in .*, 1 in"):
+        xdim_jax.Predictor([workdir, flat])
+
+
+def test_compressed_probabilities_are_rounded_to_16_bits(workdir, found, image, tmp_path):
+    affine = np.diag([-1.0, -1.0, 2.0, 1.0])
+    for c in range(2):
+        nib.save(nib.Nifti1Image(image[..., c].transpose(2, 1, 0), affine), tmp_path / f"a_{c:04d}.nii.gz")
+    files = [str(tmp_path / f"a_{c:04d}.nii.gz") for c in range(2)]
+    out = tmp_path / "out"
+    command = [f"--workdir={workdir}", "--input", *files, f"--output={out}", "--flips=W", "--probabilities"]
+    assert predict.main([*command, "--uncertainty"]) == 0
+    sizes = {kind: (out / kind / "a.nii").stat().st_size for kind in ("probabilities", "uncertainty")}
+    assert predict.main([*command, "--uncertainty", "--compress"]) == 0
+    for kind, step in (("probabilities", 1 / 65535), ("uncertainty", 0.25 / 65535)):
+        assert [p.name for p in (out / kind).iterdir()] == ["a.nii.gz"], "the earlier file, and nothing temporary"
+        stored = nib.load(out / kind / "a.nii.gz")
+        np.testing.assert_array_equal(stored.affine, affine)
+        assert (out / kind / "a.nii.gz").stat().st_size < sizes[kind] / 2
+        exact = getattr(found, kind)
+        np.testing.assert_allclose(np.swapaxes(stored.get_fdata(), 0, 2), exact, atol=step / 2 + 1e-6)
+        by_simpleitk = sitk.ReadImage(str(out / kind / "a.nii.gz"))  # applies the slope of the header too
+        np.testing.assert_allclose(
+            np.squeeze(sitk.GetArrayFromImage(by_simpleitk)),
+            np.moveaxis(exact, -1, 0) if kind == "probabilities" else exact,
+            atol=step,
+        )
+    with pytest.raises(UserError, match="--compress"):
+        predict.main([*command[:-1], "--compress", "--overwrite"])
+
+
 @pytest.mark.slow
 def test_two_networks_are_the_mean_of_both(workdir, image, tmp_path):
     other = make_workdir(tmp_path / "other", seed=7)
@@ -166,18 +250,12 @@ def test_two_networks_are_the_mean_of_both(workdir, image, tmp_path):
     each = [a.probabilities for a in alone]
     np.testing.assert_allclose(together.probabilities, np.mean(each, 0), atol=1e-5)
     np.testing.assert_allclose(together.uncertainty, np.var(each, 0).mean(-1), atol=1e-5)
-    assert "2 networks" in both.describe()
+    assert "2 networks" in both.groups[0].describe()
     (tmp_path / "folds").mkdir()
     shutil.copytree(workdir, tmp_path / "folds" / "fold0")
     shutil.copytree(other, tmp_path / "folds" / "fold1")
     folds = xdim_jax.Predictor(tmp_path / "folds", probabilities=True).predict(image)
     np.testing.assert_allclose(folds.probabilities, together.probabilities, atol=1e-6)
-
-
-def test_networks_that_do_not_go_together_are_refused(workdir, tmp_path):
-    other = make_workdir(tmp_path / "other", normalise="none")
-    with pytest.raises(UserError, match=r"data\.prepare\.normalise: 'zscore' in .*'none' in"):
-        xdim_jax.Predictor([workdir, other])
 
 
 @pytest.mark.parametrize(
@@ -393,7 +471,7 @@ def test_a_bad_case_does_not_keep_the_memory_from_being_said(flat, tmp_path, mon
     def full(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: no room")
 
-    monkeypatch.setattr(ready.segmenter, "device_bytes", full)
+    monkeypatch.setattr(ready.groups[0].segmenter, "device_bytes", full)
     nib.save(nib.Nifti1Image(np.zeros((36, 40, 3), np.int16), np.eye(4)), tmp_path / "a.nii.gz")
     assert predict_cases(ready, ready.find_cases(tmp_path / "a.nii.gz")[0], tmp_path / "out") == []
     assert re.search("warning: .*memory.*RuntimeError", capsys.readouterr().out)

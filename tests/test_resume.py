@@ -5,6 +5,7 @@ kills of the slow test are of the real one.
 """
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -40,17 +41,30 @@ from xdim_jax import evaluate, train, verify_run
 from xdim_jax.base import log
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
+from xdim_jax.data import case as data_case
 from xdim_jax.data import pipeline
 from xdim_jax.data.case import Scan
 from xdim_jax.data.images import nifti
+from xdim_jax.data.labels import Labels
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.inference import predictor, sliding_window
+from xdim_jax.inference.validation_cases import predict_validation
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.weights import Weights, flatten, write_weights
 from xdim_jax.runs import checkpoint, lock, trackers
 from xdim_jax.runs.records import close_recorder
-from xdim_jax.training import check, crossval, initial_weights, loop, open_run, step_metrics, validation, watchdog
+from xdim_jax.training import (
+    check,
+    crossval,
+    initial_weights,
+    label_maps,
+    loop,
+    open_run,
+    step_metrics,
+    validation,
+    watchdog,
+)
 from xdim_jax.training import train as training
 
 REPO = Path(__file__).parent.parent
@@ -616,6 +630,66 @@ def events_of(workdir):
             found.append(event)
             at += length + 16
     return found
+
+
+def test_the_label_maps_of_the_best_validation_are_evaluated(small, straight, tmp_path, capsys):
+    """They are the bytes that predict writes, and evaluate --workdir predicts nothing."""
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    cases = json.loads((workdir / "split.json").read_text())["validation"]
+    kept = {p.name: p.read_bytes() for p in (workdir / "predictions").iterdir()}
+    assert sorted(kept) == sorted(f"{case}.nii.gz" for case in cases)
+    assert not [p for p in workdir.rglob(".validation*") if p.is_dir() and any(p.iterdir())]
+    assert evaluate.main([f"--workdir={workdir}", "--jobs=1"]) == 0
+    assert f"skipped    {len(cases)} of {len(cases)} cases" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in (workdir / "predictions").glob("*.nii.gz")} == kept
+    structures = json.loads((workdir / "evaluation" / "summary.json").read_text())["structures"]
+    best = max(records(workdir, "validation"), key=lambda r: r["dice"])
+    with open(workdir / "evaluation" / "cases.csv", newline="") as file:
+        scores = list(csv.DictReader(file))
+    for name in structures:
+        mean = np.mean([float(r["value"]) for r in scores if (r["structure"], r["metric"]) == (name, "dice")])
+        assert mean == pytest.approx(best[f"dice_{name}"], abs=1e-9)
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        predict_validation(workdir, tmp_path / "again")
+        shutil.rmtree(workdir / "predictions")
+        predict_validation(workdir, tmp_path / "anew")
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    for folder in ("again", "anew"):
+        assert {p.name: p.read_bytes() for p in (tmp_path / folder).glob("*.nii.gz")} == kept
+
+
+def test_only_the_label_maps_of_the_best_weights_are_kept(tmp_path, capsys):
+    """Worse weights, an interrupted validation and a full disk leave those of the best weights."""
+    image = tmp_path / "image.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4)), image)
+    case = data_case.Case("a", "a", (image,), ("T1",), None, Labels("own", ("background", "organ"), (0, 1)))
+    maps = label_maps.LabelMaps(tmp_path / "run", lambda weights: f"digest{weights}")
+
+    def validate(number, *, kept):
+        maps.begin(number)
+        maps.write(case, np.full((6, 5, 4), number % 2, np.uint8))
+        maps.keep() if kept else maps.discard()
+
+    def found():
+        path = tmp_path / "run" / "predictions" / "a.nii.gz"
+        return nifti.read_note(path).split()[1], int(nib.load(path).get_fdata().max())
+
+    validate(1, kept=True)
+    assert found() == ("digest1", 1)
+    validate(2, kept=False)
+    assert found() == ("digest1", 1)
+    staging = tmp_path / "run" / ".validation" / "0"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.write_text("a file, so that no file can be written below it")
+    validate(4, kept=True)
+    assert found() == ("digest1", 1) and "not kept" in capsys.readouterr().out
+    staging.unlink()
+    validate(6, kept=True)
+    assert found() == ("digest6", 0)
 
 
 def test_validation_cases_are_drawn(straight, camus4):

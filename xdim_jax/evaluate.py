@@ -8,7 +8,8 @@
     generic    any metrics (--metrics) of any two folders of label maps
 
 With --workdir instead of --pred and --ref, the validation cases of a run are predicted into <workdir>/predictions, and
-scored by the rules of its data set. The default of --out is then <workdir>/evaluation.
+scored by the rules of its data set. The predictions of the best validation during training are there already, and are
+used. The default of --out is then <workdir>/evaluation.
 
 The command writes to --out: cases.csv (case_id,...,structure,metric,value), summary.json (means with 95 % intervals
 over patients, quartiles, empty masks), tables.md and tables.tex (the tables of the paper, with its values and yours),
@@ -28,7 +29,7 @@ from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.huge_pages import prefer_huge_pages
 from xdim_jax.data.datasets import scoring_rules
 from xdim_jax.data.images.names import normalised
-from xdim_jax.runs.workdir import find_members, read_config
+from xdim_jax.runs.workdir import PREDICTIONS_FOLDER, find_members, read_config
 from xdim_jax.scoring import challenges, generic
 from xdim_jax.scoring.folders import check_small_et_kept, evaluate_folders
 from xdim_jax.scoring.masks import METRICS
@@ -99,7 +100,7 @@ def _set_defaults_of_run(options: Any, workdir: Path) -> None:
             options, key
         ):  # --rules may name rules without this option
             setattr(options, key, value)
-    options.pred = workdir / "predictions"
+    options.pred = workdir / PREDICTIONS_FOLDER
     options.out = options.out or workdir / "evaluation"
 
 

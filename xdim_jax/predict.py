@@ -9,10 +9,11 @@ The label map of a case is <output>/<case id>.nii.gz. Outside of the layout, the
 names of the folders between it and the input, and that of a DICOM series is PatientID and SeriesNumber. Affine and
 header are those of the image, and label values those of the data set. A prediction of another image is never replaced.
 --probabilities adds <output>/probabilities/<case id>.nii (float32, channels along the fourth axis), and --uncertainty
-adds <output>/uncertainty/<case id>.nii.
+adds <output>/uncertainty/<case id>.nii. With --compress, these files end with .nii.gz.
 
 The networks of several --workdir, or of all folds of a cross-validation, form an ensemble: their probabilities are
-averaged. Cases whose predictions are up to date (same networks, settings and images) are skipped.
+averaged. They may differ in architecture, patch and preparation, for example 2D and 3D. Cases whose predictions are up
+to date (same networks, settings and images) are skipped.
 """
 
 if __name__ == "__main__":  # this may restart the process, so it comes before the imports, which take seconds
@@ -135,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--largest", default="", help="comma-separated regions, or all: keep only their largest component")
     add("--probabilities", action="store_true", help="also write probabilities (4 bytes per voxel and channel)")
     add("--uncertainty", action="store_true", help="also write the variance over networks and mirror images")
+    add("--compress", action="store_true", help="write these files as .nii.gz, rounded to 16 bits per voxel")
     return parser
 
 
@@ -151,6 +153,7 @@ def _read_settings(options: argparse.Namespace) -> Settings:
         largest=tuple(n.strip() for n in options.largest.split(",") if n.strip()),
         probabilities=options.probabilities,
         uncertainty=options.uncertainty,
+        compress=options.compress,
     )
 
 

@@ -60,7 +60,7 @@ def claim_output(
             f"{output} contains predictions of other networks or settings ({shorten(others)}); give another --output, "
             "or --overwrite"
         )
-    todo = [case for case in own_cases if overwrite or notes[case.case_id] != {make_note(predictor, case)}]
+    todo = [case for case in own_cases if overwrite or notes[case.case_id] != {make_note(predictor.digest, case)}]
     if not replace:
         _check_replaced(output, predictor, all_cases)
     _write_record(output / results.PREDICT_FILE, predictor, all_cases)
@@ -76,7 +76,7 @@ def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case]) -
     for case in cases:
         path = output / f"{case.case_id}.nii.gz"
         note = read_note(path)
-        if not path.exists() or not path.stat().st_size or note == make_note(predictor, case):
+        if not path.exists() or not path.stat().st_size or note == make_note(predictor.digest, case):
             continue
         images = [source_to_json(source) for source in case.images]
         if not note.startswith(_MARK):
@@ -113,10 +113,15 @@ def _shown(images: Sequence[Any]) -> str:
     return str(Path(images[0][0]).parent if isinstance(images[0], list) else images[0])
 
 
-def make_note(predictor: Predictor, case: Case) -> str:
-    """Return a line that identifies the networks, the settings, and the names, sizes and times of the image files."""
+def make_note(digest: str, case: Case) -> str:
+    """Return a line that identifies the networks, the settings, and the names, sizes and times of the image files.
+
+    Args:
+        digest: Digest of networks and settings, see `xdim_jax.inference.group.weights_digest`.
+        case: The case.
+    """
     facts = [_identify(path) for source in case.images for path in files_of(source)]
-    return f"{_MARK} {predictor.digest} {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+    return f"{_MARK} {digest} {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
 
 def remove_outdated(output: Path, case_id: str, inputs: Sequence[Path]) -> None:
@@ -136,7 +141,7 @@ def remove_outdated(output: Path, case_id: str, inputs: Sequence[Path]) -> None:
 
 def remove_prediction(output: Path, case_id: str) -> None:
     """Delete all files of a case, including partial files of a run that was killed while it wrote them."""
-    for path in (output / f"{case_id}.nii.gz", *(output / name / f"{case_id}.nii" for name in EXTRA_OUTPUTS)):
+    for path in (output / f"{case_id}.nii.gz", *_extra_files(output, case_id)):
         path.unlink(missing_ok=True)
         for partial in partial_files(path):
             partial.unlink(missing_ok=True)
@@ -144,8 +149,19 @@ def remove_prediction(output: Path, case_id: str) -> None:
 
 def _expected_files(output: Path, predictor: Predictor, case_id: str) -> list[Path]:
     """Return the label map of a case, and its files of probabilities and uncertainty if the predictor writes them."""
-    extra = sorted(predictor.segmenter.extra_outputs)
-    return [output / f"{case_id}.nii.gz", *(output / name / f"{case_id}.nii" for name in extra)]
+    compressed = predictor.settings.compress
+    extra = [extra_file(output, name, case_id, compressed=compressed) for name in sorted(predictor.extra_outputs)]
+    return [output / f"{case_id}.nii.gz", *extra]
+
+
+def extra_file(output: Path, name: str, case_id: str, *, compressed: bool) -> Path:
+    """Return the file of the probabilities or the uncertainty (``name``) of a case."""
+    return output / name / f"{case_id}{'.nii.gz' if compressed else '.nii'}"
+
+
+def _extra_files(output: Path, case_id: str) -> list[Path]:
+    """Return the files of all extra outputs that a case may have."""
+    return [extra_file(output, name, case_id, compressed=c) for name in EXTRA_OUTPUTS for c in (False, True)]
 
 
 def _identify(path: Path) -> tuple[str, int, int] | str:

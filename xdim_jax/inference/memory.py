@@ -47,7 +47,9 @@ def required_bytes(predictor: Predictor, cases: Sequence[Case]) -> tuple[int, in
     the previous one are written. Cases whose headers cannot be read are ignored.
     """
     reading = kept = voxels = maps = 0
-    volumes = []
+    groups = predictor.groups
+    channels = len(predictor.names) + ("uncertainty" in predictor.extra_outputs)
+    volumes: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = [[] for _ in groups]
     for case in cases:
         try:
             grid = read_grid(case.images[0], case.axes)
@@ -55,18 +57,25 @@ def required_bytes(predictor: Predictor, cases: Sequence[Case]) -> tuple[int, in
         except UserError:
             continue  # prediction reports the error of this case
         source = grid.memory_geometry[0][::-1]
-        peak, after = needed_bytes(stored, len(case.channels), grid, predictor.preparation)
-        reading, kept, voxels = max(reading, peak), max(kept, after), max(voxels, math.prod(source))
-        if predictor.segmenter.extra_outputs and grid.orientation[-1, 0] != 2:
+        before = 0  # what earlier groups have prepared
+        for group, sizes in zip(groups, volumes, strict=True):
+            peak, after = needed_bytes(stored, len(case.channels), grid, group.preparation)
+            reading, before = max(reading, before + peak), before + after
+            sizes.append((target_shape(source, grid.spacing, group.preparation), source))
+        kept, voxels = max(kept, before), max(voxels, math.prod(source))
+        if predictor.extra_outputs and grid.orientation[-1, 0] != 2:
             # depth is not the slowest axis of the file, so writing one slice touches all pages of the file
-            maps = max(maps, 4 * math.prod(source) * (predictor.segmenter.channels - 1))
-        volumes.append((target_shape(source, grid.spacing, predictor.preparation), source))
-    if not volumes:
+            maps = max(maps, 4 * math.prod(source) * channels)
+    if not voxels:
         return 0, 0
-    device = predictor.segmenter.device_bytes(predictor.weights, volumes, len(predictor.dataset.channels))
+    in_channels = len(predictor.dataset.channels)
+    devices = [g.segmenter.device_bytes(g.weights, v, in_channels) for g, v in zip(groups, volumes, strict=True)]
+    device = max(devices) + sum(leaf.nbytes for group in groups[1:] for leaf in jax.tree.leaves(group.weights))
     # the label map, the masks of post-processing, and the files of probabilities and uncertainty
     labels = (11 if predictor.settings.largest else 4) * voxels + maps
-    if len(volumes) == 1:
+    if len(groups) > 1:  # the averages over groups
+        labels += 4 * channels * voxels
+    if len(volumes[0]) == 1:
         return max(reading, kept + labels), device
     return reading + kept + labels + 4 * voxels, device
 

@@ -17,11 +17,13 @@ from xdim_jax.data.images.nifti import write_volume
 from xdim_jax.data.images.stream import stream_volume
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.inference import memory
-from xdim_jax.inference.folder import claim_output, make_note, remove_outdated, remove_prediction
+from xdim_jax.inference.folder import claim_output, extra_file, make_note, remove_outdated, remove_prediction
 from xdim_jax.inference.predictor import Predictor
 from xdim_jax.inference.sliding_window import Sink
 from xdim_jax.runs import environment
 from xdim_jax.runs.workdir import SPLIT_FILE
+
+_MAXIMA = {"probabilities": 1.0, "uncertainty": 0.25}  # largest possible values; 0.25 is the variance of 0 and 1
 
 
 def predict_paths(
@@ -55,7 +57,8 @@ def predict_paths(
     for source in predictor.sources:
         log.say(f"weights    {source}")
     log.say(f"devices    {environment.devices()}")
-    log.say(f"predict    {predictor.describe()}")
+    for group in predictor.groups:
+        log.say(f"predict    {group.describe()}")
     _warn_of_training_cases(predictor, cases)
     first, step = shard
     own_cases = cases[first::step]
@@ -110,7 +113,7 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
             reading = reader.submit(_read, predictor, cases[number]) if number < len(cases) else None
             try:
                 prepared, volume = current.result()
-                note = make_note(predictor, case)
+                note = make_note(predictor.digest, case)
                 with _open_sink(predictor, volume, output, case.case_id, note) as sink:
                     label = predictor.segment(prepared, sink)
                 wait_for_writer(writing)
@@ -139,7 +142,7 @@ def _warn_of_training_cases(predictor: Predictor, cases: Sequence[Case]) -> None
         )
 
 
-def _read(predictor: Predictor, case: Case) -> tuple[Prepared, Volume]:
+def _read(predictor: Predictor, case: Case) -> tuple[list[Prepared], Volume]:
     """Read and prepare a case. To save memory, the returned volume has the voxel grid of the case, but no voxels."""
     volume = read_case(without_label(case))
     prepared = predictor.prepare(case, volume)
@@ -151,10 +154,11 @@ def _open_sink(predictor: Predictor, volume: Volume, output: Path, case_id: str,
     """Yield a sink that writes the extra outputs of the predictor to files; None if there are none."""
     with contextlib.ExitStack() as stack:
         files = {}
-        for name in sorted(predictor.segmenter.extra_outputs):
+        for name in sorted(predictor.extra_outputs):
             channels = len(predictor.names) if name == "probabilities" else 0
-            path = output / name / f"{case_id}.nii"
-            files[name] = stack.enter_context(stream_volume(path, volume.grid, channels, note))
+            path = extra_file(output, name, case_id, compressed=predictor.settings.compress)
+            writer = stream_volume(path, volume.grid, channels, note, maximum=_MAXIMA[name])
+            files[name] = stack.enter_context(writer)
 
         def write_slices(slices: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
             for name, part in values.items():

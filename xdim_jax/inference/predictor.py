@@ -1,17 +1,12 @@
 """Prediction with one trained network or an ensemble, used from Python and by ``python -m xdim_jax.predict``."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from xdim_jax import ops
 from xdim_jax.base.config import differences
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import read_json
@@ -19,20 +14,27 @@ from xdim_jax.data.case import Case, Dataset, Volume, encode_label, read_case, w
 from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.images.grid import Grid
 from xdim_jax.data.images.nifti import SUFFIXES, write_volume
-from xdim_jax.data.prepare import Preparation, Prepared, prepare
+from xdim_jax.data.prepare import Prepared, prepare
 from xdim_jax.inference import inputs
 from xdim_jax.inference.arrays import array_case
+from xdim_jax.inference.group import common_digest, divide, load_group, segment_with_groups
 from xdim_jax.inference.output import make_output, postprocess
-from xdim_jax.inference.settings import ResolvedSettings, Settings, resolve
-from xdim_jax.inference.sliding_window import Sink, all_flips, make_segmenter
-from xdim_jax.nets import networks
-from xdim_jax.nets.functional import PRECISIONS, make_forward, split_model
-from xdim_jax.runs import checkpoint
+from xdim_jax.inference.settings import ResolvedSettings, Settings
+from xdim_jax.inference.sliding_window import Sink
 from xdim_jax.runs.workdir import DATA_FILE, find_members, read_config
 from xdim_jax.scoring.rules import EXTRA_OUTPUTS
 
-# sections and keys of the config that must be equal for all networks of an ensemble
-_COMMON = ("model", "output", "predict", "data.dataset", "data.patch", "data.prepare", "data.convention", "data.phase")
+# keys of the config that must be equal for all networks of an ensemble
+_COMMON = (
+    "output",
+    "predict.threshold",
+    "predict.min_et",
+    "data.dataset",
+    "data.convention",
+    "data.phase",
+    "model.in_channels",
+    "model.out_channels",
+)
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -74,6 +76,9 @@ class Segmentation:
 class Predictor:
     """Segments images with a trained network, or with several networks whose probabilities are averaged.
 
+    The networks may differ in architecture, patch and preparation, and may be 2D and 3D; their probabilities are then
+    averaged on the voxel grid of the image.
+
     Args:
         workdir: Workdir of a run or of a cross-validation (all its folds), or several of them.
         settings: Settings of the prediction. Instead, the attributes of `Settings` can be given as keywords.
@@ -82,8 +87,9 @@ class Predictor:
     Attributes:
         workdirs: Workdirs of the networks.
         sources: For each network, a line of text with its workdir and checkpoint.
-        config: Config of the first run.
+        groups: Networks that one program can compute, see `xdim_jax.inference.group.Group`.
         dataset: Data set that the networks were trained on.
+        extra_outputs: Names of the outputs in addition to labels that the settings ask for.
         digest: Hexadecimal digest of the weights and of all settings that affect predictions.
 
     Raises:
@@ -104,50 +110,32 @@ class Predictor:
         self.settings = settings or Settings(**keywords)
         configs = [read_config(w) for w in self.workdirs]
         _check_common(self.workdirs, configs)
-        self.config = config = configs[0]
+        config = configs[0]
         self.dataset = _dataset(config, self.workdirs[0], convention)
-        self.resolved = resolve(self.settings, config, self.dataset.regions)
         self.output = make_output(config.output, self.dataset)
-        self.preparation = Preparation.from_config(config.data.prepare.to_dict())
+        names = frozenset(name for name in EXTRA_OUTPUTS if getattr(self.settings, name))
+        self.extra_outputs = names
+        divided = divide(self.workdirs, configs)
+        several = frozenset({"probabilities"}) if len(divided) > 1 else frozenset()
+        self.groups = [load_group(w, first, self.output, self.settings, names | several) for w, first in divided]
         if self.settings.uncertainty and len(self.workdirs) == 1 and not self.resolved.flips:
             raise UserError(
                 "--uncertainty is the variance over networks and mirror images: give several --workdir, --flips, or "
                 "--preset=best for a run that was trained on mirror images"
             )
-        graphdef, params, stats = split_model(networks.build(config.model, seed=0))
-        loaded = [checkpoint.load_weights(w, params, stats) for w in self.workdirs]
-        self.sources = [f"{w}, {source}" for w, (_, _, source) in zip(self.workdirs, loaded, strict=True)]
-        members = [(params, stats) for params, stats, _ in loaded]
-        self.weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members) if len(members) > 1 else members[0]
-        self.digest = _digest(config, members, self.resolved, self.settings.largest)
-        forward = make_forward(graphdef, PRECISIONS[self.resolved.precision])
-        self.segmenter = make_segmenter(
-            ops.with_implementation(config.train.get("ops", "auto"), forward),
-            self.output,
-            config.data.patch,
-            self.resolved.overlap,
-            batch=self.settings.batch or (1 if jax.default_backend() == "cpu" else 4),
-            flips=all_flips(self.resolved.flips),
-            threshold=self.resolved.threshold,
-            members=len(members) if len(members) > 1 else 0,
-            extra_outputs=frozenset(name for name in EXTRA_OUTPUTS if getattr(self.settings, name)),
-        )
+        known = {workdir: source for group in self.groups for workdir, source in group.sources.items()}
+        self.sources = [f"{workdir}, {known[workdir]}" for workdir in self.workdirs]
+        self.digest = common_digest(self.groups)
+
+    @property
+    def resolved(self) -> ResolvedSettings:
+        """Settings of the first group. Overlap and flips of the others may differ."""
+        return self.groups[0].resolved
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the channels of the probabilities."""
         return self.output.channels
-
-    def describe(self) -> str:
-        """Return a line of text about windows, mirroring and the number of networks."""
-        patch = " x ".join(map(str, self.config.data.patch))
-        axes = ", ".join("DHW"[a] for a in self.resolved.flips)
-        parts = [
-            f"windows of {patch}, overlap {self.resolved.overlap:g}, {self.segmenter.windows.batch} at once",
-            f"mirrored along {axes}" if axes else "not mirrored",
-            f"{len(self.workdirs)} networks" if len(self.workdirs) > 1 else "1 network",
-        ]
-        return "; ".join(parts)
 
     def find_cases(
         self, paths: Paths, modality: str = "", series: Sequence[str] = ()
@@ -155,13 +143,22 @@ class Predictor:
         """Find the cases in the given paths, see `xdim_jax.inference.inputs.find_cases`."""
         return inputs.find_cases(self.dataset, _as_paths(paths), modality=modality, series=series)
 
-    def prepare(self, case: Case, volume: Volume) -> Prepared:
-        """Prepare a case in the same way as the training cases."""
-        return prepare(case, volume, self.preparation)
+    def prepare(self, case: Case, volume: Volume) -> list[Prepared]:
+        """Prepare a case as the training cases of each group were prepared."""
+        return [prepare(case, volume, group.preparation) for group in self.groups]
 
-    def segment(self, prepared: Prepared, sink: Sink | None = None) -> np.ndarray:
-        """Return label indices uint8 (D, H, W) on the source grid, after post-processing."""
-        label = self.segmenter(self.weights, prepared, sink)
+    def segment(self, prepared: Sequence[Prepared], sink: Sink | None = None) -> np.ndarray:
+        """Return label indices uint8 (D, H, W) on the source grid, after post-processing.
+
+        Args:
+            prepared: Result of `prepare`.
+            sink: Function that receives probabilities and uncertainty, if the settings ask for them.
+        """
+        if len(self.groups) == 1:
+            group = self.groups[0]
+            label = group.segmenter(group.weights, prepared[0], sink)
+        else:
+            label = segment_with_groups(self.groups, self.output, prepared, sink, self.extra_outputs)
         return postprocess(label, self.output.regions, largest=self.resolved.largest, min_et=self.resolved.min_et)
 
     def predict_case(self, case: Case) -> Segmentation:
@@ -229,7 +226,7 @@ class Predictor:
     def _segment_volume(self, case: Case, volume: Volume) -> Segmentation:
         """Segment a case that has been read."""
         prepared = self.prepare(case, volume)
-        collected = _Collector(prepared.source)
+        collected = _Collector(volume.image.shape[:3])
         label = encode_label(case, self.segment(prepared, collected))
         return Segmentation(
             label, self.names, collected.get("probabilities"), collected.get("uncertainty"), volume.grid
@@ -255,23 +252,6 @@ def _as_paths(paths: Paths) -> list[Path]:
     if "" in ([paths] if isinstance(paths, str | Path) else paths):
         raise UserError("a path is empty; expected a file or a folder")
     return [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
-
-
-def _digest(config: Any, members: Sequence[Any], resolved: ResolvedSettings, largest: Sequence[str]) -> str:
-    """Return a hexadecimal digest of the weights and of all settings that affect predictions."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(members):
-        digest.update(np.asarray(leaf).tobytes())
-    facts = {
-        "model": config.model.to_dict(),
-        "output": config.output,
-        "prepare": config.data.prepare.to_dict(),
-        "predict": resolved.predict,
-        "patch": list(config.data.patch),
-        "rest": [resolved.threshold, sorted(largest), resolved.precision, resolved.flips],
-    }
-    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
 
 
 def _check_common(workdirs: Sequence[Path], configs: Sequence[Any]) -> None:

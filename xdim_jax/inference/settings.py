@@ -30,6 +30,8 @@ class Settings:
         largest: Names of regions, or ``("all",)``. Only their largest connected component is kept.
         probabilities: True to compute the probabilities of all channels in addition to labels.
         uncertainty: True to compute the variance of the probabilities in addition to labels.
+        compress: True to write probabilities and uncertainty as compressed files with 16 bits per voxel, rounded to
+            multiples of 1/65535 and 0.25/65535. Arrays in memory are not rounded.
     """
 
     preset: str = "default"
@@ -42,6 +44,7 @@ class Settings:
     largest: tuple[str, ...] = ()
     probabilities: bool = False
     uncertainty: bool = False
+    compress: bool = False
 
     def __post_init__(self) -> None:
         """Accept a single name or axis in place of a tuple."""
@@ -100,6 +103,8 @@ def resolve(settings: Settings, config: Any, regions: Regions) -> ResolvedSettin
         raise UserError(f"--batch={settings.batch}: expected 1 or more windows, or 0 for the default")
     if unknown := set(settings.largest) - {*regions.names, "all"}:
         raise UserError(f"--largest: {_names(unknown)} unknown; the regions are {', '.join(regions.names)}")
+    if settings.compress and not (settings.probabilities or settings.uncertainty):
+        raise UserError("--compress is for the files of --probabilities and --uncertainty; give one of them")
     predict = config.predict.to_dict()
     predict["overlap"] = _overlap(settings, predict["overlap"])
     if settings.min_et is not None:

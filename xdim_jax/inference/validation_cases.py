@@ -1,21 +1,25 @@
 """Prediction of the validation cases of a run or a cross-validation."""
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, shorten
-from xdim_jax.base.files import read_json
+from xdim_jax.base.files import atomic_path, read_json
 from xdim_jax.data.case import Case, scan_cases
-from xdim_jax.inference.folder import claim_output
+from xdim_jax.data.images.nifti import read_note
+from xdim_jax.inference.folder import claim_output, make_note
 from xdim_jax.inference.predict_cases import predict_cases
 from xdim_jax.inference.predictor import Predictor
-from xdim_jax.runs.workdir import SPLIT_FILE, find_members, read_config
+from xdim_jax.runs.workdir import PREDICTIONS_FOLDER, SPLIT_FILE, find_members, read_config
 
 
 def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
     """Predict the validation cases of a run into a folder. Predictions that are up to date are kept.
+
+    These may be predictions of training, which keeps those of its best validation.
 
     In a cross-validation, each fold predicts the cases that it was not trained on.
 
@@ -46,11 +50,26 @@ def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
         work.append((predictor, _find_validation_cases(predictor, root, split)))
     for predictor, cases in work:
         log.say(f"weights    {predictor.sources[0]}")
+        _copy_predictions(predictor.workdirs[0] / PREDICTIONS_FOLDER, output, predictor, cases)
         todo = claim_output(output, predictor, cases, cases, replace=True)
+        if len(todo) < len(cases):
+            log.say(f"skipped    {len(cases) - len(todo)} of {len(cases)} cases, whose predictions are up to date")
         if failures := predict_cases(predictor, todo, output):
             raise UserError(f"{len(failures)} of {len(cases)} cases cannot be predicted: {shorten(failures)}")
     labels = root / "labelsTr"  # folder of the references in nnU-Net's layout
     return labels if labels.is_dir() else root, {name.removesuffix("_in") for name in names}
+
+
+def _copy_predictions(folder: Path, output: Path, predictor: Predictor, cases: Sequence[Case]) -> None:
+    """Copy the predictions of training that are up to date, unless they are in the output folder already."""
+    if folder.resolve() == output.resolve():
+        return
+    for case in cases:
+        source, target = folder / f"{case.case_id}.nii.gz", output / f"{case.case_id}.nii.gz"
+        note = make_note(predictor.digest, case)
+        if read_note(source) == note != read_note(target):
+            with atomic_path(target) as temporary:
+                shutil.copyfile(source, temporary)
 
 
 def _common_root(workdir: Path, splits: Mapping[Path, Mapping[str, Any]]) -> Path:

@@ -172,7 +172,7 @@ def save_latest(checkpoints: Checkpoints, state: TrainState, progress: dict[str,
         _guarded(manager, lambda: manager.save(step, args=items, force=True))
 
 
-def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, score: float) -> None:
+def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, score: float) -> bool:
     """Save the weights if their score is the best so far, and wait until they are complete.
 
     The previous best weights are deleted only afterwards, so a reader always finds complete weights.
@@ -184,15 +184,18 @@ def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, scor
         stats: Running statistics.
         score: Mean validation Dice.
 
+    Returns:
+        True if their score is the best so far.
+
     Raises:
         UserError: The weights cannot be written.
     """
     latest, best = checkpoints.latest, checkpoints.best
     if latest is None or best is None:
-        return
+        return False
     kept = best.best_step()
     if kept is not None and (best.metrics(kept) or {}).get(_SCORE, -1.0) >= score:
-        return
+        return kept == step  # the validation of a step is repeated if the run ended before it was recorded
     weights = {"params": params, "stats": stats}
     items = ocp.args.Composite(weights=ocp.args.StandardSave(_local_copy(weights) if checkpoints.alone else weights))
     if step not in best.all_steps():
@@ -201,6 +204,7 @@ def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, scor
         _guarded(latest, latest.wait_until_finished)
         _guarded(best, lambda: best.save(step, args=items, metrics={_SCORE: score}, force=True))
         _guarded(best, best.wait_until_finished)
+    return True
 
 
 def _local_copy(tree: Any) -> Any:

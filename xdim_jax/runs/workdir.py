@@ -13,6 +13,7 @@ from xdim_jax.base.files import read_json, write_json
 CONFIG_FILE = "config.json"  # resolved config
 DATA_FILE = "data.json"  # description of the data: channels, labels and regions
 SPLIT_FILE = "split.json"  # training and validation cases
+PREDICTIONS_FOLDER = "predictions"  # label maps of the validation cases
 
 
 def find_members(workdirs: Sequence[Path]) -> list[Path]:

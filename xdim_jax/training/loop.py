@@ -37,6 +37,7 @@ from xdim_jax.runs.state import TrainState, evaluation_weights
 from xdim_jax.training import mesh, validation
 from xdim_jax.training.agreement import SAVE, STOP, Agreement
 from xdim_jax.training.compiling import compile_step
+from xdim_jax.training.label_maps import LabelMaps
 from xdim_jax.training.mesh import Devices
 from xdim_jax.training.optim import Schedule
 from xdim_jax.training.profile import Profile
@@ -88,6 +89,7 @@ class Run:
         checkpoints: Open checkpoint folders.
         recorder: Open record files.
         validate: Validation function.
+        label_maps: Label maps of the last validation.
         stop: Signals that the process has received.
         regions: Names of the scored regions.
         workdir: Folder of the run.
@@ -103,6 +105,7 @@ class Run:
     checkpoints: checkpoint.Checkpoints
     recorder: Recorder
     validate: Validation
+    label_maps: LabelMaps
     stop: StopRequest
     regions: tuple[str, ...]
     workdir: Path
@@ -351,11 +354,14 @@ class RunController:
         try:
             scores, pictures, cases = run.validate(weights, run.stop)
         except InterruptedValidationError:
+            run.label_maps.discard()
             return
         dice = sum(scores.values()) / len(scores)
         if not math.isfinite(dice):
             raise UserError(f"the validation Dice at step {step} is {dice}; check the validation cases in split.json")
-        checkpoint.save_best(run.checkpoints, step, *weights, dice)  # before the score is recorded
+        if checkpoint.save_best(run.checkpoints, step, *weights, dice):  # before the score is recorded
+            run.label_maps.keep()
+        run.label_maps.discard()
         shown = " ".join(f"{name} {score:.3f}" for name, score in scores.items())
         say(f"validation at step {step}: Dice {dice:.3f} ({shown}), took {duration(time.monotonic() - begin)}")
         if run.recorder.jsonl is not None:

@@ -24,6 +24,7 @@ from xdim_jax.runs.workdir import claim_workdir
 from xdim_jax.training import mesh
 from xdim_jax.training.check import CONTINUE_KEYS, FREE_KEYS
 from xdim_jax.training.initial_weights import REPORT_FILE, initialise
+from xdim_jax.training.label_maps import make_label_maps
 from xdim_jax.training.loop import Progress, Run
 from xdim_jax.training.mesh import Devices
 from xdim_jax.training.program import Program, make_network, make_program
@@ -147,6 +148,7 @@ def _open_locked_run(
     if first:
         environment.record_start(workdir, start)
     trackers = open_trackers(config, workdir) if first else ()
+    label_maps = make_label_maps(config, dataset, workdir)
     run = Run(
         config=config.train,
         per_epoch=per_epoch,
@@ -160,9 +162,11 @@ def _open_locked_run(
             shared.segmenter,
             dataset,
             data.validation,
+            label_maps=label_maps,
             min_et=config.predict.get("min_et", 0),
             overlays=config.train.overlays,
         ),
+        label_maps=label_maps,
         stop=stop,
         regions=dataset.regions.names,
         workdir=workdir,

@@ -20,6 +20,7 @@ from xdim_jax.inference.sliding_window import Segmenter
 from xdim_jax.pages.colours import PALETTE, to_grey, to_rgb
 from xdim_jax.scoring import masks
 from xdim_jax.training import mesh
+from xdim_jax.training.label_maps import LabelMaps
 
 _PROGRESS_SECONDS = 20.0  # time between two lines about the progress of a validation
 OVERLAYS = "overlays"  # folder of the pictures, in the workdir
@@ -52,6 +53,7 @@ def make_validation(
     dataset: Dataset,
     cases: Sequence[tuple[Case, store.Entry]],
     *,
+    label_maps: LabelMaps,
     min_et: int,
     overlays: int,
 ) -> Validation:
@@ -65,6 +67,7 @@ def make_validation(
         segmenter: Function that segments prepared cases.
         dataset: Data set of the cases.
         cases: Validation cases: the case on disk, and the prepared case.
+        label_maps: Object that receives the label map of each case.
         min_et: Number of voxels below which a predicted enhancing tumour becomes necrosis (BraTS).
         overlays: Number of pictures; they show the first cases.
     """
@@ -72,6 +75,7 @@ def make_validation(
 
     def validate(weights: Any, stop: StopRequest) -> ValidationResult:
         weights = mesh.local(weights)
+        label_maps.begin(weights)
         scores = np.full((len(cases), len(names)), np.nan)
         pictures = {}
         incomplete = False
@@ -90,6 +94,7 @@ def make_validation(
                 incomplete = True
                 continue
             label = postprocess(label, dataset.regions, min_et=min_et)
+            label_maps.write(case, label)
             volume = data_case.read_case(case) if number < overlays else None
             truth = data_case.read_label(case) if volume is None or volume.label is None else volume.label
             predicted, reference = dataset.regions.encode(label), dataset.regions.encode(truth)

@@ -1,0 +1,218 @@
+"""Networks that one program can compute, and the average of the probabilities of several such groups."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xdim_jax import ops
+from xdim_jax.data.prepare import Preparation, Prepared
+from xdim_jax.inference.output import Output
+from xdim_jax.inference.settings import ResolvedSettings, Settings, resolve
+from xdim_jax.inference.sliding_window import Segmenter, Sink, all_flips, make_segmenter
+from xdim_jax.nets import networks
+from xdim_jax.nets.functional import PRECISIONS, make_forward, split_model
+from xdim_jax.runs import checkpoint
+
+# sections of the config that are equal for all networks of a group
+_GROUP_KEYS = ("model", "predict", "data.patch", "data.prepare")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Networks with the same architecture, patch and preparation.
+
+    Attributes:
+        config: Config of the first network.
+        resolved: Settings of the prediction.
+        preparation: How cases are prepared.
+        segmenter: Function that segments prepared cases.
+        weights: Weights of the network; of several networks, stacked along a first axis.
+        members: Number of networks.
+        sources: For each network, its workdir and a text that names its checkpoint.
+        digest: Hexadecimal digest of the weights and of all settings that affect predictions.
+    """
+
+    config: Any
+    resolved: ResolvedSettings
+    preparation: Preparation
+    segmenter: Segmenter
+    weights: Any
+    members: int
+    sources: dict[Path, str]
+    digest: str
+
+    def describe(self) -> str:
+        """Return a line of text about windows, mirroring and the number of networks."""
+        patch = " x ".join(map(str, self.config.data.patch))
+        axes = ", ".join("DHW"[a] for a in self.resolved.flips)
+        parts = [
+            f"windows of {patch}, overlap {self.resolved.overlap:g}, {self.segmenter.windows.batch} at once",
+            f"mirrored along {axes}" if axes else "not mirrored",
+            f"{self.members} networks" if self.members > 1 else "1 network",
+        ]
+        return "; ".join(parts)
+
+
+def divide(workdirs: Sequence[Path], configs: Sequence[Any]) -> list[tuple[list[Path], Any]]:
+    """Return the workdirs of every group, with the config of its first network, in the order of the workdirs."""
+    groups: dict[str, tuple[list[Path], Any]] = {}
+    for workdir, config in zip(workdirs, configs, strict=True):
+        sections = {"model": config.model, "predict": config.predict, "prepare": config.data.prepare}
+        values = {name: section.to_dict() for name, section in sections.items()} | {"patch": list(config.data.patch)}
+        groups.setdefault(json.dumps(values, sort_keys=True, default=str), ([], config))[0].append(workdir)
+    return list(groups.values())
+
+
+def load_group(
+    workdirs: Sequence[Path], config: Any, output: Output, settings: Settings, extra_outputs: frozenset[str]
+) -> Group:
+    """Load the networks of a group.
+
+    Args:
+        workdirs: Workdirs of the networks.
+        config: Config of the first network.
+        output: Meaning of the channels.
+        settings: Settings that the user has given.
+        extra_outputs: See `xdim_jax.inference.sliding_window.Segmenter`.
+
+    Raises:
+        UserError: A workdir has no weights, or a setting cannot be used.
+    """
+    resolved = resolve(settings, config, output.regions)
+    graphdef, params, stats = split_model(networks.build(config.model, seed=0))
+    loaded = [checkpoint.load_weights(w, params, stats) for w in workdirs]
+    members = [(params, stats) for params, stats, _ in loaded]
+    segmenter = make_segmenter(
+        ops.with_implementation(
+            config.train.get("ops", "auto"), make_forward(graphdef, PRECISIONS[resolved.precision])
+        ),
+        output,
+        config.data.patch,
+        resolved.overlap,
+        batch=settings.batch or (1 if jax.default_backend() == "cpu" else 4),
+        flips=all_flips(resolved.flips),
+        threshold=resolved.threshold,
+        members=len(members) if len(members) > 1 else 0,
+        extra_outputs=extra_outputs,
+    )
+    return Group(
+        config,
+        resolved,
+        Preparation.from_config(config.data.prepare.to_dict()),
+        segmenter,
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *members) if len(members) > 1 else members[0],
+        len(members),
+        {workdir: source for workdir, (_, _, source) in zip(workdirs, loaded, strict=True)},
+        weights_digest(config, members, resolved),
+    )
+
+
+def weights_digest(config: Any, members: Sequence[Any], resolved: ResolvedSettings) -> str:
+    """Return a hexadecimal digest of the weights of networks and of all settings that affect predictions.
+
+    Args:
+        config: Config of the networks.
+        members: For each network, its parameters and statistics.
+        resolved: Settings of the prediction.
+    """
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(members):
+        digest.update(np.asarray(leaf).tobytes())
+    facts = {
+        "model": config.model.to_dict(),
+        "output": config.output,
+        "prepare": config.data.prepare.to_dict(),
+        "predict": resolved.predict,
+        "patch": list(config.data.patch),
+        "rest": [resolved.threshold, sorted(resolved.largest), resolved.precision, resolved.flips],
+    }
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def common_digest(groups: Sequence[Group]) -> str:
+    """Return the digest of all groups."""
+    if len(groups) == 1:
+        return groups[0].digest
+    return hashlib.sha256(" ".join(group.digest for group in groups).encode()).hexdigest()[:16]
+
+
+def segment_with_groups(
+    groups: Sequence[Group],
+    output: Output,
+    prepared: Sequence[Prepared],
+    sink: Sink | None = None,
+    extra_outputs: frozenset[str] = frozenset(),
+) -> np.ndarray:
+    """Segment a case with several groups, whose probabilities are averaged on the source grid.
+
+    Every network has the same weight. The probabilities of all voxels are in memory at once.
+
+    Args:
+        groups: Groups, whose segmenters return probabilities.
+        output: Meaning of the channels.
+        prepared: The case as each group prepares it.
+        sink: Function that receives the extra outputs.
+        extra_outputs: Names of the values that the sink receives.
+
+    Returns:
+        Label indices uint8 (D, H, W) on the source grid.
+    """
+    average = _Average(output, prepared[0].source, uncertainty="uncertainty" in extra_outputs)
+    networks_in_all = sum(group.members for group in groups)
+    for group, own in zip(groups, prepared, strict=True):
+        average.share = group.members / networks_in_all
+        average.add_outside(own.box)
+        group.segmenter(group.weights, own, average)
+    label = np.empty(prepared[0].source, np.uint8)
+    plane = (slice(0, label.shape[1]), slice(0, label.shape[2]))
+    for index in range(len(label)):
+        part = slice(index, index + 1)
+        label[part] = output.decode(average.mean[part], groups[0].resolved.threshold)
+        if sink is not None and extra_outputs:
+            values = {"probabilities": average.mean[part]} if "probabilities" in extra_outputs else {}
+            if average.second is not None:
+                spread = average.second[part] - np.square(average.mean[part]).mean(-1)
+                values["uncertainty"] = np.maximum(spread, 0)
+            sink(part, plane, values)
+    return label
+
+
+class _Average:
+    """A sink that adds up probabilities, and their second moments averaged over channels if uncertainty is needed.
+
+    Attributes:
+        share: Weight of the group whose probabilities are being added.
+        mean: Sum so far of the weighted probabilities, float32 (D, H, W, channels).
+        second: Sum so far of the weighted second moments, float32 (D, H, W); None if they are not needed.
+    """
+
+    def __init__(self, output: Output, shape: Sequence[int], *, uncertainty: bool):
+        self.share = 0.0
+        self.mean = np.zeros((*shape, len(output.channels)), np.float32)
+        self.second = np.zeros(tuple(shape), np.float32) if uncertainty else None
+        self._background = output.activation == "softmax"
+
+    def add_outside(self, box: Sequence[slice]) -> None:
+        """Add the probabilities outside of the box that preparation has kept: 1 for the background of a softmax."""
+        if not self._background:
+            return
+        outside = np.ones(self.mean.shape[:3], np.float32)
+        outside[tuple(box)] = 0
+        self.mean[..., 0] += self.share * outside
+        if self.second is not None:
+            self.second += self.share * outside / self.mean.shape[-1]
+
+    def __call__(self, slices: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
+        part = (slices, *box)
+        self.mean[part] += self.share * values["probabilities"]
+        if self.second is not None:
+            squares = np.square(values["probabilities"]).mean(-1)
+            self.second[part] += self.share * (squares + values["uncertainty"])
