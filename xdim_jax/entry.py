@@ -5,6 +5,14 @@ from typing import NoReturn
 from xdim_jax.base.huge_pages import prefer_huge_pages
 
 
+def fit() -> NoReturn:
+    """Run the console script ``xdim-fit``."""
+    prefer_huge_pages()
+    from xdim_jax.fit import command
+
+    command()
+
+
 def train() -> NoReturn:
     """Run the console script ``xdim-train``."""
     prefer_huge_pages()

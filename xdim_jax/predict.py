@@ -133,7 +133,16 @@ def _parser() -> argparse.ArgumentParser:
         help="threshold of probabilities, e.g. 0.4 or WT=0.5,ET=0.4; default: that of the config",
     )
     add("--min_et", type=int, help="BraTS: smallest ET in voxels, 0 for no limit; default: that of the config")
-    add("--largest", default="", help="comma-separated regions, or all: keep only their largest component")
+    add(
+        "--largest",
+        default="",
+        help="comma-separated regions, all or none: keep only their largest component; default: as chosen by fit",
+    )
+    add(
+        "--min_volume",
+        default="",
+        help="smallest component in ml, e.g. 0.1 or liver=5,lesion=0.1; 0 for no limit; default: as chosen by fit",
+    )
     add("--probabilities", action="store_true", help="also write probabilities (4 bytes per voxel and channel)")
     add("--uncertainty", action="store_true", help="also write the variance over networks and mirror images")
     add("--compress", action="store_true", help="write these files as .nii.gz, rounded to 16 bits per voxel")
@@ -150,6 +159,7 @@ def _read_settings(options: argparse.Namespace) -> Settings:
         batch=options.batch,
         threshold=_read_threshold(options.threshold),
         min_et=options.min_et,
+        min_volume=_read_min_volume(options.min_volume),
         largest=tuple(n.strip() for n in options.largest.split(",") if n.strip()),
         probabilities=options.probabilities,
         uncertainty=options.uncertainty,
@@ -176,6 +186,18 @@ def _read_threshold(text: str) -> float | dict[str, float] | None:
         return float(text) if text else None
     except ValueError as error:
         raise UserError(f"--threshold={text}: expected a number, or <region>=<number>,...") from error
+
+
+def _read_min_volume(text: str) -> dict[str, float] | None:
+    """Return the volumes in a text such as ``liver=5,lesion=0.1``; ``{"": 0.1}`` for one number for all regions."""
+    if not text:
+        return None
+    try:
+        if "=" not in text:
+            return {"": float(text)}
+        return {name.strip(): float(value) for name, value in (word.split("=", 1) for word in text.split(","))}
+    except ValueError as error:
+        raise UserError(f"--min_volume={text}: expected a number of ml, or <region>=<number>,...") from error
 
 
 def _read_shard(text: str) -> tuple[int, int]:

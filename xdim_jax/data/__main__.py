@@ -1,10 +1,10 @@
-"""Check data sets on disk, prepare them for training, or write synthetic ones in their layouts."""
+"""Check data sets on disk, plan a recipe, prepare cases for training, or write synthetic cases in their layouts."""
 
 import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,14 +16,13 @@ from xdim_jax.base.files import write_json
 from xdim_jax.base.problem import KINDS
 from xdim_jax.data import phantom
 from xdim_jax.data.case import Dataset, list_cases
-from xdim_jax.data.datasets import DATASETS, REQUIRED, Option, get_dataset
+from xdim_jax.data.datasets import DATASETS, get_dataset
+from xdim_jax.data.options import add_options, given_options, read_section
 from xdim_jax.data.prepare import Preparation
 from xdim_jax.data.store import default_folder, describe_cases, prepare_cases, store_key
 from xdim_jax.data.store_backends import open_backend
 from xdim_jax.data.verify import format_findings, verify
 
-# data set -> name -> option, without --root, which is a flag for all data sets
-_OPTIONS = {name: {k: o for k, o in entry.options.items() if k != "root"} for name, entry in DATASETS.items()}
 _PHANTOMS = {name: entry.phantoms for name, entry in DATASETS.items() if entry.phantoms}
 
 
@@ -32,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     parser = make_parser("xdim_jax.data", __doc__ or "", "exit status: 0 done, 1 verify found errors, 2 unusable input")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_verify(commands)
+    _add_plan(commands)
     _add_prepare(commands)
     _add_phantom(commands)
     options, overrides = parser.parse_known_args(argv)
@@ -39,50 +39,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"unknown arguments {' '.join(overrides)}; see python -m xdim_jax.data {options.command} -h")
     if options.command == "prepare":
         return _prepare(options, overrides)
-    return _verify(options) if options.command == "verify" else _phantom(options)
+    return {"verify": _verify, "plan": _plan, "phantom": _phantom}[options.command](options)
 
 
 def _add_dataset(parser: argparse.ArgumentParser, names: Sequence[str], *, required: bool = True) -> None:
     """Add the flags --dataset and --root."""
     parser.add_argument("--dataset", choices=names, required=required, help="format of the data set")
     parser.add_argument("--root", type=Path, required=required, help="folder of the data set")
-
-
-def _add_options(
-    parser: argparse.ArgumentParser,
-    options: Mapping[str, Mapping[str, Option]],
-    defaults: Mapping[str, Mapping[str, Any]] | None = None,
-) -> None:
-    """Add a flag for each option. Data sets that have an option of the same name share the flag.
-
-    Args:
-        parser: Parser of a command.
-        options: Data set -> name -> option.
-        defaults: Data set -> name -> default that replaces the default of the option.
-    """
-    for key in _keys(options):
-        by_dataset = {name: of_dataset[key] for name, of_dataset in options.items() if key in of_dataset}
-        for name, values in (defaults or {}).items():
-            if key in values:
-                by_dataset[name] = dataclasses.replace(by_dataset[name], default=values[key])
-        parser.add_argument(
-            f"--{key}",
-            type=int if all(isinstance(option.default, int) for option in by_dataset.values()) else str,
-            choices=list(dict.fromkeys(c for option in by_dataset.values() for c in option.choices)) or None,
-            help="; ".join(_option_help(name, option) for name, option in by_dataset.items()),
-        )
-
-
-def _keys(options: Mapping[str, Mapping[str, Option]]) -> list[str]:
-    """Return the names of all options, without repetitions."""
-    return list(dict.fromkeys(key for of_dataset in options.values() for key in of_dataset))
-
-
-def _option_help(name: str, option: Option) -> str:
-    """Return the help of an option of a data set, with its default."""
-    if isinstance(option.default, tuple):
-        return f"{name}: {option.help}, separated by commas (default {','.join(option.default)})"
-    return f"{name}: {option.help} ({'required' if option.default == REQUIRED else f'default {option.default}'})"
 
 
 # -- verify -------------------------------------------------------------------------------------------------------
@@ -99,7 +62,7 @@ def _add_verify(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_dataset(parser, list(DATASETS))
-    _add_options(parser, _OPTIONS, {name: entry.verify_options for name, entry in DATASETS.items()})
+    add_options(parser, defaults={name: entry.verify_options for name, entry in DATASETS.items()})
     parser.add_argument("--no-labels", action="store_true", help="do not report missing reference labels")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the problems to FILE; with -, print only JSON"
@@ -112,7 +75,7 @@ def _add_verify(commands: Any) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     """Run the command ``verify``, and return its exit status."""
-    dataset = get_dataset({**DATASETS[options.dataset].verify_options, **_section(options)})
+    dataset = get_dataset({**DATASETS[options.dataset].verify_options, **read_section(options, options.dataset)})
     to_screen = options.json == Path("-")
     progress = {} if to_screen else {"progress": log.progress_bar("verify")}
     findings = verify(dataset, options.root, need_labels=not options.no_labels, jobs=options.jobs, **progress)
@@ -133,20 +96,64 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if findings.errors or (options.strict and findings.problems) else 0
 
 
-def _section(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the given flags as the ``data`` section of a config. Raises UserError if the data set lacks an option."""
-    known = DATASETS[options.dataset].options
-    section: dict[str, Any] = {"dataset": options.dataset, "root": str(options.root or "")}
-    for key, value in _given_options(options).items():
-        if key not in known:
-            raise UserError(f"--{key} is not an option of --dataset={options.dataset}; it has: {', '.join(known)}")
-        section[key] = tuple(value.split(",")) if isinstance(known[key].default, tuple) else value
-    return section
+# -- plan ---------------------------------------------------------------------------------------------------------
 
 
-def _given_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of data sets that were given as flags."""
-    return {key: value for key in _keys(_OPTIONS) if (value := getattr(options, key)) is not None}
+_PLAN = """Measure every case, choose a recipe for the data and this machine, and write it: a Python file with a reason
+for every value, and a page with figures beside it. Train with python -m xdim_jax.train --config=<that file>.
+
+Chosen are: 2D or 3D, spacing, intensities, patch, batch, depth strides, initial weights and inflation rule, sampling,
+loss, mirroring, folds and the number of steps. docs/planning.md lists the rules. For the same data, machine and options
+the recipe is the same. The measurements are kept in the folder of the prepared cases.
+
+example:
+  python -m xdim_jax.data plan --root=/data/Dataset001_Name --hours=8 --out=recipe.py
+"""
+
+
+def _add_plan(commands: Any) -> None:
+    """Add the command ``plan``."""
+    parser = commands.add_parser(
+        "plan",
+        help="plan a recipe for a data set",
+        description=_PLAN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--dataset", choices=list(DATASETS), default="nnunet", help="format of the data set (default: %(default)s)"
+    )
+    parser.add_argument("--root", type=Path, required=True, help="folder of the data set")
+    add_options(parser)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="FILE", help="file for the recipe, e.g. recipe.py")
+    add(
+        "--memory",
+        default="",
+        metavar="SIZE",
+        help="memory for a training step, e.g. 16GiB (default: that of the device; on CPU, 60 %% of that of the host)",
+    )
+    add("--hours", type=float, default=8.0, help="time for training all folds on this machine (default: %(default)s)")
+    add("--folds", type=int, default=0, help="number of folds (default: 5, or the number of patients if it is smaller)")
+    add("--store", default="", help="folder of the prepared cases (default: <root>_prepared)")
+    add(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="number of cases at the same time (default: one per core)"
+    )
+
+
+def _plan(options: argparse.Namespace) -> int:
+    """Run the command ``plan``, and return its exit status."""
+    from xdim_jax.planning.plan_data import plan_recipe  # imports JAX, which the other commands do not need
+
+    plan_recipe(
+        read_section(options, options.dataset),
+        options.out,
+        memory=options.memory,
+        hours=options.hours,
+        folds=options.folds,
+        store=options.store,
+        jobs=options.jobs,
+    )
+    return 0
 
 
 # -- prepare ------------------------------------------------------------------------------------------------------
@@ -177,7 +184,7 @@ def _add_prepare(commands: Any) -> None:
         "--config", metavar="FILE[:VARIANT,...]", help="a recipe; --config.<key>=<value> overrides any value"
     )
     _add_dataset(parser, list(DATASETS), required=False)
-    _add_options(parser, _OPTIONS)
+    add_options(parser)
     parser.add_argument("--store", help="folder of the store (also gs://, s3://; default: <root>_prepared)")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="number of cases at the same time (default: one per core)"
@@ -189,15 +196,13 @@ def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if bool(options.config) == bool(options.dataset):
         raise UserError("give either --config=<recipe>, or --dataset=<name> and --root=<folder>")
     if options.config:
-        if surplus := [
-            f"--{key}" for key in ({"root": options.root} if options.root else {}) | _given_options(options)
-        ]:
+        if surplus := [f"--{key}" for key in ({"root": options.root} if options.root else {}) | given_options(options)]:
             raise UserError(f"{', '.join(surplus)} needs --dataset; with --config, give --config.data.<key>=<value>")
         data = load_config(options.config, overrides).data
     else:
         if overrides:
             raise UserError(f"unknown arguments {' '.join(overrides)}; --config.<key>=<value> needs --config")
-        data = _section(options)
+        data = read_section(options, options.dataset)
     if not data["root"]:
         raise UserError("give " + ("--config.data.root" if options.config else "--root") + "=<folder of the data>")
     root = Path(data["root"])
@@ -232,7 +237,7 @@ def _add_phantom(commands: Any) -> None:
     """Add the command ``phantom``."""
     parser = commands.add_parser("phantom", help="write synthetic cases", description=phantom.__doc__)
     _add_dataset(parser, list(_PHANTOMS))
-    _add_options(parser, {name: phantoms.options for name, phantoms in _PHANTOMS.items()})
+    add_options(parser, {name: phantoms.options for name, phantoms in _PHANTOMS.items()})
     firsts = ", ".join(f"{name} {phantoms.first}" for name, phantoms in _PHANTOMS.items())
     shapes = "; ".join(f"{name} {','.join(map(str, phantoms.shape))}" for name, phantoms in _PHANTOMS.items())
     add = parser.add_argument

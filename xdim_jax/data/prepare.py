@@ -31,6 +31,9 @@ class Preparation:
         size: Pixels along H, W of every slice after resampling, whatever its spacing; empty to keep the size.
         window: Centre and width in HU of the window to which CT images are clipped; empty for no window. Other
             modalities are never clipped.
+        ct_statistics: Mean and standard deviation in HU with which CT images are standardised, those of the labelled
+            voxels of a data set for example; empty to standardise each image as ``normalise`` says. Other modalities
+            are not affected.
         normalise: "zscore" of all voxels of a channel, "zscore_nonzero" of its voxels that are not 0 (the others stay
             0), or "none".
 
@@ -42,6 +45,7 @@ class Preparation:
     spacing: tuple[float, ...] = ()
     size: tuple[int, ...] = ()
     window: tuple[float, ...] = ()
+    ct_statistics: tuple[float, ...] = ()
     normalise: str = "zscore"
 
     def __post_init__(self) -> None:
@@ -51,6 +55,7 @@ class Preparation:
         if self.normalise not in NORMS:
             wrong.append(f"normalise={self.normalise!r}: expected one of {', '.join(NORMS)}")
         numbers = {"spacing": self.spacing, "size": self.size, "window": self.window}
+        numbers["ct_statistics"] = self.ct_statistics
         for name, values in numbers.items():
             if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
                 raise UserError(f"config.data.prepare.{name}={values}: expected numbers")
@@ -64,6 +69,8 @@ class Preparation:
             wrong.append(f"size={self.size} and spacing={self.spacing} both resample slices; give one of them")
         if self.window and (len(self.window) != 2 or self.window[1] <= 0):
             wrong.append(f"window={self.window}: expected centre and width in HU, the width above 0")
+        if self.ct_statistics and (len(self.ct_statistics) != 2 or self.ct_statistics[1] <= 0):
+            wrong.append(f"ct_statistics={self.ct_statistics}: expected mean and standard deviation in HU, above 0")
         if wrong:
             raise UserError("\n".join(f"config.data.prepare.{line}" for line in wrong))
 
@@ -143,13 +150,18 @@ def prepare(case: Case, volume: Volume, settings: Preparation) -> Prepared:
         if background is not None:  # interpolation has spread the edge of the brain into the background
             image[resample_nearest(background, shape)] = 0
     limits = None
-    if settings.window and (ct := ct_channels(case.channels, case.info.get("modality", ""))):
+    ct = ct_channels(case.channels, case.info.get("modality", ""))
+    if settings.window and ct:
         centre, width = settings.window
         limits = [(-np.inf, np.inf)] * image.shape[3]
         for channel in ct:
             limits[channel] = (centre - width / 2, centre + width / 2)
     raw = _compact(image, limits)
     shift, scale = _statistics(raw, settings.normalise)
+    if settings.ct_statistics:
+        mean, sd = settings.ct_statistics
+        shift = tuple(mean if channel in ct else value for channel, value in enumerate(shift))
+        scale = tuple(1 / sd if channel in ct else value for channel, value in enumerate(scale))
     masked = settings.normalise == "zscore_nonzero"
     return Prepared(raw, label, shift, scale, masked, box, volume.image.shape[:3], spacing)
 
@@ -196,11 +208,12 @@ def ct_channels(channels: Sequence[str], modality: str) -> list[int]:
 
 
 def check_preparation(dataset: Dataset, settings: Preparation) -> None:
-    """Raise UserError if there is an intensity window, but the data set has no CT images."""
-    if settings.window and not dataset.holds_ct and not ct_channels(dataset.channels, ""):
+    """Raise UserError if there are settings for CT, but the data set has no CT images."""
+    name = "window" if settings.window else "ct_statistics"
+    if getattr(settings, name) and not dataset.holds_ct and not ct_channels(dataset.channels, ""):
         raise UserError(
-            f"config.data.prepare.window={settings.window} is for CT images, but {dataset.name} has only the channels "
-            f"{', '.join(dataset.channels)}; name the channel CT in dataset.json, or remove the window"
+            f"config.data.prepare.{name}={getattr(settings, name)} is for CT images, but {dataset.name} has only the "
+            f"channels {', '.join(dataset.channels)}; name the channel CT in dataset.json, or remove it"
         )
 
 

@@ -170,6 +170,36 @@ def keep_largest(label: np.ndarray, regions: Regions, names: Sequence[str]) -> n
     return label
 
 
+def drop_small_components(label: np.ndarray, regions: Regions, smallest: Mapping[str, int]) -> np.ndarray:
+    """Drop the 26-connected components of regions that are smaller than a number of voxels.
+
+    They get the enclosing region's own label, or become background if there is no enclosing region.
+
+    Args:
+        label: Label indices (D, H, W).
+        regions: Regions of the label map.
+        smallest: By region, the number of voxels of the smallest component that is kept.
+
+    Returns:
+        A changed copy; ``label`` itself if nothing is dropped.
+    """
+    for name in sorted(smallest, key=lambda n: -len(regions.sets[n])):  # outer regions first
+        mask = functools.reduce(operator.or_, (label == i for i in regions.sets[name]))
+        boxes = find_objects(mask.view(np.uint8))
+        if smallest[name] <= 1 or not boxes:
+            continue
+        box = boxes[0]
+        found: Any = connected(mask[box], np.ones((3,) * mask.ndim, bool))
+        parts, count = found
+        sizes = np.asarray(sum(np.bincount(plane.ravel(), minlength=count + 1) for plane in parts))
+        dropped = sizes < smallest[name]
+        dropped[0] = False
+        if dropped.any():
+            label = label.copy()
+            label[box][dropped[parts]] = regions.enclosing_label(name)
+    return label
+
+
 def drop_small_et(label: np.ndarray, minimum: int) -> np.ndarray:
     """Relabel ET as NCR if there are fewer than ``minimum`` voxels of ET (paper, Sect. 3.1.3).
 

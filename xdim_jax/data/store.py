@@ -37,6 +37,7 @@ from xdim_jax.data.images.image import read_grid
 from xdim_jax.data.prepare import Preparation, Prepared, check_preparation, prepare, target_shape
 from xdim_jax.data.store_backends import Location, StoreBackend, open_backend, open_entry, open_voxels
 
+_ADDED = ("ct_statistics",)  # settings of a preparation that were added after version 1
 _VERSION = 1  # increased when the file format or the result of a preparation changes
 
 
@@ -122,7 +123,8 @@ def store_key(dataset: Dataset, settings: Preparation) -> tuple[str, dict[str, A
         "dataset": dataset.name,
         "channels": list(dataset.channels),
         "labels": dataset.labels.to_json(),
-        "prepare": dataclasses.asdict(settings),
+        # a setting that was added later has no effect on the key unless it is used, so that older stores remain valid
+        "prepare": {k: v for k, v in dataclasses.asdict(settings).items() if v or k not in _ADDED},
     }
     values = json.loads(json.dumps(values))  # tuples become lists, as in store.json
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12], values

@@ -12,9 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from xdim_jax import ops
+from xdim_jax.base.errors import UserError
 from xdim_jax.data.prepare import Preparation, Prepared
 from xdim_jax.inference.output import Output
-from xdim_jax.inference.settings import ResolvedSettings, Settings, resolve
+from xdim_jax.inference.settings import (
+    POSTPROCESSING_FILE,
+    PostProcessing,
+    ResolvedSettings,
+    Settings,
+    read_postprocessing,
+    resolve,
+)
 from xdim_jax.inference.sliding_window import Segmenter, Sink, all_flips, make_segmenter
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import PRECISIONS, make_forward, split_model
@@ -85,7 +93,7 @@ def load_group(
     Raises:
         UserError: A workdir has no weights, or a setting cannot be used.
     """
-    resolved = resolve(settings, config, output.regions)
+    resolved = resolve(settings, config, output.regions, common_postprocessing(workdirs))
     graphdef, params, stats = split_model(networks.build(config.model, seed=0))
     loaded = [checkpoint.load_weights(w, params, stats) for w in workdirs]
     members = [(params, stats) for params, stats, _ in loaded]
@@ -114,6 +122,18 @@ def load_group(
     )
 
 
+def common_postprocessing(workdirs: Sequence[Path]) -> PostProcessing:
+    """Return the post-processing that was chosen for all of these runs. Raises UserError if it differs."""
+    found = [read_postprocessing(workdir) for workdir in workdirs]
+    for workdir, other in zip(workdirs[1:], found[1:], strict=True):
+        if other != found[0]:
+            raise UserError(
+                f"the runs cannot be an ensemble: {POSTPROCESSING_FILE} differs between {workdirs[0]} and {workdir}; "
+                "run python -m xdim_jax.fit for both, or delete both files"
+            )
+    return found[0]
+
+
 def weights_digest(config: Any, members: Sequence[Any], resolved: ResolvedSettings) -> str:
     """Return a hexadecimal digest of the weights of networks and of all settings that affect predictions.
 
@@ -133,6 +153,8 @@ def weights_digest(config: Any, members: Sequence[Any], resolved: ResolvedSettin
         "patch": list(config.data.patch),
         "rest": [resolved.threshold, sorted(resolved.largest), resolved.precision, resolved.flips],
     }
+    if resolved.min_volume:
+        facts["min_volume"] = resolved.min_volume
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from xdim_jax.base.errors import UserError
 from xdim_jax.data.case import Dataset
-from xdim_jax.data.regions import Regions, drop_small_et, keep_largest
+from xdim_jax.data.regions import Regions, drop_small_components, drop_small_et, keep_largest
 
 ACTIVATIONS = ("sigmoid", "softmax")
 
@@ -86,17 +86,26 @@ def make_output(activation: str, dataset: Dataset) -> Output:
     return Output(activation, dataset.regions, dataset.labels.structures)
 
 
-def postprocess(label: np.ndarray, regions: Regions, *, largest: Sequence[str] = (), min_et: int = 0) -> np.ndarray:
-    """Keep the largest component of some regions, then relabel a small enhancing tumour.
+def postprocess(
+    label: np.ndarray,
+    regions: Regions,
+    *,
+    largest: Sequence[str] = (),
+    smallest: Mapping[str, int] | None = None,
+    min_et: int = 0,
+) -> np.ndarray:
+    """Keep the largest component of some regions, drop small components, then relabel a small enhancing tumour.
 
     Args:
         label: Label indices (D, H, W).
         regions: Regions of the data set.
         largest: Names of regions. Only their largest connected component is kept.
+        smallest: By region, the number of voxels of the smallest component that is kept.
         min_et: Smallest number of voxels of the enhancing tumour (BraTS). If there are fewer, they become NCR. 0 for no
             limit.
 
     Returns:
         Label indices (D, H, W).
     """
-    return drop_small_et(keep_largest(label, regions, largest), min_et)
+    label = drop_small_components(keep_largest(label, regions, largest), regions, smallest or {})
+    return drop_small_et(label, min_et)

@@ -1,6 +1,7 @@
 """Prediction with one trained network or an ensemble, used from Python and by ``python -m xdim_jax.predict``."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,23 @@ class Predictor:
             label = group.segmenter(group.weights, prepared[0], sink)
         else:
             label = segment_with_groups(self.groups, self.output, prepared, sink, self.extra_outputs)
-        return postprocess(label, self.output.regions, largest=self.resolved.largest, min_et=self.resolved.min_et)
+        inside = [b.stop - b.start for b in prepared[0].box]
+        shape, spacing = prepared[0].shape, prepared[0].spacing
+        voxel = math.prod(s * n / m for s, n, m in zip(spacing, shape, inside, strict=True)) / 1000
+        return self.postprocess(label, voxel)
+
+    def postprocess(self, label: np.ndarray, voxel: float) -> np.ndarray:
+        """Return a label map after post-processing.
+
+        Args:
+            label: Label indices (D, H, W).
+            voxel: Volume of a voxel in ml.
+        """
+        resolved = self.resolved
+        smallest = {name: math.ceil(volume / voxel - 1e-6) for name, volume in resolved.min_volume.items()}
+        return postprocess(
+            label, self.output.regions, largest=resolved.largest, smallest=smallest, min_et=resolved.min_et
+        )
 
     def predict_case(self, case: Case) -> Segmentation:
         """Read and segment a case. Arrays are (D, H, W), with axes as in `xdim_jax.data.images.grid`.

@@ -1,13 +1,17 @@
 """Settings of a prediction, and the values that result from them and from the config of the run."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import read_json
 from xdim_jax.data.regions import Regions
 from xdim_jax.nets.functional import PRECISIONS
 
+POSTPROCESSING_FILE = "postprocessing.json"  # in the workdir of a run, see `read_postprocessing`
 PRESETS = ("fast", "default", "best")
 _OVERLAPS = {"fast": 0.25, "best": 0.5}  # preset -> overlap; the preset "default" uses the overlap of the config
 
@@ -27,7 +31,11 @@ class Settings:
         batch: Number of windows that are computed at once; 0 for one on CPU and four on other devices.
         threshold: Threshold of the probabilities, for all regions or by region; None for the threshold in the config.
         min_et: Smallest number of voxels of the enhancing tumour (BraTS); None for the value in the config.
-        largest: Names of regions, or ``("all",)``. Only their largest connected component is kept.
+        largest: Names of regions, ``("all",)``, or ``("none",)``. Only their largest connected component is kept. Empty
+            for the regions that ``python -m xdim_jax.fit`` has chosen for this run, if any.
+        min_volume: By region (or with an empty name, for all regions), the volume in ml of the smallest component that
+            is kept; None for the volumes that
+            ``python -m xdim_jax.fit`` has chosen for this run, if any.
         probabilities: True to compute the probabilities of all channels in addition to labels.
         uncertainty: True to compute the variance of the probabilities in addition to labels.
         compress: True to write probabilities and uncertainty as compressed files with 16 bits per voxel, rounded to
@@ -42,6 +50,7 @@ class Settings:
     threshold: float | Mapping[str, float] | None = None
     min_et: int | None = None
     largest: tuple[str, ...] = ()
+    min_volume: Mapping[str, float] | None = None
     probabilities: bool = False
     uncertainty: bool = False
     compress: bool = False
@@ -65,6 +74,7 @@ class ResolvedSettings:
         flips: Axes of a volume (0: D, 1: H, 2: W) along which windows are mirrored.
         precision: ``float32`` or ``bfloat16``.
         largest: Names of regions. Only their largest connected component is kept.
+        min_volume: By region, the volume in ml of the smallest component that is kept.
     """
 
     predict: dict[str, Any]
@@ -72,6 +82,7 @@ class ResolvedSettings:
     flips: tuple[int, ...]
     precision: str
     largest: tuple[str, ...]
+    min_volume: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def overlap(self) -> float:
@@ -84,13 +95,51 @@ class ResolvedSettings:
         return self.predict.get("min_et", 0)
 
 
-def resolve(settings: Settings, config: Any, regions: Regions) -> ResolvedSettings:
+@dataclasses.dataclass(frozen=True)
+class PostProcessing:
+    """Post-processing that `xdim_jax.planning.postprocessing` has chosen for a run by cross-validation.
+
+    Attributes:
+        threshold: By region, the threshold of the probabilities; empty for that of the config.
+        largest: Names of regions. Only their largest connected component is kept.
+        min_volume: By region, the volume in ml of the smallest component that is kept.
+    """
+
+    threshold: dict[str, float] = dataclasses.field(default_factory=dict)
+    largest: tuple[str, ...] = ()
+    min_volume: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def read_postprocessing(workdir: Path) -> PostProcessing:
+    """Return the post-processing that was chosen for a run; none if there is no such file.
+
+    Raises:
+        UserError: The file cannot be used.
+    """
+    path = workdir / POSTPROCESSING_FILE
+    if not path.is_file():
+        return PostProcessing()
+    try:
+        values = read_json(path)["chosen"]
+        return PostProcessing(
+            {str(k): float(v) for k, v in values["threshold"].items()},
+            tuple(map(str, values["largest"])),
+            {str(k): float(v) for k, v in values["min_volume"].items()},
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} cannot be used ({error}); delete it, and run python -m xdim_jax.fit again") from error
+
+
+def resolve(
+    settings: Settings, config: Any, regions: Regions, chosen: PostProcessing | None = None
+) -> ResolvedSettings:
     """Check the settings of a prediction, and fill in the defaults of a run.
 
     Args:
         settings: Settings that the user has given.
         config: Config of the run.
         regions: Regions of the data set.
+        chosen: Post-processing that was chosen for the run; None for none.
 
     Raises:
         UserError: A value is out of range, or is not a setting of this network or data set.
@@ -101,8 +150,15 @@ def resolve(settings: Settings, config: Any, regions: Regions) -> ResolvedSettin
         raise UserError(f"--precision={settings.precision}: expected one of {', '.join(PRECISIONS)}")
     if settings.batch < 0:
         raise UserError(f"--batch={settings.batch}: expected 1 or more windows, or 0 for the default")
-    if unknown := set(settings.largest) - {*regions.names, "all"}:
-        raise UserError(f"--largest: {_names(unknown)} unknown; the regions are {', '.join(regions.names)}")
+    chosen = chosen or PostProcessing()
+    min_volume = dict(chosen.min_volume if settings.min_volume is None else settings.min_volume)
+    if "" in min_volume:  # one volume for all regions
+        min_volume = dict.fromkeys(regions.names, min_volume[""])
+    for flag, names in (("--largest", set(settings.largest) - {"all", "none"}), ("--min_volume", set(min_volume))):
+        if unknown := names - set(regions.names):
+            raise UserError(f"{flag}: {_names(unknown)} unknown; the regions are {', '.join(regions.names)}")
+    if wrong := {name: v for name, v in min_volume.items() if not 0 <= v < math.inf}:
+        raise UserError(f"--min_volume: {wrong}: expected 0 or more ml")
     if settings.compress and not (settings.probabilities or settings.uncertainty):
         raise UserError("--compress is for the files of --probabilities and --uncertainty; give one of them")
     predict = config.predict.to_dict()
@@ -113,16 +169,29 @@ def resolve(settings: Settings, config: Any, regions: Regions) -> ResolvedSettin
         predict["min_et"] = settings.min_et
     if predict.get("min_et", 0) < 0:
         raise UserError(f"--min_et={predict['min_et']}: expected 0 or more voxels")
-    threshold = predict["threshold"]
+    default = float(predict["threshold"])
+    threshold: float | dict[str, float] = default
     if settings.threshold is not None:
-        threshold = _thresholds(settings.threshold, config.output, regions, default=float(threshold))
+        threshold = _thresholds(settings.threshold, config.output, regions, default=default)
+    elif chosen.threshold:
+        threshold = _thresholds(chosen.threshold, config.output, regions, default=default)
     return ResolvedSettings(
         predict=predict,
         threshold=threshold,
         flips=_flips(settings, config.augment.flip, slices=len(config.data.patch) == 2),
         precision=settings.precision or config.train.precision,
-        largest=regions.names if "all" in settings.largest else settings.largest,
+        largest=_largest(settings, regions, chosen),
+        min_volume={name: float(v) for name, v in sorted(min_volume.items()) if v > 0},
     )
+
+
+def _largest(settings: Settings, regions: Regions, chosen: PostProcessing) -> tuple[str, ...]:
+    """Return the names of the regions of which only the largest component is kept."""
+    if not settings.largest:
+        return chosen.largest
+    if "none" in settings.largest:
+        return ()
+    return regions.names if "all" in settings.largest else settings.largest
 
 
 def _overlap(settings: Settings, default: float) -> float:

@@ -13,10 +13,11 @@ from xdim_jax.data.images.nifti import read_note
 from xdim_jax.inference.folder import claim_output, make_note
 from xdim_jax.inference.predict_cases import predict_cases
 from xdim_jax.inference.predictor import Predictor
+from xdim_jax.inference.settings import Settings
 from xdim_jax.runs.workdir import PREDICTIONS_FOLDER, SPLIT_FILE, find_members, read_config
 
 
-def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
+def predict_validation(workdir: Path, output: Path, settings: Settings | None = None) -> tuple[Path, set[str]]:
     """Predict the validation cases of a run into a folder. Predictions that are up to date are kept.
 
     These may be predictions of training, which keeps those of its best validation.
@@ -26,6 +27,7 @@ def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
     Args:
         workdir: Workdir of a run or a cross-validation.
         output: Folder for the predictions.
+        settings: Settings of the prediction; None for the defaults.
 
     Returns:
         The folder of the references, and the case ids of the validation cases in scoring. The ids of CHAOS T1-DUAL lack
@@ -34,6 +36,25 @@ def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
     Raises:
         UserError: The data have been moved, a case cannot be predicted, the folds use different data folders, or two
             folds have the same validation cases.
+    """
+    work, root = find_validation(workdir, settings)
+    for predictor, cases in work:
+        log.say(f"weights    {predictor.sources[0]}")
+        _copy_predictions(predictor.workdirs[0] / PREDICTIONS_FOLDER, output, predictor, cases)
+        todo = claim_output(output, predictor, cases, cases, replace=True)
+        if len(todo) < len(cases):
+            log.say(f"skipped    {len(cases) - len(todo)} of {len(cases)} cases, whose predictions are up to date")
+        if failures := predict_cases(predictor, todo, output):
+            raise UserError(f"{len(failures)} of {len(cases)} cases cannot be predicted: {shorten(failures)}")
+    labels = root / "labelsTr"  # folder of the references in nnU-Net's layout
+    names = {case.case_id.removesuffix("_in") for _, cases in work for case in cases}
+    return labels if labels.is_dir() else root, names
+
+
+def find_validation(workdir: Path, settings: Settings | None = None) -> tuple[list[tuple[Predictor, list[Case]]], Path]:
+    """Return the predictor and the validation cases of every fold, and the folder of the data.
+
+    See `predict_validation` for the arguments and errors.
     """
     members = find_members([workdir])
     splits = {member: read_json(member / SPLIT_FILE) for member in members}
@@ -46,18 +67,9 @@ def predict_validation(workdir: Path, output: Path) -> tuple[Path, set[str]]:
         log.warn(f"{workdir} has {len(members)} of {folds} folds; the validation cases of the others are not scored")
     work = []
     for member, split in splits.items():  # all data are checked before the first case is predicted
-        predictor = Predictor(member)
+        predictor = Predictor(member, settings)
         work.append((predictor, _find_validation_cases(predictor, root, split)))
-    for predictor, cases in work:
-        log.say(f"weights    {predictor.sources[0]}")
-        _copy_predictions(predictor.workdirs[0] / PREDICTIONS_FOLDER, output, predictor, cases)
-        todo = claim_output(output, predictor, cases, cases, replace=True)
-        if len(todo) < len(cases):
-            log.say(f"skipped    {len(cases) - len(todo)} of {len(cases)} cases, whose predictions are up to date")
-        if failures := predict_cases(predictor, todo, output):
-            raise UserError(f"{len(failures)} of {len(cases)} cases cannot be predicted: {shorten(failures)}")
-    labels = root / "labelsTr"  # folder of the references in nnU-Net's layout
-    return labels if labels.is_dir() else root, {name.removesuffix("_in") for name in names}
+    return work, root
 
 
 def _copy_predictions(folder: Path, output: Path, predictor: Predictor, cases: Sequence[Case]) -> None:

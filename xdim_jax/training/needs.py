@@ -247,15 +247,15 @@ def increasing_choices(config: Config, start: Choice, setting: str) -> list[Choi
 # -- text ---------------------------------------------------------------------------------------------------------
 
 
-def parse_bytes(text: str) -> int:
-    """Return the number of bytes of a text such as ``16GiB``, ``80 GB`` or ``500000000``.
+def parse_bytes(text: str, flag: str = "--budget") -> int:
+    """Return the number of bytes of a text such as ``16GiB``, ``80 GB`` or ``500000000``, the value of a flag.
 
     Raises:
         UserError: The text has another form.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     if not match or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"--budget={text}: expected a number with one of {', '.join(filter(None, _UNITS))}, e.g. 16GiB")
+        raise UserError(f"{flag}={text}: expected a number with one of {', '.join(filter(None, _UNITS))}, e.g. 16GiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -1,0 +1,203 @@
+"""Go from a folder of annotated cases to a trained and evaluated ensemble of networks, without choices.
+
+The steps are: verify the data, plan a recipe, prepare the cases, train all folds, choose post-processing by
+cross-validation, evaluate, and write a report. The same command resumes at the step that was interrupted, and skips
+steps that are done. The recipe may be edited before the training begins: stop after the plan with --steps=plan, edit
+<workdir>/recipe.py, and run the command again without --steps.
+
+The command writes to the workdir: verify.json, recipe.py, recipe.html, fold0/ to fold4/, crossval.json,
+postprocessing.json, predictions/ (every case, predicted by a network that was not trained on it), evaluation/ and
+report.html. Predict other cases with python -m xdim_jax.predict --workdir=<workdir>.
+"""
+
+if __name__ == "__main__":  # this may restart the process, so it comes before the imports, which take seconds
+    from xdim_jax.base.huge_pages import prefer_huge_pages
+
+    prefer_huge_pages()
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from xdim_jax import evaluate, report
+from xdim_jax.base import log
+from xdim_jax.base.command import make_parser, run
+from xdim_jax.base.config import Config, load_config
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import read_json, write_json
+from xdim_jax.base.signals import REQUEUE, catch_signals
+from xdim_jax.data.case import list_cases
+from xdim_jax.data.datasets import DATASETS, get_dataset
+from xdim_jax.data.images.names import files_below
+from xdim_jax.data.options import add_options, read_section
+from xdim_jax.data.prepare import Preparation
+from xdim_jax.data.splits import ALL_FOLDS
+from xdim_jax.data.store import default_folder, prepare_cases
+from xdim_jax.data.verify import format_findings, verify
+from xdim_jax.ops.compilation import cache_programs
+from xdim_jax.planning import postprocessing
+from xdim_jax.planning.plan_data import plan_recipe
+from xdim_jax.runs import checkpoint
+from xdim_jax.training import crossval
+from xdim_jax.training.check import resolve_config
+from xdim_jax.training.train import train_one_by_one
+
+STEPS = ("verify", "plan", "prepare", "train", "evaluate")
+VERIFY_FILE = "verify.json"
+RECIPE_FILE = "recipe.py"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line, see ``--help``."""
+    options, overrides = _parser().parse_known_args(argv)
+    last = STEPS.index(options.steps)
+    section = json.loads(json.dumps(read_section(options, options.dataset)))  # as in the record
+    get_dataset(section)  # raises UserError before anything is read
+    workdir = options.workdir
+    if status := _verify(section, workdir, options.jobs):
+        return status
+    if last < STEPS.index("plan"):
+        return 0
+    recipe = workdir / RECIPE_FILE
+    _plan(section, recipe, options)
+    if last < STEPS.index("prepare"):
+        return 0
+    config = load_config(f"{recipe}:fold=all", overrides)
+    _prepare(config, options.jobs)
+    if last < STEPS.index("train"):
+        return 0
+    if status := _train(config, workdir):
+        return status
+    if last < STEPS.index("evaluate"):
+        return 0
+    _evaluate(workdir, options.jobs)
+    log.say(
+        f"done       predict with: python -m xdim_jax.predict --workdir={workdir} --input=<cases> --output=<folder>"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = make_parser(
+        "xdim_jax.fit",
+        __doc__ or "",
+        "Values of the recipe can be overridden: --config.<key>=<value>.\n\n"
+        f"Exit status: 0 done; 1 verify found errors; 2 unusable input; {REQUEUE} stopped by SIGTERM, SIGUSR1 or "
+        "SIGHUP and\n130 by Ctrl-C: run the same command again to resume.\n\n"
+        "example:\n  python -m xdim_jax.fit --root=/data/Dataset001_Name --workdir=runs/own --hours=8",
+    )
+    add = parser.add_argument
+    add("--dataset", choices=list(DATASETS), default="nnunet", help="format of the data set (default: %(default)s)")
+    add("--root", type=Path, required=True, help="folder of the data set")
+    add("--workdir", type=Path, required=True, help="folder for all results, created if it does not exist")
+    add("--hours", type=float, default=8.0, help="time for training all folds on this machine (default: %(default)s)")
+    add(
+        "--memory", default="", metavar="SIZE", help="memory for a training step, e.g. 16GiB (default: of this machine)"
+    )
+    add("--folds", type=int, default=0, help="number of folds (default: 5, or the number of patients if it is smaller)")
+    add("--store", default="", help="folder of the prepared cases (default: <root>_prepared)")
+    add(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="number of cases at the same time (default: one per core)"
+    )
+    add("--steps", choices=STEPS, default=STEPS[-1], help="last step (default: %(default)s)")
+    add_options(parser)
+    return parser
+
+
+def _verify(section: dict[str, Any], workdir: Path, jobs: int) -> int:
+    """Check the data, unless the same files have been checked already. Returns 1 if there are errors."""
+    path, root = workdir / VERIFY_FILE, Path(section["root"])
+    files = _digest(root)
+    known = read_json(path) if path.is_file() else {}
+    if isinstance(known, dict) and known.get("files") == files and known.get("section") == section:
+        log.say(f"verify     {known['cases']} cases, already checked without errors")
+        return 0
+    findings = verify(get_dataset(section), root, jobs=jobs, progress=log.progress_bar("verify"))
+    for line in format_findings(findings, root):
+        log.say(line)
+    if findings.errors:
+        log.warn(f"{findings.errors} errors in {root}: correct them, and run the same command again")
+        return 1
+    problems = [problem.to_json() for problem in findings.problems]
+    write_json(path, {"files": files, "section": section, "cases": findings.cases, "problems": problems})
+    return 0
+
+
+def _digest(root: Path) -> str:
+    """Return a digest of the names, sizes and modification times of all files below a folder."""
+    if not root.is_dir():
+        raise UserError(f"--root={root} is not a folder; give the folder of the data")
+    digest = hashlib.sha256()
+    for path in files_below(root):
+        state = path.stat()
+        digest.update(f"{path.relative_to(root)} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _plan(section: dict[str, Any], recipe: Path, options: argparse.Namespace) -> None:
+    """Plan the recipe, unless there is one. A recipe for other data or with other options is an error."""
+    record = recipe.with_suffix(".json")
+    asked = {"section": section, "hours": options.hours, "memory": options.memory, "folds": options.folds}
+    if recipe.is_file():
+        known = read_json(record) if record.is_file() else asked
+        if changed := [key for key in asked if known.get(key) != asked[key]]:
+            raise UserError(
+                f"{recipe} was planned with other values of {', '.join(changed)}; give another --workdir, or delete "
+                "this file to plan again"
+            )
+        log.say(f"plan       {recipe} is used as it is; delete it to plan again")
+        return
+    plan_recipe(
+        section,
+        recipe,
+        memory=options.memory,
+        hours=options.hours,
+        folds=options.folds,
+        store=options.store,
+        jobs=options.jobs,
+    )
+    write_json(record, asked)
+
+
+def _prepare(config: Config, jobs: int) -> None:
+    """Prepare the cases that are not prepared yet."""
+    dataset, root = get_dataset(config.data), Path(config.data.root)
+    cases = list_cases(dataset, root, need_labels=True)
+    settings = Preparation.from_config(config.data.prepare)
+    base = config.data.store or default_folder(root)
+    prepare_cases(dataset, cases, settings, base, jobs=jobs, say=log.say, progress=log.progress_bar("prepare"))
+
+
+def _train(config: Config, workdir: Path) -> int:
+    """Train all folds that are not finished, and return the exit status."""
+    assert config.data.fold == ALL_FOLDS
+    with catch_signals() as stop:
+        resolved, _ = resolve_config(config)
+        cache_programs()
+        checkpoint.silence_orbax()
+        return crossval.train_folds(resolved, workdir, functools.partial(train_one_by_one, stop=stop))
+
+
+def _evaluate(workdir: Path, jobs: int) -> None:
+    """Choose post-processing, predict the validation cases of all folds with it, score them, and write the report."""
+    cache_programs()
+    chosen = postprocessing.choose_postprocessing(workdir)
+    log.say(f"chosen     post-processing: {postprocessing.describe(chosen)}")
+    postprocessing.apply_postprocessing(workdir)
+    evaluate.main([f"--workdir={workdir}", f"--jobs={jobs}"])
+    report.main([f"--workdir={workdir}", f"--eval={workdir / 'evaluation'}", f"--out={workdir / 'report.html'}"])
+
+
+def command() -> NoReturn:
+    """Run the console script."""
+    run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,1 @@
+"""Choosing a recipe for a data set, from its fingerprint and the machine."""

