@@ -8,6 +8,7 @@ from xdim_jax.base.errors import UserError, join_problems
 
 # kind -> its meaning; the documentation, --help and the tests read this table
 KINDS = {
+    "table": "the table of cases is incomplete or contradicts itself",
     "missing_image": "an image, modality or phase of a case is missing",
     "missing_label": "a case has no reference labels although labels are needed",
     "missing_view": "a patient lacks a view, an instant or a sequence that other patients have",

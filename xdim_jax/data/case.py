@@ -105,6 +105,7 @@ class Dataset:
         holds_ct: True if some cases are CT in HU; the ``modality`` in their info tells which.
         annotated: ``annotated(case)`` returns the names of the regions annotated in the reference of a case; None if
             all references annotate all regions.
+        partly_annotated: Case id -> annotated regions, if a list that comes with the data says so.
         same_structures: True if every case is expected to contain every structure.
         inspect: ``inspect(case, image)`` returns a problem for each channel with intensities that are implausible for
             the data set.
@@ -121,6 +122,7 @@ class Dataset:
     axes: Axes = "anatomical"
     holds_ct: bool = False
     annotated: Callable[[Case], tuple[str, ...]] | None = None
+    partly_annotated: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     same_structures: bool = True
     inspect: Callable[[Case, np.ndarray], list[Problem]] = lambda case, image: []
     case_from_files: Callable[[Sequence[Path]], Case] | None = None
@@ -500,9 +502,12 @@ def describe(dataset: Dataset) -> dict[str, Any]:
 
     `xdim_jax.data.datasets.trained_dataset` uses it for prediction without the data.
     """
-    return {
+    described: dict[str, Any] = {
         "dataset": dataset.name,
         "channels": list(dataset.channels),
         "labels": dataset.labels.to_json(),
         "regions": {name: list(labels) for name, labels in dataset.regions.sets.items()},
     }
+    if dataset.partly_annotated:
+        described["annotated"] = {case: list(names) for case, names in dataset.partly_annotated.items()}
+    return described

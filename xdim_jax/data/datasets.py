@@ -11,7 +11,7 @@ from typing import Any
 from xdim_jax.base.errors import UserError
 from xdim_jax.data import phantom
 from xdim_jax.data.case import Dataset
-from xdim_jax.data.layouts import brats, camus, chaos, nnunet
+from xdim_jax.data.layouts import brats, camus, chaos, nnunet, table
 from xdim_jax.data.prepare import Preparation
 
 REQUIRED = ""  # default of an option that must be given
@@ -128,6 +128,7 @@ DATASETS = {
         volumetric=False,
     ),
     "nnunet": DatasetEntry(nnunet.nnunet, _ROOT, from_description=nnunet.nnunet_from_description),
+    "table": DatasetEntry(table.dataset, _ROOT, from_description=table.from_description),
     "decathlon": DatasetEntry(nnunet.decathlon, _ROOT, from_description=nnunet.decathlon_from_description),
 }
 

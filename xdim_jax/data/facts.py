@@ -11,6 +11,7 @@ import numpy as np
 
 from xdim_jax.base.errors import UserError
 from xdim_jax.data.case import Case, Volume
+from xdim_jax.data.labels import is_structure
 from xdim_jax.data.prepare import Preparation, ct_channels
 
 _PERCENTILES = (0.5, 50, 99.5)
@@ -33,9 +34,9 @@ def measure(case: Case, volume: Volume, settings: Preparation) -> dict[str, Any]
     step = max(channels[0].size // _SAMPLES, 1)
     ct = ct_channels(case.channels, case.info.get("modality", ""))
     clipped = None
-    if settings.window and ct and volume.label is not None and volume.label.any():
+    if settings.window and ct and volume.label is not None and is_structure(volume.label).any():
         centre, width = settings.window
-        values = volume.image[volume.label > 0][:, ct]
+        values = volume.image[is_structure(volume.label)][:, ct]
         clipped = float((np.abs(values - centre) > width / 2).mean())
     return {
         "spacing": [float(s) for s in volume.grid.spacing],

@@ -20,6 +20,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_json
 from xdim_jax.base.problem import DataError, Problem, data_error
 from xdim_jax.data.case import Case, Dataset, Volume, read_case
+from xdim_jax.data.labels import is_structure
 from xdim_jax.data.prepare import ct_channels, nonzero_box
 
 _VERSION = 1  # increased when the measurements change
@@ -53,7 +54,7 @@ def measure(case: Case, volume: Volume) -> Facts:
     """
     assert volume.label is not None
     spacing = [float(s) for s in volume.grid.spacing]
-    mask = volume.label > 0
+    mask = is_structure(volume.label)
     return {
         "patient": case.patient,
         "size": [int(n) for n in mask.shape],

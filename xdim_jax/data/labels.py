@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+IGNORE = 255  # index of voxels that are not annotated; they count neither in training nor in scoring
 _TOLERANCE = 1e-3  # some copies of data sets store labels as floats with rounding errors
 
 
@@ -19,6 +20,7 @@ class Labels:
         ranges: For each index but 0, the values ``low < value <= high`` that are read as this index; all other values
             are background. Empty if every value must be one of ``values``.
         others: Ranges of values that are known, but are read as background.
+        ignore: Value of voxels that are not annotated, which are read as `IGNORE`; None if there is no such value.
         elsewhere: Pairs (value, name of another convention that defines this value), for hints in messages.
     """
 
@@ -28,6 +30,7 @@ class Labels:
     ranges: tuple[tuple[float, float], ...] = ()
     others: tuple[tuple[float, float], ...] = ()
     elsewhere: tuple[tuple[int, str], ...] = ()
+    ignore: int | None = None
 
     def decode(self, values: np.ndarray) -> tuple[np.ndarray, list[float]]:
         """Convert the values of a file to label indices.
@@ -36,7 +39,8 @@ class Labels:
             values: Values of any shape and dtype.
 
         Returns:
-            Indices, uint8, of the same shape; and the values in the file that the convention does not define.
+            Indices, uint8, of the same shape, `IGNORE` for voxels that are not annotated; and the values in the file
+            that the convention does not define.
         """
         label = np.zeros(values.shape, np.uint8)
         if self.ranges:
@@ -47,6 +51,9 @@ class Labels:
         found = np.unique(values)
         unknown = []
         for value in found:
+            if self.ignore is not None and abs(float(value) - self.ignore) <= _TOLERANCE:
+                label[values == value] = IGNORE
+                continue
             near = [i for i, v in enumerate(self.values) if abs(float(value) - v) <= _TOLERANCE]
             if not near:
                 unknown.append(float(value))
@@ -72,7 +79,7 @@ class Labels:
 
     def to_json(self) -> Mapping[str, object]:
         """Return the convention as JSON values; see `from_json`."""
-        return dataclasses.asdict(self)
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "ignore" or v is not None}
 
     @staticmethod
     def from_json(value: Mapping[str, object]) -> "Labels":
@@ -82,3 +89,8 @@ class Labels:
             return tuple(frozen(x) for x in v) if isinstance(v, list | tuple) else v
 
         return Labels(**{key: frozen(v) for key, v in value.items()})  # pyright: ignore[reportArgumentType]
+
+
+def is_structure(label: np.ndarray) -> np.ndarray:
+    """Return which voxels belong to a structure: neither to the background, nor unannotated."""
+    return (label > 0) & (label != IGNORE)

@@ -34,6 +34,7 @@ from xdim_jax.base.problem import DataError, Problem, data_error
 from xdim_jax.data import facts
 from xdim_jax.data.case import Case, Dataset, read_case
 from xdim_jax.data.images.image import read_grid
+from xdim_jax.data.labels import is_structure
 from xdim_jax.data.prepare import Preparation, Prepared, check_preparation, prepare, target_shape
 from xdim_jax.data.store_backends import Location, StoreBackend, open_backend, open_entry, open_voxels
 
@@ -380,7 +381,7 @@ def _labelled_voxels(label: np.ndarray | None) -> tuple[np.ndarray, list[list[in
         return np.zeros(0, np.int32), [[-1, 0]]
     flat = label.ravel()
     parts, structures, start = [], [], 0
-    for index in np.unique(flat[flat > 0]).tolist():
+    for index in np.unique(flat[is_structure(flat)]).tolist():
         indices = np.flatnonzero(flat == index).astype(np.int32)
         parts.append(indices)
         structures.append([index, start])

@@ -16,6 +16,7 @@ from xdim_jax.data.case import Case, Dataset, Volume, load_case, scan_cases
 from xdim_jax.data.images import dicom, names, nifti
 from xdim_jax.data.images.grid import compare_grids
 from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, source_path
+from xdim_jax.data.labels import IGNORE, is_structure
 
 _PLAUSIBLE_MM = (0.01, 50.0)
 _RARE = 10  # a missing structure is reported if at most one case in 10 lacks it
@@ -105,7 +106,7 @@ def inspect(case: Case, dataset: Dataset) -> Inspection:
         problems += _check_spacing(case, volume) + _check_image(case, volume) + dataset.inspect(case, volume.image)
         digests = tuple(map(_digest, np.moveaxis(volume.image, -1, 0)))
         if volume.label is not None:
-            structures = frozenset(np.unique(volume.label).tolist()) - {0}
+            structures = frozenset(np.unique(volume.label).tolist()) - {0, IGNORE}
             if not any(p.kind in ("label_scale", "label_value", "dtype") for p in problems):
                 problems += _check_label(case, volume, structures)
     return Inspection(case, in_case(case.case_id, problems), digests, structures)
@@ -322,7 +323,7 @@ def _seems_reversed(image: np.ndarray, label: np.ndarray) -> bool:
 
     def spread(label: np.ndarray) -> float:
         deviations = []
-        for index in np.unique(label)[1:]:
+        for index in np.unique(label[is_structure(label)]):
             values = image[label == index]
             low, high = np.percentile(values, [25, 75])
             deviations.append((high - low + values.std()) * len(values))

@@ -10,6 +10,7 @@ import numpy as np
 
 from xdim_jax.base.errors import UserError
 from xdim_jax.data.case import Dataset
+from xdim_jax.data.labels import IGNORE
 from xdim_jax.data.regions import Regions, drop_small_components, drop_small_et, keep_largest
 
 ACTIVATIONS = ("sigmoid", "softmax")
@@ -24,11 +25,13 @@ class Output:
             ``softmax`` for one channel per label, background first (CAMUS and CHAOS; paper, Sect. 2.1.1).
         regions: Regions that are scored, with either activation.
         labels: Names of the labels, background first.
+        ignores: True if label maps may have unannotated voxels (`xdim_jax.data.labels.IGNORE`).
     """
 
     activation: str
     regions: Regions
     labels: tuple[str, ...]
+    ignores: bool = False
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -40,6 +43,10 @@ class Output:
         if self.activation == "softmax":
             return label[..., None] == jnp.arange(len(self.labels), dtype=label.dtype)
         return self.regions.encode(label, jnp)
+
+    def annotated_voxels(self, label: jax.Array) -> jax.Array | None:
+        """Return which voxels are annotated, bool, given label indices; None if all of them are."""
+        return label != IGNORE if self.ignores else None
 
     def probabilities(self, logits: jax.Array) -> jax.Array:
         """Return the probabilities of the channels, float32, given logits."""
@@ -83,7 +90,7 @@ def make_output(activation: str, dataset: Dataset) -> Output:
     """Return the output with the given activation for a data set. Raises UserError if the activation is unknown."""
     if activation not in ACTIVATIONS:
         raise UserError(f"config.output={activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
-    return Output(activation, dataset.regions, dataset.labels.structures)
+    return Output(activation, dataset.regions, dataset.labels.structures, dataset.labels.ignore is not None)
 
 
 def postprocess(

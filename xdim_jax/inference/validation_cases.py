@@ -7,14 +7,17 @@ from typing import Any
 
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, shorten
-from xdim_jax.base.files import atomic_path, read_json
-from xdim_jax.data.case import Case, scan_cases
+from xdim_jax.base.files import atomic_path, read_json, write_json
+from xdim_jax.data.case import Case, Dataset, scan_cases
+from xdim_jax.data.images.image import SUFFIXES
 from xdim_jax.data.images.nifti import read_note
 from xdim_jax.inference.folder import claim_output, make_note
 from xdim_jax.inference.predict_cases import predict_cases
 from xdim_jax.inference.predictor import Predictor
 from xdim_jax.inference.settings import Settings
 from xdim_jax.runs.workdir import PREDICTIONS_FOLDER, SPLIT_FILE, find_members, read_config
+
+REFERENCES_FOLDER = "references"  # beside the predictions, if the data are a table
 
 
 def predict_validation(workdir: Path, output: Path, settings: Settings | None = None) -> tuple[Path, set[str]]:
@@ -46,9 +49,31 @@ def predict_validation(workdir: Path, output: Path, settings: Settings | None = 
             log.say(f"skipped    {len(cases) - len(todo)} of {len(cases)} cases, whose predictions are up to date")
         if failures := predict_cases(predictor, todo, output):
             raise UserError(f"{len(failures)} of {len(cases)} cases cannot be predicted: {shorten(failures)}")
-    labels = root / "labelsTr"  # folder of the references in nnU-Net's layout
     names = {case.case_id.removesuffix("_in") for _, cases in work for case in cases}
+    if work[0][0].dataset.name == "table":
+        folder = output.parent / REFERENCES_FOLDER
+        _link_references(folder, work[0][0].dataset, [case for _, cases in work for case in cases])
+        return folder, names
+    labels = root / "labelsTr"  # folder of the references in nnU-Net's layout
     return labels if labels.is_dir() else root, names
+
+
+def _link_references(folder: Path, dataset: Dataset, cases: Sequence[Case]) -> None:
+    """Fill a folder with links to the references, whose names in a table can be any, and a ``dataset.json``."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    labels = dataset.labels
+    values = {name: [labels.values[i] for i in sorted(indices)] for name, indices in dataset.regions.sets.items()}
+    described: dict[str, Any] = {"labels": {"background": 0, **values}}
+    if labels.ignore is not None:
+        described["labels"]["ignore"] = labels.ignore
+    if dataset.partly_annotated:
+        described["annotated"] = {case: list(names) for case, names in dataset.partly_annotated.items()}
+    write_json(folder / "dataset.json", described)
+    for case in cases:
+        assert isinstance(case.label, Path)
+        suffix = next(s for s in SUFFIXES if case.label.name.lower().endswith(s))
+        (folder / f"{case.case_id}{suffix}").symlink_to(case.label.absolute())
 
 
 def find_validation(workdir: Path, settings: Settings | None = None) -> tuple[list[tuple[Predictor, list[Case]]], Path]:

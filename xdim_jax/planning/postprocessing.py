@@ -19,6 +19,7 @@ from xdim_jax.base.files import read_json, write_json
 from xdim_jax.data.case import Case, Dataset, encode_label, read_case, read_label
 from xdim_jax.data.images.image import read_grid
 from xdim_jax.data.images.nifti import read_note, write_volume
+from xdim_jax.data.labels import IGNORE
 from xdim_jax.data.regions import Regions, drop_small_components, keep_largest
 from xdim_jax.inference.folder import make_note
 from xdim_jax.inference.predictor import Predictor
@@ -136,16 +137,16 @@ def _dice_by_threshold(predictor: Predictor, case: Case) -> np.ndarray:
     volume = read_case(case)
     assert volume.label is not None
     regions = predictor.output.regions
-    truth = regions.encode(volume.label)
+    truth, annotated = regions.encode(volume.label), volume.label != IGNORE
     # voxels by region, by whether they belong to it, and by probability; voxels outside of the sink's boxes have 0
     counts = np.zeros((len(regions.names), 2, _BINS), np.int64)
 
     def count(slices: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
-        inside = truth[(slices, *box)]
+        inside, known = truth[(slices, *box)], annotated[(slices, *box)]
         bins = np.minimum((values["probabilities"] * _BINS).astype(np.int64), _BINS - 1)
         for r in range(len(regions.names)):
             for member in (0, 1):
-                chosen = bins[..., r][inside[..., r] == member]
+                chosen = bins[..., r][(inside[..., r] == member) & known]
                 counts[r, member] += np.bincount(chosen, minlength=_BINS)
 
     predictor.segment(predictor.prepare(case, volume), count)
@@ -215,6 +216,7 @@ def _mean_dice(label: np.ndarray, truth: np.ndarray, dataset: Dataset, case: Cas
     """Return the mean Dice over the annotated regions; 1 for a region that is empty in both."""
     shown = dataset.regions.names if dataset.annotated is None else dataset.annotated(case)
     pred, ref = dataset.regions.encode(label), dataset.regions.encode(truth)
+    pred &= (truth != IGNORE)[..., None]
     values = [masks.dice(pred[..., r], ref[..., r]) for r, n in enumerate(dataset.regions.names) if n in shown]
     return float(np.mean([1.0 if np.isnan(v) else v for v in values]))
 

@@ -127,7 +127,8 @@ def make_rules(name: str, options: argparse.Namespace) -> Rules:
     metrics = tuple(options.metrics) or generic.DEFAULT_METRICS
     if structures is None:
         structures = generic.read_structures(Path(options.ref))
-    return generic.rules(structures, metrics, border=options.border != "inside")
+    annotated = generic.read_annotated(Path(options.ref))
+    return generic.rules(structures, metrics, border=options.border != "inside", annotated=annotated)
 
 
 _ALIASES = {"hd95": "hd95_pooled", "assd": "assd_pooled"}

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import read_json
 from xdim_jax.data.images.image import strip_suffix
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair, measure
-from xdim_jax.scoring.rules import Coding, LabelMap, Masks, Rules, Values, column, find_files, squeeze_slice
+from xdim_jax.scoring.rules import Coding, Job, LabelMap, Masks, Rules, Values, column, find_files, squeeze_slice
 
 LAYOUT = "<case id>.nii.gz, .nii, .mha, .mhd or .nrrd, with the same names in both folders"
+IGNORE = "ignore"  # name of the label of voxels that are not annotated, as in nnU-Net
 DEFAULT_METRICS = ("dice", "assd_pooled", "hd95_pooled")
 
 
@@ -49,7 +51,8 @@ def read_structures(folder: Path) -> Mapping[str, tuple[int, ...]] | None:
         folder: Folder of label maps. The file is in this folder or in its parent.
 
     Returns:
-        Name of each structure -> its values, without the background and the label "ignore". None if there is no file.
+        Name of each structure -> its values, without the background. The name "ignore" has the value of voxels that are
+        not annotated. None if there is no file.
 
     Raises:
         UserError: The file cannot be read, or names no structure.
@@ -66,8 +69,8 @@ def read_structures(folder: Path) -> Mapping[str, tuple[int, ...]] | None:
             raise UserError(
                 f'{path} cannot be used ({error}): expected "labels": {{name: value, ...}}; correct it or give --labels'
             ) from error
-        found = {name: values for name, values in sets.items() if values != (0,) and name != "ignore"}
-        if not found:
+        found = {name: values for name, values in sets.items() if values != (0,)}
+        if not found.keys() - {IGNORE}:
             raise UserError(f"{path} has no structure except the background; correct its labels, or give --labels")
         return found
     return None
@@ -98,11 +101,41 @@ def parse_structures(words: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
 
 def _coding(structures: Mapping[str, tuple[int, ...]] | None, label_map: LabelMap) -> Coding | None:
     """Return a coding in which all values up to 255 may occur; None if every nonzero value is a structure."""
-    return None if structures is None else Coding("--labels", structures, ignored=tuple(range(256)))
+    if structures is None:
+        return None
+    scored = {name: values for name, values in structures.items() if name != IGNORE}
+    return Coding("--labels", scored, ignored=tuple(range(256)), excluded=structures.get(IGNORE, ()))
+
+
+def read_annotated(folder: Path) -> Mapping[str, tuple[str, ...]]:
+    """Return the annotated structures of cases in which not all are, from a ``dataset.json``, see `read_structures`.
+
+    Returns:
+        Case id -> names of structures; nothing if there is no file or no such key.
+    """
+    for path in (folder / "dataset.json", folder.parent / "dataset.json"):
+        if path.is_file():
+            data = read_json(path)
+            found = data.get("annotated") if isinstance(data, dict) else None
+            return {str(case): tuple(map(str, names)) for case, names in (found or {}).items()}
+    return {}
+
+
+def _pair(
+    annotated: Mapping[str, tuple[str, ...]], pred: Path, references: dict[str, LabelMap]
+) -> tuple[list[Job], list[str]]:
+    """Return the jobs, with the structures that are annotated in each case, and predictions without a reference."""
+    predictions = find(pred)
+    jobs = [Job(m, predictions.get(case), m.attributes, annotated.get(case)) for case, m in sorted(references.items())]
+    return jobs, sorted(predictions.keys() - references.keys())
 
 
 def rules(
-    structures: Mapping[str, tuple[int, ...]] | None, metrics: Sequence[str] = DEFAULT_METRICS, *, border: bool = True
+    structures: Mapping[str, tuple[int, ...]] | None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    *,
+    border: bool = True,
+    annotated: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Rules:
     """Return rules for any label maps.
 
@@ -110,6 +143,7 @@ def rules(
         structures: Name of each structure -> its values. None if every value except 0 is a structure.
         metrics: Names of metrics in `xdim_jax.scoring.masks.METRICS`.
         border: True if positions beyond the edge of the image count as outside, see `xdim_jax.scoring.masks.Pair`.
+        annotated: Annotated structures of the cases in which not all are.
     """
     return Rules(
         name="generic",
@@ -122,4 +156,5 @@ def rules(
         score=functools.partial(score, metrics=tuple(metrics), border=border),
         score_missing=functools.partial(score_missing, metrics=tuple(metrics)),
         border=border,
+        pair=functools.partial(_pair, annotated or {}),
     )

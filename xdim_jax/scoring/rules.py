@@ -38,6 +38,7 @@ class Coding:
         grey_ranges: Value -> range ``low < grey <= high`` of grey levels that are read as this value; other grey levels
             are background. If empty, the file may contain only 0, the values of the structures, and ``ignored``.
         ignored: Further values that may occur and belong to no structure.
+        excluded: Values of the reference at which predictions are not scored, because nothing is annotated there.
         if_several: Coding of files that contain more than one nonzero value; None to use this coding for them too.
         hint: Advice at the end of the message about an unknown value.
     """
@@ -46,6 +47,7 @@ class Coding:
     structures: Mapping[str, tuple[int, ...]]
     grey_ranges: Mapping[int, tuple[float, float]] = dataclasses.field(default_factory=dict)
     ignored: tuple[int, ...] = ()
+    excluded: tuple[int, ...] = ()
     if_several: "Coding | None" = None
     hint: str = "correct the values, or check --rules (evaluate) or --challenge (submit)"
 
@@ -290,6 +292,9 @@ def score_case(rules: Rules, ref: LabelMap, pred: LabelMap | None, extra_metrics
     if pred is not None and predicted is not None:
         try:
             pred_masks = coding.masks(predicted, pred.path)
+            if coding.excluded:
+                scored = ~np.isin(values, coding.excluded)
+                pred_masks = {name: mask & scored for name, mask in pred_masks.items()}
         except UserError as error:
             problem = str(error)
     if problem:

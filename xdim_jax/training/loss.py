@@ -1,7 +1,7 @@
 """Losses, which are functions of logits with the channels last. Each loss also returns its parts, for the log.
 
 Every loss is one minus a soft Dice, plus a cross-entropy. Channels can have weights. A channel that is not annotated in
-a sample does not count there.
+a sample does not count there, and neither does a voxel that is not annotated.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,8 @@ import numpy as np
 
 from xdim_jax.base.errors import UserError
 
-# loss(logits (B, *spatial, C), masks bool (B, *spatial, C), annotated bool (B, C) or None) -> loss, parts
+# loss(logits (B, *spatial, C), masks bool (B, *spatial, C), annotated channels bool (B, C) or None, annotated voxels
+# bool (B, *spatial) or None) -> loss, parts
 Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 NAMES = ("dice_bce", "dice_ce")
@@ -95,9 +96,10 @@ def make_loss(
 
     Returns:
         A function of logits ``(B, *spatial, C)``, masks of the same shape, and optionally ``annotated``, bool
-        ``(B, C)``. It returns the loss and its parts ``dice_loss`` and ``entropy_loss``. Channels that are not
-        annotated in a sample are left out with sigmoids; with softmax, their probability counts as background (see
-        `merge_unannotated`).
+        ``(B, C)``, and ``voxels``, bool ``(B, *spatial)``, the annotated voxels. It returns the loss and its parts
+        ``dice_loss`` and ``entropy_loss``. Channels that are not annotated in a sample are left out with sigmoids; with
+        softmax, their probability counts as background (see `merge_unannotated`). Voxels that are not annotated are
+        left out; all their masks must be False.
 
     Raises:
         UserError: A name is unknown, or the weights do not fit the channels.
@@ -113,7 +115,7 @@ def make_loss(
         in_dice[0] = 0
 
     def loss(
-        logits: jax.Array, masks: jax.Array, annotated: jax.Array | None = None
+        logits: jax.Array, masks: jax.Array, annotated: jax.Array | None = None, voxels: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         targets = masks.astype(logits.dtype)
@@ -124,6 +126,8 @@ def make_loss(
                 logits, targets = merge_unannotated(logits, annotated), merge_unannotated_targets(targets, annotated)
         probs = jax.nn.softmax(logits) if softmax else jax.nn.sigmoid(logits)
         axes = _spatial(logits)
+        if voxels is not None:  # the targets of the other voxels are 0
+            probs = probs * voxels[..., None]
         if per_batch:
             shown = channel_weights.reshape(channel_weights.shape[0], *(1,) * len(axes), channels) > 0
             dice = soft_dice(probs * shown, targets * shown, numbers["eps"], axes=(0, *axes))
@@ -132,7 +136,9 @@ def make_loss(
             dice, share = soft_dice(probs, targets, numbers["eps"], axes=axes), channel_weights * in_dice
         dice_loss = 1 - _mean(dice, share)
         summed = config["cross_entropy"] == "sum"
-        entropy = entropy_loss(logits, targets, numbers["weights"], channel_weights, softmax=softmax, summed=summed)
+        entropy = entropy_loss(
+            logits, targets, numbers["weights"], channel_weights, voxels, softmax=softmax, summed=summed
+        )
         return dice_loss + entropy, {"dice_loss": dice_loss, "entropy_loss": entropy}
 
     return loss
@@ -158,22 +164,41 @@ def _problems(config: Mapping[str, Any], activation: str, channels: int, weights
 
 
 def _categorical_entropy(
-    logits: jax.Array, targets: jax.Array, weights: Any, channel_weights: jax.Array, *, softmax: bool, summed: bool
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: Any,
+    channel_weights: jax.Array,
+    voxels: jax.Array | None,
+    *,
+    softmax: bool,
+    summed: bool,
 ) -> jax.Array:
     """Return the categorical cross-entropy: its mean over voxels, or its sum over voxels averaged over samples."""
-    del channel_weights, softmax
+    del channel_weights, voxels, softmax  # all targets of a voxel that is not annotated are 0
     entropy = -jnp.sum(targets * jax.nn.log_softmax(logits) * weights, -1)
     weight = len(logits) if summed else jnp.sum(targets * weights)
     return jnp.sum(entropy) / jnp.where(weight > 0, weight, 1)  # 0 if all targets have the weight 0
 
 
 def _binary_entropy(
-    logits: jax.Array, targets: jax.Array, weights: Any, channel_weights: jax.Array, *, softmax: bool, summed: bool
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: Any,
+    channel_weights: jax.Array,
+    voxels: jax.Array | None,
+    *,
+    softmax: bool,
+    summed: bool,
 ) -> jax.Array:
     """Return the binary cross-entropy: its mean or sum over voxels, averaged over samples and channels."""
     del weights
     entropy = binary_cross_entropy(one_vs_rest_logits(logits) if softmax else logits, targets)
-    return _mean((jnp.sum if summed else jnp.mean)(entropy, _spatial(logits)), channel_weights)
+    axes = _spatial(logits)
+    if voxels is None:
+        return _mean((jnp.sum if summed else jnp.mean)(entropy, axes), channel_weights)
+    total = jnp.sum(entropy * voxels[..., None], axes)
+    count = 1 if summed else jnp.maximum(jnp.sum(voxels, axes), 1)[:, None]
+    return _mean(total / count, channel_weights)
 
 
 def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
@@ -182,9 +207,14 @@ def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.sum(values * weights) / jnp.where(total > 0, total, 1)
 
 
-def hard_dice(predicted: jax.Array, reference: jax.Array) -> jax.Array:
-    """Return the Dice of masks ``(B, *spatial, R)`` for each sample and region, ``(B, R)``; 1 if both are empty."""
+def hard_dice(predicted: jax.Array, reference: jax.Array, voxels: jax.Array | None = None) -> jax.Array:
+    """Return the Dice of masks ``(B, *spatial, R)`` for each sample and region, ``(B, R)``; 1 if both are empty.
+
+    If there are annotated ``voxels``, bool ``(B, *spatial)``, the others do not count.
+    """
     axes = _spatial(predicted)
+    if voxels is not None:
+        predicted = predicted & voxels[..., None]
     total = jnp.sum(predicted, axes) + jnp.sum(reference, axes)
     overlap = jnp.sum(predicted & reference, axes)
     return jnp.where(total > 0, 2 * overlap / jnp.maximum(total, 1), 1.0)

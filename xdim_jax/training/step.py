@@ -44,7 +44,8 @@ def make_train_step(
 
     Args:
         graphdef: Static part of the network, see `xdim_jax.nets.functional.split_model`.
-        loss: Loss of logits, given the masks of ``output`` and, if present, ``batch["annotated"]``.
+        loss: Loss of logits, given the masks of ``output``, ``batch["annotated"]`` if present, and the annotated voxels
+            if some may not be annotated.
         output: Meaning of the channels.
         tx: Optimiser.
         augment: Augmentation of the batch; its random keys are part of the batch. None for no augmentation.
@@ -58,7 +59,7 @@ def make_train_step(
 
     def gradients(state: TrainState, stats: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict[str, Any], Any]:
         """Return gradients, metrics and new running statistics."""
-        masks = output.encode(batch["label"])
+        masks, voxels = output.encode(batch["label"]), output.annotated_voxels(batch["label"])
 
         def objective(params: Any) -> tuple[jax.Array, Any]:
             model = nnx.merge(graphdef, params, stats)
@@ -66,19 +67,25 @@ def make_train_step(
             image = batch["image"].astype(dtype) if dtype != jnp.float32 else batch["image"]
             logits, *coarse = model(image, rngs=nnx.Rngs(dropout=key), levels=True)
             annotated = batch.get("annotated")
-            value, parts = loss(logits, masks, annotated)
+            value, parts = loss(logits, masks, annotated, voxels)
             if coarse:
-                losses = [loss(c, resized(masks, c.shape[1:-1]), annotated)[0] for c in coarse]
-                value = _with_levels(value, losses)
+                value = _with_levels(value, [coarse_loss(c, masks, annotated, voxels) for c in coarse])
             metrics = {"loss": value, **parts} | _scores(logits, batch)
             return value, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+        def coarse_loss(logits: jax.Array, masks: jax.Array, annotated: Any, voxels: jax.Array | None) -> jax.Array:
+            size = logits.shape[1:-1]
+            shown = None if voxels is None else resized(voxels[..., None], size)[..., 0]
+            return loss(logits, resized(masks, size), annotated, shown)[0]
 
         grads, (metrics, stats) = jax.grad(objective, has_aux=True)(fast(state.params))
         return grads, metrics, stats
 
     def _scores(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         """Return, for each region, the sum of the Dice over the samples in which it is annotated, and their number."""
-        dice = hard_dice(output.predicted_regions(logits), output.regions.encode(batch["label"], jnp))
+        label = batch["label"]
+        predicted, voxels = output.predicted_regions(logits), output.annotated_voxels(label)
+        dice = hard_dice(predicted, output.regions.encode(label, jnp), voxels)
         shown = batch.get("annotated_regions", jnp.ones(dice.shape, bool))
         return {"score": jnp.sum(dice * shown, 0), "scored": jnp.sum(shown, 0).astype(dice.dtype)}
 

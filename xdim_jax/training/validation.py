@@ -15,6 +15,7 @@ from xdim_jax.base.threads import StoppedError
 from xdim_jax.data import case as data_case
 from xdim_jax.data import store
 from xdim_jax.data.case import Case, Dataset
+from xdim_jax.data.labels import IGNORE, is_structure
 from xdim_jax.inference.output import postprocess
 from xdim_jax.inference.sliding_window import Segmenter
 from xdim_jax.pages.colours import PALETTE, to_grey, to_rgb
@@ -98,6 +99,7 @@ def make_validation(
             volume = data_case.read_case(case) if number < overlays else None
             truth = data_case.read_label(case) if volume is None or volume.label is None else volume.label
             predicted, reference = dataset.regions.encode(label), dataset.regions.encode(truth)
+            predicted &= (truth != IGNORE)[..., None]
             shown = names if dataset.annotated is None else dataset.annotated(case)
             for r, name in enumerate(names):
                 if name in shown:
@@ -151,6 +153,7 @@ def draw(
         RGB picture, uint8 (H, 3 W, 3); higher by the legend and the scores, if there are any, and enlarged by a whole
         factor if it is small.
     """
+    reference = np.where(is_structure(reference), reference, 0)
     structure = reference if reference.any() else predicted  # early predictions may fill the whole volume
     at = int(np.argmax((structure > 0).sum((1, 2))))
     grey = np.repeat(to_grey(image[at], image)[..., None], 3, -1) * 255

@@ -10,6 +10,10 @@ The Decathlon has one file per case, with the channels along the fourth axis; ``
 
     Task01_Name/dataset.json, imagesTr/case.nii.gz, labelsTr/case.nii.gz, imagesTs/...
 
+Two keys of ``dataset.json`` describe incomplete annotations. The label ``ignore`` has the value of voxels that are not
+annotated. ``"annotated": {"<case>": ["<structure>", ...]}``, which is not in nnU-Net's format, names the structures
+that are annotated in a case, if not all are. The others count neither in training nor in scoring.
+
 Every case counts as a separate patient. If several cases belong to one patient, write the splits yourself: into
 ``splits.json`` in the folder of ``dataset.json``, as a list of ``{"training": [...], "validation": [...]}``, and train
 with ``--config.data.split=official``. nnU-Net's ``splits_final.json`` with ``train`` and ``val`` is read, too.
@@ -17,7 +21,7 @@ with ``--config.data.split=official``. nnU-Net's ``splits_final.json`` with ``tr
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,8 @@ class Description:
         regions: Regions to predict.
         listed: Names of the training cases in the list ``training``; empty if there is no list.
         count: Number of training cases according to ``numTraining``; None if there is no such key.
+        annotated: Case id -> annotated regions, for the cases in which not all regions are annotated (key
+            ``annotated``, which is not in nnU-Net's format).
     """
 
     channels: tuple[str, ...]
@@ -51,6 +57,7 @@ class Description:
     regions: Regions
     listed: tuple[str, ...] = ()
     count: int | None = None
+    annotated: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 def nnunet(root: Path | str) -> Dataset:
@@ -74,14 +81,28 @@ def decathlon_from_description(description: Description) -> Dataset:
 
 
 def _dataset(name: str, layout: str, description: Description, *, one_file_per_channel: bool) -> Dataset:
+    return make_dataset(
+        name, layout, description, lambda root, need: _scan(root, description, need, one_file_per_channel)
+    )
+
+
+def make_dataset(name: str, layout: str, description: Description, scan: Callable[[Path, bool], Scan]) -> Dataset:
+    """Return the data set that a ``dataset.json`` describes, with a function that lists its cases."""
+    every = description.regions.names
+
+    def annotated(case: Case) -> tuple[str, ...]:
+        return description.annotated.get(case.case_id, every)
+
     return Dataset(
         name=name,
         layout=layout,
         channels=description.channels,
         labels=description.labels,
         regions=description.regions,
-        scan=lambda root, need_labels: _scan(root, description, need_labels, one_file_per_channel),
+        scan=scan,
         same_structures=False,
+        annotated=annotated if description.annotated else None,
+        partly_annotated=description.annotated,
     )
 
 
@@ -126,7 +147,29 @@ def read_dataset_json(path: Path) -> Description:
         )
     listed = tuple(_case_name(entry) for entry in entries)
     count = data.get("numTraining")
-    return Description(channels, labels, regions, listed, count if isinstance(count, int) else None)
+    annotated = _read_annotated(path, data.get("annotated") or {}, regions)
+    return Description(channels, labels, regions, listed, count if isinstance(count, int) else None, annotated)
+
+
+def _read_annotated(path: Path, value: Any, regions: Regions) -> dict[str, tuple[str, ...]]:
+    """Return the key ``annotated`` of a ``dataset.json``."""
+    known = ", ".join(regions.names)
+    if not isinstance(value, dict) or not all(isinstance(names, list) for names in value.values()):
+        raise _json_error(
+            path,
+            found=f'has "annotated": {shorten([repr(value)])}',
+            expected='"annotated": {"<case>": ["<structure>", ...]}',
+            suggestion="correct it",
+        )
+    found = {normalised(str(case)): tuple(map(str, names)) for case, names in value.items()}
+    if unknown := sorted({name for names in found.values() for name in names} - set(regions.names)):
+        raise _json_error(
+            path,
+            found=f'names structures in "annotated" that do not exist: {shorten(unknown)}',
+            expected=known,
+            suggestion="correct the names",
+        )
+    return found
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -156,12 +199,14 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
         )
     if all(str(key).isdigit() for key in labels):  # Decathlon and nnU-Net 1: value -> name
         labels = {name: int(value) for value, name in labels.items()}
-    if "ignore" in labels:
+    ignored = labels.get("ignore")
+    labels = {name: value for name, value in labels.items() if name != "ignore"}
+    if ignored is not None and (not isinstance(ignored, int) or ignored in _values(labels)):
         raise _json_error(
             path,
-            found='has a label "ignore"',
-            expected="labels to learn; voxels without a label are not supported",
-            suggestion="give those voxels a separate label, or leave the cases out",
+            found=f'has the label "ignore" with the value {ignored!r}',
+            expected="one whole number that no structure has",
+            suggestion="correct it",
         )
     try:
         for value in (v for vs in labels.values() for v in (vs if isinstance(vs, list) else [vs])):
@@ -180,7 +225,12 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
             expected="whole numbers, and regions that are nested or disjoint",
             suggestion="correct them",
         ) from error
-    return Labels(path.parent.name, structures, tuple(values)), regions
+    return Labels(path.parent.name, structures, tuple(values), ignore=ignored), regions
+
+
+def _values(labels: Mapping[str, Any]) -> set[Any]:
+    """Return all values of the labels."""
+    return {value for values in labels.values() for value in (values if isinstance(values, list) else [values])}
 
 
 def _case_name(entry: Any) -> str:
@@ -389,8 +439,8 @@ def read_description(value: Mapping[str, Any]) -> Description:
     """
     try:
         labels = Labels.from_json(value["labels"])
-        return Description(
-            tuple(value["channels"]), labels, Regions({k: tuple(v) for k, v in value["regions"].items()})
-        )
+        regions = Regions({k: tuple(v) for k, v in value["regions"].items()})
+        annotated = {case: tuple(names) for case, names in value.get("annotated", {}).items()}
+        return Description(tuple(value["channels"]), labels, regions, annotated=annotated)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the description of the training data cannot be used ({error})") from error

@@ -1,0 +1,201 @@
+"""Cases in a table: a CSV file with one row per case, and a ``dataset.json`` that names channels and labels.
+
+    <root>/dataset.json, cases.csv
+
+Columns of ``cases.csv``:
+
+    image       file of the image, or one column ``image_0``, ``image_1``, ... for each channel
+    label       file of the reference; may be empty for cases to predict
+    case        optional: id of the case; default: name of the image file without suffix and ``_0000``
+    patient     optional: name of the patient; all cases of a patient are in the same fold; default: the case
+    fold        optional: number of the fold that validates on the case; for config.data.split=official
+    annotated   optional: annotated structures, separated by blanks; empty: all of them
+
+Paths are relative to the folder of the table. ``dataset.json`` is that of nnU-Net's raw format (`nnunet`); only
+``channel_names`` (or ``modality``) and ``labels`` are used.
+"""
+
+import csv
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from xdim_jax.base.errors import shorten
+from xdim_jax.base.problem import Problem, data_error, errors
+from xdim_jax.data.case import Case, Dataset, Scan
+from xdim_jax.data.images.image import strip_suffix
+from xdim_jax.data.images.names import files_below, normalised
+from xdim_jax.data.layouts import nnunet
+from xdim_jax.data.layouts.nnunet import Description
+
+LAYOUT = "<root>/{dataset.json,cases.csv}, with the columns image, label, and optionally case, patient, fold, annotated"
+TABLE_FILE = "cases.csv"
+_COLUMNS = ("case", "image", "label", "patient", "fold", "annotated")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        line: Number of the line in the file.
+        values: Column -> text without blanks at its ends.
+    """
+
+    line: int
+    values: Mapping[str, str]
+
+
+def dataset(root: Path | str) -> Dataset:
+    """Return the data set of a table. Raises UserError if ``dataset.json`` or the table cannot be used."""
+    root = Path(root)
+    description = nnunet.read_dataset_json(root / "dataset.json")
+    rows = read_rows(root / TABLE_FILE, len(description.channels))
+    annotated = {case_id(row): tuple(row.values["annotated"].split()) for row in rows if row.values.get("annotated")}
+    known = set(description.regions.names)
+    if wrong := {case: unknown for case, names in annotated.items() if (unknown := sorted(set(names) - known))}:
+        case, names = next(iter(wrong.items()))
+        raise _error(
+            root / TABLE_FILE,
+            found=f"names annotated structures that do not exist in {len(wrong)} rows ({case}: {shorten(names)})",
+            expected=f"names of {', '.join(sorted(known))}, separated by blanks",
+            suggestion="correct them",
+        )
+    return from_description(dataclasses.replace(description, annotated=annotated))
+
+
+def from_description(description: Description) -> Dataset:
+    """Return the data set of a table that a ``dataset.json`` describes.
+
+    A folder without a table is read as nnU-Net's raw format, for prediction.
+    """
+    scan = functools.partial(_scan, description=description)
+    return nnunet.make_dataset("table", LAYOUT, description, scan)
+
+
+def read_rows(path: Path, channels: int) -> list[Row]:
+    """Read the table.
+
+    Args:
+        path: The table.
+        channels: Number of channels.
+
+    Raises:
+        DataError: The file does not exist, is not text, or lacks columns.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    except FileNotFoundError as error:
+        raise _error(path, "does not exist", "one row per case", "write it, or use --dataset=nnunet") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise _error(path, f"cannot be read ({error})", "a CSV file in UTF-8", "save it again") from error
+    head = text.splitlines()[0] if text.strip() else ""
+    reader = csv.DictReader(text.splitlines(), delimiter=";" if head.count(";") > head.count(",") else ",")
+    names = [name.strip() for name in reader.fieldnames or ()]
+    reader.fieldnames = names
+    images = image_columns(channels)
+    if missing := [name for name in (*images, "label") if name not in names]:
+        raise _error(
+            path, f"lacks the columns {shorten(missing)}", ", ".join((*images, "label")), "name them in the first line"
+        )
+    if unknown := [name for name in names if name and name not in (*_COLUMNS, *images)]:
+        raise _error(path, f"has unknown columns {shorten(unknown)}", ", ".join(_COLUMNS), "remove or rename them")
+    rows = [Row(n, {k: (v or "").strip() for k, v in row.items() if k}) for n, row in enumerate(reader, 2)]
+    return [row for row in rows if any(row.values.values())]
+
+
+def image_columns(channels: int) -> tuple[str, ...]:
+    """Return the names of the columns of the images."""
+    return ("image",) if channels == 1 else tuple(f"image_{i}" for i in range(channels))
+
+
+def case_id(row: Row) -> str:
+    """Return the id of the case of a row."""
+    image = row.values.get("image") or row.values.get("image_0") or ""
+    name = strip_suffix(Path(image).name) or Path(image).stem
+    return normalised(row.values.get("case") or name.removesuffix("_0000"))
+
+
+def _error(path: Path, found: str, expected: str, suggestion: str) -> Exception:
+    return data_error(Problem("table", path, found=found, expected=expected, suggestion=suggestion))
+
+
+def _scan(root: Path, need_labels: bool, *, description: Description) -> Scan:
+    path = root / TABLE_FILE
+    if not path.is_file():
+        if need_labels:
+            raise _error(path, "does not exist", "one row per case", "write it, or give another --root")
+        return nnunet.nnunet_from_description(description).scan(root, need_labels)
+    rows = read_rows(path, len(description.channels))
+    cases: dict[str, Case] = {}
+    folds: dict[str, int] = {}
+    problems: list[Problem] = []
+    columns = image_columns(len(description.channels))
+
+    def report(row: Row, case: str, found: str, expected: str, suggestion: str) -> None:
+        where = f"line {row.line} {found}"
+        problems.append(Problem("table", path, found=where, expected=expected, suggestion=suggestion, case_id=case))
+
+    for row in rows:
+        case, before = case_id(row), len(errors(problems))
+        images = [row.values.get(column, "") for column in columns]
+        label = row.values.get("label", "")
+        if not all(images):
+            report(row, case, "has no image", f"a file in {', '.join(columns)}", "name it")
+        if not label and need_labels:
+            report(row, case, "has no label", "a file with the reference", "name it, or remove the row")
+        for name in [*images, label]:
+            if name and not (root / name).is_file():
+                report(row, case, f"names {name}, which does not exist", "a file", "correct the path")
+        if case in cases:
+            report(row, case, f"is a second row of case {case}", "each case once", "give the rows different ids (case)")
+        fold = row.values.get("fold", "")
+        if fold and not (fold.isascii() and fold.isdigit()):
+            report(row, case, f"has the fold {fold!r}", "a whole number from 0", "correct it")
+        if len(errors(problems)) > before:
+            continue
+        patient = normalised(row.values.get("patient") or case)
+        if fold and folds.setdefault(patient, int(fold)) != int(fold):
+            found = f"has fold {fold}, and another row of patient {patient} {folds[patient]}"
+            report(row, case, found, "all cases of a patient in one fold", "correct it")
+            continue
+        source = root / label if label else None
+        files = tuple(root / name for name in images)
+        cases[case] = Case(case, patient, files, description.channels, source, description.labels)
+    splits, wrong = _splits(path, cases, folds)
+    return Scan(
+        sorted(cases.values(), key=lambda c: c.case_id),
+        problems + wrong,
+        splits,
+        known=frozenset(files_below(root)),  # the folder may contain other files
+    )
+
+
+def _splits(
+    path: Path, cases: Mapping[str, Case], folds: Mapping[str, int]
+) -> tuple[tuple[dict[str, tuple[str, ...]], ...], list[Problem]]:
+    """Return the splits that the column ``fold`` defines: fold k validates on the patients with this number."""
+    if not folds:
+        return (), []
+    without = sorted({c.patient for c in cases.values()} - folds.keys())
+    numbers = sorted(set(folds.values()))
+    found = f"{len(without)} patients have no fold ({shorten(without)})" if without else f"folds are {numbers}"
+    if without or numbers != list(range(len(numbers))) or len(numbers) < 2:
+        problem = Problem(
+            "table",
+            path,
+            found=found,
+            expected="for every case a number from 0, and at least two folds",
+            suggestion="correct the column fold, or remove it",
+        )
+        return (), [problem]
+    patients: Sequence[str] = sorted(folds)
+    return tuple(
+        {
+            "training": tuple(p for p in patients if folds[p] != fold),
+            "validation": tuple(p for p in patients if folds[p] == fold),
+        }
+        for fold in numbers
+    ), []
