@@ -380,13 +380,15 @@ def test_infinite_weights_are_refused():
 
 # -- what the channels mean ---------------------------------------------------------------------------------------
 
-TISSUES = SimpleNamespace(labels=SimpleNamespace(structures=regions.TISSUES), regions=regions.BRATS)  # nested
+TISSUES = SimpleNamespace(
+    labels=SimpleNamespace(structures=regions.TISSUES, ignore=None), regions=regions.BRATS
+)  # nested
 ORGANS = SimpleNamespace(
-    labels=SimpleNamespace(structures=("background", "liver", "spleen")),
+    labels=SimpleNamespace(structures=("background", "liver", "spleen"), ignore=None),
     regions=regions.Regions({"liver": (1,), "spleen": (2,)}),
 )
 CAVITY = SimpleNamespace(
-    labels=SimpleNamespace(structures=("background", "LV_endo", "wall", "LA")),
+    labels=SimpleNamespace(structures=("background", "LV_endo", "wall", "LA"), ignore=None),
     regions=regions.Regions({"LV_endo": (1,), "LV_epi": (1, 2), "LA": (3,)}),
 )
 

@@ -12,7 +12,12 @@ from jax.core import Tracer
 
 from xdim_jax import ops
 from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import read_json
+from xdim_jax.data.case import Dataset
+from xdim_jax.data.datasets import trained_dataset
+from xdim_jax.inference.output import make_output
 from xdim_jax.nets import networks
+from xdim_jax.nets.fine_tuning import Names
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.weights import (
     Weights,
@@ -24,7 +29,7 @@ from xdim_jax.nets.weights import (
     replace_leaves,
 )
 from xdim_jax.runs import checkpoint
-from xdim_jax.runs.workdir import CONFIG_FILE, read_config
+from xdim_jax.runs.workdir import CONFIG_FILE, DATA_FILE, read_config
 
 
 class Model:
@@ -147,4 +152,18 @@ def read_file_or_workdir(path: Path) -> Weights:
         raise UserError(f"{path / CONFIG_FILE}: model: {error}") from error
     params, stats, source = checkpoint.load_weights(path, params, stats)
     arrays = {name: np.asarray(array) for name, array in (flatten(params) | flatten(stats)).items()}
-    return Weights("network", config, arrays, {}, {"from": "xdim_jax", "workdir": str(path), "weights": source})
+    record = {"from": "xdim_jax", "workdir": str(path), "weights": source}
+    return Weights("network", config, arrays, {}, record, _names(path))
+
+
+def _names(workdir: Path) -> Names | None:
+    """Return the meaning of the channels of a run; None if the workdir lacks the description of the data."""
+    if not (workdir / DATA_FILE).is_file():
+        return None
+    config = read_config(workdir)
+    return make_names(trained_dataset(config.data.to_dict(), read_json(workdir / DATA_FILE)), config.output)
+
+
+def make_names(dataset: Dataset, activation: str) -> Names:
+    """Return the meaning of the channels of a network that is trained on a data set."""
+    return Names(tuple(dataset.channels), make_output(activation, dataset).channels, activation)

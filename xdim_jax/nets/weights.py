@@ -27,6 +27,7 @@ from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.base.files import atomic_path
 from xdim_jax.nets import networks
 from xdim_jax.nets.encoders import get_family, make_encoder
+from xdim_jax.nets.fine_tuning import FREE, Names, adapt_arrays
 from xdim_jax.nets.inflate import Inflation, inflate_arrays
 from xdim_jax.nets.input_channels import adapt_channels
 from xdim_jax.nets.layers import Depth
@@ -46,6 +47,7 @@ class Weights:
         model: For a network, the ``model`` section of its config. For an encoder, the arguments of
             `xdim_jax.nets.encoders.make_encoder` without ``drop_path``, and with ``in_channels`` for ``channels``.
         arrays: Arrays by their path in the encoder or network.
+        names: Meaning of the channels of a network; None if it is not known.
         unused: Parts of the source that no network uses, with the names and the layout of the source.
         source: Origin of the weights, for reports.
     """
@@ -55,6 +57,7 @@ class Weights:
     arrays: dict[str, np.ndarray]
     unused: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    names: Names | None = None
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -352,19 +355,25 @@ def load(
     channel_rule: str = "cycle",
     accept: Sequence[str] = (),
     require: bool = True,
+    names: Names | None = None,
 ) -> tuple[Any, Any, dict[str, str]]:
     """Load the weights of an encoder into the encoder of a network, or the weights of a network into a whole network.
+
+    If the meaning of the channels is known on both sides, the weights of a network may belong to other image channels,
+    other outputs or other depth strides, see `xdim_jax.nets.fine_tuning`.
 
     Args:
         config: The ``model`` section of the network.
         params: Parameters of the network, a nested dict. Their dtypes are preserved.
         stats: Running statistics of the network, a nested dict.
-        weights: Weights of an encoder, or of a network with the same section (stochastic depth may differ).
+        weights: Weights of an encoder, or of a network with the same section, except for stochastic depth and for the
+            keys in `xdim_jax.nets.fine_tuning.FREE`.
         inflation: See `adapt_encoder`. A 2D encoder is inflated for a 3D network. None for the default rules.
         channel_rule: Rule of `xdim_jax.nets.input_channels`, used if the numbers of channels differ.
         accept: See `adapt_encoder`.
         require: True if every array of the weights and of the network (or its encoder) must have a counterpart. False
             to ignore arrays of the weights without a counterpart, and to leave such arrays of the network unchanged.
+        names: Meaning of the channels of the network; None if it is not known.
 
     Returns:
         Parameters, running statistics, and how each array was obtained, by its path in the network.
@@ -381,9 +390,16 @@ def load(
         )
     else:
         done = dict.fromkeys(weights.arrays, "copied")
-        problems = _section_differences(weights.model, networks.plain_dict(config))
+        section = networks.plain_dict(config)
+        free = FREE if names is not None and weights.names is not None else ()
+        problems = _section_differences(weights.model, section, ignored=free)
         if problems and require:
             raise join_problems(problems, "properties of the network differ from those of the weights")
+        if names is not None and weights.names is not None and not problems:
+            wanted = flatten(params) | flatten(stats)
+            adapted, done = adapt_arrays(weights.arrays, wanted, _first_layer(section, wanted), weights.names, names)
+            cast = {name: jnp.asarray(array, wanted[name].dtype) for name, array in adapted.items()}
+            return replace_leaves(params, cast), replace_leaves(stats, cast), done
     arrays = {prefix + name: array for name, array in weights.arrays.items()}
     done = {prefix + name: what for name, what in done.items()}
     wanted = {name: leaf for name, leaf in (flatten(params) | flatten(stats)).items() if name.startswith(prefix)}
@@ -397,12 +413,20 @@ def load(
     return replace_leaves(params, cast), replace_leaves(stats, cast), done
 
 
-def _section_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def _first_layer(section: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Return the name of the kernel of the first convolution of a network."""
+    for name in ("conv.kernel", "conv1.conv.kernel"):
+        if name in wanted:
+            return name
+    return f"encoder.{get_family(section['encoder']['name']).stem}.kernel"
+
+
+def _section_differences(found: Mapping[str, Any], wanted: Mapping[str, Any], ignored: Sequence[str] = ()) -> list[str]:
     flat = [{k: v for k, v in flatten(s).items() if not k.endswith("drop_path")} for s in (found, wanted)]
     for section in flat:
         section.setdefault("deep_supervision", False)
     return [
         f"{key} is {flat[0].get(key)!r} in the weights, {flat[1].get(key)!r} in the config"
         for key in sorted(flat[0].keys() | flat[1].keys())
-        if flat[0].get(key) != flat[1].get(key)
+        if key not in ignored and flat[0].get(key) != flat[1].get(key)
     ]

@@ -9,6 +9,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.log import say
 from xdim_jax.inference.model import read_file_or_workdir
 from xdim_jax.nets import inflate, weights
+from xdim_jax.nets.fine_tuning import Names
 from xdim_jax.nets.weights import Weights
 
 REPORT_FILE = "pretrained.json"  # report of `initialise`, in the workdir
@@ -60,7 +61,7 @@ def read_initial_weights(init: Any) -> Weights:
 
 
 def initialise(
-    init: Any, model: Mapping[str, Any], seed: int, params: Any, stats: Any
+    init: Any, model: Mapping[str, Any], seed: int, params: Any, stats: Any, names: Names | None = None
 ) -> tuple[Any, Any, dict[str, Any] | None]:
     """Initialise the weights of a network as the ``init`` section of a config describes.
 
@@ -70,6 +71,7 @@ def initialise(
         seed: Seed of the run, for inflation rules that use random numbers.
         params: Randomly initialised parameters.
         stats: Running statistics, with their initial values.
+        names: Meaning of the channels of the network; None if it is not known.
 
     Returns:
         Parameters, running statistics, and the content of ``pretrained.json``, which describes how each array was
@@ -94,6 +96,7 @@ def initialise(
             channel_rule=init.channels,
             accept=tuple(word for word in init.accept.split(",") if word),
             require=init.require,
+            names=names,
         )
     except UserError as error:
         raise UserError(f"config.init.weights={init.weights}: {error}") from error
@@ -103,6 +106,9 @@ def initialise(
     counts = {what: sum(w == what for w in done.values()) for what in sorted(set(done.values()))}
     arrays = ", ".join(f"{count} {what}" for what, count in counts.items())
     say(f"weights    {init.weights}: fills {100 * report['coverage']:.4g} % of the {part}; arrays: {arrays}")
+    for name, what in done.items():
+        if what.startswith(("kept", "random:", "adapted")):
+            say(f"           {name}: {what}")
     if digest := source.source.get("sha256"):
         say(f"           sha256 {digest}")
     return params, stats, report
@@ -113,7 +119,7 @@ def _report(
 ) -> dict[str, Any]:
     """Return the content of ``pretrained.json``. ``coverage``: share of the numbers below ``prefix`` that is loaded."""
     sizes = {n: a.size for n, a in (weights.flatten(params) | weights.flatten(stats)).items() if n.startswith(prefix)}
-    loaded = {n for n, what in done.items() if not what.startswith(("dropped", "left out"))} & sizes.keys()
+    loaded = {n for n, what in done.items() if not what.startswith(("dropped", "left out", "random:"))} & sizes.keys()
     return {
         "weights": name,
         "source": source.source,

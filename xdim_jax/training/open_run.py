@@ -12,6 +12,7 @@ from xdim_jax.base.config import Config
 from xdim_jax.base.files import write_json
 from xdim_jax.base.signals import StopRequest
 from xdim_jax.data.case import Dataset
+from xdim_jax.inference.model import make_names
 from xdim_jax.inference.output import make_output
 from xdim_jax.inference.sliding_window import Segmenter, make_segmenter
 from xdim_jax.nets import networks
@@ -127,7 +128,7 @@ def _open_locked_run(
     """Start or resume a run, see `open_run`."""
     started = checkpoint.exists(workdir)
     mesh.barrier("checked")  # process 0 must not write before all processes have checked
-    network = _start_network(config, workdir, devices, started=started)
+    network = _start_network(config, dataset, workdir, devices, started=started)
     output = make_output(config.output, dataset)
     first = jax.process_index() == 0
     data = find_data(config.data, config.seed, dataset, output, workdir, started=started, first=first)
@@ -179,7 +180,9 @@ def _open_locked_run(
     return OpenRun(run, program, state, progress, validated, open_stream, shared)
 
 
-def _start_network(config: Config, workdir: Path, devices: Devices, *, started: bool) -> tuple[Any, Any, Any]:
+def _start_network(
+    config: Config, dataset: Dataset, workdir: Path, devices: Devices, *, started: bool
+) -> tuple[Any, Any, Any]:
     """Build the network with its initial weights, and write the config to the workdir.
 
     If the run has ``started``, the weights are random, because those of its checkpoint will replace them.
@@ -191,7 +194,9 @@ def _start_network(config: Config, workdir: Path, devices: Devices, *, started: 
     if started:
         log.say("weights    from the last checkpoint of this run")
     else:
-        params, stats, report = initialise(config.init, config.model, config.seed, params, stats)
+        params, stats, report = initialise(
+            config.init, config.model, config.seed, params, stats, make_names(dataset, config.output)
+        )
     if jax.process_index() == 0:
         changed = claim_workdir(workdir, config, ignored=FREE_KEYS, continued=CONTINUE_KEYS, started=started)
         for key, before, now in changed:

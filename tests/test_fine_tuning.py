@@ -1,0 +1,168 @@
+"""A trained network as the start for other channels, other structures and other depth strides."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.test_predictor import make_workdir
+from xdim_jax.base.config import load_config
+from xdim_jax.base.errors import UserError
+from xdim_jax.inference.model import read_file_or_workdir
+from xdim_jax.nets import networks, weights
+from xdim_jax.nets.fine_tuning import Names
+from xdim_jax.nets.functional import make_forward, split_model
+from xdim_jax.nets.weights import flatten
+from xdim_jax.runs.workdir import CONFIG_FILE
+from xdim_jax.training.initial_weights import initialise
+
+OUTPUTS = ("background", "organ", "lesion")  # of make_workdir
+rng = np.random.default_rng(0)
+
+
+def section_of(workdir, **changes):
+    section = json.loads((workdir / CONFIG_FILE).read_text())["model"]
+    return section | changes
+
+
+def with_depth(section, **changes):
+    return section | {"depth": section["depth"] | changes}
+
+
+def forward_of(section):
+    graphdef, params, stats = split_model(networks.build(section, seed=5))
+    return jax.jit(make_forward(graphdef, jnp.float32)), params, stats
+
+
+def adapted(workdir, section, names, **options):
+    forward, params, stats = forward_of(section)
+    source = read_file_or_workdir(workdir)
+    params, stats, done = weights.load(section, params, stats, source, names=names, **options)
+    return lambda image: np.asarray(forward((params, stats), jnp.asarray(image))), flatten(params), done
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["2D", "3D"])
+def trained(request, tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("tuned") / "run", flat=request.param, seed=1)
+
+
+def image_for(workdir, channels):
+    size = (32, 32) if len(json.loads((workdir / CONFIG_FILE).read_text())["data"]["patch"]) == 2 else (32, 32, 32)
+    return rng.standard_normal((1, *size, channels)).astype(np.float32)
+
+
+def test_other_order_of_channels_and_structures(trained):
+    """The same network: channels and structures exchanged on both sides give the same logits."""
+    image = image_for(trained, 2)
+    before, _, _ = adapted(trained, section_of(trained), Names(("T1", "T2"), OUTPUTS, "softmax"))
+    names = Names(("T2", "T1"), ("background", "lesion", "organ"), "softmax")
+    after, _, done = adapted(trained, section_of(trained), names)
+    np.testing.assert_allclose(after(image[..., ::-1]), before(image)[..., [0, 2, 1]], rtol=1e-4, atol=1e-5)
+    assert done["last.kernel"] == "kept background, lesion, organ" and done["conv.kernel"] == "kept T2, T1"
+
+
+def test_new_channels_and_structures_leave_the_shared_part(trained):
+    """Without a signal in the new channel, the outputs that both networks have are the same."""
+    image = image_for(trained, 2)
+    before, _, _ = adapted(trained, section_of(trained), Names(("T1", "T2"), OUTPUTS, "softmax"))
+    names = Names(("T1", "PET", "T2"), ("background", "vessel", "organ", "nerve", "lesion"), "softmax")
+    section = section_of(trained, in_channels=3, out_channels=5)
+    after, params, done = adapted(trained, section, names)
+    wider = np.stack([image[..., 0], np.zeros_like(image[..., 0]), image[..., 1]], -1)
+    np.testing.assert_allclose(after(wider)[..., [0, 2, 4]], before(image), rtol=1e-4, atol=1e-5)
+    _, fresh, _ = forward_of(section)
+    np.testing.assert_array_equal(params["last.kernel"][..., [1, 3]], flatten(fresh)["last.kernel"][..., [1, 3]])
+    kernel = np.asarray(params["conv.kernel"])
+    np.testing.assert_allclose(kernel[..., 1, :], (kernel[..., 0, :] + kernel[..., 2, :]) / 2, atol=1e-6)
+    assert "random vessel, nerve" in done["last.bias"] and "PET" in done["conv.kernel"]
+
+
+def test_another_activation_draws_the_outputs_anew(trained):
+    section = section_of(trained, out_channels=2)
+    _, params, done = adapted(trained, section, Names(("T1", "T2"), ("organ", "lesion"), "sigmoid"))
+    _, fresh, _ = forward_of(section)
+    np.testing.assert_array_equal(params["last.kernel"], flatten(fresh)["last.kernel"])
+    assert done["last.kernel"].startswith("random: ") and done["conv.kernel"] == "copied"
+
+
+def test_more_depth_strides_give_the_same_for_equal_slices(tmp_path):
+    """With stride 2 instead of 1, both planes of a transposed kernel are equal: constant volumes remain constant."""
+    workdir = make_workdir(tmp_path / "run", seed=2)
+    config = json.loads((workdir / CONFIG_FILE).read_text())
+    config["model"] = with_depth(config["model"], strides=(1, 1, 2, 2, 2), padding="edge", squeeze="slice")
+    names = Names(("T1", "T2"), OUTPUTS, "softmax")
+    # weights of a network with these strides, in the workdir of another one
+    section = networks.plain_dict(config["model"])
+    more = networks.plain_dict(with_depth(section, strides=(2, 2, 2, 2, 2)))
+    forward, params, stats = forward_of(section)
+    other, new, new_stats = forward_of(more)
+    arrays = {name: np.asarray(a) for name, a in (flatten(params) | flatten(stats)).items()}
+    for name in arrays:  # random planes would make equal slices different
+        if ".trans." in name:
+            arrays[name] = np.broadcast_to(arrays[name].mean(0, keepdims=True), arrays[name].shape)
+    params = weights.replace_leaves(params, arrays)
+    source = weights.Weights("network", section, arrays, names=names)
+    new, new_stats, done = weights.load(more, new, new_stats, source, names=names)
+    image = np.repeat(rng.standard_normal((1, 1, 32, 32, 2)).astype(np.float32), 32, 1)
+    expected = np.asarray(forward((params, stats), jnp.asarray(image)))
+    np.testing.assert_allclose(np.asarray(other((new, new_stats), jnp.asarray(image))), expected, rtol=1e-3, atol=1e-4)
+    assert sum(what == "adapted to other depth strides" for what in done.values()) == 2
+
+    # and back: the mean over the planes, which are equal here, is the kernel itself
+    back, back_stats, _ = weights.load(
+        section,
+        params,
+        stats,
+        weights.Weights(
+            "network", more, {n: np.asarray(a) for n, a in (flatten(new) | flatten(new_stats)).items()}, names=names
+        ),
+        names=names,
+    )
+    for name, array in (flatten(back) | flatten(back_stats)).items():
+        np.testing.assert_allclose(array, arrays[name], atol=1e-6, err_msg=name)
+
+
+def test_the_planes_of_a_transposed_kernel_are_averaged(tmp_path):
+    workdir = make_workdir(tmp_path / "run", seed=2)
+    section = section_of(workdir)
+    fewer = with_depth(section, strides=(1, 2, 2, 2, 2))
+    names = Names(("T1", "T2"), OUTPUTS, "softmax")
+    _, params, _ = adapted(workdir, fewer, names)
+    before = read_file_or_workdir(workdir).arrays["decoder.4.trans.kernel"]
+    assert before.shape[0] == 2
+    np.testing.assert_allclose(params["decoder.4.trans.kernel"][0], (before[0] + before[1]) / 2, atol=1e-6)
+
+
+def test_another_network_is_still_an_error(trained):
+    section = section_of(trained, filters=(16, 16, 8, 8, 16))
+    with pytest.raises(UserError, match="filters"):
+        adapted(trained, section, Names(("T1", "T2"), OUTPUTS, "softmax"))
+
+
+def test_the_log_and_the_report_list_what_was_done(trained, capsys):
+    """As the training calls it: a new structure, and a channel less."""
+    config = load_config("configs/own_omnianet.py", [])
+    config.init.weights = str(trained)
+    section = section_of(trained, in_channels=1, out_channels=2)
+    _, params, stats = split_model(networks.build(section, seed=0))
+    names = Names(("T2",), ("background", "tumour"), "softmax")
+    new, _, report = initialise(config.init, section, 0, params, stats, names)
+    out = capsys.readouterr().out
+    assert "last.kernel: kept background; random tumour" in out and "conv.kernel: kept T2" in out
+    kept = read_file_or_workdir(trained).arrays
+    np.testing.assert_array_equal(flatten(new)["conv.kernel"], kept["conv.kernel"][..., 1:, :])
+    np.testing.assert_array_equal(flatten(new)["last.bias"][0], kept["last.bias"][0])
+    assert report["arrays"]["last.bias"] == "kept background; random tumour"
+
+
+def test_files_without_names_need_the_same_channels(trained):
+    """A weights file of a whole network does not say what its channels mean."""
+    source = read_file_or_workdir(trained)
+    bare = weights.Weights(source.kind, source.model, source.arrays, {}, source.source)
+    section = section_of(trained, out_channels=4)
+    _, params, stats = split_model(networks.build(section, seed=0))
+    names = Names(("T1", "T2"), ("background", "a", "b", "c"), "softmax")
+    with pytest.raises(UserError, match="out_channels"):
+        weights.load(section, params, stats, bare, names=names)

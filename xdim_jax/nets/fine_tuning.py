@@ -1,0 +1,116 @@
+"""Adapting the weights of a trained network to other channels, other structures, or other depth strides.
+
+Kernels of convolutions do not depend on the size of the image or its spacing. Only these arrays do not fit:
+
+- The first convolution, if the image channels differ. A channel that the trained network has, too, keeps its kernel. A
+  new channel gets the mean of the kernels of all channels.
+- The last convolution and those of deep supervision, if the outputs differ. An output that the trained network has,
+  too, keeps its kernel and bias. A new output stays random.
+- The transposed convolutions of the decoder, if the depth strides differ. With stride 1 instead of 2, the kernel is the
+  mean over its two planes, and with 2 instead of 1, both planes are the same.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xdim_jax.base.errors import UserError
+
+# keys of the model section in which the networks may differ
+FREE = ("in_channels", "out_channels", "deep_supervision", "depth.strides", "depth.padding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What the channels of a network mean.
+
+    Attributes:
+        channels: Names of the image channels.
+        outputs: Names of the logits: regions, or labels.
+        activation: ``sigmoid`` or ``softmax``.
+    """
+
+    channels: tuple[str, ...]
+    outputs: tuple[str, ...]
+    activation: str
+
+
+def adapt_arrays(
+    arrays: Mapping[str, np.ndarray], wanted: Mapping[str, Any], first: str, source: Names, target: Names
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Adapt the arrays of a trained network.
+
+    Args:
+        arrays: Arrays of the trained network by name.
+        wanted: Arrays of the new network by name, with random values.
+        first: Name of the kernel of the first convolution.
+        source: Meaning of the channels of the trained network.
+        target: Meaning of the channels of the new network.
+
+    Returns:
+        The arrays of the new network that are not random; and by name how each array was obtained.
+
+    Raises:
+        UserError: An array differs in a way that is not described above.
+    """
+    out, done = {}, {}
+    for name, leaf in wanted.items():
+        if name not in arrays:
+            done[name] = "random: not in the weights"
+            continue
+        array, shape = arrays[name], tuple(leaf.shape)
+        done[name] = "copied"
+        if _is_output(name) and (source.outputs, source.activation) != (target.outputs, target.activation):
+            array, done[name] = _outputs(array, np.asarray(leaf), source, target)
+        elif name == first and source.channels != target.channels:
+            array, done[name] = _inputs(array, source.channels, target.channels)
+        elif ".trans." in name and array.shape != shape:
+            array = _planes(array, shape)
+            done[name] = "adapted to other depth strides"
+        if array.shape != shape:
+            raise UserError(f"{name} is {array.shape} in the weights, expected {shape}, and cannot be adapted")
+        out[name] = array
+    for name in arrays.keys() - wanted.keys():
+        done[name] = "left out: not in the network"
+    return out, done
+
+
+def _is_output(name: str) -> bool:
+    """Return whether an array belongs to a convolution to logits."""
+    return name.startswith(("last.", "heads."))
+
+
+def _outputs(array: np.ndarray, random: np.ndarray, source: Names, target: Names) -> tuple[np.ndarray, str]:
+    """Return a kernel or bias of a convolution to logits, and how it was obtained."""
+    if source.activation != target.activation:
+        return random, f"random: the output is {target.activation} instead of {source.activation}"
+    kept = [name for name in target.outputs if name in source.outputs]
+    new = [name for name in target.outputs if name not in source.outputs]
+    out = random.copy()
+    for index, name in enumerate(target.outputs):
+        if name in source.outputs:
+            out[..., index] = array[..., source.outputs.index(name)]
+    return out, f"kept {', '.join(kept) or 'nothing'}" + (f"; random {', '.join(new)}" if new else "")
+
+
+def _inputs(array: np.ndarray, source: Sequence[str], target: Sequence[str]) -> tuple[np.ndarray, str]:
+    """Return the kernel of the first convolution, and how it was obtained."""
+    kept = [name for name in target if name in source]
+    new = [name for name in target if name not in source]
+    mean = array.mean(-2)
+    parts = [array[..., source.index(name), :] if name in source else mean for name in target]
+    return np.stack(parts, -2), f"kept {', '.join(kept) or 'nothing'}" + (
+        f"; mean of all channels for {', '.join(new)}" if new else ""
+    )
+
+
+def _planes(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the kernel of a transposed convolution with another number of planes."""
+    for axis, (found, wanted) in enumerate(zip(array.shape[:-2], shape[:-2], strict=False)):
+        if (found, wanted) == (2, 1):
+            array = array.mean(axis, keepdims=True)
+        elif (found, wanted) == (1, 2):
+            array = np.repeat(array, 2, axis)
+    return array
