@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy as np
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, first_line, shorten
 from xdim_jax.base.files import read_json
-from xdim_jax.data.case import Case, Volume, encode_label, read_case, without_label
+from xdim_jax.data.case import Case, Dataset, Volume, encode_label, read_case, read_label, without_label
 from xdim_jax.data.images.nifti import write_volume
 from xdim_jax.data.images.stream import stream_volume
+from xdim_jax.data.labels import IGNORE
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.inference import memory
 from xdim_jax.inference.folder import claim_output, extra_file, make_note, remove_outdated, remove_prediction
@@ -22,6 +24,7 @@ from xdim_jax.inference.predictor import Predictor
 from xdim_jax.inference.sliding_window import Sink
 from xdim_jax.runs import environment
 from xdim_jax.runs.workdir import SPLIT_FILE
+from xdim_jax.scoring import masks
 
 _MAXIMA = {"probabilities": 1.0, "uncertainty": 0.25}  # largest possible values; 0.25 is the variance of 0 and 1
 
@@ -118,7 +121,8 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
                     label = predictor.segment(prepared, sink)
                 wait_for_writer(writing)
                 title = f"case {number}/{len(cases)}"
-                writing.append((case, writer.submit(_write, output, case, label, volume, note, title, begin)))
+                arguments = (predictor.dataset, output, case, label, volume, note, title, begin)
+                writing.append((case, writer.submit(_write, *arguments)))
             except Exception as error:  # a damaged file, lack of memory, or a device error: only this case fails
                 fail(case, error)
             show(number, len(cases))
@@ -167,11 +171,37 @@ def _open_sink(predictor: Predictor, volume: Volume, output: Path, case_id: str,
         yield write_slices if files else None
 
 
-def _write(output: Path, case: Case, label: np.ndarray, volume: Volume, note: str, title: str, begin: float) -> str:
-    """Write a label map, and return the line to log."""
+def _write(
+    dataset: Dataset,
+    output: Path,
+    case: Case,
+    label: np.ndarray,
+    volume: Volume,
+    note: str,
+    title: str,
+    begin: float,
+) -> str:
+    """Write a label map, and return the line to log. It has the overlap with the reference, if the case has one."""
     path = output / f"{case.case_id}.nii.gz"
     write_volume(path, encode_label(case, label), volume.grid, note)
-    return f"{title} {path}  {time.monotonic() - begin:.1f} s"
+    return f"{title} {path}  {time.monotonic() - begin:.1f} s{_overlap(dataset, case, label)}"
+
+
+def _overlap(dataset: Dataset, case: Case, label: np.ndarray) -> str:
+    """Return the Dice of every annotated region as text; empty if the case has no reference that can be read."""
+    if case.label is None:
+        return ""
+    try:
+        truth = read_label(case)
+    except UserError as error:
+        log.warn(f"the reference of case {case.case_id} is not compared: {error}")
+        return ""
+    shown = dataset.regions.names if dataset.annotated is None else dataset.annotated(case)
+    pred, ref = dataset.regions.encode(label), dataset.regions.encode(truth)
+    pred &= (truth != IGNORE)[..., None]
+    values = {name: masks.dice(pred[..., r], ref[..., r]) for r, name in enumerate(dataset.regions.names)}
+    shown = [f"{name} {value:.3f}" for name, value in values.items() if name in shown and not math.isnan(value)]
+    return f"  Dice {', '.join(shown)}" if shown else ""
 
 
 def _reason(error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from xdim_jax.base.errors import join_problems, shorten
+from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.data.case import Dataset
 from xdim_jax.data.fingerprint import Fingerprint
 
@@ -89,6 +89,10 @@ class Choices:
         plane = (2**LEVELS, 2**LEVELS)
         return plane if self.flat else (math.prod(self.strides), *plane)
 
+    def accepts(self, patch: tuple[int, ...]) -> bool:
+        """Return whether the network accepts a patch: instance norm needs two voxels at the coarsest level."""
+        return self.flat or math.prod(n // f for n, f in zip(patch, self.factors, strict=True)) > 1
+
     def change(self, reasons: Mapping[str, str] | None = None, **values: Any) -> "Choices":
         """Return a copy with other values and reasons."""
         return dataclasses.replace(self, **values, reasons={**self.reasons, **(reasons or {})})
@@ -129,6 +133,8 @@ def choose(found: Fingerprint, dataset: Dataset, *, platform: str, weights: bool
     largest = _round_up(np.percentile(grid, 95, axis=0)[flat:], factors)
     limit = _MAX_PIXELS if flat else _MAX_SIDE.get(platform, 128)
     patch = np.minimum(largest, np.maximum(limit // factors * factors, factors))
+    if not flat and (patch == factors).all():
+        patch[-1] *= 2  # instance norm needs two voxels at the coarsest level
     single = bool((found.size[:, 0] == 1).all())
     fits = single and bool((_round_up(grid.max(0)[flat:], factors) <= patch).all())
     rare = [n for n in found.structures if found.having(n) and found.share(n) < _RARE]
@@ -198,6 +204,8 @@ def check(found: Fingerprint) -> list[str]:
         UserError: The message lists all reasons for which no recipe can be made.
     """
     problems, notes = [], []
+    if not found.cases:
+        raise UserError("there is no annotated case: expected at least two patients; annotate two")
     if len(found.patients) < 2:
         problems.append(
             f"there is {len(found.patients)} annotated patient ({shorten(sorted(found.patients))}): expected at least "

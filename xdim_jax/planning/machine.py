@@ -96,12 +96,22 @@ def _smaller(choices: Choices, excess: float) -> Choices | None:
 
 
 def _smaller_patch(choices: Choices, minimum: int) -> tuple[int, ...] | None:
-    """Return the patch with its largest side reduced by one step; None if all sides are at most ``minimum``."""
+    """Return the patch with its largest side reduced by one step; None if all sides are at most ``minimum``,
+    or if the network does not accept a smaller patch.
+
+    The other side of a 2D patch is reduced by the same factor, because the patch then covers a coarser image.
+    """
+    if choices.flat:
+        unit, side = choices.factors[0], max(choices.patch)
+        if side - unit < max(unit, minimum):
+            return None
+        return tuple(math.ceil(n * (side - unit) / side / unit) * unit for n in choices.patch)
     able = [a for a, f in enumerate(choices.factors) if choices.patch[a] - f >= max(f, minimum)]
     if not able:
         return None
     axis = max(able, key=lambda a: choices.patch[a])
-    return tuple(n - choices.factors[a] * (a == axis) for a, n in enumerate(choices.patch))
+    patch = tuple(n - choices.factors[a] * (a == axis) for a, n in enumerate(choices.patch))
+    return patch if choices.accepts(patch) else None
 
 
 def fit_time(

@@ -1,0 +1,317 @@
+"""Incomplete annotations: an ignore label, structures that are annotated in some cases only, cases in a table."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+
+from xdim_jax import evaluate
+from xdim_jax.base.errors import UserError
+from xdim_jax.data.case import describe, read_case, read_label, scan_cases, usable_cases
+from xdim_jax.data.datasets import get_dataset, trained_dataset
+from xdim_jax.data.labels import IGNORE, Labels
+from xdim_jax.data.prepare import Preparation
+from xdim_jax.data.regions import Regions
+from xdim_jax.data.splits import official_split
+from xdim_jax.data.store import prepare_cases
+from xdim_jax.data.verify import verify
+from xdim_jax.inference.output import Output
+from xdim_jax.training.loss import hard_dice, make_loss
+from xdim_jax.training.validation import draw
+
+SHAPE = (12, 10, 6)
+
+
+def loss_section(name, **changes):
+    return {
+        "name": name, "eps": 1e-5, "dice": "sample", "cross_entropy": "mean", "background": True, "weights": ()
+    } | changes  # fmt: skip
+
+
+def write_image(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([1.0, 1.0, 2.0, 1.0])), path)
+
+
+def make_root(root, cases=("a", "b", "c"), *, ignore=9, annotated=None):
+    """nnU-Net's layout: organ 1, lesion 2, and voxels that nobody has annotated."""
+    card = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "organ": 1, "lesion": 2}}
+    if ignore is not None:
+        card["labels"]["ignore"] = ignore
+    if annotated is not None:
+        card["annotated"] = annotated
+    rng = np.random.default_rng(0)
+    for case in cases:
+        label = np.zeros(SHAPE, np.uint8)
+        label[2:8, 2:8, 1:5], label[4:6, 4:6, 2:4] = 1, 2
+        if ignore is not None:
+            label[9:] = ignore
+        write_image(root / "imagesTr" / f"{case}_0000.nii.gz", (rng.normal(0, 10, SHAPE) + 50 * label).astype(np.int16))
+        write_image(root / "labelsTr" / f"{case}.nii.gz", label)
+    (root / "dataset.json").write_text(json.dumps(card))
+    return root
+
+
+def find(root):
+    dataset = get_dataset({"dataset": "nnunet", "root": str(root)})
+    return dataset, scan_cases(dataset, root, need_labels=True).cases
+
+
+# -- the ignore label -------------------------------------------------------------------------------------------------
+
+
+def test_the_value_is_read_and_is_no_structure(tmp_path):
+    dataset, cases = find(make_root(tmp_path / "data"))
+    assert dataset.labels.ignore == 9 and dataset.regions.names == ("organ", "lesion")
+    label = read_label(cases[0])
+    assert sorted(np.unique(label)) == [0, 1, 2, IGNORE]
+    assert (label == IGNORE).sum() == 3 * 10 * 6
+    # the workdir of a run keeps the convention
+    again = trained_dataset({"dataset": "nnunet"}, json.loads(json.dumps(describe(dataset))))
+    assert again.labels == dataset.labels
+    assert not verify(dataset, tmp_path / "data").problems
+
+
+def test_labels_without_ignore_keep_their_record():
+    """The key of a store is computed from it."""
+    assert "ignore" not in Labels("own", ("background", "organ"), (0, 1)).to_json()
+
+
+@pytest.mark.parametrize("value", ["x", 1, [9], 0])
+def test_an_ignore_label_must_have_a_value_of_its_own(value, tmp_path):
+    with pytest.raises(UserError, match=r"dataset\.json.*ignore"):
+        find(make_root(tmp_path / "data", ignore=value) if isinstance(value, int) else _with_ignore(tmp_path, value))
+
+
+def _with_ignore(tmp_path, value):
+    root = make_root(tmp_path / "data", ignore=None)
+    card = json.loads((root / "dataset.json").read_text())
+    card["labels"]["ignore"] = value
+    (root / "dataset.json").write_text(json.dumps(card))
+    return root
+
+
+def test_sampling_never_chooses_an_unannotated_voxel(tmp_path):
+    dataset, cases = find(make_root(tmp_path / "data"))
+    (entry,) = prepare_cases(dataset, cases[:1], Preparation(), tmp_path / "store")
+    assert [index for index, _ in entry.structures] == [1, 2, -1]
+    assert entry.structures[-1][1] == 6 * 6 * 4
+    rng, label = np.random.default_rng(0), entry.load().label
+    assert {int(label[entry.random_voxel(rng)]) for _ in range(200)} == {1, 2}
+
+
+OUTPUTS = {
+    "dice_ce": Output("softmax", Regions({"organ": (1,), "lesion": (2,)}), ("background", "organ", "lesion"), True),
+    "dice_bce": Output("sigmoid", Regions({"organ": (1, 2), "lesion": (2,)}), ("background", "organ", "lesion"), True),
+}
+
+
+@pytest.mark.parametrize("dice", ["sample", "batch"])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_the_loss_is_that_of_the_annotated_part(name, dice):
+    """Half of every image is not annotated: the loss and its gradient are those of the other half alone."""
+    rng, output = np.random.default_rng(1), OUTPUTS[name]
+    logits = jnp.asarray(rng.standard_normal((2, 8, 6, len(output.channels))), jnp.float32)
+    label = rng.integers(0, 3, (2, 8, 6)).astype(np.uint8)
+    label[:, 4:] = IGNORE
+    loss = make_loss(loss_section(name, dice=dice), output.activation, len(output.channels))
+
+    def whole(x):
+        return loss(x, output.encode(jnp.asarray(label)), None, output.annotated_voxels(jnp.asarray(label)))[0]
+
+    def half(x):
+        return loss(x, output.encode(jnp.asarray(label[:, :4])))[0]
+
+    np.testing.assert_allclose(whole(logits), half(logits[:, :4]), rtol=1e-6)
+    gradient = np.asarray(jax.grad(whole)(logits))
+    np.testing.assert_allclose(gradient[:, :4], jax.grad(half)(logits[:, :4]), rtol=1e-5, atol=1e-8)
+    assert not gradient[:, 4:].any()
+    predicted = output.predicted_regions(logits)
+    reference = output.regions.encode(jnp.asarray(label), jnp)
+    found = hard_dice(predicted, reference, jnp.asarray(label != IGNORE))
+    np.testing.assert_allclose(found, hard_dice(predicted[:, :4], reference[:, :4]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_image_without_annotation_has_no_gradient(name):
+    output = OUTPUTS[name]
+    logits = jnp.asarray(np.random.default_rng(2).standard_normal((1, 4, 4, len(output.channels))), jnp.float32)
+    label = jnp.full((1, 4, 4), IGNORE, jnp.uint8)
+    loss = make_loss(loss_section(name), output.activation, len(output.channels))
+    gradient = jax.grad(lambda x: loss(x, output.encode(label), None, output.annotated_voxels(label))[0])(logits)
+    assert np.isfinite(gradient).all() and not np.asarray(gradient).any()
+
+
+def test_scores_leave_out_unannotated_voxels(tmp_path):
+    """A prediction that is right where the reference is annotated, and full of organ elsewhere, has a Dice of 1."""
+    root = make_root(tmp_path / "data")
+    for case in "abc":
+        label = np.asarray(nib.load(root / "labelsTr" / f"{case}.nii.gz").dataobj).copy()
+        label[label == 9] = 1
+        if case == "b":
+            label[2:8, 2:8, 1] = 0  # a slice of the organ is missed: 36 of 144 - 8 voxels
+        write_image(tmp_path / "pred" / f"{case}.nii.gz", label)
+    arguments = [f"--pred={tmp_path / 'pred'}", f"--ref={root / 'labelsTr'}", f"--out={tmp_path / 'out'}", "--jobs=1"]
+    assert evaluate.main(["--rules=generic", "--metrics=dice", *arguments]) == 0
+    found = {(r["case_id"], r["structure"]): float(r["value"]) for r in rows(tmp_path / "out" / "cases.csv")}
+    assert found["a", "organ"] == found["c", "lesion"] == 1
+    assert found["b", "organ"] == pytest.approx(2 * 100 / (136 + 100))
+    assert evaluate.main(["--rules=generic", "--metrics=dice", *arguments, "--labels", "organ=1", "lesion=2"]) == 0
+    found = {(r["case_id"], r["structure"]): float(r["value"]) for r in rows(tmp_path / "out" / "cases.csv")}
+    assert found["a", "organ"] == pytest.approx(2 * 136 / (136 + 136 + 180)), "without the name, it is background"
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_unannotated_voxels_are_not_drawn():
+    reference = np.zeros((3, 8, 8), np.uint8)
+    reference[0], reference[1, 2:4, 2:4] = IGNORE, 1
+    picture = draw(np.zeros((3, 8, 8), np.float32), reference, np.zeros_like(reference))
+    shown = picture[:, 8:16].reshape(8, 8, 3)
+    assert (shown != shown[0, 0]).any(-1).sum() == 4, "the slice with the structure, and only the structure"
+
+
+# -- structures that are annotated in some cases ----------------------------------------------------------------------
+
+
+def test_annotated_structures_of_a_case_are_used_everywhere(tmp_path):
+    root = make_root(tmp_path / "data", annotated={"b": ["organ"], "c": []})
+    dataset, cases = find(root)
+    assert [dataset.annotated(case) for case in cases] == [("organ", "lesion"), ("organ",), ()]
+    again = trained_dataset({"dataset": "nnunet"}, json.loads(json.dumps(describe(dataset))))
+    assert [again.annotated(case) for case in cases] == [("organ", "lesion"), ("organ",), ()]
+    for case in "abc":
+        write_image(tmp_path / "pred" / f"{case}.nii.gz", np.zeros(SHAPE, np.uint8))
+    arguments = [f"--pred={tmp_path / 'pred'}", f"--ref={root / 'labelsTr'}", f"--out={tmp_path / 'out'}", "--jobs=1"]
+    assert evaluate.main(["--rules=generic", "--metrics=dice", *arguments]) == 0
+    found = {(r["case_id"], r["structure"]): r["value"] for r in rows(tmp_path / "out" / "cases.csv")}
+    assert float(found["a", "lesion"]) == float(found["b", "organ"]) == 0
+    scored = {key for key, value in found.items() if value not in ("", "nan")}
+    assert scored == {("a", "organ"), ("a", "lesion"), ("b", "organ")}
+
+
+@pytest.mark.parametrize("value", [{"b": ["heart"]}, ["b"], {"b": "organ"}])
+def test_annotated_must_name_structures(value, tmp_path):
+    with pytest.raises(UserError, match=r"dataset\.json.*annotated"):
+        find(make_root(tmp_path / "data", annotated=value))
+
+
+def test_without_incomplete_annotations_nothing_changes(tmp_path):
+    """Programs are the same as before: no mask of voxels or channels."""
+    dataset, _ = find(make_root(tmp_path / "data", ignore=None))
+    assert dataset.annotated is None and dataset.labels.ignore is None and "annotated" not in describe(dataset)
+
+
+# -- a table of cases -------------------------------------------------------------------------------------------------
+
+
+def make_table(root, lines, *, channels=("T1",), labels=None):
+    root.mkdir(parents=True, exist_ok=True)
+    card = {"channel_names": {str(i): n for i, n in enumerate(channels)}}
+    card["labels"] = labels or {"background": 0, "organ": 1, "lesion": 2}
+    (root / "dataset.json").write_text(json.dumps(card))
+    (root / "cases.csv").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    return root
+
+
+def scan_table(root, *, need_labels=True):
+    dataset = get_dataset({"dataset": "table", "root": str(root)})
+    return dataset, scan_cases(dataset, root, need_labels=need_labels)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Images and references of four examinations of three patients, with names of a hospital."""
+    make_root(tmp_path / "raw", ("p1_jan", "p1_may", "p2", "p3"), ignore=None)
+    return tmp_path
+
+
+FOUR = (
+    "case,image,label,patient,fold,annotated",
+    "one,../raw/imagesTr/p1_jan_0000.nii.gz,../raw/labelsTr/p1_jan.nii.gz,P1,0,",
+    "two,../raw/imagesTr/p1_may_0000.nii.gz,../raw/labelsTr/p1_may.nii.gz,P1,0,organ",
+    ",../raw/imagesTr/p2_0000.nii.gz,../raw/labelsTr/p2.nii.gz,P2,1,organ lesion",
+    ",../raw/imagesTr/p3_0000.nii.gz,../raw/labelsTr/p3.nii.gz,,1,",
+)
+
+
+def test_a_table_names_cases_patients_folds_and_annotations(files):
+    root = make_table(files / "table", FOUR)
+    dataset, scan = scan_table(root)
+    assert not scan.problems
+    assert [(c.case_id, c.patient) for c in scan.cases] == [("one", "P1"), ("p2", "P2"), ("p3", "p3"), ("two", "P1")]
+    assert [dataset.annotated(c) for c in scan.cases] == [
+        ("organ", "lesion"), ("organ", "lesion"), ("organ", "lesion"), ("organ",)
+    ]  # fmt: skip
+    train, validation = official_split(scan.cases, scan.splits, 1)
+    assert {c.case_id for c in train} == {"one", "two"} and {c.case_id for c in validation} == {"p2", "p3"}
+    volume = read_case(scan.cases[0])
+    assert volume.image.shape == (6, 10, 12, 1) and (volume.label == 2).sum() == 8
+    assert not verify(dataset, root).problems
+
+
+def test_a_table_with_semicolons_and_two_channels(files):
+    paths = (IMAGE, "../raw/imagesTr/p3_0000.nii.gz", LABEL)
+    lines = ["image_0;image_1;label", ";".join(paths)]
+    _, scan = scan_table(make_table(files / "table", lines, channels=("T1", "T2")))
+    (case,) = scan.cases
+    assert case.case_id == "p2" and read_case(case).image.shape[-1] == 2 and not scan.splits
+
+
+def test_cases_to_predict_need_no_label(files):
+    lines = ["image,label", "../raw/imagesTr/p2_0000.nii.gz,"]
+    root = make_table(files / "table", lines)
+    _, scan = scan_table(root, need_labels=False)
+    assert [c.label for c in scan.cases] == [None]
+    with pytest.raises(UserError, match="has no label"):
+        _, scan = scan_table(root)
+        usable_cases(scan, root)
+
+
+IMAGE, LABEL = "../raw/imagesTr/p2_0000.nii.gz", "../raw/labelsTr/p2.nii.gz"
+OTHER = "../raw/imagesTr/p3_0000.nii.gz,../raw/labelsTr/p3.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["image", IMAGE], "lacks the columns label"),
+        (["image,label,age", f"{IMAGE},{LABEL},7"], "unknown columns age"),
+        (["image,label", f"absent.nii.gz,{LABEL}"], "line 2 names absent.nii.gz, which does not exist"),
+        (["image,label", f",{LABEL}"], "line 2 has no image"),
+        (["image,label", f"{IMAGE},{LABEL}", f"{IMAGE},{LABEL}"], "line 3 is a second row of case p2"),
+        (["image,label,fold", f"{IMAGE},{LABEL},x"], "line 2 has the fold 'x'"),
+        (["image,label,fold", f"{IMAGE},{LABEL},0", f"{OTHER},"], "1 patients have no fold"),
+        (["image,label,fold", f"{IMAGE},{LABEL},0", f"{OTHER},2"], "number from 0"),
+        (["image,label,patient,fold", f"{IMAGE},{LABEL},P,0", f"{OTHER},P,1"], "another row of patient P"),
+        (["image,label,annotated", f"{IMAGE},{LABEL},heart"], "annotated structures that do not exist"),
+    ],
+)
+def test_tables_that_cannot_be_used(lines, words, files):
+    root = make_table(files / "table", lines)
+    with pytest.raises(UserError) as error:
+        _, scan = scan_table(root)
+        usable_cases(scan, root)
+    assert words in str(error.value) and "cases.csv" in str(error.value)
+
+
+def test_a_table_that_is_not_there(files):
+    root = make_table(files / "table", FOUR)
+    (root / "cases.csv").unlink()
+    with pytest.raises(UserError, match=r"cases\.csv does not exist"):
+        scan_table(root)
+
+
+def test_a_network_of_a_table_predicts_folders_too(files):
+    """The data set that a workdir describes reads nnU-Net's layout where there is no table."""
+    dataset, _ = scan_table(make_table(files / "table", FOUR))
+    again = trained_dataset({"dataset": "table"}, json.loads(json.dumps(describe(dataset))))
+    assert len(again.scan(files / "table", False).cases) == 4
+    assert [c.case_id for c in again.scan(files / "raw" / "imagesTr", False).cases] == ["p1_jan", "p1_may", "p2", "p3"]

@@ -1,0 +1,530 @@
+"""Planning a recipe: measurements with known geometry, rules with known data, memory and time of invented machines."""
+
+import dataclasses
+import json
+import re
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from xdim_jax.base.config import load_config
+from xdim_jax.base.errors import UserError
+from xdim_jax.data.case import read_case, scan_cases
+from xdim_jax.data.datasets import get_dataset
+from xdim_jax.data.fingerprint import Fingerprint, measure, measure_cases
+from xdim_jax.data.labels import Labels
+from xdim_jax.data.prepare import Preparation, check_preparation, prepare
+from xdim_jax.data.regions import Regions
+from xdim_jax.data.store import store_key
+from xdim_jax.nets import networks
+from xdim_jax.planning import machine, page, plan_data
+from xdim_jax.planning.choices import check, choose
+from xdim_jax.planning.recipe import render
+from xdim_jax.training.check import resolve_config
+from xdim_jax.training.needs import Need
+
+
+def write_case(root, case, image, label, spacing):
+    """Arrays are (D, H, W) in the reader's memory."""
+    affine = np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])
+    for folder, name, array in (("imagesTr", f"{case}_0000", image), ("labelsTr", case, label)):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(array.transpose(2, 1, 0), affine), root / folder / f"{name}.nii.gz")
+
+
+def write_card(root, channels=("T1",), structures=("organ", "lesion")):
+    labels = {"background": 0} | {name: i for i, name in enumerate(structures, 1)}
+    root.mkdir(parents=True, exist_ok=True)
+    card = {"channel_names": {str(i): n for i, n in enumerate(channels)}, "labels": labels}
+    (root / "dataset.json").write_text(json.dumps(card))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two cases: a box of 6 x 8 x 10 voxels (organ) with two separate voxels, and one lesion of 2 x 2 x 2."""
+    root = tmp_path / "Dataset001_Own"
+    write_card(root)
+    for number, case in enumerate("ab"):
+        image = np.zeros((16, 40, 40), np.int16)
+        image[2:14, 4:36, 5:35] = 100
+        label = np.zeros(image.shape, np.uint8)
+        label[4:10, 10:18, 10:20] = 1
+        label[12, 30, 30], label[2, 30, 30] = 1, 1
+        label[5:7, 11:13, 11:13] = 2
+        image[label == 1], image[label == 2] = 200 + 10 * number, 300
+        write_case(root, case, image, label, (3.0, 1.0, 0.5))
+    return root
+
+
+def cases_of(root, name="nnunet"):
+    dataset = get_dataset({"dataset": name, "root": str(root)})
+    return dataset, scan_cases(dataset, root, need_labels=True).cases
+
+
+# -- the fingerprint --------------------------------------------------------------------------------------------------
+
+
+def test_measurements_of_boxes(root):
+    _, cases = cases_of(root)
+    found = measure(cases[0], read_case(cases[0]))
+    assert found["size"] == [16, 40, 40] and found["spacing"] == [3.0, 1.0, 0.5]
+    assert found["nonzero"] == [12, 32, 30]
+    organ, lesion = found["structures"]["organ"], found["structures"]["lesion"]
+    assert (organ["voxels"], organ["components"]) == (6 * 8 * 10 - 8 + 2, 3)
+    assert organ["largest"] == pytest.approx(472 / 474, abs=1e-6)
+    assert organ["extent"] == [11 * 3.0, 21 * 1.0, 21 * 0.5] and organ["slices"] == 8
+    assert (lesion["voxels"], lesion["components"], lesion["slices"]) == (8, 1, 2)
+    channel = found["channels"][0]
+    assert channel["zeros"] == pytest.approx(1 - 12 * 32 * 30 / 16 / 40 / 40, abs=1e-9)
+    assert channel["mean"] == pytest.approx((474 * 200 + 8 * 300) / 482)
+    assert (channel["foreground"][0], channel["foreground"][-1], channel["image"][0]) == (200, 300, 0)
+
+
+def test_cases_have_equal_weights(root):
+    dataset, cases = cases_of(root)
+    facts = {c.case_id: measure(c, read_case(c)) for c in cases}
+    found = Fingerprint(facts, dataset.channels, ("organ", "lesion"))
+    means = [(474 * v + 8 * 300) / 482 for v in (200, 210)]
+    squares = [(474 * v**2 + 8 * 300**2) / 482 for v in (200, 210)]
+    mean, sd = found.moments(0)
+    assert mean == pytest.approx(np.mean(means)) and sd == pytest.approx(
+        np.sqrt(np.mean(squares) - np.mean(means) ** 2)
+    )
+    assert found.percentile(0, 25) == 200 and found.percentile(0, 75) == 210
+    assert found.volume("lesion") == pytest.approx([8 * 1.5 / 1000] * 2)
+    assert found.share("lesion") == pytest.approx(8 / (16 * 40 * 40))
+    np.testing.assert_array_equal(found.prepared_sizes((0, 2.0, 1.0), cropped=False), [[16, 20, 20]] * 2)
+    np.testing.assert_array_equal(found.prepared_sizes((1.5, 0, 0), cropped=True), [[24, 32, 30]] * 2)
+
+
+def test_unchanged_cases_are_measured_once(root, tmp_path, monkeypatch):
+    dataset, cases = cases_of(root)
+    first = measure_cases(dataset, cases, tmp_path / "store")
+    calls = []
+    monkeypatch.setattr(
+        "xdim_jax.data.fingerprint.measure", lambda case, volume: calls.append(case.case_id) or measure(case, volume)
+    )
+    assert measure_cases(dataset, cases, tmp_path / "store") == first and not calls
+    label = root / "labelsTr" / "b.nii.gz"
+    changed = nib.load(label)
+    array = np.asarray(changed.dataobj).copy()
+    array[0, 0, 0] = 1
+    nib.save(nib.Nifti1Image(array, changed.affine), label)
+    again = measure_cases(dataset, cases, tmp_path / "store")
+    assert calls == ["b"] and again["a"] == first["a"]
+    assert again["b"]["structures"]["organ"]["voxels"] == 475
+
+
+def test_a_case_that_cannot_be_read_is_named(root, tmp_path):
+    (root / "imagesTr" / "b_0000.nii.gz").write_bytes(b"\x1f\x8bnothing")
+    dataset, cases = cases_of(root)
+    with pytest.raises(UserError, match="b_0000"):
+        measure_cases(dataset, cases, tmp_path / "store")
+
+
+# -- the rules --------------------------------------------------------------------------------------------------------
+
+
+def facts_of(**changes):
+    """One invented case of MR."""
+    levels = np.linspace(0, 400, 201).tolist()
+    values = {
+        "patient": "p",
+        "size": [64, 200, 200],
+        "spacing": [1.0, 1.0, 1.0],
+        "nonzero": [64, 200, 200],
+        "ct": [],
+        "channels": [{"image": levels, "foreground": levels, "mean": 100.0, "sd": 20.0, "zeros": 0.01}],
+        "foreground": {"voxels": 9000, "slices": 20, "extent": [20.0, 40.0, 40.0]},
+        "structures": {"organ": {"voxels": 64000, "slices": 40, "extent": [40.0] * 3, "components": 1, "largest": 1.0}},
+    }
+    return values | changes
+
+
+def fingerprint(count=12, structures=("organ",), channels=("T1",), **changes):
+    cases = {}
+    for i in range(count):
+        own = {k: v[i % len(v)] if isinstance(v, Each) else v for k, v in changes.items()}
+        cases[f"c{i:02d}"] = facts_of(patient=f"p{i}") | own
+    return Fingerprint(cases, channels, structures)
+
+
+class Each(list):
+    """Values for the cases in turn."""
+
+
+def dataset_of(structures=("organ",), regions=None):
+    labels = Labels("own", ("background", *structures), tuple(range(len(structures) + 1)))
+    sets = regions or {name: (i,) for i, name in enumerate(structures, 1)}
+    return dataclasses.replace(_TEMPLATE, labels=labels, regions=Regions(sets))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _template(tmp_path_factory):
+    global _TEMPLATE
+    root = tmp_path_factory.mktemp("template")
+    write_card(root)
+    _TEMPLATE = get_dataset({"dataset": "nnunet", "root": str(root)})
+
+
+def chosen(found, structures=("organ",), regions=None, **options):
+    return choose(found, dataset_of(structures, regions), **({"platform": "cpu", "weights": True} | options))
+
+
+def ct_channel(low=-1000, high=800, zeros=0.0):
+    levels = np.linspace(low, high, 201).tolist()
+    return {
+        "image": levels,
+        "foreground": np.linspace(-60, 140, 201).tolist(),
+        "mean": 40.0,
+        "sd": 30.0,
+        "zeros": zeros,
+    }
+
+
+@pytest.mark.parametrize(("slices", "network"), [(1, "omnianet"), (11, "omnianet"), (12, "dxnet"), (900, "dxnet")])
+def test_few_slices_make_a_2d_network(slices, network):
+    assert chosen(fingerprint(size=[slices, 200, 200])).network == network
+
+
+def test_isotropic_mr():
+    found = chosen(fingerprint())
+    assert found.prepare["spacing"] == (1.0, 1.0, 1.0) and found.patch == (64, 96, 96)
+    assert found.strides == (2, 2, 2, 2, 1), "64 slices: four after the fourth stride"
+    assert chosen(fingerprint(size=[155, 200, 200])).strides == (2,) * 5
+    assert found.rule == "mean" and found.output == "softmax"
+    assert found.prepare["normalise"] == "zscore" and found.prepare["window"] == () and found.folds == 5
+    assert found.mirror is None and found.dice == "sample" and found.foreground == 0.5
+
+
+def test_thick_slices_keep_their_depth():
+    """Slices 5 to 8 mm apart, pixels of 0.7 mm: the distance is that of thin cases, and the depth is halved late."""
+    found = chosen(fingerprint(spacing=Each([[5.0, 0.7, 0.7], [8.0, 0.7, 0.7]]), size=[32, 400, 400]))
+    depth, height, width = found.prepare["spacing"]
+    assert depth == 5.0 and height == width == 0.7
+    # 7.1 times as coarse: 7.1, 3.6, then 1.8, which is less than 2
+    assert found.strides == (1, 1, 2, 2, 2) and found.rule == "spacing" and found.ratio == pytest.approx(5 / 0.7)
+    assert found.patch[0] == 56, "32 slices of 8 mm are 51 of 5 mm, and the patch is a multiple of 8"
+
+
+def test_small_volumes_get_a_patch_that_the_network_accepts(tmp_path):
+    """32 voxels along every side, halved five times, would be a single voxel, whose variance is 0."""
+    found = chosen(fingerprint(size=[32, 30, 30], spacing=[1.0] * 3))
+    networks.check_patch(_model(found, tmp_path), found.patch)
+    tiny = chosen(fingerprint(size=[13, 10, 10], spacing=[1.0] * 3))
+    networks.check_patch(_model(tiny, tmp_path), tiny.patch)
+
+
+def _model(choices, tmp_path):
+    (tmp_path / "r.py").write_text(render(choices, {"dataset": "nnunet", "root": ""}, "A recipe."))
+    model = load_config(str(tmp_path / "r.py"), []).model
+    return model.to_dict() | {"in_channels": 1, "out_channels": 2}
+
+
+def test_few_slices_are_not_halved_away():
+    assert chosen(fingerprint(size=[20, 200, 200])).strides == (2, 2, 1, 1, 1)
+
+
+def test_ct_is_clipped_and_standardised_by_the_foreground():
+    found = chosen(_ct(12))
+    centre, width = found.prepare["window"]
+    # labelled voxels are uniform from -60 to 140: the percentiles 0.5 and 99.5 are -59 and 139
+    assert (centre, width) == (40.0, pytest.approx(198, abs=1)) and found.prepare["ct_statistics"] == (40.0, 30.0)
+    assert found.prepare["normalise"] == "zscore"
+
+
+def _ct(count, **changes):
+    cases = {f"c{i:02d}": facts_of(patient=f"p{i}", ct=[0], channels=[ct_channel()]) | changes for i in range(count)}
+    return Fingerprint(cases, ("CT",), ("organ",))
+
+
+def test_a_removed_background_is_cropped():
+    levels = np.linspace(0, 400, 201).tolist()
+    channel = {"image": levels, "foreground": levels, "mean": 1.0, "sd": 1.0, "zeros": 0.6}
+    cases = {f"c{i}": facts_of(patient=f"p{i}", channels=[channel], nonzero=[60, 120, 130]) for i in range(5)}
+    found = chosen(Fingerprint(cases, ("T1",), ("organ",)))
+    assert (found.prepare["normalise"], found.prepare["crop"]) == ("zscore_nonzero", "nonzero")
+    assert found.largest == (64, 128, 160)
+
+
+@pytest.mark.parametrize(
+    ("voxels", "foreground", "dice"), [(64000, 0.5, "sample"), (2000, 0.67, "batch"), (200, 0.9, "batch")]
+)
+def test_rare_structures_are_sampled_more_often(voxels, foreground, dice):
+    """200 of 2.56 million voxels are one in ten thousand."""
+    structures = {"organ": {"voxels": voxels, "slices": 9, "extent": [9.0] * 3, "components": 1, "largest": 1.0}}
+    found = chosen(_with(structures))
+    assert (found.foreground, found.dice) == (foreground, dice)
+
+
+def _with(structures):
+    cases = {f"c{i}": facts_of(patient=f"p{i}", structures=structures) for i in range(6)}
+    return Fingerprint(cases, ("T1",), tuple(structures))
+
+
+def test_a_spacing_becomes_coarser_for_large_structures():
+    """Structures over 300 mm, patches of 96 voxels of 1 mm: twice as coarse, unless a small structure forbids it."""
+    foreground = {"voxels": 9000, "slices": 20, "extent": [200.0, 300.0, 300.0]}
+    large = chosen(fingerprint(foreground=foreground, size=[300, 400, 400]))
+    assert large.prepare["spacing"] == (2.0, 2.0, 2.0)
+    # a sphere of 8 mm has 268 mm3: 1.6 times as coarse, it has five voxels along its diameter
+    small = {"organ": {"voxels": 268, "slices": 8, "extent": [8.0] * 3, "components": 1, "largest": 1.0}}
+    cases = {f"c{i}": facts_of(patient=f"p{i}", structures=small, foreground=foreground) for i in range(6)}
+    found = chosen(Fingerprint(cases, ("T1",), ("organ",)))
+    assert found.prepare["spacing"] == pytest.approx((1.6, 1.6, 1.6), abs=0.02)
+
+
+def test_pictures_are_not_mirrored_and_seen_whole():
+    found = chosen(fingerprint(size=[1, 300, 420], spacing=[1.0, 0.3, 0.3]))
+    assert found.sampling == "slices" and found.patch == (320, 448) and found.mirror == () and found.foreground == 0
+    wide = chosen(fingerprint(size=[1, 600, 1024], spacing=[1.0, 0.3, 0.3]))
+    assert wide.prepare["spacing"] == (0.0, 0.6, 0.6) and wide.patch == (320, 512)
+
+
+def test_nested_regions_have_channels_of_their_own():
+    structures = ("core", "edema")
+    found = chosen(
+        _with({n: facts_of()["structures"]["organ"] for n in structures}), structures, {"whole": (1, 2), "core": (1,)}
+    )
+    assert found.output == "sigmoid"
+
+
+@pytest.mark.parametrize(("count", "official", "folds"), [(3, 0, 3), (12, 0, 5), (12, 4, 4), (12, 1, 5)])
+def test_folds(count, official, folds):
+    found = chosen(fingerprint(count), official=official)
+    assert found.folds == folds and found.official == (official > 1)
+
+
+def test_without_weights_the_reason_names_the_command():
+    found = chosen(fingerprint(), weights=False)
+    assert not found.pretrained and "xdim_jax[weights]" in found.reasons["pretrained"]
+
+
+def test_every_choice_is_a_function_of_the_fingerprint():
+    assert chosen(fingerprint()) == chosen(fingerprint())
+
+
+# -- data that cannot be used ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (lambda: fingerprint(1), "at least two"),
+        (lambda: fingerprint(0), "at least two"),
+        (
+            lambda: fingerprint(foreground={"voxels": 0, "slices": 0, "extent": [0.0] * 3}, structures={}),
+            "labelled voxel",
+        ),
+        (lambda: _mixed_ct(), "modalities are mixed"),
+        (lambda: _mixed_mr(), "modalities are mixed"),
+    ],
+)
+def test_data_without_a_recipe(found, words):
+    with pytest.raises(UserError) as error:
+        check(found())
+    assert words in str(error.value)
+
+
+def _mixed_ct():
+    cases = dict(_ct(4).cases)
+    cases["c00"] = facts_of(patient="p0", ct=[0], channels=[ct_channel(0, 255)])
+    return Fingerprint(cases, ("CT",), ("organ",))
+
+
+def _mixed_mr():
+    cases = dict(fingerprint(4).cases)
+    cases["c00"] = facts_of(patient="p0", channels=[ct_channel()])
+    return Fingerprint(cases, ("T1",), ("organ",))
+
+
+def test_all_problems_are_listed_at_once():
+    found = Fingerprint({"a": facts_of(foreground={"voxels": 0}, structures={})}, ("T1",), ("organ",))
+    with pytest.raises(UserError, match="at least") as error:
+        check(found)
+    assert "labelled voxel" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (lambda: fingerprint(structures=("organ", "vessel")), "vessel occurs in no case"),
+        (lambda: _in_one_case(), "occurs in one patient only"),
+        (lambda: fingerprint(foreground=Each([facts_of()["foreground"], {"voxels": 0}])), "no labelled voxel"),
+        (lambda: fingerprint(spacing=Each([[6.0, 1.0, 1.0], [1.0, 6.0, 1.0]])), "different axes"),
+        (lambda: _unnamed_ct(), "looks like CT"),
+    ],
+)
+def test_doubtful_data_are_mentioned(found, words):
+    assert any(words in note for note in check(found()))
+
+
+def _in_one_case():
+    part = facts_of()["structures"]["organ"]
+    cases = {f"c{i}": facts_of(patient=f"p{i}") for i in range(4)}
+    cases["c2"]["structures"] = {"organ": part, "lesion": part}
+    return Fingerprint(cases, ("T1",), ("organ", "lesion"))
+
+
+def _unnamed_ct():
+    cases = {f"c{i}": facts_of(patient=f"p{i}", channels=[ct_channel()]) for i in range(4)}
+    return Fingerprint(cases, ("T1",), ("organ",))
+
+
+# -- memory and time --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def linear_memory(monkeypatch):
+    """A step needs 4 KiB for every voxel of a batch."""
+    monkeypatch.setattr(machine.needs, "make_choices", lambda config: [config])
+    monkeypatch.setattr(
+        machine.needs, "measure", lambda config, dataset, c: Need(4096 * np.prod(c.patch) * c.batch, 0, 0, 0)
+    )
+    return lambda choices: (choices, None)
+
+
+def test_the_batch_then_the_patch_is_reduced(linear_memory):
+    large = chosen(fingerprint(), platform="gpu")
+    assert large.patch == (64, 128, 128) and large.batch == 2
+    whole = 4096 * 64 * 128 * 128 * 2
+    assert machine.fit_memory(large, whole, linear_memory, lambda line: None).patch == large.patch
+    lines = []
+    half = machine.fit_memory(large, whole // 2, linear_memory, lines.append)
+    assert sorted(half.patch) == [64, 64, 96] and half.batch == 2
+    assert len(lines) == 4 and "too much" in half.reasons["batch"]
+    small = machine.fit_memory(large, 4096 * 64**3, linear_memory, lambda line: None)
+    assert small.patch == (64, 64, 64) and small.batch == 1
+    with pytest.raises(UserError, match=r"--memory=.*nothing fits.*32x32x32, batch 1"):
+        machine.fit_memory(large, 4096 * 32 * 32 * 32 - 1, linear_memory, lambda line: None)
+
+
+def test_a_smaller_picture_is_a_coarser_picture(linear_memory):
+    picture = chosen(fingerprint(size=[1, 512, 512], spacing=[1.0, 0.5, 0.5]))
+    assert picture.patch == (512, 512) and picture.batch == 8
+    found = machine.fit_memory(picture, 4096 * 256 * 256 * 2, linear_memory, lambda line: None)
+    assert found.batch == 2 and found.patch == (256, 256)
+    assert found.prepare["spacing"][1:] == pytest.approx((1.0, 1.0), rel=0.02), "never below, so that pictures fit"
+    assert min(found.prepare["spacing"][1:]) >= 1.0
+    sizes = fingerprint(size=[1, 512, 512], spacing=[1.0, 0.5, 0.5]).prepared_sizes(
+        found.prepare["spacing"], cropped=False
+    )
+    assert (sizes[:, 1:] <= found.patch).all(), "with sampling by slices, every picture must fit"
+
+
+def test_more_time_is_more_steps():
+    found, choices = fingerprint(), chosen(fingerprint())
+    quick = machine.fit_time(choices, found, 0.25, lambda c: 0.1, lambda line: None)
+    slow = machine.fit_time(choices, found, 4.0, lambda c: 0.1, lambda line: None)
+    steps = [c.epochs * c.epoch_steps for c in (quick, slow)]
+    assert steps[0] < steps[1] <= 2000 + 100 * 12
+    assert 0.5 * 900 / 5 / 0.1 < steps[0] < 900 / 5 / 0.1, "the rest is for validation and compiling"
+    assert quick.validate_every >= 1 and quick.patch == choices.patch
+
+
+def test_a_slow_machine_gets_smaller_patches():
+    found, choices = fingerprint(), chosen(fingerprint())
+    voxels = np.prod(choices.patch)
+    slow = machine.fit_time(choices, found, 2.0, lambda c: 3.0 * np.prod(c.patch) / voxels, lambda line: None)
+    assert slow.patch == (64, 64, 64) and "fewer than 1000" in slow.reasons["patch"]
+
+
+def test_no_time_is_an_error():
+    with pytest.raises(UserError, match=r"--hours=0\.01.*--folds=2"):
+        machine.fit_time(chosen(fingerprint()), fingerprint(), 0.01, lambda c: 5.0, lambda line: None)
+
+
+def test_step_times_are_measured_once(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(machine, "measure_step", lambda *_: calls.append(1) or 0.123456)
+    times = machine.StepTimes(tmp_path / "times.json", lambda c: (None, None))
+    one = chosen(fingerprint())
+    assert times(one) == times(one) == 0.12 and len(calls) == 1
+    machine.StepTimes(tmp_path / "times.json", lambda c: (None, None))(one.change(patch=(32, 32, 32)))
+    assert len(calls) == 2
+
+
+# -- the recipe -------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "3D": lambda: chosen(fingerprint()),
+    "thick": lambda: chosen(fingerprint(spacing=[5.0, 0.7, 0.7], size=[32, 400, 400])),
+    "2D": lambda: chosen(fingerprint(size=[1, 300, 420])),
+    "random": lambda: chosen(fingerprint(), weights=False),
+    "CT": lambda: chosen(_ct(4)),
+    "GPU": lambda: chosen(fingerprint(), platform="gpu"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recipe_can_be_read_by_training(kind, tmp_path):
+    choices = KINDS[kind]().change(epochs=7, epoch_steps=11, validate_every=2)
+    write_card(tmp_path / "data", ("CT",) if kind == "CT" else ("T1",), ("organ",))
+    section = {"dataset": "nnunet", "root": str(tmp_path / "data")}
+    path = tmp_path / "recipe.py"
+    path.write_text(render(choices, section, "A recipe."))
+    config, _ = resolve_config(load_config(f"{path}:fold=1", ["--config.train.epochs=3"]))
+    assert config.data.fold == 1 and config.train.epochs == 3 and config.data.epoch_steps == 11
+    assert tuple(config.data.patch) == choices.patch and config.data.folds == choices.folds
+    assert Preparation.from_config(config.data.prepare) == Preparation(**choices.prepare)
+    assert config.init.weights == ("tf_efficientnet_lite0.pypi" if choices.pretrained else "")
+    assert config.model.name == choices.network and config.output == choices.output
+    if not choices.flat:
+        assert tuple(config.model.depth.strides) == choices.strides and config.init.inflate == choices.rule
+    assert load_config(f"{path}:scratch", []).init.weights == ""
+    lines = path.read_text().splitlines()
+    assert max(map(len, lines)) <= 120
+    for reason in (r for name, r in choices.reasons.items() if r and name != "mirror"):
+        words = re.sub(r"[^a-z0-9]", "", reason.lower())
+        assert words in re.sub(r"[^a-z0-9]", "", path.read_text().lower()), reason
+
+
+def test_the_page_has_every_choice():
+    found = fingerprint()
+    text = page.render(found, chosen(found), "the recipe", plan_data.Path("data"))
+    for words in ("the recipe", "64 x 96 x 96", "softmax", "data:image/png;base64,", "12 of 12 patients"):
+        assert words in text
+
+
+# -- preparation of CT ------------------------------------------------------------------------------------------------
+
+
+def test_ct_is_standardised_with_the_given_numbers(tmp_path):
+    root = tmp_path / "data"
+    write_card(root, ("CT",))
+    image = np.full((4, 8, 8), -1000, np.int16)
+    image[1:3], image[1, 0, 0] = 40, 3000
+    write_case(root, "a", image, np.zeros(image.shape, np.uint8), (2.0, 1.0, 1.0))
+    _, cases = cases_of(root)
+    settings = Preparation(window=(40.0, 400.0), ct_statistics=(20.0, 10.0))
+    found = prepare(cases[0], read_case(cases[0]), settings).image()[..., 0]
+    assert found[1, 4, 4] == pytest.approx(2.0) and found[0, 0, 0] == pytest.approx(-18.0)
+    assert found[1, 0, 0] == pytest.approx(22.0)
+
+
+def test_ct_statistics_are_for_ct_only(tmp_path):
+    root = tmp_path / "data"
+    write_card(root)
+    image = np.random.default_rng(0).normal(500, 50, (4, 8, 8)).astype(np.float32)
+    write_case(root, "a", image, np.zeros(image.shape, np.uint8), (2.0, 1.0, 1.0))
+    dataset, cases = cases_of(root)
+    settings = Preparation(ct_statistics=(20.0, 10.0))
+    found = prepare(cases[0], read_case(cases[0]), settings).image()
+    assert found.mean() == pytest.approx(0, abs=1e-4) and found.std() == pytest.approx(1, abs=1e-4)
+    with pytest.raises(UserError, match=r"ct_statistics.*CT"):
+        check_preparation(dataset, settings)
+
+
+@pytest.mark.parametrize("value", [(1.0,), (0.0, 0.0), (0.0, -1.0), ("a", 1.0)])
+def test_ct_statistics_are_two_numbers(value):
+    with pytest.raises(UserError, match="ct_statistics"):
+        Preparation(ct_statistics=value)
+
+
+def test_the_new_setting_keeps_the_keys_of_older_stores(root):
+    """The key of a store of version 1, computed by the code before the setting existed."""
+    dataset, _ = cases_of(root)
+    values = store_key(dataset, Preparation())[1]
+    assert set(values["prepare"]) == {"crop", "spacing", "size", "window", "normalise"}
+    assert "ct_statistics" in store_key(dataset, Preparation(ct_statistics=(0.0, 1.0)))[1]["prepare"]
