@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo quick test test-slow test-newest golden lint docs format check venv clean help
+.PHONY: demo quick test test-slow test-newest test-accelerator golden lint docs format check venv clean help
 
 help:
 	@echo "make demo      phantoms -> train -> predict -> evaluate -> HTML report (minutes, CPU, no data needed)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow the tests that take minutes each: every encoder and network against PyTorch"
 	@echo "make golden    rewrites the golden files of the recipes, after a change of a recipe"
 	@echo "make test-newest  the tests with the newest libraries, in an environment of their own (PYTHON_NEWEST=python3.13)"
+	@echo "make test-accelerator  compiles the recipes for an H100 and a TPU chip that are not here (half an hour)"
 	@echo "make docs      the documentation into site/; a warning is an error"
 	@echo "make check     lint, types, docs and tests, as CI runs them"
 	@echo "make format    ruff format and fixes      make clean     remove .venv and runs/demo"
@@ -39,6 +40,12 @@ test-slow: venv
 # the other end of the supported versions; its own environment, so that neither is installed over the other
 test-newest:
 	$(MAKE) test VENV=.venv-newest PYTHON=$(PYTHON_NEWEST)
+
+# XLA's compilers for GPUs and TPUs, without drivers, in an environment of their own; nothing runs on such devices
+test-accelerator:
+	$(MAKE) venv VENV=.venv-accelerator
+	.venv-accelerator/bin/python -m pip install --quiet -c constraints.txt 'jax[tpu,cuda12-local]' nvidia-cuda-nvcc-cu12
+	JAX_PLATFORMS=cpu .venv-accelerator/bin/python -m pytest -m accelerator -n 1
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

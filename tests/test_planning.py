@@ -76,7 +76,6 @@ def test_measurements_of_boxes(root):
     assert organ["extent"] == [11 * 3.0, 21 * 1.0, 21 * 0.5] and organ["slices"] == 8
     assert (lesion["voxels"], lesion["components"], lesion["slices"]) == (8, 1, 2)
     channel = found["channels"][0]
-    assert channel["zeros"] == pytest.approx(1 - 12 * 32 * 30 / 16 / 40 / 40, abs=1e-9)
     assert channel["mean"] == pytest.approx((474 * 200 + 8 * 300) / 482)
     assert (channel["foreground"][0], channel["foreground"][-1], channel["image"][0]) == (200, 300, 0)
 
@@ -135,7 +134,7 @@ def facts_of(**changes):
         "spacing": [1.0, 1.0, 1.0],
         "nonzero": [64, 200, 200],
         "ct": [],
-        "channels": [{"image": levels, "foreground": levels, "mean": 100.0, "sd": 20.0, "zeros": 0.01}],
+        "channels": [{"image": levels, "foreground": levels, "mean": 100.0, "sd": 20.0}],
         "foreground": {"voxels": 9000, "slices": 20, "extent": [20.0, 40.0, 40.0]},
         "structures": {"organ": {"voxels": 64000, "slices": 40, "extent": [40.0] * 3, "components": 1, "largest": 1.0}},
     }
@@ -172,7 +171,7 @@ def chosen(found, structures=("organ",), regions=None, **options):
     return choose(found, dataset_of(structures, regions), **({"platform": "cpu", "weights": True} | options))
 
 
-def ct_channel(low=-1000, high=800, zeros=0.0):
+def ct_channel(low=-1000, high=800):
     levels = np.linspace(low, high, 201).tolist()
     return {
         "image": levels,
@@ -239,9 +238,14 @@ def _ct(count, **changes):
     return Fingerprint(cases, ("CT",), ("organ",))
 
 
+def test_black_inside_of_an_image_is_no_removed_background():
+    """Ultrasound: half of the pixels are 0, but the sector reaches all edges."""
+    assert chosen(fingerprint(size=[1, 300, 420], nonzero=[1, 290, 410])).prepare["normalise"] == "zscore"
+
+
 def test_a_removed_background_is_cropped():
     levels = np.linspace(0, 400, 201).tolist()
-    channel = {"image": levels, "foreground": levels, "mean": 1.0, "sd": 1.0, "zeros": 0.6}
+    channel = {"image": levels, "foreground": levels, "mean": 1.0, "sd": 1.0}
     cases = {f"c{i}": facts_of(patient=f"p{i}", channels=[channel], nonzero=[60, 120, 130]) for i in range(5)}
     found = chosen(Fingerprint(cases, ("T1",), ("organ",)))
     assert (found.prepare["normalise"], found.prepare["crop"]) == ("zscore_nonzero", "nonzero")

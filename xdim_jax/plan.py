@@ -9,6 +9,10 @@ for all devices together. A multiply-add counts as two.
 the bytes that its convolutions and matrix products read and write at least. --ceilings adds a column to it: a lower
 bound of the time on a device with the given peak rates.
 
+With --target, programs are compiled for devices that are not here: GPUs (h100, h200, a100, l4, rtx4090; h100:8 for
+eight) and TPUs (v5e:2x2, v6e:4x4, v5p:2x2x1, ...). This needs the extra cuda12 or tpu beside the CPU version of JAX,
+but no driver. The output also has the kernels that the compiler chose. --budget is then the memory of the device.
+
 With --budget, the command says which combinations fit into the memory of a device. --largest=patch or --largest=batch
 then searches for the largest one that fits.
 """
@@ -21,22 +25,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import jax
-
 from xdim_jax.base import log
 from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.config import load_config
-from xdim_jax.base.errors import UserError
+from xdim_jax.base.errors import UserError, gib
 from xdim_jax.base.files import write_json
 from xdim_jax.ops.compilation import cache_programs
+from xdim_jax.runs import environment
 from xdim_jax.training import needs
 from xdim_jax.training.check import resolve_config
+from xdim_jax.training.targets import Target, describe_kernels, names, open_target
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line, see ``--help``."""
     options, overrides = _parser().parse_known_args(argv)
+    if options.full and not options.target:
+        raise UserError("--full needs --target: programs for this machine are always optimised")
     config, dataset = resolve_config(load_config(options.config, overrides), needs_data=False)
+    target = open_target(options.target) if options.target else None
+    if target and not options.budget:
+        options.budget = gib(target.memory)
     budget = needs.parse_bytes(options.budget) if options.budget else None
     if options.largest and budget is None:
         raise UserError(f"--largest={options.largest} needs --budget=<memory of a device>, e.g. --budget=16GiB")
@@ -51,15 +60,20 @@ def main(argv: Sequence[str]) -> int:
         options.remat or (),
     )
     cache_programs()
-    device = jax.devices()[0]
-    log.say(f"devices    programs are compiled for {jax.device_count()} x {device.device_kind} ({device.platform})")
-    measure = functools.cache(functools.partial(needs.measure, config, dataset))
+    log.say(f"devices    programs are compiled for {target.title if target else environment.devices()}")
+    if target:
+        log.say(f"           {target.caution}")
+    measure = functools.cache(
+        functools.partial(needs.measure, config, dataset, target=target, optimise=options.full or not _is_tpu(target))
+    )
     if options.largest and budget is not None:
         log.say(f"search     for the largest {options.largest} in {options.budget}")
         fits = lambda choice: measure(choice).step_bytes <= budget  # noqa: E731
         choices = needs.search_largest(config, choices, options.largest, fits, say=log.say)
     rows = [(choice, measure(choice)) for choice in choices]
     log.write_result("\n".join(needs.format_rows(rows, budget)))
+    for choice, need in rows if target else ():
+        log.say(f"compiled   {choice}: {need.seconds:.0f} s; kernels: {describe_kernels(dict(need.kernels))}")
     for choice in choices if options.parts else ():
         log.say(f"parts      {choice}")
         for line in needs.format_parts(*needs.step_products(config, dataset, choice), ceilings):
@@ -68,7 +82,12 @@ def main(argv: Sequence[str]) -> int:
         log.say(f"largest    {needs.format_best(rows, budget)} (budget {options.budget})")
     if options.json:
         write_json(options.json, [dataclasses.asdict(c) | dataclasses.asdict(n) for c, n in rows])
-    return 0
+    return 2 if target and not any(need.step_bytes <= (budget or 0) for _, need in rows) else 0
+
+
+def _is_tpu(target: Target | None) -> bool:
+    """Return whether the target is a TPU, for which optimising takes several times longer."""
+    return target is not None and target.platform == "tpu"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,10 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "xdim_jax.plan",
         __doc__ or "",
-        "Exit status: 0 done; 2 unusable input.\n\nexamples:\n"
+        "Exit status: 0 done; 2 unusable input, or nothing fits the --target.\n\nexamples:\n"
         "  python -m xdim_jax.plan --config=configs/brats_dxnet.py --patch=96,96,96 --patch=128,128,128 \\\n"
         "      --precision=float32,bfloat16 --budget=16GiB\n"
-        "  python -m xdim_jax.plan --config=configs/brats_dxnet.py --budget=16GiB --largest=patch",
+        "  python -m xdim_jax.plan --config=configs/brats_dxnet.py --budget=16GiB --largest=patch\n"
+        "  python -m xdim_jax.plan --config=configs/brats_dxnet.py:scratch --target=h100 --precision=bfloat16",
     )
     parser.add_argument(
         "--config", required=True, metavar="FILE[:VARIANT,...]", help="a recipe, e.g. configs/brats_dxnet.py"
@@ -99,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STAGES",
         help="stages whose activations are recomputed (config.train.remat); may be given several times",
     )
+    parser.add_argument("--target", metavar="DEVICE", help=f"devices that are not here: {names()}")
+    parser.add_argument("--full", action="store_true", help="with --target for a TPU: compile with optimisation")
     parser.add_argument("--budget", metavar="SIZE", help="memory of a device, e.g. 16GiB")
     parser.add_argument(
         "--largest", choices=("patch", "batch"), help="search for the largest one that fits into --budget"

@@ -45,8 +45,7 @@ def measure(case: Case, volume: Volume) -> Facts:
         - ``nonzero``: Size (D, H, W) of the smallest box with all voxels that are not 0 in all channels.
         - ``ct``: Indices of the channels in HU.
         - ``channels``: For each channel, ``image`` and ``foreground`` (percentiles `LEVELS` of all voxels, and of the
-          labelled voxels, or None), ``mean`` and ``sd`` of the labelled voxels, and ``zeros``, the share of voxels that
-          are exactly 0.
+          labelled voxels, or None), and ``mean`` and ``sd`` of the labelled voxels.
         - ``foreground``: ``voxels``, ``slices`` (with a labelled voxel) and ``extent`` (size of the bounding box in mm)
           of all labelled voxels.
         - ``structures``: By name, the same for each structure that occurs, and ``components`` (number of 26-connected
@@ -78,7 +77,6 @@ def _intensities(channel: np.ndarray, mask: np.ndarray) -> Facts:
         "foreground": _percentiles(inside) if inside.size else None,
         "mean": float(inside.mean(dtype=np.float64)) if inside.size else None,
         "sd": float(inside.std(dtype=np.float64)) if inside.size else None,
-        "zeros": float(np.mean(flat == 0)),
     }
 
 
@@ -270,6 +268,6 @@ class Fingerprint:
         """Return the size in mm (D, H, W) of the bounding box of all structures, as median over cases."""
         return np.median([f["foreground"]["extent"] for f in self.cases.values() if f["foreground"]["voxels"]], 0)
 
-    def zeros(self) -> float:
-        """Return the smallest share, over cases and channels, of voxels that are exactly 0."""
-        return min(channel["zeros"] for facts in self.cases.values() for channel in facts["channels"])
+    def nonzero_share(self) -> float:
+        """Return the share of an image in the box around its voxels that are not 0, as median over cases."""
+        return float(np.median([math.prod(f["nonzero"]) / math.prod(f["size"]) for f in self.cases.values()]))

@@ -18,7 +18,7 @@ from xdim_jax.data.fingerprint import Fingerprint
 LEVELS = 5  # number of strides of the encoder
 _MIN_SLICES = 12  # with fewer slices (median), slices are segmented one by one
 _THICK = 3.0  # ratio of slice distance to pixel width above which slices are thick, as in nnU-Net
-_ZEROS = 0.25  # share of voxels that are 0 above which the background is considered removed
+_NONZERO = 0.75  # share of an image in its nonzero box below which the background was removed, as in nnU-Net
 _RARE = 1e-3  # share of the voxels of an image below which a structure is rare
 _MAX_PIXELS = 512  # largest side of a 2D patch
 _MAX_SIDE = {"cpu": 96, "gpu": 128, "tpu": 128}  # largest side of a 3D patch
@@ -352,11 +352,11 @@ def _intensities(found: Fingerprint) -> tuple[dict[str, Any], str]:
             f"standard deviation {sd:.4g}; images are clipped to this range and standardised with these numbers"
         )
     if len(ct) < len(found.channels) or not every:
-        if found.zeros() > _ZEROS:
+        if found.nonzero_share() < _NONZERO:
             values |= {"normalise": "zscore_nonzero", "crop": "nonzero"}
             text.append(
-                f"at least {100 * found.zeros():.0f} % of the voxels of every image are 0: the background was removed, "
-                "so it is cropped, and the other voxels are standardised image by image"
+                f"the box around the voxels that are not 0 has {100 * found.nonzero_share():.0f} % of an image (median): "
+                "the background was removed, so it is cropped, and the other voxels are standardised image by image"
             )
         else:
             text.append("intensities without a unit are standardised image by image")

@@ -7,7 +7,7 @@ statistics over a named axis; only the axis ``data`` is available.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -91,14 +91,20 @@ class Devices:
         else:
             replicated = NamedSharding(self.mesh, PartitionSpec())
             program = jax.jit(step, donate_argnums=0, out_shardings=(replicated, replicated))
-        with (
-            ops.gc_disabled(),
-            ops.use_implementation("sharded") if self.mesh.shape[SPACE] > 1 else contextlib.nullcontext(),
-        ):
+        sharded = self.mesh.shape[SPACE] > 1
+        with ops.gc_disabled(), ops.use_implementation("sharded") if sharded else contextlib.nullcontext():
             return program.lower(state, batch, key)
 
 
-def make_devices(data: int, space: int, *, batch: int, parallel: str = "jit", accumulate: int = 1) -> Devices:
+def make_devices(
+    data: int,
+    space: int,
+    *,
+    batch: int,
+    parallel: str = "jit",
+    accumulate: int = 1,
+    absent: Sequence[Any] | None = None,
+) -> Devices:
     """Build a mesh of ``data * space`` devices.
 
     Args:
@@ -107,6 +113,7 @@ def make_devices(data: int, space: int, *, batch: int, parallel: str = "jit", ac
         batch: Number of samples of the global batch.
         parallel: ``jit`` or ``pmap``.
         accumulate: Number of parts of the batch that a step processes one after the other.
+        absent: Devices that are not here (`xdim_jax.training.targets`), to compile for; None for those of JAX.
 
     Raises:
         UserError: There are too few devices, or numbers are not divisible: the devices by ``space``, or the batch by
@@ -116,7 +123,7 @@ def make_devices(data: int, space: int, *, batch: int, parallel: str = "jit", ac
         raise UserError(f"config.mesh.parallel={parallel!r} is unknown; known: {', '.join(PARALLELS)}")
     if parallel == "pmap" and space != 1:
         raise UserError(f"config.mesh.space={space}: pmap supports only the axis data; set --config.mesh.parallel=jit")
-    devices, processes = jax.devices(), jax.process_count()
+    devices, processes = (jax.devices(), jax.process_count()) if absent is None else (list(absent), 1)
     if space < 1 or len(devices) % space:
         raise UserError(f"config.mesh.space={space} does not divide the {len(devices)} devices")
     if processes > 1 and jax.local_device_count() % space:

@@ -6,11 +6,13 @@ Operations are counted from the definitions of the layers, not from the compiled
 multiply-add counts as two.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,9 +25,10 @@ from xdim_jax.data.case import Dataset
 from xdim_jax.nets import networks
 from xdim_jax.ops.compilation import needed_bytes
 from xdim_jax.runs.state import slow
-from xdim_jax.training.mesh import make_devices
-from xdim_jax.training.program import make_program, step_arguments
+from xdim_jax.training.mesh import Devices, make_devices
+from xdim_jax.training.program import Program, make_program, step_arguments
 from xdim_jax.training.roofline import Product, find_products
+from xdim_jax.training.targets import Target, count_kernels, exhausted_bytes, without_optimisation
 
 _UNITS = {"": 1, "B": 1, **{f"{k}B": 10 ** (3 * i) for i, k in enumerate("kMGT", 1)}}
 _UNITS |= {f"{k}iB": 2 ** (10 * i) for i, k in enumerate("KMGT", 1)}
@@ -69,12 +72,16 @@ class Need:
         step_flops: Floating-point operations of a training step on all devices.
         predict_bytes: Memory of the prediction of one patch.
         predict_flops: Floating-point operations of the prediction of one patch.
+        seconds: Time of compiling the training step.
+        kernels: How often each kind of kernel occurs in the training step; empty for the devices of this machine.
     """
 
     step_bytes: int
     step_flops: float
     predict_bytes: int
     predict_flops: float
+    seconds: float = 0.0
+    kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def make_choices(
@@ -94,8 +101,17 @@ def make_choices(
     return [Choice(*settings) for settings in itertools.product(*lists)]
 
 
-def measure(config: Config, dataset: Dataset, choice: Choice) -> Need:
+def measure(
+    config: Config, dataset: Dataset, choice: Choice, target: Target | None = None, *, optimise: bool = True
+) -> Need:
     """Compile training step and prediction for the devices of the config, and return their memory and operations.
+
+    Args:
+        config: Config of a recipe.
+        dataset: Data set of the config.
+        choice: Settings that replace those of the config.
+        target: Devices that are not here; None for those of this machine.
+        optimise: False to compile for the target without optimisation, which is faster.
 
     Raises:
         UserError: The choice does not fit the network or the devices.
@@ -107,25 +123,80 @@ def measure(config: Config, dataset: Dataset, choice: Choice) -> Need:
         raise UserError(str(error)) from error
     mesh = config.mesh
     devices = make_devices(
-        mesh.data, mesh.space, batch=choice.batch, parallel=mesh.parallel, accumulate=config.train.accumulate
+        mesh.data,
+        mesh.space,
+        batch=choice.batch,
+        parallel=mesh.parallel,
+        accumulate=config.train.accumulate,
+        absent=target.devices if target else None,
     )
     networks.check_space(config.model, choice.patch, devices.mesh.shape["space"])
     program, params, stats = make_program(config, dataset, per_epoch=1, axis=devices.axis, abstract=True)
     state, shapes, key = step_arguments(program, dataset, params, stats)
+    one = make_program(config, dataset, per_epoch=1, abstract=True)[0]  # without the axis name of pmap
+    if target is not None:
+        return _measure_target(config, devices, target, one, (state, shapes, key), optimise=optimise)
+    begin = time.monotonic()
     step = ops.compile_program(devices.lower(program.step, state, devices.abstract_batch(shapes), key))
-
+    seconds = time.monotonic() - begin
     weights = (slow(state.params), state.stats)
     image = jax.ShapeDtypeStruct((1, *choice.patch, config.model.in_channels), jnp.float32)
 
     def predict(weights: Any, image: jax.Array) -> jax.Array:
         return program.output.probabilities(program.forward(weights, image))
 
-    one = make_program(config, dataset, per_epoch=1, abstract=True)[0]  # without the axis name of pmap
     return Need(
         needed_bytes(step),
         count_flops(one.step, state, shapes, key),
         needed_bytes(ops.compile_program(jax.jit(predict).lower(weights, image))),
         count_flops(predict, weights, image),
+        seconds,
+    )
+
+
+def _measure_target(
+    config: Config,
+    devices: Devices,
+    target: Target,
+    program: Program,
+    arguments: tuple[Any, Any, Any],
+    *,
+    optimise: bool,
+) -> Need:
+    """Compile training step and prediction for devices that are not here."""
+    state, shapes, key = arguments
+    weights = (slow(state.params), state.stats)
+    image = jax.ShapeDtypeStruct((1, *config.data.patch, config.model.in_channels), jnp.float32)
+    sharding = target.one_device()
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (weights, image))
+
+    def predict(weights: Any, image: jax.Array) -> jax.Array:
+        return program.output.probabilities(program.forward(weights, image))
+
+    def step(*given: Any) -> Any:  # a new function, because JAX would reuse the trace for this machine
+        return program.step(*given)
+
+    form = contextlib.nullcontext() if devices.mesh.shape["space"] > 1 else ops.use_implementation("reference")
+    with form, without_optimisation(active=not optimise):
+        begin = time.monotonic()
+        lowered = devices.lower(step, state, devices.abstract_batch(shapes), key)
+        try:
+            compiled = lowered.compile()
+            memory, kernels = needed_bytes(compiled), count_kernels(compiled.as_text())
+        except jax.errors.JaxRuntimeError as error:
+            memory, kernels = exhausted_bytes(error), {}
+            if memory is None:
+                raise
+        seconds = time.monotonic() - begin
+        with ops.use_implementation("reference"):
+            predicted = needed_bytes(jax.jit(lambda w, x: predict(w, x)).lower(*placed).compile())
+    return Need(
+        memory,
+        count_flops(program.step, state, shapes, key),
+        predicted,
+        count_flops(predict, weights, image),
+        seconds,
+        kernels,
     )
 
 
