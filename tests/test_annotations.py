@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from xdim_jax import evaluate
+from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.data.case import describe, read_case, read_label, scan_cases, usable_cases
 from xdim_jax.data.datasets import get_dataset, trained_dataset
@@ -20,6 +21,7 @@ from xdim_jax.data.splits import official_split
 from xdim_jax.data.store import prepare_cases
 from xdim_jax.data.verify import verify
 from xdim_jax.inference.output import Output
+from xdim_jax.training.check import resolve_config
 from xdim_jax.training.loss import hard_dice, make_loss
 from xdim_jax.training.validation import draw
 
@@ -233,11 +235,14 @@ def files(tmp_path):
     return tmp_path
 
 
+IMAGE, LABEL = "../raw/imagesTr/p2_0000.nii.gz", "../raw/labelsTr/p2.nii.gz"
+OTHER = "../raw/imagesTr/p3_0000.nii.gz,../raw/labelsTr/p3.nii.gz"
+
 FOUR = (
     "case,image,label,patient,fold,annotated",
     "one,../raw/imagesTr/p1_jan_0000.nii.gz,../raw/labelsTr/p1_jan.nii.gz,P1,0,",
     "two,../raw/imagesTr/p1_may_0000.nii.gz,../raw/labelsTr/p1_may.nii.gz,P1,0,organ",
-    ",../raw/imagesTr/p2_0000.nii.gz,../raw/labelsTr/p2.nii.gz,P2,1,organ lesion",
+    ",../raw/imagesTr/p2_0000.nii.gz,../raw/labelsTr/p2.nii.gz,P2,1,organ|lesion",
     ",../raw/imagesTr/p3_0000.nii.gz,../raw/labelsTr/p3.nii.gz,,1,",
 )
 
@@ -265,18 +270,59 @@ def test_a_table_with_semicolons_and_two_channels(files):
     assert case.case_id == "p2" and read_case(case).image.shape[-1] == 2 and not scan.splits
 
 
-def test_cases_to_predict_need_no_label(files):
-    lines = ["image,label", "../raw/imagesTr/p2_0000.nii.gz,"]
+def test_rows_without_label_are_predicted_and_not_trained(files):
+    lines = ["image,label,annotated", f"{IMAGE},,", f"{OTHER},none"]
     root = make_table(files / "table", lines)
     _, scan = scan_table(root, need_labels=False)
-    assert [c.label for c in scan.cases] == [None]
-    with pytest.raises(UserError, match="has no label"):
-        _, scan = scan_table(root)
-        usable_cases(scan, root)
+    assert [(c.case_id, c.label is None) for c in scan.cases] == [("p2", True), ("p3", False)]
+    dataset, scan = scan_table(root)
+    (problem,) = scan.problems
+    assert [c.case_id for c in usable_cases(scan, root)] == ["p3"] and "no label" in problem.found
+    assert dataset.annotated(scan.cases[0]) == ()
 
 
-IMAGE, LABEL = "../raw/imagesTr/p2_0000.nii.gz", "../raw/labelsTr/p2.nii.gz"
-OTHER = "../raw/imagesTr/p3_0000.nii.gz,../raw/labelsTr/p3.nii.gz"
+def test_structures_with_blanks_and_the_key_of_dataset_json(files):
+    lines = ["image,label,annotated", f"{IMAGE},{LABEL},left kidney", f"{OTHER},"]
+    root = make_table(files / "table", lines, labels={"background": 0, "left kidney": 1, "lesion": 2})
+    card = json.loads((root / "dataset.json").read_text()) | {"annotated": {"p3": ["lesion"]}}
+    (root / "dataset.json").write_text(json.dumps(card))
+    dataset, scan = scan_table(root)
+    assert [dataset.annotated(c) for c in scan.cases] == [("left kidney",), ("lesion",)]
+
+
+def test_a_name_in_annotated_that_is_no_case(tmp_path):
+    dataset = get_dataset(
+        {"dataset": "nnunet", "root": str(make_root(tmp_path / "data", annotated={"a_0000": ["organ"]}))}
+    )
+    with pytest.raises(UserError, match=r"annotated.*a_0000"):
+        usable_cases(scan_cases(dataset, tmp_path / "data", need_labels=True), tmp_path / "data")
+
+
+def test_an_ignore_value_above_255(tmp_path):
+    """Written with 16 bits, and scored."""
+    root = make_root(tmp_path / "data", ignore=9)
+    for path in (root / "labelsTr").iterdir():
+        label = np.asarray(nib.load(path).dataobj).astype(np.uint16)
+        write_image(tmp_path / "pred" / path.name, np.where(label == 9, 0, label).astype(np.uint8))
+        label[label == 9] = 1000
+        write_image(path, label)
+    card = json.loads((root / "dataset.json").read_text())
+    card["labels"]["ignore"] = 1000
+    (root / "dataset.json").write_text(json.dumps(card))
+    arguments = [f"--pred={tmp_path / 'pred'}", f"--ref={root / 'labelsTr'}", f"--out={tmp_path / 'out'}", "--jobs=1"]
+    assert evaluate.main(["--rules=generic", "--metrics=dice", *arguments]) == 0
+    assert all(float(r["value"]) == 1 for r in rows(tmp_path / "out" / "cases.csv"))
+
+
+def test_softmax_does_not_know_parts_of_nested_regions(tmp_path):
+    root = make_root(tmp_path / "data", annotated={"b": ["whole"]})
+    card = json.loads((root / "dataset.json").read_text())
+    card["labels"] = {"background": 0, "whole": [1, 2], "core": 2}
+    (root / "dataset.json").write_text(json.dumps(card))
+    words = [f"--config.data.root={root}", "--config.output=softmax", "--config.loss.name=dice_ce"]
+    with pytest.raises(UserError, match=r"softmax.*nested"):
+        resolve_config(load_config("configs/own_dxnet.py", words))
+    resolve_config(load_config("configs/own_dxnet.py", words[:1]))
 
 
 @pytest.mark.parametrize(
@@ -292,6 +338,9 @@ OTHER = "../raw/imagesTr/p3_0000.nii.gz,../raw/labelsTr/p3.nii.gz"
         (["image,label,fold", f"{IMAGE},{LABEL},0", f"{OTHER},2"], "number from 0"),
         (["image,label,patient,fold", f"{IMAGE},{LABEL},P,0", f"{OTHER},P,1"], "another row of patient P"),
         (["image,label,annotated", f"{IMAGE},{LABEL},heart"], "annotated structures that do not exist"),
+        (["case,image,label", f"site/p,{IMAGE},{LABEL}"], "has the case id 'site/p'"),
+        (["case,image,label", f"../p,{IMAGE},{LABEL}"], "has the case id '../p'"),
+        (["case,image,label", f"p_seg,{IMAGE},{LABEL}"], "has the case id 'p_seg'"),
     ],
 )
 def test_tables_that_cannot_be_used(lines, words, files):

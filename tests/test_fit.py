@@ -97,6 +97,40 @@ def test_other_options_do_not_replace_a_recipe(quick, tmp_path):
         fit.main([*command(root, workdir, "--steps=plan"), "--hours=2"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--fold=3",), "unknown arguments --fold=3"),
+        (("--steps=plan", "--config.data.batch=4"), "has no effect on the plan"),
+        (("--workdir=gs://bucket/run",), "fit needs a local folder"),
+    ],
+)
+def test_wrong_flags_are_noticed_first(flags, words, quick, tmp_path):
+    with pytest.raises(UserError, match=words):
+        fit.main(command(make_cases(tmp_path / "Dataset001_Own"), tmp_path / "run", *flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_networks_get_a_choice_of_their_own(quick, tmp_path):
+    """Trained anew: what was chosen for the earlier weights is not used."""
+    root, workdir = make_cases(tmp_path / "Dataset001_Own"), tmp_path / "run"
+    assert fit.main(command(root, workdir, *SHORT)) == 0
+    path = workdir / "postprocessing.json"
+    record = json.loads(path.read_text())
+    record["chosen"]["min_volume"] = {"organ": 1000.0}
+    path.write_text(json.dumps(record))
+    assert fit.main(command(root, workdir, *SHORT)) == 0
+    assert json.loads(path.read_text())["chosen"]["min_volume"] == {"organ": 1000.0}, (
+        "for the same networks, it is kept"
+    )
+    for fold in ("fold0", "fold1"):
+        shutil.rmtree(workdir / fold)
+    assert fit.main(command(root, workdir, *SHORT, "--config.seed=1")) == 0
+    again = json.loads(path.read_text())
+    assert again["networks"] != record["networks"] and again["chosen"]["min_volume"] != {"organ": 1000.0}
+    assert (workdir / "fold0" / "postprocessing.json").read_text() == path.read_text()
+
+
 def test_errors_of_the_data_end_it(quick, tmp_path, capsys):
     root = make_cases(tmp_path / "Dataset001_Own")
     (root / "labelsTr" / "c1.nii.gz").unlink()
@@ -136,6 +170,8 @@ def test_a_table_goes_through_all_steps(quick, tmp_path, capsys):
     assert splits == [["c0", "c1"], ["c2", "c3"]]
     with open(workdir / "evaluation" / "cases.csv", newline="") as file:
         rows = {(r["case_id"], r["structure"], r["metric"]): r["value"] for r in csv.DictReader(file)}
+    evaluation = json.loads((workdir / "evaluation" / "evaluate.json").read_text())
+    assert {c: v["patient"] for c, v in evaluation["cases"].items()} == {"c0": "P0", "c1": "P0", "c2": "P1", "c3": "P1"}
     assert rows["c3", "organ", "dice"] and ("c3", "vessel", "dice") not in {
         k for k, v in rows.items() if v not in ("", "nan")
     }

@@ -143,6 +143,8 @@ def facts_of(**changes):
 
 def fingerprint(count=12, structures=("organ",), channels=("T1",), **changes):
     cases = {}
+    if "size" in changes:
+        changes = {"nonzero": changes["size"]} | changes
     for i in range(count):
         own = {k: v[i % len(v)] if isinstance(v, Each) else v for k, v in changes.items()}
         cases[f"c{i:02d}"] = facts_of(patient=f"p{i}") | own
@@ -178,7 +180,6 @@ def ct_channel(low=-1000, high=800):
         "foreground": np.linspace(-60, 140, 201).tolist(),
         "mean": 40.0,
         "sd": 30.0,
-        "zeros": zeros,
     }
 
 
@@ -322,7 +323,6 @@ def test_every_choice_is_a_function_of_the_fingerprint():
             "labelled voxel",
         ),
         (lambda: _mixed_ct(), "modalities are mixed"),
-        (lambda: _mixed_mr(), "modalities are mixed"),
     ],
 )
 def test_data_without_a_recipe(found, words):
@@ -358,6 +358,7 @@ def test_all_problems_are_listed_at_once():
         (lambda: fingerprint(foreground=Each([facts_of()["foreground"], {"voxels": 0}])), "no labelled voxel"),
         (lambda: fingerprint(spacing=Each([[6.0, 1.0, 1.0], [1.0, 6.0, 1.0]])), "different axes"),
         (lambda: _unnamed_ct(), "looks like CT"),
+        (lambda: _mixed_mr(), "if modalities are mixed"),
     ],
 )
 def test_doubtful_data_are_mentioned(found, words):
@@ -432,6 +433,62 @@ def test_a_slow_machine_gets_smaller_patches():
     voxels = np.prod(choices.patch)
     slow = machine.fit_time(choices, found, 2.0, lambda c: 3.0 * np.prod(c.patch) / voxels, lambda line: None)
     assert slow.patch == (64, 64, 64) and "fewer than 1000" in slow.reasons["patch"]
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(1, 2), (2, 2), (3, 3), (8, 8)])
+def test_every_device_has_a_sample(devices, batch, linear_memory):
+    found = chosen(fingerprint(), platform="gpu", devices=devices)
+    assert found.batch == batch
+    small = machine.fit_memory(found, 4096 * 64 * 64 * 96 * batch, linear_memory, lambda line: None)
+    assert small.batch == batch and sorted(small.patch) == [64, 64, 96], "the patch, not the batch, becomes smaller"
+
+
+def test_validations_keep_to_their_share():
+    """19 epochs, and time for at most ten validations."""
+    found, choices = fingerprint(), chosen(fingerprint())
+    for hours in (0.5, 1.0, 3.0):
+        planned = machine.fit_time(choices, found, hours, lambda c: 0.1, lambda line: None)
+        assert -(-planned.epochs // planned.validate_every) <= 10
+
+
+SPLITS = [{"training": ("p0",), "validation": ("p1",)}, {"training": ("p1",), "validation": ("p0",)}]
+
+
+@pytest.mark.parametrize(
+    ("count", "splits", "number", "words"),
+    [
+        (2, SPLITS, 2, ""),
+        (2, SPLITS[:1], 0, ""),
+        (3, SPLITS, 0, "validates on p2"),
+        (2, [SPLITS[0], SPLITS[0]], 0, "validates on p0"),
+        (2, [*SPLITS, SPLITS[0]], 0, "the same patients"),
+        (2, [*SPLITS, {"training": ("p0", "p1"), "validation": ()}], 0, "or on none"),
+    ],
+)
+def test_a_list_of_folds_is_used_if_it_validates_on_everybody_once(count, splits, number, words):
+    found, note = plan_data._usable_folds(splits, fingerprint(count))
+    assert found == number and words in note and bool(note) == bool(words)
+
+
+def test_a_corrected_table_is_believed(root, tmp_path):
+    """The patients are those of the table now, and not those when the files were measured."""
+    (root / "cases.csv").write_text(_table("P", "P"))
+    dataset, cases = cases_of(root, "table")
+    assert Fingerprint(measure_cases(dataset, cases, tmp_path / "store"), ("T1",), ()).patients == {"P"}
+    (root / "cases.csv").write_text(_table("P", "Q"))
+    dataset, cases = cases_of(root, "table")
+    assert Fingerprint(measure_cases(dataset, cases, tmp_path / "store"), ("T1",), ()).patients == {"P", "Q"}
+
+
+def _table(*patients):
+    rows = [f"imagesTr/{c}_0000.nii.gz,labelsTr/{c}.nii.gz,{p}" for c, p in zip("ab", patients, strict=True)]
+    return "\n".join(["image,label,patient", *rows])
+
+
+def test_a_recipe_names_every_option_of_its_data_set():
+    section = plan_data.complete_section({"dataset": "chaos", "root": "/data"})
+    assert section["task"] == 5 and section["phase"] == "in"
+    assert plan_data.complete_section({"dataset": "nnunet", "root": "/d"}) == {"dataset": "nnunet", "root": "/d"}
 
 
 def test_no_time_is_an_error():

@@ -146,7 +146,7 @@ def test_the_dice_of_every_threshold(data, tmp_path):
     checkpoint.close(checkpoints)
     predictor = xdim_jax.Predictor(workdir, probabilities=True)
     case = data[1][0][1]
-    found = postprocessing._dice_by_threshold(predictor, case)
+    found = postprocessing._dice_by_threshold(predictor, case, postprocessing._THRESHOLDS)
     probabilities = predictor.predict_case(case).probabilities
     truth = read_label(case)
     for r in (0, 1):
@@ -226,15 +226,18 @@ def test_runs_with_different_choices_are_no_ensemble(run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)
     write_json(other / POSTPROCESSING_FILE, {"chosen": CHOSEN, "tried": []})
-    with pytest.raises(UserError, match=POSTPROCESSING_FILE):
+    with pytest.raises(UserError, match=rf"{POSTPROCESSING_FILE}.*largest, min_volume"):
         xdim_jax.Predictor([run, other])
+    both = xdim_jax.Predictor([run, other], largest="none", min_volume={})
+    assert both.resolved.largest == () and not both.resolved.min_volume
 
 
 def test_the_validation_predictions_are_those_of_predict(run, tmp_path, capsys):
     """Chosen, applied to the label maps without computing them again, and the same as if predicted anew."""
     chosen = postprocessing.choose_postprocessing(run)
     assert isinstance(chosen, PostProcessing) and (run / POSTPROCESSING_FILE).is_file()
-    write_json(run / POSTPROCESSING_FILE, {"chosen": CHOSEN, "tried": []})
+    record = json.loads((run / POSTPROCESSING_FILE).read_text())
+    write_json(run / POSTPROCESSING_FILE, record | {"chosen": CHOSEN})
     assert postprocessing.choose_postprocessing(run) == PostProcessing({}, ("organ",), {"lesion": 0.012})
     capsys.readouterr()
     postprocessing.apply_postprocessing(run)

@@ -19,17 +19,18 @@ and evaluate.json (files and options). Compare two evaluations with python -m xd
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from xdim_jax.base import bucket
 from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.errors import UserError, shorten
+from xdim_jax.base.files import read_json
 from xdim_jax.base.huge_pages import prefer_huge_pages
 from xdim_jax.data.datasets import scoring_rules
 from xdim_jax.data.images.names import normalised
-from xdim_jax.runs.workdir import PREDICTIONS_FOLDER, find_members, read_config
+from xdim_jax.runs.workdir import PREDICTIONS_FOLDER, SPLIT_FILE, find_members, read_config
 from xdim_jax.scoring import challenges, generic
 from xdim_jax.scoring.folders import check_small_et_kept, evaluate_folders
 from xdim_jax.scoring.masks import METRICS
@@ -49,11 +50,17 @@ def main(argv: Sequence[str]) -> int:
 
             cache_programs()
             options.ref, cases = predict_validation(workdir, options.pred)
-            _evaluate(options, cases)
+            _evaluate(options, cases, _patients(workdir) if options.rules == "generic" else {})
     return 0
 
 
-def _evaluate(options: Any, cases: set[str] | None = None) -> None:
+def _patients(workdir: Path) -> dict[str, str]:
+    """Return the patients of the cases of a run or a cross-validation."""
+    splits = [read_json(member / SPLIT_FILE) for member in find_members([workdir])]
+    return {case: patient for split in splits for case, patient in split.get("patients", {}).items()}
+
+
+def _evaluate(options: Any, cases: set[str] | None = None, patients: Mapping[str, str] | None = None) -> None:
     """Score the cases with the given ids, or all cases, and write the results."""
     if absent := [f"--{name}" for name in ("rules", "pred", "ref", "out") if getattr(options, name) is None]:
         raise UserError(f"{' and '.join(absent)} missing: give --rules, --pred, --ref and --out, or --workdir")
@@ -75,6 +82,7 @@ def _evaluate(options: Any, cases: set[str] | None = None) -> None:
         metrics=options.metrics,
         missing=options.missing,
         processes=options.jobs,
+        patients=patients,
     )
 
 

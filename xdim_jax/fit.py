@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xdim_jax import evaluate, report
-from xdim_jax.base import log
+from xdim_jax.base import bucket, log
 from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.config import Config, load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_json
-from xdim_jax.base.signals import REQUEUE, catch_signals
+from xdim_jax.base.signals import REQUEUE, StopRequest, catch_signals
 from xdim_jax.data.case import list_cases
 from xdim_jax.data.datasets import DATASETS, get_dataset
 from xdim_jax.data.images.names import files_below
@@ -56,9 +56,32 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line, see ``--help``."""
     options, overrides = _parser().parse_known_args(argv)
     last = STEPS.index(options.steps)
-    section = json.loads(json.dumps(read_section(options, options.dataset)))  # as in the record
+    _check_arguments(options, overrides, last)
+    section = read_section(options, options.dataset) | {"root": str(options.root.absolute())}
+    section = json.loads(json.dumps(section))  # as in the records
     get_dataset(section)  # raises UserError before anything is read
-    workdir = options.workdir
+    with catch_signals() as stop:
+        return _run_steps(section, options, overrides, last, stop)
+
+
+def _check_arguments(options: argparse.Namespace, overrides: Sequence[str], last: int) -> None:
+    """Raise UserError for arguments that cannot be used, before the first step."""
+    if unknown := [word for word in overrides if not word.startswith("--config.")]:
+        raise UserError(f"unknown arguments {' '.join(unknown)}; see python -m xdim_jax.fit --help")
+    if overrides and last < STEPS.index("prepare"):
+        raise UserError(
+            f"{' '.join(overrides)} has no effect on the plan; give it with --steps=prepare or later, or edit the "
+            "recipe"
+        )
+    if bucket.is_address(options.workdir):
+        raise UserError(f"--workdir={options.workdir}: fit needs a local folder; copy it to a bucket afterwards")
+
+
+def _run_steps(
+    section: dict[str, Any], options: argparse.Namespace, overrides: Sequence[str], last: int, stop: StopRequest
+) -> int:
+    """Run all steps up to the last one, and return the exit status."""
+    workdir = Path(options.workdir)
     if status := _verify(section, workdir, options.jobs):
         return status
     if last < STEPS.index("plan"):
@@ -71,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     _prepare(config, options.jobs)
     if last < STEPS.index("train"):
         return 0
-    if status := _train(config, workdir):
+    if status := _train(config, workdir, stop):
         return status
     if last < STEPS.index("evaluate"):
         return 0
@@ -95,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--dataset", choices=list(DATASETS), default="nnunet", help="format of the data set (default: %(default)s)")
     add("--root", type=Path, required=True, help="folder of the data set")
-    add("--workdir", type=Path, required=True, help="folder for all results, created if it does not exist")
+    add("--workdir", required=True, help="folder for all results, created if it does not exist")
     add("--hours", type=float, default=8.0, help="time for training all folds on this machine (default: %(default)s)")
     add(
         "--memory", default="", metavar="SIZE", help="memory for a training step, e.g. 16GiB (default: of this machine)"
@@ -113,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 def _verify(section: dict[str, Any], workdir: Path, jobs: int) -> int:
     """Check the data, unless the same files have been checked already. Returns 1 if there are errors."""
     path, root = workdir / VERIFY_FILE, Path(section["root"])
-    files = _digest(root)
+    files = _digest(section)
     known = read_json(path) if path.is_file() else {}
     if isinstance(known, dict) and known.get("files") == files and known.get("section") == section:
         log.say(f"verify     {known['cases']} cases, already checked without errors")
@@ -129,14 +152,18 @@ def _verify(section: dict[str, Any], workdir: Path, jobs: int) -> int:
     return 0
 
 
-def _digest(root: Path) -> str:
-    """Return a digest of the names, sizes and modification times of all files below a folder."""
-    if not root.is_dir():
-        raise UserError(f"--root={root} is not a folder; give the folder of the data")
+def _digest(section: dict[str, Any]) -> str:
+    """Return a digest of the names, sizes and modification times of all files of the data."""
+    root = Path(section["root"])
+    cases = get_dataset(section).scan(root, False).cases if root.is_dir() else []
     digest = hashlib.sha256()
-    for path in files_below(root):
-        state = path.stat()
-        digest.update(f"{path.relative_to(root)} {state.st_size} {state.st_mtime_ns}\n".encode())
+    for path in sorted({*files_below(root), *(path for case in cases for path in case.files)}):
+        try:
+            state = path.stat()
+        except OSError:  # verify reports it if the data need it
+            digest.update(f"{path} absent\n".encode())
+        else:
+            digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -145,7 +172,7 @@ def _plan(section: dict[str, Any], recipe: Path, options: argparse.Namespace) ->
     record = recipe.with_suffix(".json")
     asked = {"section": section, "hours": options.hours, "memory": options.memory, "folds": options.folds}
     if recipe.is_file():
-        known = read_json(record) if record.is_file() else asked
+        known = read_json(record)
         if changed := [key for key in asked if known.get(key) != asked[key]]:
             raise UserError(
                 f"{recipe} was planned with other values of {', '.join(changed)}; give another --workdir, or delete "
@@ -153,6 +180,7 @@ def _plan(section: dict[str, Any], recipe: Path, options: argparse.Namespace) ->
             )
         log.say(f"plan       {recipe} is used as it is; delete it to plan again")
         return
+    write_json(record, asked)  # before the recipe, which is written last
     plan_recipe(
         section,
         recipe,
@@ -162,7 +190,6 @@ def _plan(section: dict[str, Any], recipe: Path, options: argparse.Namespace) ->
         store=options.store,
         jobs=options.jobs,
     )
-    write_json(record, asked)
 
 
 def _prepare(config: Config, jobs: int) -> None:
@@ -174,14 +201,13 @@ def _prepare(config: Config, jobs: int) -> None:
     prepare_cases(dataset, cases, settings, base, jobs=jobs, say=log.say, progress=log.progress_bar("prepare"))
 
 
-def _train(config: Config, workdir: Path) -> int:
+def _train(config: Config, workdir: Path, stop: StopRequest) -> int:
     """Train all folds that are not finished, and return the exit status."""
     assert config.data.fold == ALL_FOLDS
-    with catch_signals() as stop:
-        resolved, _ = resolve_config(config)
-        cache_programs()
-        checkpoint.silence_orbax()
-        return crossval.train_folds(resolved, workdir, functools.partial(train_one_by_one, stop=stop))
+    resolved, _ = resolve_config(config)
+    cache_programs()
+    checkpoint.silence_orbax()
+    return crossval.train_folds(resolved, workdir, functools.partial(train_one_by_one, stop=stop))
 
 
 def _evaluate(workdir: Path, jobs: int) -> None:

@@ -152,7 +152,7 @@ def measure_cases(
         write_json(path, {"version": _VERSION, "dataset": dataset.name, "cases": known | kept})
     if problems:
         raise data_error(*problems, summary=f"problems in {len(cases) - len(found)} of {len(cases)} cases")
-    return {case.case_id: found[case.case_id] for case in cases}
+    return {case.case_id: found[case.case_id] | {"patient": case.patient} for case in cases}
 
 
 def _key(dataset: Dataset) -> str:
@@ -171,15 +171,15 @@ def _read_known(path: Path) -> dict[str, Any]:
 
 
 def _signature(case: Case) -> list[list[Any]]:
-    """Return name, size and modification time of every file of the case."""
-    found = []
+    """Return the properties of the case that affect its measurements, and the state of every file."""
+    found: list[list[Any]] = [[case.axes, sorted(case.info.items())]]
     for path in case.files:
         try:
             state = path.stat()
         except OSError:  # reported when the case is read
             return []
         found.append([str(path.name), state.st_size, state.st_mtime_ns])
-    return found
+    return json.loads(json.dumps(found))  # as in the file
 
 
 # -- summary ------------------------------------------------------------------------------------------------------

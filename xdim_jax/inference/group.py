@@ -13,6 +13,7 @@ import numpy as np
 
 from xdim_jax import ops
 from xdim_jax.base.errors import UserError
+from xdim_jax.data.case import Dataset
 from xdim_jax.data.prepare import Preparation, Prepared
 from xdim_jax.inference.output import Output
 from xdim_jax.inference.settings import (
@@ -27,6 +28,7 @@ from xdim_jax.inference.sliding_window import Segmenter, Sink, all_flips, make_s
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import PRECISIONS, make_forward, split_model
 from xdim_jax.runs import checkpoint
+from xdim_jax.runs.workdir import read_config
 
 # sections of the config that are equal for all networks of a group
 _GROUP_KEYS = ("model", "predict", "data.patch", "data.prepare")
@@ -79,7 +81,12 @@ def divide(workdirs: Sequence[Path], configs: Sequence[Any]) -> list[tuple[list[
 
 
 def load_group(
-    workdirs: Sequence[Path], config: Any, output: Output, settings: Settings, extra_outputs: frozenset[str]
+    workdirs: Sequence[Path],
+    config: Any,
+    output: Output,
+    settings: Settings,
+    extra_outputs: frozenset[str],
+    chosen: PostProcessing,
 ) -> Group:
     """Load the networks of a group.
 
@@ -89,11 +96,12 @@ def load_group(
         output: Meaning of the channels.
         settings: Settings that the user has given.
         extra_outputs: See `xdim_jax.inference.sliding_window.Segmenter`.
+        chosen: Post-processing that was chosen for the runs.
 
     Raises:
         UserError: A workdir has no weights, or a setting cannot be used.
     """
-    resolved = resolve(settings, config, output.regions, common_postprocessing(workdirs))
+    resolved = resolve(settings, config, output.regions, chosen)
     graphdef, params, stats = split_model(networks.build(config.model, seed=0))
     loaded = [checkpoint.load_weights(w, params, stats) for w in workdirs]
     members = [(params, stats) for params, stats, _ in loaded]
@@ -122,16 +130,34 @@ def load_group(
     )
 
 
-def common_postprocessing(workdirs: Sequence[Path]) -> PostProcessing:
-    """Return the post-processing that was chosen for all of these runs. Raises UserError if it differs."""
+def common_postprocessing(workdirs: Sequence[Path], settings: Settings) -> PostProcessing:
+    """Return the post-processing that was chosen for all of these runs.
+
+    Raises:
+        UserError: It differs in a value that the settings do not have.
+    """
+    given = {
+        "threshold": settings.threshold is not None,
+        "largest": bool(settings.largest),
+        "min_volume": settings.min_volume is not None,
+    }
     found = [read_postprocessing(workdir) for workdir in workdirs]
     for workdir, other in zip(workdirs[1:], found[1:], strict=True):
-        if other != found[0]:
+        keys = [k for k, known in given.items() if not known and getattr(other, k) != getattr(found[0], k)]
+        if keys:
             raise UserError(
-                f"the runs cannot be an ensemble: {POSTPROCESSING_FILE} differs between {workdirs[0]} and {workdir}; "
-                "run python -m xdim_jax.fit for both, or delete both files"
+                f"{POSTPROCESSING_FILE} differs between {workdirs[0]} and {workdir} in {', '.join(keys)}; give "
+                f"{' and '.join(f'--{key}' for key in keys)} for the ensemble"
             )
     return found[0]
+
+
+def network_digest(workdir: Path, dataset: Dataset) -> str:
+    """Return a digest of the weights and the config of a run, whatever post-processing was chosen for it."""
+    config = read_config(workdir)
+    _, params, stats = split_model(networks.build(config.model, seed=0))
+    params, stats, _ = checkpoint.load_weights(workdir, params, stats)
+    return weights_digest(config, [(params, stats)], resolve(Settings(), config, dataset.regions))
 
 
 def weights_digest(config: Any, members: Sequence[Any], resolved: ResolvedSettings) -> str:

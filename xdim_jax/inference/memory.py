@@ -72,7 +72,8 @@ def required_bytes(predictor: Predictor, cases: Sequence[Case]) -> tuple[int, in
     devices = [g.segmenter.device_bytes(g.weights, v, in_channels) for g, v in zip(groups, volumes, strict=True)]
     device = max(devices) + sum(leaf.nbytes for group in groups[1:] for leaf in jax.tree.leaves(group.weights))
     # the label map, the masks of post-processing, and the files of probabilities and uncertainty
-    labels = (11 if predictor.settings.largest else 4) * voxels + maps
+    components = predictor.resolved.largest or predictor.resolved.min_volume
+    labels = (11 if components else 4) * voxels + maps
     if len(groups) > 1:  # the averages over groups
         labels += 4 * channels * voxels
     if len(volumes[0]) == 1:

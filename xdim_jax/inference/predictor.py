@@ -18,7 +18,7 @@ from xdim_jax.data.images.nifti import SUFFIXES, write_volume
 from xdim_jax.data.prepare import Prepared, prepare
 from xdim_jax.inference import inputs
 from xdim_jax.inference.arrays import array_case
-from xdim_jax.inference.group import common_digest, divide, load_group, segment_with_groups
+from xdim_jax.inference.group import common_digest, common_postprocessing, divide, load_group, segment_with_groups
 from xdim_jax.inference.output import make_output, postprocess
 from xdim_jax.inference.settings import ResolvedSettings, Settings
 from xdim_jax.inference.sliding_window import Sink
@@ -118,7 +118,10 @@ class Predictor:
         self.extra_outputs = names
         divided = divide(self.workdirs, configs)
         several = frozenset({"probabilities"}) if len(divided) > 1 else frozenset()
-        self.groups = [load_group(w, first, self.output, self.settings, names | several) for w, first in divided]
+        chosen = common_postprocessing(self.workdirs, self.settings)
+        self.groups = [
+            load_group(w, first, self.output, self.settings, names | several, chosen) for w, first in divided
+        ]
         if self.settings.uncertainty and len(self.workdirs) == 1 and not self.resolved.flips:
             raise UserError(
                 "--uncertainty is the variance over networks and mirror images: give several --workdir, --flips, or "

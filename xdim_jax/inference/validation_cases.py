@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import atomic_path, read_json, write_json
-from xdim_jax.data.case import Case, Dataset, scan_cases
-from xdim_jax.data.images.image import SUFFIXES
-from xdim_jax.data.images.nifti import read_note
+from xdim_jax.data.case import Case, Dataset, read_label, scan_cases
+from xdim_jax.data.images.image import read_grid
+from xdim_jax.data.images.nifti import read_note, write_volume
+from xdim_jax.data.labels import IGNORE
 from xdim_jax.inference.folder import claim_output, make_note
 from xdim_jax.inference.predict_cases import predict_cases
 from xdim_jax.inference.predictor import Predictor
@@ -49,17 +52,19 @@ def predict_validation(workdir: Path, output: Path, settings: Settings | None = 
             log.say(f"skipped    {len(cases) - len(todo)} of {len(cases)} cases, whose predictions are up to date")
         if failures := predict_cases(predictor, todo, output):
             raise UserError(f"{len(failures)} of {len(cases)} cases cannot be predicted: {shorten(failures)}")
-    names = {case.case_id.removesuffix("_in") for _, cases in work for case in cases}
+    names = {case.case_id for _, cases in work for case in cases}
     if work[0][0].dataset.name == "table":
         folder = output.parent / REFERENCES_FOLDER
-        _link_references(folder, work[0][0].dataset, [case for _, cases in work for case in cases])
+        _write_references(folder, work[0][0].dataset, [case for _, cases in work for case in cases])
         return folder, names
+    if read_config(work[0][0].workdirs[0]).data.dataset == "chaos":
+        names = {name.removesuffix("_in") for name in names}
     labels = root / "labelsTr"  # folder of the references in nnU-Net's layout
     return labels if labels.is_dir() else root, names
 
 
-def _link_references(folder: Path, dataset: Dataset, cases: Sequence[Case]) -> None:
-    """Fill a folder with links to the references, whose names in a table can be any, and a ``dataset.json``."""
+def _write_references(folder: Path, dataset: Dataset, cases: Sequence[Case]) -> None:
+    """Copy references, which in a table have any name and format, to ``<case id>.nii.gz``, with a ``dataset.json``."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     labels = dataset.labels
@@ -71,9 +76,12 @@ def _link_references(folder: Path, dataset: Dataset, cases: Sequence[Case]) -> N
         described["annotated"] = {case: list(names) for case, names in dataset.partly_annotated.items()}
     write_json(folder / "dataset.json", described)
     for case in cases:
-        assert isinstance(case.label, Path)
-        suffix = next(s for s in SUFFIXES if case.label.name.lower().endswith(s))
-        (folder / f"{case.case_id}{suffix}").symlink_to(case.label.absolute())
+        label = read_label(case)
+        values = labels.encode(np.where(label == IGNORE, 0, label))
+        if labels.ignore is not None:
+            values = values.astype(np.uint16 if max(labels.ignore, *labels.values) > 255 else np.uint8)
+            values[label == IGNORE] = labels.ignore
+        write_volume(folder / f"{case.case_id}.nii.gz", values, read_grid(case.images[0], case.axes))
 
 
 def find_validation(workdir: Path, settings: Settings | None = None) -> tuple[list[tuple[Predictor, list[Case]]], Path]:

@@ -36,7 +36,8 @@ class Choices:
         sampling: Value of ``data.sampling``.
         patch: Size of a patch: D, H, W, or H, W.
         largest: Size of the image after preparation (95th percentile), rounded up to a valid patch.
-        batch: Samples per batch.
+        batch: Samples per batch, a multiple of the devices.
+        devices: Number of devices among which a batch is divided.
         foreground: Share of patches that contain a structure.
         strides: Depth strides of the encoder; empty for 2D.
         rule: Inflation rule; empty for 2D.
@@ -74,6 +75,7 @@ class Choices:
     peak: float
     reasons: dict[str, str]
     notes: tuple[str, ...]
+    devices: int = 1
     epochs: int = 1
     epoch_steps: int = 1
     validate_every: int = 1
@@ -98,7 +100,9 @@ class Choices:
         return dataclasses.replace(self, **values, reasons={**self.reasons, **(reasons or {})})
 
 
-def choose(found: Fingerprint, dataset: Dataset, *, platform: str, weights: bool, official: int = 0) -> Choices:
+def choose(
+    found: Fingerprint, dataset: Dataset, *, platform: str, weights: bool, devices: int = 1, official: int = 0
+) -> Choices:
     """Choose everything that does not depend on memory and time.
 
     Args:
@@ -106,6 +110,7 @@ def choose(found: Fingerprint, dataset: Dataset, *, platform: str, weights: bool
         dataset: The data set.
         platform: ``cpu``, ``gpu`` or ``tpu``.
         weights: True if ImageNet weights are installed.
+        devices: Number of devices among which a batch is divided.
         official: Number of folds in the list that comes with the data; 0 if there is no list. It is used if it has
             two or more.
 
@@ -173,7 +178,8 @@ def choose(found: Fingerprint, dataset: Dataset, *, platform: str, weights: bool
         sampling="slices" if fits else "patches",
         patch=tuple(int(n) for n in patch),
         largest=tuple(int(n) for n in largest),
-        batch=8 if flat else 2,
+        batch=-(-(8 if flat else 2) // devices) * devices,
+        devices=devices,
         foreground=share,
         strides=strides,
         rule=rule,
@@ -259,9 +265,9 @@ def _check_modality(found: Fingerprint, problems: list[str]) -> list[str]:
                 "dataset.json to clip it to a window"
             )
         elif air:
-            problems.append(
+            notes.append(
                 f"channel {name} has values below -900, as CT in HU, in {len(air)} of {len(low)} cases "
-                f"({shorten(air)}), and not in the others: modalities are mixed; make one data set for each"
+                f"({shorten(air)}), and not in the others; if modalities are mixed, make one data set for each"
             )
     return notes
 
@@ -355,8 +361,9 @@ def _intensities(found: Fingerprint) -> tuple[dict[str, Any], str]:
         if found.nonzero_share() < _NONZERO:
             values |= {"normalise": "zscore_nonzero", "crop": "nonzero"}
             text.append(
-                f"the box around the voxels that are not 0 has {100 * found.nonzero_share():.0f} % of an image (median): "
-                "the background was removed, so it is cropped, and the other voxels are standardised image by image"
+                f"the box around the voxels that are not 0 has {100 * found.nonzero_share():.0f} % of an image "
+                "(median): the background was removed, so it is cropped, and the other voxels are standardised image "
+                "by image"
             )
         else:
             text.append("intensities without a unit are standardised image by image")

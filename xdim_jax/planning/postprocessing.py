@@ -17,15 +17,17 @@ from scipy.ndimage import label as connected
 from xdim_jax.base import log
 from xdim_jax.base.files import read_json, write_json
 from xdim_jax.data.case import Case, Dataset, encode_label, read_case, read_label
+from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.images.image import read_grid
 from xdim_jax.data.images.nifti import read_note, write_volume
 from xdim_jax.data.labels import IGNORE
 from xdim_jax.data.regions import Regions, drop_small_components, keep_largest
 from xdim_jax.inference.folder import make_note
+from xdim_jax.inference.group import network_digest
 from xdim_jax.inference.predictor import Predictor
 from xdim_jax.inference.settings import POSTPROCESSING_FILE, PostProcessing, Settings
 from xdim_jax.inference.validation_cases import find_validation, predict_validation
-from xdim_jax.runs.workdir import PREDICTIONS_FOLDER, find_members
+from xdim_jax.runs.workdir import DATA_FILE, PREDICTIONS_FOLDER, find_members, read_config
 from xdim_jax.scoring import masks
 
 _GAIN = 1e-3  # smallest gain of the mean Dice for which a setting is kept, and largest loss in a fold
@@ -62,7 +64,7 @@ def choose_postprocessing(workdir: Path) -> PostProcessing:
     """Choose the post-processing of a cross-validation, and write it and the validation predictions that result.
 
     The choice is written to ``postprocessing.json`` in the workdir and in those of all folds, where prediction reads
-    it. If there is such a file in the workdir, nothing is chosen again.
+    it. If there is such a file for the same networks in the workdir, nothing is chosen again.
 
     Args:
         workdir: Workdir of a cross-validation whose folds are all trained.
@@ -70,18 +72,26 @@ def choose_postprocessing(workdir: Path) -> PostProcessing:
     Raises:
         UserError: A case cannot be read or predicted, or a file cannot be written.
     """
-    path = workdir / POSTPROCESSING_FILE
-    if not path.is_file():
-        for member in find_members([workdir]):  # of an attempt with other networks
-            (member / POSTPROCESSING_FILE).unlink(missing_ok=True)
+    path, members = workdir / POSTPROCESSING_FILE, find_members([workdir])
+    digests = [_digest(member) for member in members]
+    record = read_json(path) if path.is_file() else None
+    if not isinstance(record, dict) or record.get("networks") != digests:
+        for folder in (workdir, *members):  # chosen for other networks
+            (folder / POSTPROCESSING_FILE).unlink(missing_ok=True)
         chosen, trials = _choose(workdir)
-        write_json(path, {"chosen": dataclasses.asdict(chosen), "tried": [dataclasses.asdict(t) for t in trials]})
-    record = read_json(path)
-    for member in find_members([workdir]):
-        if not (member / POSTPROCESSING_FILE).is_file():
-            write_json(member / POSTPROCESSING_FILE, record)
+        tried = [dataclasses.asdict(trial) for trial in trials]
+        record = {"networks": digests, "chosen": dataclasses.asdict(chosen), "tried": tried}
+        write_json(path, record)
+    for member in members:
+        write_json(member / POSTPROCESSING_FILE, record)
     values = record["chosen"]
     return PostProcessing(values["threshold"], tuple(values["largest"]), values["min_volume"])
+
+
+def _digest(workdir: Path) -> str:
+    """Return a digest of the network of a fold."""
+    dataset = trained_dataset(read_config(workdir).data.to_dict(), read_json(workdir / DATA_FILE))
+    return network_digest(workdir, dataset)
 
 
 def _choose(workdir: Path) -> tuple[PostProcessing, list[Trial]]:
@@ -108,22 +118,24 @@ def _choose_thresholds(workdir: Path) -> tuple[dict[str, float], list[Trial]]:
     """Return the thresholds that help, and all trials. Every validation case is predicted once."""
     work, _ = find_validation(workdir, Settings(probabilities=True))
     regions = work[0][0].output.regions
+    default = float(work[0][0].groups[0].config.predict.threshold)
+    tried_thresholds = sorted({*_THRESHOLDS, round(100 * default)})
     rows, folds = [], []
     total = sum(len(cases) for _, cases in work)
     show = log.progress_bar("thresholds")
     for fold, (predictor, cases) in enumerate(work):
         for case in cases:
-            rows.append(_dice_by_threshold(predictor, case))
+            rows.append(_dice_by_threshold(predictor, case, tried_thresholds))
             folds.append(fold)
             show(len(rows), total)
     dice = np.array(rows)  # (cases, regions, thresholds); NaN for regions that are not annotated
-    default = _THRESHOLDS.index(round(100 * float(work[0][0].groups[0].config.predict.threshold)))
+    before = tried_thresholds.index(round(100 * default))
     trials, chosen = [], {}
     for r, name in enumerate(regions.names):
         tried = [
-            _trial(name, "threshold", t / 100, dice[:, r, i] - dice[:, r, default], folds)
-            for i, t in enumerate(_THRESHOLDS)
-            if i != default
+            _trial(name, "threshold", t / 100, dice[:, r, i] - dice[:, r, before], folds)
+            for i, t in enumerate(tried_thresholds)
+            if i != before
         ]
         trials += tried
         best = max(tried, key=lambda t: t.gain)
@@ -132,8 +144,8 @@ def _choose_thresholds(workdir: Path) -> tuple[dict[str, float], list[Trial]]:
     return chosen, trials
 
 
-def _dice_by_threshold(predictor: Predictor, case: Case) -> np.ndarray:
-    """Return the Dice of every region for every threshold, float64 (regions, thresholds)."""
+def _dice_by_threshold(predictor: Predictor, case: Case, thresholds: Sequence[int]) -> np.ndarray:
+    """Return the Dice of every region for every threshold (in hundredths), float64 (regions, thresholds)."""
     volume = read_case(case)
     assert volume.label is not None
     regions = predictor.output.regions
@@ -150,13 +162,13 @@ def _dice_by_threshold(predictor: Predictor, case: Case) -> np.ndarray:
                 counts[r, member] += np.bincount(chosen, minlength=_BINS)
 
     predictor.segment(predictor.prepare(case, volume), count)
-    dice = np.full((len(regions.names), len(_THRESHOLDS)), np.nan)
+    dice = np.full((len(regions.names), len(thresholds)), np.nan)
     shown = regions.names if predictor.dataset.annotated is None else predictor.dataset.annotated(case)
     for r, name in enumerate(regions.names):
         if name not in shown:
             continue
         reference = int(truth[..., r].sum())
-        for i, threshold in enumerate(_THRESHOLDS):
+        for i, threshold in enumerate(thresholds):
             wrong, right = (int(n) for n in counts[r, :, threshold:].sum(1))
             dice[r, i] = 2 * right / (wrong + right + reference) if wrong + right + reference else 1.0
     return dice

@@ -65,7 +65,8 @@ def score_jobs(
         for key, job in zip(keys, jobs, strict=True):
             found = outcomes[key]
             kept = {s: v for s, v in found.values.items() if job.structures is None or s in job.structures}
-            scored.append(dataclasses.replace(found, attributes=job.attributes, values=kept))
+            empty = {s: which for s, which in found.empty.items() if s in kept}
+            scored.append(dataclasses.replace(found, attributes=job.attributes, values=kept, empty=empty))
         rows, extra = rules.aggregate(jobs, scored, run) if rules.aggregate else ([], {})
     return scored, rows, extra
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def evaluate_folders(
     metrics: Sequence[str] = (),
     missing: str = "error",
     processes: int = 1,
+    patients: Mapping[str, str] | None = None,
 ) -> None:
     """Score all predictions of a folder, and write cases.csv, summary.json, the tables and evaluate.json.
 
@@ -41,11 +42,19 @@ def evaluate_folders(
             ``penalise``: the case gets the worst values of the challenge. ``skip``: the case is left out, with a
             warning, and listed in evaluate.json.
         processes: Maximum number of scoring processes.
+        patients: Case id -> patient, for rules that do not know the patients; a case that is missing is a patient.
 
     Raises:
         UserError: A reference cannot be used, there is nothing to score, or predictions are missing or unreadable.
     """
     jobs, surplus = rules.jobs(pred, ref)
+    if patients:
+        jobs = [
+            dataclasses.replace(
+                job, ref=dataclasses.replace(job.ref, patient=patients.get(job.ref.case_id, job.ref.patient))
+            )
+            for job in jobs
+        ]
     if cases is not None:
         if absent := sorted(cases - {job.ref.case_id for job in jobs}):
             raise UserError(f"{len(absent)} of the cases to score have no reference in {ref}: {shorten(absent)}")

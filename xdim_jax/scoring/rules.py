@@ -83,7 +83,9 @@ class Coding:
 
     def _rounded_labels(self, values: np.ndarray, path: Path) -> np.ndarray:
         """Return the values rounded to whole numbers. Raises UserError if the coding does not have one of them."""
-        known = sorted({0, *self.ignored, *(v for members in self.structures.values() for v in members)})
+        known = sorted(
+            {0, *self.ignored, *self.excluded, *(v for members in self.structures.values() for v in members)}
+        )
         found = np.unique(values).astype(np.float64)
         unknown = [v for v in found if not np.isfinite(v) or min(abs(v - k) for k in known) > _LABEL_TOLERANCE]
         if unknown:

@@ -117,6 +117,15 @@ def resolve_config(config: Config, *, needs_data: bool = True) -> tuple[Config, 
     dataset = _find_dataset(config.data, needs_data=needs_data)
     _set_channels(config, dataset)
     _set_flip_axes(config, dataset)
+    if (
+        config.output == "softmax"
+        and dataset.partly_annotated
+        and any(len(v) > 1 for v in dataset.regions.sets.values())
+    ):
+        raise UserError(
+            "config.output=softmax: regions are nested, and some cases lack annotations of some of them; give "
+            "--config.output=sigmoid with --config.loss.name=dice_bce"
+        )
     check_preparation(dataset, Preparation.from_config(config.data.prepare))
     if problems := [*_range_problems(config), *_choice_problems(config), *_combination_problems(config)]:
         raise join_problems(problems, "values of the config cannot be used")

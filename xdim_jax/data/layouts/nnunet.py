@@ -201,7 +201,8 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
         labels = {name: int(value) for value, name in labels.items()}
     ignored = labels.get("ignore")
     labels = {name: value for name, value in labels.items() if name != "ignore"}
-    if ignored is not None and (not isinstance(ignored, int) or ignored in _values(labels)):
+    wrong = isinstance(ignored, bool) or not isinstance(ignored, int) or not 0 <= ignored < 2**16
+    if ignored is not None and (wrong or ignored in _values(labels)):
         raise _json_error(
             path,
             found=f'has the label "ignore" with the value {ignored!r}',
@@ -313,6 +314,16 @@ def _list_problems(
                 found=f"lists {len(absent)} cases that do not exist: {shorten(absent)}",
                 expected="only files that exist",
                 suggestion="fetch them, or correct the list",
+            )
+        ]
+    if need_labels and not only_images and (unknown := sorted(description.annotated.keys() - cases)):
+        return [
+            Problem(
+                "dataset_json",
+                path,
+                found=f'names {len(unknown)} cases in "annotated" that do not exist: {shorten(unknown)}',
+                expected="ids of cases in imagesTr",
+                suggestion="correct the names",
             )
         ]
     if need_labels and description.count is not None and description.count != len(cases) and path.is_file():

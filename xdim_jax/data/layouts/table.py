@@ -5,11 +5,11 @@
 Columns of ``cases.csv``:
 
     image       file of the image, or one column ``image_0``, ``image_1``, ... for each channel
-    label       file of the reference; may be empty for cases to predict
+    label       file of the reference; empty for cases to predict, which training leaves out with a warning
     case        optional: id of the case; default: name of the image file without suffix and ``_0000``
     patient     optional: name of the patient; all cases of a patient are in the same fold; default: the case
     fold        optional: number of the fold that validates on the case; for config.data.split=official
-    annotated   optional: annotated structures, separated by blanks; empty: all of them
+    annotated   optional: annotated structures, separated by ``|``, or ``none``; empty: all of them
 
 Paths are relative to the folder of the table. ``dataset.json`` is that of nnU-Net's raw format (`nnunet`); only
 ``channel_names`` (or ``modality``) and ``labels`` are used.
@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xdim_jax.base.errors import shorten
-from xdim_jax.base.problem import Problem, data_error, errors
+from xdim_jax.base.problem import WARNING, Problem, data_error, errors
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images.image import strip_suffix
 from xdim_jax.data.images.names import files_below, normalised
@@ -31,6 +31,7 @@ from xdim_jax.data.layouts.nnunet import Description
 
 LAYOUT = "<root>/{dataset.json,cases.csv}, with the columns image, label, and optionally case, patient, fold, annotated"
 TABLE_FILE = "cases.csv"
+_ENDINGS = ("_seg", "-seg", "_gt")  # endings that scoring removes from file names
 _COLUMNS = ("case", "image", "label", "patient", "fold", "annotated")
 
 
@@ -52,17 +53,17 @@ def dataset(root: Path | str) -> Dataset:
     root = Path(root)
     description = nnunet.read_dataset_json(root / "dataset.json")
     rows = read_rows(root / TABLE_FILE, len(description.channels))
-    annotated = {case_id(row): tuple(row.values["annotated"].split()) for row in rows if row.values.get("annotated")}
+    annotated = {case_id(row): _annotated(row.values["annotated"]) for row in rows if row.values.get("annotated")}
     known = set(description.regions.names)
     if wrong := {case: unknown for case, names in annotated.items() if (unknown := sorted(set(names) - known))}:
         case, names = next(iter(wrong.items()))
         raise _error(
             root / TABLE_FILE,
             found=f"names annotated structures that do not exist in {len(wrong)} rows ({case}: {shorten(names)})",
-            expected=f"names of {', '.join(sorted(known))}, separated by blanks",
+            expected=f"names of {', '.join(sorted(known))}, separated by |, or none",
             suggestion="correct them",
         )
-    return from_description(dataclasses.replace(description, annotated=annotated))
+    return from_description(dataclasses.replace(description, annotated={**description.annotated, **annotated}))
 
 
 def from_description(description: Description) -> Dataset:
@@ -118,6 +119,11 @@ def case_id(row: Row) -> str:
     return normalised(row.values.get("case") or name.removesuffix("_0000"))
 
 
+def _annotated(text: str) -> tuple[str, ...]:
+    """Return the structures in the column ``annotated``."""
+    return () if text == "none" else tuple(name.strip() for name in text.split("|") if name.strip())
+
+
 def _error(path: Path, found: str, expected: str, suggestion: str) -> Exception:
     return data_error(Problem("table", path, found=found, expected=expected, suggestion=suggestion))
 
@@ -144,8 +150,23 @@ def _scan(root: Path, need_labels: bool, *, description: Description) -> Scan:
         label = row.values.get("label", "")
         if not all(images):
             report(row, case, "has no image", f"a file in {', '.join(columns)}", "name it")
+        if case.startswith(".") or "/" in case or "\\" in case or case.endswith(_ENDINGS):
+            expected = f"a name without / and \\ that does not end with {', '.join(_ENDINGS)}"
+            report(row, case, f"has the case id {case!r}", expected, "give it another one (column case)")
         if not label and need_labels:
-            report(row, case, "has no label", "a file with the reference", "name it, or remove the row")
+            found = f"line {row.line} has no label, so the case is not used"
+            problems.append(
+                Problem(
+                    "table",
+                    path,
+                    found=found,
+                    expected="a file with the reference",
+                    suggestion="name it, or predict the case after the training",
+                    case_id=case,
+                    severity=WARNING,
+                )
+            )
+            continue
         for name in [*images, label]:
             if name and not (root / name).is_file():
                 report(row, case, f"names {name}, which does not exist", "a file", "correct the path")
