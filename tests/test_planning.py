@@ -431,8 +431,8 @@ def test_more_time_is_more_steps():
 def test_a_slow_machine_gets_smaller_patches():
     found, choices = fingerprint(), chosen(fingerprint())
     voxels = np.prod(choices.patch)
-    slow = machine.fit_time(choices, found, 2.0, lambda c: 3.0 * np.prod(c.patch) / voxels, lambda line: None)
-    assert slow.patch == (64, 64, 64) and "fewer than 1000" in slow.reasons["patch"]
+    slow = machine.fit_time(choices, found, 2.0, lambda c: 6.0 * np.prod(c.patch) / voxels, lambda line: None)
+    assert slow.patch == (64, 64, 64) and "fewer than 400" in slow.reasons["patch"]
 
 
 @pytest.mark.parametrize(("devices", "batch"), [(1, 2), (2, 2), (3, 3), (8, 8)])

@@ -26,8 +26,10 @@ from xdim_jax.training.program import make_program, step_arguments
 
 _HOST_SHARE = 0.6  # share of the host's memory for a training step on CPU; the rest is for reading and the system
 _DEVICE_SHARE = 0.9  # share of the memory of an accelerator
-_MIN_SIDE = 64  # a patch is not made smaller than this for the sake of time
-_MIN_STEPS = 1000  # steps below which the patch becomes smaller; docs/transfer.md: 200 to 400 suffice for 20 patients
+_MIN_SIDES = {"omnianet": 128, "dxnet": 64}  # a patch is not made smaller than this as long as something else helps
+# steps below which the patch becomes smaller, for pre-trained and random weights. With pre-trained weights, 400 steps
+# gave a Dice of 0.93 with 200 patients, and with up to 20 patients there was no gain after 200 (docs/transfer.md)
+_MIN_STEPS = {True: 400, False: 1000}
 _MAX_STEPS = 50_000
 _STEPS_PER_CASE = 100  # steps for each training case beyond the first 2000
 _EPOCH_STEPS = 50  # smallest number of steps of an epoch
@@ -83,14 +85,14 @@ def fit_memory(choices: Choices, budget: int, build: Build, say: Callable[[str],
 def _smaller(choices: Choices, excess: float) -> Choices | None:
     """Return choices that need about ``excess`` times less memory; None if there are none.
 
-    The batch becomes smaller down to 2, then the largest side of the patch down to 64, then the batch down to one
-    sample for each device, and finally the sides down to the smallest ones that the network accepts.
+    The batch becomes smaller down to 2, then the largest side of the patch down to 64 (2D: 128), then the batch down to
+    one sample for each device, and finally the sides down to the smallest ones that the network accepts.
     """
     unit = choices.devices
     if choices.batch > max(2, unit):
         fewer = min(choices.batch // 2, int(choices.batch / excess)) // unit * unit
         return choices.change(batch=max(2, unit, fewer))
-    patch = _smaller_patch(choices, _MIN_SIDE)
+    patch = _smaller_patch(choices, _MIN_SIDES[choices.network])
     if patch is None and choices.batch > unit:
         return choices.change(batch=unit)
     patch = patch or _smaller_patch(choices, 1)
@@ -138,15 +140,16 @@ def fit_time(
     available = 3600 * hours / choices.folds * (1 - _OTHER)
     step = seconds(choices)
     text = ""
-    wanted = available * (1 - _VALIDATION_SHARE) / _MIN_STEPS  # seconds per step with which there are enough steps
-    while step > wanted and (patch := _smaller_patch(choices, _MIN_SIDE)):
+    smallest, enough = _MIN_SIDES[choices.network], _MIN_STEPS[choices.pretrained]
+    wanted = available * (1 - _VALIDATION_SHARE) / enough  # seconds per step with which there are enough steps
+    while step > wanted and (patch := _smaller_patch(choices, smallest)):
         smaller = choices.change(patch=patch)
-        while (next_patch := _smaller_patch(smaller, _MIN_SIDE)) and step * _ratio(smaller, choices) > wanted:
+        while (next_patch := _smaller_patch(smaller, smallest)) and step * _ratio(smaller, choices) > wanted:
             smaller = smaller.change(patch=next_patch)
         smaller = _with_patch(choices, smaller.patch)
         text = (
             f"; with {'x'.join(map(str, choices.patch))}, a step takes {step:.2g} s, and there would be "
-            f"{available * (1 - _VALIDATION_SHARE) / step:.0f} steps in the given time, fewer than {_MIN_STEPS}"
+            f"{available * (1 - _VALIDATION_SHARE) / step:.0f} steps in the given time, fewer than {enough}"
         )
         choices, step = smaller, seconds(smaller)
     cap = min(_MAX_STEPS, 2000 + _STEPS_PER_CASE * len(found.cases))
