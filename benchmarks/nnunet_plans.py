@@ -11,6 +11,7 @@ of its own. Each structure is a label of its own, because nnU-Net plans the same
 import argparse
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,8 @@ def main() -> None:
     dataset = get_dataset(read_section(options, options.dataset))
     cases = list_cases(dataset, options.root, need_labels=True)[: options.cases or None]
     folder = options.out / "raw" / f"Dataset{_ID}_Compared"
+    for earlier in (folder, options.out / "preprocessed"):
+        shutil.rmtree(earlier, ignore_errors=True)
     write_raw(dataset, cases, folder)
     plans = run_nnunet(options.nnunet, options.out)
     table = compare(plans, load_config(options.recipe, []))
@@ -106,7 +109,7 @@ def compare(plans: Mapping[str, Any], config: Config) -> Table:
                 ", ".join(sorted({n.removesuffix("Normalization") for n in c.get("normalization_schemes", ())}))
                 for c in found
             ),
-            prepare.normalise + (f", window {_numbers(prepare.window)}" if prepare.window else ""),
+            f"CT, window {_numbers(prepare.window)}" if prepare.window else prepare.normalise,
         )
     )
     rows.append(

@@ -18,7 +18,7 @@ from xdim_jax.data import phantom
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import open_recorder, read_records
 from xdim_jax.runs.state import TrainState
-from xdim_jax.training import loop, mesh, validation
+from xdim_jax.training import label_maps, loop, mesh, validation
 
 pytest.register_assert_rewrite("tests.packed_runs", "tests.processes")
 flags.FLAGS.mark_as_parsed()  # grain asks absl for its flags
@@ -147,6 +147,7 @@ def make_run(workdir, step, regions, *, first=0, config=None, **options):
         "checkpoints": checkpoint.open_checkpoints(workdir),
         "recorder": open_recorder(workdir, first, writes=True),
         "validate": lambda weights, stop: validation.ValidationResult(dict.fromkeys(regions, 0.5), {}, {}),
+        "label_maps": label_maps.LabelMaps(workdir, lambda weights: "digest"),
         "stop": StopRequest(),
         "regions": regions,
         "workdir": workdir,

@@ -183,6 +183,7 @@ def ct_channel(low=-1000, high=800):
     }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("slices", "network"), [(1, "omnianet"), (11, "omnianet"), (12, "dxnet"), (900, "dxnet")])
 def test_few_slices_make_a_2d_network(slices, network):
     assert chosen(fingerprint(size=[slices, 200, 200])).network == network

@@ -145,7 +145,7 @@ def test_step_follows_the_gradient_and_reports_the_score():
     graphdef, params, stats = split_model(Linear())
     tx = optax.sgd(0.1)
     train = step.make_train_step(
-        graphdef, lambda z, g, annotated: (jnp.mean((z - g) ** 2), {"part": jnp.sum(z)}), PLANE, tx
+        graphdef, lambda z, g, annotated, voxels: (jnp.mean((z - g) ** 2), {"part": jnp.sum(z)}), PLANE, tx
     )
     image = np.array([[1.0, 2.0], [3.0, 1.0]]).reshape(1, 2, 2)
     batch = {"image": jnp.asarray(image), "label": jnp.array([[0, 1]])}
@@ -171,7 +171,7 @@ def test_deep_supervision_weighs_levels_by_halves():
     tx = optax.sgd(0.1)
     seen = []
 
-    def loss(z, g, annotated):
+    def loss(z, g, annotated, voxels):
         seen.append(g.shape)
         return jnp.mean(jnp.abs(z - g)), {}
 
