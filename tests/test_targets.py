@@ -105,7 +105,8 @@ def test_every_recipe_is_lowered_for_gpu_and_tpu(recipe, precision):
     """Lowering needs no package: an operation without a rule for a platform would be an error here."""
     config = load_config(f"configs/{recipe}.py:scratch", [f"--config.train.precision={precision}"])
     if not config.model.in_channels:
-        config.model.in_channels = config.model.out_channels = 2
+        config.model.in_channels = config.model.out_channels = 2  # these recipes take them from the data
+        config.augment.flip.axes = (1,)
         dataset = _own_dataset()
     else:
         config, dataset = resolve_config(config, needs_data=False)
