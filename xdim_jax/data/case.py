@@ -128,6 +128,11 @@ class Dataset:
     case_from_files: Callable[[Sequence[Path]], Case] | None = None
 
 
+def annotated_regions(dataset: Dataset, case: Case) -> tuple[str, ...]:
+    """Return the names of the regions that are annotated in a case."""
+    return dataset.regions.names if dataset.annotated is None else dataset.annotated(case)
+
+
 def scan_cases(dataset: Dataset, root: Path, *, need_labels: bool) -> Scan:
     """List the cases below a folder, sorted by name, and the problems of file names and folders.
 

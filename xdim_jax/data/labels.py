@@ -63,7 +63,11 @@ class Labels:
 
     def encode(self, label: np.ndarray) -> np.ndarray:
         """Convert indices to the values of the convention: uint8, or uint16 if a value is above 255."""
-        return np.array(self.values, np.uint8 if max(self.values) < 256 else np.uint16)[label]
+        largest = max(*self.values, self.ignore or 0)
+        values = np.array(self.values, np.uint8 if largest < 256 else np.uint16)
+        if self.ignore is None:
+            return values[label]
+        return np.where(label == IGNORE, values.dtype.type(self.ignore), values[np.where(label == IGNORE, 0, label)])
 
     def select(self, structures: tuple[str, ...]) -> "Labels":
         """Return a convention for the same files with fewer structures. Other structures are read as background."""

@@ -30,9 +30,6 @@ from xdim_jax.nets.functional import PRECISIONS, make_forward, split_model
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.workdir import read_config
 
-# sections of the config that are equal for all networks of a group
-_GROUP_KEYS = ("model", "predict", "data.patch", "data.prepare")
-
 
 @dataclasses.dataclass(frozen=True)
 class Group:

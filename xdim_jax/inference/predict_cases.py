@@ -16,7 +16,6 @@ from xdim_jax.base.files import read_json
 from xdim_jax.data.case import Case, Dataset, Volume, encode_label, read_case, read_label, without_label
 from xdim_jax.data.images.nifti import write_volume
 from xdim_jax.data.images.stream import stream_volume
-from xdim_jax.data.labels import IGNORE
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.inference import memory
 from xdim_jax.inference.folder import claim_output, extra_file, make_note, remove_outdated, remove_prediction
@@ -196,11 +195,8 @@ def _overlap(dataset: Dataset, case: Case, label: np.ndarray) -> str:
     except UserError as error:
         log.warn(f"the reference of case {case.case_id} is not compared: {error}")
         return ""
-    shown = dataset.regions.names if dataset.annotated is None else dataset.annotated(case)
-    pred, ref = dataset.regions.encode(label), dataset.regions.encode(truth)
-    pred &= (truth != IGNORE)[..., None]
-    values = {name: masks.dice(pred[..., r], ref[..., r]) for r, name in enumerate(dataset.regions.names)}
-    shown = [f"{name} {value:.3f}" for name, value in values.items() if name in shown and not math.isnan(value)]
+    values = masks.region_dice(dataset, case, label, truth)
+    shown = [f"{name} {value:.3f}" for name, value in values.items() if not math.isnan(value)]
     return f"  Dice {', '.join(shown)}" if shown else ""
 
 

@@ -5,15 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import atomic_path, read_json, write_json
 from xdim_jax.data.case import Case, Dataset, read_label, scan_cases
 from xdim_jax.data.images.image import read_grid
 from xdim_jax.data.images.nifti import read_note, write_volume
-from xdim_jax.data.labels import IGNORE
 from xdim_jax.inference.folder import claim_output, make_note
 from xdim_jax.inference.predict_cases import predict_cases
 from xdim_jax.inference.predictor import Predictor
@@ -76,11 +73,7 @@ def _write_references(folder: Path, dataset: Dataset, cases: Sequence[Case]) -> 
         described["annotated"] = {case: list(names) for case, names in dataset.partly_annotated.items()}
     write_json(folder / "dataset.json", described)
     for case in cases:
-        label = read_label(case)
-        values = labels.encode(np.where(label == IGNORE, 0, label))
-        if labels.ignore is not None:
-            values = values.astype(np.uint16 if max(labels.ignore, *labels.values) > 255 else np.uint8)
-            values[label == IGNORE] = labels.ignore
+        values = labels.encode(read_label(case))
         write_volume(folder / f"{case.case_id}.nii.gz", values, read_grid(case.images[0], case.axes))
 
 

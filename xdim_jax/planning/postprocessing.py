@@ -5,8 +5,6 @@ only if it helps: if the mean Dice over all cases becomes better by 0.001 or mor
 """
 
 import dataclasses
-import functools
-import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from scipy.ndimage import label as connected
 
 from xdim_jax.base import log
 from xdim_jax.base.files import read_json, write_json
-from xdim_jax.data.case import Case, Dataset, encode_label, read_case, read_label
+from xdim_jax.data.case import Case, Dataset, annotated_regions, encode_label, read_case, read_label
 from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.images.image import read_grid
 from xdim_jax.data.images.nifti import read_note, write_volume
@@ -163,7 +161,7 @@ def _dice_by_threshold(predictor: Predictor, case: Case, thresholds: Sequence[in
 
     predictor.segment(predictor.prepare(case, volume), count)
     dice = np.full((len(regions.names), len(thresholds)), np.nan)
-    shown = regions.names if predictor.dataset.annotated is None else predictor.dataset.annotated(case)
+    shown = annotated_regions(predictor.dataset, case)
     for r, name in enumerate(regions.names):
         if name not in shown:
             continue
@@ -196,9 +194,9 @@ def _choose_components(
         output: Folder of their label maps.
     """
     regions = dataset.regions
-    volumes = {name: _smallest_volume([c for _, c in cases], regions, name) for name in regions.names}
+    volumes = _smallest_volumes([case for _, case in cases], regions)
     tried = [(name, "largest", 1.0) for name in regions.names]
-    tried += [(n, "min_volume", float(f"{s * v:.3g}")) for n, v in volumes.items() for s in _SHARES if v]
+    tried += [(n, "min_volume", float(f"{s * v:.3g}")) for n, v in volumes.items() for s in _SHARES]
     gains = np.zeros((len(tried), len(cases)))
     show = log.progress_bar("components")
     for c, (_, case) in enumerate(cases):
@@ -226,23 +224,21 @@ def _choose_components(
 
 def _mean_dice(label: np.ndarray, truth: np.ndarray, dataset: Dataset, case: Case) -> float:
     """Return the mean Dice over the annotated regions; 1 for a region that is empty in both."""
-    shown = dataset.regions.names if dataset.annotated is None else dataset.annotated(case)
-    pred, ref = dataset.regions.encode(label), dataset.regions.encode(truth)
-    pred &= (truth != IGNORE)[..., None]
-    values = [masks.dice(pred[..., r], ref[..., r]) for r, n in enumerate(dataset.regions.names) if n in shown]
+    values = masks.region_dice(dataset, case, label, truth).values()
     return float(np.mean([1.0 if np.isnan(v) else v for v in values]))
 
 
-def _smallest_volume(cases: Sequence[Case], regions: Regions, name: str) -> float:
-    """Return the volume in ml of the smallest 26-connected component of a region in the references; 0 if none."""
-    smallest = []
+def _smallest_volumes(cases: Sequence[Case], regions: Regions) -> dict[str, float]:
+    """Return, by region, the volume in ml of the smallest 26-connected component in the references that have it."""
+    smallest: dict[str, float] = {}
     for case in cases:
-        label = read_label(case)
-        mask = functools.reduce(operator.or_, (label == i for i in regions.sets[name]))
-        if mask.any():
-            found: Any = connected(mask, np.ones((3,) * mask.ndim, bool))
-            smallest.append(np.bincount(found[0].ravel())[1:].min() * _voxel_volume(case))
-    return float(min(smallest, default=0.0))
+        truth, voxel = regions.encode(read_label(case)), _voxel_volume(case)
+        for r, name in enumerate(regions.names):
+            if truth[..., r].any():
+                found: Any = connected(truth[..., r], np.ones((3, 3, 3), bool))
+                volume = float(np.bincount(found[0].ravel())[1:].min() * voxel)
+                smallest[name] = min(smallest.get(name, volume), volume)
+    return {name: smallest[name] for name in regions.names if name in smallest}
 
 
 def _voxel_volume(case: Case) -> float:

@@ -18,6 +18,9 @@ import numpy as np
 from scipy.ndimage import binary_erosion, distance_transform_edt, generate_binary_structure
 from scipy.spatial import KDTree
 
+from xdim_jax.data.case import Case, Dataset, annotated_regions
+from xdim_jax.data.labels import IGNORE
+
 _MAX_COSINE = 1e-3  # axes count as perpendicular if the cosine of the angle between them is at most this
 
 
@@ -319,3 +322,18 @@ METRICS: dict[str, Metric] = {
 def measure(pair: Pair, names: Sequence[str]) -> dict[str, float]:
     """Return the named metrics of a pair. Raises KeyError for a name that is not in `METRICS`."""
     return {name: METRICS[name].measure(pair) for name in names}
+
+
+def region_dice(dataset: Dataset, case: Case, label: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Return the Dice of every region that is annotated in a case; NaN for a region that is empty in both.
+
+    Args:
+        dataset: Data set of the case.
+        case: The case.
+        label: Predicted label indices (D, H, W).
+        truth: Label indices of the reference; voxels that are not annotated do not count.
+    """
+    pred, ref = dataset.regions.encode(label), dataset.regions.encode(truth)
+    pred &= (truth != IGNORE)[..., None]
+    shown = annotated_regions(dataset, case)
+    return {n: dice(pred[..., r], ref[..., r]) for r, n in enumerate(dataset.regions.names) if n in shown}

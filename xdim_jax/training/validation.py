@@ -15,7 +15,7 @@ from xdim_jax.base.threads import StoppedError
 from xdim_jax.data import case as data_case
 from xdim_jax.data import store
 from xdim_jax.data.case import Case, Dataset
-from xdim_jax.data.labels import IGNORE, is_structure
+from xdim_jax.data.labels import is_structure
 from xdim_jax.inference.output import postprocess
 from xdim_jax.inference.sliding_window import Segmenter
 from xdim_jax.pages.colours import PALETTE, to_grey, to_rgb
@@ -98,13 +98,8 @@ def make_validation(
             label_maps.write(case, label)
             volume = data_case.read_case(case) if number < overlays else None
             truth = data_case.read_label(case) if volume is None or volume.label is None else volume.label
-            predicted, reference = dataset.regions.encode(label), dataset.regions.encode(truth)
-            predicted &= (truth != IGNORE)[..., None]
-            shown = names if dataset.annotated is None else dataset.annotated(case)
-            for r, name in enumerate(names):
-                if name in shown:
-                    value = masks.dice(predicted[..., r], reference[..., r])
-                    scores[number, r] = 1.0 if np.isnan(value) else value
+            for name, value in masks.region_dice(dataset, case, label, truth).items():
+                scores[number, names.index(name)] = 1.0 if np.isnan(value) else value
             show(min(first + jax.process_count(), len(cases)), len(cases))
             if volume is not None:
                 dice = {name: float(d) for name, d in zip(names, scores[number], strict=True) if np.isfinite(d)}
