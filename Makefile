@@ -14,7 +14,7 @@ help:
 	@echo "make test-slow the tests that take minutes each: every encoder and network against PyTorch"
 	@echo "make golden    rewrites the golden files of the recipes, after a change of a recipe"
 	@echo "make test-newest  the tests with the newest libraries, in an environment of their own (PYTHON_NEWEST=python3.13)"
-	@echo "make test-accelerator  compiles the recipes for an H100 and a TPU chip that are not here (half an hour)"
+	@echo "make test-accelerator  compiles the recipes for an H100 and a TPU chip that this machine does not have (half an hour)"
 	@echo "make docs      the documentation into site/; a warning is an error"
 	@echo "make check     lint, types, docs and tests, as CI runs them"
 	@echo "make format    ruff format and fixes      make clean     remove .venv and runs/demo"
@@ -35,7 +35,7 @@ golden: venv
 	$(BIN)/python -m tests.golden
 
 test-slow: venv
-	$(BIN)/python -m pytest -m slow --dist load
+	$(BIN)/python -m pytest -m slow --dist loadgroup
 
 # the other end of the supported versions; its own environment, so that neither is installed over the other
 test-newest:

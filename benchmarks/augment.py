@@ -1,14 +1,14 @@
 """Compare the time of augmenting one sample with batchgeneratorsv2, the library of nnU-Net.
 
-    pip install batchgeneratorsv2        # or into a separate environment, whose interpreter is --peer-python
+    pip install batchgeneratorsv2        # or in a separate environment; give its interpreter as --peer-python
     python benchmarks/augment.py [--size=128] [--rounds=5] [--threads=2] [--json=FILE]
 
 Two sets of transforms are measured on samples with 4 channels: those of the paper for CHAOS (scaling, rotation,
 translation, shearing, window, noise), and those of nnU-Net (rotation, scaling, elastic, noise, blur, brightness,
 contrast, low resolution, gamma, flips). All transforms of a set are applied to every sample. batchgeneratorsv2 has
-neither shearing nor window. For the paper's set, it therefore does scaling, rotation and translation (a random crop) in
-one resampling, and contrast instead of window. Both libraries interpolate the image linearly and the label by nearest
-neighbour. They run in separate processes, alternately; the result is the median over rounds.
+neither shearing nor a window. Its version of the paper's set is scaling, rotation and translation (a random crop) in
+one resampling, and contrast instead of the window. Both libraries interpolate the image linearly and the label by
+nearest neighbour. They run alternately in separate processes; the result is the median over rounds.
 """
 
 import argparse

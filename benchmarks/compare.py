@@ -3,10 +3,10 @@
     python benchmarks/compare.py [--networks=dxnet:64,omnia_b0:256] [--phases=infer,train] [--sides=ours,torch,torch-cl]
                                  [--threads=2] [--rounds=5] [--precision=float32] [--out=FOLDER]
 
-Each implementation (a *side*) runs in a process of its own, see benchmarks/sides.py. In every round, each process runs
-twice, one process after the other, and the second run is measured. So other load on the machine affects all sides. The
-result is the median over rounds, relative to the fastest PyTorch side. With one thread, the process is pinned to one
-core, and its processor time is measured. With several threads, the wall time is measured, which is reliable only if
+Each implementation (a *side*) runs in its own process, see benchmarks/sides.py. In every round, each process runs
+twice, one process after the other, and the second run is measured. Other load on the machine thus affects all sides.
+The result is the median over rounds, relative to the fastest PyTorch side. With one thread, the process is pinned to
+one core, and its CPU time is measured. With several threads, the wall time is measured, which is reliable only if
 nothing else runs on the machine (the load average is part of the result).
 
     ours                              our network

@@ -3,8 +3,8 @@
     python benchmarks/data.py [--cases=50] [--shape=240,240,155] [--jobs=2] [--root=FOLDER] [--json=FILE]
 
 The benchmark writes BraTS phantoms of full size (--root keeps them for the next call), prepares them as the BraTS
-recipes do, and streams patches of 128^3 voxels from the store. Each measurement runs in a process of its own. Its peak
-memory is the largest resident set of this process; the value before the measurement is given separately.
+recipes do, and streams patches of 128^3 voxels from the store. Each measurement runs in its own process. Its peak
+memory is the largest resident set of this process; the value before preparation is given separately.
 """
 
 import argparse
@@ -44,11 +44,12 @@ def write_phantoms(root: Path, cases: int, shape: tuple[int, int, int], first: i
 
 
 def measure(root: Path, store: Path, jobs: int, task: str) -> dict[str, Any]:
-    """Measure one task, ``prepare`` or ``stream``. Called in a process of its own."""
+    """Measure one task, ``prepare`` or ``stream``. Called in a separate process."""
     from xdim_jax.data import pipeline
-    from xdim_jax.data.case import list_cases, read_case
+    from xdim_jax.data.case import list_cases
     from xdim_jax.data.layouts import brats
     from xdim_jax.data.prepare import Preparation, prepare
+    from xdim_jax.data.reading import read_case
     from xdim_jax.data.store import prepare_cases
 
     dataset = brats.dataset("brats2021")

@@ -4,8 +4,8 @@
 
 The benchmark writes phantoms of full size, and prepares, samples and augments them as the recipe does. It alternates
 between two kinds of blocks of training steps: steps with batches from the input stream, as in training, and steps with
-one constant batch that is already on the device. It also measures the stream without training steps, and compares the
-samples per second that it provides with those that training steps use.
+one constant batch that is already on the device. It also measures the stream without training steps, and compares its
+samples per second with those of the training steps.
 """
 
 import argparse

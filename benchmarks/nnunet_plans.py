@@ -3,9 +3,10 @@
     python -m benchmarks.nnunet_plans --nnunet=/venvs/nnunet/bin --dataset=brats --convention=brats2021 \
         --root=/data/BraTS18 --recipe=recipe.py --out=comparison
 
-The cases are written in nnU-Net's raw format into --out, `nnUNetv2_extract_fingerprint` and `nnUNetv2_plan_experiment`
-run there, and the table is printed and written to --out/plans.md. nnU-Net (`pip install nnunetv2`) has an environment
-of its own. Each structure is a label of its own, because nnU-Net plans the same with regions.
+The benchmark writes the cases to --out in nnU-Net's raw format, runs `nnUNetv2_extract_fingerprint` and
+`nnUNetv2_plan_experiment` there, prints the table, and writes it to --out/plans.md. nnU-Net (`pip install nnunetv2`)
+is installed in a separate environment. Each structure is a separate label, because regions do not change nnU-Net's
+plans.
 """
 
 import argparse
@@ -22,12 +23,14 @@ import numpy as np
 
 from xdim_jax.base.config import Config, load_config
 from xdim_jax.base.errors import UserError
-from xdim_jax.data.case import Case, Dataset, list_cases, read_case
+from xdim_jax.data.case import Case, Dataset, list_cases
 from xdim_jax.data.datasets import DATASETS, get_dataset
 from xdim_jax.data.options import add_options, read_section
+from xdim_jax.data.reading import read_case
 from xdim_jax.scoring.tables import Table
 
-_ID = 900
+DATASET_ID = 900
+DATASET_NAME = f"Dataset{DATASET_ID}_Compared"
 
 
 def main() -> None:
@@ -36,14 +39,14 @@ def main() -> None:
     parser.add_argument("--nnunet", type=Path, required=True, help="folder of the commands nnUNetv2_*")
     parser.add_argument("--dataset", choices=list(DATASETS), default="nnunet")
     parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--recipe", required=True, help="recipe that xdim_jax.data plan wrote for these data")
+    parser.add_argument("--recipe", required=True, help="recipe that was planned for these data")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", type=int, default=0, help="number of cases; 0 for all")
     add_options(parser)
     options = parser.parse_args()
     dataset = get_dataset(read_section(options, options.dataset))
     cases = list_cases(dataset, options.root, need_labels=True)[: options.cases or None]
-    folder = options.out / "raw" / f"Dataset{_ID}_Compared"
+    folder = options.out / "raw" / DATASET_NAME
     for earlier in (folder, options.out / "preprocessed"):
         shutil.rmtree(earlier, ignore_errors=True)
     write_raw(dataset, cases, folder)
@@ -53,8 +56,8 @@ def main() -> None:
     print(table.markdown())
 
 
-def write_raw(dataset: Dataset, cases: list[Case], folder: Path) -> None:
-    """Write cases in nnU-Net's raw format."""
+def write_raw(dataset: Dataset, cases: list[Case], folder: Path, *, regions: bool = False) -> None:
+    """Write cases in nnU-Net's raw format, with one structure for each label, or with the regions of the data set."""
     for part in ("imagesTr", "labelsTr"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     for case in cases:
@@ -70,9 +73,15 @@ def write_raw(dataset: Dataset, cases: list[Case], folder: Path) -> None:
             nib.Nifti1Image(volume.label.transpose(2, 1, 0), affine), folder / "labelsTr" / f"{case.case_id}.nii.gz"
         )
     ct = dataset.holds_ct and all(case.info.get("modality") == "CT" for case in cases)
-    card = {
+    labels: dict[str, Any] = {name: i for i, name in enumerate(dataset.labels.structures)}
+    order = {}
+    if regions:  # outer regions first, because nnU-Net writes inner ones over them
+        sets = dict(sorted(dataset.regions.sets.items(), key=lambda item: -len(item[1])))
+        labels = {"background": 0} | {name: sorted(members) for name, members in sets.items()}
+        order = {"regions_class_order": [dataset.regions.own_label(name) for name in sets]}
+    card = order | {
         "channel_names": {str(i): "CT" if ct else name for i, name in enumerate(dataset.channels)},
-        "labels": {name: i for i, name in enumerate(dataset.labels.structures)},
+        "labels": labels,
         "numTraining": len(cases),
         "file_ending": ".nii.gz",
     }
@@ -87,8 +96,8 @@ def run_nnunet(commands: Path, out: Path) -> Mapping[str, Any]:
         "nnUNet_results": str((out / "results").absolute()),
     }
     for command in ("nnUNetv2_extract_fingerprint", "nnUNetv2_plan_experiment"):
-        subprocess.run([commands / command, "-d", str(_ID)], env=environment, check=True)
-    path = out / "preprocessed" / f"Dataset{_ID}_Compared" / "nnUNetPlans.json"
+        subprocess.run([commands / command, "-d", str(DATASET_ID)], env=environment, check=True)
+    path = out / "preprocessed" / DATASET_NAME / "nnUNetPlans.json"
     return json.loads(path.read_text())
 
 

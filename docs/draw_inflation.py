@@ -3,7 +3,7 @@
     python docs/draw_inflation.py --weights=b0.safetensors --out=docs/inflation.png
 
 The weights are a 2D EfficientNet encoder written by weight_port. Left: one 5x5 kernel of its third stage and the five
-taps that each rule makes of it. Right: the relative error of the 3D encoder's features on a volume with 64 equal
+slices that each rule gives. Right: the relative error of the 3D encoder's features on a volume with 64 identical
 slices, for each slice, against the 2D encoder's features of that slice.
 """
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def draw_kernels(figure, flat) -> None:
-    """Draw the 2D kernel and one row of five taps per rule, all with one colour scale."""
+    """Draw the 2D kernel and one row of five slices per rule, all with one colour scale."""
     kernel = flat.arrays[LAYER]
     limit = float(np.abs(kernel[..., CHANNEL]).max())
     axes = figure.subplots(len(ROWS), 6)
@@ -74,14 +74,14 @@ def draw_kernels(figure, flat) -> None:
             if column == 0:
                 label = rule + "".join(f"\n({k} {v:g})" for k, v in extra.items() if k != "seed")
                 axis.set_ylabel(label, rotation=0, ha="right", va="center")
-    titles = ["2D kernel", *(f"tap {i}" for i in range(5))]
+    titles = ["2D kernel", *(f"slice {i}" for i in range(5))]
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
-    figure.suptitle(f"{LAYER}, channel {CHANNEL}: five taps along depth", fontsize=10)
+    figure.suptitle(f"{LAYER}, channel {CHANNEL}: five slices along depth", fontsize=10)
 
 
 def draw_errors(figure, flat) -> None:
-    """Draw the relative error per slice on a volume of equal slices."""
+    """Draw the relative error per slice on a volume of identical slices."""
     image = np.random.default_rng(0).standard_normal((1, SIZE, SIZE, 3)).astype(np.float32)
     volume = np.repeat(image[:, None], DEPTH, 1)
     exact = np.asarray(make_model(flat, "2D").features(image)[LEVEL])
@@ -96,7 +96,7 @@ def draw_errors(figure, flat) -> None:
         xlabel=f"slice of the feature at 1/{2 ** (LEVEL + 1)}", ylabel="largest error / largest value", ylim=(1e-8, 1e4)
     )
     axis.legend(fontsize=8, ncols=2, loc="upper center")
-    axis.set_title(f"3D encoder on {DEPTH} equal slices against the 2D encoder", fontsize=10)
+    axis.set_title(f"3D encoder on {DEPTH} identical slices against the 2D encoder", fontsize=10)
 
 
 def inflated(flat, rule: str, padding: str, **options):

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from xdim_jax.base.files import atomic_path
 from xdim_jax.data import phantom
-from xdim_jax.data.case import Case, list_cases, read_case
+from xdim_jax.data.case import Case, list_cases
 from xdim_jax.data.datasets import get_dataset
+from xdim_jax.data.reading import read_case
 from xdim_jax.pages.colours import PALETTE
 from xdim_jax.pages.figures import overlay_labels
 

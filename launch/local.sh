@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Train with several processes on this machine: one per GPU, or several on the CPU as a test for a cluster.
 #
-#     PROCESSES=4 launch/local.sh --config=configs/brats_dxnet.py --workdir=runs/dxnet
+#     PROCESSES=4 launch/local.sh --config=configs/brats_dxnet.py --workdir=runs/dxnet --config.data.batch=4
 #
+# The batch must be a multiple of the number of processes.
 # SIGTERM and Ctrl-C are sent to all processes, which save and end. The exit status is the largest one of the processes.
 set -euo pipefail
 

@@ -22,6 +22,7 @@ WORKDIR=${WORKDIR:-runs/sweep}
 DATA=${DATA:-/data/BraTS2021_Training_Data}
 TRIALS=${TRIALS:-200}
 
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05, srun does not take it from sbatch
 command=(python -m xdim_jax.sweep "--config=$CONFIG" "--space=$SPACE" "--trials=$TRIALS" "--workdir=$WORKDIR"
     "--config.data.root=$DATA")
 status=0

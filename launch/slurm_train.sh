@@ -4,7 +4,7 @@
 #     sbatch launch/slurm_train.sh [--config.<key>=<value> ...]
 #
 # When the job is preempted, and five minutes before its time limit, the run saves, and the job is requeued. It then
-# resumes from the checkpoint. Set the three variables below, and the resources to those of your nodes.
+# resumes from the checkpoint. Set the four variables below, and the resources to those of your nodes.
 #SBATCH --job-name=xdim-train
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
@@ -20,8 +20,11 @@ set -euo pipefail
 CONFIG=${CONFIG:-configs/brats_dxnet.py}
 WORKDIR=${WORKDIR:-runs/dxnet}
 DATA=${DATA:-/data/BraTS2021_Training_Data}
+BATCH=${BATCH:-${SLURM_NTASKS:-1}} # samples of a batch, over all GPUs: a multiple of their number
 
-command=(python -m xdim_jax.train "--config=$CONFIG" "--workdir=$WORKDIR" "--config.data.root=$DATA" "$@")
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05, srun does not take it from sbatch
+command=(python -m xdim_jax.train "--config=$CONFIG" "--workdir=$WORKDIR" "--config.data.root=$DATA"
+    "--config.data.batch=$BATCH" "$@")
 if [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
     command+=(--coordinator=auto)
 fi

@@ -1,6 +1,7 @@
 """Shared fixtures. Real networks are slow to differentiate: tests use the toy encoder and small volumes."""
 
 import multiprocessing.process
+import os
 import socket
 import subprocess
 from pathlib import Path
@@ -24,6 +25,7 @@ pytest.register_assert_rewrite("tests.packed_runs", "tests.processes")
 flags.FLAGS.mark_as_parsed()  # grain asks absl for its flags
 
 CONVENTION = "brats2021"
+_EMITTERS = "--xla_cpu_use_fusion_emitters"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,7 +35,27 @@ def _orbax_is_quiet():
 
 
 @pytest.fixture(autouse=True)
-def _quick_tests_start_no_process(request, monkeypatch):
+def _environment_is_restored():
+    """A variable that a test leaves set would change the tests that follow it in the same process."""
+
+    def ours():  # libraries set variables of their own when they are imported
+        return {k: v for k, v in os.environ.items() if k.startswith(("XDIM_", "XDG_", "JAX_", "XLA_", "SLURM_"))}
+
+    before = ours()
+    yield
+    assert ours() == before
+
+
+@pytest.fixture(autouse=True)
+def _programs_are_dropped(request):
+    """The programs of slow tests are large, and no other test uses them."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _quick_tests_start_no_process(_environment_is_restored, request, monkeypatch):
     if request.node.get_closest_marker("quick"):
 
         def refuse(*arguments, **options):
@@ -43,12 +65,28 @@ def _quick_tests_start_no_process(request, monkeypatch):
         monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
 
 
+def pytest_configure():
+    """Compile without LLVM's optimisations, also in processes that tests start: most programs run once.
+
+    XLA's older emitters of CPU kernels take a third of the time; the newest versions of JAX do not have this flag.
+    A variable that is set to 0 keeps the optimisations: ``JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test``.
+    """
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    quick = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
+    jax.config.update("jax_disable_most_optimizations", quick)
+    if quick and jax.__version_info__ < (0, 11):
+        flags = os.environ.get("XLA_FLAGS", "")
+        if _EMITTERS not in flags:  # xdist's workers inherit the variable
+            os.environ["XLA_FLAGS"] = f"{flags} {_EMITTERS}=false".strip()
+
+
 @pytest.fixture
-def quick_compile():
-    """Programs without LLVM's optimisations, which take longer than the run where each program runs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def optimised():
+    """Programs as users compile them."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
@@ -147,7 +185,7 @@ def make_run(workdir, step, regions, *, first=0, config=None, **options):
         "checkpoints": checkpoint.open_checkpoints(workdir),
         "recorder": open_recorder(workdir, first, writes=True),
         "validate": lambda weights, stop: validation.ValidationResult(dict.fromkeys(regions, 0.5), {}, {}),
-        "label_maps": label_maps.LabelMaps(workdir, lambda weights: "digest"),
+        "label_maps": label_maps.LabelMapWriter(workdir, lambda weights: "digest"),
         "stop": StopRequest(),
         "regions": regions,
         "workdir": workdir,

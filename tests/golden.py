@@ -19,7 +19,7 @@ import jax
 from xdim_jax.base.config import load_config, shipped_recipes
 from xdim_jax.nets.weights import flatten
 from xdim_jax.training.check import resolve_config
-from xdim_jax.training.needs import make_choices, step_products
+from xdim_jax.training.needs import make_settings, step_products
 from xdim_jax.training.program import make_program
 
 FOLDER = Path(__file__).parent / "golden_recipes"
@@ -40,7 +40,7 @@ def describe(recipe: str) -> dict[str, Any]:
             overrides = [f"--config.data.root={root}"]
         config, dataset = resolve_config(load_config(recipe, overrides), needs_data=False)
     _, params, stats = make_program(config, dataset, per_epoch=1000, abstract=True)
-    products, _ = step_products(config, dataset, make_choices(config)[0])
+    products, _ = step_products(config, dataset, make_settings(config)[0])
     config.data.root = ""
     return {
         "config": json.loads(config.to_json_best_effort()),

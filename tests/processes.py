@@ -1,5 +1,6 @@
 """Training runs of several processes on one machine, for test_devices and test_launch."""
 
+import os
 import time
 from pathlib import Path
 
@@ -9,12 +10,16 @@ REPO = Path(__file__).parent.parent
 EPOCHS = 5
 
 
+def device_flags(count, *, quick=True):
+    """The variable ``XLA_FLAGS`` of a process with so many CPU devices; if ``quick``, it compiles as these tests do."""
+    return f"{os.environ.get('XLA_FLAGS', '') if quick else ''} --xla_force_host_platform_device_count={count}".strip()
+
+
 def one_device_environment(root):
     """Environment variables of a process with one CPU device; the processes of a module share compiled programs."""
     return {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": device_flags(1),
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XDG_CACHE_HOME": str(root.parent / "cache"),
         "PYTHONPATH": str(REPO),
     }

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from xdim_jax.base.signals import REQUEUE, catch_signals
-from xdim_jax.sweeps import study as studies
+from xdim_jax.sweeps import optuna_study as studies
 from xdim_jax.sweeps.worker import Job, run_worker
 
 EPOCHS = 5

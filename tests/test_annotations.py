@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +13,26 @@ import pytest
 from xdim_jax import evaluate
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
-from xdim_jax.data.case import describe, read_case, read_label, scan_cases, usable_cases
+from xdim_jax.base.problem import errors
+from xdim_jax.base.signals import StopRequest
+from xdim_jax.data.case import describe, scan_cases, usable_cases
 from xdim_jax.data.datasets import get_dataset, trained_dataset
 from xdim_jax.data.labels import IGNORE, Labels
 from xdim_jax.data.prepare import Preparation
+from xdim_jax.data.reading import read_case, read_label
 from xdim_jax.data.regions import Regions
 from xdim_jax.data.splits import official_split
 from xdim_jax.data.store import prepare_cases
 from xdim_jax.data.verify import verify
+from xdim_jax.inference.inputs import find_cases
 from xdim_jax.inference.output import Output
+from xdim_jax.inference.validation_cases import REFERENCES_FOLDER, _write_references
+from xdim_jax.scoring import generic
 from xdim_jax.training.check import resolve_config
+from xdim_jax.training.label_maps import LabelMapWriter
 from xdim_jax.training.loss import hard_dice, make_loss
-from xdim_jax.training.validation import draw
+from xdim_jax.training.run_data import find_data
+from xdim_jax.training.validation import draw, make_validation
 
 SHAPE = (12, 10, 6)
 
@@ -199,6 +208,31 @@ def test_annotated_structures_of_a_case_are_used_everywhere(tmp_path):
     assert scored == {("a", "organ"), ("a", "lesion"), ("b", "organ")}
 
 
+def test_a_region_that_no_validation_case_annotates_has_no_score(tmp_path):
+    """Neither is it a perfect score, nor does it count in the mean of the fold."""
+    root = make_root(tmp_path / "data", annotated={"b": ["organ"], "c": []})
+    dataset, cases = find(root)
+    entry = SimpleNamespace(load=lambda: None)
+
+    def validate(*chosen):
+        nothing = lambda *_, **__: np.zeros(SHAPE[::-1], np.uint8)  # noqa: E731
+        pairs = [(cases[i], entry) for i in chosen]
+        maps = LabelMapWriter(tmp_path, lambda weights: "")
+        return make_validation(nothing, dataset, pairs, label_maps=maps, min_et=0, overlays=0)({}, StopRequest())
+
+    assert validate(1, 2).scores == {"organ": 0.0} and validate(1, 2).cases == {"b": {"organ": 0.0}, "c": {}}
+    assert validate(0, 1).scores == {"organ": 0.0, "lesion": 0.0}
+
+    # a fold without any annotation cannot be validated
+    (root / "splits.json").write_text(json.dumps([{"training": ["a", "b"], "validation": ["c"]}]))
+    words = [f"--config.data.root={root}", "--config.data.split=official", "--config.data.fold=0"]
+    config = load_config("configs/own_omnianet.py", words)
+    output = Output("sigmoid", dataset.regions, ("background", "organ", "lesion"), False)
+    with pytest.raises(UserError, match=r"no region is annotated .*\(c\)"):
+        find_data(config.data, 0, dataset, output, tmp_path / "run", started=False, first=True)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("value", [{"b": ["heart"]}, ["b"], {"b": "organ"}])
 def test_annotated_must_name_structures(value, tmp_path):
     with pytest.raises(UserError, match=r"dataset\.json.*annotated"):
@@ -281,6 +315,44 @@ def test_rows_without_label_are_predicted_and_not_trained(files):
     assert dataset.annotated(scan.cases[0]) == ()
 
 
+def test_rows_to_predict_need_no_fold(files):
+    """Training rows have folds, and the new row has neither label nor fold."""
+    lines = ["case,image,label,patient,fold", f"one,{IMAGE},{LABEL},P,0", f"two,{OTHER},Q,1", f"new,{IMAGE},,R,"]
+    root = make_table(files / "table", lines)
+    dataset, scan = scan_table(root)
+    assert [c.case_id for c in usable_cases(scan, root)] == ["one", "two"]
+    assert [split["validation"] for split in scan.splits] == [("P",), ("Q",)]
+    cases, problems = find_cases(dataset, [root])
+    assert [c.case_id for c in cases] == ["new", "one", "two"] and not problems
+    root = make_table(files / "table", [*lines[:2], f"two,{OTHER},Q,x", f"new,{IMAGE},,P,1"])
+    with pytest.raises(UserError, match="has the fold 'x'"):
+        usable_cases(scan_table(root)[1], root)
+    cases, problems = find_cases(dataset, [root])
+    assert [c.case_id for c in cases] == ["new", "one", "two"] and not problems
+
+
+def test_splits_that_cannot_be_read_do_not_prevent_prediction(tmp_path):
+    root = make_root(tmp_path / "data")
+    dataset, _ = find(root)
+    for text in ('{"training": 1}', "no JSON", '[{"training": ["a"], "validation": ["a"]}]'):
+        (root / "splits.json").write_text(text)
+        with pytest.raises(UserError, match=r"splits\.json"):
+            usable_cases(scan_cases(dataset, root, need_labels=True), root)
+        cases, problems = find_cases(dataset, [root])
+        assert [c.case_id for c in cases] == ["a", "b", "c"] and not problems
+
+
+def test_a_table_of_rows_without_label_limits_the_images_that_are_predicted(tmp_path):
+    """The images are next to the table, and the ids of the cases are their names."""
+    for name in ("a", "b", "other"):
+        write_image(tmp_path / "table" / f"{name}.nii.gz", np.zeros(SHAPE, np.int16))
+    root = make_table(tmp_path / "table", ["image,label", "a.nii.gz,", "b.nii.gz,"])
+    dataset = get_dataset({"dataset": "table", "root": str(root)})
+    assert [c.case_id for c in find_cases(dataset, [root])[0]] == ["a", "b"]
+    (root / "cases.csv").unlink()
+    assert [c.case_id for c in find_cases(dataset, [root])[0]] == ["a", "b", "other"]
+
+
 def test_structures_with_blanks_and_the_key_of_dataset_json(files):
     lines = ["image,label,annotated", f"{IMAGE},{LABEL},left kidney", f"{OTHER},"]
     root = make_table(files / "table", lines, labels={"background": 0, "left kidney": 1, "lesion": 2})
@@ -296,6 +368,48 @@ def test_a_name_in_annotated_that_is_no_case(tmp_path):
     )
     with pytest.raises(UserError, match=r"annotated.*a_0000"):
         usable_cases(scan_cases(dataset, tmp_path / "data", need_labels=True), tmp_path / "data")
+
+
+def test_annotated_in_the_dataset_json_of_a_table_names_cases_of_the_table(files):
+    """A row without a label is a case as well."""
+    root = make_table(files / "table", ["image,label", f"{IMAGE},{LABEL}", "../raw/imagesTr/p1_jan_0000.nii.gz,"])
+    card = json.loads((root / "dataset.json").read_text())
+    for names, wrong in (({"p2": ["organ"], "p1_jan": []}, False), ({"P2": ["organ"], "p2": []}, True)):
+        (root / "dataset.json").write_text(json.dumps(card | {"annotated": names}))
+        _, scan = scan_table(root)
+        assert [p.kind for p in errors(scan.problems)] == ["dataset_json"] * wrong
+        assert not wrong or "P2" in errors(scan.problems)[0].found
+        assert not errors(scan_table(root, need_labels=False)[1].problems)
+
+
+@pytest.mark.parametrize("ending", ["_seg", "-seg", "_gt"])
+def test_names_that_evaluation_would_not_find_are_errors(ending, tmp_path):
+    root = make_root(tmp_path / "data", ("a", f"b{ending}"))
+    dataset = get_dataset({"dataset": "nnunet", "root": str(root)})
+    (problem,) = errors(verify(dataset, root).problems)
+    assert problem.case_id == f"b{ending}" and ending in problem.expected
+    cases, problems = find_cases(dataset, [root])  # prediction accepts them
+    assert [c.case_id for c in cases] == ["a", f"b{ending}"] and not problems
+
+
+@pytest.mark.parametrize("name", ["old/b.nii.gz", "old/b_gt.nii", "b_seg.nii.gz"])
+def test_a_second_label_map_that_evaluation_would_find_is_an_error(name, tmp_path):
+    root = make_root(tmp_path / "data")
+    dataset = get_dataset({"dataset": "nnunet", "root": str(root)})
+    generic.find(root / "labelsTr")
+    write_image(root / "labelsTr" / "old" / "other.nii.gz", np.zeros(SHAPE, np.uint8))
+    assert not errors(verify(dataset, root).problems)
+    write_image(root / "labelsTr" / name, np.zeros(SHAPE, np.uint8))
+    with pytest.raises(UserError, match="two label maps for case b"):
+        generic.find(root / "labelsTr")
+    (problem,) = errors(verify(dataset, root).problems)
+    assert problem.case_id == "b" and str(problem.path) == str(root / "labelsTr" / name)
+
+
+def test_names_in_annotated_are_found_in_both_forms_of_unicode(tmp_path):
+    """macOS writes an accent as a character of its own."""
+    (tmp_path / "dataset.json").write_text(json.dumps({"annotated": {"Mu\u0308ller": ["organ"]}}))
+    assert generic.read_annotated(tmp_path) == {"M\u00fcller": ("organ",)}
 
 
 def test_an_ignore_value_above_255(tmp_path):
@@ -332,15 +446,25 @@ def test_softmax_does_not_know_parts_of_nested_regions(tmp_path):
         (["image,label,age", f"{IMAGE},{LABEL},7"], "unknown columns age"),
         (["image,label", f"absent.nii.gz,{LABEL}"], "line 2 names absent.nii.gz, which does not exist"),
         (["image,label", f",{LABEL}"], "line 2 has no image"),
+        (["image,label", f"{IMAGE},{LABEL}", "", f",{LABEL}"], "line 4 has no image"),
         (["image,label", f"{IMAGE},{LABEL}", f"{IMAGE},{LABEL}"], "line 3 is a second row of case p2"),
         (["image,label,fold", f"{IMAGE},{LABEL},x"], "line 2 has the fold 'x'"),
         (["image,label,fold", f"{IMAGE},{LABEL},0", f"{OTHER},"], "1 patients have no fold"),
-        (["image,label,fold", f"{IMAGE},{LABEL},0", f"{OTHER},2"], "number from 0"),
+        (["image,label,fold", f"{IMAGE},{LABEL},0", f"{OTHER},2"], "the numbers 0, 1, ..."),
         (["image,label,patient,fold", f"{IMAGE},{LABEL},P,0", f"{OTHER},P,1"], "another row of patient P"),
-        (["image,label,annotated", f"{IMAGE},{LABEL},heart"], "annotated structures that do not exist"),
+        (["image,label,annotated", f"{IMAGE},{LABEL},heart"], "rows with unknown structures in the column annotated"),
         (["case,image,label", f"site/p,{IMAGE},{LABEL}"], "has the case id 'site/p'"),
         (["case,image,label", f"../p,{IMAGE},{LABEL}"], "has the case id '../p'"),
         (["case,image,label", f"p_seg,{IMAGE},{LABEL}"], "has the case id 'p_seg'"),
+        # rows and values that would be lost without a message
+        (["image,label,patient", f'{IMAGE},{LABEL},"P', f"{OTHER},Q"], "line 2 on"),
+        (["image,label,patient", f"{IMAGE},{LABEL},P", f'{OTHER},"Q', f'{IMAGE},{LABEL},Q"'], "line 3 on"),
+        (["image,label,patient", f'{IMAGE},{LABEL},"P"Q'], "line 2 on"),
+        (["image,label,patient", f'{IMAGE},{LABEL},"P', *[f"{OTHER},Q"] * 3000], "line 2 on"),
+        (["image,label,patient", f"{OTHER},Q", f"{IMAGE},{LABEL},{'P' * 200_000}"], "line 3 on"),
+        (["image,label,annotated", f"{IMAGE},{LABEL},organ,lesion"], "line 2 has the value 'lesion'"),
+        (["image,label,", f"{IMAGE},{LABEL},P"], "line 2 has the value 'P'"),
+        (["image,label,patient,patient", f"{IMAGE},{LABEL},P,Q"], "several columns patient"),
     ],
 )
 def test_tables_that_cannot_be_used(lines, words, files):
@@ -349,6 +473,16 @@ def test_tables_that_cannot_be_used(lines, words, files):
         _, scan = scan_table(root)
         usable_cases(scan, root)
     assert words in str(error.value) and "cases.csv" in str(error.value)
+
+
+def test_separators_and_line_breaks_of_a_table(files):
+    """Separators at the ends of lines, quoted values, and characters at which only Python divides lines."""
+    lines = ["image,label,patient,,", "", f'{IMAGE},{LABEL},"A, ""B""",,', f"{OTHER},C\u2028D\x0bE,,"]
+    for line_break in ("\n", "\r\n", "\r"):
+        root = make_table(files / "table", lines)
+        (root / "cases.csv").write_bytes(line_break.join(lines).encode())
+        _, scan = scan_table(root)
+        assert [c.patient for c in scan.cases] == ['A, "B"', "C\u2028D\x0bE"] and not scan.problems
 
 
 def test_a_table_that_is_not_there(files):
@@ -364,3 +498,21 @@ def test_a_network_of_a_table_predicts_folders_too(files):
     again = trained_dataset({"dataset": "table"}, json.loads(json.dumps(describe(dataset))))
     assert len(again.scan(files / "table", False).cases) == 4
     assert [c.case_id for c in again.scan(files / "raw" / "imagesTr", False).cases] == ["p1_jan", "p1_may", "p2", "p3"]
+
+
+def test_references_of_a_table_are_written_into_their_own_folder(files):
+    """Files that a user has put there are neither deleted nor mixed with the references."""
+    dataset, scan = scan_table(make_table(files / "table", FOUR))
+    folder = files / "run" / REFERENCES_FOLDER
+    _write_references(folder, dataset, scan.cases)
+    _write_references(folder, dataset, scan.cases[1:])  # one reference is no longer needed
+    assert sorted(p.name for p in folder.iterdir()) == ["dataset.json", "p2.nii.gz", "p3.nii.gz", "two.nii.gz"]
+    own = (folder / "p3.nii.gz").read_bytes()
+    (folder / "manual.nii.gz").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"manual\.nii\.gz"):
+        _write_references(folder, dataset, scan.cases)
+    for name in ("manual.nii.gz", "p3.nii.gz"):  # without the list of written files, all files are the user's
+        (folder / "dataset.json").unlink(missing_ok=True)
+        with pytest.raises(UserError, match=name.replace(".", r"\.")):
+            _write_references(folder, dataset, scan.cases)
+    assert (folder / "manual.nii.gz").read_bytes() == b"mine" and (folder / "p3.nii.gz").read_bytes() == own

@@ -9,11 +9,12 @@ import pytest
 from tests.conftest import CONVENTION
 from xdim_jax.base.errors import UserError
 from xdim_jax.data import phantom, regions, splits
-from xdim_jax.data.case import Case, check_grids, list_cases, read_case, scan_cases
+from xdim_jax.data.case import Case, list_cases, scan_cases
 from xdim_jax.data.images import nifti
 from xdim_jax.data.images.image import read_volume
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.layouts import brats
+from xdim_jax.data.reading import check_grids, read_case
 
 pytestmark = pytest.mark.quick
 
@@ -223,7 +224,7 @@ def test_a_flipped_bit_inside_is_seen(root):
 def test_headers_of_all_cases_are_compared_at_once(root):
     rewrite(part(root, 0, "t2"), lambda a, affine: (a[:-1], affine))
     rewrite(part(root, 1, "seg"), shift)
-    with pytest.raises(UserError, match="2 files that do not fit") as error:
+    with pytest.raises(UserError, match="2 files that are unreadable or not on the grid") as error:
         check_grids(list_cases(BRATS, root, need_labels=True))
     assert "00000_t2" in str(error.value) and "00001_seg" in str(error.value)
 
@@ -312,3 +313,13 @@ def test_a_patient_is_on_one_side():
         splits.split_cases(cases, fold=5, folds=5, seed=0)
     with pytest.raises(UserError, match="10 patients"):
         splits.split_cases(cases, fold=0, folds=11, seed=0)
+
+
+def test_a_flat_image_and_its_mask_with_three_axes_are_on_one_grid(tmp_path):
+    """Headers are compared as the files are read: both as they are stored, because the image has two axes."""
+    image, label = tmp_path / "a.nii.gz", tmp_path / "a_seg.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones((20, 40), np.float32), np.eye(4)), image)
+    nib.save(nib.Nifti1Image(np.ones((20, 40, 1), np.uint8), np.eye(4)), label)
+    case = Case("a", "a", (image,), ("T1",), label, Labels("own", ("background", "organ"), (0, 1)))
+    check_grids([case])
+    assert read_case(case).label.shape == (1, 40, 20)

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.conftest import free_port
 from tests.kill_and_resume import OPTIONS
-from tests.processes import EPOCHS, one_device_environment, wait_for_step
+from tests.processes import EPOCHS, device_flags, one_device_environment, wait_for_step
 from xdim_jax import ops
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
@@ -167,7 +167,7 @@ def print_layouts(network, overrides, layouts):
 def run_python(code, *, devices=8, x64=False, quick=True, timeout=280):
     """The last line that the code prints, in a process with so many CPU devices."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": device_flags(devices, quick=quick),
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": str(int(x64)),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick)),
@@ -591,9 +591,7 @@ def plain():
     config, dataset = configured("omnianet", "data.patch=(32,32)", "model.encoder.drop_path=0.6")
     made, state = make_step(config, dataset)
     batch = make_batch(config, 2)
-    jax.config.update("jax_disable_most_optimizations", True)
     results = numbers(*jax.jit(made)(state, batch, jax.random.key(0)))
-    jax.config.update("jax_disable_most_optimizations", False)
     return config, dataset, batch, state, results
 
 
@@ -608,7 +606,7 @@ def products(lowered, dtype):
 
 
 @pytest.mark.slow
-def test_bfloat16_is_for_activations_alone(plain, quick_compile):
+def test_bfloat16_is_for_activations_alone(plain):
     config, dataset, batch, _, expected = plain
     config = config.copy_and_resolve_references()
     config.train.precision = "bfloat16"
@@ -682,7 +680,7 @@ def check_remat(network, overrides, names, expected=None):
 
 
 @pytest.mark.slow
-def test_recomputing_all_of_omnianet_changes_no_number(plain, quick_compile):
+def test_recomputing_all_of_omnianet_changes_no_number(plain):
     """The recomputation draws the same stochastic depth, which here decides much of the result."""
     overrides = ["data.patch=(32,32)", "model.encoder.drop_path=0.6"]
     check_remat("omnianet", overrides, "*", plain[-1])
@@ -700,7 +698,7 @@ EVERY = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("network", "overrides", "names"), EVERY)
-def test_recomputing_stages_changes_no_number(network, overrides, names, quick_compile):
+def test_recomputing_stages_changes_no_number(network, overrides, names):
     check_remat(network, overrides, names)
 
 

@@ -108,7 +108,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_training_step(monkeypatch, quick_compile):
+def test_the_training_step(monkeypatch):
     monkeypatch.setattr(diagnosis, "_STEP_SECONDS", 3.0)
     found = diagnosis.training_step()
     assert found.status == diagnosis.OK, found

@@ -218,6 +218,38 @@ def test_generic_missing_prediction(pair):
     assert summary["structures"]["1"]["hd95_pooled"]["missing"] == 1
 
 
+@pytest.mark.parametrize("rules", ["generic", "brats2022"])
+def test_further_metrics_of_a_missing_prediction_are_the_worst(rules, tmp_path):
+    """Overlaps are 0; metrics with a unit have no worst value."""
+    label = np.zeros((24, 24, 24), np.uint8)
+    label[4:12, 4:12, 4:12] = 1
+    for name in ("a", "b"):
+        save(tmp_path / "ref" / f"{name}.nii.gz", label, np.eye(4))
+    save(tmp_path / "pred" / "a.nii.gz", label, np.eye(4))
+    options = ("--metrics=iou,nsd_1.0,hd95_pooled", "--missing=penalise", "--convention=brats2021")
+    options = options[:2] if rules == "generic" else options
+    found, _ = run(rules, tmp_path / "pred", tmp_path / "ref", tmp_path / "out", *options)
+    structure = "1" if rules == "generic" else "WT"
+    assert (found["b", structure, "iou"], found["b", structure, "nsd_1.0"]) == (0, 0)
+    assert math.isnan(found["b", structure, "hd95_pooled"]) and found["a", structure, "iou"] == 1
+
+
+def test_structures_that_are_not_annotated_are_not_empty(tmp_path, capsys):
+    """Case b has only the organ annotated, so nothing is known of its tumour."""
+    label = np.zeros((12, 12, 12), np.uint8)
+    label[2:8, 2:8, 2:8], label[4:6, 4:6, 4:6] = 1, 2
+    card = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "organ": 1, "tumour": 2}}
+    card |= {"file_ending": ".nii.gz", "annotated": {"b": ["organ"]}}
+    for folder in ("ref", "pred"):
+        save(tmp_path / folder / "a.nii.gz", label, np.eye(4))
+        save(tmp_path / folder / "b.nii.gz", np.minimum(label, 1), np.eye(4))
+    (tmp_path / "ref" / "dataset.json").write_text(json.dumps(card))
+    found, summary = run("generic", tmp_path / "pred", tmp_path / "ref", tmp_path / "out", "--metrics=dice")
+    assert math.isnan(found["b", "tumour", "dice"]) and found["a", "tumour", "dice"] == 1
+    assert summary["empty"]["tumour"] == {"pred": 0, "ref": 0, "both": 0}
+    assert "tumour is not in the reference" not in capsys.readouterr().out
+
+
 def test_generic_surplus_predictions_are_named(pair, capsys):
     (pair[1] / "b.nii.gz").unlink()
     found, _ = run("generic", *pair)
@@ -636,7 +668,10 @@ def test_references_that_are_given_as_predictions(rules, tmp_path, capsys):
         refused(["also given as predictions", "_"], rules, same, ref, tmp_path / "out")
     _, summary = run(rules, shutil.copytree(ref, tmp_path / "copy"), ref, tmp_path / "out")
     assert len(summary["identical"]) == summary["cases"]
-    assert f"{summary['cases']} of {summary['cases']} predictions equal their reference" in capsys.readouterr().out
+    assert (
+        f"{summary['cases']} of {summary['cases']} predictions are identical to their reference"
+        in capsys.readouterr().out
+    )
 
 
 def test_cases_can_be_chosen_by_a_list_or_a_file(tmp_path):
@@ -1190,6 +1225,9 @@ def test_compare_by_hand(two, tmp_path, capsys):
     assert (tmp_path / "c.tex").read_text().count(r"\begin{tabular}") == 1
     assert "0.0625" in (tmp_path / "c.md").read_text()
     assert "0.0625" in "".join(capsys.readouterr())
+    assert compare.main([*map(str, two), f"--out={tmp_path / 'c.md'}", "--metrics=hd95"]) == 0
+    found = json.loads((tmp_path / "c.json").read_text())["differences"]
+    assert {d["metric"] for d in found} == {"hd95_pooled"}, "the same short names as in evaluate"
 
 
 def test_compare_says_what_it_leaves_out(evaluated, two, tmp_path, capsys):

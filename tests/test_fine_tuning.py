@@ -1,5 +1,6 @@
 """A trained network as the start for other channels, other structures and other depth strides."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,6 +15,7 @@ from xdim_jax.inference.model import read_file_or_workdir
 from xdim_jax.nets import networks, weights
 from xdim_jax.nets.fine_tuning import Names
 from xdim_jax.nets.functional import make_forward, split_model
+from xdim_jax.nets.inflate import Inflation
 from xdim_jax.nets.weights import flatten
 from xdim_jax.runs.workdir import CONFIG_FILE
 from xdim_jax.training.initial_weights import initialise
@@ -135,10 +137,58 @@ def test_the_planes_of_a_transposed_kernel_are_averaged(tmp_path):
     np.testing.assert_allclose(params["decoder.4.trans.kernel"][0], (before[0] + before[1]) / 2, atol=1e-6)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["new structure", "weights file"])
+def test_a_trained_2d_network_is_inflated_with_its_decoder(known, tmp_path):
+    """By the rule centre, with strides of 1, the 3D network begins with the 2D network's logits on every slice."""
+    workdir = make_workdir(tmp_path / "run", flat=True, seed=1)
+    flat, params, stats = forward_of(section_of(workdir))
+    source = read_file_or_workdir(workdir)
+    params, stats, _ = weights.load(section_of(workdir), params, stats, source)
+    volume = rng.standard_normal((1, 3, 32, 32, 2)).astype(np.float32)
+    expected = np.stack([np.asarray(flat((params, stats), jnp.asarray(volume[:, d]))) for d in range(3)], 1)
+
+    depth = {"axis": 0, "padding": "zero", "squeeze": "slice", "strides": (1,) * 5}
+    section = section_of(workdir, name="dxnet", depth=depth, out_channels=4 if known else 3)
+    names = Names(("T1", "T2"), ("background", "lesion", "vessel", "organ"), "softmax") if known else None
+    deep, params, stats = forward_of(section)
+    params, stats, done = weights.load(section, params, stats, source, names=names, inflation=Inflation("centre"))
+    logits = np.asarray(deep((params, stats), jnp.asarray(volume)))[..., [0, 3, 1] if known else [0, 1, 2]]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    assert done["conv.kernel"] == "centre" and done["decoder.0.conv1.conv.kernel"] == "centre"
+    assert ("random vessel" in done["last.kernel"]) == known
+
+
+def test_a_2d_network_is_inflated_only_into_its_3d_counterpart(tmp_path):
+    workdir = make_workdir(tmp_path / "run", flat=True, seed=1)
+    section = section_of(workdir, name="dxnet", depth={}, filters=(16, 16, 8, 8, 16))
+    with pytest.raises(UserError, match="filters"):
+        adapted(workdir, section, None, inflation=Inflation("centre"))
+
+
 def test_another_network_is_still_an_error(trained):
     section = section_of(trained, filters=(16, 16, 8, 8, 16))
     with pytest.raises(UserError, match="filters"):
         adapted(trained, section, Names(("T1", "T2"), OUTPUTS, "softmax"))
+
+
+@pytest.mark.parametrize("key", ["activation", "filters"])
+def test_channels_are_matched_by_name_in_a_network_that_differs_otherwise(key, trained):
+    """With ``require=False``: what has the same shape is loaded, at the place of its name, and the rest is random."""
+    section = section_of(trained)
+    other = "silu" if section["activation"] == "relu" else "relu"
+    section |= {"activation": other} if key == "activation" else {"filters": (16, 16, 8, 8, 16)}
+    names = Names(("T2", "T1"), ("background", "lesion", "organ"), "softmax")
+    _, params, done = adapted(trained, section, names, require=False)
+    before, (_, fresh, _) = read_file_or_workdir(trained).arrays, forward_of(section)
+    for name, order in (("conv.kernel", (..., [1, 0], slice(None))), ("last.kernel", (..., [0, 2, 1]))):
+        if before[name].shape == params[name].shape:
+            np.testing.assert_array_equal(params[name], before[name][order], err_msg=name)
+        else:
+            assert done[name] == "omitted: another shape"
+            np.testing.assert_array_equal(params[name], flatten(fresh)[name], err_msg=name)
+    different = {name for name, array in flatten(fresh).items() if array.shape != before[name].shape}
+    assert bool(different) == (key == "filters")
+    assert {name for name, what in done.items() if what.startswith("omitted")} >= different
 
 
 def test_the_log_and_the_report_list_what_was_done(trained, capsys):
@@ -157,8 +207,53 @@ def test_the_log_and_the_report_list_what_was_done(trained, capsys):
     assert report["arrays"]["last.bias"] == "kept background; random tumour"
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_a_file_of_a_network_is_used_as_its_workdir(activation, trained, tmp_path, capsys):
+    """As weight_port writes it: channels and structures are matched by name; a file without names by position."""
+    source, section = read_file_or_workdir(trained), section_of(trained)
+    names = Names(("T2", "T1"), ("background", "lesion", "organ"), activation)
+    expected, _, done = adapted(trained, section, names)
+    config = load_config("configs/own_omnianet.py", [])
+    for known in (True, False):
+        config.init.weights = str(tmp_path / "net.safetensors")
+        kept = source if known else dataclasses.replace(source, names=None)
+        weights.write_weights(tmp_path / "net.safetensors", kept)
+        forward, params, stats = forward_of(section)
+        params, stats, report = initialise(config.init, section, 0, params, stats, names)
+        assert ("by position" in capsys.readouterr().out) != known
+        assert report is not None and (report["arrays"] == done) == known
+        image = image_for(trained, 2)
+        same = np.allclose(forward((params, stats), jnp.asarray(image)), expected(image), rtol=1e-4, atol=1e-5)
+        assert same == known
+
+
+@pytest.mark.parametrize("rule", ["random", "centre"])
+def test_random_arrays_are_not_counted_as_loaded(rule, tmp_path):
+    """Arrays that a rule or an unknown name makes random are in the list of random ones, and not in the coverage."""
+    flat = make_workdir(tmp_path / "run", flat=True, seed=1)
+    config = load_config("configs/own_omnianet.py", [])
+    config.init.weights, config.init.inflate = str(flat), rule
+    section = section_of(flat, name="dxnet", depth={"axis": 0, "padding": "zero", "squeeze": "slice"})
+    _, params, stats = forward_of(section)
+    sizes = {name: array.size for name, array in (flatten(params) | flatten(stats)).items()}
+    names = Names(("T1", "T2"), ("air", "vessel", "nerve"), "softmax")
+    _, _, report = initialise(config.init, section, 0, params, stats, names)
+    assert report is not None
+    expected = {"last.kernel", "last.bias"} if rule == "centre" else set(sizes)
+    assert set(report["random"]) == expected
+    assert report["coverage"] == pytest.approx(1 - sum(sizes[n] for n in expected) / sum(sizes.values()))
+
+
+def test_a_stem_that_the_rule_randn_draws_is_not_counted_as_loaded(trained):
+    config = load_config("configs/own_omnianet.py", [])
+    config.init.weights, config.init.part, config.init.channels = str(trained), "encoder", "randn"
+    section = section_of(trained, filters=(24,) * 5)  # and therefore the input of the encoder
+    _, params, stats = forward_of(section)
+    _, _, report = initialise(config.init, section, 0, params, stats)
+    assert report is not None and report["random"] == ["encoder.conv_stem.kernel"] and 0 < report["coverage"] < 1
+
+
 def test_files_without_names_need_the_same_channels(trained):
-    """A weights file of a whole network does not say what its channels mean."""
     source = read_file_or_workdir(trained)
     bare = weights.Weights(source.kind, source.model, source.arrays, {}, source.source)
     section = section_of(trained, out_channels=4)

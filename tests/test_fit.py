@@ -11,11 +11,15 @@ import pytest
 from tests.small_runs import use_pixelwise
 from tests.test_planning import write_card, write_case
 from xdim_jax import fit, predict
+from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.data import __main__ as data_main
 from xdim_jax.data.images.image import read_volume
+from xdim_jax.inference.output import make_output
 from xdim_jax.planning import machine, plan_data
+from xdim_jax.training.check import resolve_config
 from xdim_jax.training.needs import Need
+from xdim_jax.training.run_data import find_data
 
 SHORT = ("--config.train.epochs=1", "--config.data.epoch_steps=2", "--config.model.encoder.name=efficientnet_toy")
 SHORT += (
@@ -60,7 +64,7 @@ def test_from_a_folder_to_a_report(quick, tmp_path, capsys):
     capsys.readouterr()
     assert fit.main(command(root, workdir, *SHORT)) == 0
     out = capsys.readouterr().out
-    assert "already checked" in out and "is used as it is" in out
+    assert "already verified" in out and "exists and is used" in out
     assert json.loads((workdir / "fold1" / "config.json").read_text())["data"]["foreground"] == 0.75
     splits = [json.loads((workdir / f"fold{i}" / "split.json").read_text())["validation"] for i in (0, 1)]
     assert sorted(splits[0] + splits[1]) == ["c0", "c1", "c2", "c3"]
@@ -93,8 +97,10 @@ def test_from_a_folder_to_a_report(quick, tmp_path, capsys):
 def test_other_options_do_not_replace_a_recipe(quick, tmp_path):
     root, workdir = make_cases(tmp_path / "Dataset001_Own"), tmp_path / "run"
     assert fit.main(command(root, workdir, "--steps=plan")) == 0
-    with pytest.raises(UserError, match=r"recipe\.py was planned with other values of hours"):
+    with pytest.raises(UserError, match=r"recipe\.py was planned with other hours"):
         fit.main([*command(root, workdir, "--steps=plan"), "--hours=2"])
+    with pytest.raises(UserError, match=r"recipe\.py was planned with other store"):
+        fit.main([*command(root, workdir, "--steps=plan"), f"--store={tmp_path / 'elsewhere'}"])
 
 
 @pytest.mark.parametrize(
@@ -102,13 +108,59 @@ def test_other_options_do_not_replace_a_recipe(quick, tmp_path):
     [
         (("--fold=3",), "unknown arguments --fold=3"),
         (("--steps=plan", "--config.data.batch=4"), "has no effect on the plan"),
-        (("--workdir=gs://bucket/run",), "fit needs a local folder"),
+        (("--workdir=gs://bucket/run",), "expected a local folder"),
+        (("--hours=0",), "--hours=0"),
+        (("--hours=inf",), "--hours=inf"),
+        (("--hours=nan",), "--hours=nan"),
     ],
 )
 def test_wrong_flags_are_noticed_first(flags, words, quick, tmp_path):
     with pytest.raises(UserError, match=words):
         fit.main(command(make_cases(tmp_path / "Dataset001_Own"), tmp_path / "run", *flags))
     assert not (tmp_path / "run").exists()
+
+
+def test_folds_are_not_trained_on_data_with_different_meanings(quick, tmp_path):
+    """The description of the data changes after fold 0: neither fit nor train continues."""
+    root, workdir = make_cases(tmp_path / "Dataset001_Own"), tmp_path / "run"
+    path = root / "dataset.json"
+    card = json.loads(path.read_text()) | {"labels": {"background": 0, "core": [1, 2], "tip": 2}}
+    path.write_text(json.dumps(card))
+    assert fit.main(command(root, workdir, "--steps=train", *SHORT)) == 0
+    shutil.rmtree(workdir / "fold1")
+    before = (workdir / "fold0" / "data.json").read_text()
+
+    def find_again():
+        config, dataset = resolve_config(load_config(f"{workdir / 'recipe.py'}:fold=0", list(SHORT)))
+        output = make_output(config.output, dataset)
+        find_data(config.data, config.seed, dataset, output, workdir / "fold0", started=True, first=True)
+
+    for key, value, changed in (
+        ("labels", {"background": 0, "core": [1, 2], "tip": 1}, "regions"),
+        ("labels", {"tip": 2, "background": 0, "core": [1, 2]}, "regions"),  # their order is that of the channels
+        ("channel_names", {"0": "ct"}, "channels"),
+        ("annotated", {"c0": ["core"]}, "annotated"),
+    ):
+        path.write_text(json.dumps(card | {key: value}))
+        with pytest.raises(UserError, match=rf"recipe\.py was planned with other .*{changed}"):
+            fit.main(command(root, workdir, "--steps=train", *SHORT))
+        with pytest.raises(UserError, match=rf"fold0 was started with other .*{changed}"):
+            find_again()
+        assert (workdir / "fold0" / "data.json").read_text() == before and not (workdir / "fold1").exists()
+    path.write_text(json.dumps(card))
+    find_again()
+
+
+@pytest.mark.parametrize("place", ["Dataset001_Own", ".", "link"])
+def test_results_are_not_written_among_the_data(place, quick, tmp_path):
+    """The workdir is not the folder of the data, nor one that contains it."""
+    root = make_cases(tmp_path / "Dataset001_Own")
+    (tmp_path / "link").symlink_to(root)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="folder of the data"):
+        fit.main(command(root, tmp_path / place, "--steps=verify"))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert fit.main(command(root, root / "run", "--steps=verify")) == 0
 
 
 def test_other_networks_get_a_choice_of_their_own(quick, tmp_path):
@@ -131,6 +183,29 @@ def test_other_networks_get_a_choice_of_their_own(quick, tmp_path):
     assert (workdir / "fold0" / "postprocessing.json").read_text() == path.read_text()
 
 
+def test_a_workdir_and_a_store_inside_of_the_data(quick, tmp_path, monkeypatch, capsys):
+    """Files that the command writes are not new data; and a relative store is the same from every folder."""
+    root = make_cases(tmp_path / "Dataset001_Own")
+    workdir = root / "2024:01"
+    monkeypatch.chdir(tmp_path)
+    arguments = command(root, workdir, "--steps=prepare", "--store=Dataset001_Own/store")
+    assert fit.main(arguments) == 0 and list((root / "store").iterdir())
+    capsys.readouterr()
+    assert fit.main(arguments) == 0 and "already verified" in capsys.readouterr().out
+    monkeypatch.chdir(root)
+    fit.main([*arguments[:-1], "--store=store"])
+    assert "already verified" in capsys.readouterr().out
+    assert load_config(str(workdir / "recipe.py"), []).data.store == str(root / "store")
+
+
+def test_a_recipe_without_its_record_is_not_trained(quick, tmp_path):
+    root, workdir = make_cases(tmp_path / "Dataset001_Own"), tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "recipe.py").write_text("")
+    with pytest.raises(UserError, match=r"Restore recipe\.json, or delete .*recipe\.py"):
+        fit.main(command(root, workdir, "--steps=plan"))
+
+
 def test_errors_of_the_data_end_it(quick, tmp_path, capsys):
     root = make_cases(tmp_path / "Dataset001_Own")
     (root / "labelsTr" / "c1.nii.gz").unlink()
@@ -146,7 +221,7 @@ def test_changed_data_are_checked_again(quick, tmp_path, capsys):
     capsys.readouterr()
     os.utime(root / "labelsTr" / "c1.nii.gz", (1, 1))
     fit.main(command(root, tmp_path / "run", "--steps=verify"))
-    assert "already checked" not in capsys.readouterr().out
+    assert "already verified" not in capsys.readouterr().out
 
 
 def test_a_table_goes_through_all_steps(quick, tmp_path, capsys):
@@ -197,7 +272,7 @@ def test_the_plan_is_the_same_again(quick, tmp_path):
         (("--out=r.py", "--hours=0"), "--hours=0"),
         (("--out=r.py", "--memory=many"), "--memory=many"),
         (("--out=r.py", "--folds=9"), "--folds=9: expected 2 to 4"),
-        (("--out=r.py", "--memory=1KiB"), "--memory=.*nothing fits"),
+        (("--out=r.py", "--memory=1KiB"), "--memory=.*is not enough"),
         (("--out=r.py", "--convention=brats2021"), "--convention is not an option"),
     ],
 )

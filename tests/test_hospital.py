@@ -1,6 +1,8 @@
 """Files as hospitals have them: names, DICOM exports of an archive, and several patients in one output folder."""
 
+import dataclasses
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -13,24 +15,40 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk
+from ml_collections import ConfigDict
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import MPEG2MPML, UID, EnhancedMRImageStorage, generate_uid
 
+import xdim_jax
 from tests.dicom_files import save_dicom
 from tests.test_predictor import make_workdir
 from tests.test_verify import write_decathlon, write_nnunet
 from xdim_jax import predict
+from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
-from xdim_jax.data import phantom
-from xdim_jax.data.case import read_case, scan_cases
+from xdim_jax.base.files import write_json
+from xdim_jax.data import phantom, regions
+from xdim_jax.data.case import Case, describe, scan_cases, usable_cases
 from xdim_jax.data.datasets import get_dataset
-from xdim_jax.data.images.image import read_image
+from xdim_jax.data.images.image import files_of, read_image
 from xdim_jax.data.images.names import files_below
 from xdim_jax.data.images.series import find_series
 from xdim_jax.data.layouts import brats
+from xdim_jax.data.prepare import Preparation
+from xdim_jax.data.reading import read_case
+from xdim_jax.data.store import prepare_cases
 from xdim_jax.data.verify import verify
+from xdim_jax.inference import folder as output_folder
 from xdim_jax.inference import inputs
+from xdim_jax.inference.group import common_postprocessing
+from xdim_jax.inference.settings import POSTPROCESSING_FILE, PostProcessing, Settings, resolve
+from xdim_jax.nets import networks
+from xdim_jax.nets.functional import split_model
+from xdim_jax.runs import checkpoint
+from xdim_jax.runs.workdir import CONFIG_FILE, DATA_FILE
+from xdim_jax.training import run_data
 
 # -- names --------------------------------------------------------------------------------------------------------
 
@@ -451,7 +469,7 @@ def test_a_file_that_is_no_prediction_is_never_replaced(workdir, tmp_path):
     save_nifti(tmp_path / "out" / "a.nii.gz", 1)
     before = (tmp_path / "out" / "a.nii.gz").read_bytes()
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match="no prediction"):
+        with pytest.raises(UserError, match="not a prediction"):
             run(workdir, tmp_path / "in", tmp_path / "out", *more)
     assert (tmp_path / "out" / "a.nii.gz").read_bytes() == before
 
@@ -479,7 +497,7 @@ def test_series_can_be_selected(workdir, tmp_path, capsys):
         run(workdir, tmp_path / "in", tmp_path / f"out{i}", f"--series={selector}")
         assert names_in(tmp_path / f"out{i}") == {name}
         said = capsys.readouterr().out
-        assert ({"P1_2", "P1_3"} - {name}).pop() in next(t for t in said.splitlines() if t.startswith("left out"))
+        assert ({"P1_2", "P1_3"} - {name}).pop() in next(t for t in said.splitlines() if t.startswith("omitted"))
     with pytest.raises(UserError, match=r"--series=9.*P1_2.*P1_3"):
         run(workdir, tmp_path / "in", tmp_path / "no", "--series=9")
 
@@ -490,7 +508,17 @@ def test_a_series_with_a_gap_fails_and_the_others_are_predicted(workdir, tmp_pat
     (tmp_path / "in" / "P1" / "002.dcm").unlink()
     run(workdir, tmp_path / "in", tmp_path / "out", code=1)
     assert names_in(tmp_path / "out") == {"P2_2"}
-    assert "P1_2 left out" in capsys.readouterr().out
+    assert "P1_2 omitted" in capsys.readouterr().out
+
+
+def test_lists_of_patients_that_cannot_be_used_do_not_prevent_prediction(tmp_path):
+    phantom.write_camus(tmp_path, cases=3, shape=(64, 64), frames=2)
+    data = get_dataset({"dataset": "camus", "root": str(tmp_path)})
+    (tmp_path / "database_split" / "subgroup_testing.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="subgroup_testing"):
+        usable_cases(scan_cases(data, tmp_path, need_labels=True), tmp_path)
+    cases, problems = inputs.find_cases(data, [tmp_path])
+    assert len({c.patient for c in cases}) == 3 and not problems
 
 
 def test_dicom_of_both_modalities_needs_no_flag(tmp_path):
@@ -614,3 +642,217 @@ def test_names_that_cannot_be_encoded_are_logged(tmp_path):
         environment = os.environ | {"PYTHONIOENCODING": encoding}
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=60)
         assert done.returncode == 0 and done.stdout.count(b"\\udcfc") == 2
+
+
+# -- what a case is -----------------------------------------------------------------------------------------------
+
+
+def write_metaimage(path, array):
+    """A header with its pixels in another file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
+    assert path.with_suffix(".raw").is_file()
+
+
+def test_the_pixels_of_a_metaimage_belong_to_its_case(tmp_path):
+    """The header does not change when the pixels are corrected."""
+    write_metaimage(tmp_path / "imagesTr" / "a_0000.mhd", volume_of(0, (4, 8, 8)).astype(np.int16))
+    label = np.zeros((4, 8, 8), np.uint8)
+    label[0, 0, 0] = 1
+    write_metaimage(tmp_path / "labelsTr" / "a.mhd", label)
+    card = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".mhd"}
+    (tmp_path / "dataset.json").write_text(json.dumps(card))
+    data = get_dataset({"dataset": "nnunet", "root": str(tmp_path)})
+    (case,) = scan_cases(data, tmp_path, need_labels=True).cases
+    assert {p.name for p in case.files} == {"a_0000.mhd", "a_0000.raw", "a.mhd", "a.raw"}
+
+    (before,) = prepare_cases(data, [case], Preparation(), tmp_path / "store")
+    note = output_folder.make_note("digest", case)
+    label[:, 0] = 1
+    write_metaimage(tmp_path / "labelsTr" / "a.mhd", label)
+    write_metaimage(tmp_path / "imagesTr" / "a_0000.mhd", volume_of(1, (4, 8, 8)).astype(np.int16))
+    (after,) = prepare_cases(data, [case], Preparation(), tmp_path / "store")
+    assert [int((e.load().label == 1).sum()) for e in (before, after)] == [1, 32]
+    assert output_folder.make_note("digest", case) != note
+
+
+@pytest.mark.parametrize(
+    ("text", "files"),
+    [
+        ("ElementDataFile = LOCAL\nbinary", []),
+        ("ObjectType = Image\nElementDataFile = x.zraw\n", ["x.zraw"]),
+        ("ElementDataFile = LIST\na.raw\nb.raw\n", ["a.raw", "b.raw"]),
+        ("ElementDataFile = s%03d.raw 1 5 2\n", ["s001.raw", "s003.raw", "s005.raw"]),
+        ("no header", []),
+        ("ElementDataFile =\n", []),
+        ("ElementDataFile = s%03d.raw 1 5 x\n", []),
+        ("ElementDataFile = s%03d.raw 1 5 0\n", []),
+    ],
+)
+def test_files_that_a_metaimage_header_names(text, files, tmp_path):
+    (tmp_path / "a.mhd").write_text(text)
+    assert files_of(tmp_path / "a.mhd") == (tmp_path / "a.mhd", *(tmp_path / name for name in files))
+
+
+def test_other_label_values_or_another_modality_are_another_prediction(tmp_path):
+    (tmp_path / "a.nii.gz").write_bytes(b"x")
+    labels = [brats.get_convention(name).labels for name in ("brats2021", "brats2023")]
+    cases = [Case("a", "a", (tmp_path / "a.nii.gz",), ("T1",), None, label) for label in labels]
+    cases += [dataclasses.replace(cases[0], info={"modality": m}) for m in ("CT", "MR")]
+    assert len({output_folder.make_note("digest", case) for case in cases}) == 4
+
+
+def test_a_convention_with_other_regions_is_refused(tmp_path):
+    """BraTS 2024 has a region more than the network."""
+    config = load_config("configs/brats_dxnet.py:scratch", [])
+    config.model.encoder.name, config.model.filters = "efficientnet_toy", (8, 8, 8, 8, 8)
+    config.data.patch = (32, 32, 32)
+    write_json(tmp_path / CONFIG_FILE, config.to_dict())
+    write_json(tmp_path / DATA_FILE, describe(get_dataset(config.data)))
+    _, params, stats = split_model(networks.build(config.model, seed=0))
+    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    checkpoint.save_best(checkpoints, 1, params, stats, 0.5)
+    checkpoint.close(checkpoints)
+    assert xdim_jax.Predictor(tmp_path, convention="brats2023").names == ("WT", "TC", "ET")
+    with pytest.raises(UserError, match=r"--convention=brats2024.*RC"):
+        xdim_jax.Predictor(tmp_path, convention="brats2024")
+
+
+def test_two_cases_of_one_name_are_an_error(tmp_path, capsys):
+    """Patient 1 of two hospitals: one prediction would replace the other."""
+    for site in ("a", "b"):
+        phantom.write_chaos(tmp_path / "raw" / site, cases=1, shape=(64, 64, 16))
+        part = next(p for p in (tmp_path / "raw" / site).rglob("CT") if p.is_dir()).parent
+        part.rename(tmp_path / f"site_{site}")
+    data = get_dataset({"dataset": "chaos", "task": 2})
+    root = tmp_path / "all"
+    root.mkdir()
+    for site in ("a", "b"):
+        (tmp_path / f"site_{site}").rename(root / site)
+    scan = scan_cases(data, root, need_labels=False)
+    (problem,) = [p for p in scan.problems if p.kind == "duplicate_case"]
+    assert problem.severity == "error" and "CT_1" in problem.found
+    assert {part for part in ("a", "b") if f"/{part}/" in f"{problem.path} {problem.found}"} == {"a", "b"}
+    cases, problems = inputs.find_cases(data, [root])
+    assert cases == [] and list(problems) == ["CT_1"]
+
+
+def test_predictions_inside_the_input_are_no_images(workdir, tmp_path):
+    for name in ("a", "b/c"):
+        save_nifti(tmp_path / "in" / f"{name}.nii.gz", 0)
+    for _ in range(2):
+        run(workdir, tmp_path / "in", tmp_path / "in" / "pred")
+    assert names_in(tmp_path / "in" / "pred") == {"a", "b_c"}
+
+
+def test_images_of_any_quality_are_predicted(tmp_path):
+    phantom.write_camus(tmp_path, cases=4, shape=(96, 64))
+    data = get_dataset({"dataset": "camus", "quality": ("Good",)})
+    everything = {c.case_id for c in scan_cases(get_dataset({"dataset": "camus"}), tmp_path, need_labels=False).cases}
+    assert {c.case_id for c in scan_cases(data, tmp_path, need_labels=False).cases} == everything
+    assert {c.info["ImageQuality"] for c in scan_cases(data, tmp_path, need_labels=True).cases} == {"Good"}
+
+
+def test_files_of_brats_need_no_name_of_a_case(tmp_path, monkeypatch):
+    """The command in docs/prediction.md: the case is named after its folder."""
+    (tmp_path / "P7").mkdir()
+    for name in ("flair", "t1", "t1ce", "t2"):
+        (tmp_path / "P7" / f"{name}.nii.gz").touch()
+    monkeypatch.chdir(tmp_path / "P7")
+    paths = [Path(f"{name}.nii.gz") for name in ("flair", "t1", "t1ce", "t2")]
+    assert brats.case_from_files(paths, brats.get_convention("brats2021")).case_id == "P7"
+    with pytest.raises(UserError, match="by its name"):
+        brats.case_from_files(paths[::-1], brats.get_convention("brats2021"))
+
+
+def test_the_current_folder_can_be_a_case(tmp_path, monkeypatch):
+    (case, *_) = phantom.write_brats(tmp_path, cases=1, shape=(32, 32, 32))
+    data = get_dataset({"dataset": "brats", "convention": "brats2021"})
+    monkeypatch.chdir(case)
+    for path in (Path(), Path("..") / Path(case).name):
+        cases, problems = inputs.find_cases(data, [path])
+        assert [c.case_id for c in cases] == [Path(case).name] and not problems
+
+
+def test_images_in_folders_without_meaning_are_mentioned(tmp_path):
+    write_nnunet(tmp_path)
+    shutil.copytree(tmp_path / "imagesTr", tmp_path / "imagesVal")
+    problems = scan_cases(
+        get_dataset({"dataset": "nnunet", "root": str(tmp_path)}), tmp_path, need_labels=True
+    ).problems
+    (problem,) = [p for p in problems if p.kind == "extra_file"]
+    assert problem.path == tmp_path / "imagesVal"
+
+
+def test_patients_in_no_list_are_mentioned(tmp_path, capsys):
+    write_nnunet(tmp_path)
+    folds = json.loads((tmp_path / "splits_final.json").read_text())
+    named = [name for fold in folds[:1] for name in fold["train"][:1] + fold["val"][:1]]
+    lists = [{"train": named[:1], "val": named[1:]}]
+    (tmp_path / "splits_final.json").write_text(json.dumps(lists))
+    data = get_dataset({"dataset": "nnunet", "root": str(tmp_path)})
+    section = ConfigDict({"split": "official", "fold": 0, "train_patients": 0})
+    train, validation = run_data._split(section, 0, data, tmp_path)
+    assert [c.case_id for c in train + validation] == named
+    out = capsys.readouterr().out
+    assert "2 patients are in no list" in out and not any(f" {name}" in out.split("not used:")[1] for name in named)
+
+
+def test_more_structures_than_a_byte_can_number_are_refused(tmp_path):
+    write_nnunet(tmp_path)
+    card = json.loads((tmp_path / "dataset.json").read_text())
+    for count in (254, 255):
+        labels = {"background": 0} | {f"s{i}": i for i in range(1, count + 1)}
+        (tmp_path / "dataset.json").write_text(json.dumps(card | {"labels": labels}))
+        if count == 254:
+            assert len(get_dataset({"dataset": "nnunet", "root": str(tmp_path)}).labels.structures) == 255
+            continue
+        with pytest.raises(UserError, match="255 structures"):
+            get_dataset({"dataset": "nnunet", "root": str(tmp_path)})
+
+
+def test_what_is_chosen_for_other_regions_remains(workdir):
+    config = load_config("configs/brats_dxnet.py:scratch", [])
+    chosen = PostProcessing({"WT": 0.4, "ET": 0.3}, (), {"WT": 1.0, "ET": 0.1})
+    given = Settings(threshold={"TC": 0.6}, min_volume={"ET": 0.2})
+    found = resolve(given, config, regions.BRATS, chosen)
+    assert found.threshold == {"WT": 0.4, "TC": 0.6, "ET": 0.3}
+    assert found.min_volume == {"WT": 1.0, "ET": 0.2}
+    assert resolve(Settings(min_volume={}), config, regions.BRATS, chosen).min_volume == {}
+    assert resolve(Settings(threshold=0.7), config, regions.BRATS, chosen).threshold == dict.fromkeys(
+        ("WT", "TC", "ET"), 0.7
+    )
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_runs_that_differ_in_what_remains_are_no_ensemble(first, tmp_path):
+    """The order of the workdirs does not decide."""
+    choices = {"a": ({"WT": 0.3, "TC": 0.4}, {"WT": 1.0}), "b": ({"WT": 0.7, "TC": 0.5}, {"WT": 5.0})}
+    for name, (threshold, volume) in choices.items():
+        chosen = {"threshold": threshold, "largest": [], "min_volume": volume}
+        write_json(tmp_path / name / POSTPROCESSING_FILE, {"chosen": chosen, "tried": []})
+    workdirs = [tmp_path / first, tmp_path / ("b" if first == "a" else "a")]
+    for given, words in (
+        ({}, "threshold, min_volume"),
+        ({"threshold": {"TC": 0.6}, "min_volume": {}}, "threshold"),
+        ({"threshold": 0.5}, "min_volume"),
+        ({"threshold": {"TC": 0.6, "WT": 0.2}, "min_volume": {"ET": 1.0}}, "min_volume"),
+    ):
+        with pytest.raises(UserError, match=rf"in {words}; give"):
+            common_postprocessing(workdirs, Settings(**given))
+    for given in ({"threshold": {"TC": 0.6, "WT": 0.2}, "min_volume": {"": 2.0}}, {"threshold": 0.5, "min_volume": {}}):
+        common_postprocessing(workdirs, Settings(**given))
+
+
+def test_other_outputs_of_the_same_prediction_are_kept(tmp_path):
+    for path in ("a.nii.gz", "probabilities/a.nii", "uncertainty/a.nii"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        note = "old" if path.startswith("uncertainty") else "xdim_jax new"
+        image = nib.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4))
+        image.header["descrip"] = note
+        nib.save(image, tmp_path / path)
+    note = output_folder.read_note(tmp_path / "a.nii.gz")
+    output_folder.remove_prediction(tmp_path, "a", keep=("probabilities", "uncertainty"), note=note)
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.nii*")} == {"probabilities/a.nii"}
+    output_folder.remove_prediction(tmp_path, "a")
+    assert not list(tmp_path.rglob("*.nii*"))

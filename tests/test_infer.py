@@ -17,6 +17,7 @@ from xdim_jax.data.labels import Labels
 from xdim_jax.data.prepare import Preparation, Prepared, prepare
 from xdim_jax.inference import output, sliding_window, windows
 
+pytestmark = pytest.mark.usefixtures("optimised")
 BRATS = output.Output("sigmoid", regions.BRATS, regions.TISSUES)
 
 
@@ -231,3 +232,23 @@ def test_a_2d_network_sees_every_slice_once_and_in_order(rng):
     sliding_window.make_segmenter(forward, BRATS, (32, 32), 0.5)(None, whole(image[:1]))
     jax.effects_barrier()
     assert seen[3:] == [1], "a single image is not filled up"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("count", [5, 19])
+def test_a_slice_of_a_2d_network_is_blended_whatever_its_batch(batch, count, rng):
+    """A network that knows where it is in its window: equal slices give what a single slice gives."""
+    place = jnp.linspace(-2, 2, 32)[None, None, :, None]
+    image = rng.normal(size=(1, 32, 80, 1)).astype(np.float32)
+
+    def predict(image, batch):
+        options = {"batch": batch, "extra_outputs": EXTRA, "flips": sliding_window.all_flips((2,))}
+        forward = lambda weights, x: jnp.repeat(x + place, 3, -1)  # noqa: E731
+        segmenter = sliding_window.make_segmenter(forward, BRATS, (32, 32), 0.5, **options)
+        return collect(segmenter, None, whole(image))
+
+    label, expected = predict(image, 1)
+    labels, found = predict(np.repeat(image, count, 0), batch)
+    for name, values in found.items():
+        np.testing.assert_allclose(values, np.broadcast_to(expected[name], values.shape), atol=1e-6, err_msg=name)
+    np.testing.assert_array_equal(labels, np.broadcast_to(label, labels.shape))

@@ -19,7 +19,7 @@ from xdim_jax.nets.layers import Depth
 from xdim_jax.nets.weights import abstract_encoder, adapt_encoder, inflate_network, replace_leaves
 
 EXACT = 1e-12
-pytestmark = pytest.mark.usefixtures("quick_compile", "float64")
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def relative(a, b):
@@ -283,7 +283,7 @@ def test_acs_keeps_a_plane_per_third():
         assert relative(deep[..., members], np.expand_dims(flat, axis + 1)[..., members].repeat(3, axis + 1)) < EXACT
         others = np.setdiff1d(np.arange(7), members)
         assert relative(deep[..., others], np.expand_dims(flat, axis + 1)[..., others]) > 0.1
-    with pytest.raises(ValueError, match=r"square kernel into a cube; .* \(1, 7\)"):
+    with pytest.raises(ValueError, match=r"square 2D kernel .* \(1, 7\)"):
         inflate.inflate_kernel(np.zeros((1, 7, 1, 3)), 3, axis=0, rule="acs")
 
 
@@ -316,7 +316,7 @@ def test_what_was_done_is_told():
     assert set(done) == set(flat.arrays)
     assert done["conv_stem.kernel"] == "channels by cycle then repeat"
     assert done["blocks.1.0.conv_dw.kernel"] == "repeat" and done["blocks.1.0.conv_pw.kernel"] == "axis added"
-    assert done["bn1.mean"] == "dropped: instance norm" and done["bn1.scale"] == "copied"
+    assert done["bn1.mean"].startswith("dropped") and done["bn1.scale"] == "copied"
 
 
 @pytest.mark.quick

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from xdim_jax.base.config import load_config
 from xdim_jax.runs.records import STEPS_FILE, read_records
 
 REPO = Path(__file__).resolve().parents[1]
+TPU = REPO / "launch" / "tpu_queued.sh"
 SCRIPTS = sorted((REPO / "launch").glob("*.sh"))
 
 SRUN = """
@@ -273,23 +275,25 @@ GCLOUD = """
 def test_a_tpu_is_asked_for_until_the_training_is_done(states, statuses, made, status, cluster, tmp_path):
     put, environment, notes = cluster
     put("gcloud", GCLOUD)
+    put("python3", NOTED)
     put(
-        "python3",
+        "trained",
         f"""
         import os, sys
         from pathlib import Path
         with open(os.environ["NOTES"], "a") as file:
-            file.write(" ".join(["python3", *sys.argv[1:]]) + "\\n")
-        if "pip" not in sys.argv:
-            left = Path("{tmp_path}/statuses")
-            first, *rest = left.read_text().split()
-            left.write_text(" ".join(rest))
-            if first == "255":
-                Path("{tmp_path}/lost").touch()
-                os.kill(os.getppid(), 9)
-            sys.exit(int(first))
+            file.write(" ".join(["trained", *sys.argv[1:]]) + "\\n")
+        left = Path("{tmp_path}/statuses")
+        first, *rest = left.read_text().split()
+        left.write_text(" ".join(rest))
+        if first == "255":
+            Path("{tmp_path}/lost").touch()
+            os.kill(os.getppid(), 9)
+        sys.exit(int(first))
         """,
     )
+    (tmp_path / "xdim-env" / "bin").mkdir(parents=True)  # the environment on the hosts, here the current folder
+    (tmp_path / "xdim-env" / "bin" / "python").symlink_to(tmp_path / "bin" / "trained")
     (tmp_path / "statuses").write_text(" ".join(map(str, statuses)))
     (tmp_path / "states").write_text(states)
     environment |= {
@@ -298,13 +302,53 @@ def test_a_tpu_is_asked_for_until_the_training_is_done(states, statuses, made, s
         "WAIT": "0",
         "ATTEMPTS": "3",
         "WORKDIR": "gs://b/a run",
+        "SOURCE": "xdim_jax[tpu,cloud] @ git+https://host/a",
     }
-    script = REPO / "launch" / "tpu_queued.sh"
-    done = subprocess.run([script, "--config.seed=3"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [TPU, "--config.seed=3"], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
+    )
     assert done.returncode == status, done.stderr
     calls = notes.read_text().splitlines()
     assert sum(" create xdim " in f" {c} " for c in calls) == made
     assert calls[-1].startswith("compute tpus queued-resources delete xdim")
-    trained = [c for c in calls if c.startswith("python3 -m xdim_jax.train")]
-    assert len(trained) == len(statuses)
+    installed = [c for c in calls if c.startswith("python3 -m uv pip install")]
+    assert all(c.endswith("xdim_jax[tpu,cloud] @ git+https://host/a") for c in installed)
+    trained = [c for c in calls if c.startswith("trained -m xdim_jax.train")]
+    assert len(trained) == len(statuses) <= len(installed)
     assert all("--workdir=gs://b/a run" in c and "--coordinator=auto --config.seed=3" in c for c in trained)
+
+
+def test_a_tpu_that_this_script_has_not_requested_is_not_deleted(cluster, tmp_path):
+    """The name is taken: that TPU belongs to another run."""
+    put, environment, notes = cluster
+    taken = """
+        import os, sys
+        with open(os.environ["NOTES"], "a") as file:
+            file.write(" ".join(sys.argv[1:]) + "\\n")
+        sys.exit("ALREADY_EXISTS")
+    """
+    put("gcloud", taken)
+    done = subprocess.run(
+        [TPU], env=environment | {"SOURCE": "a wheel"}, capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    (call,) = notes.read_text().splitlines()
+    assert " create xdim " in call
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch"), [(4, "slurm_train.sh"), (16, "tpu_queued.sh"), (16, "train.yaml"), (16, "tpu.yaml")]
+)
+def test_the_batch_of_a_launcher_divides_over_its_devices(devices, batch):
+    """The recipe that the launchers name has a batch of one."""
+    text = (next((REPO / "launch").rglob(batch))).read_text()
+    if batch.endswith(".yaml"):
+        found = int(re.search(r"--config\.data\.batch=(\d+)", text)[1])
+    elif batch.startswith("slurm"):
+        tasks = int(re.search(r"ntasks-per-node=(\d+)", text)[1]) * int(re.search(r"--nodes=(\d+)", text)[1])
+        assert tasks == devices and "BATCH=${BATCH:-${SLURM_NTASKS:-1}}" in text
+        found = tasks
+    else:
+        found = int(re.search(r"BATCH:-(\d+)", text)[1])
+        assert "v4-32" in text  # 16 chips
+    assert found % devices == 0

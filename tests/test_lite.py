@@ -192,6 +192,14 @@ def test_what_the_names_of_the_package_cannot_hold(weights):
         pypi.to_pypi(Weights("encoder", weights.model | {"ndim": 3}, weights.arrays))
 
 
+@pytest.mark.parametrize("wrong", [{"padding": "symmetric"}, {"eps": 1e-5}, {"padding": "symmetric", "eps": 1e-5}])
+def test_weights_of_another_padding_or_eps_are_not_written_for_the_package(wrong, weights):
+    with pytest.raises(UserError) as error:
+        pypi.to_pypi(Weights("encoder", weights.model | wrong, weights.arrays))
+    for key in ("padding", "eps"):
+        assert (f"{key} {weights.model[key]} (found {wrong.get(key)})" in str(error.value)) == (key in wrong)
+
+
 def test_the_hub_is_given_up_within_seconds_and_pypi_is_offered(monkeypatch, capfd):
     """Nobody answers at this address; the library itself would try for half a minute."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://192.0.2.1")

@@ -16,7 +16,6 @@ from xdim_jax.inference.output import make_output
 from xdim_jax.training import loss
 
 LOSSES = [("dice_bce", "sigmoid"), ("dice_bce", "softmax"), ("dice_ce", "softmax")]
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CHANNELS = 4
 WEIGHTS = (0.5, 2.0, 1.0, 0.25)

@@ -27,6 +27,8 @@ from xdim_jax.scoring import results
 from xdim_jax.training import check
 
 REPO = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.xdist_group("mains")  # one worker, so that fixtures are made once
 RECIPE = "configs/brats_dxnet.py:phantom"
 RULES = "--rules=brats2022"
 TOY = [
@@ -307,7 +309,7 @@ def test_an_ensemble_with_probabilities_and_uncertainty(run, trained, tmp_path):
     run("predict", "--workdir", trained, tmp_path / "twin", "--input", case, f"--output={tmp_path / 'two'}", *want)
     alone = ("predict", f"--workdir={trained}", "--input", case)
     out = run(*alone, f"--output={tmp_path / 'mirrored'}", *want, "--flips=W", "--threshold=WT=0.5,TC=0.5,ET=0.99")
-    assert "mirrored along W" in out
+    assert "flipped along W" in out
 
     def read(folder, kind):
         image = nib.load(tmp_path / folder / kind / f"{case.name}.nii")
@@ -404,7 +406,7 @@ MISUSES = {
     "filters": ([f"--config={RECIPE}", "--config.model.filters=16,16"], ["filters=(16, 16): expected 5 numbers"]),
     "other convention": ([f"--config={RECIPE}", DATA, "--config.data.convention=brats2023"], ["convention=brats2021"]),
     "unknown data set": ([f"--config={RECIPE}", "--config.data.dataset=brain"], ["known: brats, camus, chaos, nnunet"]),
-    "no list of splits": ([f"--config={RECIPE}", DATA, "--config.data.split=official"], ["without a list of splits"]),
+    "no list of splits": ([f"--config={RECIPE}", DATA, "--config.data.split=official"], ["have no list of splits"]),
     "sampling": ([f"--config={RECIPE}", "--config.data.sampling=all"], ["sampling='all'", "patches, slices"]),
     "preparation": ([f"--config={RECIPE}", "--config.data.prepare.crop=brain"], ["crop='brain'", "none, nonzero"]),
     "slices in 3D": ([f"--config={RECIPE}", "--config.data.sampling=slices"], ["sampling=slices", "2D patch"]),
@@ -487,7 +489,7 @@ def test_full_disk_while_predicting(run, trained, tmp_path):
         code=1,
         file_kib=5,
     )
-    assert len(re.findall(rf"left out: cannot write {tmp_path}/out/BraTS2021_\d+.nii.gz: File too large", out)) == 2
+    assert len(re.findall(rf"omitted: cannot write {tmp_path}/out/BraTS2021_\d+.nii.gz: File too large", out)) == 2
     assert "2 of 2 cases failed" in out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"predict.json"}
 

@@ -14,12 +14,13 @@ from nibabel.nifti1 import Nifti1Extension
 from tests.dicom_files import write_series
 from xdim_jax.base.problem import DataError
 from xdim_jax.data import regions
-from xdim_jax.data.case import Case, encode_label, read_case
+from xdim_jax.data.case import Case
 from xdim_jax.data.images.grid import Grid
 from xdim_jax.data.images.image import read_grid, read_image, voxel_type
 from xdim_jax.data.images.nifti import write_volume
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.prepare import Preparation, needed_bytes, prepare
+from xdim_jax.data.reading import encode_label, read_case
 
 SHAPE = (120, 130, 70)  # x, y, z
 LABELS = Labels("own", ("background", "a", "b"), (0, 1, 2))

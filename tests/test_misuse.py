@@ -157,7 +157,7 @@ TABLE = {
     "a workdir without a checkpoint": (
         "predict",
         "--workdir={untrained} --input={camus} --output={new}",
-        ["holds no finished checkpoint", "train first"],
+        ["has no complete checkpoint", "train first"],
     ),
     "a workdir whose config was changed": (
         "predict",

@@ -18,8 +18,6 @@ from xdim_jax.nets.layers import Depth, Style
 from xdim_jax.nets.weights import encoder_section, flatten
 from xdim_jax.pages import report
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # parameters without head and classifier, counted on timm 1.0.31; feature channels
 ENCODERS = {
     "efficientnet_b0": (3_595_388, (32, 24, 40, 112, 320)),
@@ -58,6 +56,7 @@ NETWORKS = {
     "dxnet": 12_954_991 - HEAD_B0,
     "dsnet": 8_080_278 - HEAD_B0,
 }
+SE_B0 = ENCODERS["efficientnet_b0"][0] - ENCODERS["efficientnet_lite0"][0]  # of 1x1 kernels, the same in 3D
 CONFIGS = {
     "brats_dxnet": 12_954_991 - HEAD_B0,
     "brats_dsnet": 8_080_278 - HEAD_B0,
@@ -67,6 +66,15 @@ CONFIGS = {
     # three inputs more of 16 filters of 3x3 at full resolution, and one output of 16 kernels of 3x3 and a bias less
     "own_dxnet": 12_954_991 - HEAD_B0,
     "own_omnianet": 6_258_128 - HEAD_B0 + 3 * 16 * 9 - (16 * 9 + 1),
+    "camus_best": 6_258_128 - HEAD_B0 - SE_B0,
+    "brats_best": 12_954_991 - HEAD_B0 - SE_B0,
+    # as brats_best without transposed convolutions, with three inputs less and one output more
+    "camus_sequence": 12_954_991
+    - HEAD_B0
+    - SE_B0
+    - sum(8 * n * n + n for n in (320, 256, 128, 64, 32))
+    - 3 * 16 * 27
+    + (16 * 27 + 1),
 }
 
 
@@ -304,9 +312,9 @@ OMNIANET, DSNET = unet_case("omnianet")[0], ds_case()[0]
         (
             DSNET,
             (96, 64, 64),
-            "axis D is 96: level 1/48 of the depth would have 2 planes, not 3; use 97 to 144, nearest 97",
+            "2 planes, not 3; use 97 to 144",
         ),
-        (DSNET, (145, 64, 64), "would have 4 planes, not 3; use 97 to 144, nearest 144 or 143"),
+        (DSNET, (145, 64, 64), "4 planes, not 3; use 97 to 144"),
         (DSNET, (128, 64, 72), "axis W is 72: 9 at level 1/8 cannot be halved; use 64 or 96"),
         (
             TOY_MODEL | {"depth": {"strides": (1, 1, 2, 2, 2)}},

@@ -18,8 +18,6 @@ from xdim_jax.nets.functional import split_model
 from xdim_jax.runs import state as runs_state
 from xdim_jax.training import optim
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 RATE = 0.05
 STEPS = 14
 NADAMS = tuple(optim.OPTIMIZERS)

@@ -26,16 +26,21 @@ from tests.packed_runs import (
     small_network,
     train_alone,
 )
+from tests.processes import device_flags
 from xdim_jax import sweep, train
 from xdim_jax.base import signals
 from xdim_jax.base.errors import UserError
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import STEPS_FILE, read_records
 from xdim_jax.sweeps import dry_run, packed, worker
-from xdim_jax.sweeps import study as studies
-from xdim_jax.training import pack
+from xdim_jax.sweeps import optuna_study as studies
+from xdim_jax.sweeps.space import load_space
+from xdim_jax.training import loop, pack
+from xdim_jax.training.absent_devices import Target
 
 REPO = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.xdist_group("pack")  # one worker, so that fixtures are made once
 
 
 @pytest.fixture(autouse=True)
@@ -62,19 +67,20 @@ def test_runs_of_a_pack_are_what_they_are_alone(layout, camus4, runs_alone, tmp_
 
 @pytest.mark.slow
 def test_one_run_per_device(camus4, runs_alone, tmp_path):
-    """Four places on two devices, three of them taken, in a process that has two devices."""
+    """Four places for three runs, in a process that has two devices: one place stays empty."""
     code = (
         "import sys; from tests import packed_runs as t; from pathlib import Path\n"
+        "from xdim_jax.base.signals import StopRequest; from xdim_jax.training import pack\n"
         "t.networks.build = lambda config, seed: t.SmallNetwork(config['out_channels'], seed)\n"
-        "group = t.make_pack(Path(sys.argv[1]), 4, 'devices')\n"
-        "assert group.layout == 'devices'\n"
-        "for i, own in enumerate(t.RUNS):\n"
-        "    group.add(t.load(Path(sys.argv[1]), own), Path(sys.argv[2]) / f'run{i}')\n"
-        "assert len(group._state.step.sharding.device_set) == 2\n"
-        "t.finish_runs(group)\n"
+        "made, Pack = [], pack.Pack\n"
+        "pack.Pack = lambda *arguments: made.append(Pack(*arguments)) or made[-1]\n"
+        "data, folder = map(Path, sys.argv[1:])\n"
+        "runs = [(t.load(data, own), folder / f'run{i}') for i, own in enumerate(t.RUNS)]\n"
+        "assert pack.train_runs(runs, slots=4, layout='devices', stop=StopRequest()) == 0\n"
+        "assert len(made[0]._state.step.sharding.device_set) == 2\n"
     )
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "XDIM_JAX_CACHE": "off"}
-    environment |= {"PYTHONPATH": str(REPO), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {"XLA_FLAGS": device_flags(2), "XDIM_JAX_CACHE": "off"}
+    environment |= {"PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", code, str(camus4), str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -94,6 +100,8 @@ def test_a_place_is_taken_again_without_a_new_program(camus4, runs_alone, tmp_pa
     group.remove(second)
     group.step()  # alone
     assert first.running and group.free == 1
+    assert [r.get("runs", 1) for r in records(tmp_path / "run1", "train")] == [2] * len(records(runs_alone[1], "train"))
+    assert not any("runs" in r for r in records(runs_alone[1], "train"))
     group.add(load(camus4, RUNS[2]), tmp_path / "run2")
     finish_runs(group)
     assert compiled == [1]
@@ -129,6 +137,29 @@ def test_a_run_that_fails_leaves_the_others(camus4, runs_alone, tmp_path):
     assert "not finite" in member.error
     assert member.error in (tmp_path / "bad" / "train.log").read_text()
     assert_same_run(tmp_path / "run0", runs_alone[0])
+
+
+def test_a_run_that_fails_while_it_is_added_leaves_its_slot_and_its_workdir(camus4, runs_alone, tmp_path, monkeypatch):
+    """A validation that is repeated at the start of a resumed run can fail, for example because a file is damaged."""
+    start, failing = loop.RunController.start, [True]
+
+    def start_or_fail(self, state, **options):
+        if failing and self.run.workdir.name == "run1":
+            raise UserError("a file is damaged")
+        return start(self, state, **options)
+
+    monkeypatch.setattr(loop.RunController, "start", start_or_fail)
+    group = make_pack(camus4, 2)
+    group.add(load(camus4, RUNS[0]), tmp_path / "run0")
+    with pytest.raises(UserError, match="a file is damaged"):
+        group.add(load(camus4, RUNS[1]), tmp_path / "run1")
+    assert group.free == 1 and "a file is damaged" in (tmp_path / "run1" / "train.log").read_text()
+    group.step()
+    failing.clear()
+    group.add(load(camus4, RUNS[1]), tmp_path / "run1")  # its workdir is not locked
+    finish_runs(group)
+    for i, workdir in enumerate(runs_alone[:2]):
+        assert_same_run(tmp_path / f"run{i}", workdir)
 
 
 def test_runs_that_read_the_same_share_what_is_read(camus4, tmp_path):
@@ -203,6 +234,23 @@ def test_layouts(monkeypatch):
         pack.choose_layout("devices", 6)
     with pytest.raises(UserError, match="--layout=stack is unknown"):
         pack.choose_layout("stack", 6)
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_trackers_record_one_run_of_a_process(tracker, camus4):
+    config = load(camus4, RUNS[0], f"--config.train.{tracker}=name")
+    pack.check_packable(config, 1, "scan")
+    with pytest.raises(UserError, match=rf"--pack: config\.train\.{tracker}=name"):
+        pack.check_packable(config, 2, "scan")
+
+
+def test_a_workdir_that_cannot_be_made_is_the_error_of_its_run(camus4, runs_alone, tmp_path):
+    (tmp_path / "file").write_text("")
+    group, stop = make_pack(camus4, 2), signals.StopRequest()
+    runs = [(load(camus4, RUNS[1]), tmp_path / "file" / "run"), (load(camus4, RUNS[0]), tmp_path / "run0")]
+    (error,) = pack.train_in_pack(group, runs, stop)
+    assert str(tmp_path / "file" / "run") in error
+    assert_same_run(tmp_path / "run0", runs_alone[0])
 
 
 # -- folds --------------------------------------------------------------------------------------------------------
@@ -379,6 +427,31 @@ def test_a_dry_run_refuses_what_does_not_fit(slots, camus4, tmp_path, capsys):
     assert "data.batch=2:" not in str(caught.value)
     assert ("a smaller --pack" in str(caught.value)) == (slots == 2)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_dry_run_for_absent_devices(camus4, tmp_path, capsys):
+    """The memory of the target is the limit. A CPU stands for the target, because its compiler is always here."""
+    space = tmp_path / "space.py"
+    space.write_text("def suggest(trial):\n    trial.suggest_categorical('data.batch', [2, 64])\n")
+    target = Target("toy", "1 x toy chip", "cpu", tuple(jax.devices()[:1]), 10 * 2**20)
+    suggest, _ = load_space(space)
+    with pytest.raises(UserError, match=r"1 of 2 programs need more than 0\.01 GiB") as caught:
+        dry_run.dry_run(suggest, RECIPE, overrides(camus4, {}), slots=0, layout="auto", budget=None, target=target)
+    assert "data.batch=64: " in str(caught.value) and "1 x toy chip" in capsys.readouterr().out
+    dry_run.dry_run(suggest, RECIPE, overrides(camus4, {}), slots=0, layout="auto", budget=2**40, target=target)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--target=h100"], "needs --dry-run"),
+        (["--target=h100", "--dry-run", "--pack=2"], "packs are compiled for the devices of this"),
+    ],
+)
+def test_a_target_is_for_dry_runs_without_packs(more, words, camus4, tmp_path):
+    command = [f"--config={RECIPE}", "--space=configs/sweeps/optimiser.py", "--trials=4", f"--workdir={tmp_path}"]
+    with pytest.raises(UserError, match=words):
+        sweep.main([*command, *more, *overrides(camus4, {})])
 
 
 @pytest.mark.parametrize("layout", ["scan", "vmap"])

@@ -1,6 +1,7 @@
 """What a recipe needs, before it runs."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 from xdim_jax import plan
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
-from xdim_jax.training import check, needs
+from xdim_jax.training import check, mesh, needs
+from xdim_jax.training.absent_devices import Target
 from xdim_jax.training.program import make_program
 
 # multiply-adds of one image (docs/networks.md, section Sizes), counted on PyTorch's modules: convolutions alone
@@ -42,7 +44,7 @@ RECIPE = "configs/camus_omnianet.py:scratch"
 
 
 @pytest.fixture
-def quick(monkeypatch, quick_compile):
+def quick(monkeypatch):
     monkeypatch.setenv("XDIM_JAX_CACHE", "off")
 
 
@@ -52,6 +54,10 @@ def test_the_needs_of_a_step_grow_with_its_batch(quick, tmp_path):
     arguments = [f"--config={RECIPE}", *TOY, "--patch=64,64", "--batch=2,4"]
     assert plan.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
     small, large = json.loads((tmp_path / "plan.json").read_text())
+    in_parts = [*arguments[:-1], "--batch=4", "--config.train.accumulate=2", f"--json={tmp_path / 'parts.json'}"]
+    assert plan.main(in_parts) == 0
+    (parts,) = json.loads((tmp_path / "parts.json").read_text())
+    assert parts["step_flops"] == large["step_flops"] and parts["step_bytes"] < large["step_bytes"]
     assert (small["batch"], large["batch"]) == (2, 4) and small["patch"] == [64, 64]
     assert large["step_flops"] == pytest.approx(2 * small["step_flops"], rel=0.05)
     assert large["step_flops"] > 2.5 * large["predict_flops"] * 4, "three times the forward pass, but for the rest"
@@ -60,7 +66,7 @@ def test_the_needs_of_a_step_grow_with_its_batch(quick, tmp_path):
 
 
 def test_the_table_says_what_fits():
-    choices = [needs.Choice((64, 64), batch, "float32", "") for batch in (2, 4)]
+    choices = [needs.StepSettings((64, 64), batch, "float32", "") for batch in (2, 4)]
     rows = list(zip(choices, (needs.Need(2**30, 3e9, 2**20, 1e9), needs.Need(2**31, 6e9, 2**20, 1e9)), strict=True))
     lines = needs.format_rows(rows, budget=2**30)
     assert lines[1].split() == ["64x64", "2", "float32", "none", "1.00", "GiB", "3.0", "0.00", "GiB", "1.0", "yes"]
@@ -89,11 +95,27 @@ def test_the_largest_that_fits_is_found_in_few_steps(limit, monkeypatch):
 def test_candidates_are_legal_and_rise():
     config = load_config("configs/brats_dsnet.py:scratch", [])
     patches = [
-        c.patch for c in needs.increasing_choices(config, needs.Choice((128, 128, 128), 1, "float32", ""), "patch")
+        c.patch
+        for c in needs.increasing_settings(config, needs.StepSettings((128, 128, 128), 1, "float32", ""), "patch")
     ]
     assert patches[:2] == [(128, 32, 32), (128, 64, 64)] and patches == sorted(patches)
-    batches = needs.increasing_choices(config, needs.Choice((128, 64, 64), 1, "float32", ""), "batch")
+    batches = needs.increasing_settings(config, needs.StepSettings((128, 64, 64), 1, "float32", ""), "batch")
     assert [c.batch for c in batches[:3]] == [1, 2, 3] and {c.patch for c in batches} == {(128, 64, 64)}
+
+
+def test_batches_for_absent_devices_divide_over_them(monkeypatch):
+    """Eight devices that this machine does not have; a mesh needs no more of a device than its identity."""
+    target = Target("toy", "8 x toy chip", "cpu", tuple(jax.devices()[:1] * 8), 2**30)
+
+    def make_mesh(grid, names, **options):
+        return SimpleNamespace(shape=dict(zip(names, grid.shape, strict=True)))
+
+    monkeypatch.setattr(mesh, "Mesh", make_mesh)
+    config = load_config("configs/camus_omnianet.py:scratch", ["--config.train.accumulate=2"])
+    choice = needs.StepSettings((64, 64), 1, "float32", "")
+    assert [c.batch for c in needs.increasing_settings(config, choice, "batch", target)[:3]] == [16, 32, 48]
+    config.mesh.space = 2
+    assert [c.batch for c in needs.increasing_settings(config, choice, "batch", target)[:2]] == [8, 16]
 
 
 @pytest.mark.parametrize(
@@ -110,14 +132,14 @@ def test_budgets(text, count):
         (["--budget=0"], ["--budget=0"]),
         (["--largest=patch"], ["--largest=patch needs --budget"]),
         (["--patch=64"], ["data.patch=(64,) has 1 axes"]),
-        (["--patch=64,x"], ["--patch=64,x: expected whole numbers"]),
-        (["--batch=0"], ["--batch=0: expected whole numbers above 0"]),
+        (["--patch=64,x"], ["--patch=64,x: expected integers"]),
+        (["--batch=0"], ["--batch=0: expected integers above 0"]),
         (["--patch=40,64"], ["axis H is 40"]),
         (["--precision=half"], ["config.train.precision='half' is unknown; known: float32, bfloat16"]),
         (["--ceilings=989,4.8"], ["--ceilings=989,4.8 needs --parts"]),
         (["--parts", "--ceilings=989"], ["--ceilings=989: expected TFLOP/s and TB/s"]),
         (["--parts", "--ceilings=0,4.8"], ["--ceilings=0,4.8: expected two numbers above 0"]),
-        (["--remat=decoder9"], ["decoder9 matches no stage of this network; it has: encoder, decoder1"]),
+        (["--remat=decoder9"], ["decoder9 matches no stage of this network; its stages are: encoder, decoder1"]),
     ],
 )
 def test_misuse_is_one_clear_message(arguments, words, quick):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
-from xdim_jax.data.case import read_case, scan_cases
+from xdim_jax.data import facts
+from xdim_jax.data.case import scan_cases
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.fingerprint import Fingerprint, measure, measure_cases
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.prepare import Preparation, check_preparation, prepare
+from xdim_jax.data.reading import read_case
 from xdim_jax.data.regions import Regions
 from xdim_jax.data.store import store_key
 from xdim_jax.nets import networks
@@ -25,10 +28,10 @@ from xdim_jax.training.check import resolve_config
 from xdim_jax.training.needs import Need
 
 
-def write_case(root, case, image, label, spacing):
+def write_case(root, case, image, label, spacing, channel=0):
     """Arrays are (D, H, W) in the reader's memory."""
     affine = np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])
-    for folder, name, array in (("imagesTr", f"{case}_0000", image), ("labelsTr", case, label)):
+    for folder, name, array in (("imagesTr", f"{case}_{channel:04d}", image), ("labelsTr", case, label)):
         (root / folder).mkdir(parents=True, exist_ok=True)
         nib.save(nib.Nifti1Image(array.transpose(2, 1, 0), affine), root / folder / f"{name}.nii.gz")
 
@@ -95,6 +98,46 @@ def test_cases_have_equal_weights(root):
     assert found.share("lesion") == pytest.approx(8 / (16 * 40 * 40))
     np.testing.assert_array_equal(found.prepared_sizes((0, 2.0, 1.0), cropped=False), [[16, 20, 20]] * 2)
     np.testing.assert_array_equal(found.prepared_sizes((1.5, 0, 0), cropped=True), [[24, 32, 30]] * 2)
+
+
+def test_the_deviation_of_equal_intensities_is_zero():
+    """A difference of squares would be slightly negative for some of these numbers."""
+    for value in np.linspace(-50, 300, 400).tolist():
+        channel = facts_of()["channels"][0] | {"mean": value, "sd": 0.0}
+        for count in (2, 3, 5, 7):
+            cases = {f"c{i}": facts_of(channels=[channel]) for i in range(count)}
+            assert Fingerprint(cases, ("CT",), ("organ",)).moments(0) == pytest.approx((value, 0), abs=1e-9)
+
+
+def test_the_voxels_of_a_microscope(tmp_path):
+    """Pixels of 10 nm are read, measured, planned and prepared like those of a millimetre."""
+    write_card(tmp_path, ("T1",), ("cell",))
+    label = np.zeros((1, 40, 48), np.uint8)
+    label[0, 10:30, 8:30] = 1
+    image = np.random.default_rng(0).normal(0, 5, label.shape).astype(np.float32) + 50 * label
+    for case in "ab":
+        write_case(tmp_path, case, image, label, (1e-5, 1e-5, 1e-5))
+    dataset, cases = cases_of(tmp_path)
+    found = Fingerprint(measure_cases(dataset, cases, tmp_path / "store"), dataset.channels, ("cell",))
+    np.testing.assert_allclose(found.spacing, 1e-5, rtol=1e-5)
+    np.testing.assert_allclose(found.extent(), (1e-5, 20e-5, 22e-5), rtol=1e-5)
+    choices = choose(found, dataset, platform="cpu", weights=True)
+    volume = read_case(cases[0])
+    prepared = prepare(cases[0], volume, Preparation.from_config(choices.prepare))
+    assert prepared.raw.shape[:3] == (1, 40, 48) and choices.prepare["spacing"][1:] == (1e-5, 1e-5)
+    with pytest.raises(UserError, match="mm along D,H,W"):
+        Preparation(spacing=(1e-6, 1, 1))
+
+
+def test_percentiles_are_those_of_all_columns(monkeypatch):
+    """Every 64th voxel would lie in one column, because the width is 16."""
+    monkeypatch.setattr(facts, "_SAMPLES", 400)
+    columns = np.broadcast_to(np.arange(16.0), (100, 16, 16))
+    found = facts.sample(columns.reshape(-1))
+    assert found.size == 400 and columns.size // 400 % 16 == 0
+    np.testing.assert_allclose(np.percentile(found, (10, 50, 90)), (1.5, 7.5, 13.5), atol=1.01)
+    assert (facts.sample(columns.reshape(-1)) == found).all(), "the seed is fixed"
+    assert facts.sample(found) is found, "few values are used as they are"
 
 
 def test_unchanged_cases_are_measured_once(root, tmp_path, monkeypatch):
@@ -207,6 +250,35 @@ def test_thick_slices_keep_their_depth():
     # 7.1 times as coarse: 7.1, 3.6, then 1.8, which is less than 2
     assert found.strides == (1, 1, 2, 2, 2) and found.rule == "spacing" and found.ratio == pytest.approx(5 / 0.7)
     assert found.patch[0] == 56, "32 slices of 8 mm are 51 of 5 mm, and the patch is a multiple of 8"
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_thick_slices_may_lie_along_any_axis(axis, tmp_path):
+    """A sagittal or coronal series is planned as an axial one with its axes exchanged."""
+
+    def moved(values):
+        values = list(values)
+        values.insert(axis, values.pop(0))
+        return values
+
+    large = {"voxels": 9000, "slices": 20, "extent": [60.0, 180.0, 180.0]}
+    found = chosen(fingerprint(spacing=[4.0, 0.5, 0.5], size=[20, 512, 512], foreground=large))
+    turned = {**large, "extent": moved(large["extent"])}
+    turned = chosen(fingerprint(spacing=moved([4.0, 0.5, 0.5]), size=moved([20, 512, 512]), foreground=turned))
+    assert turned.axis == axis and found.axis == 0
+    assert list(turned.prepare["spacing"]) == moved(found.prepare["spacing"]) and max(turned.prepare["spacing"]) == 4
+    assert list(turned.patch) == moved(found.patch) and list(turned.factors) == moved(found.factors)
+    assert (turned.strides, turned.rule, turned.ratio) == (found.strides, found.rule, found.ratio)
+    model = _model(turned, tmp_path)
+    assert model["depth"]["axis"] == axis
+    networks.check_patch(model, turned.patch)
+
+
+def test_a_single_thick_slice_along_width_is_planned(tmp_path):
+    found = chosen(fingerprint(spacing=[1.4, 1.4, 8.0], size=[256, 256, 1]))
+    assert found.network == "dxnet" and found.axis == 2 and found.strides == (1,) * 5
+    assert found.prepare["spacing"] == (1.4, 1.4, 8.0) and found.patch[2] == 1
+    networks.check_patch(_model(found, tmp_path), found.patch)
 
 
 def test_small_volumes_get_a_patch_that_the_network_accepts(tmp_path):
@@ -355,11 +427,11 @@ def test_all_problems_are_listed_at_once():
     ("found", "words"),
     [
         (lambda: fingerprint(structures=("organ", "vessel")), "vessel occurs in no case"),
-        (lambda: _in_one_case(), "occurs in one patient only"),
+        (lambda: _in_one_case(), "occurs in one patient only (p2)"),
         (lambda: fingerprint(foreground=Each([facts_of()["foreground"], {"voxels": 0}])), "no labelled voxel"),
         (lambda: fingerprint(spacing=Each([[6.0, 1.0, 1.0], [1.0, 6.0, 1.0]])), "different axes"),
-        (lambda: _unnamed_ct(), "looks like CT"),
-        (lambda: _mixed_mr(), "if modalities are mixed"),
+        (lambda: _unnamed_ct(), "seems to be CT"),
+        (lambda: _mixed_mr(), "modalities are mixed"),
     ],
 )
 def test_doubtful_data_are_mentioned(found, words):
@@ -384,7 +456,7 @@ def _unnamed_ct():
 @pytest.fixture
 def linear_memory(monkeypatch):
     """A step needs 4 KiB for every voxel of a batch."""
-    monkeypatch.setattr(machine.needs, "make_choices", lambda config: [config])
+    monkeypatch.setattr(machine.needs, "make_settings", lambda config: [config])
     monkeypatch.setattr(
         machine.needs, "measure", lambda config, dataset, c: Need(4096 * np.prod(c.patch) * c.batch, 0, 0, 0)
     )
@@ -402,7 +474,7 @@ def test_the_batch_then_the_patch_is_reduced(linear_memory):
     assert len(lines) == 4 and "too much" in half.reasons["batch"]
     small = machine.fit_memory(large, 4096 * 64**3, linear_memory, lambda line: None)
     assert small.patch == (64, 64, 64) and small.batch == 1
-    with pytest.raises(UserError, match=r"--memory=.*nothing fits.*32x32x32, batch 1"):
+    with pytest.raises(UserError, match=r"--memory=.*is not enough.*32x32x32, batch 1"):
         machine.fit_memory(large, 4096 * 32 * 32 * 32 - 1, linear_memory, lambda line: None)
 
 
@@ -433,7 +505,20 @@ def test_a_slow_machine_gets_smaller_patches():
     found, choices = fingerprint(), chosen(fingerprint())
     voxels = np.prod(choices.patch)
     slow = machine.fit_time(choices, found, 2.0, lambda c: 6.0 * np.prod(c.patch) / voxels, lambda line: None)
-    assert slow.patch == (64, 64, 64) and "fewer than 400" in slow.reasons["patch"]
+    reason = slow.reasons["patch"]
+    assert slow.patch == (64, 64, 64) and "minimum 400" in reason
+    assert reason.count("reduced from") == 1 and f"from {'x'.join(map(str, choices.patch))}:" in reason
+
+
+def test_the_reason_names_the_first_patch_if_the_patch_is_reduced_twice():
+    """A step is slower than its number of voxels predicts, so the reduced patch is measured, and reduced again."""
+    found, choices = fingerprint(), chosen(fingerprint())
+    seconds = iter([20.0, 12.0, 6.0, 1.0, 1.0, 1.0])
+    slow = machine.fit_time(choices, found, 4.0, lambda c: next(seconds), lambda line: None)
+    assert next(seconds) < 12.0, "at least two times were measured"
+    assert (
+        f"reduced from {'x'.join(map(str, choices.patch))}: with that patch, a step takes 20 s" in slow.reasons["patch"]
+    )
 
 
 @pytest.mark.parametrize(("devices", "batch"), [(1, 2), (2, 2), (3, 3), (8, 8)])
@@ -462,8 +547,11 @@ SPLITS = [{"training": ("p0",), "validation": ("p1",)}, {"training": ("p1",), "v
         (2, SPLITS[:1], 0, ""),
         (3, SPLITS, 0, "validates on p2"),
         (2, [SPLITS[0], SPLITS[0]], 0, "validates on p0"),
-        (2, [*SPLITS, SPLITS[0]], 0, "the same patients"),
-        (2, [*SPLITS, {"training": ("p0", "p1"), "validation": ()}], 0, "or on none"),
+        (2, [*SPLITS, SPLITS[0]], 0, "the same patient"),
+        (2, [*SPLITS, {"training": ("p0", "p1"), "validation": ()}], 0, "validates on none"),
+        (2, [SPLITS[0], SPLITS[1] | {"training": ()}], 0, "no training cases for fold 1"),
+        (2, [{"validation": ("p1",)}, SPLITS[1]], 0, "no training cases for fold 0"),
+        (2, [SPLITS[0], SPLITS[1] | {"training": ("absent",)}], 0, "no training cases for fold 1"),
     ],
 )
 def test_a_list_of_folds_is_used_if_it_validates_on_everybody_once(count, splits, number, words):
@@ -500,11 +588,16 @@ def test_no_time_is_an_error():
 def test_step_times_are_measured_once(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(machine, "measure_step", lambda *_: calls.append(1) or 0.123456)
-    times = machine.StepTimes(tmp_path / "times.json", lambda c: (None, None))
+    model = SimpleNamespace(in_channels=1, out_channels=2)
+    build = lambda choices: (SimpleNamespace(model=model), None)  # noqa: E731
+    times = machine.StepTimes(tmp_path / "times.json", build)
     one = chosen(fingerprint())
     assert times(one) == times(one) == 0.12 and len(calls) == 1
-    machine.StepTimes(tmp_path / "times.json", lambda c: (None, None))(one.change(patch=(32, 32, 32)))
+    machine.StepTimes(tmp_path / "times.json", build)(one.change(patch=(32, 32, 32)))
     assert len(calls) == 2
+    model.out_channels = 3  # a structure was added to dataset.json
+    times(one)
+    assert len(calls) == 3
 
 
 # -- the recipe -------------------------------------------------------------------------------------------------------
@@ -563,6 +656,30 @@ def test_ct_is_standardised_with_the_given_numbers(tmp_path):
     found = prepare(cases[0], read_case(cases[0]), settings).image()[..., 0]
     assert found[1, 4, 4] == pytest.approx(2.0) and found[0, 0, 0] == pytest.approx(-18.0)
     assert found[1, 0, 0] == pytest.approx(22.0)
+
+
+def test_water_is_a_value_of_ct_and_background_of_others(tmp_path):
+    """0 HU is standardised as every other value; in a channel without a unit, 0 is the background and remains 0."""
+    root = tmp_path / "data"
+    write_card(root, ("CT", "PET"))
+    image = np.full((4, 8, 8, 2), 40, np.int16)
+    image[0, 0, 0], image[1:3, :, :, 1] = 0, 60
+    label = np.zeros(image.shape[:3], np.uint8)
+    for channel in range(2):
+        write_case(root, "a", image[..., channel], label, (2.0, 1.0, 1.0), channel=channel)
+    _, cases = cases_of(root)
+    settings = Preparation(ct_statistics=(20.0, 10.0), normalise="zscore_nonzero")
+    prepared = prepare(cases[0], read_case(cases[0]), settings)
+    np.testing.assert_allclose(prepared.image()[0, 0, 0], (-2.0, 0.0), atol=1e-6)
+    np.testing.assert_allclose(prepared.image()[0, 0, 1, 0], 2.0, atol=1e-6)
+    # interpolation between water and tissue is not replaced by water
+    fine = prepare(cases[0], read_case(cases[0]), dataclasses.replace(settings, spacing=(1.0, 0.5, 0.5)))
+    found = np.asarray(fine.raw)[..., 0]
+    assert ((found > 1) & (found < 39)).any()
+    # stores of earlier versions, in which 0 HU was background, are not used
+    dataset, _ = cases_of(root)
+    keys = [store_key(dataset, dataclasses.replace(settings, normalise=n))[1] for n in ("zscore", "zscore_nonzero")]
+    assert ["ct_zero" in key for key in keys] == [False, True]
 
 
 def test_ct_statistics_are_for_ct_only(tmp_path):

@@ -238,7 +238,7 @@ def cut(state):
     [
         (drop, ["only in the network (1): blocks.3.1.se.conv_expand.bias", "only in the source (0): none"]),
         (add, ["only in the source (1): blocks.3.1.gate.weight", "only in the network (0): none"]),
-        (cut, ["of another shape (1): blocks.3.1.bn1.weight is (3,), expected (480,)"]),
+        (cut, ["shape (1): blocks.3.1.bn1.weight is (3,), expected (480,)"]),
     ],
 )
 def test_a_leaf_too_few_or_too_many_is_an_error(change, words, states):
@@ -393,9 +393,9 @@ BAD_FILES = {
     "truncated.safetensors": "truncated.safetensors is not a complete safetensors file",
     "truncated.pth": "truncated.pth is not a complete PyTorch file",
     "legacy.pth": r"legacy.pth is not a complete PyTorch file \(.*Error\)",
-    "text.pth": "neither safetensors nor a PyTorch file .*b'not weig'",
-    "empty.pth": "neither safetensors nor a PyTorch file",
-    "module.pth": r"more than tensors .*torch.save\(torch.load\(file, weights_only=False\).state_dict\(\)",
+    "text.pth": "neither a safetensors nor a PyTorch file .*b'not weig'",
+    "empty.pth": "neither a safetensors nor a PyTorch file",
+    "module.pth": r"more than tensors.*torch.save\(torch.load\(file, weights_only=False\).state_dict\(\)",
     "list.pth": "list.pth contains no state_dict",
 }
 
@@ -428,6 +428,16 @@ def test_help_explains_itself():
         assert word in text
 
 
+@pytest.mark.parametrize(
+    ("rule", "layers", "inexact"),
+    [("mean", "blocks.6.*=centre", True), ("mean", "*=centre", False), ("centre", "blocks.6.*=mean", True)],
+)
+def test_zeros_along_depth_are_reported_if_a_kernel_reaches_them(b0, tmp_path, rule, layers, inexact):
+    words = ["--source=timm", "--model=tf_efficientnet_b0.ns_jft_in1k", f"--from-file={b0}", "--no-probe"]
+    port(*words, f"--inflate={rule}", f"--inflate-layer={layers}", f"--out={tmp_path / 'e.safetensors'}")
+    assert json.loads((tmp_path / "e.json").read_text())["zero_padding"] is inexact
+
+
 def test_the_command_ports_inflates_and_reports(b0, tmp_path):
     out = tmp_path / "enc.safetensors"
     text = port(
@@ -442,6 +452,7 @@ def test_the_command_ports_inflates_and_reports(b0, tmp_path):
     assert report["arrays"]["blocks.6.0.conv_dw.kernel"] == {"done": "centre", "shape": [3, 3, 3, 1, 1152]}
     assert report["arrays"]["conv_stem.kernel"] == {"done": "channels by cycle then mean", "shape": [3, 3, 3, 4, 32]}
     assert report["unused"] == {}  # the classifier that came along is 2D
+    assert not report["zero_padding"], "edge"
     assert report["source"]["sha256"] == read_weights(out).source["sha256"]
     weights = read_weights(out)
     assert weights.model["depth"] == {"axis": 0, "padding": "edge", "squeeze": "volume", "strides": (2,) * 5}
@@ -465,7 +476,7 @@ def test_the_command_moves_a_network_there_and_back(tmp_path):
 MISUSES = {
     "a part back to torch": (
         ["--source=authors", "--to-torch", "--part=encoder", "--from-file={b0}", "--out=x.pth"],
-        ["--to-torch writes the weights unchanged", "--part"],
+        ["--to-torch does not change weights", "--part"],
     ),
     "unknown model": (
         ["--source=timm", "--model=tf_efficientnet_b9", "--out=x.safetensors"],
@@ -473,7 +484,7 @@ MISUSES = {
     ),
     "another network": (
         ["--source=timm", "--model=tf_efficientnet_b4", "--from-file={b0}", "--out=x.safetensors"],
-        ["as --model=tf_efficientnet_b4) do not fit the network", "only in the network (", "of another shape ("],
+        ["as --model=tf_efficientnet_b4) do not fit the network", "only in the network (", "with another shape ("],
     ),
     "another source": (
         ["--source=authors", "--network=dxnet", "--from-file={b0}", "--out=x.safetensors"],

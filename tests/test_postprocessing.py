@@ -1,7 +1,9 @@
 """Post-processing chosen by cross-validation: what helps is kept, what does not is not; and how it is applied."""
 
+import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -12,8 +14,9 @@ from tests.test_predictor import make_workdir
 from xdim_jax import predict
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_json
-from xdim_jax.data.case import read_label, scan_cases
+from xdim_jax.data.case import scan_cases
 from xdim_jax.data.datasets import get_dataset
+from xdim_jax.data.reading import read_label
 from xdim_jax.data.regions import BRATS, Regions, drop_small_components, keep_largest
 from xdim_jax.inference.settings import POSTPROCESSING_FILE, PostProcessing
 from xdim_jax.inference.validation_cases import predict_validation
@@ -157,6 +160,76 @@ def test_the_dice_of_every_threshold(data, tmp_path):
             mask = probabilities[..., r] >= np.float32(threshold / 100)
             expected = 2 * (mask & reference).sum() / (mask.sum() + reference.sum())
             assert found[r, i] == pytest.approx(expected, abs=2e-3), (r, threshold)
+
+
+NESTED, DISJOINT = {"whole": [1, 2], "core": 2}, {"whole": 1, "core": 2}
+
+
+def columns(*parts):
+    """Return an array with values in ranges of columns, given as (start, stop, value)."""
+    found = np.zeros((2, 2, 100), np.float32)
+    for start, stop, value in parts:
+        found[..., start:stop] = value
+    return found
+
+
+# labels; reference; probabilities of whole and core; thresholds that help each region alone; those that are kept
+INNER = ((0, 10, 0.9), (40, 80, 0.55))
+THRESHOLDS = {
+    # whole contains core, which remains where whole is no longer predicted
+    "hidden": (NESTED, ((0, 40, 1), (0, 10, 2)), ((0, 40, 0.95), (40, 80, 0.6)), INNER, {"whole": 0.65}, ()),
+    "both help": (
+        NESTED, ((0, 40, 1), (0, 10, 2)), ((0, 40, 0.95), (40, 80, 0.6)), INNER,
+        {"whole": 0.65, "core": 0.6}, ("whole", "core"),
+    ),
+    # core improves, but its false voxels are outside of whole
+    "harms another": (
+        NESTED, ((0, 40, 1), (0, 10, 2)), ((0, 40, 0.95),), ((0, 10, 0.3), (40, 50, 0.3)), {"core": 0.25}, ()
+    ),
+    # core is above its threshold, but below whole, to which the voxels would belong
+    "not the highest": (
+        DISJOINT, ((0, 40, 1), (40, 80, 2)), ((0, 40, 0.6), (40, 80, 0.4)), ((40, 80, 0.3),), {"core": 0.25}, ()
+    ),
+    "helps": (DISJOINT, ((0, 40, 1), (40, 80, 2)), ((0, 40, 0.6),), ((40, 80, 0.3),), {"core": 0.25}, ("core",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_thresholds_are_kept_only_if_they_help_in_label_maps(name, tmp_path, monkeypatch):
+    labels, reference, whole, core, tried, kept = THRESHOLDS[name]
+    root, output = tmp_path / "data", tmp_path / "predictions"
+    for case in ("a", "b"):
+        save(root / "labelsTr" / f"{case}.nii.gz", columns(*reference).astype(np.uint8))
+        save(root / "imagesTr" / f"{case}_0000.nii.gz", columns((0, 40, 1)))
+    (root / "dataset.json").write_text(json.dumps({"channel_names": {"0": "T1"}, "labels": {"background": 0} | labels}))
+    dataset = get_dataset({"dataset": "nnunet", "root": str(root)})
+    cases = list(enumerate(scan_cases(dataset, root, need_labels=True).cases))
+    scores = np.stack([columns(*whole), columns(*core)], -1)
+
+    def predict(workdir, output, settings):
+        limits = dict.fromkeys(dataset.regions.names, 0.5) | (settings.threshold or {})
+        for _, case in cases:
+            save(output / f"{case.case_id}.nii.gz", dataset.regions.decode(scores, limits))
+
+    monkeypatch.setattr(postprocessing, "predict_validation", predict)
+    truth = dataset.regions.encode(columns(*reference))
+    for r, region in enumerate(dataset.regions.names):  # alone, every one of these thresholds helps
+        dice = [2 * (m & truth[..., r]).sum() / (m.sum() + truth[..., r].sum())
+                for m in (scores[..., r] > 0.5, scores[..., r] > tried.get(region, 0.5))]  # fmt: skip
+        assert (dice[1] > dice[0] + 0.1) == (region in tried)
+    network = SimpleNamespace(output=SimpleNamespace(activation="sigmoid"), dataset=dataset)
+    monkeypatch.setattr(postprocessing, "find_validation", lambda *_: ([(network, [c]) for _, c in cases], root))
+    alone = [postprocessing.Trial(region, "threshold", value, 0.2, 0.2) for region, value in tried.items()]
+    monkeypatch.setattr(postprocessing, "_choose_thresholds", lambda workdir: (tried, alone))
+    chosen, trials = postprocessing._choose(tmp_path)
+    found = chosen.threshold
+    assert found == {region: tried[region] for region in kept}
+    recorded = {trial.region: trial for trial in trials if trial.setting == "threshold"}
+    assert recorded.keys() == set(tried) and all(recorded[region].helps for region in kept)
+    assert not any(trial in trials for trial in alone), "the gain is that in the label maps"
+    label = read_label(dataclasses.replace(cases[0][1], label=output / "a.nii.gz"))
+    expected = dataset.regions.decode(scores, dict.fromkeys(dataset.regions.names, 0.5) | found)
+    np.testing.assert_array_equal(label, expected)
 
 
 # -- how it is applied ------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_an_array_gives_labels_probabilities_and_uncertainty(predictor, found, i
     np.testing.assert_allclose(found.probabilities.sum(-1), 1, atol=1e-5)
     np.testing.assert_array_equal(found.probabilities.argmax(-1), found.label)
     assert found.uncertainty.shape == image.shape[:3] and found.uncertainty.max() > 0
-    assert "mirrored along W" in predictor.groups[0].describe() and "1 network" in predictor.groups[0].describe()
+    assert "flipped along W" in predictor.groups[0].describe() and "1 network" in predictor.groups[0].describe()
 
 
 @pytest.mark.parametrize("axes", ["xyzc", "cyzx", "zcxy"])
@@ -201,6 +201,20 @@ def test_a_cropped_border_is_background_in_an_average(workdir, flat_two, image, 
     np.testing.assert_allclose(together[2:-2, 6:-6, 5:-5], np.mean(alone, 0)[2:-2, 6:-6, 5:-5], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"), [("train", "precision", "bfloat16"), ("augment", "flip", {"p": 0.5, "axes": [1]})]
+)
+def test_networks_with_other_defaults_of_prediction_keep_them(section, key, value, workdir, tmp_path):
+    """Precision and test-time flips are those of each network, not those of the first one."""
+    other = make_workdir(tmp_path / "other", seed=7)
+    config = json.loads((other / CONFIG_FILE).read_text())
+    config[section][key] = value
+    write_json(other / CONFIG_FILE, config)
+    groups = xdim_jax.Predictor([workdir, other], preset="best").groups
+    own = [xdim_jax.Predictor(w, preset="best").groups[0].resolved for w in (workdir, other)]
+    assert [group.resolved for group in groups] == own and own[0] != own[1]
+
+
 def test_networks_of_other_data_are_no_ensemble(workdir, flat, tmp_path):
     sigmoid = make_workdir(tmp_path / "sigmoid")
     config = json.loads((sigmoid / CONFIG_FILE).read_text())
@@ -210,6 +224,19 @@ def test_networks_of_other_data_are_no_ensemble(workdir, flat, tmp_path):
         xdim_jax.Predictor([workdir, sigmoid])
     with pytest.raises(UserError, match=r"model\.in_channels: 2 in .*, 1 in"):
         xdim_jax.Predictor([workdir, flat])
+
+
+def test_networks_of_the_same_data_in_other_folders_are_an_ensemble(workdir, tmp_path):
+    """In the description of the data, only the name of the folder differs."""
+    other = make_workdir(tmp_path / "other", seed=7)
+    described = json.loads((other / DATA_FILE).read_text())
+    described["labels"]["name"] = "job7"
+    write_json(other / DATA_FILE, described)
+    assert len(xdim_jax.Predictor([workdir, other]).workdirs) == 2
+    described["labels"]["values"] = [0, 1, 3]
+    write_json(other / DATA_FILE, described)
+    with pytest.raises(UserError, match="labels of the data differ"):
+        xdim_jax.Predictor([workdir, other])
 
 
 def test_compressed_probabilities_are_rounded_to_16_bits(workdir, found, image, tmp_path):

@@ -21,10 +21,11 @@ from scipy.ndimage import binary_dilation, distance_transform_edt
 from tests.dicom_files import save_dicom
 from xdim_jax.base.errors import UserError
 from xdim_jax.data import phantom
-from xdim_jax.data.case import encode_label, list_cases, read_case, read_label, scan_cases
+from xdim_jax.data.case import list_cases, scan_cases
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.images.image import read_grid, read_image, read_volume
 from xdim_jax.data.images.nifti import write_volume
+from xdim_jax.data.reading import encode_label, read_case, read_label
 
 # a small anatomy: ANATOMY[z, y, x] with axes to superior, posterior, left, and where its voxels lie in mm, LPS
 SIZE = np.array([3, 4, 5])  # x, y, z
@@ -738,6 +739,14 @@ def test_camus_old_keys(tmp_path):
     assert float(info["LVef"]) == 56.5 and float(info["LVedv"]) == 110.5
 
 
+def test_a_frame_number_beyond_the_frames_says_nothing_about_the_direction(tmp_path):
+    found = {**CAMUS, "instants": ("half_sequence", "ED")}
+    save_patient(tmp_path / "patient0002", frames=4, info=cfg(4).replace("ED: 1", "ED: 9"))
+    cases = by_id(found, tmp_path)
+    sequence = cases["patient0002_4CH_half_sequence"]
+    assert sequence.axes == "stored" and "ED" not in sequence.info and sequence.info["ES"] == "4"
+
+
 def test_camus_quality_is_that_of_each_view(tmp_path):
     """A patient's views differ in quality; the filter takes images, not patients."""
     folders = [tmp_path / "database_nifti" / f"patient000{n}" for n in (1, 2)]
@@ -1258,9 +1267,22 @@ def test_a_folder_without_cases_is_refused(tmp_path, data):
         assert str(root) in str(error.value)
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"labels": {"a": 0, "b": 1}}', '{"channel_names": {"0": "CT"}}'])
+TWICE = '{"channel_names": {"0": "CT"}, "labels": {"0": "background", "1": "organ", "2": "organ"}}'
+NESTED = '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": {"a": 1}, "ignore": 2}}'
+ONLY_IGNORE = '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "ignore": 1}}'
+IGNORED_ZERO = '{"channel_names": {"0": "CT"}, "labels": {"organ": 1, "tumour": 2, "ignore": 0}}'
+LISTED = '{"channel_names": {"0": "CT"}, "labels": {"0": "background", "1": ["organ"], "2": ["organ"]}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None, "{", "[]", '{"labels": {"a": 0, "b": 1}}', '{"channel_names": {"0": "CT"}}', TWICE, LISTED,
+        NESTED, ONLY_IGNORE, IGNORED_ZERO,
+    ],
+)  # fmt: skip
 def test_unusable_dataset_json_is_refused(tmp_path, text):
-    """Absent, no JSON, no object, no channels, no labels."""
+    """Absent, no JSON, no object, no channels, no labels, two values with one name, no numbers, nothing to learn."""
     if text is not None:
         (tmp_path / "dataset.json").write_text(text)
     for name in ("nnunet", "decathlon"):

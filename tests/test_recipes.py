@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 
 from tests import golden
+from xdim_jax import ops
 from xdim_jax.base.config import load_config, shipped_configs, shipped_recipes
+from xdim_jax.base.errors import UserError
 from xdim_jax.training.check import resolve_config
 
 
@@ -32,6 +35,23 @@ def test_a_recipe_is_what_its_golden_file_says(recipe):
 @pytest.mark.quick
 def test_every_golden_file_has_a_recipe():
     assert {path.stem for path in golden.FOLDER.iterdir()} == set(shipped_recipes())
+
+
+@pytest.mark.parametrize("folder", ["run", "2024:01", "own:fold=0"])
+def test_a_recipe_is_found_in_folders_of_any_name(folder, tmp_path, monkeypatch):
+    """Colons are part of a path, and a user's package with the name configs does not hide that of the recipes."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").write_text("")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # as if it were the working directory
+    path = tmp_path / folder / "recipe.py"
+    path.parent.mkdir()
+    shutil.copy(shipped_configs() / "own_dxnet.py", path)
+    assert load_config(f"{path}:fold=3", []).data.fold == 3
+    assert load_config(str(path), []).data.fold == load_config("own_dxnet", []).data.fold
+    with pytest.raises(UserError, match="absent does not exist"):
+        load_config("absent:fold=3", [])
 
 
 def test_a_recipe_needs_no_other_recipe(tmp_path):
@@ -75,3 +95,11 @@ def test_own_recipes_mirror_along_all_axes_that_keep_the_meaning_of_the_structur
         load_config(f"configs/{recipe}.py", [f"--config.data.root={tmp_path}", "--config.augment.flip.axes=(1,)"])
     )
     assert given.augment.flip.axes == (1,)
+
+
+@pytest.mark.parametrize("name", [name for name in ops.IMPLEMENTATIONS if name not in ("auto", "sharded")])
+def test_a_distributed_depth_has_operations_of_its_own(name):
+    """Any other implementation would replace those that a distributed depth needs."""
+    config = load_config("configs/brats_dxnet.py:scratch", ["--config.mesh.space=2", f"--config.train.ops={name}"])
+    with pytest.raises(UserError, match=f"config.train.ops={name}.*auto"):
+        resolve_config(config, needs_data=False)

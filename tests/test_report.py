@@ -13,10 +13,11 @@ from PIL import Image
 from xdim_jax import evaluate, report
 from xdim_jax.base.files import write_json
 from xdim_jax.data import phantom
-from xdim_jax.data.case import encode_label, list_cases, read_grid, read_label
+from xdim_jax.data.case import list_cases
 from xdim_jax.data.datasets import get_dataset
-from xdim_jax.data.images.image import source_path
+from xdim_jax.data.images.image import read_grid, source_path
 from xdim_jax.data.images.nifti import write_volume
+from xdim_jax.data.reading import encode_label, read_label
 from xdim_jax.pages import figures
 from xdim_jax.pages import report as report_page
 from xdim_jax.runs import environment
@@ -106,7 +107,7 @@ def test_a_report_has_all_figures_and_facts(made):
     published = {"camus": "0.945", "chaos": "69.32", "brats": "91.22", "nnunet": None}[name]
     assert ('<tr class="paper">' in page) == (published is not None)
     assert published is None or published in page
-    rows = page[page.index("<h2>Every case</h2>") :].count("<tr>") - 1
+    rows = page[page.index("<h2>All cases</h2>") :].count("<tr>") - 1
     assert rows == len(list((folder / "pred").glob("*.nii.gz")))
 
 

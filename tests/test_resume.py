@@ -38,7 +38,7 @@ from tests import conftest
 from tests.conftest import damage_checkpoint, records, small_state
 from tests.small_runs import RECIPE, SMALL, use_pixelwise
 from xdim_jax import evaluate, train, verify_run
-from xdim_jax.base import log
+from xdim_jax.base import lock, log
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.data import case as data_case
@@ -52,7 +52,7 @@ from xdim_jax.inference.validation_cases import predict_validation
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.weights import Weights, flatten, write_weights
-from xdim_jax.runs import checkpoint, lock, trackers
+from xdim_jax.runs import checkpoint, trackers
 from xdim_jax.runs.records import close_recorder
 from xdim_jax.training import (
     check,
@@ -83,12 +83,8 @@ def arguments(workdir, data, *more, words=""):
 def train_small(workdir, data, *more, words="", code=0):
     """Trains in this process; what it said."""
     out = io.StringIO()
-    jax.config.update("jax_disable_most_optimizations", True)  # compiling takes longer than the run
-    try:
-        with contextlib.redirect_stdout(out):
-            status = train.main(arguments(workdir, data, *more, words=words))
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    with contextlib.redirect_stdout(out):
+        status = train.main(arguments(workdir, data, *more, words=words))
     assert status == code, out.getvalue()
     return out.getvalue()
 
@@ -283,7 +279,7 @@ def test_a_signal_to_the_process_is_heard_at_every_moment(
     """Within the 30 seconds that schedulers give at least; then the same command goes on to the same end."""
     store = f"--config.data.store={tmp_path / 'store'}"
     command = [sys.executable, "-c", _PROCESS, moment, *arguments(tmp_path / "run", camus4, store)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDIM_JAX_CACHE": "off", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDIM_JAX_CACHE": "off"}
     process = subprocess.Popen(
         command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -322,7 +318,7 @@ def test_two_processes_never_train_in_one_workdir(small, camus4, straight, tmp_p
     """The second one names the first, waits, and takes over when the first is killed, without losing a step."""
     store = f"--config.data.store={tmp_path / 'store'}"
     command = [sys.executable, "-c", _PROCESS, "steps", *arguments(tmp_path / "run", camus4, store)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDIM_JAX_CACHE": "off", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDIM_JAX_CACHE": "off"}
     process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         for text in process.stdout:
@@ -456,6 +452,15 @@ def test_patience_ends_a_run_early(patience, scores, ends, tmp_path, capsys):
     assert go_on(tmp_path, per_epoch=1, config=config, validate=validations(*scores)) == ends
     assert [r["dice"] for r in records(tmp_path, "validation")] == pytest.approx(scores[:ends])
     assert ("config.train.patience" in capsys.readouterr().out) == (patience > 0 and ends < 8)
+
+
+def test_patience_is_that_of_process_0_where_others_have_no_record(tmp_path, monkeypatch, capsys):
+    """With a workdir in a bucket, only process 0 writes a record: 0.6 was the best, three validations ago."""
+    monkeypatch.setattr(loop, "read_records", lambda workdir: [])
+    of_process_0 = np.array([[3.0, 0.6]])
+    monkeypatch.setattr(loop.mesh, "gather", lambda values: of_process_0 if values.shape == (2,) else values[None])
+    assert go_on(tmp_path, per_epoch=1, config={"epochs": 8, "patience": 3}, validate=validations()) == 0
+    assert "0.600" in capsys.readouterr().out
 
 
 def test_patience_is_counted_across_a_resume(tmp_path, capsys):
@@ -651,13 +656,9 @@ def test_the_label_maps_of_the_best_validation_are_evaluated(small, straight, tm
         mean = np.mean([float(r["value"]) for r in scores if (r["structure"], r["metric"]) == (name, "dice")])
         assert mean == pytest.approx(best[f"dice_{name}"], abs=1e-9)
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        predict_validation(workdir, tmp_path / "again")
-        shutil.rmtree(workdir / "predictions")
-        predict_validation(workdir, tmp_path / "anew")
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    predict_validation(workdir, tmp_path / "again")
+    shutil.rmtree(workdir / "predictions")
+    predict_validation(workdir, tmp_path / "anew")
     for folder in ("again", "anew"):
         assert {p.name: p.read_bytes() for p in (tmp_path / folder).glob("*.nii.gz")} == kept
 
@@ -667,7 +668,7 @@ def test_only_the_label_maps_of_the_best_weights_are_kept(tmp_path, capsys):
     image = tmp_path / "image.nii.gz"
     nib.save(nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4)), image)
     case = data_case.Case("a", "a", (image,), ("T1",), None, Labels("own", ("background", "organ"), (0, 1)))
-    maps = label_maps.LabelMaps(tmp_path / "run", lambda weights: f"digest{weights}")
+    maps = label_maps.LabelMapWriter(tmp_path / "run", lambda weights: f"digest{weights}")
 
     def validate(number, *, kept):
         maps.begin(number)
@@ -1237,6 +1238,23 @@ def test_the_summary_of_records_made_by_hand(tmp_path):
         crossval.summarise(tmp_path, 4)
 
 
+def test_the_summary_if_folds_lack_a_region(tmp_path):
+    """Region a is annotated in one fold, and b in two of three. A value that does not exist is not in the JSON file."""
+    scores = [{"dice_a": 0.5, "dice_b": 0.7}, {"dice_b": 0.9}, {"dice_c": 0.3}]
+    for number, values in enumerate(scores):
+        folder = tmp_path / f"fold{number}"
+        folder.mkdir()
+        line = {"kind": "validation", "step": 4, "time": 1.0, "dice": np.mean([*values.values()]), **values}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    found = crossval.summarise(tmp_path, 3)
+    assert found["mean"] == pytest.approx({"dice": 0.6, "dice_a": 0.5, "dice_b": 0.8, "dice_c": 0.3})
+    assert found["sd"] == pytest.approx({"dice": 0.3, "dice_b": 0.2 / math.sqrt(2)})
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    lines = [line.split() for line in crossval.format_summary(found)]
+    assert lines[0] == ["dice", "dice_a", "dice_b", "dice_c"] and lines[3] == ["fold2", "0.300", "-", "-", "0.300"]
+    assert lines[-1] == ["sd", "0.300", "-", "0.141", "-"]
+
+
 def test_all_folds_of_a_list_that_came_with_the_data(tmp_path, monkeypatch):
     config = load_config(f"{RECIPE},fold=all", ["--config.data.split=official"])
     begun = []
@@ -1390,6 +1408,36 @@ def test_a_file_that_lacks_an_array_fails_unless_it_may(ported, tmp_path):
     running = sum(a.size for n, a in whole.arrays.items() if n.endswith((".mean", ".var")))
     total = sum(inside.values()) + running
     assert report["coverage"] == pytest.approx((total - 64 * 64 * 9) / total) and report["coverage"] < 1
+
+
+def test_validation_patients_of_earlier_training_are_named(small, straight, camus4, tmp_path):
+    """Whether the weights come from the workdir, from a file, or by way of another run; not for the same fold."""
+    split = json.loads((straight / "split.json").read_text())
+    trained = {split["patients"][case] for case in split["train"]}
+
+    def warnings(name, weights, fold):
+        arguments = (f"--config.init.weights={weights}", f"--config.data.fold={fold}")
+        out = train_small(tmp_path / name, camus4, *arguments)
+        return [line for line in out.splitlines() if "training patients of" in line]
+
+    assert not warnings("same", straight, 0)
+    (line,) = warnings("other", straight, 1)
+    assert all(patient in line for patient in trained) and "2 of 2" in line and "config.data.fold=0" in line, line
+    write_weights(tmp_path / "net.safetensors", initial_weights.read_named(str(straight)))
+    (line,) = warnings("file", tmp_path / "net.safetensors", 1)
+    assert str(straight) in line
+    (line,) = warnings("twice", tmp_path / "other", 1)
+    assert str(straight) in line, "the run between was not trained on these patients"
+    (line,) = warnings("other", straight, 1)
+    assert str(straight) in line, "also when the run is resumed"
+
+
+def test_the_origin_of_the_weights_is_that_of_this_start(small, straight, camus4, tmp_path):
+    """A run that ended before its first checkpoint leaves no report of its weights to the next one in its folder."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pretrained.json").write_text(json.dumps({"source": {"workdir": str(straight)}}))
+    out = train_small(tmp_path / "run", camus4, "--config.data.fold=1")
+    assert "training patients of" not in out and not (tmp_path / "run" / "pretrained.json").exists()
 
 
 def test_a_run_starts_from_a_network_file_that_fits_in_part(small, camus4, tmp_path):

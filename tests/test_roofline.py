@@ -74,7 +74,7 @@ def test_every_product_of_a_step_is_in_a_part(name, remat):
     but for the image's gradient; computing a part again adds its forward products."""
     config = load_config(f"configs/{name}.py:scratch", [])
     remat = remat.replace("decoder", "dec") if name == "brats_dsnet" else remat
-    choice = needs.Choice((128, 128, 128), 1, "float32", remat)
+    choice = needs.StepSettings((128, 128, 128), 1, "float32", remat)
     products, parts = needs.step_products(*check.resolve_config(config, needs_data=False), choice)
     forward = sum(p.flops for p in products if not p.backward)
     backward = sum(p.flops for p in products if p.backward)

@@ -117,6 +117,9 @@ def test_skewed_axes_equal_brute_force(seed, border):
     assert geometry.skewed
     pred, ref = random_pair(rng, (7, 8, 6))
     check(pred, ref, geometry, axes, border)
+    corners = np.array(list(itertools.product((0, 7), (0, 8), (0, 6)))) @ axes.T
+    longest = max(np.linalg.norm(a - b) for a in corners for b in corners)
+    assert geometry.diagonal == pytest.approx(longest)
 
 
 @pytest.mark.parametrize("border", [True, False])
@@ -543,7 +546,7 @@ def organ(score, **others):
 
 
 def test_chaos_tasks_by_hand():
-    """Threshold, then the mean over organs of a case, then over cases; an organ that is not evaluated is left out."""
+    """Threshold, then the mean over organs of a case, then over cases; an organ that is not evaluated is omitted."""
     mr = {"liver": organ(100), "right kidney": organ(80), "left kidney": organ(60), "spleen": organ(40)}
     ct, partial = {"liver": organ(90)}, {"liver": organ(50), "spleen": organ(math.nan)}
     rows = [("MR_1_T2SPIR", "4", mr), ("CT_1", "4", ct), ("MR_2_T2SPIR", "4", partial), ("CT_1", "2", ct)]
@@ -769,6 +772,15 @@ def test_compare_corrects_over_all_tests_shown():
     assert min(d.p_holm for d in some) == pytest.approx(min(1, 2 * min(d.p for d in some)))
     with pytest.raises(ValueError, match="common"):
         paired.compare(a, b, ["volume"])
+
+
+def test_wilcoxon_is_over_patients():
+    """Six patients with four images each, all better: 2 of the 64 ways to sign six patients are as extreme."""
+    values = [(f"c{i}", f"p{i // 4}") for i in range(24)]
+    first = [ScoredCase(c, p, {}, {"WT": {"dice": 0.5}}, {}) for c, p in values]
+    second = [ScoredCase(c, p, {}, {"WT": {"dice": 0.51 + 0.01 * i}}, {}) for i, (c, p) in enumerate(values)]
+    (found,) = paired.compare(first, second)
+    assert found.cases == 24 and found.p == pytest.approx(2 / 64)
 
 
 def test_compare_interval_draws_patients():

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -18,12 +19,13 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.data import __main__ as data_main
 from xdim_jax.data import phantom, pipeline, store, store_backends
 from xdim_jax.data import prepare as preparation
-from xdim_jax.data.case import Case, Volume, list_cases, read_case
+from xdim_jax.data.case import Case, Volume, list_cases
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.images.grid import Grid
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.layouts import brats, camus
 from xdim_jax.data.prepare import Preparation, nonzero_box, prepare, resample, resample_nearest
+from xdim_jax.data.reading import read_case
 
 BRATS = brats.dataset("brats2021")
 PAPER = Preparation(crop="nonzero", normalise="zscore_nonzero")
@@ -168,8 +170,10 @@ def test_settings_that_cannot_work_are_named_at_once():
         Preparation(crop="brain", spacing=(1.0,), size=(0, 5), window=(1.0, -2.0), normalise="minmax")
     for words in ("crop='brain'", "spacing=(1.0,)", "size=(0, 5)", "window=(1.0, -2.0)", "normalise='minmax'"):
         assert words in str(error.value)
-    with pytest.raises(UserError, match="both resample slices"):
-        Preparation(size=(64, 64), spacing=(1.0, 1.0, 1.0))
+    for spacing in ((1.0, 1.0, 1.0), (5.0, 0.0, 0.0), (0.0, 0.0, 2.0)):
+        with pytest.raises(UserError, match=r"size=\(64, 64\) and spacing=\("):
+            Preparation(size=(64, 64), spacing=spacing)
+    assert Preparation(size=(64, 64), spacing=(0.0, 0.0, 0.0)).size == (64, 64)
     with pytest.raises(UserError, match="unknown keys: colour"):
         Preparation.from_config({"colour": 1})
 
@@ -319,6 +323,51 @@ def test_other_labels_are_another_store(tmp_path):
     assert whole == fraction
 
 
+def write_own_data(root):
+    """One case in nnU-Net's format."""
+    card = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 1}}
+    for name, array in (
+        ("imagesTr/c_0000", np.ones((4, 4, 4), np.int16)),
+        ("labelsTr/c", np.ones((4, 4, 4), np.uint8)),
+    ):
+        path = root / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+    (root / "dataset.json").write_text(json.dumps(card))
+
+
+def fill_own(root, base):
+    """The first line of the log, and the entry."""
+    lines, dataset = [], get_dataset({"dataset": "nnunet", "root": str(root)})
+    cases = list_cases(dataset, root, need_labels=True)
+    (entry,) = store.prepare_cases(dataset, cases, Preparation(), base, say=lines.append)
+    return lines[0], entry
+
+
+def test_the_store_does_not_depend_on_the_name_of_the_folder_of_the_data(tmp_path, monkeypatch):
+    write_own_data(tmp_path / "D1")
+    line, entry = fill_own(tmp_path / "D1", tmp_path / "store")
+    assert "0 of 1 cases prepared" in line
+    (tmp_path / "D1").rename(tmp_path / "job7")
+    assert fill_own(tmp_path / "job7", tmp_path / "store") == (line.replace("0 of 1", "1 of 1"), entry)
+    monkeypatch.chdir(tmp_path / "job7")
+    assert fill_own(Path(), tmp_path / "store")[1] == entry
+    assert get_dataset({"dataset": "nnunet", "root": "."}).labels.name == "job7"
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_store_of_an_earlier_version_is_used(scheme, tmp_path):
+    """Its key was computed by the code of that version, for a folder with the name D1."""
+    write_own_data(tmp_path / "D1")
+    base = f"{scheme}{tmp_path / 'store'}"
+    fill_own(tmp_path / "D1", base)
+    (new,) = (tmp_path / "store").iterdir()
+    new.rename(tmp_path / "store" / "ae02919ae255")
+    line, entry = fill_own(tmp_path / "D1", base)
+    assert "1 of 1 cases prepared" in line and "ae02919ae255" in str(entry.location)
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["ae02919ae255"]
+
+
 def test_a_sequence_that_turns_out_to_be_reversed_is_prepared_again(tmp_path):
     """Its files are the same; only the cfg beside them says now that ES comes first."""
     phantom.write_camus(tmp_path / "camus", cases=1, shape=(96, 72), frames=4)
@@ -370,7 +419,7 @@ for entry in store.prepare_cases(dataset, cases, settings, root.parent / "store"
 
 def test_too_little_room_is_said_before_it_is_used(root, monkeypatch):
     monkeypatch.setattr(store_backends.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
-    with pytest.raises(UserError, match=r"2 cases left .* GiB.* 0\.00 GiB"):
+    with pytest.raises(UserError, match=r"remaining 2 cases .* GiB.* 0\.00 GiB"):
         fill(root)
 
 
@@ -472,8 +521,9 @@ def test_foreground_is_a_probability(entries):
     """A patch of one voxel holds a structure when it must; else about as often as structures fill the volume."""
     fill_share = np.mean([np.count_nonzero(e.load().label) / e.load().label.size for e in entries])
     for wanted in (0.0, 0.5, 1.0):
-        batch = take(entries, 1, size=(1, 1, 1), foreground=wanted, batch=400, threads=2)[0]
-        assert abs(batch["label"].any((1, 2, 3)).mean() - (wanted + (1 - wanted) * fill_share)) < 0.08
+        batches = take(entries, 20, size=(1, 1, 1), foreground=wanted, batch=20)
+        labels = np.concatenate([batch["label"] for batch in batches])
+        assert abs(labels.any((1, 2, 3)).mean() - (wanted + (1 - wanted) * fill_share)) < 0.08
 
 
 def test_patches_are_cut_from_one_place_and_padded_with_zeros(entries):
@@ -532,7 +582,7 @@ def test_an_error_in_a_thread_is_raised_with_its_own_words(entries, tmp_path):
     shutil.copytree(entries[0].location, folder)
     (folder / "image.npy").unlink()
     broken = store.Entry("x", "x", folder, entries[0].shape, entries[0].structures)
-    with pytest.raises(UserError, match=r"copy is damaged .*image\.npy"):
+    with pytest.raises(UserError, match=r"copy cannot be read, or is damaged .*image\.npy"):
         take([broken], 3, threads=3)
 
 

@@ -1,6 +1,7 @@
 """Studies: the plan, its runs, and statistics that are known without the code."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import re
@@ -16,10 +17,14 @@ from xdim_jax.data import phantom
 from xdim_jax.data.case import Case
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.splits import limit_patients
-from xdim_jax.runs.records import VALIDATIONS_FILE, read_records
+from xdim_jax.nets.weights import Weights
+from xdim_jax.runs.records import METRICS_FILE, VALIDATIONS_FILE, read_records
 from xdim_jax.studies import page, results
 from xdim_jax.studies.plan import Plan, PlannedRun, keep_plan, read_plan
 from xdim_jax.studies.results import Scores
+from xdim_jax.studies.train import check_plan
+from xdim_jax.training.check import resolve_config
+from xdim_jax.training.run_data import find_cases, split_found_cases
 
 PLAN = """
 title = "Toy"
@@ -94,6 +99,7 @@ def test_a_run_gets_its_settings(tmp_path):
         ('"optim.schedule.peak" = 1e-4', "optim.schedule.peak = 1e-4", ["in quotes"]),
         ('"data.batch" = 2', '"seed" = 2', ["seed"]),
         ('"data.batch" = 2', '"train.validate_after_score" = 0.5', ["train.validate_after_score"]),
+        ('"data.batch" = 2', '"train.patience" = 1', ["train.patience"]),
         ("[arms.high]\n", "[arms.low2]\n[arms.high]\n[arms.high]\n", ["not a TOML file"]),
         ("[settings]", "[setting]", ["unknown key 'setting'"]),
     ],
@@ -144,6 +150,36 @@ def test_an_arm_with_an_unknown_key_is_named(tmp_path):
         study.main(["run", f"--plan={path}", f"--workdir={tmp_path / 's'}", f"--config.data.root={tmp_path}"])
 
 
+def test_weights_that_were_trained_on_validation_patients_are_refused(tmp_path, camus4, monkeypatch):
+    """Of the two seeds, one has the split of the earlier run; no run is started, and the patients are named."""
+    path = write_plan(tmp_path, PLAN.replace("[arms.high]", '[arms.high]\n"init.weights" = "runs/earlier"'))
+    plan, overrides = read_plan(path), [f"--config.data.root={camus4}"]
+    config, dataset = resolve_config(plan.config(PlannedRun("low", 2, 0), overrides))
+    training, validation = split_found_cases(config.data, 0, *find_cases(config.data, dataset, camus4))
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "config.json").write_text(json.dumps(config.to_dict()))
+    source = Weights("network", {}, {}, source={"workdir": str(earlier)})
+    monkeypatch.setattr("xdim_jax.studies.train.read_initial_weights", lambda init: source)
+
+    def record(training):
+        patients = {case.case_id: case.patient for case in training}
+        split = {"root": str(camus4), "train": list(patients), "patients": patients}
+        (earlier / "split.json").write_text(json.dumps(split))
+
+    record(training)
+    monkeypatch.setattr(Plan, "runs", lambda self: iter([PlannedRun(arm, 2, 0) for arm in ("low", "high")]))
+    check_plan(plan, overrides)
+    record([*training, validation[0]])
+    with pytest.raises(UserError, match=f"arm high: seed 0: 1 of 2 .*{validation[0].patient}.*earlier"):
+        check_plan(plan, overrides)
+    monkeypatch.undo()
+    monkeypatch.setattr("xdim_jax.studies.train.read_initial_weights", lambda init: source)
+    record(training)
+    with pytest.raises(UserError, match=r"arm high: seed 3: .*config\.seed=0"):
+        check_plan(plan, overrides)
+
+
 # -- subsets --------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +226,22 @@ def test_a_mean_is_over_patients_and_then_over_seeds():
     assert (same.mean, same.low, same.high) == pytest.approx((0.7, 0.7, 0.7))
 
 
+@pytest.mark.parametrize("value", [1 / 3, 0.25, 0.7])
+def test_an_interval_contains_the_mean_of_equal_values(value, monkeypatch):
+    """Sums of equal values over different numbers of patients are rounded differently; the page must still be drawn."""
+    monkeypatch.setattr(results, "BOOTSTRAP_SAMPLES", 200)
+    found = {}
+    for seeds, patients in itertools.product((2, 3), (5, 14, 25, 38)):
+        table = np.full((seeds, seeds * patients), np.nan)
+        for seed in range(seeds):
+            table[seed, seed * patients : (seed + 1) * patients] = value  # every seed has its own validation patients
+        found["a", patients] = scores(table)
+        mean = found["a", patients].mean
+        assert mean.low <= mean.mean <= mean.high, (seeds, patients)
+    sizes = (5, 14, 25, 38)
+    page.draw_sizes(Plan("t", "r", 10, 10, "a", ((sizes, (0, 1)),), {"a": {}, "b": {}}, {}), found)
+
+
 def test_the_interval_covers_seeds_and_patients():
     """On normal data with known variances: the half width is 1.96 standard errors of the mean of both effects."""
     rng = np.random.default_rng(0)
@@ -233,6 +285,26 @@ def test_verdicts():
     tests = results.compare_arms(found, [5], ["a", "b", "c"])
     text = results.verdict(5, ["a", "b", "c"], found, tests)
     assert re.fullmatch(r"no difference found between [bc] \(highest mean\) and [bc]", text)
+    # one arm alone, and a further seed with easy patients
+    assert results.verdict(5, ["a", "z"], {("a", 5): scores(base)}, []) == "only a has finished runs"
+    assert results.verdict(9, ["a"], found, []) == "no run is finished"
+    more = np.concatenate([base - 0.1, np.full((1, 20), 0.99)])
+    found = {("a", 5): scores(base), ("b", 5): scores(more, seeds=(0, 1, 2, 3))}
+    tests = results.compare_arms(found, [5], ["a", "b"])
+    assert results.verdict(5, ["a", "b"], found, tests) == "a is best"
+    found = {("a", 5): scores(base), ("b", 5): scores(base, seeds=(7, 8, 9))}
+    assert "no finished seed in common" in results.verdict(5, ["a", "b"], found, [])
+    # the arm that is best over the common seed is worse over the seeds of the two arms
+    found = {
+        ("a", 5): scores(base),
+        ("b", 5): scores(base + np.array([[-0.1], [0.2], [0.3]])),
+        ("c", 5): scores(base[:1] - 0.2),
+    }
+    tests = [
+        dataclasses.replace(t, p_holm=0.001, difference=results.Mean(0.13, 0.05, 0.2))
+        for t in results.compare_arms(found, [5], ["a", "b"])
+    ]
+    assert results.verdict(5, ["a", "b", "c"], found, tests) != "a is best"
     # seeds that disagree: every patient gains with one seed and loses with the other
     found = {("a", 5): scores(base[:2]), ("b", 5): scores(base[:2] + np.array([[0.2], [-0.1]]))}
     (test,) = results.compare_arms(found, [5], ["a", "b"])
@@ -251,12 +323,12 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_study_from_plan_to_page(trained, capsys, quick_compile):
+def test_a_study_from_plan_to_page(trained, capsys):
     root, workdir = trained / "data", trained / "study"
     command = ["run", f"--plan={write_plan(trained)}", f"--workdir={workdir}", f"--config.data.root={root}"]
     assert study.main(command) == 0
     out = capsys.readouterr().out
-    assert "6 of 6 runs are left" in out and "6 of 6" in (workdir / "study.html").read_text()
+    assert "6 of 6 runs remain" in out and "6 of 6" in (workdir / "study.html").read_text()
     splits = {p: json.loads((p / "split.json").read_text()) for p in sorted(workdir.glob("*/n*/seed*"))}
     assert len(splits) == 6
     for arm in ("low", "high"):
@@ -292,10 +364,18 @@ def test_a_study_from_plan_to_page(trained, capsys, quick_compile):
     assert {r["step"] for r in rows} == {"2", "4"} and {r["region"] for r in rows} == {"LV_endo", "LV_epi", "LA"}
 
     assert study.main(command) == 0
-    assert "0 of 6 runs are left" in capsys.readouterr().out
+    assert "0 of 6 runs remain" in capsys.readouterr().out
     (workdir / "low" / "n002" / "seed3" / VALIDATIONS_FILE).unlink()
     assert study.main(["report", f"--workdir={workdir}"]) == 0
     assert "5 of 6" in (workdir / "study.html").read_text()
+
+
+def test_the_time_of_a_run_that_shared_its_steps_is_not_known(tmp_path):
+    for runs, expected in (({}, 3.0), ({"runs": 2}, np.nan)):
+        found = [{"kind": "train", "step": 1, "seconds_per_step": 2.0}, {"kind": "validation", "step": 2}]
+        found += [{"kind": "train", "step": 2, "seconds_per_step": 4.0} | runs]
+        (tmp_path / METRICS_FILE).write_text("".join(json.dumps(r) + "\n" for r in found))
+        np.testing.assert_equal(results._seconds_per_step(tmp_path), expected)
 
 
 def test_curves_and_tables_of_a_study_without_training():
@@ -313,6 +393,9 @@ def test_curves_and_tables_of_a_study_without_training():
     tables = {t.title: t for t in page.make_tables(plan, found, tests)}
     score = tables["Dice after 20 steps"]
     assert score.header == ("arm", "3 patients", "9 patients") and score.rows[2] == ("c", "-", "-")
+    assert tables["Cost"].rows[0] == ("a", "3", "2", "20", "1.000"), "of the run whose time is known"
+    packed = found | {("a", 3): dataclasses.replace(found["a", 3], seconds_per_step=np.full(2, np.nan))}
+    assert page.make_tables(plan, packed, tests)[-1].rows[0] == ("a", "3", "2", "-", "-")
     (row,) = tables["Difference from a"].rows
     assert row[:3] == ("3", "b", "a") and float(row[3].split()[0]) == pytest.approx(0.3, abs=0.05)
     html = page.render(plan, "the plan", found, tests)

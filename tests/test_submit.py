@@ -12,9 +12,10 @@ from PIL import Image
 from xdim_jax import evaluate, submit
 from xdim_jax.base.errors import UserError
 from xdim_jax.data import datasets, phantom
-from xdim_jax.data.case import encode_label, read_case, scan_cases
+from xdim_jax.data.case import scan_cases
 from xdim_jax.data.images.image import source_path
 from xdim_jax.data.images.nifti import write_volume
+from xdim_jax.data.reading import encode_label, read_case
 
 pytestmark = pytest.mark.quick
 

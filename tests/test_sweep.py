@@ -19,8 +19,8 @@ from tests.conftest import records
 from tests.sweep_worker import EPOCHS
 from xdim_jax import sweep
 from xdim_jax.base.errors import UserError
+from xdim_jax.sweeps import optuna_study as studies
 from xdim_jax.sweeps import page, space, worker
-from xdim_jax.sweeps import study as studies
 
 REPO = Path(__file__).resolve().parents[1]
 CAMUS = "configs/camus_omnianet.py:phantom"
@@ -119,7 +119,7 @@ def test_all_problems_of_a_space_are_reported_at_once(tmp_path):
 def test_spaces_that_ship_fit_their_recipes(name, config):
     path = Path(f"configs/sweeps/{name}.py")
     found = space.check_space(space.load_space(path)[0], path, config, [])
-    assert len(found) == (1 if name == "seeds" else 7)
+    assert len(found) == {"seeds": 1, "dxnet": 6, "optimiser": 7}[name]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,7 @@ def test_spaces_that_ship_fit_their_recipes(name, config):
         (["--config=configs/camus_omnianet.py:scratch"], ["no data: give --config.data.root=<folder>"]),
         (["--config.init.weights=no/b0.safetensors"], ["config.init.weights=no/b0.safetensors", "does not exist"]),
         (["--config.optim.b4=1"], ["config.optim.b4 is not a key", "optim.b"]),
+        ([f"--config={CAMUS},fold=all"], ["trains all folds", "fold=<number>"]),
     ],
 )
 def test_misuse_is_one_clear_message(arguments, words, tmp_path):
@@ -189,6 +190,7 @@ def test_a_trial_of_a_dead_worker_is_resumed_once_with_its_origin(storage):
     again = studies.claim_trial(study, 1)
     assert studies.origin_of(again) == 0 and again.number == 1 and again.suggest_float("x", 0, 1) == x
     assert not studies.finish_trial(study, dead, "COMPLETE", 0.5), "another worker has taken it over"
+    assert not studies.report_score(dead, 0.5, 1) and studies.report_score(again, 0.6, 1)
     assert studies.finish_trial(study, again, "COMPLETE", 0.7)
     assert studies.requeue_dead_trials(study, grace=0.0) == [] and studies.claim_trial(study, 1) is None
     (trials,) = studies.group_attempts(study).values()
@@ -224,6 +226,42 @@ def test_workers_of_a_study_have_the_same_settings(storage):
     studies.record_search(open_toy(storage), {"config": "a.py"})
     with pytest.raises(UserError, match=r"--study=toy .* config: 'a\.py'.* 'b\.py'"):
         studies.record_search(study, {"config": "b.py"})
+
+
+@pytest.mark.parametrize("name", ["random", "tpe"])
+def test_workers_with_one_seed_draw_different_trials(name, storage):
+    """Workers, one after the other, and again in another storage: a seed gives the same trials, each once.
+
+    tpe learns from ten finished trials; then it draws in another way.
+    """
+
+    def suggest(trial):
+        return trial.suggest_float("a", 0, 1), trial.suggest_float("b", 0, 1)
+
+    def draw(where):
+        drawn = []
+        for number in range(14):
+            if number % workers == 0:
+                study = open_toy(where, sampler=studies.make_sampler(name, space.explore(suggest)[1], seed=7))
+            trial = studies.claim_trial(study, 20)
+            drawn.append(suggest(trial))
+            studies.finish_trial(study, trial, "COMPLETE", 0.5 + 0.01 * drawn[-1][0])
+        return drawn
+
+    workers = 1
+    first = draw(storage)
+    assert len({a for a, _ in first}) == 14 and all(a != b for a, b in first)
+    workers = 5  # a worker draws five trials
+    assert draw(f"{storage}2") == first
+
+
+def test_another_study_has_its_own_folder(tmp_path, monkeypatch):
+    roots = []
+    monkeypatch.setattr(sweep, "_work", lambda study, job, options: roots.append(str(job.root)) or 0)
+    usual = [f"--config={CAMUS}", "--space=configs/sweeps/optimiser.py", "--trials=2", f"--workdir={tmp_path}"]
+    for more in ([], ["--study=second"]):
+        assert sweep.main([*usual, *more]) == 0
+    assert roots == [str(tmp_path), f"{tmp_path}/second"]
 
 
 def test_a_grid_has_all_combinations_of_the_space(tmp_path):
@@ -429,6 +467,18 @@ def test_the_page_of_a_study_that_has_just_begun(tmp_path):
     text = page.render(study)
     assert "Best:" not in text and "1 running" in text and "fewer than 4 trials" in text
     assert optuna.logging.get_verbosity() >= optuna.logging.WARNING
+
+
+@pytest.mark.quick
+def test_the_page_of_a_study_with_a_parameter_of_pruned_trials_only(tmp_path):
+    study = open_toy(str(tmp_path / "s.journal"))
+    for i in range(6):
+        trial = studies.claim_trial(study, 6)
+        trial.suggest_float("a", 0, 1)
+        if i == 5:
+            trial.suggest_float("b", 0, 1)
+        studies.finish_trial(study, trial, *(("PRUNED",) if i == 5 else ("COMPLETE", 0.5 + 0.01 * i)))
+    assert "5 complete" in page.render(study)
 
 
 @pytest.mark.quick

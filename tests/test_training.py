@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from tests import conftest
 from tests.conftest import TOY_MODEL, damage_checkpoint, records, small_state, toy_model
@@ -64,6 +65,18 @@ def test_validation_waits_for_the_training_score_and_comes_at_the_end(tmp_path, 
     """Paper, Sect. 3.1.3; the training score is 0.25 here."""
     finish(make_run(tmp_path, config={"validate_after_score": gate, "validate_every": every}), blank_batches())
     assert [r["step"] for r in records(tmp_path, "validation")] == steps
+
+
+def test_a_training_score_of_zero_does_not_delay_validation(tmp_path):
+    """With ``validate_after_score=0`` validation begins with the first epoch."""
+    run = conftest.make_run(tmp_path, hopeless, ("WT", "TC", "ET"), config={"validate_after_score": 0.0})
+    finish(run, blank_batches())
+    assert [r["step"] for r in records(tmp_path, "validation")] == [4, 8, 12]
+
+
+def hopeless(state, batch, key):
+    state, metrics = count(state, batch, key)
+    return state, metrics | {"score": 0 * metrics["score"]}
 
 
 def test_the_slow_weights_are_validated_and_kept(tmp_path):
@@ -298,6 +311,24 @@ def test_a_damaged_checkpoint_is_moved_aside_with_a_warning(tmp_path):
     assert not list((tmp_path / "checkpoints").glob("*tmp"))
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_process_0_alone_moves_what_is_damaged_in_a_shared_folder(process, tmp_path, monkeypatch):
+    """All processes read the folder, and wait until the damaged checkpoint is moved."""
+    save_states(tmp_path, (1, 2))
+    damage_checkpoint(tmp_path / "checkpoints" / "2")
+    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    waits, warnings = [], []
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", waits.append)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), small_state(0.0, 0))
+    state, _ = checkpoint._restore(checkpoints.latest, target, warnings.append, shared=True)
+    monkeypatch.undo()
+    checkpoint.close(checkpoints)
+    assert int(state.step) == 1 and len(waits) == 1
+    assert (tmp_path / "damaged-checkpoint-2").is_dir() == (process == 0)
+    assert len(warnings) == (2 if process == 0 else 0)
+
+
 def test_when_no_checkpoint_can_be_read_nothing_is_started_anew(tmp_path):
     save_states(tmp_path, (1, 2))
     for at in ("1", "2"):
@@ -320,7 +351,7 @@ def test_best_weights_are_those_of_the_best_score(tmp_path):
 
 
 def test_without_a_validation_the_slow_weights_of_the_latest_state_are_used(tmp_path):
-    with pytest.raises(UserError, match="no finished checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         checkpoint.load_weights(tmp_path, {}, {})
     save_states(tmp_path, (4,))
     params, stats, source = checkpoint.load_weights(tmp_path, {"w": jnp.zeros(4)}, {"n": {"mean": jnp.zeros(2)}})

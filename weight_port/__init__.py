@@ -1,7 +1,7 @@
 """Conversion of weights from PyTorch to xdim_jax and back: timm's classifiers and the authors' released networks.
 
-This is the only package that may import torch or timm. It imports them only when they are needed: safetensors files are
-converted without either. ``python -m weight_port --help`` describes the command. The functions of this module do the
+This is the only package that may import torch or timm. It imports them only when they are needed; safetensors files are
+converted without them. ``python -m weight_port --help`` describes the command, and the functions of this package do the
 same in Python.
 """
 

@@ -1,16 +1,17 @@
 """Convert PyTorch weights to xdim_jax and back, and inflate 2D weights to 3D.
 
 --source selects the kind of the source:
-  timm      a classifier of timm, which becomes an encoder (EfficientNet B0-B7 and Lite0-Lite4, ResNet, VGG with batch
+  timm      a classifier of timm, converted to an encoder (EfficientNet B0-B7 and Lite0-Lite4, ResNet, VGG with batch
             norm, ConvNeXt)
-  pypi      a classifier inside an installed package of PyPI, which becomes an encoder (EfficientNet-Lite0 to Lite2)
+  pypi      a classifier in an installed package from PyPI, converted to an encoder (EfficientNet-Lite0 to Lite2)
   authors   a file that the paper's authors released, or a network trained with their code
-  xdim      a file that this command wrote, or the workdir of a training, to inflate it or to write it as one file
+  xdim      a file that this command wrote, or the workdir of a run, to inflate it or to write it as one file
 
-The command writes OUT.safetensors and OUT.json. OUT.json records the hash of the source, how every array was converted,
-and the largest difference between a forward pass of the source and a forward pass of the result.
-With --to-torch the conversion is reversed: from a file that this command wrote to a state_dict with the names of
---source.
+The command writes OUT.safetensors and OUT.json. OUT.json records the hash of the source and how every array was
+converted. For a 2D encoder it also records the largest difference between a forward pass of the converted weights and
+one of timm's model; for an encoder that is inflated, the difference from the 2D encoder.
+With --to-torch the conversion is reversed: a file that this command wrote, or the workdir of a run, is converted to a
+state_dict with the names of --source.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--to-torch", action="store_true", help="convert a file of this command (or a workdir) to a PyTorch state_dict"
     )
     parser.add_argument("--no-probe", action="store_true", help="do not compare forward passes")
-    group = parser.add_argument_group("inflation", "pydoc xdim_jax.nets.inflate shows what each rule preserves")
+    group = parser.add_argument_group("inflation", "pydoc xdim_jax.nets.inflate describes the rules")
     group.add_argument(
         "--inflate", choices=RULES, metavar="RULE", help=f"inflate from 2D to 3D by this rule: {', '.join(RULES)}"
     )
@@ -80,8 +81,10 @@ def _parser() -> argparse.ArgumentParser:
         help="another rule for the layers that match, e.g. 'blocks.0.*=centre'; may be given several times",
     )
     group.add_argument("--sigma", type=float, help="standard deviation for rule gaussian, in taps; default 1")
-    group.add_argument("--spacing", type=float, help="slice distance / pixel width, for rule spacing; default 1")
-    group.add_argument("--seed", type=int, default=0, help="random seed for rules random and randn; default 0")
+    group.add_argument("--spacing", type=float, help="slice spacing / in-plane spacing, for rule spacing; default 1")
+    group.add_argument(
+        "--seed", type=int, default=0, help="random seed of rule random, and of --channel-rule=randn; default 0"
+    )
     group.add_argument("--depth-padding", choices=DEPTH_PADDINGS, help="padding along the new axis; default zero")
     group.add_argument(
         "--depth-strides",
@@ -89,9 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         help="strides along the new axis, 1 or 2 per level, finest first; default 2",
     )
     group.add_argument("--squeeze", choices=SQUEEZES, help="pooling of squeeze-and-excitation; default volume")
-    group = parser.add_argument_group(
-        "input channels", "pydoc xdim_jax.nets.input_channels shows what each rule preserves"
-    )
+    group = parser.add_argument_group("input channels", "pydoc xdim_jax.nets.input_channels describes the rules")
     group.add_argument("--channels", type=int, metavar="N", help="number of input channels; default: as in the source")
     group.add_argument("--channel-rule", choices=CHANNEL_RULES, help="default cycle if the number of channels changes")
     group.add_argument("--channel-map", metavar="C,C,...", help="source channels for rule map, counted from 0")
@@ -124,7 +125,9 @@ def main(argv: Sequence[str]) -> int:
     report["arrays"] = {n: {"done": d, "shape": _shape(converted.arrays, n)} for n, d in done.items()}
     report["unused"] = {n: list(a.shape) for n, a in converted.unused.items()}
     report |= {"kind": converted.kind, "model": converted.model}
-    report["zero_padding"] = options.inflate not in (None, "centre") and options.depth_padding in (None, "zero")
+    used = {word for how in done.values() for word in how.split(" then ")}  # rules, among others
+    inexact = used & set(RULES) - {"centre", "repeat_uncorrected"} or options.inflate == "repeat_uncorrected"
+    report["zero_padding"] = bool(options.inflate and inexact) and options.depth_padding in (None, "zero")
     path = options.out.with_suffix(".json")
     write_json(path, report)
     _log_summary(options.out, path, converted, report)
@@ -148,14 +151,13 @@ def _check(options: argparse.Namespace) -> None:
         problems.append("--to-torch needs --source=timm, pypi or authors, which selects the names to write")
     if options.to_torch and (options.inflate or options.channels or options.channel_rule or options.part != "all"):
         problems.append(
-            "--to-torch writes the weights unchanged: first write a file with --inflate, --channels or --part, then "
-            "convert it"
+            "--to-torch does not change weights: first write a file with --inflate, --channels or --part, then convert "
+            "that file"
         )
     if not options.to_torch and options.out.suffix != ".safetensors":
         problems.append(f"--out={options.out}: expected a name that ends with .safetensors")
     for flags, needed in (
         (("axis", "inflate_layer", "sigma", "spacing", "depth_padding", "depth_strides", "squeeze"), "inflate"),
-        (("channel_map",), "channel_rule"),
     ):
         for flag in flags:
             if getattr(options, flag) and not getattr(options, needed):
@@ -214,7 +216,7 @@ def _numbers(flag: str, words: str | None) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in (words or "").split(",") if word)
     except ValueError as error:
-        raise UserError(f"{flag}={words}: expected whole numbers separated by commas") from error
+        raise UserError(f"{flag}={words}: expected integers separated by commas") from error
 
 
 def _depth(options: argparse.Namespace) -> dict[str, Any]:
@@ -266,7 +268,7 @@ def _shape(arrays: Mapping[str, np.ndarray], name: str) -> list[int] | None:
 def _log_summary(out: Path, path: Path, converted: Weights, report: Mapping[str, Any]) -> None:
     read_weights(out)  # check that the file can be read
     if report.get("zero_padding"):
-        log.say("padding    zeros along the depth, as in the released code: for a volume of equal slices the features")
+        log.say("padding    zeros along the depth, as in the released code: for a volume of identical slices, features")
         log.say(
             "           differ from those in 2D. With --depth-padding=edge or renorm they are equal for the rules mean,"
         )
@@ -283,7 +285,7 @@ def _log_summary(out: Path, path: Path, converted: Weights, report: Mapping[str,
 
 
 def command() -> NoReturn:
-    """Run the console entry point."""
+    """Run the console script."""
     run(main)
 
 

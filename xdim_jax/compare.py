@@ -2,9 +2,9 @@
 
     python -m xdim_jax.compare eval_a eval_b --metrics=dice,hd95 --out=comparison.md
 
-The table has one row for each structure and metric. It shows the mean difference with its 95 % confidence interval
-(paired bootstrap over patients), and the p-value of Wilcoxon's signed-rank test. The last column has the p-value after
-Holm's correction for all rows.
+The table has one row for each structure and metric: the mean difference with its 95 % confidence interval (paired
+bootstrap over patients), the p-value of Wilcoxon's signed-rank test, and this p-value after Holm's correction for all
+rows.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import write_json, write_text
 from xdim_jax.scoring import challenges, paired, results
+from xdim_jax.scoring.challenges import METRIC_ALIASES
 from xdim_jax.scoring.comparison import make_table
 from xdim_jax.scoring.rules import ScoredCase
 
@@ -98,8 +99,9 @@ def _metrics_of(cases: Sequence[ScoredCase]) -> set[str]:
 
 def _parse_metrics(text: str, evaluations: Sequence[Sequence[ScoredCase]]) -> tuple[str, ...]:
     """Return the metrics in a comma-separated list. Raises UserError if neither evaluation has one of them."""
-    metrics = tuple(m.strip() for m in text.split(",") if m.strip())
     known = set().union(*map(_metrics_of, evaluations))
+    names = tuple(m.strip() for m in text.split(",") if m.strip())
+    metrics = tuple(name if name in known else METRIC_ALIASES.get(name, name) for name in names)
     if unknown := set(metrics) - known:
         raise UserError(
             f"--metrics: the results have no {', '.join(sorted(unknown))}; expected some of {', '.join(sorted(known))}"

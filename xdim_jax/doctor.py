@@ -1,7 +1,7 @@
 """Check this machine: versions, devices, memory, compilation cache, operations, precision, reading, training step.
 
-The result of a check is ok, a warning (everything works, but could be better) or a failure (something does not work).
-Warnings and failures come with advice. Nothing is downloaded, and only the compilation cache is written to.
+The result of a check is ok, a warning (everything works, but not as well as it could) or a failure (something does not
+work). Warnings and failures are followed by advice. Nothing is downloaded, and only the compilation cache is written.
 """
 
 if __name__ == "__main__":  # this may restart the process, so it comes before the imports, which take seconds

@@ -38,7 +38,7 @@ def sweep() -> NoReturn:
 
 
 def study() -> NoReturn:
-    """Console entry point of ``xdim-study``."""
+    """Run the console script ``xdim-study``."""
     prefer_huge_pages()
     from xdim_jax.study import command
 

@@ -8,12 +8,14 @@
     generic    any metrics (--metrics) of any two folders of label maps
 
 With --workdir instead of --pred and --ref, the validation cases of a run are predicted into <workdir>/predictions, and
-scored by the rules of its data set. The predictions of the best validation during training are there already, and are
-used. The default of --out is then <workdir>/evaluation.
+scored by the rules of its data set. Predictions that training wrote there at its best validation are used. The default
+of --out is then <workdir>/evaluation.
 
-The command writes to --out: cases.csv (case_id,...,structure,metric,value), summary.json (means with 95 % intervals
-over patients, quartiles, empty masks), tables.md and tables.tex (the tables of the paper, with its values and yours),
-and evaluate.json (files and options). Compare two evaluations with python -m xdim_jax.compare.
+The command writes to --out: cases.csv (case_id,...,structure,metric,value), summary.json (means with 95 % confidence
+intervals over patients, quartiles, numbers of empty masks), tables.md and tables.tex (the tables of the paper, with the
+values of the paper and of this evaluation), and evaluate.json (files and options). With --calibration, it also
+evaluates the probabilities and uncertainty maps in --pred, and writes calibration.json. Compare two evaluations with
+python -m xdim_jax.compare.
 """
 
 import argparse
@@ -45,11 +47,13 @@ def main(argv: Sequence[str]) -> int:
     else:
         with bucket.workdir(options.workdir) as workdir:
             _set_defaults_of_run(options, workdir)
-            from xdim_jax.inference.validation_cases import predict_validation  # imports JAX, scoring does not need it
+            from xdim_jax.inference.settings import Settings  # imports JAX, scoring does not need it
+            from xdim_jax.inference.validation_cases import predict_validation
             from xdim_jax.ops.compilation import cache_programs
 
             cache_programs()
-            options.ref, cases = predict_validation(workdir, options.pred)
+            settings = Settings(probabilities=True) if options.calibration else None
+            options.ref, cases = predict_validation(workdir, options.pred, settings)
             _evaluate(options, cases, _patients(workdir) if options.rules == "generic" else {})
     return 0
 
@@ -63,12 +67,12 @@ def _patients(workdir: Path) -> dict[str, str]:
 def _evaluate(options: Any, cases: set[str] | None = None, patients: Mapping[str, str] | None = None) -> None:
     """Score the cases with the given ids, or all cases, and write the results."""
     if absent := [f"--{name}" for name in ("rules", "pred", "ref", "out") if getattr(options, name) is None]:
-        raise UserError(f"{' and '.join(absent)} missing: give --rules, --pred, --ref and --out, or --workdir")
+        raise UserError(f"{' and '.join(absent)} missing: give either --rules, --pred, --ref and --out, or --workdir")
     rules = challenges.make_rules(options.rules, options)
     if options.cases:
         chosen = _read_cases(options.cases)
         if cases is not None and (absent := sorted(chosen - cases)):
-            raise UserError(f"--cases: {shorten(absent)} are no validation cases of this run")
+            raise UserError(f"--cases: {shorten(absent)} are not validation cases of this run")
         cases = chosen
     if options.tune_min_et:
         check_small_et_kept(options.pred)
@@ -83,6 +87,7 @@ def _evaluate(options: Any, cases: set[str] | None = None, patients: Mapping[str
         missing=options.missing,
         processes=options.jobs,
         patients=patients,
+        calibrated=options.calibration,
     )
 
 
@@ -97,7 +102,7 @@ def _read_cases(text: str) -> set[str]:
 
 
 def _set_defaults_of_run(options: Any, workdir: Path) -> None:
-    """Set the folders and rules to those of a run. Options that were given keep their values."""
+    """Set the folders, rules and rule options to those of a run. Values that the user gave are kept."""
     if options.pred or options.ref:
         raise UserError("--workdir sets --pred and --ref; give either --workdir, or --pred and --ref")
     config = read_config(find_members([workdir])[0])
@@ -126,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=["error", "penalise", "skip"],
         default="error",
         help="what to do if a prediction is missing or unreadable: stop with an error, give the case the worst values "
-        "of the challenge, or leave it out with a warning (default: %(default)s)",
+        "of the challenge, or omit it with a warning (default: %(default)s)",
     )
     add(
         "--cases",
@@ -137,8 +142,13 @@ def _parser() -> argparse.ArgumentParser:
         "--metrics",
         default="",
         help="comma-separated metrics in addition to those of the challenge; for generic, all metrics (default: "
-        f"{','.join(generic.DEFAULT_METRICS)}). Distances are in mm; hd95 and assd are the pooled ones. Known: "
-        f"{', '.join(METRICS)}",
+        f"{','.join(generic.DEFAULT_METRICS)}). Distances are in mm; hd95 and assd pool the distances of both "
+        f"directions. Known: {', '.join(METRICS)}",
+    )
+    add(
+        "--calibration",
+        action="store_true",
+        help="also evaluate the probabilities and uncertainty maps that predict --probabilities --uncertainty wrote",
     )
     add("--jobs", type=int, default=_cores(), help="number of scoring processes (default: one per core)")
     challenges.add_options(parser)
@@ -152,7 +162,7 @@ def _cores() -> int:
 
 def command() -> NoReturn:
     """Run the console script."""
-    if any(word.startswith("--workdir") for word in sys.argv):  # only then, the command uses a network
+    if any(word.startswith("--workdir") for word in sys.argv):  # the command uses a network only in this case
         prefer_huge_pages()
     run(main)
 

@@ -1,9 +1,9 @@
-"""Go from a folder of annotated cases to a trained and evaluated ensemble of networks, without choices.
+"""Train and evaluate an ensemble of networks on a folder of annotated cases, with all settings chosen automatically.
 
 The steps are: verify the data, plan a recipe, prepare the cases, train all folds, choose post-processing by
-cross-validation, evaluate, and write a report. The same command resumes at the step that was interrupted, and skips
-steps that are done. The recipe may be edited before the training begins: stop after the plan with --steps=plan, edit
-<workdir>/recipe.py, and run the command again without --steps.
+cross-validation, evaluate, and write a report. The same command resumes an interrupted step and skips finished ones. To
+edit the recipe before training begins, stop after the plan with --steps=plan, edit <workdir>/recipe.py, and run the
+command again without --steps.
 
 The command writes to the workdir: verify.json, recipe.py, recipe.html, fold0/ to fold4/, crossval.json,
 postprocessing.json, predictions/ (every case, predicted by a network that was not trained on it), evaluation/ and
@@ -30,8 +30,8 @@ from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.config import Config, load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_json
-from xdim_jax.base.signals import REQUEUE, StopRequest, catch_signals
-from xdim_jax.data.case import list_cases
+from xdim_jax.base.signals import REQUEUE, StopRequest, catch_signals, say_stopped
+from xdim_jax.data.case import describe, list_cases, meaning, scan_cases, usable_cases
 from xdim_jax.data.datasets import DATASETS, get_dataset
 from xdim_jax.data.images.names import files_below
 from xdim_jax.data.options import add_options, read_section
@@ -41,7 +41,7 @@ from xdim_jax.data.store import default_folder, prepare_cases
 from xdim_jax.data.verify import format_findings, verify
 from xdim_jax.ops.compilation import cache_programs
 from xdim_jax.planning import postprocessing
-from xdim_jax.planning.plan_data import plan_recipe
+from xdim_jax.planning.plan_data import absolute_store, check_hours, plan_recipe
 from xdim_jax.runs import checkpoint
 from xdim_jax.training import crossval
 from xdim_jax.training.check import resolve_config
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     last = STEPS.index(options.steps)
     _check_arguments(options, overrides, last)
     section = read_section(options, options.dataset) | {"root": str(options.root.absolute())}
-    section = json.loads(json.dumps(section))  # as in the records
+    section = json.loads(json.dumps(section))  # as JSON, for comparison with the files in the workdir
     get_dataset(section)  # raises UserError before anything is read
     with catch_signals() as stop:
         return _run_steps(section, options, overrides, last, stop)
@@ -73,8 +73,17 @@ def _check_arguments(options: argparse.Namespace, overrides: Sequence[str], last
             f"{' '.join(overrides)} has no effect on the plan; give it with --steps=prepare or later, or edit the "
             "recipe"
         )
+    if own := [word for word in overrides if word.partition("=")[0] in ("--config.data.fold", "--config.data.root")]:
+        raise UserError(f"{' '.join(own)}: fit trains all folds of the data in --root; omit it, or use xdim_jax.train")
+    check_hours(options.hours)
     if bucket.is_address(options.workdir):
-        raise UserError(f"--workdir={options.workdir}: fit needs a local folder; copy it to a bucket afterwards")
+        raise UserError(f"--workdir={options.workdir}: expected a local folder; copy it to a bucket after the training")
+    workdir, root = Path(options.workdir).resolve(), options.root.resolve()
+    if workdir in (root, *root.parents):
+        raise UserError(
+            f"--workdir={options.workdir} is or contains the folder of the data, {options.root}: results would be "
+            "mixed with the data; give another folder, which may also be inside of the data folder"
+        )
 
 
 def _run_steps(
@@ -82,7 +91,8 @@ def _run_steps(
 ) -> int:
     """Run all steps up to the last one, and return the exit status."""
     workdir = Path(options.workdir)
-    if status := _verify(section, workdir, options.jobs):
+    written = [workdir, *([Path(options.store)] if options.store and not bucket.is_address(options.store) else [])]
+    if status := _verify(section, workdir, options.jobs, written):
         return status
     if last < STEPS.index("plan"):
         return 0
@@ -95,6 +105,7 @@ def _run_steps(
     if last < STEPS.index("train"):
         return 0
     if status := _train(config, workdir, stop):
+        say_stopped(stop)
         return status
     if last < STEPS.index("evaluate"):
         return 0
@@ -112,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         __doc__ or "",
         "Values of the recipe can be overridden: --config.<key>=<value>.\n\n"
         f"Exit status: 0 done; 1 verify found errors; 2 unusable input; {REQUEUE} stopped by SIGTERM, SIGUSR1 or "
-        "SIGHUP and\n130 by Ctrl-C: run the same command again to resume.\n\n"
+        "SIGHUP, and\n130 by Ctrl-C: run the same command again to resume.\n\n"
         "example:\n  python -m xdim_jax.fit --root=/data/Dataset001_Name --workdir=runs/own --hours=8",
     )
     add = parser.add_argument
@@ -121,25 +132,37 @@ def _parser() -> argparse.ArgumentParser:
     add("--workdir", required=True, help="folder for all results, created if it does not exist")
     add("--hours", type=float, default=8.0, help="time for training all folds on this machine (default: %(default)s)")
     add(
-        "--memory", default="", metavar="SIZE", help="memory for a training step, e.g. 16GiB (default: of this machine)"
+        "--memory",
+        default="",
+        metavar="SIZE",
+        help="memory for a training step, e.g. 16GiB (default: 90 %% of device memory; on CPU 60 %% of host memory)",
     )
-    add("--folds", type=int, default=0, help="number of folds (default: 5, or the number of patients if it is smaller)")
+    add(
+        "--folds",
+        type=int,
+        default=0,
+        help="number of folds (default: those of the list that comes with the data; without one, 5, or the number of "
+        "patients)",
+    )
     add("--store", default="", help="folder of the prepared cases (default: <root>_prepared)")
     add(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="number of cases at the same time (default: one per core)"
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="number of cases that are read concurrently (default: one per core)",
     )
     add("--steps", choices=STEPS, default=STEPS[-1], help="last step (default: %(default)s)")
     add_options(parser)
     return parser
 
 
-def _verify(section: dict[str, Any], workdir: Path, jobs: int) -> int:
-    """Check the data, unless the same files have been checked already. Returns 1 if there are errors."""
+def _verify(section: dict[str, Any], workdir: Path, jobs: int, written: Sequence[Path]) -> int:
+    """Verify the data, unless the same files were verified before. Returns 1 if there are errors, else 0."""
     path, root = workdir / VERIFY_FILE, Path(section["root"])
-    files = _digest(section)
+    files = _digest(section, written)
     known = read_json(path) if path.is_file() else {}
     if isinstance(known, dict) and known.get("files") == files and known.get("section") == section:
-        log.say(f"verify     {known['cases']} cases, already checked without errors")
+        log.say(f"verify     {known['cases']} cases, already verified without errors")
         return 0
     findings = verify(get_dataset(section), root, jobs=jobs, progress=log.progress_bar("verify"))
     for line in format_findings(findings, root):
@@ -152,15 +175,21 @@ def _verify(section: dict[str, Any], workdir: Path, jobs: int) -> int:
     return 0
 
 
-def _digest(section: dict[str, Any]) -> str:
-    """Return a digest of the names, sizes and modification times of all files of the data."""
+def _digest(section: dict[str, Any], written: Sequence[Path]) -> str:
+    """Return a digest of the names, sizes and modification times of all files of the data.
+
+    Files below the folders ``written``, into which this command writes, are not data, even if they are below the root.
+    """
     root = Path(section["root"])
     cases = get_dataset(section).scan(root, False).cases if root.is_dir() else []
+    real = root.resolve()
+    own = [root / path.resolve().relative_to(real) for path in written if path.resolve().is_relative_to(real)]
+    data = [path for path in files_below(root) if not any(path.is_relative_to(folder) for folder in own)]
     digest = hashlib.sha256()
-    for path in sorted({*files_below(root), *(path for case in cases for path in case.files)}):
+    for path in sorted({*data, *(path for case in cases for path in case.files)}):
         try:
             state = path.stat()
-        except OSError:  # verify reports it if the data need it
+        except OSError:  # `verify` reports the file if a case needs it
             digest.update(f"{path} absent\n".encode())
         else:
             digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
@@ -168,19 +197,36 @@ def _digest(section: dict[str, Any]) -> str:
 
 
 def _plan(section: dict[str, Any], recipe: Path, options: argparse.Namespace) -> None:
-    """Plan the recipe, unless there is one. A recipe for other data or with other options is an error."""
+    """Plan the recipe, unless it exists. Raises UserError if it was planned for other data or with other options."""
     record = recipe.with_suffix(".json")
-    asked = {"section": section, "hours": options.hours, "memory": options.memory, "folds": options.folds}
+    root = Path(section["root"])
+    dataset = get_dataset(section)
+    cases = usable_cases(scan_cases(dataset, root, need_labels=True), root)
+    asked = {
+        "section": section,
+        **meaning(describe(dataset)),
+        "cases": [case.case_id for case in cases],
+        "hours": options.hours,
+        "memory": options.memory,
+        "folds": options.folds,
+        "store": absolute_store(options.store),
+    }
     if recipe.is_file():
-        known = read_json(record)
-        if changed := [key for key in asked if known.get(key) != asked[key]]:
+        if not record.is_file():
             raise UserError(
-                f"{recipe} was planned with other values of {', '.join(changed)}; give another --workdir, or delete "
-                "this file to plan again"
+                f"{recipe} exists, but not {record.name}, which fit writes with it: expected a recipe that fit has "
+                f"planned. Restore {record.name}, or delete {recipe} to plan again; or train your own recipe with "
+                f"python -m xdim_jax.train --config={recipe}:fold=all"
             )
-        log.say(f"plan       {recipe} is used as it is; delete it to plan again")
+        known = read_json(record)
+        if changed := [key for key in asked if key in known and known[key] != asked[key]]:
+            raise UserError(
+                f"{recipe} was planned with other {', '.join(changed)}; give another --workdir, or delete this file to "
+                "plan again"
+            )
+        log.say(f"plan       {recipe} exists and is used; delete it to plan again")
         return
-    write_json(record, asked)  # before the recipe, which is written last
+    write_json(record, asked)  # before the recipe, whose existence means that the plan is complete
     plan_recipe(
         section,
         recipe,

@@ -1,20 +1,21 @@
 """Report the memory and the floating-point operations that a recipe needs for a training step and for prediction.
 
-Every combination of the given settings is compiled for the devices of this machine, with shapes in place of arrays, so
-neither data nor memory for the arrays is needed. The memory is the amount that the compiler reserves per device for
-state, batch and temporaries. Operations are counted from the definitions of the layers, not from the compiled program,
-for all devices together. A multiply-add counts as two.
+Every combination of the given settings is compiled for the devices of this machine. Compilation needs the shapes of the
+arrays only, so neither data nor device memory is needed. The memory is the amount that the compiler reserves per device
+for state, batch and temporaries. Operations are counted from the definitions of the layers, not from the compiled
+program, and summed over all devices. A multiply-add counts as two.
 
---parts adds a table for each combination. For each part of the network, it has the operations of a training step, and
-the bytes that its convolutions and matrix products read and write at least. --ceilings adds a column to it: a lower
-bound of the time on a device with the given peak rates.
+--parts adds a table for each combination: for each part of the network, the operations of a training step, and a lower
+bound of the bytes that its convolutions and matrix products read and write. --ceilings adds a column with a lower bound
+of the time on a device with the given peak rates.
 
-With --target, programs are compiled for devices that are not here: GPUs (h100, h200, a100, l4, rtx4090; h100:8 for
-eight) and TPUs (v5e:2x2, v6e:4x4, v5p:2x2x1, ...). This needs the extra cuda12 or tpu beside the CPU version of JAX,
-but no driver. The output also has the kernels that the compiler chose. --budget is then the memory of the device.
+With --target, programs are compiled for devices that this machine does not have: GPUs (h100, h200, a100, l4, rtx4090;
+h100:8 for eight) and TPUs (v5e:2x2, v6e:4x4, v5p:2x2x1, ...). This needs the extra cuda12 or tpu in addition to the CPU
+version of JAX, but no driver. The output also lists the kernels that the compiler chose. The default of --budget is
+then the memory of the target.
 
-With --budget, the command says which combinations fit into the memory of a device. --largest=patch or --largest=batch
-then searches for the largest one that fits.
+With --budget, the command reports which combinations fit into the memory of a device. --largest=patch or
+--largest=batch then searches for the largest one that fits.
 """
 
 import argparse
@@ -33,8 +34,8 @@ from xdim_jax.base.files import write_json
 from xdim_jax.ops.compilation import cache_programs
 from xdim_jax.runs import environment
 from xdim_jax.training import needs
+from xdim_jax.training.absent_devices import describe_kernels, names, open_target
 from xdim_jax.training.check import resolve_config
-from xdim_jax.training.targets import Target, describe_kernels, names, open_target
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,13 +47,14 @@ def main(argv: Sequence[str]) -> int:
     target = open_target(options.target) if options.target else None
     if target and not options.budget:
         options.budget = gib(target.memory)
+    optimise = options.full or target is None or target.optimised
     budget = needs.parse_bytes(options.budget) if options.budget else None
     if options.largest and budget is None:
         raise UserError(f"--largest={options.largest} needs --budget=<memory of a device>, e.g. --budget=16GiB")
     if options.ceilings and not options.parts:
         raise UserError(f"--ceilings={options.ceilings} needs --parts: it adds a column to the table of the parts")
     ceilings = _ceilings(options.ceilings) if options.ceilings else None
-    choices = needs.make_choices(
+    choices = needs.make_settings(
         config,
         [_numbers("--patch", text) for text in options.patch],
         _numbers("--batch", options.batch) if options.batch else (),
@@ -62,14 +64,12 @@ def main(argv: Sequence[str]) -> int:
     cache_programs()
     log.say(f"devices    programs are compiled for {target.title if target else environment.devices()}")
     if target:
-        log.say(f"           {target.caution}")
-    measure = functools.cache(
-        functools.partial(needs.measure, config, dataset, target=target, optimise=options.full or not _is_tpu(target))
-    )
+        log.say(f"           {target.caution(optimised=optimise)}")
+    measure = functools.cache(functools.partial(needs.measure, config, dataset, target=target, optimise=optimise))
     if options.largest and budget is not None:
         log.say(f"search     for the largest {options.largest} in {options.budget}")
         fits = lambda choice: measure(choice).step_bytes <= budget  # noqa: E731
-        choices = needs.search_largest(config, choices, options.largest, fits, say=log.say)
+        choices = needs.search_largest(config, choices, options.largest, fits, say=log.say, target=target)
     rows = [(choice, measure(choice)) for choice in choices]
     log.write_result("\n".join(needs.format_rows(rows, budget)))
     for choice, need in rows if target else ():
@@ -78,16 +78,15 @@ def main(argv: Sequence[str]) -> int:
         log.say(f"parts      {choice}")
         for line in needs.format_parts(*needs.step_products(config, dataset, choice), ceilings):
             log.say(line)
+    for choice, need in rows if target and options.parts else ():
+        log.say(f"kernels    {choice}, as compiled")
+        for line in needs.format_kernels(need.by_part):
+            log.say(line)
     if budget is not None and not options.largest:
         log.say(f"largest    {needs.format_best(rows, budget)} (budget {options.budget})")
     if options.json:
         write_json(options.json, [dataclasses.asdict(c) | dataclasses.asdict(n) for c, n in rows])
     return 2 if target and not any(need.step_bytes <= (budget or 0) for _, need in rows) else 0
-
-
-def _is_tpu(target: Target | None) -> bool:
-    """Return whether the target is a TPU, for which optimising takes several times longer."""
-    return target is not None and target.platform == "tpu"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="D,H,W",
-        help="size of a patch, or H,W; may be given several times",
+        help="size of a patch (2D: H,W); may be given several times",
     )
     parser.add_argument("--batch", metavar="N,N,...", help="numbers of samples in a batch, over all devices")
     parser.add_argument("--precision", metavar="P,P", help="float32, bfloat16 or both")
@@ -119,9 +118,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STAGES",
         help="stages whose activations are recomputed (config.train.remat); may be given several times",
     )
-    parser.add_argument("--target", metavar="DEVICE", help=f"devices that are not here: {names()}")
+    parser.add_argument("--target", metavar="DEVICE", help=f"devices that this machine does not have: {names()}")
     parser.add_argument("--full", action="store_true", help="with --target for a TPU: compile with optimisation")
-    parser.add_argument("--budget", metavar="SIZE", help="memory of a device, e.g. 16GiB")
+    parser.add_argument(
+        "--budget", metavar="SIZE", help="memory of a device, e.g. 16GiB; with --target, default: that of the target"
+    )
     parser.add_argument(
         "--largest", choices=("patch", "batch"), help="search for the largest one that fits into --budget"
     )
@@ -136,18 +137,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:
-    """Return the positive whole numbers in a comma-separated list. Raises UserError for anything else."""
+    """Return the positive integers in a comma-separated list. Raises UserError for anything else."""
     try:
         numbers = tuple(int(word) for word in text.strip("()").split(",") if word.strip())
     except ValueError as error:
-        raise UserError(f"{flag}={text}: expected whole numbers separated by commas") from error
+        raise UserError(f"{flag}={text}: expected integers separated by commas") from error
     if not numbers or min(numbers) < 1:
-        raise UserError(f"{flag}={text}: expected whole numbers above 0 separated by commas")
+        raise UserError(f"{flag}={text}: expected integers above 0 separated by commas")
     return numbers
 
 
 def _ceilings(text: str) -> tuple[float, float]:
-    """Return operations and bytes per second, given ``<TFLOP/s>,<TB/s>``. Raises UserError for anything else."""
+    """Return operations and bytes per second from ``<TFLOP/s>,<TB/s>``. Raises UserError for anything else."""
     try:
         flops, bandwidth = (1e12 * float(word) for word in text.split(","))
     except ValueError as error:

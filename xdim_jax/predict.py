@@ -1,15 +1,15 @@
 """Segment cases with a trained network, and write label maps on the voxel grid of the images.
 
-The input is a folder in the layout that the network was trained on, one BraTS case folder, or the files of one case,
-one per channel (BraTS: in the order flair t1 t1ce t2). In nnU-Net's layout, it can also be a folder of images such as
-imagesTs. A network with one channel accepts any folder: all images and all DICOM series in it and below it are
+The input is a folder in the layout of the training data, one BraTS case folder, or the files of one case, one per
+channel (BraTS: in the order flair t1 t1ce t2). In nnU-Net's layout, it can also be a folder of images such as imagesTs.
+A network with one channel accepts any folder: all images and all DICOM series in it and in its subfolders are
 segmented. Reference labels are not needed.
 
-The label map of a case is <output>/<case id>.nii.gz. Outside of the layout, the id of an image is its name, after the
-names of the folders between it and the input, and that of a DICOM series is PatientID and SeriesNumber. Affine and
-header are those of the image, and label values those of the data set. A prediction of another image is never replaced.
---probabilities adds <output>/probabilities/<case id>.nii (float32, channels along the fourth axis), and --uncertainty
-adds <output>/uncertainty/<case id>.nii. With --compress, these files end with .nii.gz.
+The label map of a case is <output>/<case id>.nii.gz. In a folder without this layout, the id of an image consists of
+the names of its subfolders and its file name, and that of a DICOM series of PatientID and SeriesNumber. Affine and
+header are those of the image, and label values those of the data set. A label map that was predicted from another image
+is never overwritten. --probabilities adds <output>/probabilities/<case id>.nii (float32, channels along the fourth
+axis), and --uncertainty adds <output>/uncertainty/<case id>.nii. With --compress, these files end with .nii.gz.
 
 The networks of several --workdir, or of all folds of a cross-validation, form an ensemble: their probabilities are
 averaged. They may differ in architecture, patch and preparation, for example 2D and 3D. Cases whose predictions are up
@@ -106,20 +106,20 @@ def _parser() -> argparse.ArgumentParser:
         "--modality",
         choices=["CT", "MR"],
         default="",
-        help="modality of the input, if training had both and DICOM tags do not tell",
+        help="modality of the input; needed if the training data had both and DICOM tags do not specify it",
     )
     add(
         "--preset",
         choices=PRESETS,
         default="default",
-        help="fast: windows overlap by 0.25; best: by 0.5, and are mirrored; default: as in the config of the run",
+        help="fast: overlap 0.25; best: overlap 0.5 and test-time flips; default: as in the config of the run",
     )
     add(
         "--overlap",
         type=float,
-        help="overlap of neighbouring windows, at least 0, below 1; default: that of the preset",
+        help="overlap of neighbouring windows, as a fraction in [0, 1); default: that of the preset",
     )
-    add("--flips", help="axes to mirror along, e.g. D,W; empty for none; default: those of the preset")
+    add("--flips", help="axes of the test-time flips, e.g. D,W; empty for none; default: those of the preset")
     add(
         "--precision",
         choices=sorted(PRECISIONS),
@@ -144,13 +144,13 @@ def _parser() -> argparse.ArgumentParser:
         help="smallest component in ml, e.g. 0.1 or liver=5,lesion=0.1; 0 for no limit; default: as chosen by fit",
     )
     add("--probabilities", action="store_true", help="also write probabilities (4 bytes per voxel and channel)")
-    add("--uncertainty", action="store_true", help="also write the variance over networks and mirror images")
+    add("--uncertainty", action="store_true", help="also write the variance over networks and test-time flips")
     add("--compress", action="store_true", help="write these files as .nii.gz, rounded to 16 bits per voxel")
     return parser
 
 
 def _read_settings(options: argparse.Namespace) -> Settings:
-    """Return the settings in the flags. Raises UserError if a value cannot be parsed."""
+    """Return the settings that the flags give. Raises UserError if a value cannot be parsed."""
     return Settings(
         preset=options.preset,
         overlap=options.overlap,
@@ -168,12 +168,12 @@ def _read_settings(options: argparse.Namespace) -> Settings:
 
 
 def _read_flips(text: str | None) -> tuple[int, ...] | None:
-    """Return the axes in a list such as ``D,W``."""
+    """Return the axes (0: D, 1: H, 2: W) in a list such as ``D,W``."""
     if text is None:
         return None
     names = [n.strip().upper() for n in text.split(",") if n.strip()]
     if set(names) - set("DHW"):
-        raise UserError(f"--flips={text}: expected D, H and W with commas between them")
+        raise UserError(f"--flips={text}: expected some of D, H and W, separated by commas")
     return tuple("DHW".index(n) for n in names)
 
 
@@ -189,7 +189,7 @@ def _read_threshold(text: str) -> float | dict[str, float] | None:
 
 
 def _read_min_volume(text: str) -> dict[str, float] | None:
-    """Return the volumes in a text such as ``liver=5,lesion=0.1``; ``{"": 0.1}`` for one number for all regions."""
+    """Return the volumes (ml) in a text such as ``liver=5,lesion=0.1``; ``{"": 0.1}`` for one value for all regions."""
     if not text:
         return None
     try:
@@ -201,7 +201,7 @@ def _read_min_volume(text: str) -> dict[str, float] | None:
 
 
 def _read_shard(text: str) -> tuple[int, int]:
-    """Return the numbers in a text such as ``0/4``; 0 and 1 if it is empty."""
+    """Return I and N of a text ``I/N``; 0 and 1 if it is empty."""
     if not text:
         return 0, 1
     first, slash, step = text.partition("/")

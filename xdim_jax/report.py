@@ -38,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
     environments = _environments(members[0] if members else None, Path(evaluation["pred"]))
     patients = {case: v["patient"] for case, v in evaluation["cases"].items()}
     scored = results.read_cases(options.eval / results.CASES_FILE, patients)
-    write_text(options.out, render(config, records, channels, summary, scored, evaluation, environments))
+    calibrated = options.eval / results.CALIBRATION_FILE
+    calibration = read_json(calibrated) if calibrated.is_file() else None
+    write_text(options.out, render(config, records, channels, summary, scored, evaluation, environments, calibration))
     sources = {
         k: str(v if bucket.is_address(v) else Path(v).absolute()) for k, v in vars(options).items() if v is not None
     }

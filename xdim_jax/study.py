@@ -1,15 +1,15 @@
-"""Train and compare several arms: for example inflation rules, or random against pre-trained weights.
+"""Train and compare several settings (arms), for example inflation rules, or random and pre-trained weights.
 
     python -m xdim_jax.study run --plan=plan.toml --workdir=runs/study --config.data.root=/data/CAMUS_public
     python -m xdim_jax.study report --workdir=runs/study
 
-run trains every arm of the plan with every number of training patients and every seed, each as an ordinary run in
-<workdir>/<arm>/n<patients>/seed<seed>. Runs that are finished are skipped and interrupted runs are resumed, so the same
-command continues a study. At the end it writes the report.
+run trains every arm of the plan with every number of training patients and every seed. Each is an ordinary run in
+<workdir>/<arm>/n<patients>/seed<seed>. Finished runs are skipped and interrupted runs are resumed, so the same command
+continues a study. When all runs are finished, it writes the report.
 
 report writes results.csv (the Dice of every run, validation, case and region), tables.md and study.html (learning
-curves, and paired tests with Holm's correction), sizes.png and steps.png (the curves), also of a study that is not
-finished. configs/studies/ has plans.
+curves, and paired tests with Holm's correction), sizes.png and steps.png (Dice over the number of training patients and
+over the steps). It uses the runs that are finished. configs/studies/ has plans.
 """
 
 if __name__ == "__main__":  # see xdim_jax/train.py
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "xdim_jax.study",
         __doc__ or "",
         f"exit status: 0 done; 2 unusable input, or some runs failed; {REQUEUE} stopped by SIGTERM, SIGUSR1 or "
-        "SIGHUP, and 130 by Ctrl-C:\neverything is saved, run the same command again.",
+        "SIGHUP, and 130 by Ctrl-C:\nrun the same command again to resume.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | report")
     train = commands.add_parser("run", help="train all runs that are not finished, and write the report")
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def command() -> NoReturn:
-    """Console entry point."""
+    """Run the console script."""
     run(main)
 
 

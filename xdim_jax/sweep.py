@@ -1,11 +1,13 @@
-"""Search a space of configs for the best validation Dice.
+"""Search for hyperparameters with the best validation Dice.
 
-The command is a worker, which trains trials of a study. To train several trials at the same time, run the same command
-several times. Workers can run on several machines that share the storage of the study. Each trial is a run of
-xdim_jax.train in <workdir>/trial<number>, so evaluate, predict and report accept it. Its score is the best validation
-Dice. If a worker dies, another worker resumes its trial from the last checkpoint.
+The command is a worker, which trains trials of a study. To train several trials concurrently, run the same command
+several times, on one machine or on several machines that can access the storage of the study. Each trial is a run of
+xdim_jax.train in <workdir>/trial<number> (of another study than the default: <workdir>/<study>/trial<number>), so
+evaluate, predict and report accept it. Its score is the best validation Dice. If a worker dies, another worker resumes
+its trial from the last checkpoint.
 
-The space is a Python file with a function suggest(trial) that calls suggest_* of optuna with config keys as names:
+The search space is a Python file with a function suggest(trial), which calls the methods suggest_* of an Optuna trial
+with config keys as names:
 
     def suggest(trial):
         trial.suggest_float("optim.schedule.peak", 1e-4, 3e-3, log=True)
@@ -30,17 +32,22 @@ from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_text
 from xdim_jax.base.signals import REQUEUE, catch_signals
+from xdim_jax.data.splits import ALL_FOLDS
 from xdim_jax.ops.compilation import cache_programs
 from xdim_jax.runs import checkpoint
-from xdim_jax.sweeps import study as studies
+from xdim_jax.sweeps import optuna_study as studies
 from xdim_jax.sweeps.dry_run import dry_run
 from xdim_jax.sweeps.packed import PackedWorker
 from xdim_jax.sweeps.space import check_space, load_space
 from xdim_jax.sweeps.worker import Job, run_worker
+from xdim_jax.training.absent_devices import names as target_names
+from xdim_jax.training.absent_devices import open_target
 from xdim_jax.training.check import resolve_config
 from xdim_jax.training.initial_weights import read_initial_weights
 from xdim_jax.training.needs import parse_bytes
 from xdim_jax.training.pack import LAYOUTS, check_packable
+
+_STUDY = "sweep"  # default name of a study
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,9 +55,11 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] == "report":
         return _write_report(_report_parser().parse_args(argv[1:]))
     options, overrides = _parser().parse_known_args(argv)
-    _check_numbers(options)
+    _check_options(options)
     config = load_config(options.config, overrides)
     resolve_config(config, needs_data=not options.dry_run)
+    if config.data.fold == ALL_FOLDS:
+        raise UserError(f"--config={options.config} trains all folds; a trial trains one fold: give :fold=<number>")
     suggest, space = load_space(options.space)
     distributions = check_space(suggest, options.space, options.config, overrides)
     if options.pack:
@@ -58,9 +67,16 @@ def main(argv: Sequence[str]) -> int:
     if options.dry_run:
         cache_programs()
         budget = parse_bytes(options.budget) if options.budget else None
-        dry_run(suggest, options.config, overrides, slots=options.pack, layout=options.layout, budget=budget)
+        target = open_target(options.target) if options.target else None
+        slots, layout = options.pack, options.layout
+        dry_run(suggest, options.config, overrides, slots=slots, layout=layout, budget=budget, target=target)
         return 0
     if config.init.weights and "init.weights" not in distributions:
+        if "model.encoder.name" in distributions:
+            raise UserError(
+                f"--space={options.space} has several encoders, but config.init.weights={config.init.weights} belongs "
+                "to one of them; give a recipe with random weights (:scratch), or remove model.encoder.name"
+            )
         read_initial_weights(config.init)  # report an error now, instead of once for every trial
     if options.sampler == "grid":
         _check_grid(options.trials, studies.grid_size(distributions))
@@ -68,18 +84,29 @@ def main(argv: Sequence[str]) -> int:
     studies.record_search(study, {"config": options.config, "overrides": sorted(overrides), "space": space})
     ended = sum(map(studies.has_ended, studies.group_attempts(study).values()))
     log.say(f"study      {options.study} in {_storage(options)}: {ended} of {options.trials} trials have ended")
-    status = _work(study, Job(options.config, overrides, suggest, options.workdir, options.trials), options)
+    # another study in the same workdir has its own trials
+    root = options.workdir if options.study == _STUDY else f"{options.workdir}/{options.study}"
+    status = _work(study, Job(options.config, overrides, suggest, root, options.trials), options)
     if not status:
-        log.say(f"report     python -m xdim_jax.sweep report --workdir={options.workdir} --out=<file>.html")
+        more = "" if options.study == _STUDY else f" --study={options.study}"
+        more += f" --storage={options.storage}" if options.storage else ""
+        log.say(f"report     python -m xdim_jax.sweep report --workdir={options.workdir}{more} --out=<file>.html")
     return status
 
 
-def _check_numbers(options: argparse.Namespace) -> None:
-    """Raise UserError if a number is out of range."""
+def _check_options(options: argparse.Namespace) -> None:
+    """Raise UserError if a number is out of range, or if options exclude each other."""
     if options.trials < 1:
         raise UserError(f"--trials={options.trials}: expected a number above 0")
     if options.pack < 0:
         raise UserError(f"--pack={options.pack}: expected a number of trials, or 0 to train each trial alone")
+    if options.target and not options.dry_run:
+        raise UserError(f"--target={options.target} needs --dry-run: trials are trained on the devices of this machine")
+    if options.target and options.pack:
+        raise UserError(
+            f"--target={options.target} and --pack={options.pack} exclude each other: packs are compiled for the "
+            "devices of this machine only"
+        )
     if options.grace <= 0:
         raise UserError(f"--grace={options.grace}: expected seconds above 0")
 
@@ -91,11 +118,11 @@ def _check_grid(trials: int, size: int) -> None:
 
 
 def _storage(options: argparse.Namespace) -> str:
-    """Return ``--storage``, or its default in the workdir."""
+    """Return ``--storage``, or its default in the workdir. Raises UserError if the workdir is in a bucket."""
     if not options.storage and bucket.is_address(options.workdir):
         raise UserError(
-            f"--workdir={options.workdir}: a bucket cannot store the study; give --storage=postgresql://..., or the "
-            "path of a journal file that all workers can access"
+            f"--workdir={options.workdir}: the study cannot be stored in a bucket; give --storage=postgresql://..., or "
+            "the path of a journal file that all workers can access"
         )
     return options.storage or str(Path(options.workdir) / "study.journal")
 
@@ -148,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         __doc__ or "",
         "Any value of the config can be overridden for all trials: --config.<key>=<value>\n\n"
         f"Exit status: 0 all trials have ended; 2 unusable input; {REQUEUE} stopped by SIGTERM, SIGUSR1 or SIGHUP, "
-        "and 130 by\nCtrl-C: the trial is returned to the queue.\n\n"
+        "and 130 by\nCtrl-C: the trial is queued again.\n\n"
         "examples:\n"
         "  python -m xdim_jax.sweep --config=configs/camus_omnianet.py:phantom --space=configs/sweeps/optimiser.py \\\n"
         "      --trials=20 --workdir=runs/sweep\n"
@@ -165,9 +192,15 @@ def _parser() -> argparse.ArgumentParser:
         "--pruner",
         choices=studies.PRUNERS,
         default="none",
-        help="stop trials with a low validation Dice early; default: %(default)s",
+        help="rule that stops trials with a low validation Dice early; default: %(default)s",
     )
-    add("--pruner-warmup", type=int, default=1, metavar="N", help="validations before a trial may be pruned")
+    add(
+        "--pruner-warmup",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of validations before a trial may be pruned; default: %(default)s",
+    )
     add("--seed", type=int, help="seed of the sampler of this worker")
     add(
         "--grace",
@@ -181,23 +214,24 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="K",
-        help="train up to K trials in one program; default: 0, each trial alone",
+        help="train up to K trials in one program; default: 0, one trial after the other",
     )
     add("--layout", choices=LAYOUTS, default="auto", help="layout of a pack, see docs/sweeps.md; default: %(default)s")
     add(
         "--dry-run",
         action="store_true",
-        help="only compile every program of the space, and check whether its memory fits",
+        help="only compile every program of the search space, and check whether its memory fits",
     )
     add(
         "--budget",
         metavar="SIZE",
-        help="for --dry-run: memory of a device, e.g. 16GiB; default: memory of this machine",
+        help="for --dry-run: memory of a device, e.g. 16GiB; default: memory of the target, or of this machine",
     )
+    add("--target", metavar="DEVICE", help=f"for --dry-run: devices that this machine does not have: {target_names()}")
     add(
         "--no-wait",
         action="store_true",
-        help="end as soon as there is no trial to start, without waiting for other workers",
+        help="exit as soon as there is no trial to start, without waiting for the trials of other workers",
     )
     return parser
 
@@ -207,7 +241,7 @@ def _report_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "xdim_jax.sweep report",
         "Write a report about a sweep as one HTML file: the trials from best to worst, the importance of the "
-        "parameters,\nall parameters in parallel coordinates, and the validation curves.",
+        "parameters,\na plot of all parameters in parallel coordinates, and the validation curves.",
         "Exit status: 0 done; 2 unusable input.",
     )
     parser.add_argument("--workdir", default=".", help="folder of the trials; default: the current folder")
@@ -219,7 +253,7 @@ def _report_parser() -> argparse.ArgumentParser:
 def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a study."""
     parser.add_argument(
-        "--study", default="sweep", metavar="NAME", help="name of the study in its storage; default: %(default)s"
+        "--study", default=_STUDY, metavar="NAME", help="name of the study in its storage; default: %(default)s"
     )
     parser.add_argument(
         "--storage",

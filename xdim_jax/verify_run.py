@@ -1,13 +1,13 @@
-"""Compare two runs bit for bit, and name the first step at which they differ.
+"""Compare two runs bitwise, and report the first step at which they differ.
 
-A run is determined by its config, its data and the devices. An interrupted and resumed run must therefore give the same
+The result of a run depends on its config, its data and the devices only, so an interrupted and resumed run has the same
 result as an uninterrupted one. The command compares
 
 - the configs;
-- for each step: loss, norms of gradient and update, and a digest of every sample of the batch (image, label and random
-  bits of its augmentation);
+- for each step: the loss, the norms of gradient and update, and a digest of every sample of the batch (image, label and
+  random bits of its augmentation);
 - all arrays of the checkpoints that both runs have: parameters (fast and slow weights of LookAhead), running
-  statistics, optimiser state and moving average.
+  statistics, optimiser state and moving average of the weights.
 """
 
 import dataclasses
@@ -35,11 +35,11 @@ class Comparison:
     """The differences between two runs.
 
     Attributes:
-        config: Messages with the config keys that differ, and both values.
+        config: For each config key that differs, a message with both values.
         step: First step that differs; 0 if none differs.
-        quantities: Messages with the recorded quantities of this step that differ, and both values.
+        quantities: For each recorded quantity of this step that differs, a message with both values.
         steps: Number of steps that both runs have recorded.
-        arrays: Checkpoint ``<folder>/<step>`` -> names of the arrays that differ, for checkpoints that differ.
+        arrays: For each checkpoint ``<folder>/<step>`` that differs, the names of the arrays that differ.
         checkpoints: Checkpoints that both runs have.
     """
 
@@ -99,7 +99,7 @@ def _order(name: str) -> tuple[str, int]:
 
 
 def _describe(key: str, x: Any, y: Any) -> str:
-    """Return both values of a quantity as text; for lists with one value per sample, the numbers of the samples."""
+    """Return both values of a quantity as text; for lists with one value per sample, the indices that differ."""
     if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
         return f"{key}: samples {', '.join(str(i) for i, (p, q) in enumerate(zip(x, y, strict=True)) if p != q)}"
     return f"{key}: {x!r} and {y!r}"
@@ -133,7 +133,7 @@ def _differing(x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> list[str]:
 
 
 def _same_bits(x: np.ndarray, y: np.ndarray) -> bool:
-    """Return whether two arrays are bitwise equal; NaN equals NaN."""
+    """Return whether two arrays have the same shape, dtype and bits; equal bits of NaN are the same."""
     return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
 
 

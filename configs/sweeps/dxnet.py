@@ -1,4 +1,4 @@
-"""Search space for DX-Net: the choices for which the paper gives no reason, and the peak learning rate."""
+"""Search space for DX-Net: design choices that the paper does not justify, and the peak learning rate."""
 
 from typing import Any
 
@@ -9,6 +9,5 @@ def suggest(trial: Any) -> None:
     trial.suggest_categorical("model.activation", ["relu", "silu"])
     trial.suggest_categorical("model.upsampling", ["transposed", "nearest"])
     trial.suggest_categorical("model.deep_supervision", [False, True])
-    trial.suggest_categorical("model.encoder.name", ["efficientnet_b0", "efficientnet_b1"])
     trial.suggest_categorical("optim.lookahead.period", [0, 6])
     trial.suggest_float("data.foreground", 0.0, 0.8)

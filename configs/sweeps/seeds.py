@@ -1,4 +1,4 @@
-"""Search space of five seeds, to measure how much the result of a recipe varies by chance.
+"""Search space of five seeds, to measure the variation of the result of a recipe between seeds.
 
 Use it with ``--sampler=grid --trials=5``; ``--pack=5`` trains the five runs together.
 """

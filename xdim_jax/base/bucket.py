@@ -1,26 +1,35 @@
-"""Workdirs in object stores: ``gs://bucket/path``, ``s3://bucket/path``, and any other address that fsspec knows.
+"""Workdirs in object stores: ``gs://bucket/path``, ``s3://bucket/path``, and all other addresses that fsspec supports.
 
 A run works in a local folder. Its files are uploaded to the bucket every 30 seconds and at the end. If an upload is
 interrupted, the bucket may contain a part of a checkpoint. Therefore each upload ends with a manifest of all files, and
 a machine that resumes the run downloads only the files of the manifest.
+
+Next to the local folder there are two files: a lock, which a command that writes holds until its last upload has ended;
+and, while files may not be uploaded yet, a record of the last upload. If the last upload fails or the process is
+killed, the next command that writes uploads these files first. Commands that only read use another local folder.
 """
 
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from xdim_jax.base.errors import UserError, first_line
-from xdim_jax.base.files import cache_folder
+from xdim_jax.base.files import cache_folder, read_json, write_json
+from xdim_jax.base.lock import LOCK_FILE, WAIT_SECONDS, lock_file
 from xdim_jax.base.log import LOG_FILE, say, warn
 
-MANIFEST = ".manifest.json"  # file in the bucket: path -> size, for all files of the last complete upload
+# file in the bucket: the id of the `Mirror` that wrote it, and path -> size for all files of the last complete upload
+MANIFEST = ".manifest.json"
 UPLOAD_SECONDS = 30.0  # time between uploads
 _UNFINISHED = (".orbax-checkpoint-tmp", ".partial.")  # parts of the names of files that are being written
 
@@ -30,12 +39,17 @@ def is_address(text: object) -> bool:
     return "://" in str(text)
 
 
-def local_folder(address: str) -> Path:
-    """Return the local folder of an address, inside ``XDIM_JAX_SCRATCH`` or the cache folder."""
+def local_folder(address: str, *, writes: bool = True) -> Path:
+    """Return the local folder of an address, inside ``XDIM_JAX_SCRATCH`` or the cache folder.
+
+    Args:
+        address: Address in a bucket.
+        writes: True for the folder whose files are uploaded; False for the folder of commands that only read.
+    """
     scheme, _, path = address.rstrip("/").partition("://")
     root = Path(os.environ.get("XDIM_JAX_SCRATCH") or cache_folder() / "buckets")
     digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:8]
-    return root / f"{scheme}-{digest}" / path.rpartition("/")[2]
+    return root / f"{scheme}-{digest}{'' if writes else '-read'}" / path.rpartition("/")[2]
 
 
 def fetch(text: str | Path) -> Path:
@@ -52,34 +66,46 @@ def fetch(text: str | Path) -> Path:
     """
     if not is_address(text):
         return Path(text)
-    mirror = Mirror(str(text))
-    if not mirror.pull():
+    folder, found = _download(str(text))
+    if not found:
         raise UserError(f"--workdir={text}: there is no run at this address; give the --workdir of xdim_jax.train")
-    return mirror.folder
+    return folder
+
+
+def _download(address: str) -> tuple[Path, bool]:
+    """Download a workdir for reading; return its local folder, and whether there is a run at the address."""
+    mirror = Mirror(address, writes=False)
+    with mirror.lock(wait=math.inf):  # until another command has downloaded the files
+        found = mirror.pull()
+        mirror.folder.mkdir(parents=True, exist_ok=True)
+    return mirror.folder, found
 
 
 @contextlib.contextmanager
 def workdir(text: str | Path, *, writes: bool = True) -> Iterator[Path]:
-    """Context manager that yields the path of a workdir for training.
+    """Context manager that yields the path of a workdir for writing.
 
     Args:
         text: A path, or an address in a bucket. Files of a bucket are downloaded at the beginning.
-        writes: True if this process uploads the files.
+        writes: True if this process uploads the files. No other process on this machine can then write to the same
+            address until the block has ended.
 
     Raises:
-        UserError: The bucket cannot be reached, or the last files cannot be uploaded.
+        UserError: The bucket cannot be reached, another process on this machine writes to the same address, or the last
+            files cannot be uploaded.
     """
     if not is_address(text):
         yield Path(text)
         return
-    mirror = Mirror(str(text))
-    mirror.pull()
-    mirror.folder.mkdir(parents=True, exist_ok=True)
     if not writes:
-        yield mirror.folder
+        yield _download(str(text))[0]
         return
-    with mirror.uploading():
-        yield mirror.folder
+    mirror = Mirror(str(text))
+    with mirror.lock():
+        mirror.resume()
+        mirror.folder.mkdir(parents=True, exist_ok=True)
+        with mirror.uploading():
+            yield mirror.folder
 
 
 def open_filesystem(address: str) -> tuple[Any, str]:
@@ -99,7 +125,7 @@ def open_filesystem(address: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def bucket_errors(address: str, action: str) -> Iterator[None]:
-    """Inside the block, turn any error into a UserError.
+    """Context manager that converts all errors of the block to UserError.
 
     Args:
         address: Address in a bucket, for the message.
@@ -125,15 +151,73 @@ class Mirror:
 
     Args:
         address: Address of the folder in the bucket.
+        writes: False if files are only downloaded, see `local_folder`.
 
     Raises:
         UserError: No installed package supports this kind of address.
     """
 
-    def __init__(self, address: str):
-        self.address, self.folder = address.rstrip("/"), local_folder(address)
+    def __init__(self, address: str, *, writes: bool = True):
+        self.address, self.folder = address.rstrip("/"), local_folder(address, writes=writes)
         self._fs, self._root = open_filesystem(self.address)
+        self._id = uuid.uuid4().hex
+        self._found = ""  # id of the manifest that was last downloaded or uploaded; "" if there was none
         self._sent: dict[str, tuple[int, int]] = {}  # path -> size and modification time when it was uploaded
+        # exists while files may not be uploaded yet
+        self._record = self.folder.with_name(f"{self.folder.name}.unsent.json")
+
+    def lock(self, wait: float = WAIT_SECONDS) -> contextlib.AbstractContextManager[Any]:
+        """Lock the local folder until the returned context manager ends.
+
+        Args:
+            wait: Time in seconds to wait for another process that has the lock.
+
+        Raises:
+            UserError: Another process still has the lock.
+        """
+        path = self.folder.with_name(f"{self.folder.name}.lock")
+        return lock_file(path, self.address, wait) or contextlib.nullcontext()
+
+    def resume(self) -> None:
+        """Upload the files that an earlier command could not upload, and then download those of the manifest.
+
+        If another machine has changed the bucket since then, the files are moved to a new folder next to the local
+        folder instead. Files that are missing in the local folder are not deleted in the bucket.
+
+        Raises:
+            UserError: The bucket cannot be read or written.
+        """
+        if self._record.is_file():
+            record = read_json(self._record)
+            sent = {path: tuple(state) for path, state in record["files"].items() if (self.folder / path).is_file()}
+            # the process that launched this one may have written its log
+            if any(self._state(path) != sent.get(path) for path in self._files() if path != LOG_FILE):
+                with bucket_errors(self.address, "read"):
+                    found, _ = self._read_manifest()
+                if found in record["manifests"]:
+                    say(f"bucket     {self.address}: uploading the files that an earlier command could not upload")
+                    self._found, self._sent = found, sent
+                    # an upload whose answer is lost counts as our own
+                    write_json(self._record, record | {"manifests": [*record["manifests"], self._id]})
+                    self._push_all()
+                else:
+                    self._move_aside()
+            self._record.unlink(missing_ok=True)
+        self.pull()
+
+    def _move_aside(self) -> None:
+        """Move the local folder, without the log of the process that launched this one, to a new name."""
+        names = (self.folder.with_name(f"{self.folder.name}.unsent-{n}") for n in itertools.count(1))
+        aside = next(path for path in names if not path.exists())
+        self.folder.rename(aside)
+        if (aside / LOG_FILE).is_file():
+            self.folder.mkdir()
+            (aside / LOG_FILE).rename(self.folder / LOG_FILE)
+        warn(
+            f"{self.address} was changed by another machine before all files of this machine were uploaded; they are "
+            f"now in {aside}, and this command continues with the files of the bucket. Copy what you need from that "
+            "folder, and delete it"
+        )
 
     def pull(self) -> bool:
         """Download the files of the manifest, and delete all other local files.
@@ -145,16 +229,13 @@ class Mirror:
             UserError: The bucket cannot be read.
         """
         with bucket_errors(self.address, "read"):
-            # another process may have changed the bucket since it was listed
-            self._fs.invalidate_cache()
-            manifest = self._read_manifest()
-            wanted = manifest or {}
+            self._found, wanted = self._read_manifest()
             for path in self._files():
                 if path not in wanted and path != LOG_FILE:  # the process that launched this one may be writing its log
                     (self.folder / path).unlink()
             for path, size in wanted.items():
                 here = self.folder / path
-                # small files may change without changing their size; large ones are written only once
+                # small files may change without a change of size; large files are written only once
                 if not here.is_file() or here.stat().st_size != size or size < 2**20:
                     here.parent.mkdir(parents=True, exist_ok=True)
                     part = here.with_name(f".partial.{here.name}")
@@ -162,12 +243,16 @@ class Mirror:
                     part.replace(here)
             self._drop_empty()
             self._sent = {path: self._state(path) for path in wanted}
-        if manifest is not None:
+        if self._found:
             say(f"bucket     {self.address}: {len(wanted)} files, local copy in {self.folder}")
-        return manifest is not None
+        return bool(self._found)
 
     def push(self) -> None:
         """Upload changed files, then the manifest; then delete files in the bucket that no longer exist locally.
+
+        In the manifest, only the entries of files that were added, changed or deleted here since the last upload are
+        changed, because another machine may have changed others (`evaluate` during training). There is no lock between
+        machines: if two of them replace the manifest at the same moment, the entries of one are lost.
 
         Raises:
             UserError: The bucket cannot be written.
@@ -176,9 +261,9 @@ class Mirror:
             for _ in range(5):
                 try:
                     state = {path: self._state(path) for path in self._files()}
-                    for path, found in state.items():
-                        if self._sent.get(path) != found:
-                            self._fs.put_file(str(self.folder / path), f"{self._root}/{path}")
+                    changed = [path for path, found in state.items() if self._sent.get(path) != found]
+                    for path in changed:
+                        self._fs.put_file(str(self.folder / path), f"{self._root}/{path}")
                     break
                 except FileNotFoundError:  # an old checkpoint has just been deleted: list the files again
                     continue
@@ -186,21 +271,33 @@ class Mirror:
                 raise OSError(errno.EBUSY, "files change too fast", str(self.folder))
             if state == self._sent:
                 return
-            manifest = {path: size for path, (size, _) in state.items()}
+            gone = self._sent.keys() - state.keys()
+            found, files = self._read_manifest()
+            if self._sent and not found:  # the bucket has been emptied: upload all files
+                self._sent = {}
+                self.push()
+                return
+            files = {path: size for path, size in files.items() if path not in gone}
+            files |= {path: state[path][0] for path in changed}
+            manifest = {"id": self._id, "files": dict(sorted(files.items()))}
             self._fs.pipe_file(f"{self._root}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
-            gone, self._sent = self._sent.keys() - state.keys(), state
+            self._found, self._sent = self._id, state
+            self._write_record()
             for path in gone:
                 with contextlib.suppress(FileNotFoundError):
                     self._fs.rm_file(f"{self._root}/{path}")
 
     @contextlib.contextmanager
     def uploading(self, every: float = UPLOAD_SECONDS) -> Iterator[None]:
-        """Inside the block, upload changed files every ``every`` seconds, and once more at its end.
+        """Context manager that uploads changed files every ``every`` seconds, and once more at its end.
+
+        Until the last upload has ended, there is a record for `resume`.
 
         Raises:
             UserError: The last upload failed. Earlier failures are logged, and the upload is tried again.
         """
         done = threading.Event()
+        self._write_record()
 
         def upload() -> None:
             while not done.wait(every):
@@ -216,24 +313,41 @@ class Mirror:
         finally:
             done.set()
             thread.join()
-            try:
-                self.push()
-            except UserError as error:
-                text = f"{error}. All files are in {self.folder}; run the same command again on this machine"
-                raise UserError(text) from error
+            self._push_all()
+            self._record.unlink(missing_ok=True)
 
-    def _read_manifest(self) -> dict[str, int] | None:
+    def _push_all(self) -> None:
+        """Upload all changed files. The message of a failure says where the files are."""
         try:
-            return json.loads(self._fs.cat_file(f"{self._root}/{MANIFEST}"))
+            self.push()
+        except UserError as error:
+            text = f"{error}. All files are in {self.folder}; run the same command again on this machine"
+            raise UserError(text) from error
+
+    def _read_manifest(self) -> tuple[str, dict[str, int]]:
+        """Return the id of the manifest and its files; ``""`` and no files if there is no manifest."""
+        self._fs.invalidate_cache()  # another process may have changed the bucket since it was listed
+        try:
+            manifest = json.loads(self._fs.cat_file(f"{self._root}/{MANIFEST}"))
         except FileNotFoundError:
-            return None
+            return "", {}
+        if "files" not in manifest:  # of an earlier version: path -> size
+            return "earlier", manifest
+        return manifest["id"], manifest["files"]
+
+    def _write_record(self) -> None:
+        """Record the manifests that are known to this machine, and the state of the uploaded files, for `resume`.
+
+        An upload may have written its manifest even if it failed. Therefore the record has the id of this object too.
+        """
+        write_json(self._record, {"manifests": [self._found, self._id], "files": self._sent})
 
     def _files(self) -> list[str]:
-        """Return the relative paths of all complete files of the folder, with slashes."""
+        """Return the relative paths of all complete files of the folder, with slashes. Locks are not files of a run."""
         found = []
         for path in self.folder.rglob("*"):
             relative = path.relative_to(self.folder).as_posix()
-            if path.is_file() and not any(mark in relative for mark in _UNFINISHED):
+            if path.is_file() and path.name != LOCK_FILE and not any(mark in relative for mark in _UNFINISHED):
                 found.append(relative)
         return sorted(found)
 
@@ -242,7 +356,7 @@ class Mirror:
         return stat.st_size, stat.st_mtime_ns
 
     def _drop_empty(self) -> None:
-        """Delete folders without files: a folder named after a step would be taken for a checkpoint."""
+        """Delete folders without files, because an empty folder named after a step would be read as a checkpoint."""
         for folder in sorted((p for p in self.folder.rglob("*") if p.is_dir()), reverse=True):
             if not any(p.is_file() for p in folder.rglob("*")):
                 shutil.rmtree(folder)

@@ -34,7 +34,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
             raise
         code = _fail(f"error: {text}", 2)
     _flush_streams()
-    if is_abandoned_call_running():  # e.g. XLA compiles; Python cannot end this thread without a crash
+    if is_abandoned_call_running():  # e.g. XLA is compiling; Python crashes if it ends this thread
         os._exit(code)
     sys.exit(code)
 
@@ -63,7 +63,7 @@ def _open_streams() -> None:
 
 
 def _flush_streams() -> None:
-    """Flush the standard streams. One that cannot be written is connected to the null device.
+    """Flush the standard streams. A stream that cannot be written is connected to the null device.
 
     Otherwise Python would flush it again at exit, print a message, and change the exit status to 120.
     """

@@ -22,24 +22,25 @@ Config = Any  # an ml_collections.ConfigDict, whose attributes have no static ty
 def load_config(spec: str, overrides: Sequence[str]) -> Config:
     """Load ``path/to/config.py[:variant,...]`` and apply ``--config.key=value`` overrides.
 
-    If the path does not exist, a recipe of the package with this name is loaded.
+    If the path does not exist, the recipe of the package with this name is loaded.
 
     Args:
-        spec: Path or name of a config file, and after a colon its variants, separated by commas.
+        spec: Path or name of a config file, and after a colon its variants, separated by commas. The path may contain
+            colons.
         overrides: Arguments ``--config.key=value``. If a key occurs twice, the last value applies.
 
     Returns:
         The config, locked.
 
     Raises:
-        UserError: The file does not exist, a variant or key is unknown (the message suggests the nearest known key), or
+        UserError: The file does not exist, a variant or key is unknown (the message suggests the most similar key), or
             a value has a wrong type.
     """
-    name, _, variant = spec.partition(":")
-    path = _find_config(name)
-    for folder in (shipped_configs().parent, path.parent.parent.absolute()):  # a recipe imports configs._shared
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
+    path, variant = _find_config(spec)
+    # a recipe imports configs._shared; another folder with the name configs must not hide ours
+    ours, others = str(shipped_configs().parent), str(path.parent.parent.absolute())
+    rest = [folder for folder in sys.path if folder != ours]
+    sys.path[:] = [ours, *([] if others in (ours, *rest) else [others]), *rest]
     module_spec = importlib.util.spec_from_file_location("xdim_config", path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--config: {path} is not a Python file; expected one with a function get_config(variants)")
@@ -59,7 +60,7 @@ def load_config(spec: str, overrides: Sequence[str]) -> Config:
 
 
 def _overridden(config: Config, overrides: Sequence[str]) -> Config:
-    """Return the config with overrides. Raises an error of absl or Python if a value has another type."""
+    """Return the config with overrides. Raises an error of absl or Python if a value has a wrong type."""
     values = flags.FlagValues()
     argv = ["config", *overrides]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -87,13 +88,21 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in shipped_configs().glob("*.py") if not path.stem.startswith("_"))
 
 
-def _find_config(name: str) -> Path:
+def _find_config(spec: str) -> tuple[Path, str]:
+    """Return the config file and the variants that an argument of `load_config` names.
+
+    The longest part that is a file is the path; otherwise, the part before the first colon names a shipped recipe.
+    """
     shipped = shipped_configs()
-    for path in (Path(name), shipped / Path(name).name, shipped / f"{Path(name).name}.py"):
+    ends = [len(spec), *(i for i in reversed(range(len(spec))) if spec[i] == ":")]
+    paths = [(Path(spec[:end]), end) for end in ends]
+    name = Path(spec[: ends[-1]]).name
+    paths += [(shipped / name, ends[-1]), (shipped / f"{name}.py", ends[-1])]
+    for path, end in paths:
         if path.is_file():
-            return path
+            return path, spec[end + 1 :]
     known = ", ".join(f"configs/{recipe}.py" for recipe in shipped_recipes())
-    raise UserError(f"--config: {name} does not exist; available recipes: {known}")
+    raise UserError(f"--config: {spec[: ends[-1]]} does not exist; available recipes: {known}")
 
 
 def _check_overrides(config: Config, overrides: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ def join_problems(problems: list[str], summary: str) -> UserError:
     """Return one error that lists all problems.
 
     Args:
-        problems: One or more messages. A single message is returned as it is.
+        problems: One or more messages. A single message is returned unchanged.
         summary: Noun after the number of problems in the first line, e.g. "files that cannot be read".
     """
     if len(problems) == 1:

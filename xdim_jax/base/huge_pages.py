@@ -1,4 +1,4 @@
-"""Restart of a command with huge pages: glibc reads this setting only when a process starts."""
+"""Restart of a command with huge pages, because glibc reads this setting only when a process starts."""
 
 import os
 import sys
@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def prefer_huge_pages() -> None:
-    """On CPU, restart this process with huge pages for glibc's allocator, unless they are in use already.
+    """On CPU, restart this process with huge pages for glibc's allocator, unless they are already in use.
 
-    XLA allocates all temporaries of a step anew at every step. With pages of 4 KiB, the operating system spends a tenth
-    of the step on their page faults. The setting has no effect if the operating system uses huge pages always or never;
-    then the process is not restarted.
+    XLA allocates the temporaries of a step again at every step. With pages of 4 KiB, a tenth of the time of a step is
+    spent on page faults. If the operating system always or never uses huge pages, the setting has no effect, and the
+    process is not restarted.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     setting = "glibc.malloc.hugetlb=1"

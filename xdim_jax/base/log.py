@@ -1,8 +1,8 @@
 """Log lines, results of commands, and progress bars.
 
-A log line that cannot be written (the reader of a pipe has ended, the terminal is closed, the disk is full) is dropped:
-the work does not depend on its log. Text that is the result of a command is written by `write_result`, which raises an
-error instead.
+A log line that cannot be written (the reader of a pipe has ended, the terminal is closed, the disk is full) is dropped,
+and the command continues. Text that is the result of a command is written by `write_result`, which raises an error
+instead.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _file: contextvars.ContextVar[IO[str] | None] = contextvars.ContextVar("file", d
 
 @contextlib.contextmanager
 def redirect_to(file: IO[str]) -> Iterator[None]:
-    """Inside the block, write the log lines of this thread to a file. Processes that train several runs use it."""
+    """Context manager in which the log lines of this thread are written to a file; for processes with several runs."""
     token = _file.set(file)
     try:
         yield
@@ -62,7 +62,7 @@ def _print(line: str) -> None:
 
 
 def _print_encodable(line: str, file: IO[str] | None) -> None:
-    """Print a line without buffering. Characters that the encoding of the file lacks become escape sequences."""
+    """Print a line without buffering. Characters that the file cannot encode become escape sequences."""
     try:
         print(line, file=file, flush=True)
     except UnicodeEncodeError:
@@ -73,8 +73,8 @@ def _print_encodable(line: str, file: IO[str] | None) -> None:
 def say_in_handler(line: str) -> None:
     """Print one line from a signal handler.
 
-    The line goes to the file descriptor of standard output. It is dropped if it cannot be written at once. The
-    functions of Python's streams must not be called in a handler: the signal may have interrupted one of them.
+    The line is written to the file descriptor of standard output, and dropped if it cannot be written at once. Python's
+    streams must not be used in a handler, because the signal may have interrupted one of their functions.
     """
     with contextlib.suppress(OSError, ValueError):
         if not _quiet and select.select([], [1], [], 0)[1]:

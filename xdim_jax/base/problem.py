@@ -27,9 +27,9 @@ KINDS = {
     "implausible_spacing": "a voxel size is outside 0.01 to 50 mm",
     "not_finite": "an image contains NaN or infinite values",
     "constant": "an image has the same value everywhere",
-    "empty_slice": "a slice inside an image is constant",
-    "dtype": "voxels are not numbers, or labels are stored as fractions",
-    "label_value": "a label value does not exist in the convention",
+    "empty_slice": "a slice between other slices is constant",
+    "dtype": "voxels are not numbers, or labels are not integers",
+    "label_value": "a label value is not in the convention",
     "label_scale": "labels seem to be scaled: 0 and 255 instead of 0 and 1",
     "empty_label": "a label map contains no structure",
     "missing_structure": "a case lacks a structure that other cases have",
@@ -57,8 +57,8 @@ class Problem:
         found: What was found, starting with a verb: "has shape (3, 4)".
         expected: What was expected instead.
         suggestion: What the user can do about it.
-        case_id: Case with the problem; empty if the problem belongs to no single case.
-        severity: `ERROR` if the case cannot be used; `WARNING` if a person should look at it.
+        case_id: Case with the problem; empty if the problem does not belong to a single case.
+        severity: `ERROR` if the case cannot be used; `WARNING` if the user should check it.
     """
 
     kind: str

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-from xdim_jax.base.log import say_in_handler
+from xdim_jax.base.log import say, say_in_handler
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
@@ -20,12 +20,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 @dataclasses.dataclass
 class StopRequest:
-    """The signals that a process has received.
+    """Record of received signals.
 
     Attributes:
-        signal: Number of the signal that asked the run to stop; 0 if there is none.
-        busy: True while there are training steps that are not saved. A signal then waits until the loop has saved them;
-            otherwise it ends the process at once.
+        signal: Number of the last signal that requests a stop; 0 if there is none.
+        busy: True while there is unsaved work. A signal is then only recorded, and the process saves its work before it
+            exits; otherwise a signal ends the process at once.
     """
 
     signal: int = 0
@@ -35,6 +35,12 @@ class StopRequest:
     def status(self) -> int:
         """The exit status for the signal."""
         return 128 + signal.SIGINT if self.signal == signal.SIGINT else REQUEUE
+
+
+def say_stopped(stop: StopRequest) -> None:
+    """Log that a signal has stopped the run. Call it when everything is saved and, with a bucket, uploaded."""
+    name = signal.Signals(stop.signal).name
+    say(f"stopped    by {name}; everything is saved, run the same command again to resume")
 
 
 @contextlib.contextmanager
@@ -54,12 +60,12 @@ def catch_signals() -> Iterator[StopRequest]:
 
 
 def install_handlers(stop: StopRequest) -> None:
-    """Install the signal handlers. Call it again after a library has installed handlers of its own.
+    """Install the signal handlers. Call it again after a library has installed its own handlers.
 
     A SIGHUP that the process was started to ignore, as with ``nohup``, is still ignored.
 
     Args:
-        stop: Record of the signals. If it is not busy, a signal ends the process at once.
+        stop: Record of received signals. If it is not busy, a signal ends the process at once.
     """
 
     def handle(number: int, _frame: Any) -> None:

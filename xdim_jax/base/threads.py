@@ -1,7 +1,7 @@
-"""Long calls of compiled code, during which signals are still handled.
+"""Long calls of compiled code, during which signals are handled.
 
-Python handles signals in the main thread, between two of its instructions. While the main thread is inside compiled
-code, for example XLA's compiler, a signal waits. `call_in_thread` therefore makes the call in a second thread.
+Python handles signals in the main thread, between two bytecode instructions. While the main thread executes compiled
+code, for example XLA's compiler, signals are not handled. `call_in_thread` therefore makes the call in a second thread.
 """
 
 import threading
@@ -17,14 +17,14 @@ class StoppedError(Exception):
 
 
 def call_in_thread(function: Callable[[], _Result], stopped: Callable[[], bool] = lambda: False) -> _Result:
-    """Return the result of ``function``, which is called in a second thread; its exceptions are raised here.
+    """Call ``function`` in a second thread, and return its result or raise its exception.
 
     Args:
         function: Function to call.
         stopped: Function that returns True if the result is no longer needed.
 
     Raises:
-        StoppedError: ``stopped`` has returned True. The thread goes on until the process ends.
+        StoppedError: ``stopped`` has returned True. The thread continues until the process ends.
     """
     outcome: list[_Result] = []
     errors: list[BaseException] = []

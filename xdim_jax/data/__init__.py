@@ -1,1 +1,1 @@
-"""Data sets on disk, their preparation, and the input pipeline. This folder does not import jax."""
+"""Data sets on disk, their preparation, and the input pipeline. This folder does not import JAX."""

@@ -19,8 +19,7 @@ from xdim_jax.data.case import Dataset, list_cases
 from xdim_jax.data.datasets import DATASETS, get_dataset
 from xdim_jax.data.options import add_options, given_options, read_section
 from xdim_jax.data.prepare import Preparation
-from xdim_jax.data.store import default_folder, describe_cases, prepare_cases, store_key
-from xdim_jax.data.store_backends import open_backend
+from xdim_jax.data.store import default_folder, describe_cases, open_store, prepare_cases
 from xdim_jax.data.verify import format_findings, verify
 
 _PHANTOMS = {name: entry.phantoms for name, entry in DATASETS.items() if entry.phantoms}
@@ -63,13 +62,15 @@ def _add_verify(commands: Any) -> None:
     )
     _add_dataset(parser, list(DATASETS))
     add_options(parser, defaults={name: entry.verify_options for name, entry in DATASETS.items()})
-    parser.add_argument("--no-labels", action="store_true", help="do not report missing reference labels")
+    parser.add_argument(
+        "--no-labels", action="store_true", help="do not report missing reference labels, and do not check splits"
+    )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the problems to FILE; with -, print only JSON"
     )
     parser.add_argument("--strict", action="store_true", help="exit with status 1 even if all problems are warnings")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="number of cases at the same time (default: one per core)"
+        "--jobs", type=int, default=os.cpu_count() or 1, help="number of concurrent cases (default: one per core)"
     )
 
 
@@ -99,12 +100,12 @@ def _verify(options: argparse.Namespace) -> int:
 # -- plan ---------------------------------------------------------------------------------------------------------
 
 
-_PLAN = """Measure every case, choose a recipe for the data and this machine, and write it: a Python file with a reason
-for every value, and a page with figures beside it. Train with python -m xdim_jax.train --config=<that file>.
+_PLAN = """Measure every case, plan a recipe for the data and this machine, and write it as a Python file with a reason
+for every value, with a page of figures beside it. Train with python -m xdim_jax.train --config=<this file>.
 
-Chosen are: 2D or 3D, spacing, intensities, patch, batch, depth strides, initial weights and inflation rule, sampling,
-loss, mirroring, folds and the number of steps. docs/planning.md lists the rules. For the same data, machine and options
-the recipe is the same. The measurements are kept in the folder of the prepared cases.
+The plan chooses 2D or 3D, spacing, intensities, patch, batch, depth strides, initial weights and inflation rule,
+sampling, loss, flips, folds and the number of steps. docs/planning.md lists the rules. The same data, machine and
+options give the same recipe. The measurements are stored in the folder of the prepared cases.
 
 example:
   python -m xdim_jax.data plan --root=/data/Dataset001_Name --hours=8 --out=recipe.py
@@ -130,14 +131,12 @@ def _add_plan(commands: Any) -> None:
         "--memory",
         default="",
         metavar="SIZE",
-        help="memory for a training step, e.g. 16GiB (default: that of the device; on CPU, 60 %% of that of the host)",
+        help="memory for a training step, e.g. 16GiB (default: 90 %% of device memory; on CPU 60 %% of host memory)",
     )
     add("--hours", type=float, default=8.0, help="time for training all folds on this machine (default: %(default)s)")
     add("--folds", type=int, default=0, help="number of folds (default: 5, or the number of patients if it is smaller)")
     add("--store", default="", help="folder of the prepared cases (default: <root>_prepared)")
-    add(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="number of cases at the same time (default: one per core)"
-    )
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="number of concurrent cases (default: one per core)")
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -160,11 +159,11 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 _PREPARE = """Crop, resample and standardise every case, and write the arrays that training reads to a store.
-The command is optional, because training prepares missing cases itself. Several runs can use the same store. After an
-interruption, the same command prepares only the cases that are missing or have changed.
+The command is optional, because training itself prepares missing cases. Several runs can use the same store. The
+command prepares only cases that are missing or have changed, so it can be repeated after an interruption.
 
-With --config, the recipe defines the preparation. With --dataset, cases are prepared as in the paper (BraTS: brain
-crop, z-score of nonzero voxels; CAMUS: z-score of each image; CHAOS: slices of 512x512, a window on CT, z-score).
+With --config, the recipe defines the preparation. With --dataset, cases are prepared as in the paper (BraTS: crop to
+the brain, z-score of nonzero voxels; CAMUS: z-score of each image; CHAOS: slices of 512x512, a window on CT, z-score).
 
 examples:
   python -m xdim_jax.data prepare --config=configs/brats_dxnet.py --config.data.root=/data/BraTS2021_Training_Data
@@ -187,7 +186,7 @@ def _add_prepare(commands: Any) -> None:
     add_options(parser)
     parser.add_argument("--store", help="folder of the store (also gs://, s3://; default: <root>_prepared)")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="number of cases at the same time (default: one per core)"
+        "--jobs", type=int, default=os.cpu_count() or 1, help="number of concurrent cases (default: one per core)"
     )
 
 
@@ -216,7 +215,7 @@ def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     progress = log.progress_bar("prepare")
     prepared = prepare_cases(dataset, cases, settings, base, jobs=options.jobs, say=log.say, progress=progress)
     describe_cases(prepared, dataset, settings)
-    backend = open_backend(base, store_key(dataset, settings)[0])
+    backend = open_store(dataset, settings, base)
     entries = {entry for case in cases for entry in backend.find_entries(case.case_id)}
     log.say(f"done       {len(cases)} cases in {backend}, {gib(sum(map(backend.size, entries)))}")
     return 0

@@ -120,7 +120,7 @@ DATASETS = {
             "task": Option(5, "task of the challenge; tasks 1 and 4 have CT and MR", tuple(chaos.TASKS)),
             "phase": Option("in", "phases of T1-DUAL to use", chaos.PHASES),
         },
-        # slices of 512 x 512 (Sect. 3.1.2); the paper names no window: this is the usual one for abdominal soft tissue
+        # slices of 512 x 512 (Sect. 3.1.2); the window is the usual one for abdominal soft tissue, not from the paper
         Preparation(size=(512, 512), window=(60.0, 400.0)),
         verify_options={"task": 4, "phase": "each"},
         scoring=chaos.scoring,
@@ -194,7 +194,7 @@ def write_phantoms(data: Mapping[str, Any], folder: Path, *, seed: int, progress
         progress: Called with a line of text after each case.
 
     Raises:
-        UserError: The data set has no phantoms, or the phantoms cannot be written as described.
+        UserError: The data set has no phantoms, a value of the section cannot be used, or a file cannot be written.
     """
     phantoms, options = get_entry(data["dataset"]).phantoms, data["phantom"]
     if phantoms is None:

@@ -1,7 +1,7 @@
-"""What the cases of a data set look like: voxel sizes, sizes, intensities, and what an intensity window clips.
+"""Facts about the cases of a data set: voxel sizes, sizes, intensities, and the fraction of voxels that a window clips.
 
-The facts of a case are measured when it is prepared, and kept in the store. `describe` turns them into three lines for
-the log, and into warnings where a choice is missing in ``config.data.prepare``.
+The facts of a case are measured when it is prepared, and are kept in the store. `describe` returns three lines about
+them for the log, and warnings about values of ``config.data.prepare`` that should be set.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ from xdim_jax.data.labels import is_structure
 from xdim_jax.data.prepare import Preparation, ct_channels
 
 _PERCENTILES = (0.5, 50, 99.5)
-_SAMPLES = 200_000  # number of voxels, evenly spaced, from which percentiles are computed
+_SAMPLES = 200_000  # number of voxels from which percentiles are computed
 _MAX_RATIO = 2.0  # ratio of voxel sizes in a data set above which a warning is given
-_CLIPPED = 0.2  # share of the foreground outside of the window above which a warning is given
-_ERASED = 0.8  # above this share, the window is considered wrong
+_CLIPPED = 0.2  # fraction of the foreground outside of the window above which a warning is given
+_ERASED = 0.8  # fraction of the foreground outside of the window above which the window is an error
 
 
 def measure(case: Case, volume: Volume, settings: Preparation) -> dict[str, Any]:
@@ -26,12 +26,11 @@ def measure(case: Case, volume: Volume, settings: Preparation) -> dict[str, Any]
 
     Returns:
         ``spacing``: Voxel size (D, H, W) in mm. ``size``: Number of voxels (D, H, W). ``percentiles``: The percentiles
-        0.5, 50 and 99.5 of the intensities of each channel. ``ct``: Indices of the channels in HU. ``clipped``: Share
-        of the labelled voxels whose intensity in a CT channel is outside of the window; None if there is no window, no
-        CT channel, or no labelled voxel.
+        0.5, 50 and 99.5 of the intensities of each channel. ``ct``: Indices of the channels in HU. ``clipped``:
+        Fraction of the labelled voxels whose intensity in a CT channel is outside of the window; None if there is no
+        window, no CT channel, or no labelled voxel.
     """
     channels = [plane.reshape(-1) for plane in np.moveaxis(volume.image, -1, 0)]
-    step = max(channels[0].size // _SAMPLES, 1)
     ct = ct_channels(case.channels, case.info.get("modality", ""))
     clipped = None
     if settings.window and ct and volume.label is not None and is_structure(volume.label).any():
@@ -41,10 +40,20 @@ def measure(case: Case, volume: Volume, settings: Preparation) -> dict[str, Any]
     return {
         "spacing": [float(s) for s in volume.grid.spacing],
         "size": [int(n) for n in volume.image.shape[:3]],
-        "percentiles": [[float(v) for v in np.percentile(channel[::step], _PERCENTILES)] for channel in channels],
+        "percentiles": [[float(v) for v in np.percentile(sample(channel), _PERCENTILES)] for channel in channels],
         "ct": list(ct),
         "clipped": clipped,
     }
+
+
+def sample(values: np.ndarray) -> np.ndarray:
+    """Return 200 000 of the values (N,), drawn at random with a fixed seed; all of them if there are fewer.
+
+    Values at a regular distance could all lie in the same columns of an image.
+    """
+    if values.size <= _SAMPLES:
+        return values
+    return values[np.random.default_rng(0).integers(values.size, size=_SAMPLES)]
 
 
 def describe(
@@ -61,7 +70,7 @@ def describe(
         Lines for the log; and warnings.
 
     Raises:
-        UserError: The window clips nearly all of the foreground.
+        UserError: The window clips more than 80 % of the foreground (median over cases).
     """
     if not facts:
         return [], []
@@ -78,8 +87,8 @@ def describe(
         median = ",".join(f"{v:.3g}" for v in np.median(spacing, 0))
         names = " and ".join(f"along {'DHW'[a]} from {_ends(spacing[:, a], '.3g')}" for a in different)
         warnings.append(
-            f"voxel sizes differ ({names} mm), and the cases are trained together without resampling; to resample them "
-            f"to the median: --config.data.prepare.spacing=({median})"
+            f"voxel sizes differ ({names} mm), but the cases are not resampled to one voxel size; to resample them to "
+            f"the median: --config.data.prepare.spacing=({median})"
         )
     if any(f["ct"] for f in facts) and not settings.window:
         warnings.append(
@@ -117,6 +126,6 @@ def _ranges(values: np.ndarray, spec: str) -> str:
 
 
 def _ends(values: np.ndarray, spec: str) -> str:
-    """Return smallest and largest value, or one number if they are equal as text."""
+    """Return the smallest and largest value as text, or one number if both have the same text."""
     low, high = format(float(values.min()), spec), format(float(values.max()), spec)
     return low if low == high else f"{low} to {high}"

@@ -1,7 +1,7 @@
 """Measurements of all cases of a data set, from which `xdim_jax.planning` chooses a recipe.
 
-The measurements of a case are computed once. They are kept in ``fingerprint-<key>.json``, in the folder of the prepared
-cases, and are computed again if a file of the case changes.
+The measurements of a case are stored in ``fingerprint-<key>.json``, in the folder of the prepared cases, and are
+computed again only if a file of the case changes.
 """
 
 import concurrent.futures
@@ -19,13 +19,14 @@ from scipy.ndimage import label as connected
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_json
 from xdim_jax.base.problem import DataError, Problem, data_error
-from xdim_jax.data.case import Case, Dataset, Volume, read_case
+from xdim_jax.data.case import Case, Dataset, Volume
+from xdim_jax.data.facts import sample
 from xdim_jax.data.labels import is_structure
 from xdim_jax.data.prepare import ct_channels, nonzero_box
+from xdim_jax.data.reading import read_case
 
-_VERSION = 1  # increased when the measurements change
-LEVELS = tuple(np.linspace(0, 100, 201).tolist())  # percentiles of the intensities, in steps of 0.5
-_SAMPLES = 200_000  # number of voxels, evenly spaced, from which percentiles are computed
+_VERSION = 2  # increased when the measurements change
+PERCENTILES = tuple(np.linspace(0, 100, 201).tolist())  # percentiles of the intensities, in steps of 0.5
 
 Facts = dict[str, Any]
 
@@ -42,14 +43,14 @@ def measure(case: Case, volume: Volume) -> Facts:
 
         - ``patient``: Name of the patient.
         - ``size``, ``spacing``: Number of voxels and voxel size in mm along D, H, W.
-        - ``nonzero``: Size (D, H, W) of the smallest box with all voxels that are not 0 in all channels.
+        - ``nonzero``: Size (D, H, W) of the bounding box of the voxels that are not 0 in some channel.
         - ``ct``: Indices of the channels in HU.
-        - ``channels``: For each channel, ``image`` and ``foreground`` (percentiles `LEVELS` of all voxels, and of the
-          labelled voxels, or None), and ``mean`` and ``sd`` of the labelled voxels.
-        - ``foreground``: ``voxels``, ``slices`` (with a labelled voxel) and ``extent`` (size of the bounding box in mm)
-          of all labelled voxels.
-        - ``structures``: By name, the same for each structure that occurs, and ``components`` (number of 26-connected
-          components) and ``largest`` (share of the largest one).
+        - ``channels``: For each channel, ``image`` and ``foreground`` (`PERCENTILES` of all voxels, and of the labelled
+          voxels), and ``mean`` and ``sd`` of the labelled voxels. The last three are None if there are none.
+        - ``foreground``: ``voxels`` (number of labelled voxels), ``slices`` (number of slices with a labelled voxel)
+          and ``extent`` (size of their bounding box in mm along D, H, W).
+        - ``structures``: Name of each structure that occurs -> the same, and ``components`` (number of 26-connected
+          components) and ``largest`` (fraction of the voxels that are in the largest component).
     """
     assert volume.label is not None
     spacing = [float(s) for s in volume.grid.spacing]
@@ -81,8 +82,8 @@ def _intensities(channel: np.ndarray, mask: np.ndarray) -> Facts:
 
 
 def _percentiles(values: np.ndarray) -> list[float]:
-    """Return the percentiles `LEVELS`, rounded to six digits; the smallest and largest value are exact."""
-    found = np.percentile(values[:: max(values.size // _SAMPLES, 1)], LEVELS)
+    """Return `PERCENTILES`, rounded to six digits. All but the first and last are computed on samples."""
+    found = np.percentile(sample(values), PERCENTILES)
     found[0], found[-1] = values.min(), values.max()
     return [float(f"{v:.6g}") for v in found]
 
@@ -96,7 +97,7 @@ def _shape(mask: np.ndarray, spacing: Sequence[float], *, components: bool = Fal
     facts: Facts = {
         "voxels": int(np.count_nonzero(inside)),
         "slices": int(np.count_nonzero(inside.any((1, 2)))),
-        "extent": [round((b.stop - b.start) * s, 4) for b, s in zip(box, spacing, strict=True)],
+        "extent": [float(f"{(b.stop - b.start) * s:.7g}") for b, s in zip(box, spacing, strict=True)],
     }
     if components:
         found: Any = connected(inside, np.ones((3, 3, 3), bool))
@@ -114,7 +115,7 @@ def measure_cases(
     jobs: int = 2,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Facts]:
-    """Return the measurements of all cases by case id. Those of unchanged cases are read from the folder.
+    """Return the measurements of all cases by case id. Those of unchanged cases are read from the file in the folder.
 
     Args:
         dataset: Data set of the cases.
@@ -186,7 +187,7 @@ def _signature(case: Case) -> list[list[Any]]:
 
 
 class Fingerprint:
-    """Statistics over the cases of a data set. In all of them, every case has the same weight.
+    """Statistics over the cases of a data set, in which every case has the same weight.
 
     Args:
         cases: Result of `measure_cases`.
@@ -218,7 +219,7 @@ class Fingerprint:
 
         Args:
             spacing: Spacing in mm along D, H, W; 0 keeps an axis.
-            cropped: True if preparation crops to the voxels that are not 0.
+            cropped: True if preparation crops images to the bounding box of the nonzero voxels.
         """
         sizes = np.array([f["nonzero"] for f in self.cases.values()]) if cropped else self.size
         wanted = np.where(np.array(spacing) > 0, spacing, self.spacing)
@@ -233,7 +234,7 @@ class Fingerprint:
             kind: ``foreground`` for labelled voxels, ``image`` for all voxels.
         """
         values = np.array([f["channels"][channel][kind] for f in self.cases.values() if f["channels"][channel][kind]])
-        middles = (values[:, 1:] + values[:, :-1]) / 2  # between two percentiles is the same share of every case
+        middles = (values[:, 1:] + values[:, :-1]) / 2  # each stands for the same fraction of the voxels of a case
         return float(np.percentile(middles, level))
 
     def moments(self, channel: int) -> tuple[float, float]:
@@ -241,14 +242,14 @@ class Fingerprint:
         pairs = [(c["mean"], c["sd"]) for f in self.cases.values() if (c := f["channels"][channel])["mean"] is not None]
         means, sds = np.array(pairs).T
         mean = float(means.mean())
-        return mean, math.sqrt(float((sds**2 + means**2).mean()) - mean**2)
+        return mean, math.sqrt(float((sds**2 + (means - mean) ** 2).mean()))  # not the difference of two large squares
 
     def having(self, structure: str) -> list[str]:
         """Return the ids of the cases in which a structure occurs."""
         return [case_id for case_id, facts in self.cases.items() if structure in facts["structures"]]
 
     def share(self, structure: str) -> float:
-        """Return the share of voxels that a structure has, as median over the cases in which it occurs; 0 if none."""
+        """Return the fraction of the voxels that belong to a structure, as median over the cases with it; 0 if none."""
         found = [
             facts["structures"][structure]["voxels"] / math.prod(facts["size"])
             for facts in self.cases.values()
@@ -269,5 +270,5 @@ class Fingerprint:
         return np.median([f["foreground"]["extent"] for f in self.cases.values() if f["foreground"]["voxels"]], 0)
 
     def nonzero_share(self) -> float:
-        """Return the share of an image in the box around its voxels that are not 0, as median over cases."""
+        """Return the fraction of an image in the bounding box of its nonzero voxels, as median over cases."""
         return float(np.median([math.prod(f["nonzero"]) / math.prod(f["size"]) for f in self.cases.values()]))

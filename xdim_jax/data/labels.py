@@ -5,13 +5,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-IGNORE = 255  # index of voxels that are not annotated; they count neither in training nor in scoring
+IGNORE = 255  # index of voxels that are not annotated; they are excluded from training and scoring
 _TOLERANCE = 1e-3  # some copies of data sets store labels as floats with rounding errors
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """The label convention of a data set. The data set defines it; it is never inferred from the values in a file.
+    """The label convention of a data set. It is never inferred from the values in a file.
 
     Attributes:
         name: Name for messages, e.g. ``brats2021``.
@@ -39,8 +39,8 @@ class Labels:
             values: Values of any shape and dtype.
 
         Returns:
-            Indices, uint8, of the same shape, `IGNORE` for voxels that are not annotated; and the values in the file
-            that the convention does not define.
+            Indices, uint8, of the same shape, with `IGNORE` for voxels that are not annotated; and the values that the
+            convention does not define.
         """
         label = np.zeros(values.shape, np.uint8)
         if self.ranges:
@@ -70,7 +70,7 @@ class Labels:
         return np.where(label == IGNORE, values.dtype.type(self.ignore), values[np.where(label == IGNORE, 0, label)])
 
     def select(self, structures: tuple[str, ...]) -> "Labels":
-        """Return a convention for the same files with fewer structures. Other structures are read as background."""
+        """Return a convention for the same files with some of the structures. The others are read as background."""
         kept = [self.structures.index(name) for name in structures]
         assert self.ranges, "without ranges every value must be a structure"
         return Labels(
@@ -96,5 +96,5 @@ class Labels:
 
 
 def is_structure(label: np.ndarray) -> np.ndarray:
-    """Return which voxels belong to a structure: neither to the background, nor unannotated."""
+    """Return a mask of the voxels that belong to a structure: annotated, and not background."""
     return (label > 0) & (label != IGNORE)

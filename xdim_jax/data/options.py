@@ -1,4 +1,4 @@
-"""Flags for the options of data sets, which the command-line programs share."""
+"""Flags for the options of data sets, used by several command-line programs."""
 
 import argparse
 import dataclasses
@@ -17,7 +17,7 @@ def add_options(
     options: Mapping[str, Mapping[str, Option]] = OPTIONS,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Add a flag for each option. Data sets that have an option of the same name share the flag.
+    """Add a flag for each option. Options of the same name of several data sets have one flag.
 
     Args:
         parser: Parser of a command.
@@ -63,7 +63,7 @@ def read_section(options: argparse.Namespace, dataset: str) -> dict[str, Any]:
     section: dict[str, Any] = {"dataset": dataset, "root": str(options.root or "")}
     for key, value in given_options(options).items():
         if key not in known:
-            raise UserError(f"--{key} is not an option of --dataset={dataset}; it has: {', '.join(known)}")
+            raise UserError(f"--{key} is not an option of --dataset={dataset}; its options are: {', '.join(known)}")
         section[key] = tuple(value.split(",")) if isinstance(known[key].default, tuple) else value
     return section
 

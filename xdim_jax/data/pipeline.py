@@ -1,6 +1,6 @@
 """The stream of training batches from prepared cases. A batch is a pure function of the seed and the step.
 
-There are three kinds of sampling. In each of them, all samples have the same size:
+There are three kinds of sampling. In each of them, all samples have the same size.
 
     patches     3D patches at random positions; with patch depth 1, random slices
     slices      every slice of every volume once per epoch, in random order; for 2D networks
@@ -26,15 +26,15 @@ Sample = tuple[np.ndarray, np.ndarray]  # image float32 (D, H, W, C), label uint
 
 
 def epoch_samples(entries: Sequence[Entry], sampling: str, per_case: int) -> list[tuple[Entry, int]]:
-    """Return the samples of one epoch.
+    """Return the samples of one epoch, in a fixed order.
 
     Args:
         entries: Prepared cases.
         sampling: One of `SAMPLINGS`.
-        per_case: Patches per case and epoch.
+        per_case: Patches per case and epoch, for ``patches``.
 
     Returns:
-        For each sample its entry, and the number of its slice (or of its patch).
+        For each sample its entry, and the index of its slice (or of its patch).
     """
     if sampling == "slices":
         return [(entry, k) for entry in entries for k in range(entry.shape[0])]
@@ -42,7 +42,7 @@ def epoch_samples(entries: Sequence[Entry], sampling: str, per_case: int) -> lis
 
 
 def steps_per_epoch(count: int, batch: int) -> int:
-    """Return the number of full batches in ``count`` samples, but at least 1."""
+    """Return the number of full batches in ``count`` samples; at least 1."""
     return max(count // batch, 1)
 
 
@@ -51,12 +51,13 @@ def check_size(entries: Sequence[Entry], sampling: str, size: Size) -> None:
     if sampling == "patches":
         return
     axes = (0, 1, 2) if sampling == "volumes" else (1, 2)
+    patch = size if sampling == "volumes" else size[1:]
     for entry in entries:
         if any(entry.shape[a] > size[a] for a in axes):
             raise UserError(
-                f"case {entry.case_id} is {'x'.join(map(str, entry.shape))} once prepared, larger than "
-                f"config.data.patch={size}, but config.data.sampling={sampling} uses whole images: resample with "
-                "config.data.prepare.size or .spacing, enlarge the patch, or sample patches"
+                f"case {entry.case_id} is {'x'.join(map(str, entry.shape))} after preparation, larger than "
+                f"config.data.patch={patch}, but config.data.sampling={sampling} needs whole images: resample with "
+                "config.data.prepare.size or .spacing, enlarge the patch, or use config.data.sampling=patches"
             )
 
 
@@ -88,14 +89,14 @@ def read_part(entry: Entry, start: Sequence[int], size: Size) -> Sample:
 def random_start(entry: Entry, size: Size, foreground: float, rng: np.random.Generator) -> list[int]:
     """Return the first voxel (D, H, W) of a random patch.
 
-    With probability ``foreground`` the patch contains a labelled voxel: a structure of the case is chosen at random,
-    then one of its voxels, then one of the positions at which the patch contains this voxel. Otherwise all positions
-    are equally likely.
+    With probability ``foreground`` the patch is placed on a voxel of a structure: a structure of the case is chosen at
+    random, then one of its voxels, then one of the positions at which the patch contains this voxel. Otherwise all
+    positions are equally likely.
 
     Args:
         entry: The prepared case.
         size: Size of the patch along D, H, W.
-        foreground: Probability, 0 to 1.
+        foreground: Probability that the patch is placed on a voxel of a structure, 0 to 1.
         rng: Source of random numbers.
     """
     spans = [max(n - p, 0) for n, p in zip(entry.shape, size, strict=True)]  # largest start along each axis
@@ -121,7 +122,7 @@ def _sampler(
 
 
 class Activity:
-    """Record of what the reading threads are doing, for the watchdog."""
+    """Record of the current tasks of the reading threads, for the watchdog."""
 
     def __init__(self) -> None:
         self._busy: dict[int, tuple[str, float]] = {}
@@ -160,31 +161,31 @@ def make_stream(
 ) -> Iterator[dict[str, Any]]:
     """Return an endless iterator over batches.
 
-    Each epoch visits all samples (see `epoch_samples`) in a new order. The random numbers of a sample depend on the
-    seed and its index in the stream. Batches are therefore equal for any number of threads, and resuming needs only the
-    step. The iterator raises the exceptions of its threads, with their tracebacks.
+    Each epoch visits all samples (see `epoch_samples`) in a new random order. The random numbers of a sample depend
+    only on the seed and its index in the stream. Batches are therefore the same for any number of threads, and resuming
+    needs only the step. The iterator raises the exceptions of its threads, with their tracebacks.
 
     Args:
         entries: Prepared cases.
         sampling: One of `SAMPLINGS`.
         size: Size of a sample along D, H, W.
         flat: True to remove the axis D, whose size must be 1.
-        foreground: Fraction of patches that contain a labelled voxel, see `random_start`.
+        foreground: Probability that a patch is placed on a voxel of a structure, see `random_start`.
         patches_per_case: Patches per case and epoch.
         batch: Samples per batch, over all processes.
         seed: Seed of the order and of all random numbers.
-        start_step: Number of the first batch.
+        start_step: Index of the first batch.
         threads: Number of reading threads.
-        process_index: Number of this process.
-        process_count: Number of processes, each of which reads its share of a batch.
+        process_index: Index of this process.
+        process_count: Number of processes, each of which reads an equal part of a batch.
         extras: Further arrays by case id and name, which are added to every sample of the case.
         activity: Record of the tasks of the threads.
 
     Returns:
         An iterator over dictionaries with the keys:
 
-        - ``image``, float32 (B, D, H, W, C)
-        - ``label``, uint8 (B, D, H, W)
+        - ``image``, float32 (B, D, H, W, C), or (B, H, W, C) if ``flat``
+        - ``label``, uint8 (B, D, H, W), or (B, H, W) if ``flat``
         - ``key``, uint32 (B, 2): random bits for the augmentation of each sample
         - ``digest``, uint32 (B,): CRC-32 of the three arrays of each sample
         - the names in ``extras``

@@ -1,7 +1,7 @@
 """The preparation of a case for a network: crop, resampling, intensity window, standardisation; and its inverse.
 
 Standardisation is the last step, and is applied when a prepared case or a part of it is read. Prepared cases can
-therefore be stored as int16, and a part has bitwise the same values as in the whole image.
+therefore be stored as int16, and a part is bitwise identical to the same part of the whole image.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ class Preparation:
     """The ``data.prepare`` section of a config.
 
     Attributes:
-        crop: "nonzero" to keep the smallest box with all voxels that are not 0 in at least one channel; or "none".
+        crop: "nonzero" to crop to the bounding box of the voxels that are not 0 in at least one channel; or "none".
         spacing: Spacing in mm along D, H, W after resampling; 0 to keep an axis, empty to keep all.
-        size: Pixels along H, W of every slice after resampling, whatever its spacing; empty to keep the size.
+        size: Pixels along H, W to which every slice is resampled, whatever its voxel size; empty to keep the size.
         window: Centre and width in HU of the window to which CT images are clipped; empty for no window. Other
             modalities are never clipped.
-        ct_statistics: Mean and standard deviation in HU with which CT images are standardised, those of the labelled
-            voxels of a data set for example; empty to standardise each image as ``normalise`` says. Other modalities
-            are not affected.
-        normalise: "zscore" of all voxels of a channel, "zscore_nonzero" of its voxels that are not 0 (the others stay
-            0), or "none".
+        ct_statistics: Mean and standard deviation in HU with which CT images are standardised, for example those of the
+            labelled voxels of a data set; empty to standardise each image by ``normalise``. Other modalities are not
+            affected.
+        normalise: "zscore" to standardise each channel by its mean and standard deviation; "zscore_nonzero" to use only
+            its nonzero voxels, and to keep zeros; or "none".
 
     Raises:
         UserError: Lists every value that is not allowed.
@@ -61,22 +61,24 @@ class Preparation:
                 raise UserError(f"config.data.prepare.{name}={values}: expected numbers")
             kind = int if name == "size" else float  # 1 and 1.0 have the same digest
             object.__setattr__(self, name, tuple(kind(v) for v in values))
-        if self.spacing and (len(self.spacing) != 3 or any(v and not 0.01 <= v <= 100 for v in self.spacing)):
-            wrong.append(f"spacing={self.spacing}: expected 0.01 to 100 mm along D,H,W, or 0 to keep an axis")
+        if self.spacing and (len(self.spacing) != 3 or any(v and not 1e-5 <= v <= 100 for v in self.spacing)):
+            wrong.append(f"spacing={self.spacing}: expected 0.00001 to 100 mm along D,H,W, or 0 to keep an axis")
         if self.size and (len(self.size) != 2 or not 1 <= min(self.size) <= max(self.size) <= 4096):
             wrong.append(f"size={self.size}: expected 1 to 4096 pixels along H,W")
-        if self.size and self.spacing and any(self.spacing[1:]):
-            wrong.append(f"size={self.size} and spacing={self.spacing} both resample slices; give one of them")
+        if self.size and any(self.spacing):
+            wrong.append(f"size={self.size} and spacing={self.spacing} cannot be combined; give one of them")
         if self.window and (len(self.window) != 2 or self.window[1] <= 0):
             wrong.append(f"window={self.window}: expected centre and width in HU, the width above 0")
         if self.ct_statistics and (len(self.ct_statistics) != 2 or self.ct_statistics[1] <= 0):
-            wrong.append(f"ct_statistics={self.ct_statistics}: expected mean and standard deviation in HU, above 0")
+            wrong.append(
+                f"ct_statistics={self.ct_statistics}: expected mean and standard deviation in HU, the latter above 0"
+            )
         if wrong:
             raise UserError("\n".join(f"config.data.prepare.{line}" for line in wrong))
 
     @staticmethod
     def from_config(section: Mapping[str, Any]) -> "Preparation":
-        """Return the preparation in the section of a config or a record. Raises UserError if a value is not allowed."""
+        """Return the preparation in a section of a config or record. Raises UserError if a value is not allowed."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in section.items()}
         if unknown := values.keys() - {f.name for f in dataclasses.fields(Preparation)}:
             raise UserError(f"config.data.prepare has unknown keys: {', '.join(sorted(unknown))}")
@@ -92,8 +94,9 @@ class Prepared:
         label: Label indices, uint8 (D, H, W); None if the case has no reference.
         shift: One number per channel; the input of the network is ``(raw - shift) * scale``.
         scale: One number per channel.
-        masked: True if standardisation leaves voxels that are 0 unchanged.
-        box: Part of the source array that was kept by the crop.
+        masked: For each channel, True if standardisation leaves voxels that are 0 unchanged. In a store, one value for
+            all channels is possible.
+        box: Box of the source array to which the case was cropped.
         source: Shape (D, H, W) of the source array.
         spacing: Spacing in mm along D, H, W of the prepared grid.
     """
@@ -102,7 +105,7 @@ class Prepared:
     label: np.ndarray | None
     shift: tuple[float, ...]
     scale: tuple[float, ...]
-    masked: bool
+    masked: bool | Sequence[bool]
     box: Box
     source: tuple[int, ...]
     spacing: tuple[float, ...]
@@ -116,8 +119,8 @@ class Prepared:
         """Return the standardised image, or a part of it, as float32 (D, H, W, C)."""
         raw = np.asarray(self.raw[part])
         out = (raw.astype(np.float32) - np.array(self.shift, np.float32)) * np.array(self.scale, np.float32)
-        if self.masked:
-            out[raw == 0] = 0
+        if np.any(self.masked):
+            out[(raw == 0) & self.masked] = 0
         return np.ascontiguousarray(out)
 
     def restore(self, scores: np.ndarray) -> np.ndarray:
@@ -143,14 +146,17 @@ def prepare(case: Case, volume: Volume, settings: Preparation) -> Prepared:
     image, label = image[box], label if label is None else label[box]
     shape = target_shape(image.shape[:3], volume.grid.spacing, settings)
     spacing = tuple(s * n / m for s, n, m in zip(volume.grid.spacing, image.shape, shape, strict=False))
-    background = image == 0 if shape != image.shape[:3] and settings.normalise == "zscore_nonzero" else None
+    ct = ct_channels(case.channels, case.info.get("modality", ""))
+    zeros = settings.normalise == "zscore_nonzero"
+    # in CT that is standardised by fixed numbers, 0 is the value of water
+    masked = [zeros and not (settings.ct_statistics and channel in ct) for channel in range(image.shape[3])]
+    background = (image == 0) & masked if shape != image.shape[:3] and zeros else None
     if shape != image.shape[:3]:
         image = resample(image, shape)
         label = label if label is None else resample_nearest(label, shape)
-        if background is not None:  # interpolation has spread the edge of the brain into the background
+        if background is not None:  # interpolation makes background voxels near the edge of the brain nonzero
             image[resample_nearest(background, shape)] = 0
     limits = None
-    ct = ct_channels(case.channels, case.info.get("modality", ""))
     if settings.window and ct:
         centre, width = settings.window
         limits = [(-np.inf, np.inf)] * image.shape[3]
@@ -162,14 +168,13 @@ def prepare(case: Case, volume: Volume, settings: Preparation) -> Prepared:
         mean, sd = settings.ct_statistics
         shift = tuple(mean if channel in ct else value for channel, value in enumerate(shift))
         scale = tuple(1 / sd if channel in ct else value for channel, value in enumerate(scale))
-    masked = settings.normalise == "zscore_nonzero"
     return Prepared(raw, label, shift, scale, masked, box, volume.image.shape[:3], spacing)
 
 
 def needed_bytes(
     stored: Sequence[tuple[np.dtype, int]], channels: int, grid: Grid, settings: Preparation
 ) -> tuple[int, int]:
-    """Estimate the memory for reading and preparing a case, from the headers of its files.
+    """Estimate the memory that is needed to read and prepare a case, from the headers of its files.
 
     Args:
         stored: Result of `xdim_jax.data.images.image.voxel_type` for every image file.
@@ -196,14 +201,14 @@ def needed_bytes(
         preparing = max(preparing + n, image + 3 * n)
     if shape != source:
         smooth = 4 * n * any(t < s for s, t in zip(source, shape, strict=True))
-        # the mask of the background, and the copies that resampling it needs
+        # the mask of the background, and copies for resampling it
         masks = 3 * channels * max(n, m) if settings.normalise == "zscore_nonzero" else 0
         preparing = image + 4 * channels * m + masks + max(smooth, kept)
     return max(reading, preparing), kept
 
 
 def ct_channels(channels: Sequence[str], modality: str) -> list[int]:
-    """Return the channels in HU: all channels of a CT case, else those with the name CT, as in nnU-Net."""
+    """Return the indices of the channels in HU: all of a CT case, else those with the name CT, as in nnU-Net."""
     return [i for i, name in enumerate(channels) if modality == "CT" or name.upper() == "CT"]
 
 
@@ -213,7 +218,7 @@ def check_preparation(dataset: Dataset, settings: Preparation) -> None:
     if getattr(settings, name) and not dataset.holds_ct and not ct_channels(dataset.channels, ""):
         raise UserError(
             f"config.data.prepare.{name}={getattr(settings, name)} is for CT images, but {dataset.name} has only the "
-            f"channels {', '.join(dataset.channels)}; name the channel CT in dataset.json, or remove it"
+            f"channels {', '.join(dataset.channels)}; name the channel CT in dataset.json, or remove this setting"
         )
 
 
@@ -233,7 +238,7 @@ def _whole(shape: tuple[int, ...]) -> Box:
 
 
 def nonzero_box(image: np.ndarray) -> Box:
-    """Return the smallest box with all voxels that are not 0 in at least one channel (paper, Sect. 3.1.3).
+    """Return the bounding box of the voxels that are not 0 in at least one channel (paper, Sect. 3.1.3).
 
     Args:
         image: (D, H, W, C).
@@ -267,7 +272,7 @@ def _statistics(image: np.ndarray, normalise: str) -> tuple[tuple[float, ...], t
 def _moments(channel: np.ndarray, *, masked: bool) -> tuple[float, float]:
     """Return mean and standard deviation in double precision.
 
-    They are computed slice by slice, because a double-precision copy of a volume might not fit into memory.
+    They are computed slice by slice, to avoid a double-precision copy of the volume.
     """
 
     def planes() -> Iterator[np.ndarray]:
@@ -282,7 +287,7 @@ def _moments(channel: np.ndarray, *, masked: bool) -> tuple[float, float]:
 
 
 def _compact(image: np.ndarray, limits: Sequence[tuple[float, float]] | None) -> np.ndarray:
-    """Return a copy that is clipped to the limits of every channel, as int16 if that is exact, else as float32."""
+    """Return a copy clipped to the limits of every channel: int16 if it represents all values exactly, else float32."""
     bounds = np.array(limits, np.float32).T if limits else None
     whole = _clipped(image, bounds, np.int16)
     if whole is not None:
@@ -295,7 +300,7 @@ def _compact(image: np.ndarray, limits: Sequence[tuple[float, float]] | None) ->
 
 
 def _clipped(image: np.ndarray, bounds: np.ndarray | None, dtype: Any) -> np.ndarray | None:
-    """Return a clipped copy of another type; None if the type cannot represent all values."""
+    """Return a clipped copy of another dtype; None if it cannot represent all values."""
     out = np.empty(image.shape, dtype)
     for plane, into in zip(image, out, strict=True):
         values = plane if bounds is None else np.clip(plane, *bounds)
@@ -310,15 +315,15 @@ def _clipped(image: np.ndarray, bounds: np.ndarray | None, dtype: Any) -> np.nda
 def resample(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Resample an image linearly to another number of voxels over the same extent.
 
-    Where voxels become larger along an axis, by a factor ``s``, the image is smoothed along this axis first, to prevent
-    aliasing: by a Gaussian with a standard deviation of ``(s - 1) / 2`` voxels of the image.
+    If voxels become larger along an axis by a factor ``s``, the image is first smoothed along this axis to prevent
+    aliasing, by a Gaussian with a standard deviation of ``(s - 1) / 2`` voxels of the image.
 
     Args:
         image: (D, H, W, C).
         shape: New shape (D, H, W).
 
     Returns:
-        The resampled image, float32; the image itself if it has the shape already.
+        The resampled image, float32; ``image`` itself if it already has the shape.
     """
     if image.shape[:3] == tuple(shape):
         return image
@@ -334,7 +339,7 @@ def resample(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def resample_nearest(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Resample an array to another shape (D, H, W): each new voxel gets the value at its centre."""
+    """Resample an array to another shape (D, H, W). The value of a new voxel is the one at its centre."""
     sizes = sorted(zip(label.shape[:3], shape, range(3), strict=True), key=lambda s: s[1] / s[0])
     for n, m, axis in sizes:  # axes that become smaller first, to save memory
         if n != m:

@@ -1,8 +1,8 @@
 """Regions: named sets of labels that a network predicts, such as the nested regions of BraTS.
 
-In memory a label map contains indices of a data set's structures. The values in its files (in BraTS, 4 is ET up to 2022
-and a resection cavity in 2024) are converted by `xdim_jax.data.labels`. A network predicts one channel per region, and
-regions may be nested. docs/challenges.md, section "BraTS: labels and regions", explains the regions of BraTS.
+In memory a label map contains indices of the structures of a data set. The values in its files (in BraTS, 4 is ET up to
+2022 and a resection cavity in 2024) are converted by `xdim_jax.data.labels`. A network predicts one channel per region,
+and regions may be nested. docs/challenges.md, section "BraTS: labels and regions", describes the regions of BraTS.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from scipy.ndimage import label as connected
 class Regions:
     """Named sets of label indices, any two of which are disjoint or nested.
 
-    Every region has exactly one own label, that is, a label that belongs to none of the regions nested inside it.
-    Therefore predicted regions can be converted to a label map.
+    Every region has exactly one own label: a label that belongs to none of the regions nested inside it. Therefore
+    predicted regions can be converted to a label map.
 
     Attributes:
         sets: Label indices of each region, in the order of the network's channels.
@@ -51,14 +51,16 @@ class Regions:
         """Names in the order of the channels."""
         return tuple(self.sets)
 
+    def own_label(self, name: str) -> int:
+        """Return the label of a region that belongs to none of the regions nested inside it."""
+        labels = set(self.sets[name])
+        return (labels - set().union(*(set(v) for v in self.sets.values() if set(v) < labels))).pop()
+
     def enclosing_label(self, name: str) -> int:
         """Return the own label of the smallest region that encloses this one; 0 if there is none."""
         inner = set(self.sets[name])
-        enclosing = [set(v) for v in self.sets.values() if inner < set(v)]
-        if not enclosing:
-            return 0
-        smallest = min(enclosing, key=len)
-        return (smallest - set().union(*(set(v) for v in self.sets.values() if set(v) < smallest))).pop()
+        enclosing = [other for other, labels in self.sets.items() if inner < set(labels)]
+        return self.own_label(min(enclosing, key=lambda other: len(self.sets[other]))) if enclosing else 0
 
     @functools.cached_property
     def _forest(self) -> list["_Node"]:
@@ -83,16 +85,16 @@ class Regions:
             label: Label indices.
             xp: Array library: numpy, or ``jax.numpy`` inside a jitted program.
         """
-        # comparisons instead of isin, which would flatten arrays that are sharded over several devices
+        # comparisons instead of isin, which flattens arrays that are sharded over several devices
         return xp.stack([functools.reduce(operator.or_, (label == i for i in v)) for v in self.sets.values()], -1)
 
     def decode(self, scores: Any, threshold: float | Mapping[str, float] = 0.5, xp: Any = np) -> Any:
         """Convert scores to a label map.
 
         Outer regions are written first and inner regions over them, so that predicted regions become nested (paper,
-        Sect. 3.1.3: ET is kept unaltered, NCR is extracted from TC and ED from WT). Of disjoint regions, a voxel can
-        only belong to the one with the highest score (the first one if scores are equal), and does so if this score is
-        above the threshold of the region. The score of a region is the maximum over it and all regions inside it.
+        Sect. 3.1.3: ET is kept unaltered, NCR is extracted from TC and ED from WT). Among disjoint regions, a voxel can
+        belong only to the one with the highest maximum score over the region and all regions inside it (the first one
+        if scores are equal). It belongs to a region if the score of the region itself is above its threshold.
 
         Args:
             scores: Probabilities or masks ``(..., R)``.
@@ -147,7 +149,7 @@ def keep_largest(label: np.ndarray, regions: Regions, names: Sequence[str]) -> n
     Args:
         label: Label indices (D, H, W).
         regions: Regions of the label map.
-        names: Names of the regions to which this is applied.
+        names: Names of the regions.
 
     Returns:
         A changed copy; ``label`` itself if there are no names.
@@ -171,14 +173,14 @@ def keep_largest(label: np.ndarray, regions: Regions, names: Sequence[str]) -> n
 
 
 def drop_small_components(label: np.ndarray, regions: Regions, smallest: Mapping[str, int]) -> np.ndarray:
-    """Drop the 26-connected components of regions that are smaller than a number of voxels.
+    """Drop the 26-connected components of regions that have fewer voxels than a given number.
 
     They get the enclosing region's own label, or become background if there is no enclosing region.
 
     Args:
         label: Label indices (D, H, W).
         regions: Regions of the label map.
-        smallest: By region, the number of voxels of the smallest component that is kept.
+        smallest: Name of a region -> number of voxels of the smallest component that is kept.
 
     Returns:
         A changed copy; ``label`` itself if nothing is dropped.

@@ -24,14 +24,14 @@ def assign_folds(patients: Iterable[str], folds: int, seed: int) -> dict[str, in
         seed: Seed of the hash.
 
     Returns:
-        Number of the fold of each patient.
+        Patient -> index of its fold.
     """
     order = _shuffled(patients, str(seed))
     return {patient: i % folds for i, patient in enumerate(order)}
 
 
 def _shuffled(patients: Iterable[str], key: str) -> list[str]:
-    """Return the different names in an order that depends only on them and on the key."""
+    """Return the distinct names in an order that depends only on them and on the key."""
     return sorted(set(patients), key=lambda p: hashlib.sha256(f"{key}:{p}".encode()).hexdigest())
 
 
@@ -66,8 +66,8 @@ def split_cases(cases: Sequence[Case], *, fold: int, folds: int, seed: int) -> t
 def limit_patients(cases: Sequence[Case], count: int, seed: int) -> list[Case]:
     """Return the cases of ``count`` patients, or all cases if the count is 0.
 
-    The patients are the first ones in the order of a seeded hash of their names. Therefore the patients of a smaller
-    count are among those of a larger count.
+    The patients are the first ones in the order of a seeded hash of their names, so a smaller subset is contained in a
+    larger one.
 
     Raises:
         UserError: There are fewer patients.
@@ -95,15 +95,15 @@ def official_split(
         fold: Number of the split, from 0.
 
     Raises:
-        UserError: The data have no splits or not this fold, or its training or validation subset has no cases.
+        UserError: The data have no splits, the fold does not exist, or its training or validation subset has no cases.
     """
     if not splits:
         raise UserError(
-            "config.data.split=official, but the data come without a list of splits; give --config.data.split=folds"
+            "config.data.split=official, but the data have no list of splits; give --config.data.split=folds"
         )
     if not 0 <= fold < len(splits):
         raise UserError(
-            f"config.data.fold={fold}: the data come with the folds 0 to {len(splits) - 1}; give one of them"
+            f"config.data.fold={fold}: the list that comes with the data has the folds 0 to {len(splits) - 1}"
         )
     train, validation = (
         [c for c in cases if c.patient in set(splits[fold].get(subset, ()))] for subset in ("training", "validation")

@@ -1,4 +1,4 @@
-"""The store of prepared cases, which are prepared once and read by every run.
+"""The store of prepared cases. A case is prepared once and read by every run.
 
 The store is a folder of memory-mapped files:
 
@@ -8,12 +8,13 @@ The store is a folder of memory-mapped files:
                                       /voxels.npy   int32: flat indices of labelled voxels, sorted by structure
                                       /case.json    the other attributes of `Prepared`, and the source files
 
-A store in a bucket has the same structure, with zarr arrays. The key is a digest of the data set, its label convention
-and the preparation, and the name of an entry contains a digest of the case's source files. The store is thus keyed by
-content and settings, and a valid entry, which a run may be reading, is never replaced. An entry is found by the names,
-sizes and modification times of the source files; if these differ, the content of the files is compared. Cases are
-written completely or not at all, so that an interrupted preparation can be resumed, and several processes can prepare
-cases into one folder. If source files change, their old entries are not deleted. To free the space, delete the folder.
+A store in a bucket has the same structure, with zarr arrays. The key is a digest of this format's version, the name,
+channels and labels of the data set, and the settings of the preparation. The name of an entry contains a digest of the
+case's source files. The arrays of a valid entry are therefore never replaced, and runs can read them while other
+processes prepare cases. An entry is found by the names, sizes
+and modification times of the source files; if these differ, the contents are compared. An entry is written completely
+or not at all, so an interrupted preparation can be resumed, and several processes can prepare cases into one folder. If
+source files change, their old entries are not deleted. To free the space, delete the folder.
 """
 
 import concurrent.futures
@@ -32,13 +33,14 @@ from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, gib
 from xdim_jax.base.problem import DataError, Problem, data_error
 from xdim_jax.data import facts
-from xdim_jax.data.case import Case, Dataset, read_case
+from xdim_jax.data.case import Case, Dataset
 from xdim_jax.data.images.image import read_grid
 from xdim_jax.data.labels import is_structure
 from xdim_jax.data.prepare import Preparation, Prepared, check_preparation, prepare, target_shape
+from xdim_jax.data.reading import read_case
 from xdim_jax.data.store_backends import Location, StoreBackend, open_backend, open_entry, open_voxels
 
-_ADDED = ("ct_statistics",)  # settings of a preparation that were added after version 1
+_ADDED = ("ct_statistics",)  # settings of a preparation that were added without a new version, see `store_key`
 _VERSION = 1  # increased when the file format or the result of a preparation changes
 
 
@@ -51,9 +53,9 @@ class Entry:
         patient: Name of the patient.
         location: Folder or address of the entry.
         shape: Shape (D, H, W) of the prepared image.
-        structures: Pairs (label index of a structure, position of its first voxel in voxels.npy). The last pair is -1
-            and the number of all labelled voxels.
-        facts: Result of `xdim_jax.data.facts.measure`; None if an earlier version has prepared the case.
+        structures: Pairs (label index of a structure, position of its first voxel in voxels.npy). The last pair is
+            (-1, number of all labelled voxels).
+        facts: Result of `xdim_jax.data.facts.measure`; None if an earlier version of the package prepared the case.
     """
 
     case_id: str
@@ -64,7 +66,7 @@ class Entry:
     facts: Mapping[str, Any] | None = None
 
     def load(self) -> Prepared:
-        """Open the case, whose arrays are read when they are indexed.
+        """Open the case. Its arrays are read when they are indexed.
 
         Raises:
             UserError: Files are missing or damaged.
@@ -84,7 +86,7 @@ class Entry:
             )
 
     def random_voxel(self, rng: np.random.Generator) -> tuple[int, ...] | None:
-        """Return the indices of a random voxel of a random structure of the case; None if it contains no structure.
+        """Return the indices (D, H, W) of a random voxel of a random structure; None if the case contains no structure.
 
         Raises:
             UserError: Files are missing or damaged.
@@ -104,17 +106,19 @@ class Entry:
             yield
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:  # ValueError includes UserError
             raise UserError(
-                f"the prepared case {self.location} is damaged ({type(error).__name__}: {error}); run the same command "
-                "again, which prepares it again"
+                f"the prepared case {self.location} cannot be read, or is damaged ({type(error).__name__}: {error}); "
+                "delete it, and run the same command again to prepare it again"
             ) from error
 
 
-def store_key(dataset: Dataset, settings: Preparation) -> tuple[str, dict[str, Any]]:
+def store_key(dataset: Dataset, settings: Preparation, *, named: bool = False) -> tuple[str, dict[str, Any]]:
     """Return the key of a store, and the values from which it is computed.
 
     Args:
         dataset: Data set of the cases.
         settings: How they are prepared.
+        named: True for the key of earlier versions, which depends on the name of the labels. For data with a
+            ``dataset.json``, this is the name of the folder.
 
     Returns:
         A digest of 12 hexadecimal digits; and the contents of store.json.
@@ -123,12 +127,37 @@ def store_key(dataset: Dataset, settings: Preparation) -> tuple[str, dict[str, A
         "version": _VERSION,
         "dataset": dataset.name,
         "channels": list(dataset.channels),
-        "labels": dataset.labels.to_json(),
-        # a setting that was added later has no effect on the key unless it is used, so that older stores remain valid
+        "labels": {k: v for k, v in dataset.labels.to_json().items() if named or k != "name"},
+        # settings in _ADDED change the key only if they are used, so that older stores remain valid
         "prepare": {k: v for k, v in dataclasses.asdict(settings).items() if v or k not in _ADDED},
     }
+    if settings.ct_statistics and settings.normalise == "zscore_nonzero":
+        values["ct_zero"] = "water"  # changes the key: earlier stores treated 0 HU as background
     values = json.loads(json.dumps(values))  # tuples become lists, as in store.json
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12], values
+
+
+def open_store(dataset: Dataset, settings: Preparation, base: Location) -> StoreBackend:
+    """Return the store for a data set and settings, which is created if it does not exist.
+
+    A store of an earlier version is used if there is no other one.
+
+    Args:
+        dataset: Data set of the cases.
+        settings: How they are prepared.
+        base: Folder or address of the stores of all settings.
+
+    Raises:
+        UserError: The store cannot be written.
+    """
+    key, values = store_key(dataset, settings)
+    store = open_backend(base, key)
+    if not store.exists():
+        earlier = open_backend(base, store_key(dataset, settings, named=True)[0])
+        if earlier.exists():
+            return earlier
+        store.create(values)
+    return store
 
 
 def default_folder(root: Path) -> Path:
@@ -157,17 +186,15 @@ def prepare_cases(
         settings: How they are prepared.
         base: Folder or address of the stores of all settings.
         jobs: Number of threads; each has one case in memory.
-        say: Called with lines for the log. After the first case, one of them estimates the size of the others.
+        say: Called with lines for the log. After the first case, a line estimates the size of the other cases.
         progress: Called with the number of prepared cases and the number of cases to prepare.
 
     Raises:
         DataError: Lists all cases that cannot be used; the others have been prepared.
-        UserError: The store cannot be written, or the disk has not enough space.
+        UserError: The store cannot be written, or there is not enough free space.
     """
     check_preparation(dataset, settings)
-    key, values = store_key(dataset, settings)
-    backend = open_backend(base, key)
-    backend.create(values)
+    backend = open_store(dataset, settings, base)
     with concurrent.futures.ThreadPoolExecutor(max(jobs, 1)) as pool:
         entries = list(pool.map(lambda case: _find(backend, case), cases))
     missing = [i for i, entry in enumerate(entries) if entry is None]
@@ -190,7 +217,7 @@ def prepare_cases(
 
 
 def describe_cases(entries: Sequence[Entry], dataset: Dataset, settings: Preparation) -> None:
-    """Log what the cases look like, with warnings where a choice is missing; see `xdim_jax.data.facts.describe`."""
+    """Log the lines and warnings of `xdim_jax.data.facts.describe`."""
     known = [entry.facts for entry in entries if entry.facts is not None]
     lines, warnings = facts.describe(known, dataset.channels, settings)
     for line in lines:
@@ -204,8 +231,8 @@ def _prepare_missing(
 ) -> Generator[Entry | DataError]:
     """Prepare cases, and yield the entry or the error of each, in their order.
 
-    The first case that can be prepared is finished before the others begin, because its size is used to estimate the
-    space that the others need.
+    The first case that can be prepared is finished before the others begin, because the space that the others need is
+    estimated from its size.
     """
 
     def run(case: Case) -> Entry | DataError:
@@ -239,7 +266,7 @@ def _check_space(
     settings: Preparation,
     say: Callable[[str], None],
 ) -> None:
-    """Estimate the size of cases that are not prepared, from their headers and the bytes per voxel of a prepared one.
+    """Estimate the size of cases that are not yet prepared, from headers and the bytes per voxel of a prepared case.
 
     Args:
         backend: Store of the cases.
@@ -261,8 +288,8 @@ def _check_space(
     say(f"store      {len(others)} cases to prepare, about {gib(size)}{room}")
     if free is not None and size > free:
         raise UserError(
-            f"{backend}: the {len(others)} cases left need about {gib(size)}, but only {gib(free)} are free; free some "
-            "space, or choose another folder with --config.data.store=<folder>, and run the same command again"
+            f"{backend}: the remaining {len(others)} cases need about {gib(size)}, but only {gib(free)} are free; free "
+            "some space, or give another --config.data.store=<folder>, and run the same command again"
         )
 
 
@@ -341,7 +368,7 @@ def _write(backend: StoreBackend, case: Case, settings: Preparation) -> Entry:
                 path,
                 found=f"cannot be read ({error.strerror or error})",
                 expected="a file",
-                suggestion="fetch it again",
+                suggestion="download it again",
                 case_id=case.case_id,
             )
         ) from error
@@ -367,7 +394,7 @@ def _write(backend: StoreBackend, case: Case, settings: Preparation) -> Entry:
         "box": [[b.start, b.stop] for b in prepared.box],
         "shift": list(prepared.shift),
         "scale": list(prepared.scale),
-        "masked": prepared.masked,
+        "masked": prepared.masked if isinstance(prepared.masked, bool) else list(prepared.masked),
         "structures": structures,
         "facts": facts.measure(case, volume, settings),
     }

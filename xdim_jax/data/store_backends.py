@@ -2,9 +2,12 @@
 
 Each entry has a name, the arrays ``image``, ``label`` and ``voxels``, and the metadata in ``case.json``. This file is
 written last and contains the sizes of the other files, so that incomplete entries are recognised and ignored.
+
+A folder is renamed when it is complete. Objects in a bucket cannot be renamed together. Therefore every attempt to
+write an entry has a folder of its own inside the entry, and ``case.json`` contains its name. If several processes write
+the same entry, the last ``case.json`` selects the attempt that is read, and no process deletes objects of another one.
 """
 
-import contextlib
 import functools
 import json
 import os
@@ -23,8 +26,8 @@ from xdim_jax.base.files import read_json, write_error, write_json, write_text
 
 METADATA_FILE = "case.json"
 _OTHER_FOLDER = "to use another folder, give --config.data.store=<folder>, or --store=<folder> of xdim_jax.data prepare"
-_CHUNK = (32, 64, 64)  # voxels of a zarr chunk: small, because a patch is read in whole chunks
-_CHUNK_VOXELS = 2**16  # elements of a chunk of the array voxels
+_CHUNK = (32, 64, 64)  # shape of a zarr chunk; small, because a patch is read in whole chunks
+_CHUNK_VOXELS = 2**16  # number of elements of a chunk of the array ``voxels``
 _CACHE = 2**29  # bytes of chunks that are cached in memory
 
 Location = Path | str  # location of an entry or a store: a folder, or an address in a bucket
@@ -33,6 +36,10 @@ _NPY_LOCK = threading.Lock()  # see `_open_npy`
 
 class StoreBackend(Protocol):
     """Interface of a store: all prepared cases with one key, see `xdim_jax.data.store.store_key`."""
+
+    def exists(self) -> bool:
+        """Return whether the store contains store.json."""
+        ...
 
     def create(self, key: dict[str, Any]) -> None:
         """Create the store if it does not exist, and write store.json.
@@ -114,8 +121,8 @@ def open_voxels(entry: Location) -> Any:
 def _open_npy(path: Path) -> np.ndarray:
     """Map an array into memory, in one thread at a time.
 
-    NumPy parses the header with `ast.literal_eval`. In CPython 3.11.7, this raised ``SystemError`` (AST constructor
-    recursion depth mismatch) if several threads did it at the same time.
+    NumPy parses the header with `ast.literal_eval`, which raised ``SystemError`` (AST constructor recursion depth
+    mismatch) in CPython 3.11.7 if several threads called it concurrently.
     """
     with _NPY_LOCK:
         return np.load(path, mmap_mode="r")
@@ -136,8 +143,11 @@ class FolderBackend:
     def __str__(self) -> str:
         return str(self.base)
 
+    def exists(self) -> bool:
+        return (self.base / "store.json").is_file()
+
     def create(self, key: dict[str, Any]) -> None:
-        if not (self.base / "store.json").is_file():
+        if not self.exists():
             try:
                 write_json(self.base / "store.json", key)
             except UserError as error:
@@ -184,7 +194,7 @@ class FolderBackend:
         return metadata
 
     def _move(self, temporary: Path, folder: Path, is_valid: Callable[[Any], bool]) -> None:
-        """Rename a complete entry to its final name; a valid entry of that name is kept, a damaged one is replaced."""
+        """Rename a complete entry to its final name. An existing valid entry is kept; a damaged one is replaced."""
         try:
             temporary.rename(folder)
         except OSError:
@@ -213,7 +223,11 @@ def _temporary_name(folder: Path) -> Path:
 
 
 class ZarrBackend:
-    """Prepared cases in a bucket, as zarr arrays."""
+    """Prepared cases in a bucket, as zarr arrays.
+
+    The key ``prefix`` of case.json is the folder of the arrays inside the entry. Stores of earlier versions do not have
+    the key, and their arrays are in the entry itself.
+    """
 
     def __init__(self, base: str):
         self.base = base
@@ -238,9 +252,13 @@ class ZarrBackend:
     def __str__(self) -> str:
         return self.base
 
+    def exists(self) -> bool:
+        with bucket_errors(self.base, "read"):
+            return self._fs.exists(f"{self._root}/store.json")
+
     def create(self, key: dict[str, Any]) -> None:
-        with bucket_errors(self.base, "written"):
-            if not self._fs.exists(f"{self._root}/store.json"):
+        if not self.exists():
+            with bucket_errors(self.base, "written"):
                 self._fs.pipe_file(f"{self._root}/store.json", json.dumps(key, indent=2).encode())
 
     def find_entries(self, case_id: str) -> list[Location]:
@@ -257,7 +275,8 @@ class ZarrBackend:
         with bucket_errors(self.base, "read"):
             try:
                 metadata = json.loads(self._fs.cat_file(f"{self._root}/{name}/{METADATA_FILE}"))
-                return metadata if {k: v for k, v in sizes.items() if k != METADATA_FILE} == metadata["files"] else None
+                complete = all(sizes.get(path) == size for path, size in metadata["files"].items())
+                return metadata if complete else None
             except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
                 return None
 
@@ -279,14 +298,15 @@ class ZarrBackend:
             existing = self.read_metadata(entry)
             if existing is not None and is_valid(existing):  # another process was first
                 return existing
-            with contextlib.suppress(FileNotFoundError):  # remains of an interrupted preparation
-                self._fs.rm(f"{self._root}/{name}", recursive=True)
+            prefix = f"{uuid.uuid4().hex}/"
             for kind, array in arrays.items():
-                _zarr(f"{entry}/{kind}", array)[...].write(array).result()
+                _zarr(f"{entry}/{prefix}{kind}", array)[...].write(array).result()
             self._list_objects(name)
-        metadata = metadata | {"files": {k: v for k, v in self._sizes[name].items() if k != METADATA_FILE}}
+        files = {path: size for path, size in self._sizes[name].items() if path.startswith(prefix)}
+        metadata = metadata | {"prefix": prefix, "files": files}
         self.write_metadata(entry, metadata)
         self._sizes[name][METADATA_FILE] = 0
+        _open_zarr_entry.cache_clear()  # it may contain the arrays of an earlier attempt
         return metadata
 
     def size(self, entry: Location) -> int:
@@ -306,9 +326,10 @@ def _open_zarr_entry(entry: str) -> tuple[dict[str, Any], Any, Any, Any]:
     fs, root = open_filesystem(entry)
     with bucket_errors(entry, "read"):
         metadata = json.loads(fs.cat_file(f"{root}/{METADATA_FILE}"))
-        arrays = {name.partition("/")[0] for name in metadata["files"]}
-        label = _LazyArray(f"{entry}/label") if "label" in arrays else None
-        return metadata, _LazyArray(f"{entry}/image"), label, _LazyArray(f"{entry}/voxels")
+        prefix = metadata.get("prefix", "")
+        arrays = {name.removeprefix(prefix).partition("/")[0] for name in metadata["files"]}
+        label = _LazyArray(f"{entry}/{prefix}label") if "label" in arrays else None
+        return metadata, _LazyArray(f"{entry}/{prefix}image"), label, _LazyArray(f"{entry}/{prefix}voxels")
 
 
 class _LazyArray:
@@ -336,7 +357,7 @@ def _context() -> Any:
 
 
 def _zarr(address: str, like: np.ndarray | None = None) -> Any:
-    """Open the zarr array (version 3) at an address; create it, chunked and compressed, if ``like`` is given."""
+    """Open the zarr array (version 3) at an address, or create it, chunked and compressed, for an array ``like``."""
     import tensorstore
 
     spec: dict[str, Any] = {"driver": "zarr3", "kvstore": _kvstore(address)}
@@ -357,9 +378,9 @@ def _zarr(address: str, like: np.ndarray | None = None) -> Any:
 
 
 def _kvstore(address: str) -> dict[str, Any]:
-    """Return tensorstore's description of an address.
+    """Return the description of an address for tensorstore.
 
-    Emulators of object stores are configured by the same environment variables as for the stores' own clients.
+    Emulators of object stores are configured by the environment variables of the clients of the stores.
     """
     scheme, _, rest = address.partition("://")
     if scheme == "file":

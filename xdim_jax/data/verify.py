@@ -12,17 +12,18 @@ import numpy as np
 
 from xdim_jax.base.errors import shorten
 from xdim_jax.base.problem import ERROR, KINDS, WARNING, DataError, Problem, errors, in_case
-from xdim_jax.data.case import Case, Dataset, Volume, load_case, scan_cases
+from xdim_jax.data.case import Case, Dataset, Volume, scan_cases
 from xdim_jax.data.images import dicom, names, nifti
 from xdim_jax.data.images.grid import compare_grids
 from xdim_jax.data.images.image import Source, files_of, read_grid, read_image, source_path
 from xdim_jax.data.labels import IGNORE, is_structure
+from xdim_jax.data.reading import load_case
 
-_PLAUSIBLE_MM = (0.01, 50.0)
+_PLAUSIBLE_MM = (0.01, 50.0)  # range of plausible voxel sizes
 _RARE = 10  # a missing structure is reported if at most one case in 10 lacks it
-# label slices seem to be reversed if reversing them reduces the spread of intensities to less than this fraction
+# label slices are reported as reversed if reversing them reduces the spread of intensities to less than this fraction
 _REVERSED_GAIN = 0.8
-_MIN_SLICES = 3  # number of labelled slices that this check needs
+_MIN_SLICES = 3  # smallest number of labelled slices for this check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ def inspect(case: Case, dataset: Dataset) -> Inspection:
 
 
 def _without_repetitions(problems: Sequence[Problem]) -> list[Problem]:
-    """Keep the first of equal problems: header and voxels may have the same problem, and cases may share files."""
+    """Keep the first of identical problems. They occur if header and voxels are both checked, or cases share a file."""
 
     def key(p: Problem) -> tuple[str, ...]:
         once_per_file = p.kind in ("unreadable", "slice_count")
@@ -161,7 +162,7 @@ def _check_series_headers(files: Sequence[Path]) -> list[Problem]:
 
 
 def _check_nifti_header(path: Path) -> list[Problem]:
-    """Return a problem if a header contradicts itself, because other programs may then read another geometry."""
+    """Return a problem if a header contradicts itself, because other programs may then read a different geometry."""
     import nibabel as nib
 
     try:
@@ -216,7 +217,7 @@ def _check_spacing(case: Case, volume: Volume) -> list[Problem]:
             source_path(case.images[0]),
             found=f"has voxels of {_sizes(spacing[::-1])} mm",
             expected=f"{_PLAUSIBLE_MM[0]} to {_PLAUSIBLE_MM[1]:g} mm",
-            suggestion="restore its header; sizes are in mm",
+            suggestion="correct the voxel size in the header if it is wrong; its unit is mm",
             severity=WARNING,
         )
     ]
@@ -254,7 +255,7 @@ def _check_image(case: Case, volume: Volume) -> list[Problem]:
                     path,
                     found=f"is {float(channel.min()):g} everywhere ({name})",
                     expected="an image",
-                    suggestion="fetch it again",
+                    suggestion="download it again",
                 )
             )
             continue
@@ -265,9 +266,9 @@ def _check_image(case: Case, volume: Volume) -> list[Problem]:
                 Problem(
                     "empty_slice",
                     path,
-                    found=f"has constant slices inside: {shorten(gaps, 6)} of {len(channel)} ({name})",
+                    found=f"has constant slices between others: {shorten(gaps, 6)} of {len(channel)} ({name})",
                     expected="an image in every slice",
-                    suggestion="fetch it again, or leave the case out",
+                    suggestion="download it again, or omit the case",
                     severity=WARNING,
                 )
             )
@@ -276,9 +277,9 @@ def _check_image(case: Case, volume: Volume) -> list[Problem]:
                 Problem(
                     "duplicate_slice",
                     path,
-                    found=f"has slices that equal the previous slice: {shorten(same, 6)} of {len(channel)} ({name})",
+                    found=f"has slices identical to the previous slice: {shorten(same, 6)} of {len(channel)} ({name})",
                     expected="different slices",
-                    suggestion="remove the copies, or fetch it again",
+                    suggestion="remove the copies, or download it again",
                     severity=WARNING,
                 )
             )
@@ -294,7 +295,7 @@ def _check_label(case: Case, volume: Volume, structures: frozenset[int]) -> list
                 source_path(case.label),
                 found="contains no structure",
                 expected=", ".join(case.labels.structures[1:]),
-                suggestion="check that it is the right file, or leave the case out",
+                suggestion="check that it is the right file, or omit the case",
                 severity=WARNING,
             )
         ]
@@ -305,8 +306,8 @@ def _check_label(case: Case, volume: Volume, structures: frozenset[int]) -> list
                 source_path(case.label),
                 found="fits the image better if its slices are read in reverse order",
                 expected="masks in the order of the slices",
-                suggestion="the k-th mask by name belongs to the k-th slice by name: rename the masks if they were "
-                "exported in reverse order",
+                suggestion="masks and slices are matched in the order of their file names: rename the masks if they "
+                "were exported in reverse order",
                 severity=WARNING,
             )
         ]
@@ -314,9 +315,9 @@ def _check_label(case: Case, volume: Volume, structures: frozenset[int]) -> list
 
 
 def _seems_reversed(image: np.ndarray, label: np.ndarray) -> bool:
-    """True if the intensities in the structures are clearly more homogeneous with the label slices in reverse order.
+    """Return whether the intensities in the structures are more homogeneous with the label slices in reverse order.
 
-    An organ has about one intensity, whereas a mask on a wrong slice includes the surroundings of the organ.
+    The intensities of an organ are similar, whereas a mask on a wrong slice also contains its surroundings.
     """
     if np.count_nonzero(label.any((1, 2))) < _MIN_SLICES:
         return False
@@ -355,7 +356,7 @@ def _duplicates(inspections: Sequence[Inspection]) -> list[Problem]:
                     source_path(_source(case, channels[0])),
                     found=f"contains the same image as {name}{some}",
                     expected="different images",
-                    suggestion="keep one: the same image could be in training and in validation"
+                    suggestion="keep one: otherwise the same image may be used for training and for validation"
                     if leak
                     else "keep one",
                     case_id=case.case_id,
@@ -387,7 +388,7 @@ def _missing_structures(inspections: Sequence[Inspection], dataset: Dataset) -> 
                         source_path(case.label),
                         found=f"contains no {name}, but {len(group) - len(without)} other cases do",
                         expected=name,
-                        suggestion="check whether the case really lacks it",
+                        suggestion="check whether the image contains it",
                         case_id=case.case_id,
                         severity=WARNING,
                     )

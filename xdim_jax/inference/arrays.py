@@ -49,8 +49,8 @@ def array_case(
         image: The array.
         axes: Names of its axes, see `xdim_jax.inference.predictor.Predictor.predict`.
         spacing: Voxel size in mm along the spatial axes, in the order of ``axes``; None for 1 mm.
-        affine: Affine from voxel indices (x, y, z) to RAS+ mm; replaces ``spacing``.
-        dataset: Data set that the network was trained on.
+        affine: Affine from voxel indices (x, y, z) to mm in the RAS+ frame; replaces ``spacing``.
+        dataset: Data set on which the network was trained.
         modality: CT, MR or empty.
 
     Raises:
@@ -73,7 +73,7 @@ def array_case(
 
 
 def _to_xyzc(image: np.ndarray, axes: str) -> np.ndarray:
-    """Transpose an array to the axes x, y, z, c; z and c have size 1 where the array lacks them."""
+    """Transpose an array to the axes x, y, z, c; z and c have size 1 if the array lacks them."""
     for name in "zc":
         if name not in axes:
             image, axes = image[..., None], axes + name

@@ -30,10 +30,10 @@ def claim_output(
     overwrite: bool = False,
     replace: bool = False,
 ) -> list[Case]:
-    """Write the record of a prediction, and delete the files of all cases that have to be predicted.
+    """Write the record of a prediction, and delete the files of all cases that must be predicted.
 
     Every output file has a note in its header, see `make_note`. A case is up to date if all its files exist and have
-    the note of the current networks, settings and images. It does not matter which process has written them.
+    the note of the current networks, settings and images, no matter which process has written them.
 
     Args:
         output: The output folder.
@@ -44,11 +44,11 @@ def claim_output(
         replace: True to replace predictions of other networks or settings.
 
     Returns:
-        The cases that have to be predicted.
+        The cases that must be predicted.
 
     Raises:
         UserError: The folder contains predictions of other networks or settings, and neither ``overwrite`` nor
-            ``replace`` is set. Or files of this name that are not predictions, or are predictions of other images.
+            ``replace`` is set; or files of the same name that are not predictions, or are predictions of other images.
     """
     notes = {c.case_id: {read_note(path) for path in _expected_files(output, predictor, c.case_id)} for c in own_cases}
     prefix = f"{_MARK} {predictor.digest} "
@@ -65,12 +65,13 @@ def claim_output(
         _check_replaced(output, predictor, all_cases)
     _write_record(output / results.PREDICT_FILE, predictor, all_cases)
     for case in todo:
-        remove_prediction(output, case.case_id)
+        others = () if overwrite else tuple(name for name in EXTRA_OUTPUTS if name not in predictor.extra_outputs)
+        remove_prediction(output, case.case_id, keep=others, note=make_note(predictor.digest, case))
     return todo
 
 
 def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case]) -> None:
-    """Raise UserError if cases would replace files that are no predictions, or predictions of other images."""
+    """Raise UserError if cases would replace files that are not predictions, or are predictions of other images."""
     recorded = _recorded_images(output)
     problems = []
     for case in cases:
@@ -80,7 +81,7 @@ def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case]) -
             continue
         images = [source_to_json(source) for source in case.images]
         if not note.startswith(_MARK):
-            problems.append(f"{path} exists, and is no prediction of xdim_jax; move it to another folder")
+            problems.append(f"{path} exists, but is not a prediction of xdim_jax; move it to another folder")
         elif recorded.get(case.case_id, images) != images and not _same_paths(recorded[case.case_id], images):
             problems.append(
                 f"{path} is the prediction of {_shown(recorded[case.case_id])}, and {_shown(images)} would replace it; "
@@ -91,7 +92,7 @@ def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case]) -
 
 
 def _recorded_images(output: Path) -> dict[str, Any]:
-    """Return case id -> images from ``predict.json``; nothing if there is no such file."""
+    """Return case id -> images from ``predict.json``; empty if there is no such file."""
     record = output / results.PREDICT_FILE
     known = read_json(record) if record.is_file() else {}
     return dict(known.get("images", {})) if isinstance(known, dict) else {}
@@ -114,35 +115,48 @@ def _shown(images: Sequence[Any]) -> str:
 
 
 def make_note(digest: str, case: Case) -> str:
-    """Return a line that identifies the networks, the settings, and the names, sizes and times of the image files.
+    """Return a text that identifies the networks, the settings, and the case.
+
+    The case is identified by the names, sizes and times of its image files, the label values that are written, the
+    orientation in which it is read, and its modality.
 
     Args:
         digest: Digest of networks and settings, see `xdim_jax.inference.group.weights_digest`.
         case: The case.
     """
-    facts = [_identify(path) for source in case.images for path in files_of(source)]
+    files = [_identify(path) for source in case.images for path in files_of(source)]
+    facts = [files, case.labels.to_json(), case.axes, case.info.get("modality", "")]
     return f"{_MARK} {digest} {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
 
 def remove_outdated(output: Path, case_id: str, inputs: Sequence[Path]) -> None:
-    """Delete the prediction of a case that cannot be predicted now, so that an earlier one does not stand in for it.
+    """Delete an earlier prediction of a case that now cannot be predicted, so that it is not mistaken for a new one.
 
-    A file that is no prediction, or is the prediction of an image outside of the ``inputs``, is kept, with a warning.
+    A file that is not a prediction, or is the prediction of an image outside of ``inputs``, is kept, with a warning.
     """
     path = output / f"{case_id}.nii.gz"
     if path.exists() and path.stat().st_size:
         below = [folder.resolve() for folder in inputs]
         files = [f.resolve() for value in _recorded_images(output).get(case_id, []) for f in _files(value)]
         if not read_note(path).startswith(_MARK) or not all(set(below) & {f, *f.parents} for f in files):
-            log.warn(f"{path} is kept, which is no prediction of this input")
+            log.warn(f"{path} is kept, because it is not a prediction of this input")
             return
     remove_prediction(output, case_id)
 
 
-def remove_prediction(output: Path, case_id: str) -> None:
-    """Delete all files of a case, including partial files of a run that was killed while it wrote them."""
+def remove_prediction(output: Path, case_id: str, keep: Sequence[str] = (), note: str = "") -> None:
+    """Delete all files of a case, including partial files of a run that was killed while it wrote them.
+
+    Args:
+        output: The output folder.
+        case_id: The case.
+        keep: Names of extra outputs whose files are kept if they have the note ``note``.
+        note: See `make_note`.
+    """
+    kept = {extra_file(output, name, case_id, compressed=c) for name in keep for c in (False, True)}
     for path in (output / f"{case_id}.nii.gz", *_extra_files(output, case_id)):
-        path.unlink(missing_ok=True)
+        if path not in kept or read_note(path) != note:
+            path.unlink(missing_ok=True)
         for partial in partial_files(path):
             partial.unlink(missing_ok=True)
 
@@ -182,6 +196,7 @@ def _write_record(path: Path, predictor: Predictor, cases: Sequence[Case]) -> No
         "weights": predictor.sources,
         "digest": predictor.digest,
         "convention": predictor.dataset.labels.name,
+        "structures": predictor.output.structure_channels(),
         "predict": predictor.resolved.predict,
         "settings": dataclasses.asdict(predictor.settings),
         "environment": environment.describe(),

@@ -1,4 +1,4 @@
-"""Networks that one program can compute, and the average of the probabilities of several such groups."""
+"""Groups of networks that one program can evaluate, and the average of the probabilities of several groups."""
 
 import dataclasses
 import hashlib
@@ -23,6 +23,7 @@ from xdim_jax.inference.settings import (
     Settings,
     read_postprocessing,
     resolve,
+    without_given,
 )
 from xdim_jax.inference.sliding_window import Segmenter, Sink, all_flips, make_segmenter
 from xdim_jax.nets import networks
@@ -33,14 +34,14 @@ from xdim_jax.runs.workdir import read_config
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Networks with the same architecture, patch and preparation.
+    """Networks with the same architecture, patch, preparation, precision and defaults of prediction.
 
     Attributes:
         config: Config of the first network.
         resolved: Settings of the prediction.
         preparation: How cases are prepared.
         segmenter: Function that segments prepared cases.
-        weights: Weights of the network; of several networks, stacked along a first axis.
+        weights: Weights of the network; for several networks, stacked along a new first axis.
         members: Number of networks.
         sources: For each network, its workdir and a text that names its checkpoint.
         digest: Hexadecimal digest of the weights and of all settings that affect predictions.
@@ -56,23 +57,35 @@ class Group:
     digest: str
 
     def describe(self) -> str:
-        """Return a line of text about windows, mirroring and the number of networks."""
+        """Return a line of text about windows, test-time flips and the number of networks."""
         patch = " x ".join(map(str, self.config.data.patch))
         axes = ", ".join("DHW"[a] for a in self.resolved.flips)
         parts = [
             f"windows of {patch}, overlap {self.resolved.overlap:g}, {self.segmenter.windows.batch} at once",
-            f"mirrored along {axes}" if axes else "not mirrored",
+            f"flipped along {axes}" if axes else "not flipped",
             f"{self.members} networks" if self.members > 1 else "1 network",
         ]
         return "; ".join(parts)
 
 
 def divide(workdirs: Sequence[Path], configs: Sequence[Any]) -> list[tuple[list[Path], Any]]:
-    """Return the workdirs of every group, with the config of its first network, in the order of the workdirs."""
+    """Divide networks into groups that one program can evaluate.
+
+    Args:
+        workdirs: Workdirs of the networks.
+        configs: Their configs.
+
+    Returns:
+        For each group, its workdirs and the config of its first network, in the order of the workdirs.
+    """
     groups: dict[str, tuple[list[Path], Any]] = {}
     for workdir, config in zip(workdirs, configs, strict=True):
         sections = {"model": config.model, "predict": config.predict, "prepare": config.data.prepare}
-        values = {name: section.to_dict() for name, section in sections.items()} | {"patch": list(config.data.patch)}
+        values = {name: section.to_dict() for name, section in sections.items()} | {
+            "patch": list(config.data.patch),
+            "precision": config.train.precision,
+            "flip": list(config.augment.flip.axes) if config.augment.flip.p > 0 else [],
+        }
         groups.setdefault(json.dumps(values, sort_keys=True, default=str), ([], config))[0].append(workdir)
     return list(groups.values())
 
@@ -91,9 +104,9 @@ def load_group(
         workdirs: Workdirs of the networks.
         config: Config of the first network.
         output: Meaning of the channels.
-        settings: Settings that the user has given.
+        settings: Settings that the user gave.
         extra_outputs: See `xdim_jax.inference.sliding_window.Segmenter`.
-        chosen: Post-processing that was chosen for the runs.
+        chosen: Post-processing that was chosen for the runs by cross-validation.
 
     Raises:
         UserError: A workdir has no weights, or a setting cannot be used.
@@ -128,19 +141,15 @@ def load_group(
 
 
 def common_postprocessing(workdirs: Sequence[Path], settings: Settings) -> PostProcessing:
-    """Return the post-processing that was chosen for all of these runs.
+    """Return the post-processing that cross-validation chose for the runs.
 
     Raises:
-        UserError: It differs in a value that the settings do not have.
+        UserError: It differs between the runs in a value that ``settings`` does not give.
     """
-    given = {
-        "threshold": settings.threshold is not None,
-        "largest": bool(settings.largest),
-        "min_volume": settings.min_volume is not None,
-    }
     found = [read_postprocessing(workdir) for workdir in workdirs]
-    for workdir, other in zip(workdirs[1:], found[1:], strict=True):
-        keys = [k for k, known in given.items() if not known and getattr(other, k) != getattr(found[0], k)]
+    used = [without_given(chosen, settings) for chosen in found]
+    for workdir, other in zip(workdirs[1:], used[1:], strict=True):
+        keys = [f.name for f in dataclasses.fields(other) if getattr(other, f.name) != getattr(used[0], f.name)]
         if keys:
             raise UserError(
                 f"{POSTPROCESSING_FILE} differs between {workdirs[0]} and {workdir} in {', '.join(keys)}; give "
@@ -150,7 +159,7 @@ def common_postprocessing(workdirs: Sequence[Path], settings: Settings) -> PostP
 
 
 def network_digest(workdir: Path, dataset: Dataset) -> str:
-    """Return a digest of the weights and the config of a run, whatever post-processing was chosen for it."""
+    """Return a digest of the weights and the config of a run, without the post-processing that was chosen for it."""
     config = read_config(workdir)
     _, params, stats = split_model(networks.build(config.model, seed=0))
     params, stats, _ = checkpoint.load_weights(workdir, params, stats)
@@ -176,6 +185,8 @@ def weights_digest(config: Any, members: Sequence[Any], resolved: ResolvedSettin
         "patch": list(config.data.patch),
         "rest": [resolved.threshold, sorted(resolved.largest), resolved.precision, resolved.flips],
     }
+    if len(config.data.patch) == 2:
+        facts["blending"] = "in the plane"  # earlier versions, which also weighted slices, have another digest
     if resolved.min_volume:
         facts["min_volume"] = resolved.min_volume
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
@@ -198,14 +209,14 @@ def segment_with_groups(
 ) -> np.ndarray:
     """Segment a case with several groups, whose probabilities are averaged on the source grid.
 
-    Every network has the same weight. The probabilities of all voxels are in memory at once.
+    Every network has the same weight. The probabilities of all voxels are kept in memory.
 
     Args:
-        groups: Groups, whose segmenters return probabilities.
+        groups: Groups, whose segmenters compute probabilities.
         output: Meaning of the channels.
-        prepared: The case as each group prepares it.
-        sink: Function that receives the extra outputs.
-        extra_outputs: Names of the values that the sink receives.
+        prepared: For each group, the case as the group prepares it.
+        sink: Function that receives the extra outputs, slice by slice.
+        extra_outputs: Names of the values that the sink receives: ``probabilities``, ``uncertainty``.
 
     Returns:
         Label indices uint8 (D, H, W) on the source grid.
@@ -235,8 +246,8 @@ class _Average:
 
     Attributes:
         share: Weight of the group whose probabilities are being added.
-        mean: Sum so far of the weighted probabilities, float32 (D, H, W, channels).
-        second: Sum so far of the weighted second moments, float32 (D, H, W); None if they are not needed.
+        mean: Running sum of the weighted probabilities, float32 (D, H, W, channels).
+        second: Running sum of the weighted second moments, float32 (D, H, W); None if they are not needed.
     """
 
     def __init__(self, output: Output, shape: Sequence[int], *, uncertainty: bool):
@@ -246,7 +257,7 @@ class _Average:
         self._background = output.activation == "softmax"
 
     def add_outside(self, box: Sequence[slice]) -> None:
-        """Add the probabilities outside of the box that preparation has kept: 1 for the background of a softmax."""
+        """Add the probabilities outside of the box to which preparation cropped: 1 for the background of a softmax."""
         if not self._background:
             return
         outside = np.ones(self.mean.shape[:3], np.float32)

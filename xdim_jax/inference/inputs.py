@@ -12,24 +12,31 @@ from xdim_jax.data.case import Case, Dataset, case_from_files, scan_cases
 from xdim_jax.data.images.image import strip_suffix
 from xdim_jax.data.images.names import files_below, is_companion
 from xdim_jax.data.images.series import UNKNOWN_FORMAT, Series, find_series
+from xdim_jax.data.layouts import table
 
 _NAMED_FILES = 20  # number of files that are named in a message
 
 
 def find_cases(
-    dataset: Dataset, paths: Sequence[Path], *, modality: str = "", series: Sequence[str] = ()
+    dataset: Dataset,
+    paths: Sequence[Path],
+    *,
+    modality: str = "",
+    series: Sequence[str] = (),
+    output: Path | None = None,
 ) -> tuple[list[Case], dict[str, list[str]]]:
-    """Find the cases in the given paths, and log which files are left out.
+    """Find the cases in the given paths, and log which files are omitted.
 
     Args:
-        dataset: Data set that the network was trained on.
-        paths: The files of one case, one per channel. Or one path: an image, a folder in the data set's layout, one of
-            its case folders, or (for one channel) a folder of any images and DICOM series, also in folders below it.
-        modality: CT or MR. Needed if the data set has both and neither path nor DICOM tags determine which one.
+        dataset: Data set on which the network was trained.
+        paths: The files of one case, one per channel; or one path: an image, a folder in the layout of the data set,
+            one of its case folders, or (for one channel) a folder with any images and DICOM series in it and below it.
+        modality: CT or MR. Needed if the data set has both and neither path nor DICOM tags specify it.
         series: Names, numbers, descriptions or UIDs of the DICOM series to use; all series if empty.
+        output: Folder of the predictions. If it is inside the folder with the images, its files are not images.
 
     Returns:
-        The usable cases, and for the other cases: case id -> reasons why it cannot be used.
+        The usable cases; and case id -> reasons why it cannot be used, for the other cases.
 
     Raises:
         UserError: A path does not exist, two images have the same case id, or a series does not exist.
@@ -38,6 +45,7 @@ def find_cases(
         raise UserError(
             f"{shorten(absent)}: no such file or folder; expected an image, a DICOM series, or a folder of cases"
         )
+    paths = [path if path.name not in ("", "..") else path.resolve() for path in paths]  # names of cases
     files = [path for path in paths if path.is_file()]
     if len(files) == len(paths) and all(strip_suffix(path.name) is not None for path in files):
         if series:
@@ -50,13 +58,18 @@ def find_cases(
         if not series and (len(dataset.channels) > 1 or _has_layout(dataset, folder)):
             return _cases_in_layout(dataset, folder)
         files = list(files_below(folder))
+        if output is not None and folder.resolve() in output.resolve().parents:
+            own = folder / output.resolve().relative_to(folder.resolve())
+            files = [path for path in files if own not in path.parents]
     else:
         raise UserError(f"{len(paths)} paths given; expected one folder, or the files of one case")
     return _find_images(dataset, folder, files, modality, series)
 
 
 def _has_layout(dataset: Dataset, folder: Path) -> bool:
-    """Return whether a folder has the layout of the data set, and is not just a folder with images of any names."""
+    """Return whether a folder has the layout of the data set, rather than being a folder with images of any names."""
+    if dataset.name == "table" and (folder / table.TABLE_FILE).is_file():
+        return True
     cases = dataset.scan(folder, False).cases
     named_by_file = [
         case.label is None
@@ -72,7 +85,7 @@ def _cases_in_layout(dataset: Dataset, folder: Path) -> tuple[list[Case], dict[s
     problems: dict[str, list[str]] = {}
     scan = scan_cases(dataset, folder, need_labels=False)
     for problem in scan.problems:
-        if problem.severity == ERROR and problem.kind != "patient_in_two_folds":
+        if problem.severity == ERROR:
             problems.setdefault(problem.case_id or str(problem.path), []).append(str(problem))
         else:
             log.warn(str(problem))
@@ -142,12 +155,12 @@ def _select(found: Sequence[Series], selected: Sequence[str], folder: Path) -> l
     chosen = [s for s in found if not selected or any(s.matches(text) for text in selected)]
     if len(chosen) < len(found):
         others = ", ".join(s.name for s in found if s not in chosen)
-        log.say(f"left out   series {others}, which --series does not name")
+        log.say(f"omitted    series {others}, which are not in --series")
     return chosen
 
 
 def _reasons(left_out: dict[Path, str], folder: Path) -> str:
-    """Return the files that are left out, grouped by their reasons."""
+    """Return the omitted files as text, grouped by their reasons."""
     reasons: dict[str, list[Path]] = {}
     for path, reason in left_out.items():
         reasons.setdefault(reason, []).append(path)

@@ -1,4 +1,4 @@
-"""Estimate of the memory that prediction needs, from image headers and the compiler, before a case is read."""
+"""Estimate of the memory that prediction needs, from image headers and the compiled network, before a case is read."""
 
 import math
 import os
@@ -57,7 +57,7 @@ def required_bytes(predictor: Predictor, cases: Sequence[Case]) -> tuple[int, in
         except UserError:
             continue  # prediction reports the error of this case
         source = grid.memory_geometry[0][::-1]
-        before = 0  # what earlier groups have prepared
+        before = 0  # bytes of the case as prepared by earlier groups
         for group, sizes in zip(groups, volumes, strict=True):
             peak, after = needed_bytes(stored, len(case.channels), grid, group.preparation)
             reading, before = max(reading, before + peak), before + after

@@ -107,7 +107,7 @@ def load_model(path: str | Path) -> Model:
         The model, in evaluation mode.
 
     Raises:
-        UserError: The path has no weights, or they do not fit the network that is described there.
+        UserError: The path has no weights, or they do not fit the network that it describes.
     """
     return make_model(read_file_or_workdir(Path(path)), str(path))
 
@@ -152,7 +152,7 @@ def read_file_or_workdir(path: Path) -> Weights:
         raise UserError(f"{path / CONFIG_FILE}: model: {error}") from error
     params, stats, source = checkpoint.load_weights(path, params, stats)
     arrays = {name: np.asarray(array) for name, array in (flatten(params) | flatten(stats)).items()}
-    record = {"from": "xdim_jax", "workdir": str(path), "weights": source}
+    record = {"from": "xdim_jax", "workdir": str(path.absolute()), "weights": source}
     return Weights("network", config, arrays, {}, record, _names(path))
 
 

@@ -38,6 +38,12 @@ class Output:
         """Names of the network's channels."""
         return self.labels if self.activation == "softmax" else self.regions.names
 
+    def structure_channels(self) -> dict[str, list[int]]:
+        """Return region -> indices of the channels whose probabilities add up to that of the region."""
+        if self.activation == "softmax":
+            return {name: sorted(int(i) for i in indices) for name, indices in self.regions.sets.items()}
+        return {name: [index] for index, name in enumerate(self.regions.names)}
+
     def encode(self, label: jax.Array) -> jax.Array:
         """Return a target mask for each channel, bool ``(..., channels)``, given label indices ``(...)``."""
         if self.activation == "softmax":
@@ -45,7 +51,7 @@ class Output:
         return self.regions.encode(label, jnp)
 
     def annotated_voxels(self, label: jax.Array) -> jax.Array | None:
-        """Return which voxels are annotated, bool, given label indices; None if all of them are."""
+        """Return a mask of the annotated voxels, bool ``(...)``, given label indices; None if all are annotated."""
         return label != IGNORE if self.ignores else None
 
     def probabilities(self, logits: jax.Array) -> jax.Array:
@@ -56,8 +62,8 @@ class Output:
     def predicted_regions(self, logits: jax.Array) -> jax.Array:
         """Return predicted masks of the regions, bool ``(..., regions)``.
 
-        With sigmoids, a region has the voxels with a probability above 0.5. With a softmax, it has the voxels whose
-        most probable label belongs to it.
+        With sigmoids, a region consists of the voxels with a probability above 0.5. With a softmax, it consists of the
+        voxels whose most probable label belongs to the region.
         """
         if self.activation == "softmax":
             return self.regions.encode(jnp.argmax(logits, -1), jnp)
@@ -76,7 +82,7 @@ class Output:
         return self.regions.decode(scores, threshold, xp)
 
     def annotated_channels(self, regions: Sequence[str]) -> np.ndarray:
-        """Return which channels are annotated in a case, bool ``(channels,)``, given its annotated regions.
+        """Return a mask of the annotated channels, bool ``(channels,)``, given the annotated regions of a case.
 
         A label is annotated if one of its regions is. The background is always annotated.
         """
@@ -107,9 +113,9 @@ def postprocess(
         label: Label indices (D, H, W).
         regions: Regions of the data set.
         largest: Names of regions. Only their largest connected component is kept.
-        smallest: By region, the number of voxels of the smallest component that is kept.
-        min_et: Smallest number of voxels of the enhancing tumour (BraTS). If there are fewer, they become NCR. 0 for no
-            limit.
+        smallest: Name of a region -> number of voxels of the smallest component that is kept.
+        min_et: Smallest number of voxels of the enhancing tumour (BraTS). If there are fewer, they are relabelled as
+            NCR. 0 for no limit.
 
     Returns:
         Label indices (D, H, W).

@@ -1,4 +1,4 @@
-"""Prediction of many cases into a folder. Reading, prediction and writing of consecutive cases overlap."""
+"""Prediction of many cases into a folder. Reading, prediction and writing of consecutive cases are concurrent."""
 
 import concurrent.futures
 import contextlib
@@ -13,10 +13,11 @@ import numpy as np
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, first_line, shorten
 from xdim_jax.base.files import read_json
-from xdim_jax.data.case import Case, Dataset, Volume, encode_label, read_case, read_label, without_label
+from xdim_jax.data.case import Case, Dataset, Volume, without_label
 from xdim_jax.data.images.nifti import write_volume
 from xdim_jax.data.images.stream import stream_volume
 from xdim_jax.data.prepare import Prepared
+from xdim_jax.data.reading import encode_label, read_case, read_label
 from xdim_jax.inference import memory
 from xdim_jax.inference.folder import claim_output, extra_file, make_note, remove_outdated, remove_prediction
 from xdim_jax.inference.predictor import Predictor
@@ -44,7 +45,7 @@ def predict_paths(
         predictor: The networks and settings.
         paths: A folder of cases, or the files of one case, see `xdim_jax.inference.inputs.find_cases`.
         output: Folder for the predictions.
-        modality: CT or MR. Needed if the networks were trained on both and the paths do not determine which one.
+        modality: CT or MR. Needed if the networks were trained on both and the paths do not specify it.
         series: Names, numbers, descriptions or UIDs of the DICOM series to predict; all series if empty.
         shard: ``(i, n)``: predict every n-th case, starting with case i.
         overwrite: True to predict all cases again.
@@ -55,7 +56,7 @@ def predict_paths(
     Raises:
         UserError: There is no case, or the output folder contains predictions of other networks or settings.
     """
-    cases, problems = predictor.find_cases(paths, modality=modality, series=series)
+    cases, problems = predictor.find_cases(paths, modality=modality, series=series, output=output)
     for source in predictor.sources:
         log.say(f"weights    {source}")
     log.say(f"devices    {environment.devices()}")
@@ -66,7 +67,7 @@ def predict_paths(
     own_cases = cases[first::step]
     todo = claim_output(output, predictor, own_cases, cases, overwrite=overwrite)
     for name, messages in problems.items():
-        log.warn(f"case {name} left out: {'; '.join(messages)}")
+        log.warn(f"case {name} omitted: {'; '.join(messages)}")
         if Path(name).name == name:  # a case id; otherwise the path of a file that belongs to no case
             remove_outdated(output, name, paths)
     if len(todo) < len(own_cases):
@@ -92,7 +93,7 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
     def fail(case: Case, error: Exception) -> None:
         failures.append(case.case_id)
         remove_prediction(output, case.case_id)
-        log.warn(f"case {case.case_id} left out: {_reason(error)}")
+        log.warn(f"case {case.case_id} omitted: {_reason(error)}")
 
     def wait_for_writer(writing: list[tuple[Case, concurrent.futures.Future[str]]]) -> None:
         while writing:
@@ -139,14 +140,14 @@ def _warn_of_training_cases(predictor: Predictor, cases: Sequence[Case]) -> None
             found |= {c.case_id for c in cases if c.case_id in names and root in c.files[0].absolute().parents}
     if found:
         log.warn(
-            f"{len(found)} of {len(cases)} cases were used to train these networks ({shorten(sorted(found))}): their "
-            "scores do not show how well new patients are segmented. python -m xdim_jax.evaluate --workdir=... "
-            "predicts and scores the validation cases"
+            f"{len(found)} of {len(cases)} cases were used to train these networks ({shorten(sorted(found))}), so "
+            "their scores are not those of new patients. python -m xdim_jax.evaluate --workdir=... predicts and scores "
+            "the validation cases"
         )
 
 
 def _read(predictor: Predictor, case: Case) -> tuple[list[Prepared], Volume]:
-    """Read and prepare a case. To save memory, the returned volume has the voxel grid of the case, but no voxels."""
+    """Read and prepare a case. To save memory, the returned volume has the grid of the case, but no voxels."""
     volume = read_case(without_label(case))
     prepared = predictor.prepare(case, volume)
     return prepared, dataclasses.replace(volume, image=np.zeros((0, 0, 0, 0), np.float32))
@@ -180,7 +181,7 @@ def _write(
     title: str,
     begin: float,
 ) -> str:
-    """Write a label map, and return the line to log. It has the overlap with the reference, if the case has one."""
+    """Write a label map, and return a line for the log, with the Dice if the case has a reference."""
     path = output / f"{case.case_id}.nii.gz"
     write_volume(path, encode_label(case, label), volume.grid, note)
     return f"{title} {path}  {time.monotonic() - begin:.1f} s{_overlap(dataset, case, label)}"
@@ -201,7 +202,7 @@ def _overlap(dataset: Dataset, case: Case, label: np.ndarray) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return the reason for which a case failed, with advice if memory was exhausted."""
+    """Return the reason why a case failed, with advice if memory was exhausted."""
     if isinstance(error, UserError):
         return str(error)
     line = first_line(error, 200)

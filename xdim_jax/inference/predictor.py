@@ -11,11 +11,12 @@ import numpy as np
 from xdim_jax.base.config import differences
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import read_json
-from xdim_jax.data.case import Case, Dataset, Volume, encode_label, read_case, without_label
+from xdim_jax.data.case import Case, Dataset, Volume, without_label
 from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.images.grid import Grid
 from xdim_jax.data.images.nifti import SUFFIXES, write_volume
 from xdim_jax.data.prepare import Prepared, prepare
+from xdim_jax.data.reading import encode_label, read_case
 from xdim_jax.inference import inputs
 from xdim_jax.inference.arrays import array_case
 from xdim_jax.inference.group import common_digest, common_postprocessing, divide, load_group, segment_with_groups
@@ -25,7 +26,7 @@ from xdim_jax.inference.sliding_window import Sink
 from xdim_jax.runs.workdir import DATA_FILE, find_members, read_config
 from xdim_jax.scoring.rules import EXTRA_OUTPUTS
 
-# keys of the config that must be equal for all networks of an ensemble
+# config keys whose values must be the same for all networks of an ensemble
 _COMMON = (
     "output",
     "predict.threshold",
@@ -50,8 +51,8 @@ class Segmentation:
         label: Label values, in the convention of the data set.
         names: Names of the channels of ``probabilities``: regions, or labels.
         probabilities: float32, with the channels as last axis; None if the setting ``probabilities`` is False.
-        uncertainty: Variance of the probabilities over networks and mirror images, averaged over channels; None if the
-            setting ``uncertainty`` is False.
+        uncertainty: Variance of the probabilities over networks and test-time flips, averaged over channels, float32;
+            None if the setting ``uncertainty`` is False.
         grid: Voxel grid of the files; None for an array.
     """
 
@@ -65,10 +66,10 @@ class Segmentation:
         """Write the label map as NIfTI on the grid of the image, with its affine and header.
 
         Raises:
-            UserError: The image was an array, whose position is not known; or the file cannot be written.
+            UserError: The image was an array, whose position is unknown; or the file cannot be written.
         """
         if self.grid is None:
-            raise UserError(f"{path}: the image was an array, whose position is not known; predict from a file instead")
+            raise UserError(f"{path}: the image was an array, whose position is unknown; predict from a file instead")
         if not str(path).endswith(SUFFIXES):
             raise UserError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
         write_volume(Path(path), self.label, self.grid)
@@ -82,15 +83,15 @@ class Predictor:
 
     Args:
         workdir: Workdir of a run or of a cross-validation (all its folds), or several of them.
-        settings: Settings of the prediction. Instead, the attributes of `Settings` can be given as keywords.
-        convention: File names and label values of BraTS input; empty for those of the training data.
+        settings: Settings of the prediction; None to give the attributes of `Settings` as keyword arguments.
+        convention: Convention of the file names and label values of BraTS input; empty for that of the training data.
 
     Attributes:
         workdirs: Workdirs of the networks.
         sources: For each network, a line of text with its workdir and checkpoint.
-        groups: Networks that one program can compute, see `xdim_jax.inference.group.Group`.
-        dataset: Data set that the networks were trained on.
-        extra_outputs: Names of the outputs in addition to labels that the settings ask for.
+        groups: Groups of networks that one program can evaluate, see `xdim_jax.inference.group.Group`.
+        dataset: Data set on which the networks were trained.
+        extra_outputs: Names of the outputs in addition to labels: ``probabilities``, ``uncertainty``.
         digest: Hexadecimal digest of the weights and of all settings that affect predictions.
 
     Raises:
@@ -114,6 +115,12 @@ class Predictor:
         config = configs[0]
         self.dataset = _dataset(config, self.workdirs[0], convention)
         self.output = make_output(config.output, self.dataset)
+        if convention and len(self.output.channels) != config.model.out_channels:
+            raise UserError(
+                f"--convention={convention} has the regions {', '.join(self.output.channels)}, but the network of "
+                f"{self.workdirs[0]} has {config.model.out_channels} output channels; give the convention of its "
+                f"training, {config.data.get('convention', '')}, or one with the same regions"
+            )
         names = frozenset(name for name in EXTRA_OUTPUTS if getattr(self.settings, name))
         self.extra_outputs = names
         divided = divide(self.workdirs, configs)
@@ -124,8 +131,8 @@ class Predictor:
         ]
         if self.settings.uncertainty and len(self.workdirs) == 1 and not self.resolved.flips:
             raise UserError(
-                "--uncertainty is the variance over networks and mirror images: give several --workdir, --flips, or "
-                "--preset=best for a run that was trained on mirror images"
+                "--uncertainty is the variance over networks and test-time flips: give several --workdir, --flips, or "
+                "--preset=best for a run that was trained with flips"
             )
         known = {workdir: source for group in self.groups for workdir, source in group.sources.items()}
         self.sources = [f"{workdir}, {known[workdir]}" for workdir in self.workdirs]
@@ -133,7 +140,7 @@ class Predictor:
 
     @property
     def resolved(self) -> ResolvedSettings:
-        """Settings of the first group. Overlap and flips of the others may differ."""
+        """Settings of the first group. Overlap and flips of other groups may differ."""
         return self.groups[0].resolved
 
     @property
@@ -142,13 +149,13 @@ class Predictor:
         return self.output.channels
 
     def find_cases(
-        self, paths: Paths, modality: str = "", series: Sequence[str] = ()
+        self, paths: Paths, modality: str = "", series: Sequence[str] = (), output: Path | None = None
     ) -> tuple[list[Case], dict[str, list[str]]]:
         """Find the cases in the given paths, see `xdim_jax.inference.inputs.find_cases`."""
-        return inputs.find_cases(self.dataset, _as_paths(paths), modality=modality, series=series)
+        return inputs.find_cases(self.dataset, _as_paths(paths), modality=modality, series=series, output=output)
 
     def prepare(self, case: Case, volume: Volume) -> list[Prepared]:
-        """Prepare a case as the training cases of each group were prepared."""
+        """Prepare a case for each group, as the training cases of the group were prepared."""
         return [prepare(case, volume, group.preparation) for group in self.groups]
 
     def segment(self, prepared: Sequence[Prepared], sink: Sink | None = None) -> np.ndarray:
@@ -156,7 +163,7 @@ class Predictor:
 
         Args:
             prepared: Result of `prepare`.
-            sink: Function that receives probabilities and uncertainty, if the settings ask for them.
+            sink: Function that receives `extra_outputs`, if there are any.
         """
         if len(self.groups) == 1:
             group = self.groups[0]
@@ -182,7 +189,7 @@ class Predictor:
         )
 
     def predict_case(self, case: Case) -> Segmentation:
-        """Read and segment a case. Arrays are (D, H, W), with axes as in `xdim_jax.data.images.grid`.
+        """Read and segment a case. Arrays are (D, H, W), see `xdim_jax.data.images.grid`.
 
         Raises:
             DataError: The case cannot be read.
@@ -201,14 +208,14 @@ class Predictor:
         """Segment an array, or one case on disk.
 
         Args:
-            image: A file, the files of one case (one per channel), a case folder, or a folder of DICOM slices. Or an
-                array whose axes are, in any order, ``z`` (towards superior), ``y`` (towards posterior; in 2D images:
-                down), ``x`` (towards the patient's left; in 2D images: to the right) and ``c`` (channels, in the order
+            image: A file, the files of one case (one per channel), a case folder, or a folder of DICOM slices; or an
+                array with the axes, in any order, ``z`` (towards superior), ``y`` (towards posterior; in 2D images
+                down), ``x`` (towards the patient's left; in 2D images to the right) and ``c`` (channels, in the order
                 of training).
-            axes: Names of the array's axes. An array without ``c`` has one channel, one without ``z`` is one slice.
+            axes: Names of the axes of an array. An array without ``c`` has one channel; one without ``z`` is one slice.
             spacing: Voxel size of an array in mm, along its spatial axes in the order of ``axes``; None for 1 mm.
-            affine: Affine from voxel indices (x, y, z) of the array to RAS+ mm, as in a NIfTI file. It replaces
-                ``spacing``, and needs the axes ``xyz`` or ``xyzc``.
+            affine: Affine from voxel indices (x, y, z) of an array to mm in the RAS+ frame, as in a NIfTI file. It
+                replaces ``spacing`` and the directions above.
             modality: CT or MR. Needed if the network was trained on both.
 
         Returns:
@@ -275,13 +282,19 @@ def _as_paths(paths: Paths) -> list[Path]:
 
 
 def _check_common(workdirs: Sequence[Path], configs: Sequence[Any]) -> None:
-    """Raise UserError if the runs differ in the config values of `_COMMON`, or in channels, labels or regions."""
+    """Raise UserError if the runs differ in the config values of `_COMMON`, or in channels, labels or regions.
+
+    The name of the labels may differ, because it can be the name of the folder of the data.
+    """
     problems = []
     for workdir, config in zip(workdirs[1:], configs[1:], strict=True):
         for key, a, b in differences(configs[0], config, ignored=()):
             if any(key == name or key.startswith(f"{name}.") for name in _COMMON):
                 problems.append(f"{key}: {a!r} in {workdirs[0]}, {b!r} in {workdir}")
     described = [read_json(w / DATA_FILE) for w in workdirs]
+    for data in described:
+        if isinstance(labels := data.get("labels"), dict):
+            labels.pop("name", None)
     for workdir, other in zip(workdirs[1:], described[1:], strict=True):
         if different := [k for k in ("channels", "labels", "regions") if described[0].get(k) != other.get(k)]:
             problems.append(f"{', '.join(different)} of the data differ between {workdirs[0]} and {workdir}")
@@ -290,7 +303,7 @@ def _check_common(workdirs: Sequence[Path], configs: Sequence[Any]) -> None:
 
 
 def _dataset(config: Any, workdir: Path, convention: str) -> Dataset:
-    """Return the data set that a run was trained on, with another convention if one is given."""
+    """Return the data set on which a run was trained, with another convention if one is given."""
     data = config.data.to_dict()
     if convention:
         if "convention" not in data:

@@ -21,25 +21,24 @@ class Settings:
     """Settings of a prediction.
 
     Attributes:
-        preset: ``fast``: windows overlap by a quarter. ``default``: windows overlap as in the config. ``best``: windows
-            overlap by half, and are mirrored along the axes that augmentation mirrored in training. (Other axes would
-            make predictions worse, because the network has never been trained on such mirror images.)
-        overlap: Overlap of windows, in [0, 1); None for the overlap of the preset.
-        flips: Axes (0: D, 1: H, 2: W) along which windows are mirrored, in all combinations; None for the axes of the
-            preset.
+        preset: ``fast``: overlap 0.25. ``default``: overlap as in the config. ``best``: overlap 0.5, and test-time
+            flips along the axes along which augmentation flipped patches in training. (Flips along other axes make
+            predictions worse, because the network has not been trained on such images.)
+        overlap: Overlap of neighbouring windows, as a fraction in [0, 1); None for the overlap of the preset.
+        flips: Axes (0: D, 1: H, 2: W) of the test-time flips, which are made in all combinations; None for the axes of
+            the preset.
         precision: ``float32`` or ``bfloat16``; empty for the precision in the config.
         batch: Number of windows that are computed at once; 0 for one on CPU and four on other devices.
         threshold: Threshold of the probabilities, for all regions or by region; None for the threshold in the config.
         min_et: Smallest number of voxels of the enhancing tumour (BraTS); None for the value in the config.
         largest: Names of regions, ``("all",)``, or ``("none",)``. Only their largest connected component is kept. Empty
             for the regions that ``python -m xdim_jax.fit`` has chosen for this run, if any.
-        min_volume: By region (or with an empty name, for all regions), the volume in ml of the smallest component that
-            is kept; None for the volumes that
-            ``python -m xdim_jax.fit`` has chosen for this run, if any.
+        min_volume: Name of a region (or an empty name, for all regions) -> volume in ml of the smallest component that
+            is kept; None for the volumes that ``python -m xdim_jax.fit`` has chosen for this run, if any.
         probabilities: True to compute the probabilities of all channels in addition to labels.
         uncertainty: True to compute the variance of the probabilities in addition to labels.
         compress: True to write probabilities and uncertainty as compressed files with 16 bits per voxel, rounded to
-            multiples of 1/65535 and 0.25/65535. Arrays in memory are not rounded.
+            multiples of 1 / 65535 and 0.25 / 65535. Arrays in memory are not rounded.
     """
 
     preset: str = "default"
@@ -69,12 +68,12 @@ class ResolvedSettings:
 
     Attributes:
         predict: The ``predict`` section of the run's config, with the overlap and the ``min_et`` of the settings. It
-            is part of the record ``predict.json``.
+            is written to ``predict.json``.
         threshold: Threshold of the probabilities, for all regions or by region; not used with softmax.
-        flips: Axes of a volume (0: D, 1: H, 2: W) along which windows are mirrored.
+        flips: Axes of a volume (0: D, 1: H, 2: W) of the test-time flips.
         precision: ``float32`` or ``bfloat16``.
         largest: Names of regions. Only their largest connected component is kept.
-        min_volume: By region, the volume in ml of the smallest component that is kept.
+        min_volume: Name of a region -> volume in ml of the smallest component that is kept.
     """
 
     predict: dict[str, Any]
@@ -91,7 +90,7 @@ class ResolvedSettings:
 
     @property
     def min_et(self) -> int:
-        """Smallest enhancing tumour in voxels; 0 for no limit."""
+        """Smallest number of voxels of the enhancing tumour; 0 for no limit."""
         return self.predict.get("min_et", 0)
 
 
@@ -100,9 +99,9 @@ class PostProcessing:
     """Post-processing that `xdim_jax.planning.postprocessing` has chosen for a run by cross-validation.
 
     Attributes:
-        threshold: By region, the threshold of the probabilities; empty for that of the config.
+        threshold: Name of a region -> threshold of its probabilities; empty for that of the config.
         largest: Names of regions. Only their largest connected component is kept.
-        min_volume: By region, the volume in ml of the smallest component that is kept.
+        min_volume: Name of a region -> volume in ml of the smallest component that is kept.
     """
 
     threshold: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -111,7 +110,7 @@ class PostProcessing:
 
 
 def read_postprocessing(workdir: Path) -> PostProcessing:
-    """Return the post-processing that was chosen for a run; none if there is no such file.
+    """Return the post-processing that was chosen for a run; an empty one if the workdir has no such file.
 
     Raises:
         UserError: The file cannot be used.
@@ -130,13 +129,28 @@ def read_postprocessing(workdir: Path) -> PostProcessing:
         raise UserError(f"{path} cannot be used ({error}); delete it, and run python -m xdim_jax.fit again") from error
 
 
+def without_given(chosen: PostProcessing, settings: Settings) -> PostProcessing:
+    """Return the chosen post-processing without the values that ``settings`` gives."""
+
+    def rest(values: dict[str, float], given: Any) -> dict[str, float]:
+        if given is None:
+            return values
+        return {k: v for k, v in values.items() if k not in given} if isinstance(given, Mapping) else {}
+
+    min_volume = settings.min_volume
+    if min_volume is not None and (not min_volume or "" in min_volume):  # for all regions
+        min_volume = dict.fromkeys(chosen.min_volume, 0.0)
+    largest = () if settings.largest else chosen.largest
+    return PostProcessing(rest(chosen.threshold, settings.threshold), largest, rest(chosen.min_volume, min_volume))
+
+
 def resolve(
     settings: Settings, config: Any, regions: Regions, chosen: PostProcessing | None = None
 ) -> ResolvedSettings:
-    """Check the settings of a prediction, and fill in the defaults of a run.
+    """Check the settings of a prediction, and complete them by the defaults of a run.
 
     Args:
-        settings: Settings that the user has given.
+        settings: Settings that the user gave.
         config: Config of the run.
         regions: Regions of the data set.
         chosen: Post-processing that was chosen for the run; None for none.
@@ -151,7 +165,8 @@ def resolve(
     if settings.batch < 0:
         raise UserError(f"--batch={settings.batch}: expected 1 or more windows, or 0 for the default")
     chosen = chosen or PostProcessing()
-    min_volume = dict(chosen.min_volume if settings.min_volume is None else settings.min_volume)
+    chosen = without_given(chosen, settings)
+    min_volume = {**chosen.min_volume, **(settings.min_volume or {})}
     if "" in min_volume:  # one volume for all regions
         min_volume = dict.fromkeys(regions.names, min_volume[""])
     for flag, names in (("--largest", set(settings.largest) - {"all", "none"}), ("--min_volume", set(min_volume))):
@@ -172,7 +187,10 @@ def resolve(
     default = float(predict["threshold"])
     threshold: float | dict[str, float] = default
     if settings.threshold is not None:
-        threshold = _thresholds(settings.threshold, config.output, regions, default=default)
+        given = settings.threshold
+        if isinstance(given, Mapping):
+            given = {**chosen.threshold, **given}
+        threshold = _thresholds(given, config.output, regions, default=default)
     elif chosen.threshold:
         threshold = _thresholds(chosen.threshold, config.output, regions, default=default)
     return ResolvedSettings(
@@ -219,10 +237,10 @@ def _thresholds(
 
 
 def _flips(settings: Settings, trained: Any, *, slices: bool) -> tuple[int, ...]:
-    """Return the axes of a volume along which windows are mirrored.
+    """Return the axes of a volume of the test-time flips.
 
     Args:
-        settings: Settings that the user has given.
+        settings: Settings that the user gave.
         trained: The ``augment.flip`` section of the config.
         slices: True for a 2D network, whose axes 0 and 1 are H and W of a volume.
     """

@@ -1,9 +1,9 @@
 """Sliding-window prediction of whole volumes, in bounded memory.
 
 Windows are blended on the device with Gaussian weights, from the first slices of the volume to the last. A buffer on
-the device holds the weighted sums of those slices to which later windows still contribute. Complete slices are
-resampled to the source grid, decoded to labels, and removed from the buffer. So only label indices are copied to the
-host, and no array has the size of the volume times the number of classes.
+the device holds the weighted sums of the slices to which later windows still contribute. Complete slices are resampled
+to the source grid, decoded to labels, and removed from the buffer. Therefore only label indices are copied to the host,
+and no array has the size of the volume times the number of classes, unless probabilities are asked for.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from xdim_jax.inference.output import Output
 from xdim_jax.inference.windows import Layout, Windows, batched, gaussian_weights, make_layout, read_window
 
 _DECODED = 8  # number of slices that are decoded to labels at once
-SLICES = 8  # batch of a 2D network: the number of slices of a volume that are computed at once
+SLICES = 8  # for a 2D network, a window has this number of slices, times the batch
 
 # weights, images (B, *patch, C) -> logits (B, *patch, channels)
 Forward = Callable[[Any, jax.Array], jax.Array]
@@ -67,8 +67,9 @@ class Segmenter:
     ):
         self.windows, self.output, self.extra_outputs, self.members = windows, output, extra_outputs, members
         self._forward, self._threshold = forward, threshold
-        self._gauss = gaussian_weights(windows.patch)[..., None]
-        # forward passes: index of the network, and for each axis whether the window is mirrored along it
+        # slices of a 2D network do not depend on each other, so the weights are the same for all slices of a window
+        self._gauss = gaussian_weights((1, *windows.patch[1:]) if windows.slices else windows.patch)[..., None]
+        # forward passes: index of the network, and for each axis whether the window is flipped along it
         self._passes = [
             (np.int32(member), np.array([axis in flip for axis in range(3)]))
             for member in range(max(members, 1))
@@ -102,7 +103,7 @@ class Segmenter:
                 batch of windows, and while the network is compiled.
 
         Returns:
-            Label indices uint8 (D, H, W) on the source grid; 0 outside of the box that preparation has kept.
+            Label indices uint8 (D, H, W) on the source grid; 0 outside of the box to which preparation cropped.
 
         Raises:
             StoppedError: ``stopped`` has returned True.
@@ -144,7 +145,7 @@ class Segmenter:
     def device_bytes(
         self, weights: Any, volumes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], in_channels: int
     ) -> int:
-        """Estimate the peak memory on the device in bytes if volumes are segmented one after the other.
+        """Estimate the peak memory on the device in bytes, if the volumes are segmented one after the other.
 
         Args:
             weights: Weights of the network.
@@ -183,14 +184,12 @@ class Segmenter:
     def _placement(
         self, layout: Layout, batch: Sequence[tuple[int, ...]], top: int
     ) -> tuple[jax.Array, np.ndarray, np.ndarray]:
-        """Return the Gaussian weights, and for each window of a batch its start in the buffer and whether it counts.
+        """Return the Gaussian weights, and for each window of a batch its start in the buffer and a factor.
 
-        Windows that only fill the batch (see `_fill`) have a factor of 0, the others of 1.
+        The factor is 0 for copies that fill the batch (see `_fill`), and 1 for other windows.
         """
-        whole = layout.patch == self.windows.patch
-        gauss = self._gauss if whole else gaussian_weights(layout.patch)[..., None]
         starts = np.array(_fill(batch, layout.batch), np.int32) - np.array([top, 0, 0], np.int32)
-        return jnp.asarray(gauss), starts, (np.arange(layout.batch) < len(batch)).astype(np.float32)
+        return jnp.asarray(self._gauss), starts, (np.arange(layout.batch) < len(batch)).astype(np.float32)
 
     def _network(self, weights: Any, shape: tuple[int, ...], stopped: Callable[[], bool] = lambda: False) -> Any:
         """Return the compiled network for a batch of windows ``(B, *patch, C)``."""
@@ -204,7 +203,7 @@ class Segmenter:
     # The following methods are traced: they run on the device.
 
     def _probabilities(self, weights: Any, image: jax.Array, member: jax.Array, flips: jax.Array) -> jax.Array:
-        """Return the probabilities of a batch of windows from one network, computed on one mirror image."""
+        """Return the probabilities of a batch of windows by one network, computed on flipped windows."""
         if self.members:
             weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, member, 0, keepdims=False), weights)
         if not any(self.windows.flips):
@@ -214,7 +213,10 @@ class Segmenter:
     def _blend_windows(
         self, buffer: jax.Array, total: Any, gauss: jax.Array, starts: jax.Array, valid: jax.Array
     ) -> jax.Array:
-        """Add the mean probabilities over all passes, times the Gaussian weights, and the weights to the buffer."""
+        """Add to the buffer the mean probabilities over all passes, multiplied by the Gaussian weights.
+
+        The weights are added to its last channel.
+        """
         mean = total[0] / len(self._passes)
         parts = [mean]
         if "uncertainty" in self.extra_outputs:
@@ -269,10 +271,10 @@ def make_segmenter(
         forward: Forward pass of the network; in 2D, images are ``(B, H, W, C)``.
         output: Meaning of the channels.
         patch: Size of a window, (D, H, W) or, for a 2D network, (H, W).
-        overlap: Share of a window that its neighbour covers, in [0, 1); slices of a 2D network do not overlap.
-        batch: Number of windows that are computed at once.
-        flips: For each forward pass, the axes along which the window is mirrored, see `Windows`. A 2D network can be
-            mirrored along 1 (H) and 2 (W) only.
+        overlap: Fraction of a window that its neighbour covers, in [0, 1); slices of a 2D network do not overlap.
+        batch: Number of windows that are computed at once; for a 2D network, `SLICES` times as many slices.
+        flips: For each forward pass, the axes along which the window is flipped, see `Windows`. For a 2D network, only
+            1 (H) and 2 (W) are possible.
         options: The other arguments of `Segmenter`.
     """
     if len(patch) == 3:
@@ -304,7 +306,7 @@ def _sum(total: tuple[jax.Array, jax.Array], p: jax.Array) -> tuple[jax.Array, j
 
 
 def _mirror(array: jax.Array, flips: jax.Array) -> jax.Array:
-    """Mirror ``(B, D, H, W, C)`` along the spatial axes for which ``flips`` (3,) is True."""
+    """Flip ``(B, D, H, W, C)`` along the spatial axes for which ``flips`` (3,) is True."""
     for axis in range(3):
         array = jnp.where(flips[axis], jnp.flip(array, axis + 1), array)
     return array

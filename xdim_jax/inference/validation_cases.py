@@ -8,24 +8,26 @@ from typing import Any
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import atomic_path, read_json, write_json
-from xdim_jax.data.case import Case, Dataset, read_label, scan_cases
+from xdim_jax.data.case import Case, Dataset, scan_cases
 from xdim_jax.data.images.image import read_grid
 from xdim_jax.data.images.nifti import read_note, write_volume
+from xdim_jax.data.reading import read_label
 from xdim_jax.inference.folder import claim_output, make_note
 from xdim_jax.inference.predict_cases import predict_cases
 from xdim_jax.inference.predictor import Predictor
 from xdim_jax.inference.settings import Settings
 from xdim_jax.runs.workdir import PREDICTIONS_FOLDER, SPLIT_FILE, find_members, read_config
 
-REFERENCES_FOLDER = "references"  # beside the predictions, if the data are a table
+# folder next to that of the predictions, for the references of a table; its dataset.json lists the files written there
+REFERENCES_FOLDER = "evaluation_references"
+_WRITTEN = "written_by_xdim_jax"
 
 
 def predict_validation(workdir: Path, output: Path, settings: Settings | None = None) -> tuple[Path, set[str]]:
     """Predict the validation cases of a run into a folder. Predictions that are up to date are kept.
 
-    These may be predictions of training, which keeps those of its best validation.
-
-    In a cross-validation, each fold predicts the cases that it was not trained on.
+    Predictions of the best validation during training are also used. In a cross-validation, each fold predicts the
+    cases on which it was not trained.
 
     Args:
         workdir: Workdir of a run or a cross-validation.
@@ -33,8 +35,8 @@ def predict_validation(workdir: Path, output: Path, settings: Settings | None = 
         settings: Settings of the prediction; None for the defaults.
 
     Returns:
-        The folder of the references, and the case ids of the validation cases in scoring. The ids of CHAOS T1-DUAL lack
-        the ``_in`` that they have in training, because both phases have the same reference.
+        The folder of the references, and the ids of the validation cases for scoring. The ids of CHAOS T1-DUAL are
+        without the ``_in`` of training, because both phases have the same reference.
 
     Raises:
         UserError: The data have been moved, a case cannot be predicted, the folds use different data folders, or two
@@ -61,9 +63,21 @@ def predict_validation(workdir: Path, output: Path, settings: Settings | None = 
 
 
 def _write_references(folder: Path, dataset: Dataset, cases: Sequence[Case]) -> None:
-    """Copy references, which in a table have any name and format, to ``<case id>.nii.gz``, with a ``dataset.json``."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    """Write the references of a table, which can have any name and format, as ``<case id>.nii.gz``, and a JSON file.
+
+    References of an earlier call are deleted. Other files are never deleted.
+
+    Raises:
+        UserError: The folder contains files that this function did not write.
+    """
+    path = folder / "dataset.json"
+    written = set(_written_references(path))
+    own = {*written, path.name} if written else set()
+    if others := sorted(p.name for p in folder.glob("*") if p.name not in own and not p.name.startswith(".")):
+        raise UserError(
+            f"{folder} contains files that xdim_jax did not write there ({shorten(others)}): expected a folder for the "
+            "references of the evaluation; move these files to another folder"
+        )
     labels = dataset.labels
     values = {name: [labels.values[i] for i in sorted(indices)] for name, indices in dataset.regions.sets.items()}
     described: dict[str, Any] = {"labels": {"background": 0, **values}}
@@ -71,10 +85,20 @@ def _write_references(folder: Path, dataset: Dataset, cases: Sequence[Case]) -> 
         described["labels"]["ignore"] = labels.ignore
     if dataset.partly_annotated:
         described["annotated"] = {case: list(names) for case, names in dataset.partly_annotated.items()}
-    write_json(folder / "dataset.json", described)
+    files = {f"{case.case_id}.nii.gz" for case in cases}
+    # before the label maps, so that a killed process leaves no file that is not listed
+    write_json(path, described | {_WRITTEN: sorted(files | written)})
+    for name in written - files:
+        (folder / name).unlink(missing_ok=True)
     for case in cases:
         values = labels.encode(read_label(case))
         write_volume(folder / f"{case.case_id}.nii.gz", values, read_grid(case.images[0], case.axes))
+
+
+def _written_references(path: Path) -> list[str]:
+    """Return the names of the files that `_write_references` has written, as listed in its JSON file."""
+    known = read_json(path) if path.is_file() else {}
+    return known.get(_WRITTEN, []) if isinstance(known, dict) else []
 
 
 def find_validation(workdir: Path, settings: Settings | None = None) -> tuple[list[tuple[Predictor, list[Case]]], Path]:
@@ -99,7 +123,7 @@ def find_validation(workdir: Path, settings: Settings | None = None) -> tuple[li
 
 
 def _copy_predictions(folder: Path, output: Path, predictor: Predictor, cases: Sequence[Case]) -> None:
-    """Copy the predictions of training that are up to date, unless they are in the output folder already."""
+    """Copy the predictions of training that are up to date, unless they are already in the output folder."""
     if folder.resolve() == output.resolve():
         return
     for case in cases:
@@ -111,7 +135,7 @@ def _copy_predictions(folder: Path, output: Path, predictor: Predictor, cases: S
 
 
 def _common_root(workdir: Path, splits: Mapping[Path, Mapping[str, Any]]) -> Path:
-    """Return the data folder of all folds. Raises UserError if they have different ones."""
+    """Return the data folder of all folds. Raises UserError if they have different folders."""
     roots = sorted({split["root"] for split in splits.values()})
     if len(roots) > 1:
         raise UserError(f"the folds of {workdir} have their data in {shorten(roots)}; give the workdir of one fold")

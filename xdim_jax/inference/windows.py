@@ -9,20 +9,20 @@ import numpy as np
 from xdim_jax.data.prepare import Prepared, resample
 
 SIGMA = 1 / 8  # standard deviation of the weights as a fraction of the patch, as in nnU-Net
-_FLOOR = 1e-3  # smallest weight, so that the division by the sum of weights stays accurate in corners with one window
-_MULTIPLE = 32  # H and W of buffer and resampled slices are rounded up to multiples of it, to compile few programs
+_FLOOR = 1e-3  # smallest weight, so that division by the sum of weights remains accurate in corners with one window
+_MULTIPLE = 32  # H and W of buffer and resampled slices are rounded up to multiples of this, to compile few programs
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Settings: how volumes are divided into windows, and how windows are mirrored.
+    """Settings: how volumes are divided into windows, and along which axes windows are flipped.
 
     Attributes:
-        patch: Size of a window, D, H, W.
-        overlap: For each axis, the share of a window that its neighbour covers, in [0, 1).
+        patch: Size of a window (D, H, W).
+        overlap: For each axis, the fraction of a window that its neighbour covers, in [0, 1).
         batch: Number of windows that are computed at once.
-        flips: For each forward pass, the axes (0: D, 1: H, 2: W) along which the window is mirrored. ``((),)`` for one
-            pass without mirroring.
+        flips: For each forward pass, the axes (0: D, 1: H, 2: W) along which the window is flipped. ``((),)`` for one
+            pass without flips.
         slices: True if the network is 2D; a window may then have fewer slices than the patch.
     """
 
@@ -87,7 +87,7 @@ class Layout:
 
     @property
     def buffer_slices(self) -> int:
-        """Number of slices in the buffer: those of a window, and earlier ones that the source grid still needs."""
+        """Number of slices in the buffer: those of a window, and earlier ones that are needed for interpolation."""
         return _round_up(self.patch[0] + (self.taps[0].shape[1] if self.size[0] != self.target[0] else 0), 8)
 
     @property

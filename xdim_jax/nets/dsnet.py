@@ -1,8 +1,8 @@
 """DS-Net: a 3D encoder that compresses the depth only, a 2D U-Net, and a 3D decoder (paper, Sect. 2.1.2).
 
 See docs/networks.md, section DS-Net. The depth is the first spatial axis. Strides of 3, 2, 2 and 4 compress it to three
-planes. Each of the four channels of the result becomes a 2D image, with the three planes as its colour channels. The
-images of all samples together are the batch of the inner 2D network, so any batch size works.
+planes. Each of the four channels of the result becomes a 2D image with the three planes as colour channels. The images
+of all samples form the batch of the inner 2D network, so any batch size is possible.
 """
 
 import math
@@ -46,10 +46,10 @@ class Compress(nnx.Module):
 class Expand(nnx.Module):
     """Upsampling along the depth, concatenation with the skip connection, and one or two `ConvNorm`.
 
-    ``decoder="transposed"`` has one `ConvNorm`, ``"nearest"`` has two. The upsampled array gets as many planes as the
+    ``decoder="transposed"`` has one `ConvNorm`, ``"nearest"`` has two. The upsampled array has as many planes as the
     skip connection: the output of a transposed convolution is cropped if it has more planes, and padded with zeros
-    before the bias is added if it has fewer. Therefore every depth that is compressed to three planes can be used, not
-    only the 128 of the released code.
+    (before the bias is added) if it has fewer. Therefore every depth that is compressed to three planes can be used,
+    not only the depth of 128 of the released code.
     """
 
     def __init__(
@@ -88,10 +88,11 @@ class DSNet(nnx.Module):
         filters: Number of filters of the four 3D levels, finest first.
         images: Number of 2D images per sample.
         affine: True if the 3D instance norms have a scale and a shift.
-        decoder: ``transposed`` for one block per stage, as in the released code; ``nearest`` for two blocks, as in the
-            paper.
+        decoder: ``transposed`` for a transposed convolution and one block per stage, as in the released code;
+            ``nearest`` for nearest-neighbour upsampling and two blocks, as in the paper.
         inner: Arguments of the inner `OmniaNet`, without the numbers of channels.
-        deep_supervision: True to add 1^3 convolutions to logits on the three coarser decoder stages.
+        deep_supervision: True to compute logits also from each of the three coarser decoder stages, by a convolution of
+            kernel size 1.
     """
 
     ndim: ClassVar[int] = 3
@@ -169,13 +170,14 @@ class DSNet(nnx.Module):
 
     @classmethod
     def size_problems(cls, section: Mapping[str, Any], size: Sequence[int]) -> list[str]:
-        return volume_problems(size, Style(2).level_strides)
+        problems = volume_problems(size, Style(2).level_strides)
+        return problems or OmniaNet.size_problems(section["inner"], size[1:])
 
     @classmethod
     def check_space(cls, section: Mapping[str, Any], size: Sequence[int], devices: int) -> None:
         raise UserError(
             f"config.mesh.space={devices}: DS-Net converts the depth to colour channels, so the depth cannot be "
-            "divided among devices; give --config.mesh.space=1, which divides the batch"
+            "divided among devices; give --config.mesh.space=1 to divide the batch instead"
         )
 
     def features(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array | None]:
@@ -215,7 +217,7 @@ def volume_problems(size: Sequence[int], level_strides: Sequence[Sequence[int]])
         low, high = VALID_DEPTHS[0], VALID_DEPTHS[-1]
         near = f"{low} or {low + 1}" if depth < low else f"{high} or {high - 1}"
         problems.append(
-            f"axis D is {depth}: level 1/{math.prod(DEPTH_STRIDES)} of the depth would have "
-            f"{compressed_depth(max(depth, 0))} planes, not {PLANES}; use {low} to {high}, nearest {near}"
+            f"axis D is {depth}: compressed by {math.prod(DEPTH_STRIDES)}, it would have "
+            f"{compressed_depth(max(depth, 0))} planes, not {PLANES}; use {low} to {high}, for example {near}"
         )
     return problems + side_problems(plane, level_strides)

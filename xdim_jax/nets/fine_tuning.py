@@ -1,13 +1,13 @@
-"""Adapting the weights of a trained network to other channels, other structures, or other depth strides.
+"""Adapting the weights of a trained network to other image channels, other structures, or other depth strides.
 
-Kernels of convolutions do not depend on the size of the image or its spacing. Only these arrays do not fit:
+Most arrays have the same shape in both networks and are copied. These are adapted:
 
-- The first convolution, if the image channels differ. A channel that the trained network has, too, keeps its kernel. A
-  new channel gets the mean of the kernels of all channels.
-- The last convolution and those of deep supervision, if the outputs differ. An output that the trained network has,
-  too, keeps its kernel and bias. A new output stays random.
-- The transposed convolutions of the decoder, if the depth strides differ. With stride 1 instead of 2, the kernel is the
-  mean over its two planes, and with 2 instead of 1, both planes are the same.
+- The first convolution, if the image channels differ. The kernel of a channel that both networks have is copied. The
+  kernel of a new channel is the mean over the channels of the trained network.
+- The last convolution and those of deep supervision, if the outputs differ. Kernel and bias of an output that both
+  networks have are copied. Those of a new output are randomly initialised.
+- The transposed convolutions of the decoder, if the depth strides differ. From stride 2 to 1, the kernel is averaged
+  over its two planes; from 1 to 2, its plane is repeated.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ import numpy as np
 
 from xdim_jax.base.errors import UserError
 
-# keys of the model section in which the networks may differ
+# keys of the model section that may differ between the two networks
 FREE = ("in_channels", "out_channels", "deep_supervision", "depth.strides", "depth.padding")
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """What the channels of a network mean.
+    """The meaning of the channels of a network.
 
     Attributes:
         channels: Names of the image channels.
@@ -38,22 +38,32 @@ class Names:
 
 
 def adapt_arrays(
-    arrays: Mapping[str, np.ndarray], wanted: Mapping[str, Any], first: str, source: Names, target: Names
+    arrays: Mapping[str, np.ndarray],
+    wanted: Mapping[str, Any],
+    first: str,
+    source: Names,
+    target: Names,
+    *,
+    require: bool = True,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Adapt the arrays of a trained network.
 
     Args:
         arrays: Arrays of the trained network by name.
-        wanted: Arrays of the new network by name, with random values.
+        wanted: Arrays of the new network by name, randomly initialised.
         first: Name of the kernel of the first convolution.
         source: Meaning of the channels of the trained network.
         target: Meaning of the channels of the new network.
+        require: False to omit an array of the trained network whose shape differs for another reason than those in
+            the docstring of this module.
 
     Returns:
-        The arrays of the new network that are not random; and by name how each array was obtained.
+        The arrays of the new network that have a counterpart in the trained one, by name; and name -> how each array
+        was obtained.
 
     Raises:
-        UserError: An array differs in a way that is not described above.
+        UserError: The shapes of an array differ for another reason than those in the docstring of this module, and
+            ``require`` is True.
     """
     out, done = {}, {}
     for name, leaf in wanted.items():
@@ -63,27 +73,31 @@ def adapt_arrays(
         array, shape = arrays[name], tuple(leaf.shape)
         done[name] = "copied"
         if _is_output(name) and (source.outputs, source.activation) != (target.outputs, target.activation):
-            array, done[name] = _outputs(array, np.asarray(leaf), source, target)
+            if array.shape[:-1] == shape[:-1]:
+                array, done[name] = _outputs(array, np.asarray(leaf), source, target)
         elif name == first and source.channels != target.channels:
             array, done[name] = _inputs(array, source.channels, target.channels)
         elif ".trans." in name and array.shape != shape:
             array = _planes(array, shape)
             done[name] = "adapted to other depth strides"
-        if array.shape != shape:
+        if array.shape == shape:
+            out[name] = array
+        elif require:
             raise UserError(f"{name} is {array.shape} in the weights, expected {shape}, and cannot be adapted")
-        out[name] = array
+        else:
+            done[name] = "omitted: another shape"
     for name in arrays.keys() - wanted.keys():
-        done[name] = "left out: not in the network"
+        done[name] = "omitted: not in the network"
     return out, done
 
 
 def _is_output(name: str) -> bool:
-    """Return whether an array belongs to a convolution to logits."""
+    """Return whether an array belongs to a convolution that computes logits."""
     return name.startswith(("last.", "heads."))
 
 
 def _outputs(array: np.ndarray, random: np.ndarray, source: Names, target: Names) -> tuple[np.ndarray, str]:
-    """Return a kernel or bias of a convolution to logits, and how it was obtained."""
+    """Return a kernel or bias of a convolution that computes logits, and how it was obtained."""
     if source.activation != target.activation:
         return random, f"random: the output is {target.activation} instead of {source.activation}"
     kept = [name for name in target.outputs if name in source.outputs]

@@ -36,7 +36,7 @@ PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def precision(train: Mapping[str, Any]) -> Any:
-    """Return the dtype of activations that ``train["precision"]`` names.
+    """Return the dtype of activations with the name ``train["precision"]``.
 
     Args:
         train: The ``train`` section of a config.

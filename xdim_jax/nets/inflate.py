@@ -1,37 +1,40 @@
 """Dimensional transfer: inflation of the kernels of a 2D network to the kernels of a 3D network (paper, Sect. 2.2.1).
 
-A kernel gains an axis of ``k`` taps, and `profile` gives the weight of each tap. On a volume that is constant along
-this axis the 3D kernel acts as the 2D kernel times the sum of the weights. The table states what each rule preserves,
-for networks in evaluation mode. "Exact" means up to rounding, and "depth-constant" means that all slices of the volume
-are the same image. Each line has a test in tests/test_inflation.py.
+A kernel gains an axis of ``k`` taps, and `profile` returns the weight of each tap. On a volume of identical slices, the
+3D kernel acts as the 2D kernel times the sum of the weights. For each rule, the table states the volumes for which a 3D
+network in evaluation mode gives the output of the 2D network. The outputs are equal up to rounding, unless the table
+says "up to eps". Each line has a test in tests/test_inflation.py.
 
 =====================  ==========================================  ===================================================
-rule                   taps along the new axis                     preserves
+rule                   taps along the new axis                     output of the 2D network is preserved for
 =====================  ==========================================  ===================================================
-mean                   1/k each (Carreira and Zisserman 2017)      depth-constant volumes, exact with ``edge`` or
+mean                   1/k each (Carreira and Zisserman 2017)      volumes of identical slices with ``edge`` or
                                                                    ``renorm`` padding along depth
-repeat                 1 each, as in the paper; the statistics of  the same as ``mean`` if a batch norm follows every
-                       the norm that follows are scaled            kernel; with other norms up to their eps
-repeat_uncorrected     1 each; the norm is not changed             nothing with running statistics; the same as ``mean``
-                                                                   with batch or instance statistics, up to eps
-centre                 1 in the middle, else 0                     depth-constant volumes with any padding; with depth
-                                                                   strides 1 and squeeze ``slice`` any volume, slice by
-                                                                   slice
-gaussian               a Gaussian of ``sigma`` taps, sum 1         depth-constant volumes with ``edge`` or ``renorm``
-spacing                overlap of each slice with a box that is    as ``gaussian``; ``spacing`` 1 gives ``mean``, and
-                       as long as the 2D kernel in millimetres;    ``spacing`` of k or more gives ``centre``
-                       slices are ``spacing`` times as thick as
-                       pixels are wide
-acs                    a third of the filters each in the axial,   for each third: a volume that is constant along the
-                       coronal and sagittal plane (Yang et al.     axis perpendicular to the plane
-                       2021)
+repeat                 1 each, as in the paper; the statistics of  the same as ``mean``, up to eps if the norm is not a
+                       the norm that follows are scaled (1/k each  batch norm
+                       if no norm follows)
+repeat_uncorrected     1 each; the norm is not changed             nothing with batch norm; the same as ``mean`` with
+                                                                   instance norm, and with batch norm in training mode,
+                                                                   up to eps
+centre                 1 in the middle, else 0                     volumes of identical slices with any padding; with
+                                                                   batch norm, depth strides 1 and squeeze ``slice``
+                                                                   any volume, slice by slice
+gaussian               a Gaussian of ``sigma`` taps, sum 1         volumes of identical slices with ``edge`` or
+                                                                   ``renorm`` padding
+spacing                overlap of each slice with a box that is    the same as ``gaussian``; ``spacing`` 1 gives
+                       as long as the 2D kernel in mm; the slice   ``mean``, and ``spacing`` of k or more gives
+                       spacing is ``spacing`` times the in-plane   ``centre`` if k is odd
+                       spacing
+acs                    a third of the filters each in the axial,   nothing; a single convolution preserves each third
+                       coronal and sagittal plane (Yang et al.     of its filters on volumes that are constant along
+                       2021)                                       the axis perpendicular to the plane of that third
 random                 random values, and the norm is reset; for   nothing
                        control experiments
 =====================  ==========================================  ===================================================
 
-The kernel of a transposed convolution is repeated under every rule except ``random``: its stride is as long as the
-kernel, so each output depends on one tap along the new axis. If a kernel has one tap along the new axis, all rules
-except ``random`` are the same.
+The kernel of a transposed convolution is repeated under every rule except ``random``: its stride equals its length, so
+each output depends on one tap along the new axis. If a kernel has one tap along the new axis, all rules except
+``random`` are the same.
 """
 
 import dataclasses
@@ -58,10 +61,10 @@ class Inflation:
     Attributes:
         rule: One of `RULES`; see the table above.
         sigma: Standard deviation for ``gaussian``, in taps.
-        spacing: Slice distance divided by pixel width, for ``spacing``.
+        spacing: Slice spacing divided by in-plane spacing, for ``spacing``.
         seed: Random seed for ``random``.
-        layers: Exceptions: pairs (pattern of layer names, rule), such as ``("blocks.0.*", "centre")``. The first match
-            is used.
+        layers: Other rules for some layers: pairs (pattern of layer names, rule), such as ``("blocks.0.*", "centre")``.
+            The first pattern that matches is used.
     """
 
     rule: str = "mean"
@@ -103,7 +106,7 @@ def profile(rule: str, taps: int, *, sigma: float = 1.0, spacing: float = 1.0) -
         weights = np.ones(taps)
     elif rule == "gaussian":
         weights = np.exp(-(offset**2 - (offset**2).min()) / (2 * sigma**2))
-    elif rule == "spacing":  # overlap of each slice with the extent of the kernel, both in pixel widths
+    elif rule == "spacing":  # overlap of each slice with the extent of the 2D kernel, both in units of in-plane spacing
         low, high = (offset - 0.5) * spacing, (offset + 0.5) * spacing
         weights = np.clip(np.minimum(high, taps / 2) - np.maximum(low, -taps / 2), 0, None)
     else:
@@ -138,12 +141,10 @@ def inflate_kernel(
 
 
 def _acs(kernel: np.ndarray, taps: int, axis: int) -> np.ndarray:
-    """Inflate by rule ``acs``: group g, a third of the filters, is in the plane perpendicular to axis ``axis + g``."""
+    """Inflate by rule ``acs``: third g of the filters is in the plane perpendicular to axis ``(axis + g) % 3``."""
     window, filters = kernel.shape[:-2], kernel.shape[-1]
     if set(window) != {taps} or len(window) != 2:
-        raise ValueError(
-            f"acs turns a square kernel into a cube; this kernel is {window}, and the new axis has {taps} taps"
-        )
+        raise ValueError(f"acs needs a square 2D kernel with as many taps as the new axis; found {window} and {taps}")
     out = np.zeros((taps,) * 3 + kernel.shape[-2:], kernel.dtype)
     for group, members in enumerate(np.array_split(np.arange(filters), 3)):
         plane: list[slice | int] = [slice(None)] * 3
@@ -165,23 +166,23 @@ def inflate_arrays(
 
     Args:
         arrays: Weights of ``source`` by name.
-        source: The 2D network, with shapes instead of arrays.
-        target: The 3D network, with shapes instead of arrays. Its layers have the same names.
+        source: The 2D network, with shapes in place of arrays.
+        target: The 3D network, with shapes in place of arrays. Its layers have the same names.
         inflation: The rules.
         axis: Position of the new axis among the spatial axes; 0 is depth, or time.
 
     Returns:
-        The weights by name, and how each was obtained: ``mean``, ``copied``, ...
+        The weights by name; and name -> how each array was obtained, such as ``mean`` or ``copied``.
 
     Raises:
         UserError: A pattern of ``inflation.layers`` matches no layer, or a layer cannot be inflated by its rule.
     """
     layers, wanted = named_layers(source), named_layers(target)
-    convs = {name: layer for name, layer in layers.items() if isinstance(layer, Conv | ConvTranspose)}
+    inflatable = [name for name, layer in layers.items() if isinstance(layer, Conv | ConvTranspose | Dense)]
     problems = [
-        f"the pattern {pattern!r} matches no layer; names of layers are {', '.join(list(convs)[:3])}, ..."
+        f"the pattern {pattern!r} matches no layer; names of layers are {', '.join(inflatable[:3])}, ..."
         for pattern, _ in inflation.layers
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in convs)
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in inflatable)
     ]
     out, done = dict(arrays), dict.fromkeys(arrays, "copied")
     options: dict[str, Any] = {"axis": axis, "sigma": inflation.sigma, "spacing": inflation.spacing}
@@ -196,7 +197,7 @@ def inflate_arrays(
         if isinstance(layer, ConvTranspose):
             rule = "repeat_uncorrected"
         elif rule == "repeat" and not norm:
-            rule = "mean"  # no norm follows, whose statistics could be corrected
+            rule = "mean"  # no norm follows that could correct the scale
         taps = shape[axis]
         try:
             out[f"{name}.kernel"] = inflate_kernel(arrays[f"{name}.kernel"], taps, rule=rule, **options)
@@ -220,10 +221,10 @@ def _sibling(name: str, sibling: str | None) -> str:
 def _correct_norm(
     out: dict[str, np.ndarray], done: dict[str, str], conv: str, norm: str, eps: float, taps: int
 ) -> None:
-    """Correct the statistics of a norm whose input is now ``taps`` times as large.
+    """Correct the running statistics of a norm whose input is now ``taps`` times as large.
 
     The mean is multiplied by ``taps``. The new variance is ``taps^2 * (var + eps) - eps``, so that the output of the
-    norm is exactly the same although eps does not change.
+    norm is the same up to rounding, although eps does not change.
     """
     if f"{conv}.bias" in out:
         out[f"{conv}.bias"] = out[f"{conv}.bias"] * taps

@@ -12,8 +12,8 @@ cycle     R, G, B, R, ... times 3 / C; for C = 1 the sum (timm's rule)          
 map       kernel of source channel ``channel_map[c]``, times one factor for      the same as ``mean``
           the layer
 randn     normal values of standard deviation 1 (the rule of the released code   nothing; for comparisons only. In 2D
-          if C is not 1 or 3)                                                    with C = 16, the deviation is 8.5 times
-                                                                                 as large as He et al. recommend
+          if C is not 1 or 3)                                                    with C = 16, the standard deviation is
+                                                                                 8.5 times that of He et al.
 ========  =====================================================================  ======================================
 """
 
@@ -42,7 +42,7 @@ def adapt_channels(
         Array ``(*kernel, C, out)``, in the dtype of ``kernel``.
 
     Raises:
-        ValueError: The rule is unknown, or the map has another length or names a channel that the source lacks.
+        ValueError: The rule is unknown, or the map has a wrong length or a channel that the source does not have.
     """
     check_choice("channel rule", rule, RULES)
     found = kernel.shape[-2]

@@ -1,8 +1,8 @@
 """Building blocks of the networks, for 2D and 3D, channels last.
 
-When a network is built, random kernels come from NumPy, because an eager ``jax.random`` call would compile a program
-for each shape. Under a JAX transformation they come from ``jax.random``. The numbers differ, but their distribution is
-the same.
+When a network is built, random kernels are sampled by NumPy, because an eager ``jax.random`` call compiles a program
+for each shape. Under a JAX transformation they are sampled by ``jax.random``. The numbers differ, but not their
+distribution.
 
 Activations have the dtype of the image: kernels and biases are cast to it where they are used, and norms compute in
 float32 or better and cast their result. As in Flax, ``model.train()`` and ``model.eval()`` select the mode: they set
@@ -44,9 +44,9 @@ class Depth:
 
     Attributes:
         axis: Position of the axis: 0 for depth (or time), 1 for height, 2 for width.
-        padding: Padding along this axis: ``zero``, as in the released code; ``edge``, which repeats the outermost slice
-            and makes inflation exact (see `xdim_jax.nets.inflate`); ``renorm``, which pads with zeros and divides by
-            the fraction of the kernel that is inside the volume.
+        padding: Padding along this axis: ``zero``, as in the released code; ``edge``, which repeats the outermost
+            slice; ``renorm``, which pads with zeros and divides by the fraction of the kernel that is inside the
+            volume. `xdim_jax.nets.inflate` states with which paddings inflation is exact.
         squeeze: Squeeze-and-excitation pools over the ``volume``, as in the released code, or over each ``slice``.
         strides: Strides along this axis of the five levels, finest first: 2 as in the plane, or 1 to keep all slices.
     """
@@ -67,7 +67,7 @@ class Depth:
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """Settings that all layers of a network share.
+    """Settings of all layers of a network.
 
     Attributes:
         ndim: Number of spatial axes, 2 or 3.
@@ -98,7 +98,7 @@ class Style:
         return tuple(sides)
 
     def strides(self, level: int) -> tuple[int, ...]:
-        """Return the strides of the layer whose output, in the plane, has 1/2^(level + 1) of the size of the image."""
+        """Return the strides of the layer that halves the plane for a level; along depth, its stride may be 1."""
         return self.window(2, self.depth.strides[level])
 
     @property
@@ -216,10 +216,10 @@ class Conv(nnx.Module):
 def _inverse_coverage(kernel: jax.Array, axis: int, n: int, stride: int, pad: tuple[int, int]) -> jax.Array:
     """Return, for each output, the factor that corrects for the taps of the kernel outside the volume.
 
-    The factor is the sum of the kernel's absolute values over all taps, divided by the sum over the taps inside the
-    volume. Partial convolutions (Liu et al. 2018) count taps instead. With absolute values, the correction is exact on
-    a volume of equal slices, for every kernel that is a non-negative profile along the axis times a 2D kernel. For
-    example, a kernel with only a middle tap needs no correction.
+    The factor is the sum of the absolute values of the kernel over all taps, divided by the sum over the taps inside
+    the volume. Partial convolutions (Liu et al. 2018) count taps instead. With absolute values, the correction is exact
+    if all slices are identical and the kernel is a 2D kernel times a non-negative profile along the axis. For example,
+    the factor of a kernel with only a middle tap is 1.
 
     Args:
         kernel: Kernel of the convolution.
@@ -355,8 +355,10 @@ class Norm(nnx.Module):
         y, mean, var = ops.normalise(x, scale, bias, **options, across=self.axis)
         count = x.size // x.shape[-1] * (1 if self.axis is None else jax.lax.axis_size(self.axis))
         unbiased = var.reshape(-1) * (count / max(count - 1, 1))
-        self.mean[...] = self.momentum * self.mean[...] + (1 - self.momentum) * mean.reshape(-1)
-        self.var[...] = self.momentum * self.var[...] + (1 - self.momentum) * unbiased
+        # not `self.mean[...] = ...`, which asks for the sharding of traced arrays: they have none, and the message that
+        # JAX then builds, and Flax discards, takes half of the tracing time
+        self.mean.set_value(self.momentum * self.mean[...] + (1 - self.momentum) * mean.reshape(-1))
+        self.var.set_value(self.momentum * self.var[...] + (1 - self.momentum) * unbiased)
         return y
 
 
@@ -389,7 +391,7 @@ class DropPath(nnx.Module):
     """Stochastic depth (Huang et al. 2016).
 
     In training, a residual branch is replaced by 0 for random samples, and divided by the keep probability for the
-    others. In evaluation it is unchanged.
+    others. In evaluation, it is unchanged.
     """
 
     def __init__(self, rate: float):

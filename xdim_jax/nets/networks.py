@@ -25,7 +25,7 @@ class Network(Protocol):
         ndim: Number of spatial axes, 2 or 3.
         fixed_axes: Number of leading spatial axes that `xdim_jax.plan` does not vary when it searches for the largest
             patch: 1 for DS-Net, whose depth is limited; else 0.
-        encoder_path: Keys that lead to the encoder, both in the section and in the parameters.
+        encoder_path: Keys of the encoder, both in the section and in the parameters.
         remat: Names of the stages whose activations the backward pass recomputes; see `set_remat`.
     """
 
@@ -41,7 +41,7 @@ class Network(Protocol):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names that the operations have in profiles, in the order of the forward pass."""
+        """Names of the parts of the network in profiles, in the order of the forward pass."""
         ...
 
     @classmethod
@@ -50,7 +50,7 @@ class Network(Protocol):
 
         Args:
             section: The ``model`` section.
-            size: Spatial sides of an image that the network is trained with, ``ndim`` numbers.
+            size: Spatial sides of a training image, ``ndim`` numbers.
         """
         ...
 
@@ -64,7 +64,7 @@ class Network(Protocol):
             devices: Number of devices.
 
         Raises:
-            UserError: It cannot be divided; names the config key ``mesh.space`` and the next valid sizes.
+            UserError: It cannot be divided; the message gives the config key ``mesh.space`` and the next valid sizes.
         """
         ...
 
@@ -87,7 +87,7 @@ def get_network(config: Mapping[str, Any]) -> type[Network]:
     """Return the class of the network that a ``model`` section names.
 
     Raises:
-        ValueError: The name is unknown; lists the known ones.
+        ValueError: The name is unknown; the message lists the known names.
     """
     name = config.get("name")
     if name not in NETWORKS:
@@ -96,14 +96,14 @@ def get_network(config: Mapping[str, Any]) -> type[Network]:
 
 
 def build(config: Mapping[str, Any], *, seed: int) -> nnx.Module:
-    """Build the network that a ``model`` section describes, with random weights, in training mode.
+    """Build the network that a ``model`` section describes, randomly initialised, in training mode.
 
     Args:
         config: The ``model`` section.
         seed: Seed of the weights.
 
     Raises:
-        ValueError: A network, encoder, norm or other choice is unknown, or a key is missing or unknown.
+        ValueError: A key is missing or unknown, or a network, encoder, norm or other choice is unknown.
     """
     make: Any = get_network(config)
     try:
@@ -115,12 +115,12 @@ def build(config: Mapping[str, Any], *, seed: int) -> nnx.Module:
 
 
 def build_abstract(config: Mapping[str, Any]) -> nnx.Module:
-    """Build the same network as `build`, with shapes instead of arrays, for example to compare it with a file."""
+    """Build the same network as `build`, with shapes in place of arrays, for example to compare it with a file."""
     return nnx.eval_shape(lambda: build(config, seed=0))
 
 
 def part_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names that the operations of a network have in profiles; see `xdim_jax.training.roofline`."""
+    """Return the names of the parts of a network in profiles; see `xdim_jax.training.roofline`."""
     network: Any = build_abstract(config)
     return network.parts
 
@@ -128,6 +128,11 @@ def part_names(config: Mapping[str, Any]) -> tuple[str, ...]:
 def spatial_axes(config: Mapping[str, Any]) -> int:
     """Return the number of spatial axes of a network, 2 or 3."""
     return get_network(config).ndim
+
+
+def depth_axis(config: Mapping[str, Any]) -> int:
+    """Return the spatial axis of a 3D network along which slices are stacked; 0 for a 2D network."""
+    return (config.get("depth") or {}).get("axis", 0)
 
 
 def set_remat(model: Any, names: str) -> None:
@@ -143,7 +148,7 @@ def set_remat(model: Any, names: str) -> None:
     patterns = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [p for p in patterns if not fnmatch.filter(model.stages, p)]:
         raise UserError(
-            f"config.train.remat={names}: {', '.join(unknown)} matches no stage of this network; it has: "
+            f"config.train.remat={names}: {', '.join(unknown)} matches no stage of this network; its stages are: "
             f"{', '.join(model.stages)}"
         )
     model.remat = tuple(s for s in model.stages if any(fnmatch.fnmatchcase(s, p) for p in patterns))
@@ -177,7 +182,7 @@ def check_patch(config: Mapping[str, Any], patch: Sequence[int]) -> None:
         patch: Spatial sides of a patch.
 
     Raises:
-        ValueError: The size is not valid; names the axis, the level and the nearest valid sizes.
+        ValueError: The size is not valid; the message gives the axis, the level and the nearest valid sizes.
     """
     network, name = get_network(config), config["name"]
     if len(patch) != network.ndim:
@@ -198,7 +203,7 @@ def check_space(config: Mapping[str, Any], patch: Sequence[int], space: int) -> 
         space: Number of devices, ``config.mesh.space``.
 
     Raises:
-        UserError: It cannot be divided; names the next valid sizes.
+        UserError: It cannot be divided; the message gives the next valid sizes.
     """
     if space > 1:
         get_network(config).check_space(_options(config), patch, space)

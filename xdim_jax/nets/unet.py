@@ -91,7 +91,8 @@ class UNet(nnx.Module):
         filters: Number of filters of each decoder stage, coarsest first.
         full_resolution: True to put a block of ``filters[-1]`` filters before the encoder. Its output is the skip
             connection of the last decoder stage (paper, Fig. 2 and Sect. 3.2).
-        deep_supervision: True to add 1^n convolutions to logits on the four coarser decoder stages.
+        deep_supervision: True to compute logits also from each of the four coarser decoder stages, by a convolution of
+            kernel size 1.
         depth: Fields of `xdim_jax.nets.layers.Depth`, for 3D.
     """
 
@@ -201,7 +202,7 @@ class UNet(nnx.Module):
         """Return logits, as `Network` describes.
 
         Raises:
-            ValueError: A side cannot be halved at every level; names the axis, the level and the nearest valid sizes.
+            ValueError: A side cannot be halved at every level; the message gives axis, level and nearest valid sizes.
         """
         *skips, x = self._encode(image, rngs)
         coarse = []

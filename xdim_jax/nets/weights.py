@@ -3,12 +3,13 @@
 A weights file is a safetensors file. Its arrays are named by their path in the network
 (``encoder.blocks.0.0.conv_dw.kernel``) and have the network's layout (channels last). The header has an entry
 ``xdim_jax``, which is JSON with the keys ``format``, ``kind`` (``encoder`` or ``network``), ``model`` (description of
-the encoder or network) and ``source`` (origin of the weights). Arrays whose names start with ``unused/`` are parts of
+the encoder or network), ``source`` (origin of the weights) and, if it is known, ``names`` (meaning of the channels of a
+network, see `xdim_jax.nets.fine_tuning.Names`). Arrays whose names start with ``unused/`` are parts of
 the source that no network of this package uses. They keep the names and the layout of the source, so that the weights
 can be converted back without loss.
 
-Loading uses every array of the file once, except those under ``unused/``, and fills every array of the network once.
-Otherwise it raises an error that lists the names on both sides.
+By default, the arrays of the file that are not under ``unused/`` and those of the encoder or network must have the same
+names and shapes; otherwise loading raises an error that lists the differences. For the exceptions see `load`.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from xdim_jax.nets.layers import Depth
 
 FORMAT = "xdim_jax weights 1"
 UNUSED = "unused/"
-CHECKED = ("padding", "eps", "depth")  # properties of an encoder for which its weights were trained
+CHECKED = ("padding", "eps", "depth")  # properties of an encoder that must be the same as in its training
 _SHOWN = 4  # number of names in each list of an error message
 
 
@@ -66,6 +67,8 @@ class Weights:
 def write_weights(path: Path, weights: Weights) -> None:
     """Write a weights file atomically. Raises UserError if it cannot be written."""
     record = {"format": FORMAT, "kind": weights.kind, "model": weights.model, "source": weights.source}
+    if weights.names is not None:
+        record["names"] = dataclasses.asdict(weights.names)
     arrays = weights.arrays | {UNUSED + name: array for name, array in weights.unused.items()}
     write_arrays(path, arrays, {"xdim_jax": json.dumps(record)})
 
@@ -93,7 +96,7 @@ def read_weights(path: Path) -> Weights:
     """Read a file that `write_weights` wrote.
 
     Raises:
-        UserError: The file is missing, damaged, or of another kind.
+        UserError: The file is missing, damaged, or has another format.
     """
     path = Path(path)
     if not path.is_file():
@@ -125,14 +128,28 @@ def read_weights(path: Path) -> Weights:
         {name: array for name, array in arrays.items() if not name.startswith(UNUSED)},
         {name.removeprefix(UNUSED): array for name, array in arrays.items() if name.startswith(UNUSED)},
         record["source"],
+        _read_names(record.get("names"), path),
     )
+
+
+def _read_names(record: Any, path: Path) -> Names | None:
+    """Return the names in the header of a file; None if it has none. Raises UserError if they are damaged."""
+    if record is None:
+        return None
+    try:
+        return Names(tuple(record["channels"]), tuple(record["outputs"]), record["activation"])
+    except (TypeError, KeyError) as error:
+        expected = ", ".join(field.name for field in dataclasses.fields(Names))
+        raise UserError(
+            f"names in the header of {path}: found {record!r}, expected {expected}: write the file again"
+        ) from error
 
 
 # -- trees and names ----------------------------------------------------------------------------------------------
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a nested dict by their dotted paths. The integer keys of lists become numbers."""
+    """Return the leaves of a nested dict by their dotted paths. The indices of lists are written as digits."""
     leaves = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -174,7 +191,7 @@ def check_leaves(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str,
         hint: Last line of the error message, which suggests the next step.
 
     Raises:
-        UserError: They differ; the message lists the differences.
+        UserError: Names or shapes differ; the message lists the differences.
     """
     extra = [name for name in found if name not in wanted]
     missing = [name for name in wanted if name not in found]
@@ -186,7 +203,7 @@ def check_leaves(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str,
     if extra or missing or shapes:
         raise UserError(
             f"{what} do not fit the network.\n  only in the source ({len(extra)}): {_shown(extra)}\n  only in the "
-            f"network ({len(missing)}): {_shown(missing)}\n  of another shape ({len(shapes)}): {_shown(shapes)}"
+            f"network ({len(missing)}): {_shown(missing)}\n  with another shape ({len(shapes)}): {_shown(shapes)}"
             + (f"\n{hint}" if hint else "")
         )
 
@@ -222,7 +239,7 @@ def encoder_section(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def abstract_encoder(section: Mapping[str, Any]) -> Any:
-    """Build the encoder that a section describes (see `Weights.model`), with shapes instead of arrays."""
+    """Build the encoder that a section describes (see `Weights.model`), with shapes in place of arrays."""
     options = dict(section)
     name, channels = options.pop("name"), options.pop("in_channels")
     return nnx.eval_shape(lambda: make_encoder(name, channels, rngs=nnx.Rngs(0), **options))
@@ -246,14 +263,14 @@ def adapt_encoder(
     channel_map: Sequence[int] = (),
     accept: Sequence[str] = (),
 ) -> tuple[Weights, dict[str, str]]:
-    """Adapt the weights of an encoder to other input channels, another norm, or an additional axis.
+    """Adapt the weights of an encoder to other input channels, to a norm without running statistics, or to 3D.
 
     Args:
         weights: Weights of an encoder.
         section: Description of the target encoder, see `Weights.model`.
-        inflation: Rules that are used if the source is 2D and the target is 3D.
+        inflation: Rules of inflation, used if the source is 2D and the target is 3D.
         channel_rule: Rule of `xdim_jax.nets.input_channels`, which is applied even if the numbers of channels are
-            equal. None to apply ``cycle`` if they differ, and no rule otherwise.
+            equal. With None, ``cycle`` is applied if they differ, and no rule otherwise.
         channel_map: See `xdim_jax.nets.input_channels`.
         accept: Properties among `CHECKED` that may differ.
 
@@ -261,8 +278,8 @@ def adapt_encoder(
         The adapted weights, and how each array was obtained.
 
     Raises:
-        UserError: The target is another encoder, or a property differs that is not in ``accept``, or the source is 3D
-            and the target is 2D.
+        UserError: The target is another encoder, a property that is not in ``accept`` differs, the source is 3D and
+            the target is 2D, or the target has batch norm and the source has none.
     """
     found, wanted = weights.model, dict(section)
     if found["name"] != wanted["name"]:
@@ -277,6 +294,8 @@ def adapt_encoder(
         for key in CHECKED
         if key not in accept and key in found and key in wanted and found[key] != wanted[key]
     ]
+    if wanted["norm"] == "batch" != found["norm"]:
+        problems.append(f"the weights have {found['norm']} norm, so the statistics for batch norm are missing")
     if problems:
         raise join_problems(problems, "properties of the encoder differ")
     arrays, done = dict(weights.arrays), dict.fromkeys(weights.arrays, "copied")
@@ -297,7 +316,7 @@ def adapt_encoder(
         check_leaves(arrays, module_leaves(flat), "the weights")
         axis = (target["depth"] or {}).get("axis", 0)
         arrays, inflated = inflate_arrays(arrays, flat, abstract_encoder(target), inflation, axis)
-        done = {n: " then ".join(w for w in (done[n], inflated[n]) if w != "copied") or "copied" for n in arrays}
+        done = {n: _joined(done[n], inflated[n]) for n in arrays}
         found, unused = target, {}  # the unused weights may have a classification head, which is 2D
     if found["norm"] == "batch" and wanted["norm"] != "batch":
         unused = {}  # the unused weights may have a classification head with batch norm
@@ -305,8 +324,13 @@ def adapt_encoder(
         for name in [n for n in arrays if n not in kept]:
             if name.rpartition(".")[2] in ("mean", "var", "scale", "bias"):
                 del arrays[name]
-                done[name] = f"dropped: {wanted['norm']} norm"
+                done[name] = f"dropped: the network has {wanted['norm']} norm"
     return Weights("encoder", {**found, **wanted}, arrays, unused, weights.source), done
+
+
+def _joined(*steps: str) -> str:
+    """Return how an array was obtained in several steps."""
+    return " then ".join(step for step in steps if step != "copied") or "copied"
 
 
 # -- networks -----------------------------------------------------------------------------------------------------
@@ -315,9 +339,9 @@ def adapt_encoder(
 def inflate_network(weights: Weights, depth: Mapping[str, Any], inflation: Inflation) -> tuple[Weights, dict[str, str]]:
     """Inflate the weights of a whole 2D network, including its decoder.
 
-    In evaluation mode and with rule ``centre``, depth strides 1 and squeeze ``slice``, the 3D network computes the
-    output of the 2D network slice by slice, for every volume. With other rules it does so for depth-constant volumes,
-    as the table in `xdim_jax.nets.inflate` states.
+    In evaluation mode and with batch norm, rule ``centre``, depth strides 1 and squeeze ``slice``, the 3D network
+    computes the output of the 2D network slice by slice, for every volume. Otherwise it does so at most for volumes of
+    identical slices, and only under the conditions in the table of `xdim_jax.nets.inflate`.
 
     Args:
         weights: Weights of an Omnia-Net.
@@ -333,7 +357,7 @@ def inflate_network(weights: Weights, depth: Mapping[str, Any], inflation: Infla
     """
     if weights.kind != "network" or weights.model["name"] != "omnianet":
         raise UserError(
-            f"only a whole Omnia-Net can be inflated; found {weights.kind} {weights.model['name']}. For DX-Net "
+            f"only an Omnia-Net can be inflated as a whole; found {weights.kind} {weights.model['name']}. For DX-Net, "
             "inflate the encoder (--part=encoder)"
         )
     depth = dataclasses.asdict(Depth(**depth))
@@ -342,7 +366,7 @@ def inflate_network(weights: Weights, depth: Mapping[str, Any], inflation: Infla
     check_leaves(weights.arrays, module_leaves(source), "the weights")
     arrays, done = inflate_arrays(weights.arrays, source, target, inflation, depth["axis"])
     check_leaves(arrays, module_leaves(target), "the inflated weights")
-    return Weights("network", section, arrays, {}, weights.source), done
+    return Weights("network", section, arrays, {}, weights.source, weights.names), done
 
 
 def load(
@@ -359,21 +383,25 @@ def load(
 ) -> tuple[Any, Any, dict[str, str]]:
     """Load the weights of an encoder into the encoder of a network, or the weights of a network into a whole network.
 
-    If the meaning of the channels is known on both sides, the weights of a network may belong to other image channels,
-    other outputs or other depth strides, see `xdim_jax.nets.fine_tuning`.
+    If the weights of a network and ``names`` state the names of channels and outputs, the weights may belong to other
+    image channels, other outputs or other depth strides, see `xdim_jax.nets.fine_tuning`.
 
     Args:
         config: The ``model`` section of the network.
         params: Parameters of the network, a nested dict. Their dtypes are preserved.
         stats: Running statistics of the network, a nested dict.
-        weights: Weights of an encoder, or of a network with the same section, except for stochastic depth and for the
-            keys in `xdim_jax.nets.fine_tuning.FREE`.
-        inflation: See `adapt_encoder`. A 2D encoder is inflated for a 3D network. None for the default rules.
+        weights: Weights of an encoder, or of a network. The section of the network must be the same except for
+            stochastic depth and, if names are stated, for the keys in `xdim_jax.nets.fine_tuning.FREE`. Weights of an
+            Omnia-Net are inflated for a DX-Net, see `inflate_network`.
+        inflation: See `adapt_encoder`. A 2D encoder or network is inflated for a 3D network. None for the default
+            rules.
         channel_rule: Rule of `xdim_jax.nets.input_channels`, used if the numbers of channels differ.
         accept: See `adapt_encoder`.
-        require: True if every array of the weights and of the network (or its encoder) must have a counterpart. False
-            to ignore arrays of the weights without a counterpart, and to leave such arrays of the network unchanged.
-        names: Meaning of the channels of the network; None if it is not known.
+        require: True to raise an error if the section of the network differs, or an array of the weights or of the
+            network (or its encoder) has no counterpart of the same shape. False to omit such arrays of the weights,
+            and to leave such arrays of the network unchanged. If names are stated, channels and outputs are matched by
+            name in both cases, and an array without a counterpart is never an error.
+        names: Names of the image channels and outputs of the network; None if they are not stated.
 
     Returns:
         Parameters, running statistics, and how each array was obtained, by its path in the network.
@@ -391,13 +419,18 @@ def load(
     else:
         done = dict.fromkeys(weights.arrays, "copied")
         section = networks.plain_dict(config)
-        free = FREE if names is not None and weights.names is not None else ()
-        problems = _section_differences(weights.model, section, ignored=free)
+        if (weights.model["name"], section["name"]) == ("omnianet", "dxnet"):
+            section["depth"] = dataclasses.asdict(Depth(**(section.get("depth") or {})))
+            weights, done = inflate_network(weights, section["depth"], inflation or Inflation())
+        by_name = names is not None and weights.names is not None
+        problems = _section_differences(weights.model, section, ignored=FREE if by_name else ())
         if problems and require:
             raise join_problems(problems, "properties of the network differ from those of the weights")
-        if names is not None and weights.names is not None and not problems:
+        if names is not None and weights.names is not None:
             wanted = flatten(params) | flatten(stats)
-            adapted, done = adapt_arrays(weights.arrays, wanted, _first_layer(section, wanted), weights.names, names)
+            first = _first_layer(section, wanted)
+            adapted, changes = adapt_arrays(weights.arrays, wanted, first, weights.names, names, require=require)
+            done = {n: _joined(done.get(n, "copied"), what) for n, what in changes.items()}
             cast = {name: jnp.asarray(array, wanted[name].dtype) for name, array in adapted.items()}
             return replace_leaves(params, cast), replace_leaves(stats, cast), done
     arrays = {prefix + name: array for name, array in weights.arrays.items()}
@@ -407,7 +440,7 @@ def load(
         check_leaves(arrays, wanted, "the weights")
     for name in list(arrays):
         if name not in wanted or tuple(arrays[name].shape) != tuple(wanted[name].shape):
-            done[name] = "left out: " + ("of another shape" if name in wanted else "not in the network")
+            done[name] = "omitted: " + ("another shape" if name in wanted else "not in the network")
             del arrays[name]
     cast = {name: jnp.asarray(array, wanted[name].dtype) for name, array in arrays.items()}
     return replace_leaves(params, cast), replace_leaves(stats, cast), done

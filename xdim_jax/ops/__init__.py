@@ -5,14 +5,14 @@ Arrays are channels last: ``(batch, *spatial, channels)`` with two or three spat
 
 Convolutions and norms have a *reference implementation*, which is plain JAX (for a convolution, one ``lax`` call), and
 a *fast implementation*, which computes the same sums in an order that XLA compiles to faster code. The implementation
-is chosen when a program is traced. On CPU the default is the fast one: XLA's own 3D depthwise and transposed
-convolutions were measured to be ten or more times slower there. On GPU and TPU the default is the reference
-implementation, so that dense and depthwise convolutions use the vendor's library. By default, the transposed
-convolution and the 1x1 convolution are matrix products on every platform. Upsampling and pooling have one
-implementation.
+is chosen when a program is traced. On CPU, the default is ``fast``, because XLA's own 3D depthwise and transposed
+convolutions are ten or more times slower there. On GPU and TPU, the default is ``library``: the reference
+implementation, in which dense and depthwise convolutions use the library of the vendor, but with matrix products for
+transposed convolutions. The 1x1 convolution is a matrix product in every implementation. Upsampling and pooling have
+one implementation.
 
-`use_implementation` selects one, for example ``use_implementation("reference")`` for debugging and for the tests that
-compare the two. `count_implementations` counts which ones a program uses.
+`use_implementation` selects an implementation, for example ``use_implementation("reference")`` for debugging and for
+tests that compare implementations. `count_implementations` counts which implementations a program uses.
 """
 
 from xdim_jax.ops.compilation import compile_program, compiler_options, gc_disabled, keep_freed_memory

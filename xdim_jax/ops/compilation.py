@@ -42,18 +42,25 @@ def _processor_key() -> str:
 def compiler_options() -> dict[str, Any]:
     """Return the compiler options for all programs that contain a network.
 
-    On CPU jaxlib 0.10 computes convolutions with YNNPACK, which uses one thread if there are few channels. These
-    options make XLA compute them with Eigen, which uses all threads. Reductions and matrix products stay with YNNPACK:
-    its sums over space are ten times faster than XLA's own loops. With jaxlib 0.12, YNNPACK uses more threads, but a
-    step of DX-Net is still faster with Eigen and needs less memory (docs/performance.md).
+    On CPU, jaxlib 0.10 computes convolutions with YNNPACK, which uses one thread if there are few channels. These
+    options make XLA compute them with Eigen, which uses all threads. Reductions and matrix products are still computed
+    with YNNPACK, whose sums over space are ten times faster than XLA's own loops. With jaxlib 0.12, YNNPACK uses more
+    threads, but a step of DX-Net is still faster with Eigen and needs less memory (docs/performance.md).
+
+    With jaxlib 0.10, XLA's older emitters of fused kernels need less time and memory to compile than the newer ones,
+    which are its default, and their training steps are faster. They were not measured with later versions.
     """
     if jax.default_backend() != "cpu":
         return {}
     kinds = ("REDUCE", "INDIVIDUAL_DOT")
-    options = {"xla_cpu_experimental_ynn_fusion_type": ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds)}
+    options: dict[str, Any] = {
+        "xla_cpu_experimental_ynn_fusion_type": ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds)
+    }
+    if jax.__version_info__ < (0, 11):
+        options["xla_cpu_use_fusion_emitters"] = False
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except Exception:  # this jaxlib does not know the option: keep its defaults
+    except Exception:  # this jaxlib does not have the option
         return {}
     return options
 
@@ -76,7 +83,7 @@ def gc_disabled() -> Iterator[None]:
 def compile_program(lowered: Any) -> Any:
     """Compile a lowered program with `compiler_options`, and return the compiler's memory to the operating system.
 
-    The compiler frees its memory, but glibc would keep it in the process: 0.5 to 1.5 GiB for a training step, in
+    The compiler frees its memory, but glibc keeps it in the process otherwise: 0.5 to 1.5 GiB for a training step, in
     addition to the arrays of the program.
     """
     compiled = lowered.compile(compiler_options=compiler_options())
@@ -107,7 +114,7 @@ def _glibc() -> ctypes.CDLL | None:
 def needed_bytes(compiled: Any) -> int:
     """Return the memory in bytes that a compiled program needs on each device.
 
-    It is the sum of the arguments, the temporaries, the code, and the results that do not reuse an argument's memory.
+    It is the sum of the arguments, the temporaries, the code, and the results that do not reuse memory of arguments.
     """
     m = compiled.memory_analysis()
     results = m.output_size_in_bytes - m.alias_size_in_bytes

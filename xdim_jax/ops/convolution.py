@@ -23,13 +23,13 @@ def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pairs, grou
         Array ``(batch, *spatial_out, out)``.
 
     Raises:
-        ValueError: The numbers of axes or channels do not match, or ``groups`` has another value.
+        ValueError: The numbers of axes or channels do not match, or ``groups`` is neither of the two values.
     """
     ndim = x.ndim - 2
     if not kernel.ndim == x.ndim or len(strides) != ndim or len(padding) != ndim:
         raise ValueError(
-            f"conv: x{x.shape} has {ndim} spatial axes, but kernel{kernel.shape}, strides {strides} "
-            f"and padding {padding} do not"
+            f"conv: x{x.shape} has {ndim} spatial axes; kernel{kernel.shape}, strides {strides} and padding {padding} "
+            "must have the same number"
         )
     channels = x.shape[-1]
     if groups not in (1, channels) or kernel.shape[-2] * groups != channels:

@@ -19,10 +19,10 @@ _MANY_OUTPUTS = 3  # ratio of output to input channels; see `_dense_unit`
 def dense(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> jax.Array:
     """Compute a dense convolution; see `xdim_jax.ops.conv` for the arguments.
 
-    A strided 3D convolution is computed as a 2D convolution of the output slices: the input slices that an output slice
-    depends on are concatenated as channels. If the strides divide the sides of the plane exactly, the forward pass is
-    XLA's strided 2D convolution, and the backward pass computes one convolution per phase of the stride (see
-    `xdim_jax.ops.transposed`). Otherwise space-to-depth turns the 2D convolution into one of stride 1.
+    A strided 3D convolution is computed as a 2D convolution for every output slice: the input slices on which the
+    output slice depends are concatenated as channels. If the strides divide the sides of the plane exactly, the forward
+    pass is XLA's strided 2D convolution, and the backward pass computes one convolution per phase of the stride (see
+    `xdim_jax.ops.transposed`). Otherwise space-to-depth converts the 2D convolution to one of stride 1.
     """
     if max(strides) > 1 and _divides_plane(x.shape, kernel.shape, strides, padding):
         count_use("dense, strided")
@@ -53,7 +53,7 @@ def _fold_depth(x: jax.Array, kernel: jax.Array, stride: int, pad: tuple[int, in
 
 
 def _divides_plane(shape: Ints, kernel: Ints, strides: Ints, padding: Pairs) -> bool:
-    """True if the plane is strided, and the sides of its output are the sides of its input divided by the strides."""
+    """Return whether the plane is strided, and each side of its output is that of the input divided by the stride."""
     plane = zip(shape[-3:-1], kernel[-4:-2], strides[-2:], padding[-2:], strict=True)
     return max(strides[-2:]) > 1 and all(
         0 <= before <= k - s and n % s == 0 and (n + before + after - k) // s + 1 == n // s
@@ -122,10 +122,10 @@ def _space_to_depth(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pai
 def _dense_unit(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
     """Compute a dense convolution of stride 1.
 
-    In 3D one 2D convolution of all planes computes the contributions of all taps along the depth as separate output
-    channels. These are shifted by the positions of their taps and added. If the output has at least `_MANY_OUTPUTS`
-    times as many channels as the input, the input slices of all taps are concatenated as channels instead, before the
-    2D convolution. Winograd's algorithm is used where it is faster.
+    In 3D, one 2D convolution of all planes computes the contributions of all taps along the depth as separate output
+    channels, which are then shifted by the positions of their taps and added. If the output has at least
+    `_MANY_OUTPUTS` times as many channels as the input, the input slices of all taps are instead concatenated as
+    channels before the 2D convolution. Winograd's algorithm is used where it is faster.
     """
     if is_faster(x.shape, kernel.shape, padding):
         return winograd(x, kernel, padding)

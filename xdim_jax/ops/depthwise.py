@@ -36,7 +36,7 @@ def depthwise(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) ->
 
 
 def _phases(x: jax.Array, window: Ints, strides: Ints, padding: Pairs) -> tuple[jax.Array, Ints]:
-    """Pad, and split every axis into the phases of its stride: phase r has the elements r, r + s, r + 2 s, ...
+    """Pad, and split every axis into the phases of its stride s: phase r has the elements r, r + s, r + 2 s, ...
 
     Returns:
         Array ``(B, *ceil(n / s), *s, C)``, and the spatial size of the output.
@@ -66,7 +66,7 @@ def _tap_inputs(phases: jax.Array, tap: Ints, strides: Ints, out: Ints) -> jax.A
 def _tap_sum(phases: jax.Array, taps: jax.Array, strides: Ints, out: Ints, first: range) -> jax.Array:
     """Return the sum over taps of their inputs times their weights.
 
-    It calls lax instead of jnp, whose checks would add seconds of tracing.
+    It calls lax instead of jnp, whose checks add seconds to tracing.
     """
     total, shape = None, (phases.shape[0], *out, phases.shape[-1])
     for tap in _indices(first, *map(range, taps.shape[1:-1])):
@@ -159,7 +159,7 @@ def _depthwise_kernel_gradient(
 def _space_sum(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the sum of ``a * b`` over all axes but the last.
 
-    The array is divided into parts, which are added elementwise first. The rest of the sum is a matrix product with
+    The array is first divided into parts, which are added elementwise. The sum over the result is a matrix product with
     ones.
     """
     channels = a.shape[-1]

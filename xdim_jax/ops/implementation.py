@@ -1,6 +1,6 @@
 """Selection of the implementation of the operations while a program is traced.
 
-`IMPLEMENTATIONS` has the names of the choices. ``config.train.ops`` can be any of them but ``sharded``.
+`IMPLEMENTATIONS` has the names of the implementations. ``config.train.ops`` can be any of them except ``sharded``.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import jax
 
 from xdim_jax.ops.compilation import compiler_options
 
-IMPLEMENTATIONS = ("auto", "fast", "reference", "sharded")
+IMPLEMENTATIONS = ("auto", "fast", "library", "reference", "sharded")
 _requested: contextvars.ContextVar[str] = contextvars.ContextVar("requested", default="auto")
 _counts: contextvars.ContextVar[Counter[str] | None] = contextvars.ContextVar("counts", default=None)
 
@@ -24,10 +24,11 @@ def use_implementation(name: str) -> Iterator[None]:
     """Select the implementation of the operations in programs that are traced inside the block.
 
     Args:
-        name: ``fast``; ``reference``; ``sharded``, for arrays whose spatial axes are distributed over several devices;
-            or ``auto``, which is ``fast`` on CPU and ``reference`` elsewhere. ``sharded`` is ``reference`` with two
-            exceptions: operations for which XLA would gather whole arrays on each device, and depthwise convolutions,
-            whose gradient XLA's partitioner computes wrongly.
+        name: ``fast``; ``reference``; ``library``, which is ``reference`` except that transposed convolutions are
+            matrix products; ``sharded``, for arrays whose spatial axes are distributed over several devices; or
+            ``auto``, which is ``fast`` on CPU and ``library`` elsewhere. ``sharded`` is ``library`` with two
+            exceptions: operations for which XLA gathers whole arrays on each device, and depthwise convolutions, whose
+            gradient is wrong with XLA's partitioner.
 
     Raises:
         ValueError: The name is unknown.
@@ -75,7 +76,7 @@ def describe_implementation(name: str = "auto") -> str:
     convolution = own if fast else "convolutions of XLA"
     library = "; threads of Eigen" if compiler_options() else ""
     reason = "requested" if name != "auto" else jax.default_backend()
-    shown = active_implementation() if name == "auto" else name
+    shown = ("fast" if fast else "library") if name == "auto" else name
     return f"{shown} ({reason}): {convolution}{library}"
 
 
@@ -106,9 +107,9 @@ def active_implementation() -> str:
     name = _requested.get()
     if name == "auto":
         return "fast" if jax.default_backend() == "cpu" else "reference"
-    return "reference" if name == "sharded" else name
+    return "reference" if name in ("library", "sharded") else name
 
 
 def requested_implementation() -> str:
-    """Return the name that `use_implementation` was called with; ``auto`` outside of such a block."""
+    """Return the argument of the enclosing `use_implementation`; ``auto`` outside of such a block."""
     return _requested.get()

@@ -13,7 +13,7 @@ Ints = tuple[int, ...]
 def same_padding(size: Sequence[int], kernel: Sequence[int], strides: Sequence[int]) -> Pairs:
     """Return TensorFlow's "SAME" padding, with which the ``tf_efficientnet_*`` weights were trained.
 
-    If the number of padding elements of an axis is odd, there is one more after the axis than before it.
+    If the number of padding elements of an axis is odd, one more is added at the end than at the start.
 
     Args:
         size: Spatial size of the input.
@@ -72,11 +72,11 @@ def shift_planes(x: jax.Array, by: int, size: int, stride: int = 1) -> jax.Array
 def delay_until(x: jax.Array, other: jax.Array) -> jax.Array:
     """Return ``x`` with a false dependency on ``other``, which delays its computation until ``other`` is available.
 
-    Backward passes use this for arrays that they recompute from the residuals. Without it XLA on CPU computes these
-    arrays right after the forward pass, all at once, and keeps them in memory until they are used. Optimisation
-    barriers do not help: XLA on CPU removes them before it eliminates common subexpressions and schedules.
+    Backward passes use this for arrays that they recompute from the residuals. Without it, XLA on CPU computes all of
+    these arrays right after the forward pass, and keeps them in memory until they are used. Optimisation barriers have
+    no effect, because XLA on CPU removes them before common-subexpression elimination and scheduling.
 
-    With several devices ``x`` is returned unchanged, because reading one element of a distributed array would need
+    With several devices, ``x`` is returned unchanged, because reading one element of a distributed array needs
     communication.
     """
     return x if jax.device_count() > 1 else x + (0 * other[(0,) * other.ndim]).astype(x.dtype)

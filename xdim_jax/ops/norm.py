@@ -56,8 +56,8 @@ def normalise(
             ``pmap``: with ``jit`` on several devices, the statistics are those of the global batch.
 
     Returns:
-        The result, the mean and the biased variance. The two statistics keep ``axes`` with size 1. They have no
-        gradient and are for running averages.
+        The result, the mean and the biased variance. The two statistics have size 1 along ``axes``. They are for
+        running averages and have no gradient.
     """
     if active_implementation() == "reference" or across is not None:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # cast once, so that its gradient is rounded once

@@ -22,9 +22,9 @@ def conv_transpose(
     """Compute a transposed convolution without bias: ``out[s * i - p + t] += x[i] @ kernel[t]``, as PyTorch does.
 
     By default, on every platform, this is one matrix product and an overlap-add, forward and backward. The
-    implementation ``reference`` is one ``lax`` convolution. If the kernel is as long as the stride, no outputs overlap,
-    and the overlap-add is a rearrangement. (``lax.conv_transpose`` has another convention: it needs the kernel reversed
-    along every spatial axis.)
+    implementation ``reference`` is one ``lax`` convolution. If the kernel is as long as the stride, outputs do not
+    overlap, and the overlap-add is a rearrangement. (``lax.conv_transpose`` has another convention, in which the kernel
+    is reversed along every spatial axis.)
 
     Args:
         x: Array ``(batch, *spatial, in)``.
@@ -112,7 +112,7 @@ def upsample(x: jax.Array, factors: Ints, size: Sequence[int] | None = None) -> 
 
     Args:
         x: Array ``(batch, *spatial, channels)``.
-        factors: One whole number per spatial axis.
+        factors: One integer per spatial axis.
         size: Spatial size of the output; None for ``factors`` times the size of ``x``.
 
     Returns:

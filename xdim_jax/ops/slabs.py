@@ -12,9 +12,8 @@ _SLAB_BYTES = 8 << 20  # largest size of the arrays of a slab, so that they fit 
 def kernel_gradient(x: jax.Array, g: jax.Array, window: Ints, padding: Pairs) -> jax.Array:
     """Return the gradient of a kernel as a sum of matrix products, one for each slab of the volume.
 
-    A slab consists of some rows of a plane, or of some planes. Its matrix product has the copies of ``x`` that are
-    shifted by each tap along W as one factor, and the copies of ``g`` that are shifted by each pair of taps along D and
-    H as the other.
+    A slab consists of some rows of a plane, or of some planes. The factors of its matrix product are the copies of
+    ``x`` shifted by each tap along W, and the copies of ``g`` shifted by each pair of taps along D and H.
 
     Args:
         x: Input of the convolution, ``(batch, *spatial, in)`` with two or three spatial axes.
@@ -50,9 +49,10 @@ def kernel_gradient(x: jax.Array, g: jax.Array, window: Ints, padding: Pairs) ->
             for a in range(kd)
             for b in range(kh)
         ]
-        product = columns.reshape(-1, kw * channels).T @ jnp.concatenate(shifted, -1).reshape(-1, kd * kh * out)
-        return total + product
+        factors = columns.reshape(-1, kw * channels).T, jnp.concatenate(shifted, -1).reshape(-1, kd * kh * out)
+        return total + jnp.matmul(*factors, preferred_element_type=wide)
 
-    zero = jnp.zeros((kw * channels, kd * kh * out), x.dtype)
-    grad = lax.fori_loop(0, (depth // planes) * steps_h, slab, zero)
+    wide = jnp.promote_types(x.dtype, jnp.float32)  # a sum of hundreds of slabs in bfloat16 would stop growing
+    zero = jnp.zeros((kw * channels, kd * kh * out), wide)
+    grad = lax.fori_loop(0, (depth // planes) * steps_h, slab, zero).astype(x.dtype)
     return grad.reshape(kw, channels, kd, kh, out).transpose(2, 3, 0, 1, 4)

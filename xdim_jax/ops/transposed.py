@@ -171,8 +171,8 @@ def _from_columns(columns: jax.Array, taps: int) -> jax.Array:
 def _phase_of_gradient(g: jax.Array, taps: int, depth: int, phase: Ints, axes: Axes, done: jax.Array | None):
     """For each input plane, return the gradients of the outputs of one phase to which the plane contributes.
 
-    The result is ``(B D, H, W, taps O)``: the taps along the depth are channels. It may be larger than ``g``. To have
-    only one such array in memory, it is computed after ``done``, a result of the previous phase.
+    The result is ``(B D, H, W, taps O)``: the taps along the depth are channels. It may be larger than ``g``, so it is
+    computed after ``done``, a result of the previous phase, to keep only one such array in memory.
     """
     stride, crop, size = axes[0]
     length = stride * (depth - 1) + taps

@@ -3,8 +3,8 @@
 Upsampling (by repetition or by a transposed convolution) and the following convolution are together one linear map,
 ``y[s i + t - c] += x[i] @ W[t]``: a transposed convolution. Each tap of its kernel W is a sum over the pairs of taps of
 the two maps that connect the same input and output. The composed map needs fewer products: in 3D with factor 2, it
-needs 8 products per output voxel, while the convolution alone needs 27. Neither the upsampled array nor its
-concatenation with the skip connection is ever in memory.
+needs 8 products per output voxel, while the convolution alone needs 27. The upsampled array and its concatenation with
+the skip connection are not stored in memory.
 """
 
 import functools
@@ -23,7 +23,7 @@ from xdim_jax.ops.resize import conv_transpose, upsample
 from xdim_jax.ops.transposed import Axis, transposed_conv
 
 _TAPS = 3
-_MIN_SAVING = 2  # compose the kernels if this saves more than twice the products that composing them needs
+_MIN_SAVING = 2  # kernels are composed if this saves more than twice the products that are needed to compose them
 
 
 class TransposedConv(NamedTuple):
@@ -85,7 +85,7 @@ def _upsampled(x: jax.Array, factors: Ints, size: Ints, transposed: TransposedCo
 def _should_compose(
     x: jax.Array, kernel: jax.Array, factors: Ints, size: Ints, transposed: TransposedConv | None
 ) -> bool:
-    """True if the fast implementation is selected, supports this geometry, and saves enough products."""
+    """Return whether the fast implementation is selected, supports this geometry, and saves enough products."""
     if requested_implementation() == "sharded" or active_implementation() == "reference":
         return False
     window = factors if transposed is None else transposed.kernel.shape[: len(factors)]
@@ -176,7 +176,7 @@ def _sum_bias(bias: jax.Array, size: Ints) -> jax.Array:
             inside = jnp.asarray((position >= 0) & (position < n), bias.dtype)
             bias = jnp.moveaxis(jnp.tensordot(inside, bias, ((1,), (axis,))), 0, axis)
     first, last = shift_planes(bias[:1][None], 0, size[0])[0], shift_planes(bias[2:][None], size[0] - 1, size[0])[0]
-    return bias[0] + bias[1] + bias[2] - first - last  # not jnp.sum(bias, 0), which XLA would not fuse
+    return bias[0] + bias[1] + bias[2] - first - last  # not jnp.sum(bias, 0), which XLA does not fuse
 
 
 def _border_excess(

@@ -1,10 +1,9 @@
 """Dense convolution of 3 taps along the first spatial axis with half the products (Winograd 1980; Lavin and Gray 2016).
 
-Four outputs along the axis need six products instead of twelve: ``y = A^T [(G g) * (B^T d)]`` for the
-kernel g and six inputs d. Each of the six products is a convolution over the other axes. The matrices are those of Toom
-and Cook for the points 0, +-3/4, +-3/2 and infinity. With these points all terms of the sums have similar magnitudes.
-In float32 the error is 1.3 times the error of a plain sum of 432 terms; with the points 0, +-1, +-2 and infinity it is
-2 times this error.
+Four outputs along the axis need six products instead of twelve: ``y = A^T [(G g) * (B^T d)]`` for the kernel g and six
+inputs d. Each of the six products is a convolution over the other axes. The matrices are those of Toom and Cook for the
+points 0, +-3/4, +-3/2 and infinity, with which all terms of the sums have similar magnitudes. In float32, the error is
+1.3 times that of a direct sum of 432 terms; with the points 0, +-1, +-2 and infinity, it is twice that error.
 """
 
 import functools
@@ -22,14 +21,14 @@ from xdim_jax.ops.slabs import kernel_gradient
 
 _POINTS = (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2))
 _OUTPUTS, _TAPS = 4, 3
-# minimum number of products: with fewer, compiling six convolutions instead of one takes more time than is saved
+# smallest number of products; with fewer, compiling six convolutions instead of one takes more time than is saved
 _MIN_PRODUCTS = 5e8
-# minimum number of channels, by the number of axes of x: with fewer, copying takes longer than the saved products
+# smallest number of channels, by the number of axes of x; with fewer, copying takes more time than is saved
 _MIN_CHANNELS = {4: 40, 5: 16}
 
 
 def is_faster(shape: Ints, kernel: Ints, padding: Pairs) -> bool:
-    """True if the algorithm supports a convolution of stride 1 and is faster. The limits were measured on CPUs.
+    """Return whether the algorithm supports a convolution of stride 1 and is faster, by limits measured on CPUs.
 
     Args:
         shape: Shape of the input, ``(batch, *spatial, in)``.

@@ -7,7 +7,7 @@ PALETTE = ("#d62728", "#2ca02c", "#ffd700", "#1f77b4", "#ff7f0e", "#9467bd", "#1
 RED, GREEN, YELLOW, BLUE = PALETTE[:4]
 
 
-# CT images are shown in the window for soft tissue. Values up to air and above fat show that an image is in HU
+# CT images are shown in the window for soft tissue. An image with values below _AIR and above _TISSUE is in HU
 SOFT_TISSUE = (-140.0, 260.0)
 _AIR, _TISSUE = -800.0, 100.0
 
@@ -17,7 +17,7 @@ def to_grey(plane: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
 
     Args:
         plane: The plane.
-        image: The image of the plane, which shows whether it is CT; None for the plane itself.
+        image: The image of the plane, from whose values CT is recognised; None for the plane itself.
 
     Returns:
         For CT, values in the window for soft tissue. Otherwise black and white are the 1st and the 99.5th percentile of

@@ -25,7 +25,7 @@ COLOURS = {
     "liver": RED, "right kidney": YELLOW, "left kidney": BLUE, "spleen": GREEN,
     "WT": GREEN, "SNFH": GREEN, "TC": RED, "NETC": RED, "ET": YELLOW, "RC": BLUE,
 }  # fmt: skip
-# names in the legend: other structures are drawn over these, and the name is that of the part that remains visible
+# names in the legend of structures over which others are drawn: the name of the part that remains visible
 LEGEND_NAMES = {"WT": "edema (of WT)", "TC": "necrosis / non-enhancing (of TC)", "LV_epi": "myocardium (of LV_epi)"}
 ERROR_COLOURS = {"missed": "#ff00ff", "false": "#00ffff", "another structure": "#ff7f0e"}
 _OPACITY = 0.55  # opacity of labels that are drawn over an image
@@ -38,7 +38,7 @@ class Picture:
 
     Attributes:
         png: PNG file in base64.
-        alt: Description for readers who do not see the figure.
+        alt: Alternative text.
         caption: Caption below the figure.
     """
 
@@ -70,6 +70,48 @@ def render_template(template: str, **values: Any) -> str:
 def structure_colours(structures: Sequence[str]) -> dict[str, str]:
     """Return the colour of each structure: its colour in `COLOURS`, or one of `PALETTE` by its position."""
     return {name: COLOURS.get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(structures)}
+
+
+# -- calibration --------------------------------------------------------------------------------------------------
+
+
+def draw_calibration(found: Mapping[str, Any]) -> list[Picture]:
+    """Draw reliability diagrams: the fraction of voxels that belong to a structure over the predicted probability.
+
+    Args:
+        found: Content of ``calibration.json``, see `xdim_jax.scoring.calibration.calibrate`; empty if there is
+            none.
+
+    Returns:
+        A list with one picture; empty if there is nothing to draw.
+    """
+    structures = found.get("structures", {})
+    if not structures:
+        return []
+    figure = Figure(figsize=(5.4, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle="dashed", label="calibrated")
+    colours = structure_colours(list(structures))
+    for name, values in structures.items():
+        points = [
+            (p, y)
+            for p, y in zip(values["bins"]["probability"], values["bins"]["fraction"], strict=True)
+            if p is not None
+        ]
+        axes.plot(
+            *zip(*points, strict=True),
+            marker="o",
+            markersize=4,
+            color=colours[name],
+            label=f"{name}, ECE {values['ece']['mean']:.3f}",
+        )
+    axes.set(xlabel="predicted probability", ylabel="fraction that belongs to the structure", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(fontsize=9)
+    caption = (
+        f"Reliability: below the dashed line, probabilities are too high. {len(found['cases'])} cases; voxels in the "
+        f"box around all structures with a margin of {found['margin']} voxels."
+    )
+    return [encode_png(figure, "reliability diagram", caption)]
 
 
 # -- curves -------------------------------------------------------------------------------------------------------
@@ -135,7 +177,7 @@ def draw_boxes(groups: Mapping[str, Sequence[ScoredCase]], metrics: Mapping[str,
 
     Args:
         groups: Name of each group -> its scored cases.
-        metrics: Metrics to draw, by name. A metric that no case has is left out.
+        metrics: Metrics to draw, by name. A metric that no case has is omitted.
 
     Returns:
         A list with one picture, which has a panel for every metric, a box for every structure and group, and a dot for
@@ -143,7 +185,7 @@ def draw_boxes(groups: Mapping[str, Sequence[ScoredCase]], metrics: Mapping[str,
     """
     structures = list(dict.fromkeys(s for cases in groups.values() for c in cases for s in c.values))
     shown = [m for m in metrics if any(m in v for cases in groups.values() for c in cases for v in c.values.values())]
-    if not structures or not shown or max(map(len, groups.values())) < 2:  # a box of one case says nothing
+    if not structures or not shown or max(map(len, groups.values())) < 2:  # a box needs at least two cases
         return []
     boxes = len(structures) * len(groups)
     figure = Figure(figsize=(10, 3.2 * len(shown)), layout="constrained")
@@ -180,10 +222,10 @@ def draw_agreement(values: Sequence[Mapping[str, float]]) -> list[Picture]:
 
     Args:
         values: For each patient, the predicted values ``ef`` (%), ``edv`` and ``esv`` (ml), and the reference values
-            ``ef_ref``, ``edv_ref`` and ``esv_ref``. Patients with a value that is not finite are left out.
+            ``ef_ref``, ``edv_ref`` and ``esv_ref``. Patients with a value that is not finite are omitted.
 
     Returns:
-        A list with one picture of scatter plots and a Bland-Altman plot of EF; empty if no patient is left.
+        A list with one picture of scatter plots and a Bland-Altman plot of EF; empty if no patient remains.
     """
     usable = [v for v in values if all(math.isfinite(v[f"{n}{s}"]) for n in ("ef", "edv", "esv") for s in ("", "_ref"))]
     if not usable:
@@ -316,7 +358,7 @@ def draw_case(view: View, title: str, scores: str) -> Picture:
 def _choose_planes(ref: np.ndarray, pred: np.ndarray, *, volumetric: bool) -> list[tuple[int, int]]:
     """Return axis and index of the planes to draw.
 
-    For a volume, this is one plane for each axis: the one with the largest area of structures. Otherwise, these are the
+    For a volume, these are the planes with the largest area of structures along each axis. Otherwise, these are the
     slice with the largest area of structures, and the slice with the most errors.
     """
     if ref.shape[0] == 1:

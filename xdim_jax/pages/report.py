@@ -20,12 +20,14 @@ from xdim_jax.data.images.image import Source, images_in, read_image, source_fro
 from xdim_jax.pages import figures
 from xdim_jax.pages.figures import View
 from xdim_jax.scoring import challenges, results, tables
+from xdim_jax.scoring.calibration import describe as describe_calibration
+from xdim_jax.scoring.calibration import doubts
 from xdim_jax.scoring.results import number
 from xdim_jax.scoring.rules import Job, Rules, ScoredCase, column, find_coding
 
 # cases to draw -> rank by mean Dice: 1 for the best case, 0 for the worst case
 ROLES = (("Best", 1.0), ("75th percentile", 0.75), ("Median", 0.5), ("25th percentile", 0.25), ("Worst", 0.0))
-_MAX_OPEN_ROWS = 12  # the first table of all metrics is shown open if it is not longer, or if the paper has no table
+_MAX_OPEN_ROWS = 12  # the first table of all metrics is open if it has at most these rows, or the paper has no table
 
 
 def describe_network(model: Mapping[str, Any]) -> str:
@@ -52,6 +54,7 @@ def render(
     scored: Sequence[ScoredCase],
     evaluation: Mapping[str, Any],
     environments: Mapping[str, Mapping[str, Any]],
+    calibration: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the report as HTML.
 
@@ -63,6 +66,7 @@ def render(
         scored: All scored cases of the evaluation.
         evaluation: Content of ``evaluate.json``. Images and label maps are read from the folders that it names.
         environments: Name, such as ``training`` -> recorded packages and devices.
+        calibration: Content of ``calibration.json``; None if the evaluation has none.
     """
     rules = rules_of(evaluation)
     metrics = tuple(evaluation["options"].get("metrics", ()))
@@ -70,14 +74,14 @@ def render(
     cases = [c for c in scored if c.case_id in evaluation["cases"]]
     chosen, left_out = choose_cases(cases, summary["unreadable"])
     if not chosen:
-        left_out.append("No pictures: they need the Dice of the cases, which this evaluation does not have.")
+        left_out.append("No pictures: this evaluation does not have the Dice of the cases, by which they are chosen.")
     overlays, legend = _draw_cases(rules, evaluation, chosen, config, channels, left_out)
     if not config:
         left_out.append("No curves and no config: --workdir was not given.")
     elif not records:
         left_out.append(
-            "No curves: the run has no training record, or several folds with a record each. For curves, report one "
-            "fold with --workdir=<run>/fold<number>."
+            "No curves: the run has no training record, or is a cross-validation. For the curves of a fold, give "
+            "--workdir=<run>/fold<number>."
         )
     volumes = [values for c in scored for structure, values in c.values.items() if structure == "LV volume"]
     shown_tables, collapsed_tables = tables.paper_tables(summary), tables.metric_tables(summary, columns)
@@ -88,7 +92,7 @@ def render(
     return figures.render_template(
         "report.html.j2",
         title=name + (" phantoms" if phantom else ""),
-        lead="Synthetic cases: these scores show that the program works, not how well it segments patients."
+        lead="Synthetic cases: these scores are no estimate of the accuracy on patients."
         if phantom
         else f"{evaluation['pred']} against {evaluation['ref']}",
         facts=_facts(config, records, evaluation, summary, environments),
@@ -103,6 +107,8 @@ def render(
         ],
         boxes=figures.draw_boxes(_box_groups(rules, cases), {m: rules.columns[m] for m in rules.main_metrics}),
         agreement=figures.draw_agreement(volumes),
+        calibration=figures.draw_calibration(calibration or {}),
+        calibration_lines=[*describe_calibration(calibration), *doubts(calibration)] if calibration else [],
         curves=figures.draw_curves(records),
         legend=list(legend.items()),
         errors=list(figures.ERROR_COLOURS.items()),
@@ -121,7 +127,7 @@ def _draw_cases(
     channels: Sequence[str],
     left_out: list[str],
 ) -> tuple[list[figures.Picture], dict[str, str]]:
-    """Draw the chosen cases. A case that cannot be drawn adds a message to ``left_out``.
+    """Draw the chosen cases. For a case that cannot be drawn, add a message to ``left_out``.
 
     Returns:
         The pictures, and the legend: name -> colour.
@@ -287,7 +293,7 @@ def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels
 
 
 def _image_sources(job: Job, pred: Path) -> list[Source]:
-    """Return the recorded images of the prediction; if none are recorded, those beside the reference, if any."""
+    """Return the images that the record of the prediction names, or else those next to the reference, if any."""
     record = pred / results.PREDICT_FILE
     recorded = read_json(record)["images"].get(job.ref.case_id, []) if record.is_file() else []
     if recorded:
@@ -296,7 +302,7 @@ def _image_sources(job: Job, pred: Path) -> list[Source]:
 
 
 def _images_beside(reference: Path) -> list[Path]:
-    """Return the images of a reference ``case_seg`` or ``case_gt`` in its folder, or of ``labelsTr/case`` in imagesTr.
+    """Return the images of a reference: of ``case_seg`` or ``case_gt`` in its folder, of ``labelsTr/case`` in imagesTr.
 
     An image belongs to the case if its name is the case id, optionally followed by ``_`` or ``-`` and a channel.
     """

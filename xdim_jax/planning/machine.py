@@ -1,4 +1,7 @@
-"""The choices of a recipe that depend on the machine: patch and batch by memory, number of steps by time."""
+"""The choices of a recipe that depend on the machine.
+
+The memory limits the patch and the batch, and the available time limits the number of steps.
+"""
 
 import dataclasses
 import json
@@ -24,27 +27,35 @@ from xdim_jax.training import needs
 from xdim_jax.training.mesh import make_devices
 from xdim_jax.training.program import make_program, step_arguments
 
-_HOST_SHARE = 0.6  # share of the host's memory for a training step on CPU; the rest is for reading and the system
-_DEVICE_SHARE = 0.9  # share of the memory of an accelerator
-_MIN_SIDES = {"omnianet": 128, "dxnet": 64}  # a patch is not made smaller than this as long as something else helps
-# steps below which the patch becomes smaller, for pre-trained and random weights. With pre-trained weights, 400 steps
-# gave a Dice of 0.93 with 200 patients, and with up to 50 patients they gained 0.003 after 200 (docs/transfer.md)
+_HOST_SHARE = 0.6  # fraction of host memory for a training step on CPU; the rest is for reading and the system
+_DEVICE_SHARE = 0.9  # fraction of the memory of an accelerator for a training step
+# preferred minimum of the sides of a patch; smaller sides are tried only if one sample per device does not fit
+# otherwise
+_MIN_SIDES = {"omnianet": 128, "dxnet": 64}
+# smallest number of training steps with pre-trained (True) and with random weights. If the available time allows fewer,
+# the patch is made smaller. With pre-trained weights and 200 training patients, 400 steps gave a Dice of 0.93; with up
+# to 50 patients, Dice increased by 0.003 between steps 200 and 400 (docs/transfer.md)
 _MIN_STEPS = {True: 400, False: 1000}
+# the largest number of steps is 2000 plus _STEPS_PER_CASE for each case, but at most _MAX_STEPS
 _MAX_STEPS = 50_000
-_STEPS_PER_CASE = 100  # steps for each training case beyond the first 2000
-_EPOCH_STEPS = 50  # smallest number of steps of an epoch
+_STEPS_PER_CASE = 100
+_EPOCH_STEPS = 50  # smallest number of steps of an epoch, unless the whole training has fewer
 _MAX_EPOCHS = 100
-_VALIDATION_SHARE = 0.2  # largest share of the time for validations
+_VALIDATION_SHARE = 0.2  # largest fraction of the time for validations
 _MAX_VALIDATIONS = 10
-_OTHER = 0.1  # share of the time for compiling, reading and writing
-_TIMED = 3  # number of steps whose median time is taken
+_OTHER = 0.1  # fraction of the time for compiling, reading and writing
+_TIMED = 3  # number of timed steps, of which the median is returned
 
 # choices -> config and data set of the recipe
 Build = Callable[[Choices], tuple[Config, Dataset]]
 
 
 def default_memory() -> int:
-    """Return the memory in bytes that a training step may use: of the device, or a share of the host's on CPU."""
+    """Return the memory in bytes that a training step may use.
+
+    It is 90 % of the device memory that JAX allocates (by default, JAX allocates 75 % of the memory of a GPU); on CPU,
+    60 % of the memory of the host.
+    """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit and jax.default_backend() != "cpu":
         return int(limit * _DEVICE_SHARE)
@@ -52,12 +63,12 @@ def default_memory() -> int:
 
 
 def fit_memory(choices: Choices, budget: int, build: Build, say: Callable[[str], None]) -> Choices:
-    """Make the batch, then the patch smaller until a training step fits into the memory.
+    """Reduce the batch and the patch until a training step fits into the memory.
 
     Args:
         choices: The choices so far.
-        budget: Memory in bytes.
-        build: Function that returns the config of choices.
+        budget: Memory in bytes, per device.
+        build: Function that returns the config and the data set of choices.
         say: Called with a line for the log.
 
     Raises:
@@ -66,27 +77,32 @@ def fit_memory(choices: Choices, budget: int, build: Build, say: Callable[[str],
     reductions = []
     while True:
         config, dataset = build(choices)
-        needed = needs.measure(config, dataset, needs.make_choices(config)[0]).step_bytes
+        needed = needs.measure(config, dataset, needs.make_settings(config)[0]).step_bytes
         text = f"patch {'x'.join(map(str, choices.patch))}, batch {choices.batch}: a step needs {gib(needed)}"
         say(f"memory     {text} of {gib(budget)}")
         if needed <= budget:
-            reason = f"{text}, as compiled for this machine, of {gib(budget)}"
+            reason = f"{text} on this machine, which has {gib(budget)} for it"
             return choices.change({"batch": "; ".join([*reductions, reason])})
         reductions.append(f"{text}, which is too much")
         smaller = _smaller(choices, needed / budget)
         if smaller is None:
             raise UserError(
-                f"--memory={gib(budget)}: nothing fits; the smallest choice, {text}: give more --memory, or train on "
+                f"--memory={gib(budget)} is not enough; smallest choice: {text}; give more --memory, or train on "
                 "another machine"
             )
         choices = smaller
 
 
 def _smaller(choices: Choices, excess: float) -> Choices | None:
-    """Return choices that need about ``excess`` times less memory; None if there are none.
+    """Return choices that need less memory; None if there are none.
 
-    The batch becomes smaller down to 2, then the largest side of the patch down to 64 (2D: 128), then the batch down to
-    one sample for each device, and finally the sides down to the smallest ones that the network accepts.
+    Repeated calls reduce the batch to 2, then the largest side of the patch to 64 (2D: 128), then the batch to one
+    sample for each device, and finally the sides to the smallest ones that the network accepts.
+
+    Args:
+        choices: Choices that need too much memory.
+        excess: Needed memory divided by the available memory. The batch is divided by approximately this factor, or
+            halved if the factor is below 2.
     """
     unit = choices.devices
     if choices.batch > max(2, unit):
@@ -100,10 +116,10 @@ def _smaller(choices: Choices, excess: float) -> Choices | None:
 
 
 def _smaller_patch(choices: Choices, minimum: int) -> tuple[int, ...] | None:
-    """Return the patch with its largest side reduced by one step; None if all sides are at most ``minimum``,
-    or if the network does not accept a smaller patch.
+    """Return the patch with its largest side reduced by one unit, which is the stride of the encoder along this axis.
 
-    The other side of a 2D patch is reduced by the same factor, because the patch then covers a coarser image.
+    In 2D, both sides are reduced by the same factor, because `_with_patch` then increases the spacing by this factor.
+    None if every side would become smaller than ``minimum``, or if the network does not accept a smaller patch.
     """
     if choices.flat:
         unit, side = choices.factors[0], max(choices.patch)
@@ -125,7 +141,7 @@ def fit_time(
     seconds: Callable[[Choices], float],
     say: Callable[[str], None],
 ) -> Choices:
-    """Choose the number of steps, and make a patch smaller with which there would be too few steps.
+    """Choose the number of steps, and reduce the patch if there would be too few steps in the given time.
 
     Args:
         choices: Choices that fit into the memory.
@@ -139,39 +155,43 @@ def fit_time(
     """
     available = 3600 * hours / choices.folds * (1 - _OTHER)
     step = seconds(choices)
-    text = ""
     smallest, enough = _MIN_SIDES[choices.network], _MIN_STEPS[choices.pretrained]
-    wanted = available * (1 - _VALIDATION_SHARE) / enough  # seconds per step with which there are enough steps
+    wanted = available * (1 - _VALIDATION_SHARE) / enough  # longest time per step that allows enough steps
+    first, first_step = choices.patch, step
     while step > wanted and (patch := _smaller_patch(choices, smallest)):
         smaller = choices.change(patch=patch)
         while (next_patch := _smaller_patch(smaller, smallest)) and step * _ratio(smaller, choices) > wanted:
             smaller = smaller.change(patch=next_patch)
-        smaller = _with_patch(choices, smaller.patch)
+        choices = _with_patch(choices, smaller.patch)
+        step = seconds(choices)
+    text = ""
+    if choices.patch != first:
         text = (
-            f"; with {'x'.join(map(str, choices.patch))}, a step takes {step:.2g} s, and there would be "
-            f"{available * (1 - _VALIDATION_SHARE) / step:.0f} steps in the given time, fewer than {enough}"
+            f"; reduced from {'x'.join(map(str, first))}: with that patch, a step takes {first_step:.2g} s, so the "
+            f"given time would allow only {available * (1 - _VALIDATION_SHARE) / first_step:.0f} steps (minimum "
+            f"{enough})"
         )
-        choices, step = smaller, seconds(smaller)
     cap = min(_MAX_STEPS, 2000 + _STEPS_PER_CASE * len(found.cases))
     validation = _validation_seconds(choices, found, step)
     validations = int(np.clip(available * _VALIDATION_SHARE / validation, 1, _MAX_VALIDATIONS))
     steps = int(min((available - validations * validation) / step, cap))
     if steps < 10:
         raise UserError(
-            f"--hours={hours:g}: a training step takes {step:.2g} s and a validation about {validation:.0f} s, so "
-            f"there is no time to train {choices.folds} folds; give more --hours, or --folds=2"
+            f"--hours={hours:g} is not enough to train {choices.folds} folds: a training step takes {step:.2g} s and a "
+            f"validation about {validation:.0f} s; give more --hours" + (", or --folds=2" if choices.folds > 2 else "")
         )
     epochs = int(np.clip(steps // _EPOCH_STEPS, 1, _MAX_EPOCHS))
     every = math.ceil(epochs / validations)
+    steps = epochs * (steps // epochs)
     say(f"time       a step takes {step:.2g} s: {steps} steps for each of {choices.folds} folds in {hours:g} h")
     return choices.change(
         {
             "patch": choices.reasons["patch"] + text,
-            "epochs": f"{hours:g} h for {choices.folds} folds; a step takes {step:.2g} s here and a validation about "
-            f"{validation:.0f} s; at most {cap} steps for {len(found.cases)} cases",
+            "epochs": f"{hours:g} h for {choices.folds} folds; on this machine, a training step takes {step:.2g} s and "
+            f"a validation about {validation:.0f} s; at most {cap} steps for {len(found.cases)} cases",
         },
         epochs=epochs,
-        epoch_steps=max(steps // epochs, 1),
+        epoch_steps=steps // epochs,
         validate_every=every,
     )
 
@@ -181,13 +201,13 @@ def _ratio(smaller: Choices, choices: Choices) -> float:
 
 
 def _with_patch(before: Choices, patch: tuple[int, ...]) -> Choices:
-    """Return choices with a smaller patch. In 2D, the spacing becomes coarser, so that the patch covers the same."""
+    """Return choices with a smaller patch. In 2D, the spacing is increased, so that a patch keeps its size in mm."""
     if not before.flat:
         return before.change(patch=patch)
     factor = max(b / s for b, s in zip(before.patch, patch, strict=True))
     spacing = before.prepare["spacing"]
     coarser = (spacing[0], *(_rounded_up(v * factor) for v in spacing[1:]))
-    reason = f"{before.reasons['spacing']}; then {factor:.2g} times as coarse, because the patch became smaller"
+    reason = f"{before.reasons['spacing']}; then multiplied by {factor:.2g}, because the patch was reduced"
     return before.change({"spacing": reason}, patch=patch, prepare={**before.prepare, "spacing": coarser})
 
 
@@ -198,28 +218,36 @@ def _rounded_up(value: float) -> float:
 
 
 def _validation_seconds(choices: Choices, found: Fingerprint, step: float) -> float:
-    """Estimate the time of a validation of one fold: a window takes a third of the time of a sample in training."""
+    """Estimate the time of a validation of one fold in seconds.
+
+    A window is assumed to take a third of the time of a training sample.
+
+    Args:
+        step: Time of a training step in seconds.
+    """
     sizes = found.prepared_sizes(choices.prepare["spacing"], cropped=choices.prepare["crop"] == "nonzero")
     patch = np.array([1, *choices.patch] if choices.flat else choices.patch)
-    overlap = np.array([1, 2, 2] if choices.flat else [2, 2, 2])  # windows overlap by half, where there are several
+    overlap = np.array([1, 2, 2] if choices.flat else [2, 2, 2])  # windows overlap by half
     windows = np.where(sizes > patch, np.ceil(sizes / patch * overlap), 1).prod(1)
     return float(windows.sum() / choices.folds * step / choices.batch / 3)
 
 
 class StepTimes:
-    """Times of training steps on this machine. They are kept in a file, so that a plan can be repeated.
+    """Times of training steps on this machine. They are stored in a file, so that planning again gives the same plan.
 
     Args:
         path: The file.
-        build: Function that returns the config of choices.
+        build: Function that returns the config and the data set of choices.
     """
 
     def __init__(self, path: Path, build: Build):
         self._path, self._build = path, build
 
     def __call__(self, choices: Choices) -> float:
-        """Return the time of a training step in seconds, measured with random numbers in place of images."""
+        """Return the time of a training step in seconds, measured with random images if it is not in the file."""
+        config, dataset = self._build(choices)
         setting = {
+            "channels": [config.model.in_channels, config.model.out_channels],
             "devices": environment.devices(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "jax": jax.__version__,
@@ -232,13 +260,13 @@ class StepTimes:
         key = json.dumps(setting, sort_keys=True)
         known: dict[str, Any] = read_json(self._path) if self._path.is_file() else {}
         if key not in known:
-            known[key] = float(f"{measure_step(*self._build(choices)):.2g}")
+            known[key] = float(f"{measure_step(config, dataset):.2g}")
             write_json(self._path, known)
         return known[key]
 
 
 def measure_step(config: Config, dataset: Dataset) -> float:
-    """Return the time of a training step in seconds, without compiling: the median of three."""
+    """Return the time of a training step in seconds, without compilation: the median of three steps."""
     mesh = config.mesh
     devices = make_devices(mesh.data, mesh.space, batch=config.data.batch, parallel=mesh.parallel)
     program, params, stats = make_program(config, dataset, per_epoch=1, axis=devices.axis)

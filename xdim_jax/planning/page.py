@@ -1,4 +1,4 @@
-"""The page of a planned recipe: what the data look like, and the reason for every choice."""
+"""The page of a planned recipe: statistics of the data, and the reason for every choice."""
 
 import math
 from collections.abc import Sequence
@@ -7,24 +7,24 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from xdim_jax.data.fingerprint import LEVELS, Fingerprint
+from xdim_jax.data.fingerprint import PERCENTILES, Fingerprint
 from xdim_jax.pages.figures import Picture, encode_png, render_template, structure_colours
 from xdim_jax.planning.choices import Choices
 from xdim_jax.scoring.tables import Table
 
 _NAMES = {
     "network": "network",
-    "spacing": "spacing (D, H, W in mm; 0: as it is)",
+    "spacing": "spacing (D, H, W in mm; 0: unchanged)",
     "normalise": "intensities",
     "patch": "patch",
     "batch": "batch",
     "strides": "depth strides",
-    "foreground": "share of patches with a structure",
+    "foreground": "probability that a patch is placed on a voxel of a structure",
     "pretrained": "initial weights",
     "rule": "inflation rule",
     "output": "output",
     "dice": "Dice in the loss",
-    "mirror": "mirror images",
+    "mirror": "flips",
     "peak": "learning rate",
     "epochs": "epochs",
     "folds": "folds",
@@ -62,7 +62,7 @@ def render(found: Fingerprint, choices: Choices, recipe: str, root: Path) -> str
 def choice_table(choices: Choices) -> Table:
     """Return a table of the choices and their reasons."""
     rows = [(title, _value(choices, name), choices.reasons.get(name, "")) for name, title in _NAMES.items()]
-    return Table("Choices", ("value of", "chosen", "because"), tuple(r for r in rows if r[1]), "")
+    return Table("Choices", ("setting", "value", "reason"), tuple(r for r in rows if r[1]), "")
 
 
 def _value(choices: Choices, name: str) -> str:
@@ -72,7 +72,7 @@ def _value(choices: Choices, name: str) -> str:
         "normalise": f"{prepare['normalise']}, crop {prepare['crop']}"
         + (f", window {prepare['window']}, CT mean and sd {prepare['ct_statistics']}" if prepare["window"] else ""),
         "pretrained": "ImageNet" if choices.pretrained else "random",
-        "mirror": "none" if choices.mirror == () else "all axes",
+        "mirror": "none" if choices.mirror == () else "default axes",
         "epochs": f"{choices.epochs} of {choices.epoch_steps} steps",
         "patch": " x ".join(map(str, choices.patch)),
         "strides": ", ".join(map(str, choices.strides)),
@@ -96,12 +96,19 @@ def structure_table(found: Fingerprint) -> Table:
                 f"{np.median([p['largest'] for p in parts]):.3g}" if parts else "-",
             )
         )
-    header = ("structure", "cases", "ml: median (range)", "of the image", "components", "share of the largest")
+    header = (
+        "structure",
+        "cases",
+        "volume in ml: median (range)",
+        "% of the image",
+        "components",
+        "fraction of the largest component",
+    )
     return Table("Structures", header, tuple(rows), "Medians over the cases in which a structure occurs.")
 
 
 def draw_grids(found: Fingerprint) -> Picture:
-    """Draw histograms of the numbers of voxels and the voxel sizes along every axis."""
+    """Draw histograms of the number of voxels and the voxel size along every axis."""
     figure = Figure(figsize=(9, 4.4), layout="constrained")
     panels = figure.subplots(2, 3)
     for row, (values, unit) in enumerate(((found.size, "voxels"), (found.spacing, "mm"))):
@@ -117,13 +124,13 @@ def _histogram(axes: object, values: np.ndarray) -> None:
 
 
 def draw_intensities(found: Fingerprint) -> Picture:
-    """Draw the distribution of the intensities of every channel, of all voxels and of labelled voxels."""
+    """Draw the cumulative distribution of the intensities of every channel, for all voxels and for labelled voxels."""
     figure = Figure(figsize=(max(3.4 * len(found.channels), 5), 3), layout="constrained")
     panels = figure.subplots(1, len(found.channels), squeeze=False)[0]
     for index, (axes, name) in enumerate(zip(panels, found.channels, strict=True)):
         for kind, colour, label in (("image", "#888888", "all voxels"), ("foreground", "#c04040", "labelled voxels")):
-            levels = [found.percentile(index, level, kind) for level in LEVELS]
-            axes.plot(levels, LEVELS, color=colour, label=label)
+            levels = [found.percentile(index, level, kind) for level in PERCENTILES]
+            axes.plot(levels, PERCENTILES, color=colour, label=label)
         low, high = (found.percentile(index, level, "image") for level in (0.5, 99.5))
         axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-9)
         axes.set(title=name, xlabel="intensity")

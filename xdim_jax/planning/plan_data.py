@@ -1,5 +1,6 @@
-"""Plan a recipe for a data set: measure its cases, choose, and write the recipe and a page with the reasons."""
+"""Plan a recipe for a data set: measure its cases, choose settings, and write the recipe and a page with reasons."""
 
+import math
 import os
 import sys
 import tempfile
@@ -44,12 +45,14 @@ def plan_recipe(
 
     Args:
         section: Values of the ``data`` section of a config: ``dataset``, ``root`` and the options of the data set.
-        out: File for the recipe, ``.py``. The page has the same name and ends with ``.html``.
-        memory: Memory that a training step may use, such as ``16GiB``; empty for that of this machine.
+        out: File for the recipe, ``.py``. The page has the same name with the suffix ``.html``.
+        memory: Memory that a training step may use, such as ``16GiB``; empty for 90 % of the device memory that JAX
+            allocates, or on CPU 60 %
+            of host memory.
         hours: Time for the training of all folds.
         folds: Number of folds; 0 to choose it.
         store: Folder of the prepared cases; empty for ``<root>_prepared``.
-        jobs: Number of cases that are read at the same time.
+        jobs: Number of cases that are read concurrently.
 
     Returns:
         The choices.
@@ -59,8 +62,8 @@ def plan_recipe(
     """
     if out.suffix != ".py":
         raise UserError(f"--out={out}: expected the name of a Python file, e.g. recipe.py")
-    if not hours > 0:
-        raise UserError(f"--hours={hours:g}: expected a number above 0")
+    check_hours(hours)
+    store = absolute_store(store)
     budget = parse_bytes(memory, "--memory") if memory else 0
     root = Path(section["root"])
     section = complete_section(section)
@@ -87,7 +90,7 @@ def plan_recipe(
     if folds:
         if not 2 <= folds <= len(found.patients):
             raise UserError(f"--folds={folds}: expected 2 to {len(found.patients)}, the number of patients")
-        choices = choices.change({"folds": "as given"}, folds=folds, official=False)
+        choices = choices.change({"folds": "set by --folds"}, folds=folds, official=False)
     for note in choices.notes:
         log.warn(note)
 
@@ -110,23 +113,40 @@ def plan_recipe(
     return choices
 
 
+def check_hours(hours: float) -> None:
+    """Raise UserError if a time for training is not a number above 0."""
+    if not 0 < hours < math.inf:
+        raise UserError(f"--hours={hours:g}: expected a number above 0")
+
+
+def absolute_store(store: str) -> str:
+    """Return the absolute path of a store, so that a recipe does not depend on the folder in which it is used.
+
+    Empty text and addresses of buckets are returned unchanged.
+    """
+    return str(Path(store).absolute()) if store and not bucket.is_address(store) else store
+
+
 def complete_section(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a ``data`` section with the defaults of the options of its data set."""
+    """Return a ``data`` section, completed by the defaults of the options of its data set."""
     options = get_entry(section["dataset"]).options
     defaults = {key: option.default for key, option in options.items() if key != "root" and option.default != REQUIRED}
     return {**defaults, **section}
 
 
 def _usable_folds(splits: Sequence[Mapping[str, Sequence[str]]], found: Fingerprint) -> tuple[int, str]:
-    """Return the number of folds of the list that comes with the data, or 0 and the reason why it is not used."""
+    """Return the number of folds in the list that comes with the data, or 0 and the reason why it cannot be used."""
     if len(splits) < 2:
         return 0, ""
     validated = [set(fold.get("validation", ())) & found.patients for fold in splits]
     missing = sorted(found.patients - set().union(*validated))
     if missing:
         return 0, f"the list of folds is not used: no fold validates on {shorten(missing)} ({len(missing)} patients)"
+    if untrained := [k for k, fold in enumerate(splits) if not set(fold.get("training", ())) & found.patients]:
+        numbers = ", ".join(map(str, untrained))
+        return 0, f"the list of folds is not used: it has no training cases for fold {numbers} (counted from 0)"
     if sum(map(len, validated)) > len(found.patients) or not all(validated):
-        return 0, "the list of folds is not used: folds validate on the same patients, or on none"
+        return 0, "the list of folds is not used: two folds validate on the same patient, or a fold validates on none"
     return len(splits), ""
 
 
@@ -134,7 +154,7 @@ def _load(text: str) -> Config:
     """Return the config of the text of a recipe."""
     before = list(sys.path)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "plan" / "recipe.py"  # load_config makes the folder above importable, which is private
+        path = Path(folder) / "plan" / "recipe.py"  # load_config adds the parent of this folder to sys.path
         path.parent.mkdir()
         path.write_text(text, encoding="utf-8")
         try:
@@ -144,10 +164,10 @@ def _load(text: str) -> Config:
 
 
 def describe(choices: Choices) -> list[str]:
-    """Return log lines about the main choices."""
-    spacing = ", ".join(f"{s:g}" if s else "as it is" for s in choices.prepare["spacing"])
+    """Return log lines with the main choices."""
+    spacing = ", ".join(f"{s:g}" if s else "unchanged" for s in choices.prepare["spacing"])
     start = "ImageNet weights" if choices.pretrained else "random weights"
-    rule = f" inflated by {choices.rule}" if choices.rule else ""
+    rule = f", inflated by rule {choices.rule}" if choices.rule else ""
     steps = choices.epochs * choices.epoch_steps
     return [
         f"network    {'Omnia-Net, 2D' if choices.flat else 'DX-Net, 3D'}, EfficientNet-Lite0, {start}{rule}",

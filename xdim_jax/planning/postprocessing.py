@@ -1,7 +1,9 @@
-"""Post-processing chosen by cross-validation: thresholds, largest components, and smallest components.
+"""Post-processing chosen by cross-validation: thresholds, largest components, and the smallest size of a component.
 
 Every validation case of a fold is predicted by the network of that fold, which was not trained on it. A setting is kept
-only if it helps: if the mean Dice over all cases becomes better by 0.001 or more, and in no fold worse by 0.001.
+only if the mean Dice over all cases increases by at least 0.001, and the mean Dice of no fold decreases by 0.001 or
+more. For a threshold, this is the Dice of its region, and no other region may lose 0.001 or more in a fold; for
+components, it is the mean Dice of all regions.
 """
 
 import dataclasses
@@ -14,11 +16,12 @@ from scipy.ndimage import label as connected
 
 from xdim_jax.base import log
 from xdim_jax.base.files import read_json, write_json
-from xdim_jax.data.case import Case, Dataset, annotated_regions, encode_label, read_case, read_label
+from xdim_jax.data.case import Case, Dataset, annotated_regions
 from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.images.image import read_grid
 from xdim_jax.data.images.nifti import read_note, write_volume
 from xdim_jax.data.labels import IGNORE
+from xdim_jax.data.reading import encode_label, read_case, read_label
 from xdim_jax.data.regions import Regions, drop_small_components, keep_largest
 from xdim_jax.inference.folder import make_note
 from xdim_jax.inference.group import network_digest
@@ -28,10 +31,10 @@ from xdim_jax.inference.validation_cases import find_validation, predict_validat
 from xdim_jax.runs.workdir import DATA_FILE, PREDICTIONS_FOLDER, find_members, read_config
 from xdim_jax.scoring import masks
 
-_GAIN = 1e-3  # smallest gain of the mean Dice for which a setting is kept, and largest loss in a fold
-_BINS = 100  # number of intervals of the probabilities
+_GAIN = 1e-3  # smallest increase of the mean Dice for which a setting is kept; a fold must lose less than this
+_BINS = 100  # number of bins of the probabilities
 _THRESHOLDS = tuple(range(10, 91, 5))  # thresholds that are tried, in hundredths
-_SHARES = (0.25, 0.5, 1.0)  # smallest components that are tried, as shares of the smallest one in the references
+_SHARES = (0.25, 0.5, 1.0)  # minimum volumes that are tried, as fractions of the smallest component in the references
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +44,9 @@ class Trial:
     Attributes:
         region: Name of the region.
         setting: ``threshold``, ``largest`` or ``min_volume``.
-        value: The value that was tried.
+        value: The value that was tried: probability, 1 for ``largest``, or volume in ml.
         gain: Change of the mean Dice over all cases.
-        worst: Smallest change of the mean Dice of a fold.
+        worst: Change of the mean Dice in the fold where it is lowest; negative if the Dice decreases.
     """
 
     region: str
@@ -59,10 +62,10 @@ class Trial:
 
 
 def choose_postprocessing(workdir: Path) -> PostProcessing:
-    """Choose the post-processing of a cross-validation, and write it and the validation predictions that result.
+    """Choose the post-processing of a cross-validation, and write it and the validation predictions.
 
     The choice is written to ``postprocessing.json`` in the workdir and in those of all folds, where prediction reads
-    it. If there is such a file for the same networks in the workdir, nothing is chosen again.
+    it. If the workdir has such a file for the same networks, its choice is used.
 
     Args:
         workdir: Workdir of a cross-validation whose folds are all trained.
@@ -74,7 +77,7 @@ def choose_postprocessing(workdir: Path) -> PostProcessing:
     digests = [_digest(member) for member in members]
     record = read_json(path) if path.is_file() else None
     if not isinstance(record, dict) or record.get("networks") != digests:
-        for folder in (workdir, *members):  # chosen for other networks
+        for folder in (workdir, *members):  # these were chosen for other networks
             (folder / POSTPROCESSING_FILE).unlink(missing_ok=True)
         chosen, trials = _choose(workdir)
         tried = [dataclasses.asdict(trial) for trial in trials]
@@ -93,17 +96,17 @@ def _digest(workdir: Path) -> str:
 
 
 def _choose(workdir: Path) -> tuple[PostProcessing, list[Trial]]:
-    """Return the post-processing, and everything that was tried."""
+    """Return the chosen post-processing, and all trials."""
     trials: list[Trial] = []
     work, _ = find_validation(workdir)
-    threshold: dict[str, float] = {}
-    if work[0][0].output.activation == "sigmoid":
-        threshold, found = _choose_thresholds(workdir)
-        trials += found
     output = workdir / PREDICTIONS_FOLDER
-    predict_validation(workdir, output, Settings(threshold=threshold or None))
     cases = [(fold, case) for fold, (_, found) in enumerate(work) for case in found]
     dataset = work[0][0].dataset
+    threshold: dict[str, float] = {}
+    if work[0][0].output.activation == "sigmoid":
+        threshold, trials = _choose_thresholds(workdir)
+    threshold, checked = _check_thresholds(workdir, threshold, cases, dataset, output)
+    trials = [checked.get((trial.region, trial.value), trial) for trial in trials]
     found, largest, volumes = _choose_components(cases, dataset, output)
     chosen = PostProcessing(threshold, tuple(largest), volumes)
     return chosen, [*trials, *found]
@@ -113,7 +116,7 @@ def _choose(workdir: Path) -> tuple[PostProcessing, list[Trial]]:
 
 
 def _choose_thresholds(workdir: Path) -> tuple[dict[str, float], list[Trial]]:
-    """Return the thresholds that help, and all trials. Every validation case is predicted once."""
+    """Return region -> threshold, where a threshold helps, and all trials. Every validation case is predicted once."""
     work, _ = find_validation(workdir, Settings(probabilities=True))
     regions = work[0][0].output.regions
     default = float(work[0][0].groups[0].config.predict.threshold)
@@ -142,13 +145,67 @@ def _choose_thresholds(workdir: Path) -> tuple[dict[str, float], list[Trial]]:
     return chosen, trials
 
 
+def _check_thresholds(
+    workdir: Path, chosen: Mapping[str, float], cases: Sequence[tuple[int, Case]], dataset: Dataset, output: Path
+) -> tuple[dict[str, float], dict[tuple[str, float], Trial]]:
+    """Predict label maps with the chosen thresholds, and drop thresholds that do not help there.
+
+    `_choose_thresholds` considers each region alone. In a label map, a voxel belongs to only one of several disjoint
+    regions, and a region contains the regions nested inside it, so that a threshold also changes other regions, or may
+    change nothing.
+
+    Args:
+        workdir: Workdir of the cross-validation.
+        chosen: Region -> threshold.
+        cases: Fold and case of every validation case.
+        dataset: Data set of the cases.
+        output: Folder for the label maps, which are those of the returned thresholds.
+
+    Returns:
+        Region -> threshold for those that are kept; and (region, threshold) -> trial, measured on label maps.
+    """
+    kept, checked = dict(chosen), {}
+    folds = [fold for fold, _ in cases]
+    predict_validation(workdir, output, Settings())
+    before = _dice_of_label_maps(cases, dataset, output) if kept else np.zeros(0)
+    while kept:
+        predict_validation(workdir, output, Settings(threshold=dict(kept)))
+        gains = _dice_of_label_maps(cases, dataset, output) - before
+        after = {
+            name: _trial(name, "threshold", kept.get(name, 0.0), gains[:, r], folds)
+            for r, name in enumerate(dataset.regions.names)
+        }
+        checked |= {(name, kept[name]): after[name] for name in kept}
+        wrong = [name for name in kept if not after[name].helps]
+        if not wrong and any(trial.worst <= -_GAIN for trial in after.values()):  # another region becomes worse
+            wrong = [min(kept, key=lambda name: after[name].gain)]
+        if not wrong:
+            return kept, checked
+        kept = {name: value for name, value in kept.items() if name not in wrong}
+    if chosen:
+        predict_validation(workdir, output, Settings())
+    return {}, checked
+
+
+def _dice_of_label_maps(cases: Sequence[tuple[int, Case]], dataset: Dataset, output: Path) -> np.ndarray:
+    """Return the Dice (cases, regions) of label maps in a folder: 1 if empty in both, NaN if not annotated."""
+    names = dataset.regions.names
+    found = np.full((len(cases), len(names)), np.nan)
+    for c, (_, case) in enumerate(cases):
+        label = read_label(dataclasses.replace(case, label=output / f"{case.case_id}.nii.gz"))
+        for name, value in masks.region_dice(dataset, case, label, read_label(case)).items():
+            found[c, names.index(name)] = 1.0 if np.isnan(value) else value
+    return found
+
+
 def _dice_by_threshold(predictor: Predictor, case: Case, thresholds: Sequence[int]) -> np.ndarray:
     """Return the Dice of every region for every threshold (in hundredths), float64 (regions, thresholds)."""
     volume = read_case(case)
     assert volume.label is not None
     regions = predictor.output.regions
     truth, annotated = regions.encode(volume.label), volume.label != IGNORE
-    # voxels by region, by whether they belong to it, and by probability; voxels outside of the sink's boxes have 0
+    # number of voxels by region, membership in the reference, and bin of the probability. Voxels outside of the boxes
+    # that `count` receives have probability 0
     counts = np.zeros((len(regions.names), 2, _BINS), np.int64)
 
     def count(slices: slice, box: tuple[slice, slice], values: Mapping[str, np.ndarray]) -> None:
@@ -173,7 +230,15 @@ def _dice_by_threshold(predictor: Predictor, case: Case, thresholds: Sequence[in
 
 
 def _trial(region: str, setting: str, value: float, gains: np.ndarray, folds: Sequence[int]) -> Trial:
-    """Return the trial with the gain of every case."""
+    """Return a trial.
+
+    Args:
+        region: Name of the region.
+        setting: See `Trial`.
+        value: See `Trial`.
+        gains: Change of the Dice of every case; NaN where the region is not annotated.
+        folds: Fold of every case.
+    """
     folds_of = np.array(folds)
     means = [float(np.nanmean(part)) for fold in set(folds) if np.isfinite(part := gains[folds_of == fold]).any()]
     gain = float(np.nanmean(gains)) if np.isfinite(gains).any() else 0.0
@@ -186,12 +251,12 @@ def _trial(region: str, setting: str, value: float, gains: np.ndarray, folds: Se
 def _choose_components(
     cases: Sequence[tuple[int, Case]], dataset: Dataset, output: Path
 ) -> tuple[list[Trial], list[str], dict[str, float]]:
-    """Return all trials, the regions of which the largest component is kept, and the smallest volumes in ml.
+    """Return all trials, the regions of which only the largest component is kept, and region -> minimum volume in ml.
 
     Args:
         cases: Fold and case of every validation case.
         dataset: Data set of the cases.
-        output: Folder of their label maps.
+        output: Folder of the predicted label maps.
     """
     regions = dataset.regions
     volumes = _smallest_volumes([case for _, case in cases], regions)
@@ -223,13 +288,13 @@ def _choose_components(
 
 
 def _mean_dice(label: np.ndarray, truth: np.ndarray, dataset: Dataset, case: Case) -> float:
-    """Return the mean Dice over the annotated regions; 1 for a region that is empty in both."""
+    """Return the mean Dice over the annotated regions, 1 for one that is empty in both; NaN if none is annotated."""
     values = masks.region_dice(dataset, case, label, truth).values()
-    return float(np.mean([1.0 if np.isnan(v) else v for v in values]))
+    return float(np.mean([1.0 if np.isnan(v) else v for v in values])) if values else np.nan
 
 
 def _smallest_volumes(cases: Sequence[Case], regions: Regions) -> dict[str, float]:
-    """Return, by region, the volume in ml of the smallest 26-connected component in the references that have it."""
+    """Return region -> volume in ml of its smallest 26-connected component in any reference."""
     smallest: dict[str, float] = {}
     for case in cases:
         truth, voxel = regions.encode(read_label(case)), _voxel_volume(case)
@@ -250,7 +315,9 @@ def _voxel_volume(case: Case) -> float:
 
 
 def apply_postprocessing(workdir: Path) -> None:
-    """Apply the chosen post-processing to the validation predictions, as if they had been predicted with it."""
+    """Apply the chosen post-processing to the validation predictions. The files are then the same
+    as predictions with this post-processing.
+    """
     output = workdir / PREDICTIONS_FOLDER
     work, _ = find_validation(workdir)
     final = [case for predictor, cases in work for case in cases if _is_final(output, predictor, case)]
@@ -274,5 +341,8 @@ def describe(chosen: PostProcessing) -> str:
     """Return the chosen post-processing as text."""
     parts = [f"threshold {name} {value:g}" for name, value in chosen.threshold.items()]
     parts += [f"largest component of {name}" for name in chosen.largest]
-    parts += [f"components of {name} from {value:g} ml" for name, value in chosen.min_volume.items()]
-    return ", ".join(parts) or "none, because nothing that was tried helps"
+    parts += [f"components of {name} of at least {value:g} ml" for name, value in chosen.min_volume.items()]
+    return (
+        ", ".join(parts)
+        or "none, because no setting that was tried improves the mean Dice without a lower Dice in a fold"
+    )

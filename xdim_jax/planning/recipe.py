@@ -1,4 +1,4 @@
-"""The text of a planned recipe: a Python file in the form of those in configs/, with a reason for every value."""
+"""The text of a planned recipe: a Python file like those in configs/, with the reasons of its values as comments."""
 
 import textwrap
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from xdim_jax.planning.choices import Choices
 
 _WIDTH = 116
 _PREPARE = (
-    "crop: none, or nonzero. spacing: mm along D,H,W to resample to, 0 keeps an axis. size: pixels H,W of every slice. "
-    "window: centre and width in HU. ct_statistics: mean and standard deviation in HU. Empty: unchanged"
+    "crop: none or nonzero. spacing: mm along D, H, W to resample to; 0 keeps an axis. size: pixels H, W of a slice. "
+    "window: centre and width in HU. ct_statistics: mean and standard deviation in HU. An empty value has no effect"
 )
 
 
@@ -19,7 +19,7 @@ def render(choices: Choices, section: Mapping[str, Any], header: str) -> str:
     Args:
         choices: The choices.
         section: Name, root and options of the data set: values of the ``data`` section.
-        header: First lines of the docstring, which say for which data the recipe is.
+        header: First lines of the docstring, which name the data of the recipe.
     """
     parts = [
         _docstring(header, choices),
@@ -104,7 +104,7 @@ def _augmentation(choices: Choices) -> str:
         "        config.augment[transform].p = 0.3\n"
         "    config.augment.blur.p = config.augment.lowres.p = 0.1\n"
         "    config.augment.rotate.plane = True  # rotate in the plane of the slices\n",
-        "".join(f"{line}\n" for line in _comment(f"mirror images: {choices.reasons['mirror']}")),
+        "".join(f"{line}\n" for line in _comment(f"flips: {choices.reasons['mirror']}")),
     ]
     if choices.mirror is None:
         lines.append("    config.augment.flip.p = 0.5\n")
@@ -131,7 +131,7 @@ def _network(choices: Choices) -> list[str]:
         + (
             ""
             if flat
-            else '            "depth": {"axis": 0, "padding": "zero", "squeeze": "volume", '
+            else f'            "depth": {{"axis": {choices.axis}, "padding": "zero", "squeeze": "volume", '
             f'"strides": {choices.strides}}},\n'
         )
         + "        }\n    )\n"
@@ -142,7 +142,7 @@ def _network(choices: Choices) -> list[str]:
     if not flat:
         lines.append(_because(choices, "rule"))
         lines.append(_set("init.inflate", choices.rule))
-        lines.append(_set("init.spacing", round(choices.ratio, 3)))
+        lines.append(_set("init.spacing", round(min(max(choices.ratio, 1e-3), 1e3), 3)))
     return lines
 
 

@@ -26,9 +26,9 @@ from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.runs.state import TrainState
 from xdim_jax.runs.workdir import CONFIG_FILE
 
-KEPT = 2  # number of latest states to keep: if the newest is damaged, the run resumes from the one before it
+KEPT = 2  # number of latest states to keep; if the newest is damaged, the run resumes from the previous one
 LATEST_FOLDER, BEST_FOLDER = "checkpoints", "best"
-_TRIES = 5  # attempts to read weights that a running training may replace at any time
+_TRIES = 5  # number of attempts to read weights, which a running training may replace at any time
 _SCORE = "dice"
 _PARTIAL = ".orbax-checkpoint-tmp"  # part of the name of a checkpoint that orbax has not finished
 
@@ -40,8 +40,8 @@ class Checkpoints:
     Attributes:
         latest: Manager of the latest states.
         best: Manager of the best weights.
-        alone: False if all processes save together into one shared folder. True if each process has its own disk. Then
-            only process 0 has managers and saves the state, of which every process has a complete copy.
+        alone: False if all processes save together into one shared folder. True if each process has its own disk; then
+            only process 0 has managers, and saves the state, of which every process has a complete copy.
     """
 
     latest: ocp.CheckpointManager | None
@@ -55,8 +55,9 @@ _LOGGERS = ("absl", "asyncio")  # orbax logs every save and restore at INFO
 def silence_orbax() -> None:
     """Silence the messages of orbax for the rest of the process.
 
-    If a write fails, orbax raises an error. In addition, its background threads print messages about the other arrays,
-    at any time: log lines, warnings about coroutines that were never awaited, and "Event loop is closed".
+    If a write fails, orbax raises an error. In addition, its background threads may later print messages about arrays
+    whose writes were still pending: log lines, warnings about coroutines that were never awaited, and "Event loop is
+    closed". These messages add no information.
 
     Only entry points should call this function, because it changes global state.
     """
@@ -179,13 +180,13 @@ def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, scor
 
     Args:
         checkpoints: Open checkpoint folders.
-        step: Number of steps done.
+        step: Number of completed steps.
         params: Parameters.
         stats: Running statistics.
         score: Mean validation Dice.
 
     Returns:
-        True if their score is the best so far.
+        True if their score is the best so far; always False in processes without checkpoint folders.
 
     Raises:
         UserError: The weights cannot be written.
@@ -195,12 +196,13 @@ def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, scor
         return False
     kept = best.best_step()
     if kept is not None and (best.metrics(kept) or {}).get(_SCORE, -1.0) >= score:
-        return kept == step  # the validation of a step is repeated if the run ended before it was recorded
+        # a resumed run repeats a validation whose score was not recorded; the best weights are then already its own
+        return kept == step
     weights = {"params": params, "stats": stats}
     items = ocp.args.Composite(weights=ocp.args.StandardSave(_local_copy(weights) if checkpoints.alone else weights))
     if step not in best.all_steps():
-        # orbax has one counter of barriers for both managers: with several processes, two saves at the same time could
-        # wait at different barriers
+        # orbax numbers its barriers with one counter for both managers. If both saved at the same time, processes could
+        # reach the barriers in different orders and wait forever
         _guarded(latest, latest.wait_until_finished)
         _guarded(best, lambda: best.save(step, args=items, metrics={_SCORE: score}, force=True))
         _guarded(best, best.wait_until_finished)
@@ -226,7 +228,7 @@ def _guarded(manager: ocp.CheckpointManager, action: Callable[[], Any]) -> None:
         reason = full if full in str(error) else first_line(error)
         raise UserError(
             f"cannot write the checkpoint in {folder} ({free:.0f} MiB free there): {reason}. Earlier checkpoints are "
-            "complete; make room and run the same command again to resume"
+            "complete; free some space, and run the same command again to resume"
         ) from error
 
 
@@ -237,7 +239,7 @@ def restore_latest(
 
     Args:
         checkpoints: Open checkpoint folders.
-        like: State with the shapes and shardings of the result; the checkpoint may come from other devices.
+        like: State with the shapes and shardings of the result; the checkpoint may have been written on other devices.
         warn: Called with a warning for each damaged checkpoint.
 
     Returns:
@@ -250,7 +252,7 @@ def restore_latest(
         return _restore_for_all(checkpoints, like, warn)
     assert checkpoints.latest is not None
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
-    return _restore(checkpoints.latest, target, warn)
+    return _restore(checkpoints.latest, target, warn, shared=jax.process_count() > 1)
 
 
 def _restore_for_all(
@@ -273,28 +275,38 @@ def _restore_for_all(
 
 
 def _restore(
-    manager: ocp.CheckpointManager, target: Any, warn: Callable[[str], None]
+    manager: ocp.CheckpointManager, target: Any, warn: Callable[[str], None], *, shared: bool = False
 ) -> tuple[Any, dict[str, Any]] | None:
+    """Read the newest checkpoint of a folder that can be read, see `restore_latest`.
+
+    With ``shared``, all processes read the folder; process 0 moves damaged checkpoints and warns, and the others wait.
+    """
+    first = not shared or jax.process_index() == 0
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
         try:
             restored = manager.restore(step, args=items)
         except Exception as error:  # orbax and tensorstore raise many types of errors for a damaged file
-            reason = first_line(error)
-            warn(f"checkpoint {step} in {manager.directory} cannot be read ({reason}); trying the previous one")
+            if first:
+                reason = first_line(error)
+                warn(f"checkpoint {step} in {manager.directory} cannot be read ({reason}); trying the previous one")
             continue
-        for broken in (s for s in steps if s > step):
+        for broken in (s for s in steps if s > step and first):
             aside = Path(manager.directory).parent / f"damaged-checkpoint-{broken}"
             shutil.rmtree(aside, ignore_errors=True)
             (Path(manager.directory) / str(broken)).rename(aside)
             warn(f"moved the damaged checkpoint {broken} to {aside}")
+        if shared:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("damaged checkpoints are moved")
         manager.reload()
         return restored["state"], restored["progress"]
     if steps:
         raise UserError(
             f"no checkpoint in {manager.directory} can be read (steps {steps}); they are damaged or belong to another "
-            "network. Give a new --workdir, or delete this folder to start again"
+            "network. Give another --workdir, or delete this folder to start again"
         )
     return None
 
@@ -302,15 +314,15 @@ def _restore(
 def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]:
     """Read the weights of a run for prediction.
 
-    These are the weights of the best validation. If there was no validation yet, they are taken from the latest state:
-    the moving average if there is one, else the slow weights of LookAhead, else the parameters.
+    These are the weights of the best validation. Before the first validation, they are those of the latest state: the
+    moving average if there is one, else the slow weights of LookAhead, else the parameters.
 
     Args:
         workdir: Folder of the run.
         params, stats: Trees with the shapes of the result.
 
     Returns:
-        Parameters, running statistics, and a text that says where they come from.
+        Parameters, running statistics, and their origin as text.
 
     Raises:
         UserError: The workdir has no checkpoint, or the checkpoint does not fit the network.
@@ -322,7 +334,7 @@ def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]
             folder, source = latest / "state", f"latest state, step {latest.name}"
         else:
             raise UserError(
-                f"{workdir} holds no finished checkpoint ({BEST_FOLDER}/<step> or {LATEST_FOLDER}/<step>): train first "
+                f"{workdir} has no complete checkpoint ({BEST_FOLDER}/<step> or {LATEST_FOLDER}/<step>): train first "
                 f"with python -m xdim_jax.train --config=... --workdir={workdir}"
             )
         try:
@@ -346,7 +358,7 @@ def _newest(folder: Path) -> Path | None:
 def _read(folder: Path, weights: dict[str, Any]) -> tuple[Any, Any]:
     """Read the parameters and statistics for evaluation, without the other arrays of a state.
 
-    orbax raises no error if the checkpoint lacks an array. Therefore names and shapes are compared first.
+    Names and shapes are compared first, because orbax raises no error if the checkpoint lacks an array.
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         described = reader.metadata(folder.absolute()).item_metadata
@@ -373,7 +385,10 @@ def _read(folder: Path, weights: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _differences(found: Any, wanted: Any) -> list[str]:
-    """Describe the leaves that only one tree has, or whose shapes differ. On disk, indices of lists are strings."""
+    """Describe the leaves that only one tree has, or whose shapes differ.
+
+    Keys are compared as strings, because orbax stores the indices of lists as strings.
+    """
     trees = [
         {".".join(str(k.key) for k in path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
         for t in (found, wanted)

@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-    """Return versions, interpreter, machine, and the devices of JAX. Initialises JAX."""
+    """Return versions, interpreter, machine, and the devices of JAX. This initialises JAX."""
     import jax
 
     return {
@@ -51,7 +51,7 @@ def record_start(workdir: Path, step: int) -> None:
 
     Args:
         workdir: Folder of the run.
-        step: Number of steps done at this start.
+        step: Number of completed steps at this start.
     """
     write_json(workdir / FILE, [*read_starts(workdir), {"step": step, **describe()}])
 

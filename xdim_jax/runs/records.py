@@ -17,13 +17,13 @@ from xdim_jax.base.log import warn
 from xdim_jax.runs.tensorboard import FOLDER, EventFile
 
 METRICS_FILE = "metrics.jsonl"
-VALIDATIONS_FILE = "validations.jsonl"  # the Dice of every validation case and region, at every validation
-STEPS_FILE = "steps.jsonl"  # for every step: loss and norms, not rounded, and digests of the samples, for verify_run
+VALIDATIONS_FILE = "validations.jsonl"  # Dice of every validation case and region, at every validation
+STEPS_FILE = "steps.jsonl"  # for every step: unrounded loss and norms, and digests of the samples, for verify_run
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-    """Open record files and trackers of a run. In processes that write no records, all are None or empty.
+    """Open record files and trackers of a run; None or empty in processes that write no records.
 
     Attributes:
         jsonl: Open `METRICS_FILE`.
@@ -69,7 +69,7 @@ def open_recorder(workdir: Path, step: int, *, writes: bool, trackers: Sequence[
 
     Args:
         workdir: Folder of the run.
-        step: Number of steps done. Records of later steps, from a run that was killed, are deleted.
+        step: Number of completed steps. Records of later steps, from a run that was killed, are deleted.
         writes: True if this process writes records.
         trackers: Open trackers, see `xdim_jax.runs.trackers`.
 
@@ -97,8 +97,8 @@ def record(recorder: Recorder, kind: str, step: int, values: Mapping[str, float]
     Args:
         recorder: Open record files.
         kind: Kind of the record, e.g. "train", "epoch" or "validation".
-        step: Number of steps done.
-        values: Values by name. JSON has null instead of NaN and infinity; TensorBoard and trackers omit these values.
+        step: Number of completed steps.
+        values: Values by name. NaN and infinity become null in JSON, and are omitted in TensorBoard and trackers.
 
     Raises:
         UserError: A file cannot be written.
@@ -158,7 +158,7 @@ def record_pictures(recorder: Recorder, step: int, pictures: Mapping[str, np.nda
 
     Args:
         recorder: Open record files.
-        step: Number of steps done.
+        step: Number of completed steps.
         pictures: Pictures by name, uint8 (H, W, 3).
     """
     if recorder.tensorboard is None:
@@ -170,7 +170,7 @@ def record_pictures(recorder: Recorder, step: int, pictures: Mapping[str, np.nda
 
 
 def close_recorder(recorder: Recorder) -> None:
-    """Close the files. If the disk is full, the loss of the last buffered scalars is only a warning."""
+    """Close the files. If the last buffered values cannot be written, log a warning."""
     _call_trackers(recorder, lambda tracker: tracker.close())
     for file in (recorder.jsonl, recorder.validations, recorder.steps, recorder.tensorboard):
         try:

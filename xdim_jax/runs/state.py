@@ -1,4 +1,4 @@
-"""The training state: everything that one optimisation step changes, as a pytree of arrays."""
+"""The training state: all values that a training step changes, as a pytree of arrays."""
 
 from typing import Any, NamedTuple
 
@@ -8,10 +8,10 @@ import optax
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step changes.
+    """All values that a training step changes.
 
     Attributes:
-        step: Number of steps done, int32.
+        step: Number of completed steps, int32.
         params: Parameters as a nested dict, or a LookAhead pair of two such dicts.
         stats: Running statistics of the normalisation layers, a nested dict.
         opt_state: State of the optimiser.

@@ -1,7 +1,7 @@
 """TensorBoard's event file, written in the calling thread.
 
-tensorboardX's `SummaryWriter` writes in a thread of its own. If that thread fails, because the disk is full or the
-clock jumps, the next calls wait for it for ever, so this module uses its parts without the thread.
+The `SummaryWriter` of tensorboardX writes in its own thread. If that thread fails, because the disk is full or the
+clock jumps, later calls wait for it forever. Therefore this module uses its parts without the thread.
 """
 
 import os
@@ -19,11 +19,11 @@ FOLDER = "tensorboard"  # in the workdir
 
 
 class EventFile:
-    """An event file. If it cannot be written, its curves end with a warning, and training goes on.
+    """An event file. If it cannot be written, a warning is logged, its curves end, and training continues.
 
     Args:
         workdir: Folder of the run.
-        step: Number of steps done. TensorBoard hides events of later steps, from a run that was killed.
+        step: Number of completed steps. TensorBoard hides events of later steps, from a run that was killed.
 
     Raises:
         OSError: The file cannot be created.
@@ -48,7 +48,7 @@ class EventFile:
         self._add(self._library.summary.image(name, picture, dataformats="HWC"), step)
 
     def flush(self) -> None:
-        """Write what is buffered."""
+        """Write buffered events."""
         self._try(lambda file: file.flush())
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class EventFile:
 
 
 def _import() -> Any:
-    """Import tensorboardX without torch, which it would import, and which takes seconds."""
+    """Import tensorboardX without torch, whose import takes seconds."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]

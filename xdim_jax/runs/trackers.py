@@ -85,7 +85,7 @@ class _Mlflow:
 
 
 def open_trackers(config: Config, workdir: Path) -> list[Tracker]:
-    """Open the trackers that ``config.train.wandb`` and ``config.train.mlflow`` name.
+    """Open the trackers of ``config.train.wandb`` and ``config.train.mlflow``.
 
     Args:
         config: Config of the run, which is recorded.

@@ -17,7 +17,7 @@ PREDICTIONS_FOLDER = "predictions"  # label maps of the validation cases
 
 
 def find_members(workdirs: Sequence[Path]) -> list[Path]:
-    """Return the workdirs of single runs, each once. A cross-validation contributes the workdirs of its folds."""
+    """Return the workdirs of single runs, each once. A cross-validation is replaced by the workdirs of its folds."""
     found: list[Path] = []
     for workdir in workdirs:
         folds = sorted(workdir.glob(f"fold*/{CONFIG_FILE}"))
@@ -34,11 +34,11 @@ def claim_workdir(
         workdir: Folder of the run.
         config: Config of the run.
         ignored: Dotted keys that may differ from the config of a started run.
-        continued: Further keys that may differ; ``train.epochs`` may only become larger.
-        started: True if the run has been trained already.
+        continued: Further keys that may differ; ``train.epochs`` may only increase.
+        started: True if the run has a checkpoint.
 
     Returns:
-        The ``continued`` keys that differ, with the value so far and the new value.
+        The ``continued`` keys that differ, with the previous and the new value.
 
     Raises:
         UserError: The workdir belongs to another config (the message lists all differences), or cannot be written.
@@ -53,7 +53,7 @@ def claim_workdir(
             free = ", ".join(f"config.{key}" for key in continued)
             raise UserError(
                 f"{workdir} has a run with another config; give another --workdir, or the same config to resume it. "
-                + (f"Only {free} may change, and epochs only become larger. " if continued else "")
+                + (f"Only {free} may change, and epochs may only increase. " if continued else "")
                 + "Differences:\n  "
                 + "\n  ".join(differing)
             )

@@ -9,11 +9,11 @@
     challenges  selection of rules by name, and their command-line options
     evaluation  scoring of all cases, in several processes
     results     result files, and statistics over cases
-    tables      the tables of the paper with our rows added, and tables of all metrics
+    tables      the tables of the paper with the rows of an evaluation added, and tables of all metrics
     paired      statistics of two evaluations of the same cases
     comparison  the table of the statistics of `paired`
     submission  conversion of predictions to the files that a challenge expects
 
-This package scores the output of the other packages, and must not repeat their mistakes. It therefore has its own
-definitions of label values, regions and post-processing.
+This package scores the output of other packages. To be independent of their errors, it has its own definitions of label
+values, regions and post-processing.
 """

@@ -103,7 +103,7 @@ def score_region_2022(pred: np.ndarray, ref: np.ndarray) -> dict[str, float]:
 
 
 def score_2022(pred: Masks, ref: Masks, geometry: Geometry) -> Values:
-    """Score all regions of a case. The platform measured distances in voxels, so ``geometry`` is not used."""
+    """Score all regions of a case. Distances are in voxels, as on the platform, so ``geometry`` is not used."""
     return {name: score_region_2022(pred[name], ref[name]) for name in ref}
 
 
@@ -113,9 +113,10 @@ def score_missing_2022(ref: Masks, geometry: Geometry) -> Values:
 
 
 def platform_statistics(values: Sequence[float]) -> dict[str, float]:
-    """Return the rows that the platform of 2021 and 2022 wrote below a column of values.
+    """Return the statistics that the platform of 2021 and 2022 wrote below a column of values.
 
-    The platform computed each row over the cases and the rows above it, so sd, median and quartiles are slightly wrong.
+    The platform computed each statistic over the cases and the statistics above it, so sd, median and quartiles are
+    slightly wrong.
     """
     column = [float(v) for v in values]
     rows: dict[str, float] = {}
@@ -140,30 +141,30 @@ def platform_table(scored: Sequence[ScoredCase]) -> dict[str, Any]:
 
 
 def _measure_et(coding: Coding, job: Job) -> tuple[int, float, float]:
-    """Return the number of predicted ET voxels, the Dice of ET, and its Dice if all of these voxels are removed."""
+    """Return the number of predicted ET voxels, the Dice of ET, and the Dice if all of these voxels are removed."""
     assert job.pred is not None
     pred, ref = (coding.masks(m.load()[0], m.path)["ET"] for m in (job.pred, job.ref))
     return int(np.count_nonzero(pred)), score_region_2022(pred, ref)["dice"], float(not ref.any())
 
 
 def tune_min_et(coding: Coding, jobs: Sequence[Job], run: Callable[..., Any]) -> dict[str, Any]:
-    """Find the threshold of the ET volume, below which ET is removed, with the best mean Dice of ET.
+    """Find the threshold of the number of ET voxels, below which ET is removed, with the best mean Dice of ET.
 
     Args:
         coding: Values of the regions in the files.
-        jobs: Cases. Those without a prediction are not used.
+        jobs: Cases. Those without a prediction are ignored.
         run: Parallel ``map``.
 
     Returns:
-        ``dice``: volume -> mean Dice of ET over cases, if ET is removed from all predictions with fewer voxels of ET.
-        ``best``: the volume with the highest mean Dice, the smallest one if several are equal.
+        ``dice``: threshold -> mean Dice of ET over cases, if ET is removed from predictions with fewer voxels of ET.
+        ``best``: the threshold with the highest mean Dice; the smallest one if there are several.
 
     Raises:
         UserError: There is no usable prediction.
     """
     found = list(run(functools.partial(_measure_et, coding), [job for job in jobs if job.pred is not None]))
     if not found:
-        raise UserError("--tune_min_et: none of the predictions can be used; leave it out to see the reasons")
+        raise UserError("--tune_min_et: none of the predictions can be used; omit the option to see the reasons")
     dice = {t: float(np.mean([removed if n < t else kept for n, kept, removed in found])) for t in MIN_ET_GRID}
     best = max(dice, key=lambda t: (dice[t], -t))
     return {"best": best, "dice": {str(t): v for t, v in dice.items()}}
@@ -253,7 +254,7 @@ def rules(year: str, convention: str = "", cohort: str = "GLI", also: Sequence[s
         year: ``brats2022``, ``brats2023`` or ``brats2024``.
         convention: Convention of the label values in the files; empty for the convention of the year.
         cohort: Part of the challenge of 2023, a key of `xdim_jax.scoring.lesions.COHORTS`.
-        also: Further entries of the summary for 2022: ``platform_2022``, ``tune_min_et``.
+        also: Additional entries of the summary for 2022: ``platform_2022``, ``tune_min_et``.
     """
     score, score_missing, columns, default = {
         "brats2022": (score_2022, score_missing_2022, _COLUMNS_2022, "brats2021"),
@@ -281,7 +282,7 @@ def rules(year: str, convention: str = "", cohort: str = "GLI", also: Sequence[s
 
 
 def _coding(coding: Coding, label_map: LabelMap) -> Coding:
-    """Return the same coding for all label maps. Unlike a lambda, this function can be sent to other processes."""
+    """Return the same coding for all label maps. Unlike a lambda, this function can be pickled."""
     return coding
 
 

@@ -28,10 +28,18 @@ from xdim_jax.scoring.rules import (
 CODING = Coding("CAMUS", {"LV_endo": (1,), "LV_epi": (1, 2), "LA": (3,)})
 CAVITY = "LV_endo"
 LAYOUT = "patient0001_{2CH,4CH}_{ED,ES}[_gt].{nii.gz,mhd,...}, in one folder or one for each patient"
-# prefix of the ids of test patients in the older release, in which they are numbered from 1 again
+# prefix of the ids of test patients in the older release, in which their numbers also start from 1
 TEST_PREFIX = "testing_"
 _NAME = re.compile(rf"({TEST_PREFIX})?(patient\d+)_([24]CH)_(ED|ES)(_gt)?")
 _COLUMNS = {"dice": Column("Dice"), "mad": Column("MAD", "mm", 2, False), "hd": Column("HD", "mm", 2, False)}
+
+# (instant, structure) -> the largest mean MAD and HD in mm between two of the three cardiologists (paper, Table 2)
+OBSERVERS = {
+    ("ED", "LV_endo"): (3.3, 8.2),
+    ("ED", "LV_epi"): (3.5, 8.0),
+    ("ES", "LV_endo"): (4.0, 8.8),
+    ("ES", "LV_epi"): (3.9, 8.6),
+}
 
 # (view, instant) -> label map of one patient
 _PatientMaps = Mapping[tuple[str, str], LabelMap]
@@ -66,7 +74,7 @@ def find(folder: Path) -> dict[str, LabelMap]:
 def score(pred: Masks, ref: Masks, geometry: Geometry) -> Values:
     """Score all structures of an image.
 
-    If both masks are empty, Dice is 1. If a mask is empty, MAD and HD are NaN, so that means exclude them.
+    If both masks are empty, Dice is 1. If a mask is empty, MAD and HD are NaN, and are excluded from means.
     """
     pred, plane = squeeze_slice(pred, geometry)
     ref, _ = squeeze_slice(ref, geometry)
@@ -128,7 +136,8 @@ def aggregate(
         contour: Part of the ventricle that is divided into discs, see `xdim_jax.scoring.simpson.volumes`.
 
     Returns:
-        A row for each patient, with predicted and reference volumes, and the entry ``volumes`` of the summary.
+        A row for each patient, with predicted and reference volumes; and the entries ``volumes`` and ``outliers`` of
+        the summary.
     """
     patients: dict[str, dict[tuple[str, str], Job]] = {}
     for job, result in zip(jobs, scored, strict=True):
@@ -157,7 +166,34 @@ def aggregate(
         "step": step,
         "contour": contour,
     }
-    return rows, {"volumes": summary}
+    return rows, {"volumes": summary, "outliers": find_outliers(scored)}
+
+
+def find_outliers(scored: Sequence[ScoredCase]) -> dict[str, Any]:
+    """Return the contours that are farther from the reference than two cardiologists are from each other.
+
+    A contour is an outlier if its MAD or HD is above `OBSERVERS`, or if it cannot be measured because the prediction is
+    empty or missing. Empty references are not counted.
+
+    Returns:
+        Instant and structure, such as ``ED LV_endo`` -> ``images`` (number of images), ``count`` (number of outliers)
+        and ``cases`` (their ids).
+    """
+    found: dict[str, Any] = {}
+    for (instant, structure), (mad, hd) in OBSERVERS.items():
+        having = [
+            case
+            for case in scored
+            if case.attributes.get("instant") == instant and case.empty.get(structure) not in ("ref", "both")
+        ]
+        far = [
+            case.case_id
+            for case in having
+            if not (case.values[structure]["mad"] <= mad and case.values[structure]["hd"] <= hd)  # NaN is an outlier
+        ]
+        if having:
+            found[f"{instant} {structure}"] = {"images": len(having), "count": len(far), "cases": sorted(far)}
+    return found
 
 
 def _texts(found: Mapping[str, Sequence[simpson.Volumes]], attribute: str) -> dict[str, str]:
@@ -189,7 +225,7 @@ def agreement(pred: Sequence[float], ref: Sequence[float]) -> dict[str, float | 
     Returns:
         ``correlation``: Pearson's correlation. ``bias``: mean of prediction minus reference. ``sd``: standard deviation
         of these differences (ddof 1). ``mae``: mean absolute error. A statistic is None if there are too few values;
-        the correlation also if predicted or reference values are constant.
+        the correlation is also None if predicted or reference values are constant.
     """
     p, r = np.asarray(pred, float), np.asarray(ref, float)
     difference = p - r
@@ -203,7 +239,7 @@ def agreement(pred: Sequence[float], ref: Sequence[float]) -> dict[str, float | 
 
 
 def _coding(label_map: LabelMap) -> Coding:
-    """Return the same coding for all label maps. Unlike a lambda, this function can be sent to other processes."""
+    """Return the same coding for all label maps. Unlike a lambda, this function can be pickled."""
     return CODING
 
 

@@ -60,15 +60,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--platform_2022",
         action="store_true",
         default=None,
-        help="brats2022: also compute sd, median and quartiles as the platform did: each over the cases and the "
-        "statistics before it",
+        help="brats2022: also compute sd, median and quartiles as on the platform: each over the cases and the "
+        "statistics above it",
     )
     group.add_argument(
         "--tune_min_et",
         action="store_true",
         default=None,
-        help="brats2022: also find the number of voxels (0 to 750) below which a predicted ET is best removed, by the "
-        "mean Dice of ET; make the predictions with --min_et=0",
+        help="brats2022: also find the threshold (0 to 750 voxels) below which a predicted ET is removed, by the mean "
+        "Dice of ET; needs predictions with --min_et=0",
     )
     group.add_argument("--cohort", choices=sorted(COHORTS), help="brats2023: part of the challenge (default: GLI)")
     group.add_argument(
@@ -94,8 +94,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--border",
         choices=["outside", "inside"],
-        help="generic: whether positions beyond the edge of the image count as outside or inside a mask; with outside, "
-        "mask voxels at the edge are surface (default: outside)",
+        help="generic: whether positions beyond the edge of the image are outside or inside of a mask; with outside, "
+        "mask voxels at the edge belong to its surface (default: outside)",
     )
 
 
@@ -131,16 +131,16 @@ def make_rules(name: str, options: argparse.Namespace) -> Rules:
     return generic.rules(structures, metrics, border=options.border != "inside", annotated=annotated)
 
 
-_ALIASES = {"hd95": "hd95_pooled", "assd": "assd_pooled"}
+METRIC_ALIASES = {"hd95": "hd95_pooled", "assd": "assd_pooled"}
 
 
 def parse_metrics(text: str) -> tuple[str, ...]:
     """Return the metric names in a comma-separated list; ``hd95`` means ``hd95_pooled``, and ``assd`` ``assd_pooled``.
 
     Raises:
-        UserError: A name is not known.
+        UserError: A name is unknown.
     """
-    names = tuple(_ALIASES.get(name.strip(), name.strip()) for name in text.split(",") if name.strip())
+    names = tuple(METRIC_ALIASES.get(name.strip(), name.strip()) for name in text.split(",") if name.strip())
     if unknown := [name for name in names if name not in METRICS]:
         variants = sorted({m for name in unknown for m in METRICS if m.startswith(f"{name}_")})
         hint = f"; did you mean {' or '.join(variants)}?" if variants else ""

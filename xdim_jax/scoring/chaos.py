@@ -34,7 +34,7 @@ from xdim_jax.scoring.rules import (
 
 ORGANS = {"liver": (63,), "right kidney": (126,), "left kidney": (189,), "spleen": (252,)}
 MR = Coding("CHAOS MR", ORGANS, {63: (55, 70), 126: (110, 135), 189: (175, 200), 252: (240, 255)})
-# Foreground on CT is 255 or 1 in references, and 63 in predictions. A prediction with several values is read like MR.
+# foreground on CT is 255 or 1 in references, and 63 in predictions; a prediction with several values is read as on MR
 CT = Coding(
     "CHAOS CT", {"liver": (63,)}, {63: (0, 255)}, if_several=Coding("CHAOS CT", {"liver": (63,)}, MR.grey_ranges)
 )
@@ -96,7 +96,7 @@ def with_scores(values: Mapping[str, float], score_0: Sequence[str] = ()) -> dic
 def score(pred: Masks, ref: Masks, geometry: Geometry) -> Values:
     """Score all organs of a case.
 
-    If the reference of an organ is empty, all values are NaN, so that means exclude them. If only the prediction is
+    If the reference of an organ is empty, all values are NaN, and are excluded from means. If only the prediction is
     empty, all scores are 0, RAVD is 100, and both distances are the diagonal of the image. A distance is also the
     diagonal, with score 0, if a mask has no surface because it fills the image.
     """
@@ -194,7 +194,7 @@ def _find_predictions(folder: Path, references: Mapping[str, LabelMap]) -> dict[
         axes = ref.axes if ref else "anatomical"
         found[case] = LabelMap(case, files, _patient(case), _attributes(case), None, axes)
     if unknown:
-        shown = f"{shorten([str(p) for p in unknown])}: PNG files whose folder does not show the case"
+        shown = f"{shorten([str(p) for p in unknown])}: PNG files whose folder is not named after a case"
         if not found and not has_maps:
             raise UserError(f"{shown}; expected {LAYOUT}; the references are {shorten(sorted(references))}")
         log.warn(f"{shown} are not read")
@@ -230,7 +230,7 @@ def pair_predictions(pred: Path, references: dict[str, LabelMap], tasks: Sequenc
     if existing and (absent := [folders[task].name for task in tasks if task not in existing]):
         names = ", ".join(folders[task].name for task in existing)
         raise UserError(
-            f"{pred} has the folders {names}, but not {', '.join(absent)}; remove --task to score all that exist"
+            f"{pred} has the folders {names}, but not {', '.join(absent)}; omit --task to score all existing folders"
         )
     chosen = tasks or existing or list(TASKS)
     wanted = {modality for task in chosen for modality in TASKS[task][0]}

@@ -1,4 +1,4 @@
-"""The table that shows the differences of two evaluations, see `xdim_jax.scoring.paired`."""
+"""The table of the differences of two evaluations, see `xdim_jax.scoring.paired`."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def make_table(found: Sequence[paired.Difference], a: str, b: str) -> tables.Tab
         a: Name of evaluation A.
         b: Name of evaluation B.
     """
-    header = ("", "metric", "cases", "A", "B", "B - A", "95 % interval", "p", "p (Holm)")
+    header = ("", "metric", "cases", "A", "B", "B - A", "95 % confidence interval", "p", "p (Holm)")
     rows = []
     for d in found:
         digits = 3 if max(abs(d.a), abs(d.b)) <= 1 else 2

@@ -1,4 +1,4 @@
-"""Score all cases of an evaluation in several processes, write the result files, and format the results for the log."""
+"""Scoring of all cases of an evaluation in several processes, its result files, and its results as log lines."""
 
 import concurrent.futures
 import concurrent.futures.process
@@ -39,24 +39,24 @@ def write_evaluation(
 def score_jobs(
     rules: Rules, jobs: Sequence[Job], extra_metrics: Sequence[str] = (), *, processes: int = 1
 ) -> tuple[list[ScoredCase], list[ScoredCase], dict[str, Any]]:
-    """Score all jobs. If several jobs have the same pair of files, it is scored once.
+    """Score all jobs. A pair of files that several jobs have is scored once.
 
     Args:
         rules: Rules of the challenge.
         jobs: Jobs.
-        extra_metrics: Names of metrics to be computed in addition to those of the rules.
+        extra_metrics: Names of metrics to compute in addition to those of the rules.
         processes: Maximum number of processes.
 
     Returns:
-        A result for each job; further rows of ``cases.csv``; and further entries of the summary. The last two are
-        computed by ``Rules.aggregate``.
+        A result for each job; and the further rows of ``cases.csv`` and entries of the summary that ``Rules.aggregate``
+        computes.
 
     Raises:
         UserError: References cannot be used (the message lists all of them), or a process was killed.
     """
     keys = [_key(job) for job in jobs]
     unique = {key: (job.ref, job.pred) for key, job in zip(keys, jobs, strict=True)}
-    with _parallel_map(max(min(processes, len(unique)), 1)) as run:
+    with parallel_map(max(min(processes, len(unique)), 1)) as run:
         score = functools.partial(_score, rules, extra_metrics=tuple(extra_metrics))
         outcomes = dict(zip(unique, run(score, unique.values()), strict=True))
         if failures := [str(error) for error in outcomes.values() if isinstance(error, UserError)]:
@@ -87,8 +87,8 @@ def _score(
 
 
 @contextlib.contextmanager
-def _parallel_map(processes: int) -> Iterator[Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]]:
-    """Provide a function like ``map`` that uses several processes; with one process, ``map`` itself."""
+def parallel_map(processes: int) -> Iterator[Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]]:
+    """Context manager that yields a ``map`` in several processes; with one process, ``map`` itself."""
     if processes == 1:
         yield map
         return
@@ -127,6 +127,9 @@ def _aggregate_lines(summary: dict[str, Any]) -> list[str]:
     for name, a in summary.get("volumes", {}).get("agreement", {}).items():
         if a["bias"] is not None:
             lines.append(f"{name.upper()}: correlation {number(a['correlation'], 3)}, bias {number(a['bias'], 1)}")
+    if outliers := summary.get("outliers"):
+        text = ", ".join(f"{name} {found['count']} of {found['images']}" for name, found in outliers.items())
+        lines.append(f"contours outside of the differences between cardiologists: {text}")
     titles = {"reasons": "no volumes", "implausible": "implausible volumes, expected 0 < ESV < EDV < 600 ml"}
     for key, words in titles.items():
         for patient, text in summary.get("volumes", {}).get(key, {}).items():

@@ -10,7 +10,7 @@ from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.base.files import read_json, write_json
 from xdim_jax.data.images.image import files_of
-from xdim_jax.scoring import results, tables
+from xdim_jax.scoring import calibration, results, tables
 from xdim_jax.scoring.evaluation import describe, score_jobs, write_evaluation
 from xdim_jax.scoring.rules import Job, Rules, ScoredCase, column
 
@@ -27,6 +27,7 @@ def evaluate_folders(
     missing: str = "error",
     processes: int = 1,
     patients: Mapping[str, str] | None = None,
+    calibrated: bool = False,
 ) -> None:
     """Score all predictions of a folder, and write cases.csv, summary.json, the tables and evaluate.json.
 
@@ -38,15 +39,18 @@ def evaluate_folders(
         options: Options of the rules, which are recorded in evaluate.json.
         cases: Ids of the cases that are scored; None for all. Each must have a reference.
         metrics: Names of metrics in addition to those of the rules.
-        missing: What happens if a prediction is missing or unreadable. ``error``: a UserError is raised.
-            ``penalise``: the case gets the worst values of the challenge. ``skip``: the case is left out, with a
-            warning, and listed in evaluate.json.
+        missing: What to do if a prediction is missing or unreadable. ``error``: raise UserError. ``penalise``: give the
+            case the worst values of the challenge. ``skip``: omit the case, with a warning, and list it in
+            evaluate.json.
         processes: Maximum number of scoring processes.
-        patients: Case id -> patient, for rules that do not know the patients; a case that is missing is a patient.
+        calibrated: True to evaluate the probabilities and uncertainty maps in ``pred``, too.
+        patients: Case id -> patient, for rules that do not define the patients; other cases are separate patients.
 
     Raises:
         UserError: A reference cannot be used, there is nothing to score, or predictions are missing or unreadable.
     """
+    if calibrated:
+        calibration.check_probabilities(pred)
     jobs, surplus = rules.jobs(pred, ref)
     if patients:
         jobs = [
@@ -70,7 +74,7 @@ def evaluate_folders(
         raise UserError(f"no reference in {ref} has a prediction in {pred}; expected at least one")
     _check_distinct(jobs)
     if surplus:
-        log.warn(f"{len(surplus)} predictions without a reference are left out: {shorten(surplus)}")
+        log.warn(f"{len(surplus)} predictions without a reference are omitted: {shorten(surplus)}")
     skipped = set(without) if missing == "skip" else set()
     jobs = [job for job in jobs if job.ref.case_id not in skipped]
     scored, extra_rows, extra = score_jobs(rules, jobs, metrics, processes=processes)
@@ -78,7 +82,7 @@ def evaluate_folders(
     if problems and missing == "error":
         raise join_problems(problems, "cases that cannot be scored")
     for problem in problems:
-        log.warn(f"{problem}: the case {'is left out' if missing == 'skip' else 'gets the worst values'}")
+        log.warn(f"{problem}: the case {'is omitted' if missing == 'skip' else 'gets the worst values'}")
     if problems and missing == "skip":  # again without these cases, because rules aggregate over all cases
         skipped |= {case.case_id for case in scored if case.problem}
         jobs = [job for job in jobs if job.ref.case_id not in skipped]
@@ -86,8 +90,8 @@ def evaluate_folders(
             raise UserError(f"no prediction in {pred} can be used; expected at least one")
         scored, extra_rows, extra = score_jobs(rules, jobs, metrics, processes=processes)
     if skipped:
-        log.warn(f"{len(skipped)} cases are left out: {shorten(sorted(skipped))}; scores of the others may be too good")
-    scored = _add_absent_structures(scored)
+        log.warn(f"{len(skipped)} cases are omitted: {shorten(sorted(skipped))}; the mean scores may be too good")
+    scored = _add_absent_structures(scored, {job.ref.case_id: job.structures for job in jobs})
     if not any(case.values for case in scored):
         raise UserError(f"{ref} and {pred} contain no structure, only background; name the structures with --labels")
     for line in _unevaluated_structures(scored):
@@ -108,25 +112,33 @@ def evaluate_folders(
         log.say(line)
     if same := summary["identical"]:
         log.warn(
-            f"{len(same)} of {summary['cases']} predictions equal their reference in every voxel ({shorten(same)}): "
-            "they are probably copies of the references, and their scores mean nothing"
+            f"{len(same)} of {summary['cases']} predictions are identical to their reference ({shorten(same)}): they "
+            "are probably copies of the references, and their scores are meaningless"
         )
+    (out / results.CALIBRATION_FILE).unlink(missing_ok=True)  # of an earlier evaluation
+    if calibrated:
+        usable = [job for job, case in zip(jobs, scored, strict=True) if job.pred is not None and not case.problem]
+        found = calibration.calibrate(rules, usable, pred, out, processes=processes)
+        for line in calibration.describe(found):
+            log.say(line)
+        for line in calibration.doubts(found):
+            log.warn(line)
     log.say(f"done       {out}: {', '.join((results.CASES_FILE, results.SUMMARY_FILE, *results.TABLES_FILES))}")
 
 
 def check_small_et_kept(pred: Path) -> None:
-    """Raise UserError if prediction has already removed small ET, because --tune_min_et needs all predicted ET."""
+    """Raise UserError if small ET was removed from the predictions, because --tune_min_et needs all predicted ET."""
     record = pred / results.PREDICT_FILE
     minimum = read_json(record).get("predict", {}).get("min_et", 0) if record.is_file() else 0
     if minimum:
         raise UserError(
-            f"--tune_min_et: {record} says that ET below {minimum} voxels was removed; predict with --min_et=0 into "
-            "another folder first"
+            f"--tune_min_et: according to {record}, ET below {minimum} voxels was removed; first predict with "
+            "--min_et=0 into another folder"
         )
 
 
 def _check_distinct(jobs: Sequence[Job]) -> None:
-    """Raise UserError if a reference is also given as the prediction."""
+    """Raise UserError if the prediction of a case is its reference file."""
     same = []
     for job in jobs:
         if job.pred is not None:
@@ -134,7 +146,7 @@ def _check_distinct(jobs: Sequence[Job]) -> None:
             same += [str(ref)] if pred == ref else []
     if same := list(dict.fromkeys(same)):
         raise UserError(
-            f"{len(same)} references are also given as predictions: {shorten(same)}; give a --pred folder that has "
+            f"{len(same)} references are also given as predictions: {shorten(same)}; give a --pred folder with "
             "predictions only"
         )
 
@@ -150,25 +162,32 @@ def _record(jobs: Sequence[Job]) -> dict[str, Any]:
     return found
 
 
-def _add_absent_structures(scored: Sequence[ScoredCase]) -> list[ScoredCase]:
+def _add_absent_structures(
+    scored: Sequence[ScoredCase], annotated: Mapping[str, Sequence[str] | None]
+) -> list[ScoredCase]:
     """Add NaN values to each case for structures that only other cases have.
 
-    This changes results only if the rules read the structures from the label maps: a case then lacks the structures
-    that neither of its maps has. Results with tasks are returned unchanged, because CHAOS defines its structures.
+    The masks of these structures are empty, unless the structure is not annotated in the case (``annotated``: case id
+    -> structures, or None for all).
+
+    This changes results only if the rules take the structures from the label maps, because a case then lacks the
+    structures that are in neither of its maps. Results with tasks are returned unchanged, because CHAOS defines its
+    structures.
     """
     metrics = {s: tuple(v) for case in scored for s, v in case.values.items()}
     if {case.attributes.get("task") for case in scored} != {None}:
         return list(scored)
     filled = []
     for case in scored:
-        absent = [s for s in metrics if s not in case.values]
+        shown = annotated.get(case.case_id)
+        absent = [s for s in metrics if s not in case.values and (shown is None or s in shown)]
         values = {s: case.values.get(s, dict.fromkeys(metrics[s], math.nan)) for s in metrics}
         filled.append(dataclasses.replace(case, values=values, empty={**case.empty, **dict.fromkeys(absent, "both")}))
     return filled
 
 
 def _unevaluated_structures(scored: Sequence[ScoredCase]) -> list[str]:
-    """Return a warning for each structure whose metrics are all NaN in some cases because the references lack it."""
+    """Return a warning for each structure that is not in the reference of some cases, so that its metrics are NaN."""
     found: dict[tuple[str, str], list[str]] = {}
     for case in scored:
         for structure, which in case.empty.items():

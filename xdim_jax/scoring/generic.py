@@ -9,6 +9,7 @@ from pathlib import Path
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json
 from xdim_jax.data.images.image import strip_suffix
+from xdim_jax.data.images.names import case_of_label, normalised
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair, measure
 from xdim_jax.scoring.rules import Coding, Job, LabelMap, Masks, Rules, Values, column, find_files, squeeze_slice
 
@@ -21,10 +22,7 @@ def find(folder: Path) -> dict[str, LabelMap]:
     """Return all images in a folder by case id: the file name without suffix and without ``_seg`` or ``_gt``."""
 
     def name_of(path: Path) -> str | None:
-        stem = strip_suffix(path.name) or ""
-        for ending in ("_seg", "-seg", "_gt"):
-            stem = stem.removesuffix(ending)
-        return stem
+        return case_of_label(strip_suffix(path.name) or "")
 
     return {case: LabelMap(case, path, case) for case, path in find_files(folder, LAYOUT, name_of).items()}
 
@@ -32,7 +30,7 @@ def find(folder: Path) -> dict[str, LabelMap]:
 def score(
     pred: Masks, ref: Masks, geometry: Geometry, *, metrics: Sequence[str] = DEFAULT_METRICS, border: bool = True
 ) -> Values:
-    """Compute the metrics of all structures. A metric that is not defined for a pair of masks is NaN."""
+    """Return the metrics of all structures. A metric that is not defined for a pair of masks is NaN."""
     pred, plane = squeeze_slice(pred, geometry)
     ref, _ = squeeze_slice(ref, geometry)
     return {name: measure(Pair(pred[name], ref[name], plane, border=border), metrics) for name in ref}
@@ -86,7 +84,7 @@ def parse_structures(words: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
         Name of each structure -> its values.
 
     Raises:
-        UserError: A word has another form, or a name occurs twice.
+        UserError: A word does not have this form, or a name occurs twice.
     """
     found = {}
     for word in words:
@@ -111,13 +109,13 @@ def read_annotated(folder: Path) -> Mapping[str, tuple[str, ...]]:
     """Return the annotated structures of cases in which not all are, from a ``dataset.json``, see `read_structures`.
 
     Returns:
-        Case id -> names of structures; nothing if there is no file or no such key.
+        Case id -> names of structures; empty if there is no file or no such key.
     """
     for path in (folder / "dataset.json", folder.parent / "dataset.json"):
         if path.is_file():
             data = read_json(path)
             found = data.get("annotated") if isinstance(data, dict) else None
-            return {str(case): tuple(map(str, names)) for case, names in (found or {}).items()}
+            return {normalised(str(case)): tuple(map(str, names)) for case, names in (found or {}).items()}
     return {}
 
 

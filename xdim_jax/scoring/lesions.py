@@ -1,4 +1,4 @@
-"""Lesion-wise metrics of BraTS 2023 and 2024: each lesion is scored, and false lesions are penalised like missed ones.
+"""Lesion-wise metrics of BraTS 2023 and 2024: each lesion is scored, and false and missed lesions are penalised.
 
 The rules are in docs/challenges.md, sections "BraTS 2023" and "BraTS 2024". Volumes are in mm^3. HD95 is the metric
 ``hd95_surfel`` of `xdim_jax.scoring.masks`, in mm.
@@ -25,7 +25,7 @@ class Cohort:
     Attributes:
         dilation: Number of dilation steps, both for merging lesions of the reference that are close to each other, and
             for matching a lesion with predicted components.
-        ignored_volume: Lesions of at most this volume are not counted, in mm^3.
+        ignored_volume: Largest volume of lesions that are not counted, in mm^3.
     """
 
     dilation: int
@@ -57,7 +57,7 @@ def label_components(mask: np.ndarray) -> np.ndarray:
 
 
 def label_merged(mask: np.ndarray, steps: int) -> np.ndarray:
-    """Return the same as `label_components`, but components that touch after ``steps`` dilations share a label."""
+    """Return the same as `label_components`, but with one label for components that touch after ``steps`` dilations."""
     return np.where(mask, label_components(dilate(mask, steps)), 0)
 
 
@@ -150,7 +150,7 @@ def lesionwise_2023(pred: np.ndarray, ref: np.ndarray, geometry: Geometry, cohor
 
 # -- 2024, glioma after treatment ---------------------------------------------------------------------------------
 
-# structure -> dilation steps for merging components. The platform intended 5 for SNFH too, but a misspelling left 3.
+# structure -> dilation steps for merging components; for SNFH, the platform has 3 instead of 5 because of a misspelling
 _MERGE_STEPS_2024 = {"NETC": 5, "RC": 5}
 _OTHER_MERGE_STEPS_2024 = 3
 # structure -> ignored size, see `_ignored_size_2024`
@@ -202,8 +202,8 @@ def label_lesions_2024(masks: Mapping[str, np.ndarray], *, predicted: bool) -> d
 def _merge_touching(lesions: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Merge lesions that touch the same lesion of another structure.
 
-    If a lesion touches several lesions of the other structure, only the one with the lowest label counts. If there is
-    only one contact in total, nothing changes.
+    If a lesion touches several lesions of the other structure, only the one with the lowest label is used. If there is
+    only one contact in total, ``lesions`` is returned unchanged.
     """
     contacts = []
     for number, box in enumerate(find_objects(lesions), 1):

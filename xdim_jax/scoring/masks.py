@@ -9,6 +9,7 @@ The surface of a mask consists of the mask voxels that have a face neighbour (4 
 
 import dataclasses
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -56,8 +57,10 @@ class Geometry:
 
     @property
     def diagonal(self) -> float:
-        """Length of the diagonal of the whole image, in mm."""
-        return math.hypot(*(n * s for n, s in zip(self.shape, self.spacing, strict=True)))
+        """Length of the longest diagonal of the whole image, in mm."""
+        sides = _step_matrix(self) * self.shape  # column k is the side along axis k
+        signs = itertools.product((1, -1), repeat=len(self.shape))
+        return max(math.hypot(*(sides @ sign)) for sign in signs)
 
 
 def voxel_geometry(shape: Sequence[int]) -> Geometry:
@@ -118,7 +121,9 @@ def _tree_is_faster(pred: np.ndarray, ref: np.ndarray, surface_p: np.ndarray, su
     # 20 to 60 ns per voxel of the box. A query of the tree takes 0.5 to 3 us between the surfaces of similar masks, but
     # up to 270 us from a curved surface to a distant flat face, where many voxels are almost equally near.
     count_p, count_g = np.count_nonzero(surface_p), np.count_nonzero(surface_g)
-    if count_p * count_g <= 16 * pred.size:  # comparing all pairs of voxels (2 ns each) would be as fast as a map
+    if (
+        count_p * count_g <= 16 * pred.size
+    ):  # so few that comparing all pairs (2 ns each) takes no longer than a map; the tree is faster
         return True
     if 10 * (count_p + count_g) > pred.size:  # a large part of the box is surface, e.g. in noise
         return False
@@ -130,8 +135,8 @@ def _tree_is_faster(pred: np.ndarray, ref: np.ndarray, surface_p: np.ndarray, su
 def _is_flat(mask: np.ndarray) -> bool:
     """Return whether one plane of the array (one line in 2D) contains more than a tenth of the voxels of a surface.
 
-    A face contains at least a sixth of the surface of a cuboid. For a ball with a radius of 15 voxels or more, a plane
-    contains at most 6 %.
+    The largest face of a cuboid has at least a sixth of its surface. For a ball with a radius of 15 voxels or more, a
+    plane contains at most 6 %.
     """
     other_axes = [tuple(a for a in range(mask.ndim) if a != axis) for axis in range(mask.ndim)]
     largest = max(int(np.count_nonzero(mask, axis=axes).max()) for axes in other_axes)
@@ -215,7 +220,10 @@ class Pair:
 
     @functools.cached_property
     def surfels(self) -> dict[str, Any]:
-        """Result of ``surface_distance.compute_surface_distances`` (DeepMind). Both masks must have voxels."""
+        """Result of ``surface_distance.compute_surface_distances`` (DeepMind). Both masks must have voxels.
+
+        The package has no skewed axes: distances are those of a grid with perpendicular axes of the same spacing.
+        """
         import surface_distance
 
         box = bounding_box(self.pred | self.ref, margin=1)
@@ -237,7 +245,7 @@ def dice(pred: np.ndarray, ref: np.ndarray) -> float:
 
 
 def _specificity(pair: Pair) -> float:
-    """Return the share of the voxels outside G that are also outside P."""
+    """Return the fraction of the voxels outside G that are also outside P; NaN if G contains all voxels."""
     negative = pair.ref.size - pair.g
     return _ratio(negative - (pair.p - pair.tp), negative)
 
@@ -267,9 +275,9 @@ def _hd95_surfel(pair: Pair) -> float:
 
 
 def _nsd(tolerance: float) -> Callable[[Pair], float]:
-    """Return a metric: the share of surface voxels that are at most ``tolerance`` mm from the other surface.
+    """Return a metric: the fraction of surface voxels that are at most ``tolerance`` mm from the other surface.
 
-    It is computed for P to G and for G to P, and the two shares are averaged.
+    It is the mean of the fractions from P to G and from G to P.
     """
     return _directed(lambda p, g: (np.mean(p <= tolerance) + np.mean(g <= tolerance)) / 2)
 

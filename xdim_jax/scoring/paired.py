@@ -26,7 +26,8 @@ class Difference:
         low: Lower limit of the 95 % confidence interval of ``mean``, by a bootstrap over patients. None if there is
             only one patient.
         high: Upper limit of this interval.
-        p: Two-sided p-value of Wilcoxon's signed-rank test over cases; 1 if no case differs.
+        p: Two-sided p-value of Wilcoxon's signed-rank test over patients, of the mean difference of the cases of each
+            patient; 1 if no patient differs.
         p_holm: ``p`` after Holm's correction for all tests of the comparison.
     """
 
@@ -68,7 +69,11 @@ def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[
         left, right = np.array([x[k] for k in keys]), np.array([y[k] for k in keys])
         difference = right - left
         low, high = bootstrap_interval(difference, np.array([patients[k[0]] for k in keys]))
-        test: Any = wilcoxon(difference) if difference.any() else None
+        by_patient: dict[str, list[float]] = {}
+        for key, value in zip(keys, difference, strict=True):
+            by_patient.setdefault(patients[key[0]], []).append(float(value))
+        means = np.array([np.mean(values) for values in by_patient.values()])
+        test: Any = wilcoxon(means) if means.any() else None
         found.append(
             Difference(
                 structure=structure,
@@ -92,8 +97,8 @@ def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[
 def _values_by_metric(cases: Sequence[ScoredCase]) -> Mapping[tuple[str, str], dict[tuple[str, ...], float]]:
     """Return (structure, metric) -> case -> value.
 
-    The tasks of CHAOS may share the prediction of a case, or have a prediction each. If all tasks have the same values,
-    the case counts once. Otherwise, each task is compared separately, and its structures are named
+    The tasks of CHAOS use either the same prediction of a case or separate predictions. If all tasks have the same
+    values, the case counts once. Otherwise, each task is compared separately, and its structures are named
     ``task <task> <structure>``.
     """
     tasks: dict[tuple[str, ...], dict[str, dict[str, Mapping[str, float]]]] = {}

@@ -18,6 +18,7 @@ from xdim_jax.scoring.rules import Rules, ScoredCase, Values
 
 CASES_FILE, SUMMARY_FILE, EVALUATE_FILE, PREDICT_FILE = "cases.csv", "summary.json", "evaluate.json", "predict.json"
 TABLES_FILES = ("tables.md", "tables.tex")
+CALIBRATION_FILE = "calibration.json"  # only with evaluate --calibration
 _FIRST_COLUMNS, _LAST_COLUMNS = ["case_id"], ["structure", "metric", "value"]
 BOOTSTRAP_SAMPLES = 5000
 _REWRITE = "write it with python -m xdim_jax.evaluate"
@@ -192,7 +193,7 @@ def summarise(rules: Rules, scored: Sequence[ScoredCase], extra: Mapping[str, An
     Args:
         rules: Rules of the challenge.
         scored: Scored cases. If a case occurs once for each task, the statistics over all cases count it once.
-        extra: Further entries, from ``Rules.aggregate``.
+        extra: Additional entries, from ``Rules.aggregate``.
     """
     unique = unique_cases(scored)
     groups: dict[str, list[ScoredCase]] = {}
@@ -219,7 +220,7 @@ def summarise(rules: Rules, scored: Sequence[ScoredCase], extra: Mapping[str, An
 
 
 def percent(share: float | None) -> str:
-    """Format a share in percent with two decimals, as in the tables of the paper; None as a dash."""
+    """Format a fraction in percent with two decimals, as in the tables of the paper; None as a dash."""
     return "-" if share is None else f"{100 * share:.2f}"
 
 

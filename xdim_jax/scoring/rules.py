@@ -37,7 +37,7 @@ class Coding:
         structures: Name of each structure -> values that belong to it. A value may belong to several structures.
         grey_ranges: Value -> range ``low < grey <= high`` of grey levels that are read as this value; other grey levels
             are background. If empty, the file may contain only 0, the values of the structures, and ``ignored``.
-        ignored: Further values that may occur and belong to no structure.
+        ignored: Other values that may occur and belong to no structure.
         excluded: Values of the reference at which predictions are not scored, because nothing is annotated there.
         if_several: Coding of files that contain more than one nonzero value; None to use this coding for them too.
         hint: Advice at the end of the message about an unknown value.
@@ -82,7 +82,7 @@ class Coding:
         return label
 
     def _rounded_labels(self, values: np.ndarray, path: Path) -> np.ndarray:
-        """Return the values rounded to whole numbers. Raises UserError if the coding does not have one of them."""
+        """Return the values rounded to integers. Raises UserError if one of them is not a value of the coding."""
         known = sorted(
             {0, *self.ignored, *self.excluded, *(v for members in self.structures.values() for v in members)}
         )
@@ -90,7 +90,7 @@ class Coding:
         unknown = [v for v in found if not np.isfinite(v) or min(abs(v - k) for k in known) > _LABEL_TOLERANCE]
         if unknown:
             shown = shorten([f"{v:g}" for v in unknown])
-            expected = known if len(known) < 20 else f"whole numbers from {known[0]} to {known[-1]}"
+            expected = known if len(known) < 20 else f"integers from {known[0]} to {known[-1]}"
             raise UserError(f"{path} has unknown labels: {shown}; {self.name} has only {expected}; {self.hint}")
         return np.rint(values)
 
@@ -103,7 +103,7 @@ class LabelMap:
         case_id: Id of the case.
         source: A file, or the PNG masks of all slices in order.
         patient: Id of the patient. Confidence intervals are bootstrapped over patients.
-        attributes: Further columns of the results and their values, e.g. view and instant.
+        attributes: Additional columns of the results and their values, e.g. view and instant.
         grid: For PNG masks, the image whose slices they belong to.
         axes: Order of the axes in memory, see `xdim_jax.data.images.grid`.
     """
@@ -165,7 +165,7 @@ class Job:
     Attributes:
         ref: Reference.
         pred: Prediction; None if there is none.
-        attributes: Further columns of the results and their values.
+        attributes: Additional columns of the results and their values.
         structures: Structures whose values are kept; None for all.
     """
 
@@ -187,11 +187,12 @@ class ScoredCase:
     Attributes:
         case_id: Id of the case.
         patient: Id of the patient.
-        attributes: Further columns of the results and their values.
+        attributes: Additional columns of the results and their values.
         values: Structure -> metric -> value. NaN if the value is excluded by the rules.
         empty: Structure -> which of its masks are empty: ``pred``, ``ref`` or ``both``. A structure without an empty
             mask is not listed.
-        problem: Reason why the prediction cannot be used; the values are then the worst ones. Empty if it can be used.
+        problem: Reason why the prediction cannot be used; the values are then the worst possible ones, or NaN for
+            distances without a worst value. Empty if it can be used.
         identical: True if prediction and reference are equal in every voxel of every structure, and not empty.
     """
 
@@ -223,14 +224,15 @@ class Rules:
         coding: Function that returns the coding of a label map; None if every nonzero value is a structure.
         score: Function that scores the masks of a prediction against those of a reference.
         score_missing: Function that returns the values of a case whose prediction is missing or cannot be read.
-        attributes: Names of the further columns of the results.
-        border: True if positions beyond the edge of the image count as outside, see `xdim_jax.scoring.masks.Pair`.
+        attributes: Names of the additional columns of the results.
+        border: True if positions beyond the edge of the image count as outside of every mask, so that the voxels of a
+            mask at the edge belong to its surface; False if they count as inside.
         groups: Function that returns the groups of the summary to which a case belongs, from its attributes.
         pair: Function that assigns the predictions in a folder to references. It returns the jobs, and the ids of
             predictions without a reference. None to assign them by case id.
         volumetric: True if reports show three orthogonal planes of a case, False if they show slices.
-        aggregate: Function of all jobs, their scores, and a parallel ``map``. It returns further rows of the results
-            and further entries of the summary. None if there are no such values.
+        aggregate: Function of all jobs, their scores, and a parallel ``map``. It returns additional rows of the results
+            and additional entries of the summary. None if there are no such values.
     """
 
     name: str
@@ -276,7 +278,7 @@ def score_case(rules: Rules, ref: LabelMap, pred: LabelMap | None, extra_metrics
     Args:
         rules: Rules of the challenge.
         ref: Reference.
-        pred: Prediction. If it is None or cannot be used, the case gets the worst values.
+        pred: Prediction. If it is None or cannot be used, the case gets the worst values, see `ScoredCase.problem`.
         extra_metrics: Names of metrics of `xdim_jax.scoring.masks` to be computed in addition to those of the rules.
 
     Returns:
@@ -302,7 +304,7 @@ def score_case(rules: Rules, ref: LabelMap, pred: LabelMap | None, extra_metrics
     if problem:
         scores = rules.score_missing(ref_masks, geometry)
         for found in scores.values():
-            found |= {m: 0.0 if m == "dice" else math.nan for m in extra_metrics if m not in found}
+            found |= {m: math.nan if METRICS[m].unit else 0.0 for m in extra_metrics if m not in found}
         empty = {name: "pred" if mask.any() else "both" for name, mask in ref_masks.items()}
     else:
         scores = rules.score(pred_masks, ref_masks, geometry)
@@ -351,7 +353,7 @@ def find_coding(rules: Rules, ref: LabelMap, values: np.ndarray, predicted: np.n
         predicted: Values of the prediction; None if there is none.
 
     Returns:
-        The coding of the rules. If they have none, a coding in which every whole number except 0 in either map is a
+        The coding of the rules. If they have none, a coding in which every integer except 0 in either map is a
         structure.
     """
     if (known := rules.coding(ref)) is not None:

@@ -20,10 +20,9 @@ STEPS, CONTOURS = ("largest", "per_instant"), ("official", "largest_part")
 _DISCS = 20
 _MAX_SLOPE = 45.0  # largest angle between the base and the horizontal, in degrees
 _MAX_DEVIATION = 8.0  # largest distance of the contour from the line of the base, in pixels
-# the wall is searched at distances of 8, 8.5, 9, ... pixels from the axis
-_SMALLEST_PART = 0.5  # smallest share of the cavity that the first contour must enclose
+_SMALLEST_PART = 0.5  # the first contour must enclose at least this fraction of the cavity
 _LARGEST_ML = 600.0  # largest plausible volume of a left ventricle
-_SEARCH_START, _SEARCH_STEP = 8.0, 0.5
+_SEARCH_START, _SEARCH_STEP = 8.0, 0.5  # the wall is searched at distances of 8, 8.5, 9, ... pixels from the axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Volumes:
 
     @property
     def rounded(self) -> tuple[float, float]:
-        """EDV and ESV, rounded to whole ml, half to even."""
+        """EDV and ESV in ml, rounded to integers, half to even."""
         return float(np.rint(self.edv)), float(np.rint(self.esv))
 
     @property
@@ -155,7 +154,10 @@ def discs(mask: np.ndarray, spacing: Sequence[float], *, contour: str = "officia
 
 
 def _enclosed_share(mask: np.ndarray, contour: np.ndarray) -> float:
-    """Return the share of a mask that belongs to the 4-connected part at a contour, which is half a pixel outside."""
+    """Return the fraction of a mask in the 4-connected part that a contour encloses.
+
+    The contour lies half a pixel outside the part.
+    """
     found: Any = label(mask)
     parts = found[0]
     inside = [np.floor(contour).astype(int), np.ceil(contour).astype(int)]

@@ -1,4 +1,4 @@
-"""Tables of results as Markdown and LaTeX: the tables of the paper with our rows added, and tables of all metrics."""
+"""Tables of results as Markdown and LaTeX: the tables of the paper with added results, and tables of all metrics."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -135,7 +135,7 @@ def make_tables(summary: Mapping[str, Any], columns: Mapping[str, Column]) -> li
 
 
 def paper_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of the paper for CAMUS, CHAOS or BraTS 2022, with our rows added; none for other rules."""
+    """Return the tables of the paper for CAMUS, CHAOS or BraTS 2022 with the results added; none for other rules."""
     make = {"camus": _camus, "chaos": _chaos, "brats2022": _brats}.get(summary["rules"])
     return make(summary) if make else []
 
@@ -214,7 +214,20 @@ def metric_tables(summary: Mapping[str, Any], columns: Mapping[str, Column]) -> 
         summary: Content of ``summary.json``.
         columns: Metric -> column.
     """
-    header = ("", "metric", "mean", "95 % interval", "sd", "median", "q25", "q75", "min", "max", "cases", "excluded")
+    header = (
+        "",
+        "metric",
+        "mean",
+        "95 % confidence interval",
+        "sd",
+        "median",
+        "q25",
+        "q75",
+        "min",
+        "max",
+        "cases",
+        "excluded",
+    )
     tables = []
     groups = {g: t for g, t in summary["groups"].items() if t != summary["structures"]}  # skip a group of all cases
     for group, table in {"all cases": summary["structures"], **groups}.items():

@@ -1,1 +1,1 @@
-"""Studies: runs that differ in some settings (arms), for several training-set sizes and seeds, and their comparison."""
+"""Studies: comparisons of runs that differ in some settings (arms), over numbers of training patients and seeds."""

@@ -37,9 +37,10 @@ def _score_table(plan: Plan, scores: Mapping[tuple[str, int], Scores], tests: Se
         title=f"Dice after {plan.steps} steps",
         header=("arm", *(f"{n} patients" for n in sizes)),
         rows=tuple(rows),
-        note="Mean over regions, cases, validation patients and seeds, with its 95 % interval over seeds and patients; "
-        "in parentheses the number of finished seeds. An arm is called best if every other arm differs from it: "
-        "p below 0.05 after Holm's correction, and an interval of the difference without 0.",
+        note="Mean over regions, cases, validation patients and seeds, with the 95 % confidence interval over seeds "
+        "and patients, and in parentheses the number of finished seeds. The arm with the highest mean is called best "
+        "if it differs from every other arm: p is below 0.05 after Holm's correction, and the interval of the "
+        "difference does not contain 0.",
     )
 
 
@@ -75,8 +76,8 @@ def _test_table(title: str, tests: Sequence[Test]) -> Table:
         title=title,
         header=("patients", "arm A", "arm B", "Dice A - B", "seeds", "scored patients", "p", "p (Holm)", "significant"),
         rows=tuple(rows),
-        note="Paired by seed and patient. p: Wilcoxon's signed-rank test over patients; Holm's correction is over all "
-        "pairs of arms and all sizes.",
+        note="Paired by seed and patient. p: Wilcoxon's signed-rank test over patients. Holm's correction is over all "
+        "pairs of arms and all numbers of training patients.",
     )
 
 
@@ -94,18 +95,20 @@ def _step_table(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Table:
 def _cost_table(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Table:
     rows = []
     for (arm, n), s in sorted(scores.items(), key=lambda item: (list(plan.arms).index(item[0][0]), item[0][1])):
-        seconds = np.mean(s.seconds_per_step)
-        rows.append((arm, str(n), f"{len(s.seeds)}", f"{plan.steps * seconds:.0f}", f"{seconds:.3f}"))
+        known = s.seconds_per_step[np.isfinite(s.seconds_per_step)]
+        times = (f"{plan.steps * known.mean():.0f}", f"{known.mean():.3f}") if len(known) else ("-", "-")
+        rows.append((arm, str(n), f"{len(s.seeds)}", *times))
     return Table(
         "Cost",
         ("arm", "patients", "runs", "seconds per run", "seconds per step"),
         tuple(rows),
-        "Training without compilation and validation, on the machine of the runs.",
+        "Training without compilation and validation, on the machine of the runs. Runs that were trained several at a "
+        "time (--pack) are left out, because the time of each of them is not known; -: there are no others.",
     )
 
 
 def draw_sizes(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Picture:
-    """Draw the Dice over the number of training patients, with intervals."""
+    """Draw the Dice over the number of training patients, with confidence intervals."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for i, arm in enumerate(plan.arms):
@@ -133,11 +136,13 @@ def draw_sizes(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Picture:
     return encode_png(figure, f"Dice over the number of training patients for {', '.join(plan.arms)}", _SIZES_CAPTION)
 
 
-_SIZES_CAPTION = "Dice over the number of training patients. Bars: 95 % interval over seeds and validation patients."
+_SIZES_CAPTION = (
+    "Dice over the number of training patients. Bars: 95 % confidence interval over seeds and validation patients."
+)
 
 
 def draw_steps(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Picture:
-    """Draw the Dice over training steps, with one panel for each size."""
+    """Draw the Dice over training steps, with one panel for each number of training patients."""
     sizes = [n for n in plan.sizes if any((arm, n) in scores for arm in plan.arms)]
     figure = Figure(figsize=(max(3.2 * len(sizes), 5), 3.6), layout="constrained")
     panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
@@ -179,7 +184,7 @@ def render(plan: Plan, plan_text: str, scores: Mapping[tuple[str, int], Scores],
 
 
 def format_lines(plan: Plan, scores: Mapping[tuple[str, int], Scores], tests: Sequence[Test]) -> list[str]:
-    """Return the means of all arms and the verdict of every size as lines of text."""
+    """Return the mean Dice of all arms and the verdict for every number of training patients as lines of text."""
     lines = []
     for n in plan.sizes:
         found: list[tuple[str, Any]] = [(arm, scores[arm, n]) for arm in plan.arms if (arm, n) in scores]

@@ -1,12 +1,12 @@
-"""The plan of a study: a TOML file that is written before the runs and is kept beside their results.
+"""The plan of a study: a TOML file that is written before the runs and copied into the folder of their results.
 
     title = "Transfer to CAMUS"
     recipe = "camus_omnianet:lite0"
     steps = 400                  # training steps of every run
-    validate_steps = 50          # steps between validations; the last one is scored
+    validate_steps = 50          # steps between validations; the last validation gives the score
     baseline = "random"          # the arm with which the others are compared
 
-    [[grid]]                     # each grid adds its sizes x seeds for all arms; the runs follow the order of the grids
+    [[grid]]                     # a grid adds a run for every arm, size and seed; runs are in the order of the grids
     sizes = [5, 20]              # numbers of training patients
     seeds = [0, 1, 2]
 
@@ -18,8 +18,8 @@
 
     [arms.pretrained]
 
-For one seed, all arms have the same training patients, validation patients and order of batches, and the training
-patients of a smaller size are among those of a larger one.
+For one seed, all arms have the same training patients, validation patients and order of batches. A smaller subset of
+training patients is contained in a larger one.
 """
 
 import dataclasses
@@ -53,10 +53,10 @@ class PlannedRun:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The content of a plan, see the text above.
+    """The content of a plan, see the docstring of this module.
 
     Attributes:
-        grids: Sizes and seeds of each grid.
+        grids: Numbers of training patients and seeds of each grid.
         arms: For each arm, its config keys with their values.
     """
 
@@ -78,7 +78,8 @@ class Plan:
     def runs(self) -> Iterator[PlannedRun]:
         """Yield all runs, grid by grid.
 
-        All arms of a seed and size follow each other, so that they can be compared even if the study is stopped early.
+        All arms with the same seed and number of training patients follow each other, so that they can be compared even
+        if the study is stopped early.
         """
         blocks = [(seed, size) for sizes, seeds in self.grids for seed in seeds for size in sizes]
         for seed, size in dict.fromkeys(blocks):
@@ -90,7 +91,7 @@ class Plan:
 
         Args:
             run: The run.
-            overrides: Further ``--config.<key>=<value>``, such as the folder of the data.
+            overrides: Further arguments ``--config.<key>=<value>``, such as the folder of the data.
 
         Raises:
             UserError: A key is unknown, or a value has a wrong type.
@@ -104,7 +105,7 @@ class Plan:
 
 
 def _own_values(run: PlannedRun, steps: int, validate_steps: int) -> dict[str, Any]:
-    """Return the config keys that the plan itself sets for a run."""
+    """Return the config keys of a run that follow from its seed, its number of training patients and its steps."""
     return {
         "seed": run.seed,
         "data.train_patients": run.size,
@@ -112,6 +113,7 @@ def _own_values(run: PlannedRun, steps: int, validate_steps: int) -> dict[str, A
         "train.epochs": steps // validate_steps,
         "train.validate_every": 1,
         "train.validate_after_score": 0.0,
+        "train.patience": 0,  # all runs have the same number of steps
     }
 
 
@@ -123,7 +125,7 @@ def read_plan(path: Path) -> Plan:
     """Read a plan.
 
     Raises:
-        UserError: The file cannot be read, or something is missing, unknown or contradictory; lists all problems.
+        UserError: The file cannot be read, or keys or values are missing, unknown or contradictory; lists all problems.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -162,13 +164,13 @@ def _problems(content: Mapping[str, Any]) -> Iterator[str]:
             yield f"baseline = {content.get('baseline')!r} is none of the arms {', '.join(arms)}"
         for name, values in arms.items():
             if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
-                yield f"arms.{name}: a name has lower-case letters, digits, '_' and '-', because it names a folder"
+                yield f"arms.{name}: expected lower-case letters, digits, '_' and '-', because it is a folder name"
             if not isinstance(values, dict):
                 yield f"arms.{name}: expected a table of config keys"
     for where, values in {"settings": content.get("settings"), **(arms if isinstance(arms, dict) else {})}.items():
         for key in values if isinstance(values, dict) else ():
             if key in _RESERVED:
-                yield f"{where}: {key} is not a setting of a plan: it follows from the grid, the steps or --config"
+                yield f"{where}: {key} cannot be set here: it follows from the grid, the steps or --config.data.root"
             elif isinstance(values[key], dict):
                 yield f'{where}: write the key in quotes, "{key}.{next(iter(values[key]), "...")}"'
     steps, every = content.get("steps"), content.get("validate_steps")
@@ -184,14 +186,14 @@ def _grid_problems(grid: Any) -> Iterator[str]:
         numbers = grid[key]
         whole = isinstance(numbers, list) and all(type(n) is int and n >= least for n in numbers)
         if not whole or not numbers or len(set(numbers)) < len(numbers):
-            yield f"grid: {key} = {numbers!r}: expected different whole numbers of at least {least}"
+            yield f"grid: {key} = {numbers!r}: expected distinct integers of at least {least}"
 
 
 def keep_plan(path: Path, workdir: Path) -> Plan:
-    """Copy the plan into the workdir of the study before the first run, or check that it is the one kept there.
+    """Copy the plan into the workdir of the study before the first run, or check that it equals the copy there.
 
     Raises:
-        UserError: The plan cannot be used, or differs from the one of this workdir.
+        UserError: The plan cannot be used, or differs from the copy in this workdir.
     """
     plan, kept = read_plan(path), workdir / PLAN_FILE
     if not kept.exists():

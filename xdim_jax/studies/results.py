@@ -1,9 +1,9 @@
-"""Results of a study: Dice by arm, size and step with confidence intervals, and paired tests between arms.
+"""Results of a study: Dice by arm, number of training patients and step, and paired tests between arms.
 
-The score of a patient is its mean Dice over regions and cases (images), at the last validation. No step is chosen by
-its score. Confidence intervals come from a bootstrap that resamples seeds and patients. Tests compare two arms of one
-size: Wilcoxon's signed-rank test over patients, of the differences averaged over seeds, with Holm's correction over all
-pairs of arms and all sizes.
+The score of a patient is the mean Dice over regions and cases (images) at the last validation; a better validation
+before it is not selected. Confidence intervals come from a bootstrap that resamples seeds and patients. Tests compare
+two arms with the same number of training patients: Wilcoxon's signed-rank test over patients, of the differences
+averaged over seeds, with Holm's correction over all pairs of arms and all numbers of training patients.
 """
 
 import csv
@@ -33,14 +33,15 @@ LEVEL = 0.05  # significance level, after Holm's correction
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Dice of the validation patients of the finished runs of one arm and size.
+    """Validation Dice of all finished runs that have the same arm and the same number of training patients.
 
     Attributes:
         seeds: Seeds of the runs.
         patients: Names of the patients.
         steps: Steps of the validations.
-        dice: Array (seeds, steps, patients); NaN for patients that a seed does not validate.
-        seconds_per_step: Mean of each run, without compilation and validation; NaN if it is not on record.
+        dice: Array (seeds, steps, patients); NaN for patients that are not in the validation set of a seed.
+        seconds_per_step: Mean of each run, without compilation and validation; NaN if it is not recorded, or if other
+            runs were trained at the same time.
     """
 
     seeds: tuple[int, ...]
@@ -56,7 +57,7 @@ class Scores:
 
     @functools.cached_property
     def mean(self) -> "Mean":
-        """Mean Dice after the last step, with its interval."""
+        """Mean Dice after the last step, with its confidence interval."""
         return interval(self.last)
 
     def mean_at(self, step: int) -> float:
@@ -84,8 +85,8 @@ class Test:
         size: Number of training patients.
         a, b: Names of the arms.
         seeds: Number of seeds that both arms have.
-        patients: Number of patients.
-        difference: Mean of b - a.
+        patients: Number of validation patients that both arms have.
+        difference: Mean of the Dice of b minus that of a.
         p: Two-sided p-value.
         p_holm: ``p`` after Holm's correction.
     """
@@ -101,7 +102,7 @@ class Test:
 
     @property
     def significant(self) -> bool:
-        """True if the test is significant, and the interval over seeds and patients does not contain 0."""
+        """True if the corrected p-value is below 0.05, and the confidence interval does not contain 0."""
         return self.p_holm < LEVEL and self.difference.low * self.difference.high > 0
 
 
@@ -109,7 +110,7 @@ def collect(plan: Plan, workdir: Path) -> dict[tuple[str, int], Scores]:
     """Read the finished runs of a study.
 
     Returns:
-        The scores by arm and size.
+        The scores by arm and number of training patients.
 
     Raises:
         UserError: No run is finished.
@@ -127,7 +128,7 @@ def _read(plan: Plan, runs: Sequence[PlannedRun], workdir: Path) -> Scores:
     tables = [_by_patient(run.workdir(workdir)) for run in runs]
     patients = tuple(sorted({patient for table in tables for patient in table[plan.steps]}))
     steps = tuple(range(plan.validate_steps, plan.steps + 1, plan.validate_steps))
-    dice = np.array([[[table[s].get(p, np.nan) for p in patients] for s in steps] for table in tables])
+    dice = np.array([[[table.get(s, {}).get(p, np.nan) for p in patients] for s in steps] for table in tables])
     seconds = np.array([_seconds_per_step(run.workdir(workdir)) for run in runs])
     return Scores(tuple(run.seed for run in runs), patients, steps, dice, seconds)
 
@@ -146,14 +147,17 @@ def _by_patient(workdir: Path) -> dict[int, dict[str, float]]:
 
 
 def _seconds_per_step(workdir: Path) -> float:
-    found = [r["seconds_per_step"] for r in read_records(workdir) if r["kind"] == "train"]
-    return float(np.mean(found)) if found else float("nan")
+    """Return the mean over the record of a run; NaN if there is none, or if steps were shared with other runs."""
+    found = [r for r in read_records(workdir) if r["kind"] == "train"]
+    shared = any(r.get("runs", 1) > 1 for r in found)
+    return float(np.mean([r["seconds_per_step"] for r in found])) if found and not shared else float("nan")
 
 
 def interval(values: np.ndarray) -> Mean:
-    """Return the mean of ``values`` (seeds, patients) over patients and then over seeds, and its bootstrap interval.
+    """Return the mean of ``values`` (seeds, patients) over patients and then over seeds, with its bootstrap interval.
 
-    The bootstrap resamples seeds and patients; with one seed, patients only. NaN values are ignored.
+    The bootstrap resamples seeds and patients; with a single seed, this resamples the patients alone. NaN values are
+    ignored.
     """
     rng = np.random.default_rng(0)
     seeds, patients = values.shape
@@ -162,7 +166,8 @@ def interval(values: np.ndarray) -> Mean:
         sample = values[rng.integers(seeds, size=seeds)][:, rng.integers(patients, size=patients)]
         means.append(_mean(sample))
     low, high = np.nanpercentile(means, [2.5, 97.5])
-    return Mean(_mean(values), float(low), float(high))
+    mean = _mean(values)
+    return Mean(mean, min(float(low), mean), max(float(high), mean))  # for equal values, rounding may exclude the mean
 
 
 def _mean(values: np.ndarray) -> float:
@@ -173,7 +178,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def compare_arms(scores: Mapping[tuple[str, int], Scores], sizes: Sequence[int], arms: Sequence[str]) -> list[Test]:
-    """Compare all pairs of arms, for every size, over the seeds and patients that both have."""
+    """Compare all pairs of arms with each number of training patients, over the seeds and patients that both have."""
     found = []
     for size, (a, b) in itertools.product(sizes, itertools.combinations(arms, 2)):
         if (a, size) not in scores or (b, size) not in scores:
@@ -191,7 +196,7 @@ def compare_arms(scores: Mapping[tuple[str, int], Scores], sizes: Sequence[int],
 
 
 def paired_difference(a: Scores, b: Scores) -> np.ndarray:
-    """Return b - a after the last step, (seeds, patients), for the seeds and patients that both have."""
+    """Return the Dice of b minus that of a, after the last step, (seeds, patients), where both have a score."""
     seeds = [seed for seed in a.seeds if seed in b.seeds]
     patients = [patient for patient in a.patients if patient in b.patients]
     sides = [s.last[np.ix_([s.seeds.index(i) for i in seeds], [s.patients.index(p) for p in patients])] for s in (a, b)]
@@ -199,18 +204,35 @@ def paired_difference(a: Scores, b: Scores) -> np.ndarray:
 
 
 def verdict(size: int, arms: Sequence[str], scores: Mapping[tuple[str, int], Scores], tests: Sequence[Test]) -> str:
-    """Return which arm is best for a size, or between which arms no difference was found."""
-    means = {arm: scores[arm, size].mean.mean for arm in arms if (arm, size) in scores}
+    """Return which arm is best with a number of training patients, or between which arms no difference was found.
+
+    Means are compared over the seeds that all arms have, because other seeds have other validation patients.
+    """
+    known = [arm for arm in arms if (arm, size) in scores]
+    if len(known) < 2:
+        return f"only {known[0]} has finished runs" if known else "no run is finished"
+    seeds = set.intersection(*(set(scores[arm, size].seeds) for arm in known))
+    if not seeds:
+        return "the arms have no finished seed in common"
+    means = {}
+    for arm in known:
+        found = scores[arm, size]
+        means[arm] = _mean(found.last[[found.seeds.index(seed) for seed in sorted(seeds)]])
     best = max(means, key=lambda arm: means[arm])
-    unclear = [
-        arm
-        for arm in means
-        if arm != best and not any(t.significant for t in tests if t.size == size and {t.a, t.b} == {arm, best})
-    ]
+    unclear = [arm for arm in known if arm != best and not _is_better(best, arm, size, tests)]
     if not unclear:
         return f"{best} is best"
     return (
         f"no difference found between {best} (highest mean) and {', '.join(sorted(unclear, key=lambda a: -means[a]))}"
+    )
+
+
+def _is_better(arm: str, other: str, size: int, tests: Sequence[Test]) -> bool:
+    """Return whether a test finds that an arm has a higher Dice than another one."""
+    return any(
+        t.significant and (t.difference.mean > 0) == (t.b == arm)
+        for t in tests
+        if t.size == size and {t.a, t.b} == {arm, other}
     )
 
 

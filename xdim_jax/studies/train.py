@@ -1,7 +1,9 @@
 """Training of the runs of a study, one after the other or several in one program."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from xdim_jax.base import log
 from xdim_jax.base.config import Config
@@ -10,36 +12,64 @@ from xdim_jax.base.signals import StopRequest
 from xdim_jax.runs.records import VALIDATIONS_FILE, read_records
 from xdim_jax.studies.plan import Plan, PlannedRun
 from xdim_jax.training.check import FREE_KEYS, resolve_config
+from xdim_jax.training.earlier_runs import describe_split, earlier_runs, find_seen_patients
 from xdim_jax.training.initial_weights import read_initial_weights
-from xdim_jax.training.pack import Pack, signature, train_in_pack
+from xdim_jax.training.pack import Pack, train_in_pack
+from xdim_jax.training.run_data import find_cases, split_found_cases
+from xdim_jax.training.signature import signature
 
 
 def check_plan(plan: Plan, overrides: list[str]) -> None:
     """Check the configs and the initial weights of all arms before the first run.
 
     Raises:
-        UserError: Something cannot be used; lists the problems of all arms.
+        UserError: A config or initial weights cannot be used, or the weights come from a run that was trained on
+            validation patients of the study. The message lists the problems of all arms.
     """
     for override in overrides:
+        if not override.startswith("--config."):
+            raise UserError(f"{override} is unknown; see python -m xdim_jax.study run --help")
         key = override.partition("=")[0].removeprefix("--config.")
         if key not in FREE_KEYS:
             free = ", ".join(key for key in FREE_KEYS if key.startswith("data."))
             raise UserError(
-                f"{override}: a setting of the runs must be in the plan; the command line may only give keys that "
-                f"change no result: {free}, train.overlays, ..."
+                f"{override}: settings of the runs must be in the plan; the command line may only set keys that do "
+                f"not change results: {free}, train.overlays, ..."
             )
-    problems, checked = [], set()
+    problems: list[str] = []
+    sources: dict[str, dict[str, Any]] = {}  # origin of the weights, by their name
     first = next(iter(plan.runs()))
     for arm in plan.arms:
         try:
             config, _ = resolve_config(plan.config(PlannedRun(arm, first.size, first.seed), overrides))
-            if config.init.weights and config.init.weights not in checked:
-                checked.add(config.init.weights)
-                read_initial_weights(config.init)
+            name = config.init.weights
+            if name and name not in sources:
+                sources[name] = read_initial_weights(config.init).source
+            if name:
+                _check_validation_patients(plan, arm, overrides, sources[name])
         except UserError as error:
             problems.append(f"arm {arm}: {error}")
     if problems:
         raise join_problems(problems, "arms of the plan cannot be trained")
+
+
+def _check_validation_patients(plan: Plan, arm: str, overrides: list[str], source: Mapping[str, Any]) -> None:
+    """Raise UserError if the weights of an arm come from a run that was trained on validation patients of the study."""
+    found = None
+    if not any(earlier_runs(source)):
+        return
+    for run in {run.seed: run for run in plan.runs() if run.arm == arm}.values():
+        config, dataset = resolve_config(plan.config(run, overrides))
+        if not config.data.root:  # every run has phantoms of its own
+            return
+        root = Path(config.data.root)
+        found = found or find_cases(config.data, dataset, root)
+        _, validation = split_found_cases(config.data, run.seed, *found)
+        if seen := find_seen_patients(source, root, validation):
+            raise UserError(
+                f"seed {run.seed}: {seen.text}. Plan only the split of that run "
+                f"({describe_split(seen.workdir, config)}), or weights that were not trained on these patients"
+            )
 
 
 def is_finished(run: PlannedRun, plan: Plan, workdir: Path) -> bool:
@@ -56,9 +86,9 @@ def train_plan(
     Args:
         plan: The plan.
         workdir: Folder of the study.
-        overrides: ``--config.<key>=<value>`` of all runs, such as the folder of the data.
-        stop: Signals that the process receives.
-        slots: Number of runs in one program.
+        overrides: Arguments ``--config.<key>=<value>`` for all runs, such as the folder of the data.
+        stop: Record of received signals.
+        slots: Largest number of runs that are trained in one program.
         layout: Layout of a pack, see `xdim_jax.training.pack`.
 
     Returns:
@@ -70,7 +100,7 @@ def train_plan(
     packs: dict[str, Pack] = {}  # by program, so that each program is compiled once
     errors: list[str] = []
     left = [run for run in plan.runs() if not is_finished(run, plan, workdir)]
-    log.say(f"study      {plan.title}: {len(left)} of {len(list(plan.runs()))} runs are left, {plan.steps} steps each")
+    log.say(f"study      {plan.title}: {len(left)} of {len(list(plan.runs()))} runs remain, {plan.steps} steps each")
     while left and not stop.signal:
         block = [run for run in left if (run.size, run.seed) == (left[0].size, left[0].seed)]
         left = [run for run in left if run not in block]

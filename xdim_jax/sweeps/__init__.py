@@ -1,1 +1,1 @@
-"""Hyperparameter sweeps: search spaces, a study that workers share, and a report on the study."""
+"""Hyperparameter sweeps: search spaces, studies with several workers, and reports."""

@@ -10,7 +10,7 @@ from xdim_jax.base import bucket, log
 from xdim_jax.base.config import Config, load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.signals import REQUEUE, StopRequest
-from xdim_jax.sweeps import study as studies
+from xdim_jax.sweeps import optuna_study as studies
 from xdim_jax.sweeps import worker
 from xdim_jax.sweeps.space import overrides_of
 from xdim_jax.training.pack import Member, Pack
@@ -27,7 +27,7 @@ class _ActiveTrial:
             bucket, the synchronisation of the workdir.
         member: Its run in the pack; None while it waits for a slot.
         reported: Number of validations that have been reported to the study.
-        checked_at: Time at which this worker last checked whether another worker has taken over the trial.
+        checked_at: Time of the last check whether another worker has taken over the trial.
     """
 
     trial: Any
@@ -39,15 +39,15 @@ class _ActiveTrial:
 
 
 class PackedWorker:
-    """A worker that trains up to ``slots`` trials of a study at the same time.
+    """A worker that trains up to ``slots`` trials of a study concurrently.
 
-    A slot that becomes empty gets the next trial. A trial that needs another program waits until the pack is empty;
-    a new pack then compiles that program.
+    When a slot becomes empty, the next trial is put into it. A trial with another program waits until the pack is
+    empty; then a new pack compiles its program.
 
     Args:
-        study: Study, see `xdim_jax.sweeps.study.open_study`.
+        study: Study, see `xdim_jax.sweeps.optuna_study.open_study`.
         job: Settings of the trials.
-        stop: Signals that the process has received; checked after every step.
+        stop: Record of received signals; it is checked after every step.
         slots: Number of slots of the pack.
         layout: Layout of the pack, one of `xdim_jax.training.pack.LAYOUTS`.
         heartbeat: Seconds between two heartbeats.
@@ -165,7 +165,7 @@ class PackedWorker:
 
     @contextlib.contextmanager
     def _fail_on_user_error(self, active: _ActiveTrial) -> Iterator[None]:
-        """Finish the trial, but not the worker, if the block raises UserError."""
+        """Record the trial as failed, and let the worker continue, if the block raises UserError."""
         try:
             yield
         except UserError as error:

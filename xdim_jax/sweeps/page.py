@@ -15,19 +15,19 @@ from matplotlib.ticker import MaxNLocator
 
 from xdim_jax.pages import figures
 from xdim_jax.pages.figures import Picture
-from xdim_jax.sweeps import study as studies
+from xdim_jax.sweeps import optuna_study as studies
 
-_MIN_TRIALS = 4  # with fewer complete trials, parameters are not compared
+_MIN_TRIALS = 4  # smallest number of complete trials for a comparison of parameters
 _COLOUR_MAP = "viridis"
 
 
 def rank_trials(groups: dict[int, list[Any]]) -> list[tuple[int, Any]]:
-    """Return the origin and the deciding attempt of every trial, best trial first. Trials without a Dice are last.
+    """Return the origin and the deciding attempt of every trial, sorted from best to worst; without a Dice, last.
 
-    See `xdim_jax.sweeps.study` for the meaning of origin and attempt.
+    See `xdim_jax.sweeps.optuna_study` for the meaning of origin and attempt.
 
     Args:
-        groups: Result of `xdim_jax.sweeps.study.group_attempts`.
+        groups: Result of `xdim_jax.sweeps.optuna_study.group_attempts`.
     """
     found = [(origin, studies.deciding_attempt(attempts)) for origin, attempts in groups.items()]
     return sorted(found, key=lambda item: (-_score_or(-math.inf, item[1]), item[0]))
@@ -61,14 +61,14 @@ def render(study: Any) -> str:
     groups = studies.group_attempts(study)
     ranked = rank_trials(groups)
     complete = complete_trials(ranked)
-    names = list(dict.fromkeys(name for _, trial in ranked for name in trial.params))
+    names = _names(ranked)
     rows, failed, left_out = [], [], []
     for origin, trial in ranked:
         score = _score(trial)
         attempts = len(groups[origin])
-        minutes = (trial.datetime_complete - trial.datetime_start).total_seconds() / 60 if trial.duration else None
+        minutes = [t.duration.total_seconds() / 60 for t in groups[origin] if t.duration]
         cells = [studies.trial_name(origin), trial.state.name.lower(), "-" if score is None else f"{score:.4f}"]
-        cells += ["-" if minutes is None else f"{minutes:.1f}", str(attempts)]
+        cells += [f"{sum(minutes):.1f}" if minutes else "-", str(attempts)]
         rows.append([*cells, *(studies.format_value(trial.params.get(name, "-")) for name in names)])
         if error := trial.user_attrs.get("error"):
             failed.append(f"{studies.trial_name(origin)}: {error}")
@@ -78,7 +78,7 @@ def render(study: Any) -> str:
         pictures.append(("Validation", draw_curves(curves)))
     if len(complete) >= _MIN_TRIALS:
         pictures += [("Importance of parameters", picture) for picture in draw_importance(study, left_out)]
-        pictures.append(("Parameters of all trials", draw_parallel(complete, names)))
+        pictures.append(("Parameters of all trials", draw_parallel(complete, _names(complete))))
     else:
         left_out.append(
             f"Importance and parallel coordinates of the parameters: fewer than {_MIN_TRIALS} trials are complete."
@@ -155,6 +155,11 @@ def draw_importance(study: Any, left_out: list[str]) -> list[Picture]:
     return [figures.encode_png(figure, f"{first} is the most important: {found[first]:.2f}", caption)]
 
 
+def _names(trials: Sequence[tuple[int, Any]]) -> list[str]:
+    """Return the names of the parameters of the trials."""
+    return list(dict.fromkeys(name for _, trial in trials for name in trial.params))
+
+
 def draw_parallel(trials: Sequence[tuple[int, Any]], names: Sequence[str]) -> Picture:
     """Draw the parameters and the Dice of every trial as a line in parallel coordinates."""
     columns = [*names, "Dice"]
@@ -178,7 +183,7 @@ def draw_parallel(trials: Sequence[tuple[int, Any]], names: Sequence[str]) -> Pi
     axes.set_xticklabels([name.replace(".", ".\n") for name in columns], fontsize=8)
     for c in range(len(columns)):
         axes.axvline(c, color="#8a929b", lw=0.8, zorder=0)
-    caption = "Each line is a trial; yellow is the best Dice. A gap means that the trial does not have the parameter."
+    caption = "Each line is a trial; yellow is the best Dice. A line has a gap where the trial lacks the parameter."
     return figures.encode_png(figure, f"parameters of {len(trials)} trials, Dice {low:.3f} to {high:.3f}", caption)
 
 

@@ -1,16 +1,16 @@
-"""Search spaces. A space is a Python file with a function ``suggest(trial)``, which calls ``suggest_*`` of optuna.
+"""Search spaces: Python files with a function ``suggest(trial)``, which calls the ``suggest_*`` methods of Optuna.
 
     def suggest(trial):
         trial.suggest_float("optim.schedule.peak", 1e-4, 3e-3, log=True)
         if trial.suggest_categorical("optim.name", ["nadam", "nadam_torch"]) == "nadam_torch":
             trial.suggest_float("optim.momentum_decay", 1e-3, 1e-2, log=True)
 
-The names of parameters are config keys. Their values are applied like overrides ``--config.<key>=<value>``, so tuples
-are written as strings: ``"(64,64,64)"``.
+The names of parameters are config keys. Their values are applied as overrides ``--config.<key>=<value>``, so tuples are
+written as strings: ``"(64,64,64)"``.
 
-Before a sweep starts, `check_space` checks that the config accepts every branch of the space. For this, `explore` calls
-the function with probes instead of trials. A probe records all parameters. As their values it returns fixed choices, or
-ends of the ranges.
+Before a sweep starts, `check_space` checks that the config accepts every branch of the search space. To this end,
+`explore` calls the function with probes instead of trials. A probe records all parameters, and returns a given choice
+or an end of the range as their values.
 """
 
 import importlib.util
@@ -20,6 +20,7 @@ from typing import Any
 
 from xdim_jax.base.config import leaves, load_config, shipped_configs
 from xdim_jax.base.errors import UserError
+from xdim_jax.data.splits import ALL_FOLDS
 from xdim_jax.training.check import resolve_config
 
 Suggest = Callable[[Any], object]
@@ -112,21 +113,21 @@ class _Probe:
 
 
 def explore(suggest: Suggest) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Visit every branch of a space, up to a limit of settings.
+    """Visit every branch of a search space, up to a limit of settings.
 
-    The search starts with the first choice of every parameter. A choice may reveal further parameters, whose choices
-    are then tried one at a time. Not all combinations are tried: their number grows exponentially.
+    The search starts with the first choice of every parameter. A choice may lead to further parameters, whose choices
+    are then tried one at a time. Not all combinations are tried, because their number grows exponentially.
 
     Returns:
         The settings that were tried: for each branch one with the lower ends of all ranges, and one with the upper
-        ends. The second result is the distribution of every parameter by name.
+        ends; and the distribution of every parameter by name.
 
     Raises:
         ValueError: A range is impossible, or a parameter has two different ranges.
     """
     tried: list[dict[str, Any]] = []
     distributions: dict[str, Any] = {}
-    # fixed choices of a setting to try, and the parameters whose other choices are already in the queue
+    # pairs: fixed choices of a setting to try, and the parameters whose other choices are already in the queue
     queue: list[tuple[dict[str, Any], set[str]]] = [({}, set())]
     while queue and len(tried) < _MAX_SETTINGS:
         fixed, known = queue.pop(0)
@@ -184,8 +185,8 @@ def check_space(suggest: Suggest, path: Path, spec: str, overrides: Sequence[str
         The distribution of every parameter by name.
 
     Raises:
-        UserError: The config does not accept a setting of the space, because a key is unknown, a value has a wrong
-            type, or values exclude each other. The message lists all problems.
+        UserError: The config does not accept a setting: a key is unknown, a value has a wrong type, or values exclude
+            each other. The message lists all problems.
     """
     try:
         tried, distributions = explore(suggest)
@@ -213,6 +214,8 @@ def _problems(tried: Sequence[Params], spec: str, overrides: Sequence[str]) -> I
     for params in tried:
         usable = {name: value for name, value in params.items() if name not in unknown}
         try:
-            resolve_config(load_config(spec, [*overrides, *overrides_of(usable)]), needs_data=False)
+            config, _ = resolve_config(load_config(spec, [*overrides, *overrides_of(usable)]), needs_data=False)
+            if config.data.fold == ALL_FOLDS:
+                raise UserError("a trial trains one fold, not all")
         except UserError as error:
             yield f"with {' '.join(overrides_of(usable))}: {error}"

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from xdim_jax.base import bucket, log
+from xdim_jax.base.files import write_error
 from xdim_jax.base.log import LOG_FILE
 from xdim_jax.base.signals import REQUEUE, StopRequest
 from xdim_jax.runs.records import read_records
-from xdim_jax.sweeps import study as studies
+from xdim_jax.sweeps import optuna_study as studies
 from xdim_jax.sweeps.space import Suggest, overrides_of
 
 _ERROR_LINES = 3  # number of last log lines that are stored as the error of a failed trial
@@ -22,7 +23,7 @@ _ERROR_LINES = 3  # number of last log lines that are stored as the error of a f
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The settings that all trials of a sweep share.
+    """The settings that all trials of a sweep have in common.
 
     Attributes:
         config: Recipe, as ``FILE[:VARIANT,...]``.
@@ -64,13 +65,13 @@ def run_worker(
     """Train trials until all trials of the study have ended.
 
     Args:
-        study: Study, see `xdim_jax.sweeps.study.open_study`.
+        study: Study, see `xdim_jax.sweeps.optuna_study.open_study`.
         job: Settings of the trials.
-        stop: Signals that the process has received; a signal stops the current trial and the worker.
+        stop: Record of received signals; a signal stops the current trial and the worker.
         heartbeat: Seconds between two heartbeats.
         grace: Seconds after which a worker without a heartbeat counts as dead.
-        wait: What to do if no trial can be claimed. True: wait until the trials of other workers have ended, and
-            resume them if their workers die. False: return at once.
+        wait: If no trial can be claimed, True to wait until the trials of other workers have ended, and to resume
+            them if their workers die; False to return at once.
 
     Returns:
         The exit status.
@@ -87,9 +88,9 @@ def run_worker(
 
 
 def requeue_dead_trials(study: Any, grace: float) -> None:
-    """Call `xdim_jax.sweeps.study.requeue_dead_trials`, and log the numbers of the queued trials."""
+    """Call `xdim_jax.sweeps.optuna_study.requeue_dead_trials`, and log the numbers of the queued trials."""
     for origin in studies.requeue_dead_trials(study, grace):
-        log.say(f"trial {origin}: was interrupted; it is queued again, and will resume from its last checkpoint")
+        log.say(f"trial {origin}: interrupted and queued again; it will resume from its last checkpoint")
 
 
 def wait_for_others(study: Any, stop: StopRequest, *, seconds: float) -> bool:
@@ -113,23 +114,28 @@ def _train(study: Any, trial: Any, job: Job, stop: StopRequest, heartbeat: float
     """Train a trial in a new process. Send SIGTERM after a signal, and if the trial is pruned or taken over."""
     suggest_parameters(trial, job)
     workdir = local_workdir(job.root, studies.origin_of(trial))
-    workdir.mkdir(parents=True, exist_ok=True)
     address = trial_address(job.root, studies.origin_of(trial))
     command = [*job.command, f"--config={job.config}", f"--workdir={address}"]
-    with open(workdir / LOG_FILE, "ab") as output:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        output = open(workdir / LOG_FILE, "ab")  # noqa: SIM115
+    except OSError as error:
+        raise write_error(workdir / LOG_FILE, error) from error
+    with output:
         child = subprocess.Popen(
             [*command, *job.overrides, *overrides_of(trial.params)],
             stdout=output,
             stderr=subprocess.STDOUT,
             preexec_fn=_kill_when_parent_dies,
         )
-    reported, checked_at, pruned, terminated = 0, time.monotonic(), False, False
+    reported, checked_at, pruned, terminated, taken_over = 0, time.monotonic(), False, False, False
     while child.poll() is None:
         time.sleep(0.2)
+        if taken_over:  # the child process is about to end
+            continue
         before = reported
         reported = report_validations(trial, workdir, reported)
         pruned = pruned or (not terminated and reported > before and trial.should_prune())
-        taken_over = False
         if time.monotonic() - checked_at > heartbeat:
             checked_at, taken_over = time.monotonic(), not studies.is_running(study, trial)
         if not terminated and (stop.signal or pruned or taken_over):
@@ -155,11 +161,13 @@ def report_validations(trial: Any, workdir: Path, reported: int) -> int:
         reported: Number of validations that have already been reported.
 
     Returns:
-        The number of validations that have now been reported.
+        The number of validations that have now been reported. If another worker has marked the trial as failed, nothing
+        more is reported.
     """
     scores = validation_scores(workdir)
     for number in range(reported, len(scores)):
-        trial.report(scores[number], number + 1)
+        if not studies.report_score(trial, scores[number], number + 1):
+            return number
     return len(scores)
 
 
@@ -189,7 +197,7 @@ def record_result(
     elif pruned:
         stored, text = studies.finish_trial(study, trial, "PRUNED"), f"pruned after {len(scores)} validations"
     elif stopped or status == REQUEUE or status < 0:  # this or another worker can resume it from its checkpoint
-        stored, text = studies.finish_trial(study, trial, "FAIL"), "stopped; returned to the queue"
+        stored, text = studies.finish_trial(study, trial, "FAIL"), "stopped and queued again"
     else:
         text = f"failed with status {status}: {error or _last_lines(workdir / LOG_FILE)}"
         stored = studies.finish_trial(study, trial, "FAIL", error=text)

@@ -14,7 +14,7 @@ class Agreement:
     """Makes every process save and stop after the same step.
 
     In a run with one process, a request takes effect at once. In a run with several, each process attaches its request
-    to its share of the batch. The training step returns the maximum over all processes (see
+    to its part of the batch. The training step returns the maximum over all processes (see
     `xdim_jax.training.step.make_train_step`), and each process reads that maximum two steps later.
     """
 

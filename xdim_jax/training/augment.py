@@ -1,13 +1,14 @@
 """Augmentation on the device: batched, jitted, in 2D and 3D, as a part of the training step.
 
-Every sample has 64 random bits of its own (``batch["key"]``, see `xdim_jax.data.pipeline`). So its augmentation depends
-only on the seed and on its position in the stream, not on devices, processes or threads. All geometric transforms of a
-sample are composed into one coordinate transform, so that image and label are interpolated only once: the image
-linearly, the label by nearest neighbour. A transform with probability 0 is not part of the program.
+Every sample has its own random key of 64 bits (``batch["key"]``, see `xdim_jax.data.pipeline`). Its augmentation
+therefore depends only on the seed and on its index in the sequence of samples, not on devices, processes or threads.
+All geometric transforms of a sample are composed into one coordinate transform, so that image and label are
+interpolated only once: the image linearly, the label by nearest neighbour. A transform with probability 0 is not part
+of the program.
 
-Names that occur in many functions: ``active`` has the settings of the transforms with a probability above 0, by name,
-and ``keys`` has a random key for each transform. ``coords`` has the coordinates of the output voxels in the input, in
-voxels, as one array per axis.
+Arguments of many functions: ``active`` is a dictionary with the settings of the transforms whose probability is above
+0, and ``keys`` has a random key for each transform. ``coords`` has the coordinates of the output voxels in the input,
+in voxels, as one array per axis.
 """
 
 import functools
@@ -26,12 +27,15 @@ _GEOMETRIC = ("scale", "rotate", "translate", "shear", "flip", "elastic")
 Batch = dict[str, jax.Array]
 
 
-def make_augment(section: Mapping[str, Mapping[str, Any]], ndim: int) -> Callable[[Batch], Batch] | None:
+def make_augment(
+    section: Mapping[str, Mapping[str, Any]], ndim: int, depth_axis: int = 0
+) -> Callable[[Batch], Batch] | None:
     """Build the augmentation of a batch.
 
     Args:
         section: The ``augment`` section of a config.
         ndim: Number of spatial axes.
+        depth_axis: The axis of a volume along which its slices are stacked, for rotations in the plane of the slices.
 
     Returns:
         A function ``augment(batch) -> batch`` that changes the entries ``image``, float32 ``(B, *spatial, C)``, and
@@ -44,6 +48,7 @@ def make_augment(section: Mapping[str, Mapping[str, Any]], ndim: int) -> Callabl
     active = {name: values for name, values in full.items() if values["p"] > 0}
     if not active:
         return None
+    full["rotate"]["depth_axis"] = depth_axis
 
     def augment(batch: Batch) -> Batch:
         image, label = jax.vmap(functools.partial(augment_sample, active))(batch["key"], batch["image"], batch["label"])
@@ -108,7 +113,9 @@ def transform_matrix(active: Mapping[str, Mapping[str, Any]], keys: Mapping[str,
         out = out @ (jnp.eye(ndim) + jnp.where(_is_applied(keys["shear"], active["shear"]["p"]), slopes, 0.0))
     if "rotate" in active:
         limit = math.radians(active["rotate"]["degrees"])
-        planes = [(ndim - 2, ndim - 1)] if active["rotate"]["plane"] else _planes(ndim)
+        planes = _planes(ndim)
+        if active["rotate"]["plane"] and ndim == 3:
+            planes = [plane for plane in planes if active["rotate"].get("depth_axis", 0) not in plane]
         angles = _uniform(keys["rotate"], -limit, limit, (len(planes),))
         angles = jnp.where(_is_applied(keys["rotate"], active["rotate"]["p"]), angles, 0.0)
         for i, plane in enumerate(planes):
@@ -278,7 +285,7 @@ def coarsen(image: jax.Array, share: jax.Array) -> jax.Array:
 
     Args:
         image: ``(*spatial, C)``.
-        share: Number of voxels per side of the coarser grid, as a share of the old number; a scalar.
+        share: Number of voxels per side of the coarser grid, as a fraction of the old number; a scalar.
     """
     for axis in range(image.ndim - 1):
         n = image.shape[axis]

@@ -8,16 +8,16 @@ from xdim_jax.base.errors import UserError
 # transform -> settings with usual values; p is the probability that a sample (or channel) is transformed
 DEFAULTS: dict[str, dict[str, Any]] = {
     "scale": {"p": 0.0, "low": 0.8, "high": 1.25},  # factor by which structures grow, the same along all axes
-    # largest angle about every axis; the spacing is ignored, so for thick slices use plane=True: rotation in their
-    # plane only
+    # largest angle about every axis; the spacing is ignored, so use plane=True for thick slices: they are then rotated
+    # only in their plane
     "rotate": {"p": 0.0, "degrees": 15.0, "plane": False},
-    "translate": {"p": 0.0, "share": 0.1},  # largest shift along every axis, as a share of the side
+    "translate": {"p": 0.0, "share": 0.1},  # largest shift along every axis, as a fraction of the side
     "shear": {"p": 0.0, "amount": 0.1},  # largest tangent of the shear angle, for every pair of axes
-    # spatial axes, each flipped with probability p; in a config, () means all axes, but not left-right if structures
-    # have sides
+    # spatial axes, each flipped with probability p; in a config, () means all axes, except left-right if the name of a
+    # structure contains a side
     "flip": {"p": 0.0, "axes": ()},
     # displacements, interpolated from random ones at ``cells`` points per axis; share: their standard deviation, as a
-    # share of the side
+    # fraction of the side
     "elastic": {"p": 0.0, "cells": 5, "share": 0.015},
     "blur": {"p": 0.0, "low": 0.5, "high": 1.5},  # standard deviation in voxels
     "noise": {"p": 0.0, "sd": 0.1},  # largest standard deviation, in units of the standardised image
@@ -27,14 +27,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "low": 0.75,
         "high": 1.25,
     },  # factor of the distance from the mean; the result is clipped to the old range; by channel
-    "lowres": {"p": 0.0, "low": 0.5, "high": 1.0},  # share of the voxels per side that remains; p by channel
+    "lowres": {"p": 0.0, "low": 0.5, "high": 1.0},  # fraction of the voxels per side that remains; p by channel
     "gamma": {"p": 0.0, "low": 0.7, "high": 1.5},  # exponent, applied to the intensities scaled to [0, 1], by channel
-    # largest shift of the window level, and width of the window, as shares of the intensity range, by channel
+    # largest shift of the window level, and width of the window, as fractions of the intensity range, by channel
     "window": {"p": 0.0, "level": 0.1, "low": 0.7, "high": 1.0},
-    "cutout": {"p": 0.0, "share": 0.25},  # side of a box of zeros, as a share of the side of the image
+    "cutout": {"p": 0.0, "share": 0.25},  # side of a box of zeros, as a fraction of the side of the image
 }
-# Each transform has a random stream of its own. The numbers must never change: with other numbers, the same seed would
-# give other samples. A new transform gets the next free number.
+# Each transform has its own random stream. The numbers must never change: with other numbers, the same seed would give
+# other samples. A new transform gets the next free number.
 STREAMS = {
     "scale": 0,
     "rotate": 1,
@@ -88,7 +88,7 @@ def settings(section: Mapping[str, Mapping[str, Any]], ndim: int) -> dict[str, d
     if full["blur"]["high"] > _LARGEST_BLUR:
         problems.append(f"config.augment.blur.high={full['blur']['high']}: expected at most {_LARGEST_BLUR} voxels")
     if full["lowres"]["high"] > 1 or full["window"]["high"] > 1:
-        problems.append("config.augment.lowres.high and config.augment.window.high are shares: expected at most 1")
+        problems.append("config.augment.lowres.high and config.augment.window.high are fractions: expected at most 1")
     if full["flip"]["p"] > 0 and not full["flip"]["axes"]:
         problems.append("config.augment.flip has no axes: give the spatial axes to flip, e.g. axes=(2,)")
     if bad := [a for a in full["flip"]["axes"] if not 0 <= a < ndim]:

@@ -40,8 +40,8 @@ FREE_KEYS = (
     ),
 )
 
-# keys that may change when a run is resumed or a finished run is continued: they decide how long it trains and when it
-# validates; train.epochs cannot become smaller
+# keys that may change when a run is resumed or a finished run is continued: they determine how long it trains and when
+# it validates; train.epochs may only increase
 CONTINUE_KEYS = ("train.epochs", "train.patience", "train.validate_every", "train.validate_after_score")
 
 # key -> smallest and largest allowed value
@@ -99,6 +99,17 @@ CHOICES: dict[str, Sequence[str]] = {
 }
 
 
+def _no_pmap(config: Config, dataset: Dataset) -> str:
+    """Return why ``pmap`` would compute other gradients than one device; empty if it computes the same."""
+    if dataset.annotated is not None or dataset.labels.ignore is not None:
+        return "not everything is annotated in every case"
+    if config.loss.dice == "batch":
+        return "config.loss.dice=batch is computed over all voxels of a batch"
+    if config.loss.name == "dice_ce" and config.loss.weights:
+        return "config.loss.weights weights the voxels of config.loss.name=dice_ce"
+    return ""
+
+
 def resolve_config(config: Config, *, needs_data: bool = True) -> tuple[Config, Dataset]:
     """Check a config, and set its values that depend on the data set. Nothing is read or compiled.
 
@@ -127,6 +138,11 @@ def resolve_config(config: Config, *, needs_data: bool = True) -> tuple[Config, 
             "--config.output=sigmoid with --config.loss.name=dice_bce"
         )
     check_preparation(dataset, Preparation.from_config(config.data.prepare))
+    if config.mesh.parallel == "pmap" and (reason := _no_pmap(config, dataset)):
+        raise UserError(
+            f"config.mesh.parallel=pmap: {reason}, so the loss of a batch is not the mean over devices; give "
+            "--config.mesh.parallel=jit"
+        )
     if problems := [*_range_problems(config), *_choice_problems(config), *_combination_problems(config)]:
         raise join_problems(problems, "values of the config cannot be used")
     network = _check_network(config)
@@ -167,9 +183,10 @@ _SIDES = re.compile(r"left|right|(?<![a-z])(l|r|lt|rt|lh|rh)(?![a-z])", re.IGNOR
 
 
 def _set_flip_axes(config: Config, dataset: Dataset) -> None:
-    """If images are flipped and the config has no axes, set them to all axes; without W if structures have sides.
+    """Set the flip axes if images are flipped and the config has no axes.
 
-    A flip along W exchanges left and right, so the network could not learn the difference.
+    They are all axes, except W if the name of a structure contains a side: a flip along W exchanges left and right, so
+    the network could not learn the difference.
     """
     flip = config.augment.flip
     if flip.p > 0 and not flip.axes:
@@ -213,7 +230,7 @@ def _combination_problems(config: Config) -> list[str]:
             f"config.data.sampling=slices needs a 2D patch, found config.data.patch={tuple(data.patch)}; use "
             "patches or volumes"
         )
-    if config.mesh.space > 1 and config.train.ops in ("fast", "reference"):
+    if config.mesh.space > 1 and config.train.ops != "auto":
         problems.append(
             f"config.train.ops={config.train.ops}: expected auto if volumes are distributed over devices "
             f"(config.mesh.space={config.mesh.space})"

@@ -3,9 +3,9 @@
     <workdir>/fold0/ ... fold4/      workdirs of the runs
     <workdir>/crossval.json          the best validation of each fold, their means and standard deviations
 
-One command can train all folds (``:fold=all``). Or each fold is trained by a job of its own, with ``:fold=2`` and
-``--workdir=<workdir>/fold2``. A later ``:fold=all`` on the same workdir then trains only the folds that are not
-finished, and writes the summary.
+One command can train all folds (``:fold=all``). Alternatively, each fold is trained by a separate job, e.g. with
+``:fold=2`` and ``--workdir=<workdir>/fold2``. A later ``:fold=all`` on the same workdir then trains only the folds that
+are not finished, and writes the summary.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,8 @@ def train_folds(config: Config, workdir: Path, train: Callable[[Runs], int]) -> 
         The exit status of ``train``.
 
     Raises:
-        UserError: The data come with fewer than two folds, a fold has no validation, or ``workdir`` is that of a single
-            run.
+        UserError: The list in the data folder has fewer than two folds, a fold has no validation, or ``workdir`` is
+            that of a single run.
     """
     folds = _count_folds(config.data)
     if checkpoint.exists(workdir):
@@ -83,6 +83,9 @@ def _count_folds(data: Any) -> int:
 def summarise(workdir: Path, folds: int) -> dict[str, Any]:
     """Return the best validation of each fold, and mean and standard deviation (ddof 1) over the folds.
 
+    The score of a region is averaged over the folds that have it: a fold has no score of a region that is annotated in
+    none of its validation cases. A score of a single fold has no standard deviation.
+
     Raises:
         UserError: A fold has no recorded validation.
     """
@@ -93,19 +96,19 @@ def summarise(workdir: Path, folds: int) -> dict[str, Any]:
             raise UserError(f"{workdir / f'fold{fold}'} has no recorded validation; train fold {fold} to its end first")
         chosen = max(records, key=lambda r: r["dice"])
         best[f"fold{fold}"] = {k: v for k, v in chosen.items() if k == "step" or k.startswith("dice")}
-    keys = [k for k in best["fold0"] if k != "step"]
-    table = np.array([[scores[k] for k in keys] for scores in best.values()])
+    keys = dict.fromkeys(k for scores in best.values() for k in scores if k != "step")
+    values = {k: [scores[k] for scores in best.values() if k in scores] for k in keys}
     return {
         "folds": best,
-        "mean": dict(zip(keys, table.mean(0).tolist(), strict=True)),
-        "sd": dict(zip(keys, table.std(0, ddof=1).tolist(), strict=True)),
+        "mean": {k: float(np.mean(v)) for k, v in values.items()},
+        "sd": {k: float(np.std(v, ddof=1)) for k, v in values.items() if len(v) > 1},
     }
 
 
 def format_summary(summary: dict[str, Any]) -> list[str]:
-    """Return the summary as aligned lines of text."""
+    """Return the summary as aligned lines of text, with ``-`` for a value that does not exist."""
     keys = list(summary["mean"])
-    rows = [("", *keys), *((fold, *(f"{s[k]:.3f}" for k in keys)) for fold, s in summary["folds"].items())]
-    rows += [(name, *(f"{summary[name][k]:.3f}" for k in keys)) for name in ("mean", "sd")]
+    lines = {**summary["folds"], "mean": summary["mean"], "sd": summary["sd"]}
+    rows = [("", *keys), *((name, *(f"{s[k]:.3f}" if k in s else "-" for k in keys)) for name, s in lines.items())]
     width = max(len(cell) for row in rows for cell in row)
     return ["  ".join(f"{cell:>{width}}" for cell in row) for row in rows]

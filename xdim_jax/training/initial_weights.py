@@ -106,8 +106,10 @@ def initialise(
     counts = {what: sum(w == what for w in done.values()) for what in sorted(set(done.values()))}
     arrays = ", ".join(f"{count} {what}" for what, count in counts.items())
     say(f"weights    {init.weights}: fills {100 * report['coverage']:.4g} % of the {part}; arrays: {arrays}")
+    if chosen.kind == "network" and chosen.names is None:
+        say("           channels and structures are matched by position, because the weights do not state their names")
     for name, what in done.items():
-        if what.startswith(("kept", "random:", "adapted")):
+        if any(part.startswith(("kept", "random:", "adapted")) for part in what.split(" then ")):
             say(f"           {name}: {what}")
     if digest := source.source.get("sha256"):
         say(f"           sha256 {digest}")
@@ -117,9 +119,13 @@ def initialise(
 def _report(
     name: str, source: Weights, params: Any, stats: Any, done: Mapping[str, str], prefix: str
 ) -> dict[str, Any]:
-    """Return the content of ``pretrained.json``. ``coverage``: share of the numbers below ``prefix`` that is loaded."""
+    """Return the content of ``pretrained.json``.
+
+    ``coverage`` is the fraction of the parameters and running statistics below ``prefix`` that is loaded. An array of
+    which a part is loaded counts as loaded.
+    """
     sizes = {n: a.size for n, a in (weights.flatten(params) | weights.flatten(stats)).items() if n.startswith(prefix)}
-    loaded = {n for n, what in done.items() if not what.startswith(("dropped", "left out", "random:"))} & sizes.keys()
+    loaded = {n for n, what in done.items() if not _is_lost(what)} & sizes.keys()
     return {
         "weights": name,
         "source": source.source,
@@ -127,3 +133,9 @@ def _report(
         "random": sorted(sizes.keys() - loaded),
         "arrays": dict(done),
     }
+
+
+def _is_lost(what: str) -> bool:
+    """Return whether an array has no values of the weights, given how it was obtained."""
+    lost = ("dropped", "omitted", "random", "reset", "channels by randn", "kept nothing; random")
+    return any(part.startswith(lost) for part in what.split(" then "))

@@ -1,4 +1,4 @@
-"""Label maps of the best validation, which ``evaluate --workdir`` uses instead of predicting these cases again."""
+"""Label maps of the best validation. ``evaluate --workdir`` uses them, so it need not predict these cases again."""
 
 import shutil
 from collections.abc import Callable
@@ -10,20 +10,21 @@ import numpy as np
 
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError
-from xdim_jax.data.case import Case, Dataset, encode_label
+from xdim_jax.data.case import Case, Dataset
 from xdim_jax.data.images.image import read_grid
 from xdim_jax.data.images.nifti import write_volume
+from xdim_jax.data.reading import encode_label
 from xdim_jax.inference.folder import make_note
 from xdim_jax.inference.group import weights_digest
 from xdim_jax.inference.settings import Settings, resolve
 from xdim_jax.runs.workdir import PREDICTIONS_FOLDER
 
 
-class LabelMaps:
-    """Writes the label maps of a validation, and keeps them if the weights are the best so far.
+class LabelMapWriter:
+    """Writes the label maps of each validation, and keeps those of the best validation so far.
 
-    They are the files that ``python -m xdim_jax.predict`` would write with the same weights and the default settings.
-    If one of them cannot be written, there is a warning, and training goes on.
+    They are the same files as ``python -m xdim_jax.predict`` writes with the same weights and the default settings. If
+    one of them cannot be written, a warning is logged, and training continues.
 
     Args:
         workdir: Workdir of the run. The maps are written to its folder ``predictions``.
@@ -37,7 +38,7 @@ class LabelMaps:
         self._digest = ""
 
     def begin(self, weights: Any) -> None:
-        """Call before a validation with the given weights."""
+        """Begin a validation with the given weights, ``(parameters, statistics)``."""
         self.discard()
         self._digest = self._digest_of(weights)
 
@@ -74,7 +75,7 @@ class LabelMaps:
         self._digest = ""
 
 
-def make_label_maps(config: Any, dataset: Dataset, workdir: Path) -> LabelMaps:
+def make_label_maps(config: Any, dataset: Dataset, workdir: Path) -> LabelMapWriter:
     """Return the label maps of a run, given its config, data set and workdir."""
     resolved = resolve(Settings(), config, dataset.regions)
-    return LabelMaps(workdir, lambda weights: weights_digest(config, [weights], resolved))
+    return LabelMapWriter(workdir, lambda weights: weights_digest(config, [weights], resolved))

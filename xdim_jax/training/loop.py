@@ -8,8 +8,9 @@
 4. It calls `RunController.after_step`, which logs, saves, validates, and decides whether the run ends.
 
 Metrics stay on the devices until they are needed: every ``log_every`` steps, before a checkpoint, and at the end of an
-epoch. They are then fetched, checked for NaN, and recorded. An epoch ends with a record and a checkpoint. A validation
-follows every ``validate_every`` epochs, as soon as the training score has exceeded ``validate_after_score``.
+epoch. They are then fetched, checked for NaN, and recorded. An epoch ends with a record and a checkpoint. Once the
+training score of an epoch has exceeded ``validate_after_score``, a validation follows every ``validate_every`` epochs,
+and always at the end of the run.
 
 A signal does not interrupt a step. It sets a `StopRequest`, which the controller reads after each step; with several
 processes, `xdim_jax.training.agreement` makes all of them stop after the same step. At most two steps are in the queue
@@ -36,8 +37,9 @@ from xdim_jax.runs.records import Recorder, read_records, record, record_cases, 
 from xdim_jax.runs.state import TrainState, evaluation_weights
 from xdim_jax.training import mesh, validation
 from xdim_jax.training.agreement import SAVE, STOP, Agreement
+from xdim_jax.training.choose_ops import compile_fastest
 from xdim_jax.training.compiling import compile_step
-from xdim_jax.training.label_maps import LabelMaps
+from xdim_jax.training.label_maps import LabelMapWriter
 from xdim_jax.training.mesh import Devices
 from xdim_jax.training.optim import Schedule
 from xdim_jax.training.profile import Profile
@@ -51,7 +53,7 @@ class Progress:
     """Values, other than the training state, that change from step to step. They are saved with every checkpoint.
 
     Attributes:
-        score_sum: For each region, the sum of its training score over those steps of this epoch that have such a score.
+        score_sum: For each region, the sum of its training score over the steps of this epoch for which it is defined.
         score_steps: For each region, the number of these steps.
         validates: True once the training score of an epoch has exceeded ``train.validate_after_score``.
     """
@@ -90,9 +92,11 @@ class Run:
         recorder: Open record files.
         validate: Validation function.
         label_maps: Label maps of the last validation.
-        stop: Signals that the process has received.
+        stop: Record of received signals.
         regions: Names of the scored regions.
         workdir: Folder of the run.
+        ops_key: Key of this program in the record of measured implementations (`xdim_jax.training.choose_ops`); None
+            if nothing is measured.
         activity: Current activity of the reading threads, for the watchdog.
     """
 
@@ -105,10 +109,11 @@ class Run:
     checkpoints: checkpoint.Checkpoints
     recorder: Recorder
     validate: Validation
-    label_maps: LabelMaps
+    label_maps: LabelMapWriter
     stop: StopRequest
     regions: tuple[str, ...]
     workdir: Path
+    ops_key: str | None = None
     activity: Activity = dataclasses.field(default_factory=Activity)
 
     @property
@@ -127,7 +132,7 @@ def fit(
         state: State to start from.
         progress: Progress to start from; updated in place.
         stream: Batches, starting with that of the next step.
-        validated: True if the record has a validation of ``state``, so that none has to follow.
+        validated: True if the record already has a validation of ``state``.
 
     Returns:
         The last state.
@@ -148,7 +153,7 @@ def fit(
         while not controller.finished:
             batch = run.devices.put_batch(controller.next_batch(lambda: watchdog.next(stream), state))
             if compiled is None:
-                compiled = compile_step(run.devices.lower, run.step, state, batch, run.key)
+                compiled = _compile(run, state, batch)
                 controller.program_is_compiled()
             number = controller.steps_done + 1
             profile.before(number)
@@ -158,23 +163,30 @@ def fit(
     return state
 
 
-class RunController:
-    """Everything around the training steps of one run: records, checkpoints, validation, and the end of the run.
+def _compile(run: Run, state: TrainState, batch: Any) -> Any:
+    """Compile the training step of a run."""
+    if run.ops_key is None:
+        return compile_step(run.devices.lower, run.step, state, batch, run.key)
+    return compile_fastest(run.workdir, run.ops_key, run.devices, run.step, state, batch, run.key)
 
-    The caller computes the steps. Before each step it calls `next_batch`, and after the step `after_step`. So one
-    program can compute the steps of several runs (`xdim_jax.training.pack`), each of which has its own controller.
+
+class RunController:
+    """Records, saves and validates one run, and decides when it ends.
+
+    The caller computes the steps. It calls `next_batch` before each step, and `after_step` after it. One program can
+    thus compute the steps of several runs (`xdim_jax.training.pack`), each of which has its own controller.
 
     Args:
         run: The run.
-        start: Number of steps done.
+        start: Number of completed steps.
         progress: Progress so far; updated in place.
         slot: Index of this run along the first axis of the metrics, if a program computes the steps of several runs.
             None if metrics have no such axis.
-        extract: Function that returns the state of this run, given the states of all runs of the program. Give it
-            if the ``state`` arguments of the methods are the states of all runs, and None if they are this run's state.
+        extract: Function that returns the state of this run, given the states of all runs of the program. None if the
+            ``state`` arguments of the methods are the state of this run alone.
 
     Attributes:
-        steps_done: Number of steps done.
+        steps_done: Number of completed steps.
         finished: True if there is no further step.
     """
 
@@ -192,13 +204,14 @@ class RunController:
         self._start, self._slot, self._extract = start, slot, extract
         self._metrics: list[Any] = []  # metrics of the steps that are not recorded yet, on the devices
         self._digests: list[list[int]] = []  # digests of the samples of these steps
+        self._runs = 1  # largest number of runs that shared one of these steps
         self._losses: list[float] = []  # losses of the last recorded steps, for messages
         self._agreement = Agreement()
         self._previous: Any = None  # loss of the previous step
         self._saved_at = self._recorded_at = time.monotonic()
 
     def start(self, state: Any, *, validated: bool) -> None:
-        """Call before the first step: repeat an interrupted validation, and check whether the run has ended.
+        """Repeat an interrupted validation, and check whether the run has ended. Call this before the first step.
 
         Args:
             state: State before the first step.
@@ -223,8 +236,9 @@ class RunController:
             state: State after the last step.
 
         Raises:
-            UserError: A file cannot be read. A run with one process saves ``state`` first. With several processes the
-                others may already compute the next step, so they could not take part in saving.
+            UserError: A file cannot be read. A run with one process saves ``state`` first. A run with several
+                processes does not, because the others may already compute the next step, and all would have to take
+                part in saving.
         """
         try:
             batch = read()
@@ -237,12 +251,13 @@ class RunController:
         request = self._agreement.attach(len(self._digests[-1]), self._request())
         return {k: v for k, v in batch.items() if k != "digest"} | request
 
-    def after_step(self, metrics: dict[str, Any], state: Any) -> None:
-        """Call after each step: record, save and validate if it is due, and decide whether the run ends.
+    def after_step(self, metrics: dict[str, Any], state: Any, *, runs: int = 1) -> None:
+        """Record, save and validate if it is due, and decide whether the run ends. Call this after each step.
 
         Args:
             metrics: Metrics of the step.
             state: State after the step.
+            runs: Number of runs whose steps the program computed.
 
         Raises:
             UserError: The loss is not finite, or a checkpoint or a record cannot be written.
@@ -256,6 +271,7 @@ class RunController:
         if request == STOP:
             run.stop.signal = run.stop.signal or signal.SIGTERM  # the signal may have reached another process
         self._metrics.append(metrics)
+        self._runs = max(self._runs, runs)
         self.finished = done >= run.total
         epoch_ends = done % run.per_epoch == 0
         every = run.config["checkpoint_steps"]
@@ -273,14 +289,15 @@ class RunController:
             if not self.finished and self._out_of_patience():
                 self.finished = True
                 return
-        # A signal that arrives after the state is saved takes effect after the next step. At the end of an epoch, it
-        # takes effect now: after another step, a resumed run would not notice the missing validation of this epoch.
+        # A signal that arrives after `request` was read takes effect after the next step. At the end of an epoch it
+        # takes effect now, because it may have interrupted the validation. A resumed run repeats this validation only
+        # if its last checkpoint is at the end of an epoch, so no further step may be computed.
         if request == STOP or (epoch_ends and self._stop_is_agreed()):
             self.finished = True
         self._recorded_at = time.monotonic()
 
     def _request(self) -> int:
-        """Return the request of this process: `STOP` after a signal, `SAVE` if the last checkpoint is old, else 0."""
+        """Return the request of this process: `STOP` after a signal, `SAVE` if a checkpoint is due, else 0."""
         if self.run.stop.signal:
             return STOP
         return SAVE if time.monotonic() - self._saved_at > 60 * self.run.config["checkpoint_minutes"] else 0
@@ -313,10 +330,11 @@ class RunController:
                 regions=run.regions,
                 learning_rate=float(run.schedule(done - 1)),
                 seconds=(time.monotonic() - self._recorded_at) / len(metrics),
+                runs=self._runs,
             )
         for values in metrics:
             self.progress.add(values["score"])
-        self._metrics, self._digests = [], []
+        self._metrics, self._digests, self._runs = [], [], 1
 
     def _end_epoch(self) -> None:
         """Record the training score of the epoch; validation begins once it exceeds ``validate_after_score``."""
@@ -324,7 +342,7 @@ class RunController:
         score = self.progress.end_epoch()
         record(run.recorder, "epoch", self.steps_done, {"epoch": self.steps_done / run.per_epoch, "score": score})
         threshold = run.config["validate_after_score"]
-        if not self.progress.validates and score > threshold:
+        if not self.progress.validates and (threshold <= 0 or score > threshold):
             self.progress.validates = True
             if threshold > 0:
                 say(f"the training score of this epoch, {score:.3f}, exceeds {threshold}: validation begins")
@@ -356,7 +374,7 @@ class RunController:
         except InterruptedValidationError:
             run.label_maps.discard()
             return
-        dice = sum(scores.values()) / len(scores)
+        dice = sum(scores.values()) / len(scores) if scores else math.nan
         if not math.isfinite(dice):
             raise UserError(f"the validation Dice at step {step} is {dice}; check the validation cases in split.json")
         if checkpoint.save_best(run.checkpoints, step, *weights, dice):  # before the score is recorded
@@ -376,11 +394,13 @@ class RunController:
         if not patience:
             return False
         scores = [r["dice"] for r in read_records(self.run.workdir) if r["kind"] == "validation"]
-        waited = len(scores) - 1 - int(np.argmax(scores)) if scores else 0
-        if mesh.gather(np.array(waited))[0] < patience:  # all processes use the record of process 0
+        best = int(np.argmax(scores)) if scores else 0
+        mine = [len(scores) - 1 - best, scores[best]] if scores else [0, 0.0]
+        waited, highest = mesh.gather(np.array(mine, np.float32))[0]  # all processes use the record of process 0
+        if waited < patience:
             return False
         say(
-            f"ends early: the Dice of the last {patience} validations is not better than {max(scores):.3f} "
+            f"ends early: the Dice of the last {patience} validations is not better than {highest:.3f} "
             "(config.train.patience)"
         )
         return True

@@ -1,7 +1,8 @@
 """Losses, which are functions of logits with the channels last. Each loss also returns its parts, for the log.
 
-Every loss is one minus a soft Dice, plus a cross-entropy. Channels can have weights. A channel that is not annotated in
-a sample does not count there, and neither does a voxel that is not annotated.
+Every loss is one minus a soft Dice, plus a cross-entropy. Channels can have weights. If a channel is not annotated in a
+sample, a loss with sigmoids excludes it, and a loss with a softmax adds its probability to the background. Voxels that
+are not annotated are excluded.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 NAMES = ("dice_bce", "dice_ce")
 DICES = ("sample", "batch")
 REDUCTIONS = ("mean", "sum")
-_MASKED = -1e9  # logit of a channel that is left out; with -inf the gradient would be NaN
+_MASKED = -1e9  # logit of a channel with probability 0; with -inf the gradient would be NaN
 
 
 def _spatial(x: jax.Array) -> tuple[int, ...]:
@@ -49,8 +50,8 @@ def one_vs_rest_logits(logits: jax.Array) -> jax.Array:
 def merge_unannotated(logits: jax.Array, annotated: jax.Array) -> jax.Array:
     """Return softmax logits with the probabilities of unannotated channels added to that of the background.
 
-    Voxels of unannotated structures are background in the reference, so these logits give the likelihood of the
-    reference (the marginal loss of Shi et al. 2021).
+    Voxels of unannotated structures are background in the reference, so the cross-entropy of these logits is the
+    negative log-likelihood of the reference (the marginal loss of Shi et al. 2021).
 
     Args:
         logits: ``(B, *spatial, C)``; channel 0 is the background.
@@ -74,17 +75,17 @@ def make_loss(
     """Build the loss that the ``loss`` section of a config describes.
 
     ``dice_bce`` is Eq. 5 of the paper: one minus the mean soft Dice, plus the mean binary cross-entropy of the channels
-    (with a softmax, of each channel against all others). There are two deviations from Eq. 5 as printed. It takes the
-    logarithm of the binary ground truth, which may be 0; here it is taken of the prediction. It sums the cross-entropy
-    over voxels; here the mean is taken, so that both terms are of order one (``cross_entropy=sum`` restores the sum).
+    (with a softmax, of each channel against all others), with two deviations. Eq. 5 as printed has the logarithm of the
+    binary ground truth, which may be 0; here it is that of the prediction. Eq. 5 sums the cross-entropy over voxels;
+    here it is averaged, so that both terms are of order one (``cross_entropy=sum`` restores the sum).
 
     ``dice_ce``, for softmax outputs only, is one minus the mean soft Dice, plus the categorical cross-entropy.
 
     The config also has these keys:
 
     - ``eps`` is added to the denominator of the Dice.
-    - ``dice`` is ``sample`` if the Dice is computed for each sample, ``batch`` if the batch counts as one volume.
-    - ``background`` is True if channel 0 of a softmax counts in the Dice.
+    - ``dice`` is ``sample`` to compute the Dice of each sample, ``batch`` to compute it over all voxels of the batch.
+    - ``background`` is True to include channel 0 of a softmax in the Dice.
     - ``weights`` has one number per channel; empty for equal weights. Means over channels are weighted, and the
       categorical cross-entropy is weighted as in PyTorch's ``CrossEntropyLoss(weight)``.
 
@@ -97,9 +98,9 @@ def make_loss(
     Returns:
         A function of logits ``(B, *spatial, C)``, masks of the same shape, and optionally ``annotated``, bool
         ``(B, C)``, and ``voxels``, bool ``(B, *spatial)``, the annotated voxels. It returns the loss and its parts
-        ``dice_loss`` and ``entropy_loss``. Channels that are not annotated in a sample are left out with sigmoids; with
-        softmax, their probability counts as background (see `merge_unannotated`). Voxels that are not annotated are
-        left out; all their masks must be False.
+        ``dice_loss`` and ``entropy_loss``. With sigmoids, channels that are not annotated in a sample are excluded;
+        with a softmax, their probability is added to the background (see `merge_unannotated`). Voxels that are not
+        annotated are excluded; all their masks must be False.
 
     Raises:
         UserError: A name is unknown, or the weights do not fit the channels.
@@ -173,7 +174,7 @@ def _categorical_entropy(
     softmax: bool,
     summed: bool,
 ) -> jax.Array:
-    """Return the categorical cross-entropy: its mean over voxels, or its sum over voxels averaged over samples."""
+    """Return the categorical cross-entropy: the mean over voxels, or the sum over voxels averaged over samples."""
     del channel_weights, voxels, softmax  # all targets of a voxel that is not annotated are 0
     entropy = -jnp.sum(targets * jax.nn.log_softmax(logits) * weights, -1)
     weight = len(logits) if summed else jnp.sum(targets * weights)
@@ -190,7 +191,7 @@ def _binary_entropy(
     softmax: bool,
     summed: bool,
 ) -> jax.Array:
-    """Return the binary cross-entropy: its mean or sum over voxels, averaged over samples and channels."""
+    """Return the binary cross-entropy: the mean or sum over voxels, averaged over samples and channels."""
     del weights
     entropy = binary_cross_entropy(one_vs_rest_logits(logits) if softmax else logits, targets)
     axes = _spatial(logits)
@@ -210,7 +211,7 @@ def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
 def hard_dice(predicted: jax.Array, reference: jax.Array, voxels: jax.Array | None = None) -> jax.Array:
     """Return the Dice of masks ``(B, *spatial, R)`` for each sample and region, ``(B, R)``; 1 if both are empty.
 
-    If there are annotated ``voxels``, bool ``(B, *spatial)``, the others do not count.
+    Voxels that are not annotated (``voxels``, bool ``(B, *spatial)``) are excluded.
     """
     axes = _spatial(predicted)
     if voxels is not None:

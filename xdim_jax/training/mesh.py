@@ -1,4 +1,4 @@
-"""The mesh of devices, with the axes ``data`` (samples) and ``space`` (depth of a volume), and joining of processes.
+"""The mesh of devices with the axes ``data`` (samples) and ``space`` (depth of a volume), and connection of processes.
 
 With ``jit``, one program is compiled for the whole mesh. Losses and batch statistics are those of the global batch, and
 XLA inserts the communication. With ``pmap``, a program for one device is compiled, which averages gradients and
@@ -39,7 +39,7 @@ class Devices:
         return DATA if self.parallel == "pmap" else None
 
     def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Copy this process's share of a batch to its devices.
+        """Copy the samples of a batch that this process has read to its devices.
 
         Samples are distributed over ``data``, and the first spatial axis of images and labels over ``space``. For
         ``pmap``, the result has a leading axis for the devices of this process: ``(devices, samples, ...)``.
@@ -113,11 +113,12 @@ def make_devices(
         batch: Number of samples of the global batch.
         parallel: ``jit`` or ``pmap``.
         accumulate: Number of parts of the batch that a step processes one after the other.
-        absent: Devices that are not here (`xdim_jax.training.targets`), to compile for; None for those of JAX.
+        absent: Devices that this machine does not have, to compile for (`xdim_jax.training.absent_devices`); None for
+            those of JAX.
 
     Raises:
-        UserError: There are too few devices, or numbers are not divisible: the devices by ``space``, or the batch by
-            ``data * accumulate`` or by the number of processes.
+        UserError: There are too few devices; or the number of devices is not divisible by ``space``; or the batch is
+            not divisible by ``data * accumulate`` or by the number of processes.
     """
     if parallel not in PARALLELS:
         raise UserError(f"config.mesh.parallel={parallel!r} is unknown; known: {', '.join(PARALLELS)}")

@@ -1,9 +1,9 @@
 """Estimate memory and floating-point operations of a training step and of prediction.
 
-A program is compiled for the devices of this machine, with shapes in place of arrays, so neither data nor memory for
-the arrays is needed. The memory is the amount that the compiler reserves per device for state, batch and temporaries.
-Operations are counted from the definitions of the layers, not from the compiled program, for all devices together. A
-multiply-add counts as two.
+Programs are compiled for the devices of this machine, or for a target. Compilation needs the shapes of the arrays only,
+so neither data nor device memory is needed. The memory is the amount that the compiler reserves per device for state,
+batch and temporaries. Operations are what XLA counts in the reference implementation before it is compiled, summed
+over all devices, so they do not depend on how a program is compiled. A multiply-add counts as two.
 """
 
 import contextlib
@@ -25,10 +25,11 @@ from xdim_jax.data.case import Dataset
 from xdim_jax.nets import networks
 from xdim_jax.ops.compilation import needed_bytes
 from xdim_jax.runs.state import slow
+from xdim_jax.training.absent_devices import Target, exhausted_bytes, without_optimisation
+from xdim_jax.training.kernels import Totals, count_kinds, read_kernels, sum_by_part
 from xdim_jax.training.mesh import Devices, make_devices
 from xdim_jax.training.program import Program, make_program, step_arguments
 from xdim_jax.training.roofline import Product, find_products
-from xdim_jax.training.targets import Target, count_kernels, exhausted_bytes, without_optimisation
 
 _UNITS = {"": 1, "B": 1, **{f"{k}B": 10 ** (3 * i) for i, k in enumerate("kMGT", 1)}}
 _UNITS |= {f"{k}iB": 2 ** (10 * i) for i, k in enumerate("KMGT", 1)}
@@ -37,12 +38,12 @@ _MAX_SIZE = 1024  # largest side, and largest batch, that a search tries
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class StepSettings:
     """The settings that a plan varies.
 
     Attributes:
-        patch: Size of a patch: D, H, W, or H, W.
-        batch: Number of samples over all devices.
+        patch: Size of a patch: (D, H, W), or (H, W).
+        batch: Number of samples in a batch, over all devices.
         precision: ``float32`` or ``bfloat16``.
         remat: Stages whose activations are recomputed (``train.remat``); empty for none.
     """
@@ -58,7 +59,7 @@ class Choice:
         return math.prod(self.patch) * self.batch
 
     def __str__(self) -> str:
-        """The settings as one line of text."""
+        """Return the settings as one line of text."""
         patch = "x".join(map(str, self.patch))
         return f"patch {patch}, batch {self.batch}, {self.precision}, remat {self.remat or 'none'}"
 
@@ -68,12 +69,14 @@ class Need:
     """Memory and floating-point operations that a choice needs.
 
     Attributes:
-        step_bytes: Memory of a training step per device.
-        step_flops: Floating-point operations of a training step on all devices.
-        predict_bytes: Memory of the prediction of one patch.
+        step_bytes: Memory of a training step, in bytes per device.
+        step_flops: Floating-point operations of a training step, on all devices.
+        predict_bytes: Memory of the prediction of one patch, in bytes.
         predict_flops: Floating-point operations of the prediction of one patch.
         seconds: Time of compiling the training step.
-        kernels: How often each kind of kernel occurs in the training step; empty for the devices of this machine.
+        kernels: Kind of kernel -> how many kernels of this kind the training step has. Empty for the devices of this
+            machine, and for a target on which the step does not fit.
+        by_part: Part of the network -> sums over its kernels in the training step; empty if ``kernels`` is.
     """
 
     step_bytes: int
@@ -82,15 +85,16 @@ class Need:
     predict_flops: float
     seconds: float = 0.0
     kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    by_part: Mapping[str, Totals] = dataclasses.field(default_factory=dict)
 
 
-def make_choices(
+def make_settings(
     config: Config,
     patches: Sequence[tuple[int, ...]] = (),
     batches: Sequence[int] = (),
     precisions: Sequence[str] = (),
     remats: Sequence[str] = (),
-) -> list[Choice]:
+) -> list[StepSettings]:
     """Return every combination of the given settings. If a list is empty, the setting of the config is used."""
     lists = (
         patches or [tuple(config.data.patch)],
@@ -98,11 +102,11 @@ def make_choices(
         precisions or [config.train.precision],
         remats or [config.train.remat],
     )
-    return [Choice(*settings) for settings in itertools.product(*lists)]
+    return [StepSettings(*settings) for settings in itertools.product(*lists)]
 
 
 def measure(
-    config: Config, dataset: Dataset, choice: Choice, target: Target | None = None, *, optimise: bool = True
+    config: Config, dataset: Dataset, choice: StepSettings, target: Target | None = None, *, optimise: bool = True
 ) -> Need:
     """Compile training step and prediction for the devices of the config, and return their memory and operations.
 
@@ -110,8 +114,8 @@ def measure(
         config: Config of a recipe.
         dataset: Data set of the config.
         choice: Settings that replace those of the config.
-        target: Devices that are not here; None for those of this machine.
-        optimise: False to compile for the target without optimisation, which is faster.
+        target: Devices that this machine does not have; None for those of this machine.
+        optimise: False to compile for the target without optimisation, which takes less time.
 
     Raises:
         UserError: The choice does not fit the network or the devices.
@@ -133,9 +137,10 @@ def measure(
     networks.check_space(config.model, choice.patch, devices.mesh.shape["space"])
     program, params, stats = make_program(config, dataset, per_epoch=1, axis=devices.axis, abstract=True)
     state, shapes, key = step_arguments(program, dataset, params, stats)
-    one = make_program(config, dataset, per_epoch=1, abstract=True)[0]  # without the axis name of pmap
+    flops = _step_flops(config, dataset, state, shapes, key)
     if target is not None:
-        return _measure_target(config, devices, target, one, (state, shapes, key), optimise=optimise)
+        one = make_program(config, dataset, per_epoch=1, abstract=True)[0]  # without the axis name of pmap
+        return _measure_target(config, devices, target, one, (state, shapes, key), flops, optimise=optimise)
     begin = time.monotonic()
     step = ops.compile_program(devices.lower(program.step, state, devices.abstract_batch(shapes), key))
     seconds = time.monotonic() - begin
@@ -147,7 +152,7 @@ def measure(
 
     return Need(
         needed_bytes(step),
-        count_flops(one.step, state, shapes, key),
+        flops,
         needed_bytes(ops.compile_program(jax.jit(predict).lower(weights, image))),
         count_flops(predict, weights, image),
         seconds,
@@ -160,10 +165,11 @@ def _measure_target(
     target: Target,
     program: Program,
     arguments: tuple[Any, Any, Any],
+    flops: float,
     *,
     optimise: bool,
 ) -> Need:
-    """Compile training step and prediction for devices that are not here."""
+    """Compile training step and prediction for devices that this machine does not have."""
     state, shapes, key = arguments
     weights = (slow(state.params), state.stats)
     image = jax.ShapeDtypeStruct((1, *config.data.patch, config.model.in_channels), jnp.float32)
@@ -176,42 +182,59 @@ def _measure_target(
     def step(*given: Any) -> Any:  # a new function, because JAX would reuse the trace for this machine
         return program.step(*given)
 
-    form = contextlib.nullcontext() if devices.mesh.shape["space"] > 1 else ops.use_implementation("reference")
-    with form, without_optimisation(active=not optimise):
+    parts = networks.part_names(config.model)
+    # `library` is the default on accelerators, where nothing has been measured; distributed volumes set their own
+    default = contextlib.nullcontext() if devices.mesh.shape["space"] > 1 else ops.use_implementation("library")
+    with default, without_optimisation(active=not optimise):
         begin = time.monotonic()
         lowered = devices.lower(step, state, devices.abstract_batch(shapes), key)
-        try:
-            compiled = lowered.compile()
-            memory, kernels = needed_bytes(compiled), count_kernels(compiled.as_text())
-        except jax.errors.JaxRuntimeError as error:
-            memory, kernels = exhausted_bytes(error), {}
-            if memory is None:
-                raise
+        memory, text = _compile(lowered)
         seconds = time.monotonic() - begin
-        with ops.use_implementation("reference"):
-            predicted = needed_bytes(jax.jit(lambda w, x: predict(w, x)).lower(*placed).compile())
+        with ops.use_implementation("library"):
+            predicted, _ = _compile(jax.jit(lambda w, x: predict(w, x)).lower(*placed))
+    found = read_kernels(text, parts)
     return Need(
         memory,
-        count_flops(program.step, state, shapes, key),
+        flops,
         predicted,
         count_flops(predict, weights, image),
         seconds,
-        kernels,
+        count_kinds(found),
+        sum_by_part(found, parts),
     )
+
+
+def _compile(lowered: Any) -> tuple[int, str]:
+    """Compile a program; return its memory in bytes and its text. The text is empty if the program does not fit."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        memory = exhausted_bytes(error)
+        if memory is None:
+            raise
+        return memory, ""
+    return needed_bytes(compiled), compiled.as_text()
+
+
+def _step_flops(config: Config, dataset: Dataset, *arguments: Any) -> float:
+    """Return the floating-point operations of a training step that processes its batch in one part, without a loop."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.train.accumulate = 1
+    return count_flops(make_program(config, dataset, per_epoch=1, abstract=True)[0].step, *arguments)
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Return the floating-point operations of a function; the arguments may be shapes. Nothing is compiled.
 
-    The reference implementation of the operations is counted, because it has no loops. XLA would count the body of a
-    loop only once.
+    The reference implementation is counted because it has no loops: XLA counts the body of a loop only once.
     """
     with ops.use_implementation("reference"):
         cost = jax.jit(lambda *a: function(*a)).lower(*arguments).cost_analysis()
     return float((cost or {}).get("flops", math.nan))
 
 
-def step_products(config: Config, dataset: Dataset, choice: Choice) -> tuple[list[Product], tuple[str, ...]]:
+def step_products(config: Config, dataset: Dataset, choice: StepSettings) -> tuple[list[Product], tuple[str, ...]]:
     """Return the convolutions and matrix products of a step on one device, and the names of the network's parts."""
     config = _apply(config, choice)
     program, params, stats = make_program(config, dataset, per_epoch=1, abstract=True)
@@ -219,7 +242,7 @@ def step_products(config: Config, dataset: Dataset, choice: Choice) -> tuple[lis
     return find_products(program.step, *step_arguments(program, dataset, params, stats), parts=parts), parts
 
 
-def _apply(config: Config, choice: Choice) -> Config:
+def _apply(config: Config, choice: StepSettings) -> Config:
     """Return a copy of the config with the settings of a choice."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
@@ -233,11 +256,12 @@ def _apply(config: Config, choice: Choice) -> Config:
 
 def search_largest(
     config: Config,
-    choices: Iterable[Choice],
+    choices: Iterable[StepSettings],
     setting: str,
-    fits: Callable[[Choice], bool],
+    fits: Callable[[StepSettings], bool],
     say: Callable[[str], None] = lambda line: None,
-) -> list[Choice]:
+    target: Target | None = None,
+) -> list[StepSettings]:
     """Find the largest patch or batch that fits, for each combination of the other settings.
 
     Args:
@@ -246,11 +270,12 @@ def search_largest(
         setting: The setting to maximise: ``patch`` or ``batch``.
         fits: Function that returns True if a choice fits.
         say: Function that logs a line.
+        target: Devices over which a batch is divided; None for those of this machine.
     """
     starts = (dataclasses.replace(choice, batch=1) if setting == "batch" else choice for choice in choices)
     found = []
     for start in dict.fromkeys(starts):
-        best = bisect_largest(increasing_choices(config, start, setting), fits, say=say)
+        best = bisect_largest(increasing_settings(config, start, setting, target), fits, say=say)
         if best is None:
             say(f"           nothing fits with {start.precision}, remat {start.remat or 'none'}")
         else:
@@ -259,8 +284,10 @@ def search_largest(
 
 
 def bisect_largest(
-    candidates: Sequence[Choice], fits: Callable[[Choice], bool], say: Callable[[str], None] = lambda line: None
-) -> Choice | None:
+    candidates: Sequence[StepSettings],
+    fits: Callable[[StepSettings], bool],
+    say: Callable[[str], None] = lambda line: None,
+) -> StepSettings | None:
     """Return the last candidate that fits, by bisection.
 
     Args:
@@ -272,7 +299,7 @@ def bisect_largest(
         The choice; None if the first candidate does not fit.
     """
     low, high = -1, len(candidates)
-    # begin with small programs, and double the index, because large programs take long to compile
+    # start with small programs and double the index, because large programs take long to compile
     at = 0
     while low + 1 < high:
         at = min(max(low + 1, at), high - 1)
@@ -283,22 +310,24 @@ def bisect_largest(
     return candidates[low] if low >= 0 else None
 
 
-def increasing_choices(config: Config, start: Choice, setting: str) -> list[Choice]:
+def increasing_settings(
+    config: Config, start: StepSettings, setting: str, target: Target | None = None
+) -> list[StepSettings]:
     """Return valid choices with increasing batches, or with increasing patches of equal sides.
 
     Args:
         config: Config of a recipe.
-        start: Choice with the other settings. For DS-Net, only H and W become larger, and D is that of this choice.
+        start: StepSettings with the other settings. For DS-Net, only H and W increase, and D is that of this choice.
         setting: ``patch`` or ``batch``.
+        target: Devices over which a batch is divided; None for those of this machine.
 
     Raises:
-        UserError: No patch is valid.
+        UserError: No patch is valid, or the mesh of the config does not fit the devices.
     """
     if setting == "batch":
-        rows = make_devices(config.mesh.data, config.mesh.space, batch=_MAX_SIZE * jax.device_count()).mesh.shape[
-            "data"
-        ]
-        unit = rows * config.train.accumulate
+        mesh, devices = config.mesh, target.devices if target else jax.devices()
+        sizes = make_devices(mesh.data, mesh.space, batch=_MAX_SIZE * len(devices), absent=devices).mesh.shape
+        unit = sizes["data"] * config.train.accumulate
         return [dataclasses.replace(start, batch=unit * n) for n in range(1, _MAX_SIZE // unit + 1)]
     fixed = start.patch[: networks.get_network(config.model).fixed_axes]
     choices = []
@@ -322,7 +351,7 @@ def parse_bytes(text: str, flag: str = "--budget") -> int:
     """Return the number of bytes of a text such as ``16GiB``, ``80 GB`` or ``500000000``, the value of a flag.
 
     Raises:
-        UserError: The text has another form.
+        UserError: The text does not have this form.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     if not match or match[2] not in _UNITS or float(match[1]) <= 0:
@@ -330,12 +359,12 @@ def parse_bytes(text: str, flag: str = "--budget") -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def format_rows(rows: Sequence[tuple[Choice, Need]], budget: int | None) -> list[str]:
+def format_rows(rows: Sequence[tuple[StepSettings, Need]], budget: int | None) -> list[str]:
     """Return a table of choices with their memory and operations, as aligned lines of text.
 
     Args:
         rows: Choices and their needs.
-        budget: Memory of a device in bytes. If given, the table says whether each choice fits.
+        budget: Memory of a device in bytes, or None. If given, a column states whether a choice fits.
     """
     head = ("patch", "batch", "precision", "remat", "step memory", "step GFLOP", "predict memory", "predict GFLOP")
     table: list[tuple[str, ...]] = [(*head, *(["fits"] if budget else []))]
@@ -347,7 +376,7 @@ def format_rows(rows: Sequence[tuple[Choice, Need]], budget: int | None) -> list
     return _aligned(table)
 
 
-def format_best(rows: Sequence[tuple[Choice, Need]], budget: int) -> str:
+def format_best(rows: Sequence[tuple[StepSettings, Need]], budget: int) -> str:
     """Return the choice with the most voxels per batch among those whose step fits the budget, as text."""
     fitting = [choice for choice, need in rows if need.step_bytes <= budget]
     best = max(fitting, key=lambda choice: choice.voxels, default=None)
@@ -365,7 +394,7 @@ def format_parts(
         ceilings: Peak operations and bytes per second of a device. If given, the table has a lower bound of the time of
             each part.
     """
-    head = ("part", "forward GFLOP", "GB", "backward GFLOP", "GB", "share of GFLOP")
+    head = ("part", "forward GFLOP", "GB", "backward GFLOP", "GB", "% of GFLOP")
     rows: list[tuple[str, ...]] = [(*head, *(["lower bound, ms"] if ceilings else []))]
     total = sum(p.flops for p in products)
     for part in (*parts, "", None):
@@ -378,6 +407,21 @@ def format_parts(
             cells += [f"{sum(p.flops for p in half) / 1e9:.1f}", f"{sum(p.bytes for p in half) / 1e9:.2f}"]
         cells.append(f"{100 * sum(p.flops for p in found) / total:.1f} %")
         rows.append((*cells, *([f"{1e3 * sum(p.seconds(*ceilings) for p in found):.3f}"] if ceilings else [])))
+    return _aligned(rows)
+
+
+def format_kernels(by_part: Mapping[str, Totals]) -> list[str]:
+    """Return a table with the kernels of each part of the network, as aligned lines of text.
+
+    Args:
+        by_part: Part -> sums over its kernels, see `xdim_jax.training.kernels.sum_by_part`.
+    """
+    rows: list[tuple[str, ...]] = [("part", "kernels", "GB moved", "M cycles")]
+    for part, found in by_part.items():
+        cycles = f"{found.cycles / 1e6:.2f}" if found.cycles else "-"
+        rows.append((part or "others", str(found.kernels), f"{found.bytes / 1e9:.2f}", cycles))
+    sums = [sum(getattr(found, key) for found in by_part.values()) for key in ("kernels", "bytes", "cycles")]
+    rows.append(("all", str(sums[0]), f"{sums[1] / 1e9:.2f}", f"{sums[2] / 1e6:.2f}" if sums[2] else "-"))
     return _aligned(rows)
 
 

@@ -1,4 +1,4 @@
-"""Open a run, given its config and workdir: make it ready for its first step, or for the step at which it resumes."""
+"""Open a run, given its config and workdir: prepare it for its first step, or for the step at which it resumes."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -9,7 +9,8 @@ import jax
 
 from xdim_jax.base import log
 from xdim_jax.base.config import Config
-from xdim_jax.base.files import write_json
+from xdim_jax.base.files import read_json, write_json
+from xdim_jax.base.lock import lock_workdir
 from xdim_jax.base.signals import StopRequest
 from xdim_jax.data.case import Dataset
 from xdim_jax.inference.model import make_names
@@ -17,13 +18,14 @@ from xdim_jax.inference.output import make_output
 from xdim_jax.inference.sliding_window import Segmenter, make_segmenter
 from xdim_jax.nets import networks
 from xdim_jax.runs import checkpoint, environment
-from xdim_jax.runs.lock import lock_workdir
 from xdim_jax.runs.records import close_recorder, open_recorder, read_records
 from xdim_jax.runs.state import TrainState
 from xdim_jax.runs.trackers import open_trackers
-from xdim_jax.runs.workdir import claim_workdir
+from xdim_jax.runs.workdir import SPLIT_FILE, claim_workdir
 from xdim_jax.training import mesh
 from xdim_jax.training.check import CONTINUE_KEYS, FREE_KEYS
+from xdim_jax.training.choose_ops import is_measured, program_key
+from xdim_jax.training.earlier_runs import describe_split, find_seen_patients
 from xdim_jax.training.initial_weights import REPORT_FILE, initialise
 from xdim_jax.training.label_maps import make_label_maps
 from xdim_jax.training.loop import Progress, Run
@@ -35,7 +37,7 @@ from xdim_jax.training.validation import make_validation
 
 @dataclasses.dataclass(frozen=True)
 class SharedPrograms:
-    """Functions that runs with the same program share, so that each is traced and compiled once.
+    """Functions that are shared by runs with the same program, so that each is traced and compiled once.
 
     Attributes:
         init: The jitted `xdim_jax.training.program.Program.init`.
@@ -55,10 +57,10 @@ class OpenRun:
         program: The functions of the run.
         state: Training state to start from.
         progress: Progress to start from.
-        validated: True if the record has a validation of this state.
+        validated: True if a validation of this state is recorded.
         open_stream: Function that opens the stream of batches, starting with that of the next step.
         shared: Functions that further runs with the same program can use.
-        lock: Lock of the workdir; None in processes other than the first, and if there are no locks.
+        lock: Lock of the workdir; None in processes other than the first, and if the file system has no locks.
     """
 
     run: Run
@@ -96,10 +98,10 @@ def open_run(
         config: Config of a recipe, as `xdim_jax.training.check.resolve_config` returns it.
         dataset: Data set on which the network is trained.
         workdir: Folder of the run; created if it does not exist.
-        stop: Signals that the process receives.
+        stop: Record of received signals.
         devices: Devices on which the run is trained.
         shared: Functions of another run with the same program.
-        separate_disks: True if each process has a workdir of its own. Only that of process 0 is kept.
+        separate_disks: True if each process has its own workdir. Only process 0 writes records and uploads its workdir.
 
     Raises:
         UserError: Weights or data cannot be used, or the workdir belongs to another config, cannot be written, or is in
@@ -132,6 +134,8 @@ def _open_locked_run(
     output = make_output(config.output, dataset)
     first = jax.process_index() == 0
     data = find_data(config.data, config.seed, dataset, output, workdir, started=started, first=first)
+    if first:
+        _warn_of_seen_patients(config, data, workdir)
     per_epoch = data.steps_per_epoch(config.data)
     program, params, stats = make_program(config, dataset, per_epoch=per_epoch, axis=devices.axis, network=network)
     if shared is None:
@@ -171,6 +175,7 @@ def _open_locked_run(
         stop=stop,
         regions=dataset.regions.names,
         workdir=workdir,
+        ops_key=program_key(config, devices) if is_measured(config.train.ops, devices) else None,
     )
     validated = any(r["kind"] == "validation" and r["step"] == start for r in read_records(workdir))
 
@@ -185,7 +190,7 @@ def _start_network(
 ) -> tuple[Any, Any, Any]:
     """Build the network with its initial weights, and write the config to the workdir.
 
-    If the run has ``started``, the weights are random, because those of its checkpoint will replace them.
+    If the run has ``started``, the network is randomly initialised, because the checkpoint replaces its weights.
     """
     graphdef, params, stats = make_network(config.model, seed=config.seed, remat=config.train.remat, axis=devices.axis)
     count = networks.count_parameters(params)
@@ -203,7 +208,22 @@ def _start_network(
             log.say(f"changed    config.{key}: {before} before, {now} from now on")
         if report is not None:
             write_json(workdir / REPORT_FILE, report)
+        elif not started:
+            (workdir / REPORT_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
     return graphdef, params, stats
+
+
+def _warn_of_seen_patients(config: Config, data: RunData, workdir: Path) -> None:
+    """Warn if the run from which the initial weights come was trained on validation patients of this one."""
+    report, split = workdir / REPORT_FILE, read_json(workdir / SPLIT_FILE)
+    if not report.is_file():
+        return
+    validation = [case for case, _ in data.validation]
+    if seen := find_seen_patients(read_json(report)["source"], Path(split["root"]), validation):
+        log.warn(
+            f"{seen.text}. Train in another --workdir, with the split of that run "
+            f"({describe_split(seen.workdir, config)}) or from weights that were not trained on these patients"
+        )
 
 
 def _describe(config: Config, dataset: Dataset, data: RunData, per_epoch: int, workdir: Path) -> None:
@@ -216,7 +236,7 @@ def _describe(config: Config, dataset: Dataset, data: RunData, per_epoch: int, w
 
 
 def _describe_validation(train: Config, per_epoch: int) -> str:
-    """Return a line of text that says when validations take place."""
+    """Return the times of the validations as text."""
     every, threshold = train.validate_every, train.validate_after_score
     begin = f", after the training score of an epoch has exceeded {threshold:g}" if threshold > 0 else ""
     if every >= train.epochs:

@@ -35,9 +35,15 @@ def _exponential(options: Mapping[str, Any], epochs: float, per_epoch: int) -> S
 
 
 def _polynomial(options: Mapping[str, Any], epochs: float, per_epoch: int) -> Schedule:
-    """Return a schedule: ``final + (peak - final) * (1 - t)^power`` at the share t of the run (nnU-Net: power 0.9)."""
-    steps = max(round(epochs * per_epoch), 1)
-    return optax.polynomial_schedule(options["peak"], options["final"], options["power"], steps)
+    """Return a schedule: ``final + (peak - final) * (1 - t)^power`` at the fraction t of the run (0.9 in nnU-Net)."""
+    steps, final = max(round(epochs * per_epoch), 1), options["final"]
+
+    def rate(step: Any) -> Any:
+        # not optax.polynomial_schedule: compiled, 1 - t may be -6e-8 at the end, whose power is not a number
+        left = jnp.clip(1 - step / steps, 0, 1)
+        return final + (options["peak"] - final) * left ** options["power"]
+
+    return rate
 
 
 SCHEDULES: dict[str, Callable[[Mapping[str, Any], float, int], Schedule]] = {

@@ -1,7 +1,8 @@
 """Train several runs with one program: parameters, optimiser states and settings are stacked along a new first axis.
 
-Runs can share a pack if their programs have the same shapes and operations, see `signature`. Each of them is still an
-ordinary run with its own workdir, record and checkpoints, and can be resumed without the others.
+Runs can be in the same pack if their programs have the same shapes and operations, see `xdim_jax.training.signature`.
+Each of them is still an ordinary run with its own workdir, record and checkpoints, and can be resumed without the
+others.
 
 The stack has one of three layouts:
 
@@ -27,60 +28,26 @@ from xdim_jax import ops
 from xdim_jax.base import log
 from xdim_jax.base.config import Config, leaves
 from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import write_error
 from xdim_jax.base.signals import StopRequest
 from xdim_jax.data.case import Dataset
 from xdim_jax.inference.output import make_output
 from xdim_jax.ops.compilation import needed_bytes
 from xdim_jax.runs.state import TrainState
 from xdim_jax.training import mesh, program
-from xdim_jax.training.check import FREE_KEYS, resolve_config
+from xdim_jax.training.check import resolve_config
 from xdim_jax.training.compiling import compile_step
 from xdim_jax.training.loop import RunController
 from xdim_jax.training.open_run import OpenRun, SharedPrograms, open_run
+from xdim_jax.training.signature import STACKED_KEYS, signature
 from xdim_jax.training.watchdog import Watchdog
 
 LAYOUTS = ("auto", "vmap", "scan", "devices")
 _TRIAL = "trial"  # mesh axis of the layout "devices"
 
-# keys whose values may differ between the runs of a pack, because they are arguments of the program. An operation whose
-# value is 0 is not part of the program, so a value must be 0 in all runs or in none
-STACKED_KEYS = (
-    *(f"optim.{key}" for key in ("b1", "b2", "eps", "momentum_decay", "weight_decay", "clip_norm", "ema")),
-    "optim.lookahead.step_size",
-    "loss.eps",
-    "loss.weights",
-)
-# keys that do not influence the program. They may change learning rates and batches, which are arguments of the program
-_NOT_IN_PROGRAM = (
-    *FREE_KEYS,
-    "seed",
-    "train.epochs",
-    "train.patience",
-    "train.validate_after_score",
-    "train.validate_every",
-    *(
-        f"data.{key}"
-        for key in ("fold", "folds", "split", "train_patients", "epoch_steps", "foreground", "patches_per_case")
-    ),
-)
-_SECTIONS_NOT_IN_PROGRAM = ("optim.schedule.", "init.", "data.phantom.", "data.prepare.")
-
-
-def signature(config: Config) -> dict[str, Any]:
-    """Return the settings that determine the program, and must therefore be equal in all runs of a pack."""
-    found: dict[str, Any] = {}
-    for key, value in leaves(config):
-        if key in _NOT_IN_PROGRAM or key.startswith(_SECTIONS_NOT_IN_PROGRAM):
-            continue
-        if key in STACKED_KEYS:
-            found[key] = value != 0 if isinstance(value, (int, float)) else None
-        else:
-            found[key] = tuple(value) if isinstance(value, (list, tuple)) else value
-    return found
-
 
 def check_packable(config: Config, slots: int, layout: str) -> None:
-    """Raise UserError if a pack does not support the config, or if the slots do not divide over the devices."""
+    """Raise UserError if a pack does not support the config, or if the devices would have unequal numbers of slots."""
     choose_layout(layout, slots)
     problems = []
     if jax.process_count() > 1:
@@ -89,15 +56,18 @@ def check_packable(config: Config, slots: int, layout: str) -> None:
         section, name = key.split(".")
         if config[section][name] != expected:
             problems.append(f"config.{key}={config[section][name]}: runs of a pack need {expected}")
+    for key in ("wandb", "mlflow"):  # their libraries have one active run in a process
+        if slots > 1 and config.train[key]:
+            problems.append(f"config.train.{key}={config.train[key]}: a tracker cannot record several runs of a pack")
     if problems:
         raise UserError("--pack: " + "\n  ".join(problems))
 
 
 def choose_layout(layout: str, slots: int) -> tuple[str, int]:
-    """Return the layout, chosen by the devices if it is ``auto``, and the number of devices that it uses.
+    """Return the layout and the number of devices that it uses. The layout ``auto`` is resolved, see `Pack`.
 
     Raises:
-        UserError: The layout is unknown, or the slots do not divide over the devices.
+        UserError: The layout is unknown, or the devices would have unequal numbers of slots.
     """
     if layout not in LAYOUTS:
         raise UserError(f"--layout={layout} is unknown; known: {', '.join(LAYOUTS)}")
@@ -127,9 +97,9 @@ class Member:
         slot: Index along the first axis of the stack.
         opened: The run.
         controller: Controller that records, saves and validates the run.
-        values: Config key -> value of this run, for `STACKED_KEYS`.
+        values: Config key -> value of this run, for the `STACKED_KEYS` that are part of the program.
         rates: Learning rate of every step.
-        group: Key that is equal for runs that read the same batches at the same steps.
+        group: Key that is equal for runs that need the same batch in every step of the pack.
         file: Log file of the run.
         error: Message of the error that ended the run; empty if there is none.
     """
@@ -158,10 +128,10 @@ class Pack:
         slots: Number of slots.
         layout: One of `LAYOUTS`. ``auto`` is ``devices`` if the numbers of slots and devices have a common
             divisor above 1; otherwise it is ``scan`` on CPU and ``vmap`` elsewhere.
-        stop: Signals that the process has received; a signal stops all runs.
+        stop: Record of received signals; a signal stops all runs.
 
     Raises:
-        UserError: A pack does not support the config, or the slots do not divide over the devices.
+        UserError: A pack does not support the config, or the devices would have unequal numbers of slots.
     """
 
     def __init__(self, config: Config, slots: int, layout: str, stop: StopRequest):
@@ -205,8 +175,12 @@ class Pack:
         config, dataset = resolve_config(config)
         if signature(config) != self.signature:
             raise ValueError("the program of this run differs from that of the pack")
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / log.LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            file = open(workdir / log.LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise write_error(workdir / log.LOG_FILE, error) from error
+        member = None
         try:
             with log.redirect_to(file):
                 member = self._make_member(config, dataset, workdir, file)
@@ -214,8 +188,13 @@ class Pack:
                 self._put(member)
                 member.controller.start(self._state, validated=member.opened.validated)
         except BaseException as error:
-            file.write(f"error: {error}\n")
-            file.close()
+            if member is None:
+                file.write(f"error: {error}\n")
+                file.close()
+            else:
+                member.error = str(error)
+                with contextlib.suppress(UserError):  # closing its files may fail as well; the original error is raised
+                    self.remove(member)
             raise
         if self._compiled is not None:
             member.controller.program_is_compiled()
@@ -259,7 +238,7 @@ class Pack:
         self._steps += 1
         for member in running:
             with _own_log_and_error(member):
-                member.controller.after_step(dict(metrics), self._state)
+                member.controller.after_step(dict(metrics), self._state, runs=len(running))
 
     def _running(self) -> list[Member]:
         """Return the runs that have a further step."""
@@ -302,7 +281,10 @@ class Pack:
         self._state = _put_slot(self._state, member.slot, state)
 
     def _next_batch(self, member: Member, read: dict[Any, Any]) -> dict[str, Any]:
-        """Return the next batch of a run. ``read``: group -> batch or error of this step; a group reads only once."""
+        """Return the next batch of a run.
+
+        ``read`` maps each group to the batch (or the error) of this step, so that the runs of a group share one batch.
+        """
         if member.group not in read:
             try:
                 if member.group not in self._streams:
@@ -320,7 +302,10 @@ class Pack:
     # -- the program ----------------------------------------------------------------------------------------------
 
     def _arguments(self, running: Sequence[Member]) -> tuple[Any, dict[str, Any], Any]:
-        """Return random keys, values and the mask of active slots. Other slots get those of the first active one."""
+        """Return random keys, values and the mask of active slots.
+
+        The other slots get the random key and the values of the first active run.
+        """
         filled = [m if m is not None and m.running else running[0] for m in self.members]
         values = {k: np.stack([m.values[k] for m in filled]) for k in running[0].values}
         values["rate"] = np.array([m.rates[m.controller.steps_done] for m in filled])
@@ -381,7 +366,10 @@ def _devices(count: int) -> Mesh:
 
 
 def _values(config: Config, channels: int) -> dict[str, np.ndarray]:
-    """Return config key -> value for those `STACKED_KEYS` that are part of the program."""
+    """Return config key -> value for the `STACKED_KEYS` that are part of the program.
+
+    These are ``loss.weights`` and the keys that are not 0, because operations with the value 0 are left out.
+    """
     numbers = dict(leaves(config))
     values = {key: numbers[key] for key in STACKED_KEYS if numbers[key] != 0}
     values["loss.weights"] = numbers["loss.weights"] or (1.0,) * channels
@@ -395,7 +383,7 @@ def train_runs(runs: Sequence[tuple[Config, Path]], *, slots: int, layout: str, 
         runs: Config and workdir of each run.
         slots: Number of runs that are trained at the same time.
         layout: One of `LAYOUTS`.
-        stop: Signals that the process receives.
+        stop: Record of received signals.
 
     Returns:
         The exit status of the process.
@@ -403,7 +391,9 @@ def train_runs(runs: Sequence[tuple[Config, Path]], *, slots: int, layout: str, 
     Raises:
         UserError: Runs have failed. The error is raised after the other runs have ended.
     """
-    pack = Pack(runs[0][0], min(slots, len(runs)), layout, stop)
+    if layout != "devices" or len(runs) <= jax.local_device_count():  # else slots may stay empty on some devices
+        slots = min(slots, len(runs))
+    pack = Pack(runs[0][0], slots, layout, stop)
     log.say(
         f"pack       {pack.slots} of {len(runs)} runs at a time, layout {pack.layout}; each logs to {log.LOG_FILE} in "
         "its workdir"
@@ -419,7 +409,7 @@ def train_in_pack(pack: Pack, runs: Sequence[tuple[Config, Path]], stop: StopReq
     Args:
         pack: A pack without runs.
         runs: Config and workdir of each run.
-        stop: Signals that the process receives.
+        stop: Record of received signals.
 
     Returns:
         A message for each run that has failed.

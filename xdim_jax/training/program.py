@@ -144,7 +144,7 @@ def make_step(
         loss,
         output,
         optimiser,
-        make_augment(config.augment, networks.spatial_axes(config.model)),
+        make_augment(config.augment, networks.spatial_axes(config.model), networks.depth_axis(config.model)),
         dtype=precision(config.train),
         accumulate=config.train.accumulate,
         ema=traced.get("optim.ema", config.optim.ema),

@@ -1,7 +1,7 @@
 """Find, check, split and prepare the data of a run."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import read_json, write_json
 from xdim_jax.data import case as data_case
-from xdim_jax.data import pipeline, store
+from xdim_jax.data import pipeline, reading, store
 from xdim_jax.data.case import Case, Dataset
 from xdim_jax.data.datasets import write_phantoms
 from xdim_jax.data.prepare import Preparation
@@ -30,7 +30,7 @@ class RunData:
     Attributes:
         train: Prepared training cases.
         validation: Validation cases: the case on disk, and the prepared case.
-        facts: Case id -> name -> array that is added to every sample of the case, such as its annotated regions.
+        facts: Case id -> name -> array that is added to every sample of the case: annotated channels and regions.
     """
 
     train: list[store.Entry]
@@ -52,8 +52,8 @@ class RunData:
         Args:
             data: The ``data`` section of a config.
             seed: Seed of the run.
-            start_step: Number of steps done.
-            activity: Object to which the reading threads report their current activity.
+            start_step: Number of completed steps.
+            activity: Record of the current tasks of the reading threads.
         """
         return pipeline.make_stream(
             self.train,
@@ -78,7 +78,7 @@ def find_data(
 ) -> RunData:
     """Find, split and prepare the cases of a run.
 
-    If the config has no root folder, phantoms are written into the workdir and used as data.
+    If ``data.root`` is empty, phantoms are written into the workdir and used as data.
 
     Args:
         data: The ``data`` section of a config.
@@ -86,19 +86,27 @@ def find_data(
         dataset: Data set that the section names.
         output: Meaning of the network's channels.
         workdir: Folder of the run.
-        started: True if the run has been trained already.
+        started: True if the run has a checkpoint.
         first: True if this process writes to the workdir.
 
     Raises:
-        UserError: The data cannot be used, or the split of a run that has ``started`` has changed, so that former
-            training cases might be used for validation.
+        UserError: The data cannot be used, or the run has ``started`` with another split, so that former training cases
+            might be used for validation, or with other channels, labels, regions or annotations.
     """
     root = Path(data.root or workdir / "phantom" / "train")
     if not data.root and first:
         write_phantoms(data, root.parent, seed=seed, progress=log.say)
     mesh.barrier("phantoms")
     train, validation = _split(data, seed, dataset, root)
+    if not any(data_case.annotated_regions(dataset, case) for case in validation):
+        raise UserError(
+            f"no region is annotated in the validation cases of fold {data.fold} "
+            f"({shorten([case.case_id for case in validation])}), so that the fold has no validation score: expected "
+            "at least one annotated region; give other folds, or omit these cases"
+        )
     if first:
+        if started:
+            _check_description(workdir, root, dataset)
         _record_split(workdir, root, train, validation, started=started)
         write_json(workdir / DATA_FILE, data_case.describe(dataset))
     entries = _prepare(data, dataset, root, [*train, *validation])
@@ -109,25 +117,57 @@ def find_data(
 
 
 def _split(data: Any, seed: int, dataset: Dataset, root: Path) -> tuple[list[Case], list[Case]]:
-    """Return training and validation cases. Problems of other files are logged."""
+    """Return the training and the validation cases. Warnings about files are logged."""
+    train, validation = split_found_cases(data, seed, *find_cases(data, dataset, root))
+    return limit_patients(train, data.train_patients, seed), validation
+
+
+def find_cases(data: Any, dataset: Dataset, root: Path) -> tuple[list[Case], Sequence[Mapping[str, Sequence[str]]]]:
+    """Return the cases below a folder, and the official folds that come with them. Warnings about files are logged.
+
+    Args:
+        data: The ``data`` section of a config.
+        dataset: Data set that the section names.
+        root: Folder of the data.
+
+    Raises:
+        UserError: There is no case, or a case cannot be used.
+    """
     scan = data_case.scan_cases(dataset, root, need_labels=True)
     cases = data_case.usable_cases(scan, root)
     for problem in scan.problems:
         log.warn(str(problem))
-    data_case.check_grids(cases)
+    reading.check_grids(cases)
     if data.split == "official":
-        train, validation = official_split(cases, scan.splits, data.fold)
-    else:
-        if scan.splits:
-            log.say(
-                f"split      by config.data.folds; to use the list that comes with {root}: --config.data.split=official"
-            )
-        train, validation = split_cases(cases, fold=data.fold, folds=data.folds, seed=seed)
-    return limit_patients(train, data.train_patients, seed), validation
+        listed = {patient for split in scan.splits for names in split.values() for patient in names}
+        if unlisted := sorted({case.patient for case in cases} - listed):
+            log.warn(f"{len(unlisted)} patients are in no list of {root}, and are not used: {shorten(unlisted)}")
+    elif scan.splits:
+        log.say(f"split      by config.data.folds; to use the list of folds in {root}: --config.data.split=official")
+    return cases, scan.splits
+
+
+def split_found_cases(
+    data: Any, seed: int, cases: list[Case], official: Sequence[Mapping[str, Sequence[str]]]
+) -> tuple[list[Case], list[Case]]:
+    """Return the training cases, of all training patients, and the validation cases.
+
+    Args:
+        data: The ``data`` section of a config.
+        seed: Seed of the run.
+        cases: The cases, see `find_cases`.
+        official: The official folds.
+
+    Raises:
+        UserError: The fold does not exist, or there are too few patients.
+    """
+    if data.split == "official":
+        return official_split(cases, official, data.fold)
+    return split_cases(cases, fold=data.fold, folds=data.folds, seed=seed)
 
 
 def _annotations(dataset: Dataset, output: Output, cases: list[Case]) -> dict[str, dict[str, np.ndarray]]:
-    """Return the annotated channels and regions of each case; nothing if all of them are annotated in all cases."""
+    """Return the annotated channels and regions of each case; empty if all regions are annotated in all cases."""
     if dataset.annotated is None:
         return {}
     facts = {}
@@ -155,6 +195,20 @@ def _prepare(data: Any, dataset: Dataset, root: Path, cases: list[Case]) -> list
     return entries
 
 
+def _check_description(workdir: Path, root: Path, dataset: Dataset) -> None:
+    """Raise UserError if the data of a started run have other channels, labels, regions or annotations than before."""
+    path = workdir / DATA_FILE
+    if not path.exists():
+        return
+    before, now = data_case.meaning(read_json(path)), data_case.meaning(data_case.describe(dataset))
+    if changed := [key for key, value in now.items() if value != before[key]]:
+        values = "; ".join(f"{key} {str(before[key])[:200]} before, {str(now[key])[:200]} now" for key in changed)
+        raise UserError(
+            f"the run in {workdir} was started with other {', '.join(changed)} than those of {root} ({values}). "
+            "Restore the description of the data to resume the run, or give another --workdir"
+        )
+
+
 def _record_split(workdir: Path, root: Path, train: list[Case], validation: list[Case], *, started: bool) -> None:
     """Write ``split.json``. Raises UserError if the run has ``started`` with another split."""
     sides = {"train": train, "validation": validation}
@@ -167,7 +221,7 @@ def _record_split(workdir: Path, root: Path, train: list[Case], validation: list
         for side in ("train", "validation"):
             if changed := sorted(set(before[side]) ^ set(split[side])):
                 raise UserError(
-                    f"the run in {workdir} started with other {side} cases than those in {root}: {len(changed)} differ "
-                    f"({shorten(changed)}). Restore the data to resume the run, or give another --workdir"
+                    f"the run in {workdir} was started with other {side} cases than those in {root}: {len(changed)} "
+                    f"differ ({shorten(changed)}). Restore the data to resume the run, or give another --workdir"
                 )
     write_json(path, split)

@@ -35,25 +35,27 @@ def make_train_step(
     """Build the training step ``step(state, batch, key) -> state, metrics``.
 
     The batch has ``image`` (batch, spatial axes, channels) and ``label`` (batch, spatial axes), and optionally
-    ``annotated`` (batch, channels), ``annotated_regions`` (batch, regions) and ``request`` (batch,). The random key for
-    dropout is ``fold_in(key, state.step)``.
+    ``annotated`` (batch, channels), ``annotated_regions`` (batch, regions) and ``request`` (batch,), which tells
+    whether a process asks to save or to stop. The random key for dropout is ``fold_in(key, state.step)``; the index of
+    the device (``axis``) and that of the part (``accumulate``) are folded in as well.
 
     The metrics are ``loss`` and its parts, ``grad_norm``, ``update_norm``, and ``score``: for each region, the hard
     Dice averaged over the samples in which it is annotated, NaN if there is none. If the batch has ``request``, the
-    metrics have its maximum over all processes, see `xdim_jax.training.agreement`.
+    metric ``request`` is its maximum over all processes, see `xdim_jax.training.agreement`.
 
     Args:
         graphdef: Static part of the network, see `xdim_jax.nets.functional.split_model`.
-        loss: Loss of logits, given the masks of ``output``, ``batch["annotated"]`` if present, and the annotated voxels
-            if some may not be annotated.
-        output: Meaning of the channels.
+        loss: Function of the logits, the masks ``output.encode(batch["label"])``, ``batch["annotated"]`` (None if
+            absent), and the mask of annotated voxels (None if all voxels are annotated).
+        output: Regions or labels that the output channels of the network predict.
         tx: Optimiser.
         augment: Augmentation of the batch; its random keys are part of the batch. None for no augmentation.
-        dtype: Type of image and activations. Norms, losses and logits are always computed in float32 or better.
+        dtype: Type of image and activations. Normalisation layers, losses and logits are computed at least in
+            float32.
         accumulate: Number of parts of the batch that are processed one after the other. Losses and gradients are
             averaged over the parts. The result equals that of the whole batch, except for values that depend on all
             samples: batch norm, a Dice per batch, and means over channels that are annotated in some samples only.
-        ema: Decay of the moving average of the weights, if the state has one.
+        ema: Decay of the moving average of the weights and of the running statistics, if the state has one.
         axis: Name of the ``pmap`` axis over whose devices gradients, statistics and metrics are averaged.
     """
 

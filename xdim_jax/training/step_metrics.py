@@ -24,7 +24,7 @@ def check_finite(done: int, metrics: Sequence[Metrics], losses: Sequence[float])
     The update is checked in addition to the loss, so that a state with a NaN is never saved.
 
     Args:
-        done: Number of steps done.
+        done: Number of completed steps.
         metrics: Metrics of the last steps, oldest first.
         losses: Losses of earlier steps, for the message.
 
@@ -46,7 +46,7 @@ def record_every_step(recorder: Recorder, done: int, metrics: Sequence[Metrics],
 
     Args:
         recorder: Record of the run.
-        done: Number of steps done.
+        done: Number of completed steps.
         metrics: Metrics of the last steps, oldest first.
         digests: For each of these steps, the digests of the samples that this process has read. The record has those of
             all processes.
@@ -69,18 +69,21 @@ def report_progress(
     regions: Sequence[str],
     learning_rate: float,
     seconds: float,
+    runs: int,
 ) -> None:
     """Log a line about the progress, and write a record with the means over the last steps.
 
     Args:
         recorder: Record of the run.
         metrics: Metrics of the last steps.
-        done: Number of steps done.
+        done: Number of completed steps.
         total: Number of steps of the whole run.
         per_epoch: Steps per epoch.
         regions: Names of the scored regions.
         learning_rate: Learning rate of the last step.
         seconds: Seconds per step.
+        runs: Number of runs that shared the steps. It is recorded if there are several, because ``seconds`` is then
+            not the time of one run.
     """
     scores = mean_scores([m["score"] for m in metrics])
     means = {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0] if k != "score"}
@@ -91,6 +94,7 @@ def report_progress(
     )
     by_region = {f"score_{k}": v for k, v in zip(regions, scores, strict=True)}
     rest = {"epoch": done / per_epoch, "learning_rate": learning_rate, "seconds_per_step": seconds}
+    rest |= {"runs": runs} if runs > 1 else {}
     record(recorder, "train", done, means | by_region | rest)
 
 

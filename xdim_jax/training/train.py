@@ -1,6 +1,5 @@
 """Train one run, or several runs one after the other."""
 
-import signal
 from pathlib import Path
 
 import jax
@@ -13,6 +12,7 @@ from xdim_jax.data.case import Dataset
 from xdim_jax.nets import networks
 from xdim_jax.runs import environment
 from xdim_jax.training.check import resolve_config
+from xdim_jax.training.choose_ops import is_measured
 from xdim_jax.training.loop import fit
 from xdim_jax.training.mesh import Devices, make_devices
 from xdim_jax.training.open_run import open_run
@@ -27,11 +27,12 @@ def train_run(
         config: Config of a recipe, as `xdim_jax.training.check.resolve_config` returns it.
         dataset: Data set on which the network is trained.
         workdir: Folder of the run.
-        stop: Signals that the process receives.
-        separate_disks: True if each process has a workdir of its own, see `open_run`.
+        stop: Record of received signals.
+        separate_disks: True if each process has its own workdir, see `open_run`. The files are then not saved before
+            they are uploaded, so ``stop`` remains busy.
 
     Returns:
-        The exit status of the process.
+        The exit status of the process; not 0 if a signal has stopped the run.
 
     Raises:
         UserError: Weights or data cannot be used, or the workdir belongs to another config or cannot be written.
@@ -42,10 +43,8 @@ def train_run(
         fit(opened.run, opened.state, opened.progress, opened.open_stream(), validated=opened.validated)
     finally:
         opened.close()
-        stop.busy = False
+        stop.busy = separate_disks
     if stop.signal:
-        name = signal.Signals(stop.signal).name
-        log.say(f"stopped    by {name}; everything is saved, run the same command again to resume")
         return stop.status
     log.say(
         f"done       predict with: python -m xdim_jax.predict --workdir={workdir} --input=<cases> --output=<folder>"
@@ -58,8 +57,8 @@ def train_one_by_one(runs: list[tuple[Config, Path]], stop: StopRequest, *, sepa
 
     Args:
         runs: Config and workdir of each run.
-        stop: Signals that the process receives.
-        separate_disks: True if each process has a workdir of its own, see `open_run`.
+        stop: Record of received signals.
+        separate_disks: True if each process has its own workdir, see `open_run`.
 
     Returns:
         The first exit status that is not 0, or 0.
@@ -86,5 +85,8 @@ def _make_devices(config: Config) -> Devices:
     networks.check_space(config.model, config.data.patch, space)
     log.say(f"devices    {environment.devices()} in {jax.process_count()} processes")
     log.say(f"mesh       data {rows} x space {space}, {devices.parallel}")
-    log.say(f"operations {ops.describe_implementation('sharded' if space > 1 else config.train.ops)}")
+    if is_measured(config.train.ops, devices):
+        log.say("operations chosen by measurement before the first step")
+    else:
+        log.say(f"operations {ops.describe_implementation('sharded' if space > 1 else config.train.ops)}")
     return devices

@@ -12,8 +12,7 @@ from xdim_jax.base import log
 from xdim_jax.base.files import atomic_path
 from xdim_jax.base.signals import StopRequest
 from xdim_jax.base.threads import StoppedError
-from xdim_jax.data import case as data_case
-from xdim_jax.data import store
+from xdim_jax.data import reading, store
 from xdim_jax.data.case import Case, Dataset
 from xdim_jax.data.labels import is_structure
 from xdim_jax.inference.output import postprocess
@@ -21,7 +20,7 @@ from xdim_jax.inference.sliding_window import Segmenter
 from xdim_jax.pages.colours import PALETTE, to_grey, to_rgb
 from xdim_jax.scoring import masks
 from xdim_jax.training import mesh
-from xdim_jax.training.label_maps import LabelMaps
+from xdim_jax.training.label_maps import LabelMapWriter
 
 _PROGRESS_SECONDS = 20.0  # time between two lines about the progress of a validation
 OVERLAYS = "overlays"  # folder of the pictures, in the workdir
@@ -35,7 +34,7 @@ class ValidationResult(NamedTuple):
     """The result of a validation.
 
     Attributes:
-        scores: Mean Dice by region.
+        scores: Mean Dice by region, without the regions that are annotated in no case.
         pictures: Pictures of some cases by case id, uint8 (H, W, 3).
         cases: Dice by case id and region, for the regions that are annotated in the case.
     """
@@ -45,7 +44,7 @@ class ValidationResult(NamedTuple):
     cases: dict[str, dict[str, float]]
 
 
-# function of (params, stats) and the signals that the process receives
+# function of (params, stats) and the record of received signals
 Validation = Callable[[Any, StopRequest], ValidationResult]
 
 
@@ -54,23 +53,24 @@ def make_validation(
     dataset: Dataset,
     cases: Sequence[tuple[Case, store.Entry]],
     *,
-    label_maps: LabelMaps,
+    label_maps: LabelMapWriter,
     min_et: int,
     overlays: int,
 ) -> Validation:
     """Build the validation function. It scores whole cases on their original grid, after post-processing.
 
     The score of a region is its mean Dice over the cases. If a region is empty in prediction and reference, its Dice is
-    1, as on the BraTS platform. A case in which a region is not annotated (CHAOS task 4) does not count for that
-    region; if no case has it annotated, its score is 1. Several processes divide the cases among themselves.
+    1, as on the BraTS platform. A case in which a region is not annotated (CHAOS task 4) is excluded from the mean of
+    this region; a region that is annotated in no case has no score. Several processes divide the cases among
+    themselves.
 
     Args:
         segmenter: Function that segments prepared cases.
         dataset: Data set of the cases.
         cases: Validation cases: the case on disk, and the prepared case.
         label_maps: Object that receives the label map of each case.
-        min_et: Number of voxels below which a predicted enhancing tumour becomes necrosis (BraTS).
-        overlays: Number of pictures; they show the first cases.
+        min_et: A predicted enhancing tumour with fewer voxels is relabelled as necrosis (BraTS).
+        overlays: Number of cases, from the first one, of which pictures are drawn.
     """
     names = dataset.regions.names
 
@@ -96,8 +96,8 @@ def make_validation(
                 continue
             label = postprocess(label, dataset.regions, min_et=min_et)
             label_maps.write(case, label)
-            volume = data_case.read_case(case) if number < overlays else None
-            truth = data_case.read_label(case) if volume is None or volume.label is None else volume.label
+            volume = reading.read_case(case) if number < overlays else None
+            truth = reading.read_label(case) if volume is None or volume.label is None else volume.label
             for name, value in masks.region_dice(dataset, case, label, truth).items():
                 scores[number, names.index(name)] = 1.0 if np.isnan(value) else value
             show(min(first + jax.process_count(), len(cases)), len(cases))
@@ -110,7 +110,7 @@ def make_validation(
         every = mesh.gather(scores)  # (processes, cases, regions); NaN for the cases of other processes
         known = np.isfinite(every)
         total, count = np.where(known, every, 0).sum((0, 1)), known.sum((0, 1))
-        mean = {name: float(t / n) if n else 1.0 for name, t, n in zip(names, total, count, strict=True)}
+        mean = {name: float(t / n) for name, t, n in zip(names, total, count, strict=True) if n}
         dice = np.where(known.any(0), np.where(known, every, 0).sum(0), np.nan)  # one process validates each case
         by_case = {
             case.case_id: {name: float(d) for name, d in zip(names, row, strict=True) if np.isfinite(d)}
@@ -125,7 +125,7 @@ _COLOURS = np.array([to_rgb(colour) for colour in PALETTE])  # colours of the la
 
 
 _CAPTION_HEIGHT = 14  # pixels
-_MIN_PANEL = 192  # smallest width of a panel, in pixels; smaller images are enlarged by a whole factor
+_MIN_PANEL = 192  # smallest width of a panel, in pixels; smaller images are enlarged by an integer factor
 
 
 def draw(
@@ -145,8 +145,8 @@ def draw(
         scores: Dice by region, which is written below the picture.
 
     Returns:
-        RGB picture, uint8 (H, 3 W, 3); higher by the legend and the scores, if there are any, and enlarged by a whole
-        factor if it is small.
+        RGB picture, uint8 (H, 3 W, 3). With a legend or scores, it is enlarged by an integer factor if it is small, and
+        its height includes their lines.
     """
     reference = np.where(is_structure(reference), reference, 0)
     structure = reference if reference.any() else predicted  # early predictions may fill the whole volume

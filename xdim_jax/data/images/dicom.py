@@ -2,8 +2,8 @@
 
 A series is a list of files in the order of its slices, or one file with several frames. `xdim_jax.data.images.series`
 finds the series below a folder and sorts their files by position; in CHAOS the names of the files define the order. The
-affine follows from the positions of the slices. SliceThickness is not used, because it need not be the distance between
-slices.
+affine follows from the positions of the slices. SliceThickness is not used, because it may differ from the slice
+spacing.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from xdim_jax.base.problem import ERROR, WARNING, DataError, Problem, data_error
 from xdim_jax.data.images.grid import Axes, Grid, make_grid
 from xdim_jax.data.images.names import natural_key
 
-# relative deviations of a slice distance from the median distance
-_UNEVEN = 0.1  # above it, a warning is given
-_GAP = 0.5  # above it, a slice is considered missing
-# ratio of thickness and distance, or its inverse, above which it is reported; reconstructions overlap by up to a half
+# relative deviations of the distance between two slices from the median slice spacing
+_UNEVEN = 0.1  # a larger deviation is a warning
+_GAP = 0.5  # a larger deviation is an error: a slice is missing
+# a larger ratio of thickness and slice spacing, or its inverse, is reported; reconstructions overlap by up to a half
 _THICK = 1.75
-_TILT = 1.0  # angle in degrees between the normal of the slices and the line through them, above which it is reported
+_TILT = 1.0  # a larger angle in degrees between the normal of the slices and the line through them is reported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def files_in_order(folder: Path, *suffixes: str) -> tuple[Path, ...]:
 
 
 def read_headers(path: Path) -> list[Slice]:
-    """Read the geometry of the slices of a file, without the pixels: one, or several that are sorted by position.
+    """Read the geometry of the slices of a file, sorted by position, without the pixels.
 
     Raises:
         DataError: The file is not DICOM.
@@ -127,7 +127,7 @@ _GROUPS = {
 
 
 def _tag(data: Any, frame: int, tag: str) -> Any:
-    """Return the value of a tag for a frame: from the frame's own group, the shared group, or the file; or None."""
+    """Return the value of a tag for a frame, from the group of the frame, the shared group, or the file; or None."""
     for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
         sequence = data.get(groups) if tag in _GROUPS else None
         if sequence and index < len(sequence) and (group := sequence[index].get(_GROUPS[tag])) and tag in group[0]:
@@ -138,8 +138,8 @@ def _tag(data: Any, frame: int, tag: str) -> Any:
 def series_problems(slices: Sequence[Slice]) -> list[Problem]:
     """Return the problems of the headers of a series.
 
-    Missing tags and different sizes are reported first. If there are none, different pixel sizes and orientations are
-    reported; and if there are none either, wrong distances between slices.
+    Each check is made only if the previous ones find no problem: missing tags and different sizes; different pixel
+    sizes and orientations; distances between slices; tilt and thickness.
     """
     first, problems = slices[0], []
     for s in slices:
@@ -151,7 +151,7 @@ def series_problems(slices: Sequence[Slice]) -> list[Problem]:
                     found=f"has {s.size[0]} x {s.size[1]} pixels, but {first.path.name} has "
                     f"{first.size[0]} x {first.size[1]}",
                     expected="one size per series",
-                    suggestion="fetch the series again",
+                    suggestion="download the series again",
                 )
             )
         tags = {"ImagePositionPatient": s.position, "ImageOrientationPatient": s.orientation, "PixelSpacing": s.spacing}
@@ -162,7 +162,7 @@ def series_problems(slices: Sequence[Slice]) -> list[Problem]:
                     s.path,
                     found=f"lacks {', '.join(missing)}",
                     expected="the tags of an image in space",
-                    suggestion="restore the tags, or leave the series out",
+                    suggestion="restore the tags, or omit the series",
                 )
             )
         elif s.spacing is not None and min(s.spacing) <= 0:
@@ -191,7 +191,7 @@ def _plane_problems(slices: Sequence[Slice]) -> list[Problem]:
                     s.path,
                     found=f"has pixels of {s.spacing[0]:g} mm, but {first.path.name} has {first.spacing[0]:g}",
                     expected="one pixel size per series",
-                    suggestion="put each series into a folder of its own",
+                    suggestion="put each series into its own folder",
                 )
             )
         if not np.allclose(s.orientation, first.orientation, atol=1e-3):
@@ -201,14 +201,14 @@ def _plane_problems(slices: Sequence[Slice]) -> list[Problem]:
                     s.path,
                     found=f"is not parallel to {first.path.name}",
                     expected="parallel slices",
-                    suggestion="put each series into a folder of its own",
+                    suggestion="put each series into its own folder",
                 )
             )
     return problems
 
 
 def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
-    """Return a problem for each slice whose distance from the previous slice differs from the median distance."""
+    """Return a problem for each slice whose distance from the previous slice differs from the median spacing."""
     if len(slices) < 2:
         return []
     first = slices[0]
@@ -245,9 +245,9 @@ def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
                 Problem(
                     "slice_gap",
                     path,
-                    found=f"is {abs(step):.2f} mm away from {previous.name}, but the median distance is {usual:.2f} mm",
-                    expected="equal distances",
-                    suggestion="fetch the missing slice, or resample the series",
+                    found=f"is {abs(step):.2f} mm from {previous.name}, but the median slice spacing is {usual:.2f} mm",
+                    expected="a constant slice spacing",
+                    suggestion="download the missing slice, or resample the series",
                     severity=ERROR if abs(abs(step) - usual) > _GAP * usual else WARNING,
                 )
             )
@@ -255,7 +255,7 @@ def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
 
 
 def _axis_problems(slices: Sequence[Slice]) -> list[Problem]:
-    """Return the problems of a tilt of the slices, and of a thickness that differs from their distance."""
+    """Return a problem if the slices are tilted, and one if their thickness differs from the slice spacing."""
     if len(slices) < 2:
         return []
     first, last = slices[0], slices[-1]
@@ -271,8 +271,8 @@ def _axis_problems(slices: Sequence[Slice]) -> list[Problem]:
                 "gantry_tilt",
                 first.path.parent,
                 found=f"has slices that are tilted by {angle:.1f} degrees against the axis of the series",
-                expected="slices at right angles to the axis",
-                suggestion="resample the series: a network sees sheared anatomy",
+                expected="slices perpendicular to the axis",
+                suggestion="resample the series, because the anatomy is sheared",
                 severity=WARNING,
             )
         )
@@ -281,9 +281,9 @@ def _axis_problems(slices: Sequence[Slice]) -> list[Problem]:
             Problem(
                 "spacing",
                 first.path.parent,
-                found=f"has SliceThickness {first.thickness:g} mm, but its slices are {pitch:.4g} mm apart",
-                expected="slices about as thick as their distance",
-                suggestion="nothing, if the slices overlap or have gaps; xdim_jax reads the distance",
+                found=f"has SliceThickness {first.thickness:g} mm, but a slice spacing of {pitch:.4g} mm",
+                expected="a thickness similar to the slice spacing",
+                suggestion="nothing, if the slices overlap or have gaps; xdim_jax uses the slice spacing",
                 severity=WARNING,
             )
         )
@@ -311,7 +311,7 @@ def series_grid(slices: Sequence[Slice], axes: Axes) -> Grid:
     affine[:3, 1] = down * first.spacing[0]
     if len(slices) > 1:
         affine[:3, 2] = (last.position - first.position) / (len(slices) - 1)
-    else:  # the distance of a single slice is unknown, but must not be zero
+    else:  # the slice spacing is unknown, but must not be zero
         affine[:3, 2] = np.cross(across, down) * first.spacing[0]
     affine[:3, 3] = first.position
     affine[:2] *= -1  # DICOM's frame is LPS, nibabel's is RAS
@@ -319,7 +319,11 @@ def series_grid(slices: Sequence[Slice], axes: Axes) -> Grid:
 
 
 def load(files: Sequence[Path], axes: Axes) -> tuple[np.ndarray, Grid]:
-    """Read the voxels ``(x, y, z)`` in the given order, with slope and intercept applied, and the grid."""
+    """Return the voxels ``(x, y, z)`` in the given order, with slope and intercept applied, and the grid.
+
+    Raises:
+        DataError: Files cannot be read, or their headers contradict each other.
+    """
     headers, planes, problems = [], [], []
     for path in files:
         try:
@@ -339,7 +343,7 @@ def load(files: Sequence[Path], axes: Axes) -> tuple[np.ndarray, Grid]:
     return array.transpose(2, 1, 0), grid
 
 
-# dtype of the array from `load` (float32, which it may also have, is as large), and its peak memory in bytes per voxel
+# dtype of the array from `load` (or float32, which has the same size), and its peak memory in bytes per voxel
 VOXEL_TYPE = np.dtype(np.int32), 4
 
 
@@ -396,7 +400,11 @@ def _undecodable(path: Path, data: Any, error: Exception) -> DataError:
 
 
 def load_masks(files: Sequence[Path]) -> np.ndarray:
-    """Read grey values of PNG files in the given order as uint8 ``(x, y, z)``; a 1-bit mask gives 0 and 1."""
+    """Return the grey values of PNG files in the given order, uint8 ``(x, y, z)``; those of a 1-bit mask are 0 and 1.
+
+    Raises:
+        DataError: Files cannot be read, or have different sizes.
+    """
     planes: list[np.ndarray] = []
     problems = []
     for path in files:
@@ -413,7 +421,7 @@ def load_masks(files: Sequence[Path]) -> np.ndarray:
                     found=f"has {plane.shape[0]} x {plane.shape[1]} pixels, but the first mask has "
                     f"{planes[0].shape[0]} x {planes[0].shape[1]}",
                     expected="one size per series",
-                    suggestion="fetch the masks again",
+                    suggestion="download the masks again",
                 )
             )
         planes.append(plane)
@@ -442,7 +450,7 @@ def _read_mask(path: Path) -> np.ndarray:
                 suggestion="save it without colours",
             )
         )
-    return np.minimum(plane, 255).astype(np.uint8)  # the cast alone would turn 256 into 0, the background
+    return np.minimum(plane, 255).astype(np.uint8)  # the cast alone would convert 256 to 0, the background
 
 
 def unreadable(path: Path, format_name: str, error: Exception) -> DataError:
@@ -454,6 +462,6 @@ def unreadable(path: Path, format_name: str, error: Exception) -> DataError:
             path,
             found=f"cannot be read as {format_name} ({type(error).__name__}: {error}); it {size}",
             expected=f"a complete {format_name} file",
-            suggestion="the download may be truncated or damaged: fetch it again",
+            suggestion="the download may be truncated or damaged: download it again",
         )
     )

@@ -1,8 +1,8 @@
 """The position of voxels in space, and the conversion between the axes of a file and the axes in memory.
 
 In memory every volume is ``(D, H, W)`` = (z, y, x). Its axes point to superior, posterior and left (z, y, x of the LPS
-frame), so the input of a network does not depend on the order of the axes in a file. Ultrasound, which has no
-anatomical frame, and plain 2D images keep their stored axes: W runs along the rows of the picture. Output files get the
+frame), so the input of a network does not depend on the order of the axes in a file. Ultrasound images, which have no
+anatomical frame, and 2D images keep their stored axes, with W along the rows of the picture. Output files have the
 axes, the affine and the header of the input file.
 """
 
@@ -19,6 +19,7 @@ from xdim_jax.base.problem import Problem, data_error
 CANONICAL = axcodes2ornt(("L", "P", "S"))
 _AS_STORED = np.array([[0, 1], [1, 1], [2, 1]])
 _REVERSED = np.array([[0, 1], [1, 1], [2, -1]])
+_MIN_LENGTH = 1e-7  # in mm; smaller voxel sizes count as zero
 _SHIFT_TOLERANCE = 0.01  # in voxels, at the corners of the volume
 
 # how file axes are converted: by the affine, not at all, or by reversing the last axis only
@@ -69,7 +70,7 @@ class Grid:
         return reoriented.transpose(2, 1, 0, *range(3, reoriented.ndim))
 
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        """Convert an array from ``(D, H, W)`` to file axes.
+        """Convert an array from ``(D, H, W)`` to the axes of the file.
 
         Raises:
             ValueError: The array does not have the shape of the grid.
@@ -103,12 +104,14 @@ def make_grid(path: Path, shape: tuple[int, ...], affine: np.ndarray, *, header:
                 path,
                 found=f"has {'no axes' if not shape else 'shape ' + ' x '.join(map(str, shape))}",
                 expected="two to four axes of at least one voxel",
-                suggestion="fetch the file again",
+                suggestion="download the file again",
             )
         )
     flat = len(shape) == 2
     affine = np.asarray(affine, np.float64)
-    usable = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-12
+    lengths = np.sqrt((affine[:3, :3] ** 2).sum(0))
+    usable = np.isfinite(affine).all() and lengths.min() > _MIN_LENGTH
+    usable = usable and abs(np.linalg.det(affine[:3, :3] / lengths)) > 1e-12  # the voxels may be small, e.g. 1e-5 mm
     usable = usable and not np.isnan(io_orientation(affine)).any()
     if not usable:
         raise data_error(
@@ -131,7 +134,7 @@ def compare_grids(path: Path, grid: Grid, first_path: Path, first: Grid) -> list
         first_path, first: File with which it is compared, and its grid.
 
     Returns:
-        One problem: shape, voxel size or affine differs. An empty list if the grids are the same.
+        A problem if shape, voxel size or affine differs; an empty list if the grids are the same.
     """
     name = first_path.name
     (shape, affine), (first_shape, first_affine) = grid.memory_geometry, first.memory_geometry
@@ -142,7 +145,7 @@ def compare_grids(path: Path, grid: Grid, first_path: Path, first: Grid) -> list
                 path,
                 found=f"has shape {_shape(grid)}, but {name} has {_shape(first)}",
                 expected="one shape per case",
-                suggestion="resample it, or fetch the case again",
+                suggestion="resample it, or download the case again",
             )
         ]
     if not np.allclose(grid.spacing, first.spacing, rtol=1e-3):
@@ -165,7 +168,7 @@ def compare_grids(path: Path, grid: Grid, first_path: Path, first: Grid) -> list
                 path,
                 found=f"is displaced by up to {shift:.2f} voxels from {name} according to its affine",
                 expected=f"co-registered files (within {_SHIFT_TOLERANCE} voxels)",
-                suggestion="resample it or restore its header",
+                suggestion="resample it, or restore its header",
             )
         ]
     return []

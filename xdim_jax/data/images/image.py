@@ -24,7 +24,7 @@ def strip_suffix(name: str) -> str | None:
 
 
 def images_in(folder: Path) -> list[tuple[str, Path]]:
-    """Return the image files in a folder with their names without suffix; hidden files are left out."""
+    """Return the image files in a folder with their names without suffix; hidden files are omitted."""
     if not folder.is_dir():
         return []
     found = [(strip_suffix(p.name), p) for p in sorted(folder.iterdir()) if not names.is_hidden(p) and p.is_file()]
@@ -32,11 +32,11 @@ def images_in(folder: Path) -> list[tuple[str, Path]]:
 
 
 def unique_images(images: Sequence[tuple[str, Path]], case_id: str = "") -> tuple[dict[str, Path], list[Problem]]:
-    """Return name -> image, and a problem for each further image with the same name without suffix.
+    """Return name -> image, and a problem for each further image with the same name.
 
     Args:
         images: Result of `images_in`.
-        case_id: Case of the images; empty if each name is that of a case.
+        case_id: Case of the images; empty if the name of an image is its case.
     """
     found: dict[str, Path] = {}
     problems = []
@@ -48,7 +48,7 @@ def unique_images(images: Sequence[tuple[str, Path]], case_id: str = "") -> tupl
 
 
 def same_name(path: Path, other: Path, case_id: str) -> Problem:
-    """Return the problem of two files that differ only in their suffix or in the form of their names."""
+    """Return the problem of two files whose names differ only in the suffix or in the Unicode form."""
     return Problem(
         "duplicate_case",
         path,
@@ -65,8 +65,8 @@ def source_path(source: Source) -> Path:
 
 
 def files_of(source: Source) -> tuple[Path, ...]:
-    """Return all files of an image."""
-    return (source,) if isinstance(source, Path) else source
+    """Return all files of an image; of a MetaImage header, also those with the pixels."""
+    return (source, *metaimage.pixel_files(source)) if isinstance(source, Path) else source
 
 
 def source_to_json(source: Source) -> str | list[str]:
@@ -75,7 +75,7 @@ def source_to_json(source: Source) -> str | list[str]:
 
 
 def source_from_json(value: str | list[str]) -> Source:
-    """Return the image that `source_to_json` has recorded; a folder stands for the DICOM files in it."""
+    """Return the image from the result of `source_to_json`; the path of a folder stands for the DICOM files in it."""
     if isinstance(value, list):
         return tuple(map(Path, value))
     return dicom.files_in_order(path, ".dcm") if (path := Path(value)).is_dir() else path
@@ -96,7 +96,7 @@ def _reading(source: Source) -> Iterator[None]:
     except FileNotFoundError as error:
         path = Path(error.filename or source_path(source))
         raise data_error(
-            Problem("unreadable", path, found="does not exist", expected="a file", suggestion="fetch it again")
+            Problem("unreadable", path, found="does not exist", expected="a file", suggestion="download it again")
         ) from error
     except Exception as error:  # nibabel, zlib, ITK and pydicom raise many types for damaged files
         name = "DICOM" if isinstance(source, tuple) else _reader(source)[0]
@@ -111,7 +111,7 @@ def read_grid(source: Source, axes: Axes = "anatomical") -> Grid:
         axes: How file axes are converted to axes in memory.
 
     Raises:
-        DataError: The header has one of the problems for which `read_image` raises an error.
+        DataError: The header has a problem for which `read_image` raises an error.
     """
     with _reading(source):
         if isinstance(source, tuple):

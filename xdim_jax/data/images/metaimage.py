@@ -1,13 +1,42 @@
 """Reading MetaImage and NRRD files, and writing MetaImage files, with SimpleITK."""
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from xdim_jax.data.images.grid import Axes, Grid, make_grid
 
+_HEADER_LINES = 200  # in which ElementDataFile is searched
 SUFFIXES = (".mhd", ".mha", ".nrrd")
+
+
+def pixel_files(path: Path) -> tuple[Path, ...]:
+    """Return the files with the pixels of an ``.mhd`` header; empty if the pixels are in the file itself."""
+    if not path.name.lower().endswith(".mhd"):
+        return ()
+    try:
+        with open(path, "rb") as file:
+            for _ in range(_HEADER_LINES):
+                key, _, value = file.readline(4096).decode(errors="replace").partition("=")
+                if key.strip() == "ElementDataFile":
+                    return tuple(path.parent / name for name in _listed(value.strip(), file))
+    except (OSError, ValueError, TypeError):
+        pass  # reading the image reports what is wrong
+    return ()
+
+
+def _listed(value: str, file: IO[bytes]) -> list[str]:
+    """Return the names of the pixel files, given the value of ElementDataFile and the rest of the header."""
+    first, *numbers = value.split()
+    if first.upper() == "LOCAL":
+        return []
+    if first.upper() == "LIST":
+        return [name for line in file if (name := line.decode(errors="replace").strip())]
+    if "%" in first and len(numbers) == 3:  # a pattern, the first and the last number, and the step
+        low, high, step = map(int, numbers)
+        return [first % number for number in range(low, high + 1, step)]
+    return [value]
 
 
 def load(path: Path, axes: Axes) -> tuple[np.ndarray, Grid]:
@@ -27,7 +56,7 @@ def load_grid(path: Path, axes: Axes) -> Grid:
 
 
 def voxel_type(path: Path) -> tuple[np.dtype, int]:
-    """Return the dtype of the array from `load`, and its peak memory in bytes per voxel: ITK's image is copied."""
+    """Return the dtype of the array from `load`, and its peak memory in bytes per voxel, with the copy of ITK."""
     import SimpleITK as sitk
 
     dtype = sitk.GetArrayViewFromImage(sitk.Image([1] * 2, _read_header(path).GetPixelID())).dtype

@@ -1,4 +1,4 @@
-"""File names: suffixes in any case, Unicode normal forms, and files that are known to be no images."""
+"""File names: suffixes in any case, Unicode normal forms, and files that are known not to be images."""
 
 import os
 import re
@@ -7,17 +7,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# Files that accompany images. Everything else that is not read is reported.
+# files that accompany images; all other files that are not read are reported
 _COMPANIONS = (
     *(".txt", ".md", ".rst", ".pdf", ".html", ".docx", ".log", ".sha256", ".md5", ".py"),
     *(".json", ".csv", ".tsv", ".xlsx", ".xml", ".yaml", ".yml", ".toml", ".cfg", ".bval", ".bvec"),
 )
+LABEL_ENDINGS = ("_seg", "-seg", "_gt")  # endings of the names of label maps that are not part of the case id
 _SYSTEM_FILES = ("thumbs.db", "desktop.ini", "dicomdir", "license", "readme")
 _PIXEL_FILES = (".raw", ".zraw")  # the pixels of a MetaImage header
 
 
 def normalised(name: str) -> str:
-    """Return a file name in Unicode normal form C. macOS returns names in form D, in which accents are separate."""
+    """Return a file name in Unicode normal form C. (macOS returns names in form D, with accents as own characters.)"""
     return unicodedata.normalize("NFC", name)
 
 
@@ -26,10 +27,17 @@ def strip(name: str, suffixes: Sequence[str]) -> str | None:
 
     Args:
         name: File name.
-        suffixes: Suffixes in lower case, of which longer ones come first. In the name they can have any case.
+        suffixes: Suffixes in lower case, longer ones first. In the name they can have any case.
     """
     lower = name.lower()
     return next((normalised(name[: -len(s)]) for s in suffixes if lower.endswith(s)), None)
+
+
+def case_of_label(stem: str) -> str:
+    """Return the case id in the name of a label map without suffix: the name without `LABEL_ENDINGS`."""
+    for ending in LABEL_ENDINGS:
+        stem = stem.removesuffix(ending)
+    return stem
 
 
 def natural_key(path: Path) -> list[Any]:

@@ -1,8 +1,8 @@
 """Reading and writing NIfTI files.
 
-nibabel parses and writes the headers. It is not used to read voxels, for two reasons. For a scaled or float64 file,
-nibabel 5.4 needs about four times the memory of the float32 array (256 MiB for 256 x 256 x 256 voxels, compared with
-67 MiB here). It also does not verify gzip's checksum.
+nibabel parses and writes the headers. It is not used to read voxels, because nibabel 5.4 needs about four times the
+memory of the float32 array for a scaled or float64 file (256 MiB for 256 x 256 x 256 voxels, compared with 67 MiB
+here), and does not verify the checksum of gzip.
 """
 
 import gzip
@@ -28,8 +28,8 @@ def load(path: Path, axes: Axes) -> tuple[np.ndarray, Grid]:
     """Read the scaled array in the axes of the file, and its grid.
 
     The array is float32 if the file has a scaling or stores float64; otherwise it has the stored type. Voxels are read
-    into the returned array without a second copy. The file is read to its end, so that gzip verifies its checksum,
-    which follows the last voxel.
+    into the returned array without a second copy. The file is read to its end, because gzip verifies its checksum
+    after the last voxel.
     """
     with _open(path) as file:
         header = _read_header(path, file)
@@ -64,8 +64,8 @@ def _read_header(path: Path, file: Any) -> Any:
     """Read the header, and move to the first voxel.
 
     Raises:
-        DataError: A voxel size that the affine needs is zero (nibabel would silently use 1 mm); or the header declares
-            more voxels than the file can contain.
+        DataError: A voxel size that the affine needs is zero (for which nibabel silently uses 1 mm), or the header
+            declares more voxels than the file can contain.
     """
     data = file.read(nib.Nifti2Header.sizeof_hdr)
     kind: Any = nib.Nifti2Header if nib.Nifti2Header.may_contain_header(data) else nib.Nifti1Header
@@ -92,7 +92,7 @@ def _read_header(path: Path, file: Any) -> Any:
                 path,
                 found=f"declares {' x '.join(map(str, header.get_data_shape()))} voxels, but has {size} bytes",
                 expected="as many voxels as the header declares",
-                suggestion="fetch the file again",
+                suggestion="download the file again",
             )
         )
     file.seek(header.get_data_offset())
@@ -130,7 +130,7 @@ def _fill(file: Any, array: np.ndarray) -> None:
     """Read the bytes of an array. Raises EOFError if the file is too short."""
     view: Any = array.view(np.uint8)
     left = memoryview(view)
-    while left:  # read in parts, because gzip needs a buffer as large as each part, or twice as large since Python 3.12
+    while left:  # read in parts, because gzip needs a buffer as large as a part, or twice as large since Python 3.12
         if not (count := file.readinto(left[: 4 * _CHUNK])):
             raise EOFError(f"ends {left.nbytes} bytes before the last voxel")
         left = left[count:]
@@ -178,7 +178,7 @@ def write_volume(path: Path, array: np.ndarray, grid: Grid, note: str = "") -> N
 def save_image(image: nib.Nifti1Image, path: Path) -> None:
     """Write an image like ``nibabel.save``, but close the compressed file if the disk is full.
 
-    Since Python 3.13 a compressed file that was not closed prints a traceback when it is deleted.
+    Since Python 3.13, a compressed file that was not closed prints a traceback when it is garbage-collected.
     """
     if path.suffix.lower() != ".gz":
         nib.save(image, path)

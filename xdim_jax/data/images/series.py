@@ -1,8 +1,8 @@
 """DICOM series below a folder, as an archive (PACS) exports them.
 
-File names have no meaning: they can have any suffix or none. Files are grouped by SeriesInstanceUID and sorted by
+File names have no meaning, and can have any suffix or none. Files are grouped by SeriesInstanceUID and sorted by
 ImagePositionPatient along the normal of the slices. Localizers, secondary captures, segmentations, reports, and single
-slices beside larger series are left out.
+slices in addition to larger series are omitted.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ _GEOMETRY = (
 )
 _NO_IMAGES = ("SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "PR", "KO", "SR", "REG", "DOC")  # modalities
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # SOP class of screenshots; also the beginning of longer UIDs
-_VOLUMETRIC = ("CT", "MR", "PT")  # modalities in which a single slice beside larger series is a planning image
-UNKNOWN_FORMAT = "is no image in a known format"  # a reason for which `find_series` leaves out a file
-# tags by which the volumes of a series can differ that has several slices at each position
+_VOLUMETRIC = ("CT", "MR", "PT")  # modalities in which a single slice in addition to larger series is a planning image
+UNKNOWN_FORMAT = "is not an image in a known format"  # a reason for which `find_series` omits a file
+# tags that can distinguish the volumes of a series with several slices at each position
 _VOLUME_TAGS = ("EchoTime", "TemporalPositionIdentifier", "DiffusionBValue", "AcquisitionNumber")
 
 
@@ -64,7 +64,7 @@ class Series:
         return f"{self.name}{described}, {self.modality or 'unknown modality'}, {len(self.files)} files"
 
     def matches(self, selector: str) -> bool:
-        """Return whether a text is the name, UID, number or, in any case, the description of the series."""
+        """Return whether a text is the name, UID or number of the series, or its description in any case."""
         return selector in (self.name, self.uid, self.number) or selector.lower() == self.description.lower()
 
 
@@ -83,7 +83,7 @@ def find_series(folder: Path, files: Iterable[Path]) -> tuple[list[Series], dict
         files: The files.
 
     Returns:
-        The series, sorted by name; and the files that belong to none of them, with the reason. Files that are known to
+        The series, sorted by name; and the files that belong to no series, with the reason. Files that are known to
         accompany images, and files of other image formats, are not listed.
     """
     groups: dict[Hashable, list[_File]] = defaultdict(list)
@@ -144,7 +144,7 @@ def _split(files: Sequence[_File]) -> tuple[list[Series], dict[Path, str]]:
     """Divide the files of a series into volumes. A volume is a stack of parallel slices of one size, one per position.
 
     Returns:
-        The volumes; and files of stacks with a single slice beside a larger one (scouts), with the reason.
+        The volumes; and the files of single slices in addition to larger stacks (scouts), with the reason.
     """
     if len(files[0].slices) > 1:
         return [_make_series(files, "")], {}
@@ -169,7 +169,7 @@ def _plane(s: Slice) -> Hashable:
 
 
 def _volumes(stack: list[_File]) -> list[list[_File]]:
-    """If every position of a stack has the same number of slices, divide it by the first tag that differs in them."""
+    """Divide a stack with several slices at every position into volumes, by the first tag that distinguishes them."""
     if not all(_is_placed(f.slices[0]) for f in stack):
         return [stack]  # the missing tags are reported when the series is read
     stack = sorted(stack, key=lambda f: f.slices[0].height)
@@ -191,7 +191,7 @@ def _is_placed(s: Slice) -> bool:
 
 
 def _slices_per_position(slices: Sequence[Slice]) -> int:
-    """Return the number of slices at each position; 1 if it differs, or if there is only one position.
+    """Return the number of slices at each position; 1 if it differs between positions, or if there is one position.
 
     If only some positions have several slices, these are duplicates, which `dicom.series_problems` reports.
     """
@@ -236,23 +236,23 @@ def _mixed(slices: Sequence[Slice]) -> list[Problem]:
             slices[0].path.parent,
             found=f"has {count} slices at each position, and no known tag distinguishes them",
             expected="one volume per series",
-            suggestion="export each volume as a series of its own",
+            suggestion="export each volume as a separate series",
         )
     ]
 
 
 def _safe(name: str) -> str:
-    """Return a name that can be a file name: other characters than letters, digits, dots and signs become ``-``."""
+    """Return a name that can be a file name: characters other than letters, digits and ``_.+-`` become ``-``."""
     return re.sub(r"[^\w.+-]+", "-", name).strip(".") or "series"
 
 
 def _parts_below(path: Path, folder: Path) -> tuple[str, ...]:
-    """Return the names of the folders between ``folder`` and ``path``, or the last one if it is elsewhere."""
+    """Return the parts of ``path`` below ``folder``, or its last part if it is not below ``folder``."""
     return path.relative_to(folder).parts if path.is_relative_to(folder) else path.absolute().parts[-1:]
 
 
 def _with_unique_names(series: Sequence[Series], folder: Path) -> list[Series]:
-    """Extend names that several series have, by the folder of the files below ``folder``, or else by a number."""
+    """Extend names that several series have by the folder of their files below ``folder``, or else by a number."""
 
     def extend(series: Sequence[Series], suffix: Callable[[int, Series], str]) -> list[Series]:
         counts = Counter(s.name for s in series)

@@ -1,8 +1,7 @@
 """Writing a NIfTI file part by part, so that the whole array is never in memory.
 
-A compressed file cannot be written in parts. Its voxels are written to a temporary file, which is then compressed.
-
-nibabel creates the header. It is not used for the voxels, because it can only write a whole array.
+A compressed file cannot be written in parts, so its voxels are written to a temporary file, which is then compressed.
+nibabel creates the header, but is not used for the voxels, because it can only write a whole array.
 """
 
 import contextlib
@@ -35,11 +34,12 @@ def stream_volume(
     """Create a file of zeros, and yield a function ``write(index, values)`` that assigns parts of its array.
 
     The array is ``(D, H, W)``, or ``(D, H, W, channels)`` if there are channels. The file is complete when the context
-    ends.
+    ends. On the grid of a file with two axes, a file without channels has two axes too, like a label map. With channels
+    it has four, because channels are along the fourth axis; read it with ``axes="stored"``.
 
     Args:
-        path: Name of the file. ``.nii`` for float32 values, ``.nii.gz`` for values of 0 to ``maximum`` that are rounded
-            to multiples of ``maximum / 65535`` and stored with 16 bits and the slope of the header.
+        path: Name of the file: ``.nii`` for float32 values; ``.nii.gz`` for values of 0 to ``maximum``, which are
+            rounded to multiples of ``maximum / 65535`` and stored as 16-bit integers with a slope in the header.
         grid: Grid of the array.
         channels: Length of a fourth axis; 0 for no such axis.
         note: Description for the header, at most 79 ASCII characters.
@@ -55,7 +55,8 @@ def stream_volume(
         voxel_file = stack.enter_context(_deleted_at_end(temporary.with_suffix(""))) if compressed else temporary
         template = nib.Nifti1Header() if grid.header is None else grid.header.copy()
         template.set_data_dtype(np.uint16 if compressed else np.float32)
-        header = nib.Nifti1Image(np.broadcast_to(np.float32(0), shape), grid.affine, template).header
+        stored_shape = shape[:2] if grid.flat and not channels else shape
+        header = nib.Nifti1Image(np.broadcast_to(np.float32(0), stored_shape), grid.affine, template).header
         header.set_slope_inter(maximum / _STEPS if compressed else 1, 0)
         header["cal_min"] = header["cal_max"] = 0
         header["descrip"] = note.encode("ascii")
@@ -95,9 +96,9 @@ def _deleted_at_end(path: Path) -> Iterator[Path]:
 
 
 def _reserve(file: int, size: int) -> None:
-    """Allocate the disk space now: a full disk then raises OSError here, and not SIGBUS when voxels are written.
+    """Allocate disk space, so that a full disk raises OSError here, instead of SIGBUS when voxels are written.
 
-    Does nothing on systems without ``posix_fallocate``.
+    The function has no effect on systems without ``posix_fallocate``.
     """
     try:
         os.posix_fallocate(file, 0, size)

@@ -1,11 +1,11 @@
 """The layout of BraTS on disk; see docs/challenges.md, sections "BraTS: files" and "BraTS: labels and regions".
 
-    <root>/BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2,seg}.nii.gz             convention brats2021 (2019-2022)
+    <root>/BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2,seg}.nii.gz             convention brats2021 (2018-2022)
     <root>/BraTS-GLI-00000-000/BraTS-GLI-00000-000-{t2f,t1n,t1c,t2w,seg}.nii.gz      conventions brats2023, brats2024
 
-Case folders may be one level deeper (``HGG/``, ``LGG/``), and files may be ``.nii``. The user must name the convention,
-because it cannot be inferred from the label values: label 4 is the enhancing tumour up to 2022 and a resection cavity
-in 2024.
+Case folders may be one level deeper (``HGG/``, ``LGG/``), and files may be ``.nii``. The user must specify the
+convention, because it cannot be inferred from the label values: label 4 is the enhancing tumour up to 2022 and a
+resection cavity in 2024.
 """
 
 import dataclasses
@@ -116,12 +116,12 @@ def scoring(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return get_convention(data["convention"]).rules, {"convention": data["convention"]}
 
 
-_MIN_COVERAGE = 0.9  # smallest number of nonzero voxels, relative to the image with most of them
+_MIN_COVERAGE = 0.9  # smallest number of nonzero voxels, relative to the image of the case with the largest number
 _MIN_ZEROS = 0.05  # smallest fraction of voxels that are 0 in a skull-stripped image
 
 
 def inspect(case: Case, image: np.ndarray) -> list[Problem]:
-    """Return a problem for each image that has negative values, or too few zeros to be skull-stripped."""
+    """Return a problem for each image that has negative values, is not skull-stripped, or covers less of the brain."""
     problems = _coverage_problems(case, image)
     for source, name, channel in zip(case.images, case.channels, np.moveaxis(image, -1, 0), strict=True):
         zeros = np.count_nonzero(channel == 0) / channel.size
@@ -147,7 +147,7 @@ def inspect(case: Case, image: np.ndarray) -> list[Problem]:
 
 
 def _coverage_problems(case: Case, image: np.ndarray) -> list[Problem]:
-    """Return a problem for each image that covers much less of the brain than the image that covers most of it."""
+    """Return a problem for each image that covers much less of the brain than another image of the case."""
     counts = [int(np.count_nonzero(channel)) for channel in np.moveaxis(image, -1, 0)]
     size = image[..., 0].size
     stripped = [count for count in counts if count <= (1 - _MIN_ZEROS) * size]
@@ -159,7 +159,7 @@ def _coverage_problems(case: Case, image: np.ndarray) -> list[Problem]:
             found=f"covers {count} voxels of the brain ({name}), but {case.channels[counts.index(largest)]} covers "
             f"{largest}",
             expected="images of the same part of the brain",
-            suggestion="look at the case: what lies outside of an image cannot be segmented as in training",
+            suggestion="check the images: outside of an image, the network cannot segment as in training",
             severity=WARNING,
         )
         for source, name, count in zip(case.images, case.channels, counts, strict=True)
@@ -168,7 +168,7 @@ def _coverage_problems(case: Case, image: np.ndarray) -> list[Problem]:
 
 
 def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
-    """List the cases below ``root``, which may also be the folder of a single case, and the problems of all folders."""
+    """List the cases below ``root``, which may be the folder of a single case, and the problems of all folders."""
     below = [root, *root.glob("*/"), *root.glob("*/*/")]
     below = [p for p in below if not any(is_hidden(Path(part)) for part in p.relative_to(root).parts)]
     folders = sorted(p for p in below if _is_case(p))
@@ -225,12 +225,12 @@ def _niftis(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _find_files(folder: Path, convention: Convention, need_labels: bool) -> tuple[Case, list[str], list[Problem]]:
-    """Return the case with the files that exist, the parts that are missing, and parts found twice."""
+    """Return the case with the existing files, the parts that are missing, and a problem for each part found twice."""
     name = normalised(folder.name)
     files, problems = unique_images(_niftis(folder), name)
     images = {part: files.get(convention.file_name(name, part)) for part in convention.modalities}
     label = files.get(convention.file_name(name, "seg"))
-    if label is None:  # BraTS20_Training_355 has a segmentation of another name
+    if label is None:  # the segmentation of BraTS20_Training_355 has another name
         label = next((path for stem, path in files.items() if stem.endswith("_Segm")), None)
     missing = [part for part, path in images.items() if path is None]
     if need_labels and label is None:
@@ -267,7 +267,7 @@ def _missing_files(folder: Path, convention: Convention, missing: list[str]) -> 
                 folder,
                 found=f"is missing {wanted}.nii.gz" + (f", but has {other.name}" if other else ""),
                 expected=convention.layout(),
-                suggestion=f"rename {other.name}" if other else "fetch the case again or move it out of the data root",
+                suggestion=f"rename {other.name}" if other else "download the case again, or move it to another folder",
                 case_id=name,
             )
         )
@@ -275,7 +275,7 @@ def _missing_files(folder: Path, convention: Convention, missing: list[str]) -> 
 
 
 def _spelling(stem: str) -> str:
-    """Return a name without differences in case, separators and spaces."""
+    """Return a name in lower case, without separators and spaces."""
     return re.sub(r"[-_ .]+", "", stem).lower()
 
 
@@ -305,7 +305,7 @@ def case_from_files(paths: Sequence[Path], convention: Convention) -> Case:
         convention: Convention of the file names.
 
     Raises:
-        UserError: There is not one existing file per modality, or the names show another order or different cases.
+        UserError: The number of files is wrong, a file is missing, or the names show several cases or another order.
     """
     order = ", ".join(convention.modalities)
     if len(paths) != len(MODALITIES):
@@ -321,7 +321,7 @@ def case_from_files(paths: Sequence[Path], convention: Convention) -> Case:
     stems = {stem for stem, modality in found if modality}
     if len(stems) > 1:
         raise UserError(f"the files belong to different cases: {', '.join(sorted(stems))}; give the files of one case")
-    name = next(iter(stems), "") or found[0][0]
+    name = next(iter(stems), "") or found[0][0] or paths[0].absolute().parent.name
     return Case(name, name, tuple(paths), MODALITIES, None, convention.labels)
 
 
@@ -335,8 +335,12 @@ _ALIASES = {
 
 
 def _modality_of(path: Path) -> tuple[str, str]:
-    """Return the name of the case and the modality in a file name; if it names no modality, the whole name and ""."""
+    """Return the case and the modality in a file name.
+
+    The case is empty if the name is only a modality, such as ``flair.nii.gz``. If the name has no modality, the result
+    is the whole name and an empty text.
+    """
     stem = strip(path.name, nifti.SUFFIXES) or path.stem
     case, separator, last = re.fullmatch(r"(.*?)([-_. ]?)([^-_. ]*)", stem).groups()  # pyright: ignore
     modality = next((m for m, names in _ALIASES.items() if last.lower() in names), "")
-    return (case if modality and separator else stem), modality
+    return (case if modality and (separator or not case) else stem), modality

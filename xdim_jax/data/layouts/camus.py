@@ -6,9 +6,9 @@
     {training,testing}/patient0001/patient0001_2CH_ED[_gt].mhd + .raw                                 older release
     listSubGroups/subGroup1_{training,validation,testing}.txt
 
-A case is one frame (end-diastole ED or end-systole ES of one view), or one half sequence with its frames along D.
-Images keep their stored axes, so H points away from the probe. ``Case.info`` contains the view, the instant, the group,
-and the values in the cfg file (``ImageQuality``, ``EF``, ``ED``, ``ES``, ...).
+A case is one frame (end-diastole ED or end-systole ES of one view), or a half sequence with its frames along D. Images
+keep their stored axes, so H points away from the probe. ``Case.info`` contains the view, the instant, the group, and
+the values in the cfg file (``ImageQuality``, ``EF``, ``ED``, ``ES``, ...).
 """
 
 import re
@@ -44,7 +44,8 @@ def dataset(
     Args:
         views: Some of 2CH and 4CH.
         instants: Some of ED, ES and half_sequence.
-        quality: Some of Good, Medium and Poor. Unless all three are given, images of unknown quality are left out.
+        quality: Some of Good, Medium and Poor: the images for training and validation. Unless all three are given,
+            images of unknown quality are omitted. For prediction, images of every quality are used.
 
     Raises:
         UserError: A view, instant or quality is unknown.
@@ -104,7 +105,10 @@ def read_info(path: Path) -> dict[str, str]:
 
 
 def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Sequence[str], need_labels: bool) -> Scan:
-    """List the images below ``root``; a missing view or instant is only a warning, because every image is a case.
+    """List the images below ``root``.
+
+    A missing view or instant is only a warning: every image is a case of its own, and the patient's other images remain
+    usable.
 
     Args:
         root: Folder of the data set.
@@ -137,7 +141,8 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
                 if "gt" not in paths and need_labels and group != "testing":
                     problems.append(_without_label(paths["image"], case_id))
                     continue
-                if set(quality) < set(QUALITIES) and info.get("ImageQuality") not in quality:
+                # all images are predicted, also of a quality that the network was not trained on
+                if need_labels and set(quality) < set(QUALITIES) and info.get("ImageQuality") not in quality:
                     continue
                 axes: Axes = "reversed" if instant == "half_sequence" and _is_reversed(info) else "stored"
                 properties = {"view": view, "instant": instant, **({"group": group} if group else {}), **info}
@@ -152,13 +157,13 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
             Problem(
                 "missing_info",
                 root,
-                found=f"has no Info_<view>.cfg for {len(without_info)} views: {shorten(without_info)}",
-                expected="Info_<view>.cfg for each view, in the folder of the patient",
+                found=f"has no usable Info_<view>.cfg for {len(without_info)} views: {shorten(without_info)}",
+                expected="Info_<view>.cfg for each view, in a folder that contains the images of one patient only",
                 suggestion="continue without it: the quality and the direction of half sequences are then unknown",
                 severity=WARNING,
             )
         )
-    splits, found = _splits(root, {f"{g}_{p}" if g else p for g, p in patients})
+    splits, found = _splits(root, {f"{g}_{p}" if g else p for g, p in patients}) if need_labels else ((), [])
     known = {path for _, parts in patients.values() for files in parts.values() for path in files.values()}
     return Scan(cases, problems + found, splits, known=frozenset(known))
 
@@ -166,8 +171,8 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
 def _find_files(root: Path) -> tuple[dict[tuple[str, str], tuple[Path, _Parts]], list[Problem]]:
     """Return the folder and the files of each (group, patient), and all problems.
 
-    The group is "testing" for the test patients of the older release, because their names occur in its training set,
-    too. Otherwise it is empty.
+    The group is "testing" for the test patients of the older release, because its training set has patients of the same
+    names. Otherwise it is empty.
     """
     patients: dict[tuple[str, str], tuple[Path, _Parts]] = {}
     problems = []
@@ -208,7 +213,8 @@ def _find_files(root: Path) -> tuple[dict[tuple[str, str], tuple[Path, _Parts]],
 
 
 def _read_view_info(folder: Path, view: str, patient: str) -> tuple[dict[str, str], list[Problem]]:
-    """Read the cfg file of a view, without frame numbers that cannot be used; empty if there is no file."""
+    """Return the values in the cfg file of a view, without unusable frame numbers, and its problems."""
+    frame = "the number of a frame, from 1"
     path = folder / f"Info_{view}.cfg"
     if not path.is_file():
         return {}, []
@@ -231,19 +237,20 @@ def _read_view_info(folder: Path, view: str, patient: str) -> tuple[dict[str, st
         if key in info and info[key].removesuffix(".0").isdigit():
             info[key] = info[key].removesuffix(".0")
         elif key in info:
-            report(f"{key}: {info[key]!r}", "the number of a frame, from 1")
+            report(f"{key}: {info[key]!r}", "the number of frames" if key == "NbFrame" else frame)
             del info[key]
     frames = info.get("NbFrame")
     for key in ("ED", "ES"):
         if key in info and (int(info[key]) < 1 or (frames is not None and int(info[key]) > int(frames))):
-            report(f"{key}: {info[key]} of {frames or 'unknown'} frames", "the number of a frame, from 1")
+            report(f"{key}: {info[key]} of {frames or 'unknown'} frames", frame)
+            del info[key]
     if (quality := info.get("ImageQuality")) is not None and quality not in QUALITIES:
         report(f"ImageQuality: {quality!r}", ", ".join(QUALITIES))
     return info, problems
 
 
 def _is_reversed(info: Mapping[str, str]) -> bool:
-    """True if ED comes after ES in the half sequence. Its frames are then read in reverse order."""
+    """Return whether ED follows ES in the half sequence. Its frames are then read in reverse order."""
     return "ED" in info and "ES" in info and int(info["ED"]) > int(info["ES"])
 
 
@@ -253,7 +260,7 @@ def _without_image(path: Path, case_id: str) -> Problem:
         path,
         found="has no image of the same name",
         expected="an image and its _gt file",
-        suggestion="fetch the patient again",
+        suggestion="download the patient again",
         case_id=case_id,
     )
 
@@ -264,13 +271,13 @@ def _without_label(path: Path, case_id: str) -> Problem:
         path,
         found="has no reference (_gt) of the same name",
         expected="an image and its _gt file",
-        suggestion="fetch the patient again",
+        suggestion="download the patient again",
         case_id=case_id,
     )
 
 
 def _missing_views(root: Path, incomplete: Mapping[str, Sequence[str]], patients: int) -> list[Problem]:
-    """Return one problem for each image that a patient lacks, or a single one if all patients lack it."""
+    """Return a problem for each image that a patient lacks, or a single problem if all patients lack it."""
     problems = []
     for image, names in incomplete.items():
         if len(names) == patients and image.endswith("half_sequence"):
@@ -294,7 +301,7 @@ def _missing_views(root: Path, incomplete: Mapping[str, Sequence[str]], patients
                 root,
                 found=f"lacks {image} of {name}",
                 expected=f"{image} of every patient",
-                suggestion="fetch the patient again, or continue without it",
+                suggestion="download the patient again, or continue without it",
                 case_id=name,
                 severity=WARNING,
             )
@@ -304,7 +311,7 @@ def _missing_views(root: Path, incomplete: Mapping[str, Sequence[str]], patients
 
 
 def _splits(root: Path, patients: set[str]) -> tuple[tuple[dict[str, tuple[str, ...]], ...], list[Problem]]:
-    """Read the official splits: one in ``database_split``, or ten in ``listSubGroups``."""
+    """Return the official splits (one in ``database_split``, or ten in ``listSubGroups``), and their problems."""
     lists: list[Path] = []
     for base in (root, root.parent):
         lists = [*sorted(base.glob("database_split/subgroup_*.txt")), *sorted(base.glob("listSubGroups/subGroup*.txt"))]
@@ -339,7 +346,7 @@ def _splits(root: Path, patients: set[str]) -> tuple[tuple[dict[str, tuple[str, 
                     path,
                     found=f"lists {len(absent)} patients that do not exist: {shorten(absent)}",
                     expected="patients of this copy",
-                    suggestion="fetch them, or correct the list",
+                    suggestion="download them, or correct the list",
                     severity=WARNING,
                 )
             )

@@ -6,7 +6,7 @@
 
 A case is one series of a patient: ``CT_1``, ``MR_1_T1DUAL``, ``MR_1_T2SPIR``. Slices are read in the order of the file
 names, which defines the orientation in CHAOS, and the k-th mask belongs to the k-th slice. The affine follows from the
-positions of the slices, so that in memory slices run upwards whatever the order of the names.
+positions of the slices, so slices in memory are ordered from inferior to superior for any order of the names.
 """
 
 import dataclasses
@@ -56,8 +56,8 @@ def dataset(task: int = 5, phase: str = "in") -> Dataset:
     Args:
         task: 1 CT and MR, liver; 2 CT, liver; 3 MR, liver; 4 CT and MR, liver on CT and four organs on MR; 5 MR, four
             organs.
-        phase: Images of T1-DUAL to use: "in" (the masks are named after them), "out", "each" (two cases that share the
-            masks), or "both" (one case with two channels). "both" leaves out T2-SPIR, which has one channel, and is not
+        phase: Images of T1-DUAL to use: "in" (the masks are named after them), "out", "each" (two cases with the same
+            masks), or "both" (one case with two channels). "both" omits T2-SPIR, which has one channel, and is not
             possible for tasks with CT.
 
     Raises:
@@ -69,8 +69,8 @@ def dataset(task: int = 5, phase: str = "in") -> Dataset:
         raise UserError(f"config.data.phase={phase!r}: expected one of {', '.join(PHASES)}")
     if phase == "both" and TASKS[task][0] != ("MR",):
         raise UserError(
-            f"config.data.phase=both means two channels, but task {task} has CT, which has one; give another phase, or "
-            "task 3 or 5"
+            f"config.data.phase=both needs two channels, but CT in task {task} has one; give another phase, or task 3 "
+            "or 5"
         )
     modalities, structures = TASKS[task]
     labels = MR_LABELS.select(structures)
@@ -94,7 +94,7 @@ def scoring(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def inspect(case: Case, image: np.ndarray) -> list[Problem]:
-    """Return a problem if a CT image has no values of air (at most -500 HU), or an MR image has negative values."""
+    """Return a problem if a CT image has no values of air (-500 HU or below), or an MR image has negative values."""
     low, ct = float(image.min()), case.info["modality"] == "CT"
     if low <= -500 if ct else low >= 0:
         return []
@@ -152,7 +152,7 @@ def _no_modality(base: Path, modality: str) -> Problem:
         base,
         found=f"has no folder {modality}",
         expected="the modalities of the task",
-        suggestion=f"fetch the {modality} data, or choose a task without {modality} (--task, --config.data.task)",
+        suggestion=f"download the {modality} data, or choose a task without {modality} (--task, --config.data.task)",
         severity=WARNING,
     )
 
@@ -175,7 +175,7 @@ def _series(
                 folder.parent,
                 found=f"is missing series {sequence}",
                 expected="T1DUAL and T2SPIR",
-                suggestion="fetch the patient again, or continue without the series",
+                suggestion="download the patient again, or continue without the series",
                 case_id=name,
                 severity=WARNING,
             )
@@ -194,7 +194,7 @@ def _series(
                 ground,
                 found="contains no PNG",
                 expected="one mask for each slice",
-                suggestion="fetch it again, or give Train_Sets as the root",
+                suggestion="download it again, or give Train_Sets as the root",
             )
         )
     problems += _other_images(ground, ".png") + _other_images(dicom, ".dcm")
@@ -220,7 +220,7 @@ def _mask_problems(ground: Path, masks: Sequence[Path], phases: Mapping[str, tup
                     ground,
                     found=f"contains {len(masks)} masks for the {len(files)} slices of {files[0].parent.name}",
                     expected="one for each slice",
-                    suggestion="fetch both folders again",
+                    suggestion="download both folders again",
                 )
             )
             break
@@ -290,7 +290,7 @@ def _phases(dicom: Path) -> tuple[dict[str, tuple[Path, ...]], list[Problem]]:
                 dicom,
                 found=f"contains {len(found['in'])} in-phase and {len(found['out'])} out-phase slices",
                 expected="an in-phase and an out-phase slice at each position",
-                suggestion="fetch the series again",
+                suggestion="download the series again",
             )
         )
     return {key: files for key, files in found.items() if files}, problems
@@ -302,12 +302,12 @@ def _no_images(folder: Path) -> Problem:
         folder,
         found="contains no DICOM file",
         expected="*.dcm",
-        suggestion="fetch the series again",
+        suggestion="download the series again",
     )
 
 
 def _other_images(folder: Path, suffix: str) -> list[Problem]:
-    """Return the images in a folder that have another suffix."""
+    """Return a problem for each image in a folder that has another suffix."""
     if not folder.is_dir():
         return []
     return [

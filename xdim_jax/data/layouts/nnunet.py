@@ -1,7 +1,7 @@
 """Data described by a ``dataset.json``: nnU-Net's raw format and the Medical Segmentation Decathlon.
 
-Users can train on their own images in one of these layouts with a short config. nnU-Net (version 1 and 2) has one file
-per channel; ``dataset.json`` names channels and labels:
+Users can train on their own images in one of these layouts. nnU-Net (versions 1 and 2) has one file per channel;
+``dataset.json`` names channels and labels:
 
     Dataset001_Name/dataset.json
                    /imagesTr/case_0000.nii.gz, case_0001.nii.gz, ...    labelsTr/case.nii.gz    imagesTs/...
@@ -10,18 +10,19 @@ The Decathlon has one file per case, with the channels along the fourth axis; ``
 
     Task01_Name/dataset.json, imagesTr/case.nii.gz, labelsTr/case.nii.gz, imagesTs/...
 
-Two keys of ``dataset.json`` describe incomplete annotations. The label ``ignore`` has the value of voxels that are not
-annotated. ``"annotated": {"<case>": ["<structure>", ...]}``, which is not in nnU-Net's format, names the structures
-that are annotated in a case, if not all are. The others count neither in training nor in scoring.
+Two entries of ``dataset.json`` describe incomplete annotations. The label ``ignore`` has the value of voxels that are
+not annotated. ``"annotated": {"<case>": ["<region>", ...]}``, which is not in nnU-Net's format, names the regions (keys
+of ``labels``) that are annotated in a case, if not all are. The others are excluded from training and scoring of the
+case.
 
-Every case counts as a separate patient. If several cases belong to one patient, write the splits yourself: into
-``splits.json`` in the folder of ``dataset.json``, as a list of ``{"training": [...], "validation": [...]}``, and train
-with ``--config.data.split=official``. nnU-Net's ``splits_final.json`` with ``train`` and ``val`` is read, too.
+Every case is treated as a separate patient. If several cases belong to one patient, write the folds to ``splits.json``
+in the folder of ``dataset.json``, as a list of ``{"training": [...], "validation": [...]}``, and train with
+``--config.data.split=official``. nnU-Net's ``splits_final.json`` with ``train`` and ``val`` is also read.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.problem import WARNING, Problem, data_error, errors
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images.image import SUFFIXES, images_in, same_name, strip_suffix, unique_images
-from xdim_jax.data.images.names import normalised
-from xdim_jax.data.labels import Labels
+from xdim_jax.data.images.names import LABEL_ENDINGS, case_of_label, files_below, normalised
+from xdim_jax.data.labels import IGNORE, Labels
 from xdim_jax.data.regions import Regions
 
 NNUNET_LAYOUT = "<root>/{dataset.json,imagesTr/<case>_0000.nii.gz,labelsTr/<case>.nii.gz}"
 DECATHLON_LAYOUT = "<root>/{dataset.json,imagesTr/<case>.nii.gz,labelsTr/<case>.nii.gz}"
 _CHANNEL_DIGITS = 4  # as in _0000
+_FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")  # images in any other folder are reported as not read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +125,13 @@ def read_dataset_json(path: Path) -> Description:
             path,
             found=f"has the file_ending {ending!r}",
             expected=", ".join(SUFFIXES),
-            suggestion="convert the images",
+            suggestion="convert the images and correct file_ending",
         )
     named = data.get("channel_names", data.get("modality"))
     if not isinstance(named, dict) or sorted(named, key=str) != sorted(map(str, range(len(named)))) or not named:
         raise _json_error(
             path,
-            found=f"names its channels {named!r}",
+            found=f"names its channels {named!r}" if named is not None else "does not name its channels",
             expected='"channel_names": {"0": ..., "1": ...}',
             suggestion="number them from 0",
         )
@@ -158,14 +160,14 @@ def _read_annotated(path: Path, value: Any, regions: Regions) -> dict[str, tuple
         raise _json_error(
             path,
             found=f'has "annotated": {shorten([repr(value)])}',
-            expected='"annotated": {"<case>": ["<structure>", ...]}',
+            expected='"annotated": {"<case>": ["<region>", ...]}',
             suggestion="correct it",
         )
     found = {normalised(str(case)): tuple(map(str, names)) for case, names in value.items()}
     if unknown := sorted({name for names in found.values() for name in names} - set(regions.names)):
         raise _json_error(
             path,
-            found=f'names structures in "annotated" that do not exist: {shorten(unknown)}',
+            found=f'names regions in "annotated" that are not in "labels": {shorten(unknown)}',
             expected=known,
             suggestion="correct the names",
         )
@@ -190,31 +192,40 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
     """Return the labels and the regions that the key ``labels`` of a ``dataset.json`` defines."""
-    if not isinstance(labels, dict) or len(labels) < 2:
+    if not isinstance(labels, dict) or len(labels.keys() - {"ignore"}) < 2:
         raise _json_error(
             path,
-            found=f"names its labels {labels!r}",
+            found=f"names its labels {labels!r}" if labels is not None else "does not name its labels",
             expected='"labels": {"background": 0, "name": 1, ...}',
             suggestion="name at least the background and one structure",
         )
     if all(str(key).isdigit() for key in labels):  # Decathlon and nnU-Net 1: value -> name
-        labels = {name: int(value) for value, name in labels.items()}
+        if len(set(map(str, labels.values()))) < len(labels):
+            raise _json_error(
+                path,
+                found=f"gives several label values the same name: {labels!r}",
+                expected="one name for each value",
+                suggestion="correct the names",
+            )
+        labels = {str(name): int(value) for value, name in labels.items()}
     ignored = labels.get("ignore")
     labels = {name: value for name, value in labels.items() if name != "ignore"}
-    wrong = isinstance(ignored, bool) or not isinstance(ignored, int) or not 0 <= ignored < 2**16
+    wrong = isinstance(ignored, bool) or not isinstance(ignored, int) or not 0 < ignored < 2**16
     if ignored is not None and (wrong or ignored in _values(labels)):
         raise _json_error(
             path,
             found=f'has the label "ignore" with the value {ignored!r}',
-            expected="one whole number that no structure has",
+            expected="one integer above 0 that no structure has",
             suggestion="correct it",
         )
     try:
-        for value in (v for vs in labels.values() for v in (vs if isinstance(vs, list) else [vs])):
+        for value in _values(labels):
             if int(value) != value or not 0 <= value < 2**16:
-                raise ValueError("a value is negative, a fraction, or too large")
+                raise ValueError("a value is negative, not an integer, or too large")
         sets = {str(n): tuple(v) if isinstance(v, list) else (int(v),) for n, v in labels.items()}
         values = sorted({int(v) for vs in sets.values() for v in vs} | {0})
+        if len(values) > IGNORE:
+            raise ValueError(f"{len(values) - 1} structures, but at most {IGNORE - 1} are possible")
         names = {vs[0]: n for n, vs in sets.items() if len(vs) == 1}
         structures = tuple(names.get(v, "background" if v == 0 else f"label {v}") for v in values)
         index = {value: i for i, value in enumerate(values)}
@@ -223,15 +234,15 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
         raise _json_error(
             path,
             found=f"has labels that cannot be used ({error})",
-            expected="whole numbers, and regions that are nested or disjoint",
+            expected="integers, and regions that are nested or disjoint",
             suggestion="correct them",
         ) from error
-    return Labels(path.parent.name, structures, tuple(values), ignore=ignored), regions
+    return Labels(path.parent.absolute().name, structures, tuple(values), ignore=ignored), regions
 
 
-def _values(labels: Mapping[str, Any]) -> set[Any]:
-    """Return all values of the labels."""
-    return {value for values in labels.values() for value in (values if isinstance(values, list) else [values])}
+def _values(labels: Mapping[str, Any]) -> list[Any]:
+    """Return all values of the labels, unchecked."""
+    return [value for values in labels.values() for value in (values if isinstance(values, list) else [values])]
 
 
 def _case_name(entry: Any) -> str:
@@ -257,7 +268,7 @@ def _scan(root: Path, description: Description, need_labels: bool, one_file_per_
                     Problem(
                         "duplicate_case",
                         folder,
-                        found=f"contains {name}, which is in imagesTr, too",
+                        found=f"contains {name}, which is also in imagesTr",
                         expected="each case once",
                         suggestion="rename one of the two",
                         case_id=name,
@@ -266,6 +277,8 @@ def _scan(root: Path, description: Description, need_labels: bool, one_file_per_
                 continue
             images, wrong = _channels(folder, name, files, description, one_file_per_channel)
             label = labels.pop(name, None)
+            if need_labels and name.endswith(LABEL_ENDINGS):
+                wrong.append(_ending(folder, name))
             problems += wrong
             if label is None and need_labels:
                 problems.append(
@@ -292,13 +305,46 @@ def _scan(root: Path, description: Description, need_labels: bool, one_file_per_
             )
             for name, path in labels.items()
         ]
+    if need_labels and folders[0] != root:
+        problems += _further_labels(root / "labelsTr", cases)
     named = cases.keys() | {p.case_id for p in errors(problems)}
     problems += _list_problems(root, description, named, need_labels, only_images=folders[0] == root)
-    splits, wrong = _splits(root, named)
+    splits, wrong = _splits(root, named) if need_labels else ((), [])
     others: set[Path] = set()
     if folders[0] != root:
-        others = {path for folder in root.glob("*/") for _, path in images_in(folder)}  # imagesTs, labelsTs, ...
+        others = {path for name in _FOLDERS for _, path in images_in(root / name)}
     return Scan(list(cases.values()), problems + wrong, splits, known=frozenset(others))
+
+
+def _ending(folder: Path, name: str) -> Problem:
+    """Return the problem of a case id that evaluation could not find again."""
+    return Problem(
+        "wrong_convention",
+        folder / name,
+        found=f"is the case {name}, whose name has an ending that evaluation removes from the names of label maps",
+        expected=f"a name that does not end with {', '.join(LABEL_ENDINGS)}",
+        suggestion="rename its files in imagesTr and labelsTr",
+        case_id=name,
+    )
+
+
+def _further_labels(folder: Path, cases: Mapping[str, Case]) -> list[Problem]:
+    """Return a problem for each further label map of a case, also in folders below, because evaluation finds both."""
+    problems = []
+    for path in files_below(folder):
+        name = case_of_label(strip_suffix(path.name) or "")
+        if name in cases and path != (label := cases[name].label):
+            problems.append(
+                Problem(
+                    "duplicate_case",
+                    path,
+                    found=f"and {label} are label maps of the case {name}",
+                    expected="one label map per case in labelsTr and the folders below it",
+                    suggestion="move it to another folder",
+                    case_id=name,
+                )
+            )
+    return problems
 
 
 def _list_problems(
@@ -313,19 +359,11 @@ def _list_problems(
                 path,
                 found=f"lists {len(absent)} cases that do not exist: {shorten(absent)}",
                 expected="only files that exist",
-                suggestion="fetch them, or correct the list",
+                suggestion="download them, or correct the list",
             )
         ]
-    if need_labels and not only_images and (unknown := sorted(description.annotated.keys() - cases)):
-        return [
-            Problem(
-                "dataset_json",
-                path,
-                found=f'names {len(unknown)} cases in "annotated" that do not exist: {shorten(unknown)}',
-                expected="ids of cases in imagesTr",
-                suggestion="correct the names",
-            )
-        ]
+    if need_labels and not only_images and (problems := unknown_annotated(root, description, cases, "imagesTr")):
+        return problems
     if need_labels and description.count is not None and description.count != len(cases) and path.is_file():
         return [
             Problem(
@@ -338,6 +376,28 @@ def _list_problems(
             )
         ]
     return []
+
+
+def unknown_annotated(root: Path, description: Description, cases: Set[str], place: str) -> list[Problem]:
+    """Return a problem if the key ``annotated`` of ``dataset.json`` names cases that are not in ``cases``.
+
+    Args:
+        root: Folder of the data set.
+        description: Contents of its ``dataset.json``.
+        cases: Ids of all cases.
+        place: Name of the folder or file that contains the cases, for the message.
+    """
+    if not (unknown := sorted(description.annotated.keys() - cases)):
+        return []
+    return [
+        Problem(
+            "dataset_json",
+            root / "dataset.json",
+            found=f'names {len(unknown)} cases in "annotated" that do not exist: {shorten(unknown)}',
+            expected=f"ids of cases in {place}",
+            suggestion="correct the names",
+        )
+    ]
 
 
 def _group(folder: Path, one_file_per_channel: bool) -> tuple[dict[str, dict[str, Path]], list[Problem]]:
@@ -392,7 +452,7 @@ def _channels(
 
 
 def _splits(root: Path, cases: set[str]) -> tuple[tuple[dict[str, tuple[str, ...]], ...], list[Problem]]:
-    """Read the splits that come with the data, if there are any."""
+    """Return the folds that come with the data, if there are any, and their problems."""
     path = next((p for p in (root / "splits.json", root / "splits_final.json") if p.is_file()), None)
     if path is None:
         return (), []

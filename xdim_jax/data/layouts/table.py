@@ -5,19 +5,21 @@
 Columns of ``cases.csv``:
 
     image       file of the image, or one column ``image_0``, ``image_1``, ... for each channel
-    label       file of the reference; empty for cases to predict, which training leaves out with a warning
+    label       file of the reference; empty for cases to predict, which training omits with a warning
     case        optional: id of the case; default: name of the image file without suffix and ``_0000``
     patient     optional: name of the patient; all cases of a patient are in the same fold; default: the case
-    fold        optional: number of the fold that validates on the case; for config.data.split=official
+    fold        optional: number of the fold that validates on the case, from 0; for config.data.split=official
     annotated   optional: annotated structures, separated by ``|``, or ``none``; empty: all of them
 
 Paths are relative to the folder of the table. ``dataset.json`` is that of nnU-Net's raw format (`nnunet`); only
-``channel_names`` (or ``modality``) and ``labels`` are used.
+``channel_names`` (or ``modality``), ``labels`` and ``annotated`` are used.
 """
 
 import csv
 import dataclasses
 import functools
+import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,13 +27,12 @@ from xdim_jax.base.errors import shorten
 from xdim_jax.base.problem import WARNING, Problem, data_error, errors
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images.image import strip_suffix
-from xdim_jax.data.images.names import files_below, normalised
+from xdim_jax.data.images.names import LABEL_ENDINGS, files_below, normalised
 from xdim_jax.data.layouts import nnunet
 from xdim_jax.data.layouts.nnunet import Description
 
 LAYOUT = "<root>/{dataset.json,cases.csv}, with the columns image, label, and optionally case, patient, fold, annotated"
 TABLE_FILE = "cases.csv"
-_ENDINGS = ("_seg", "-seg", "_gt")  # endings that scoring removes from file names
 _COLUMNS = ("case", "image", "label", "patient", "fold", "annotated")
 
 
@@ -40,7 +41,7 @@ class Row:
     """A row of the table.
 
     Attributes:
-        line: Number of the line in the file.
+        line: Number of the line in the file, from 1.
         values: Column -> text without blanks at its ends.
     """
 
@@ -59,8 +60,8 @@ def dataset(root: Path | str) -> Dataset:
         case, names = next(iter(wrong.items()))
         raise _error(
             root / TABLE_FILE,
-            found=f"names annotated structures that do not exist in {len(wrong)} rows ({case}: {shorten(names)})",
-            expected=f"names of {', '.join(sorted(known))}, separated by |, or none",
+            found=f"has {len(wrong)} rows with unknown structures in the column annotated ({case}: {shorten(names)})",
+            expected=f"some of {', '.join(sorted(known))}, separated by |, or none",
             suggestion="correct them",
         )
     return from_description(dataclasses.replace(description, annotated={**description.annotated, **annotated}))
@@ -69,7 +70,7 @@ def dataset(root: Path | str) -> Dataset:
 def from_description(description: Description) -> Dataset:
     """Return the data set of a table that a ``dataset.json`` describes.
 
-    A folder without a table is read as nnU-Net's raw format, for prediction.
+    For prediction, a folder without a table is read as nnU-Net's raw format.
     """
     scan = functools.partial(_scan, description=description)
     return nnunet.make_dataset("table", LAYOUT, description, scan)
@@ -83,19 +84,19 @@ def read_rows(path: Path, channels: int) -> list[Row]:
         channels: Number of channels.
 
     Raises:
-        DataError: The file does not exist, is not text, or lacks columns.
+        DataError: The file does not exist, is not a CSV file, lacks columns, or has cells that belong to no column.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             text = file.read()
     except FileNotFoundError as error:
-        raise _error(path, "does not exist", "one row per case", "write it, or use --dataset=nnunet") from error
+        raise _error(
+            path, "does not exist", "a table with one row per case", "write it, or use --dataset=nnunet"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise _error(path, f"cannot be read ({error})", "a CSV file in UTF-8", "save it again") from error
-    head = text.splitlines()[0] if text.strip() else ""
-    reader = csv.DictReader(text.splitlines(), delimiter=";" if head.count(";") > head.count(",") else ",")
-    names = [name.strip() for name in reader.fieldnames or ()]
-    reader.fieldnames = names
+    rows = _parse(path, text)
+    names = [name.strip() for name in rows[0][1]] if rows else []
     images = image_columns(channels)
     if missing := [name for name in (*images, "label") if name not in names]:
         raise _error(
@@ -103,8 +104,52 @@ def read_rows(path: Path, channels: int) -> list[Row]:
         )
     if unknown := [name for name in names if name and name not in (*_COLUMNS, *images)]:
         raise _error(path, f"has unknown columns {shorten(unknown)}", ", ".join(_COLUMNS), "remove or rename them")
-    rows = [Row(n, {k: (v or "").strip() for k, v in row.items() if k}) for n, row in enumerate(reader, 2)]
-    return [row for row in rows if any(row.values.values())]
+    if repeated := sorted({name for name in names if name and names.count(name) > 1}):
+        raise _error(path, f"has several columns {shorten(repeated)}", "each column once", "remove or rename them")
+    found, problems = [], []
+    for line, cells in rows[1:]:
+        values = dict.fromkeys([name for name in names if name], "")
+        for name, cell in itertools.zip_longest(names, (cell.strip() for cell in cells), fillvalue=""):
+            if name:
+                values[name] = cell
+            elif cell:
+                expected = f"{len(names)} values or fewer, each below a name in the first line"
+                suggestion = "remove it, or put a value that contains the separator into double quotes"
+                problems.append(
+                    _problem(path, f"line {line} has the value {cell!r} in no column", expected, suggestion)
+                )
+        found.append(Row(line, values))
+    if problems:
+        raise data_error(*problems)
+    return found
+
+
+def _parse(path: Path, text: str) -> list[tuple[int, list[str]]]:
+    """Return the rows of a CSV file that are not empty, with the number of the line in which each begins.
+
+    Raises:
+        DataError: A quotation mark is not closed or opened, a value contains a line break, or a value is too long.
+    """
+    lines = io.StringIO(text, newline="")  # only \r and \n end a line, and not, as for str.splitlines, U+2028
+    head = next((line for line in lines if line.strip()), "")
+    lines.seek(0)
+    reader = csv.reader(lines, delimiter=";" if head.count(";") > head.count(",") else ",", strict=True)
+    rows, line = [], 1
+    try:
+        for cells in reader:
+            if long := [cell for cell in cells if "\n" in cell.strip() or "\r" in cell.strip()]:
+                raise csv.Error(f"the value {long[0][:60]!r} contains a line break")
+            if any(cell.strip() for cell in cells):
+                rows.append((line, cells))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise _error(
+            path,
+            f"cannot be read from line {line} on ({error})",
+            'pairs of double quotes around a value, as in "a, b", in one line',
+            'correct the quotes; a double quote inside of a value is written twice: ""',
+        ) from error
+    return rows
 
 
 def image_columns(channels: int) -> tuple[str, ...]:
@@ -124,15 +169,19 @@ def _annotated(text: str) -> tuple[str, ...]:
     return () if text == "none" else tuple(name.strip() for name in text.split("|") if name.strip())
 
 
+def _problem(path: Path, found: str, expected: str, suggestion: str) -> Problem:
+    return Problem("table", path, found=found, expected=expected, suggestion=suggestion)
+
+
 def _error(path: Path, found: str, expected: str, suggestion: str) -> Exception:
-    return data_error(Problem("table", path, found=found, expected=expected, suggestion=suggestion))
+    return data_error(_problem(path, found, expected, suggestion))
 
 
 def _scan(root: Path, need_labels: bool, *, description: Description) -> Scan:
     path = root / TABLE_FILE
     if not path.is_file():
         if need_labels:
-            raise _error(path, "does not exist", "one row per case", "write it, or give another --root")
+            raise _error(path, "does not exist", "a table with one row per case", "write it, or give another --root")
         return nnunet.nnunet_from_description(description).scan(root, need_labels)
     rows = read_rows(path, len(description.channels))
     cases: dict[str, Case] = {}
@@ -149,9 +198,9 @@ def _scan(root: Path, need_labels: bool, *, description: Description) -> Scan:
         images = [row.values.get(column, "") for column in columns]
         label = row.values.get("label", "")
         if not all(images):
-            report(row, case, "has no image", f"a file in {', '.join(columns)}", "name it")
-        if case.startswith(".") or "/" in case or "\\" in case or case.endswith(_ENDINGS):
-            expected = f"a name without / and \\ that does not end with {', '.join(_ENDINGS)}"
+            report(row, case, "has no image", f"file names in {', '.join(columns)}", "add them")
+        if case.startswith(".") or "/" in case or "\\" in case or case.endswith(LABEL_ENDINGS):
+            expected = f"a name without / and \\ that does not end with {', '.join(LABEL_ENDINGS)}"
             report(row, case, f"has the case id {case!r}", expected, "give it another one (column case)")
         if not label and need_labels:
             found = f"line {row.line} has no label, so the case is not used"
@@ -161,7 +210,7 @@ def _scan(root: Path, need_labels: bool, *, description: Description) -> Scan:
                     path,
                     found=found,
                     expected="a file with the reference",
-                    suggestion="name it, or predict the case after the training",
+                    suggestion="add it, or predict the case after training",
                     case_id=case,
                     severity=WARNING,
                 )
@@ -171,10 +220,12 @@ def _scan(root: Path, need_labels: bool, *, description: Description) -> Scan:
             if name and not (root / name).is_file():
                 report(row, case, f"names {name}, which does not exist", "a file", "correct the path")
         if case in cases:
-            report(row, case, f"is a second row of case {case}", "each case once", "give the rows different ids (case)")
-        fold = row.values.get("fold", "")
+            report(
+                row, case, f"is a second row of case {case}", "one row per case", "give the rows different ids (case)"
+            )
+        fold = row.values.get("fold", "") if need_labels else ""  # prediction does not need folds
         if fold and not (fold.isascii() and fold.isdigit()):
-            report(row, case, f"has the fold {fold!r}", "a whole number from 0", "correct it")
+            report(row, case, f"has the fold {fold!r}", "an integer from 0", "correct it")
         if len(errors(problems)) > before:
             continue
         patient = normalised(row.values.get("patient") or case)
@@ -185,6 +236,8 @@ def _scan(root: Path, need_labels: bool, *, description: Description) -> Scan:
         source = root / label if label else None
         files = tuple(root / name for name in images)
         cases[case] = Case(case, patient, files, description.channels, source, description.labels)
+    if need_labels:
+        problems += nnunet.unknown_annotated(root, description, {case_id(row) for row in rows}, TABLE_FILE)
     splits, wrong = _splits(path, cases, folds)
     return Scan(
         sorted(cases.values(), key=lambda c: c.case_id),
@@ -208,7 +261,7 @@ def _splits(
             "table",
             path,
             found=found,
-            expected="for every case a number from 0, and at least two folds",
+            expected="a fold for every patient, and the numbers 0, 1, ... for two or more folds",
             suggestion="correct the column fold, or remove it",
         )
         return (), [problem]

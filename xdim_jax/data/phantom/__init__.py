@@ -1,7 +1,7 @@
 """Phantoms: synthetic cases in the layouts of the real data sets, with which all commands run without licensed data.
 
 A case depends only on the seed, its number and the settings, which are stored in ``phantom.json`` in the folder of the
-cases. Complete cases that exist are kept.
+cases. Existing complete cases are kept.
 """
 
 from xdim_jax.data.phantom.brats import brats_case, write_brats

@@ -1,9 +1,9 @@
 """Phantoms in the layout of BraTS: a skull-stripped head with a tumour, in four modalities.
 
-The head is an ellipsoid brain (grey matter, white matter, ventricles) with a lesion that consists of edema, an
+The head is an ellipsoidal brain (grey matter, white matter, ventricles) with a lesion that consists of edema, an
 enhancing rim and a necrotic centre; every fifth case has no enhancing part. The four modalities show the tissues with
-the contrasts of the real sequences, a smooth bias field and noise. All shapes are ellipsoids that are deformed by
-smooth random fields, and their sizes are relative to the size of the volume.
+contrasts similar to those of the real sequences, a smooth bias field and noise. All shapes are ellipsoids that are
+deformed by smooth random fields, and their sizes are relative to the size of the volume.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ _CONTRAST = {
     "t2": (0.78, 0.60, 1.25, 1.05, 1.12, 0.95),
 }
 _SIGNAL = 600.0  # stored value for a relative signal of 1
-_MIN_SIDE = 32  # voxels along an axis; with fewer, parts of the lesion would vanish
+_MIN_SIDE = 32  # smallest number of voxels along an axis, below which parts of the lesion vanish
 
 
 def brats_case(
@@ -99,7 +99,7 @@ def write_brats(
     difficulty: Difficulty | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
-    """Write phantoms in the layout of BraTS; complete cases that exist are kept.
+    """Write phantoms in the layout of BraTS; existing complete cases are kept.
 
     The geometry is the same as in the challenge: voxels of 1 mm, affine diag(-1, -1, 1), translation (0, ny - 1, 0).
 

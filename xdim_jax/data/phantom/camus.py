@@ -1,11 +1,10 @@
 """Phantoms in both layouts of CAMUS: the left heart in two ultrasound views, from end-diastole to end-systole.
 
-The left ventricle is half an ellipsoid. Its long axis runs along the beam, and the mitral plane closes its base. Its
-half-widths differ between the two views. The axis is bent, which displaces the discs of the ventricle but keeps their
-areas, so that its volume and the ejection fraction are known exactly. The cfg files contain these exact values, not
-estimates from the masks. Myocardium surrounds the ventricle, and the atrium is below it. Speckle is the magnitude of
-smoothed complex noise; in the picture, it becomes coarser with depth. The image shows the logarithm of the echo
-amplitude.
+The left ventricle is half an ellipsoid with the long axis along the beam and the mitral plane as base. Its half-widths
+differ between the two views. The axis is bent, which displaces the discs of the ventricle but keeps their areas, so the
+volume and the ejection fraction are known exactly. The cfg files contain these exact values, not estimates from the
+masks. Myocardium surrounds the ventricle, and the atrium is below it. Speckle is the magnitude of smoothed complex
+noise, which becomes coarser with depth. The image shows the logarithm of the echo amplitude.
 """
 
 import dataclasses
@@ -26,8 +25,8 @@ from xdim_jax.data.phantom.common import Difficulty, claim_folder, scale_contras
 _WIDTH_MM, _HEIGHT_MM = 170.0, 120.0  # size of the picture, for any number of pixels
 _PROBE = (0.0, -4.0)  # lateral position and depth in mm of the point where the beams meet
 _HALF_ANGLE = math.radians(43)
-_MIN_SIDE = 64  # pixels along a side
-# echo amplitudes; the picture shows their logarithm
+_MIN_SIDE = 64  # smallest number of pixels along a side
+# echo amplitudes, whose logarithm the picture shows
 _ECHO = {"blood": 0.08, "myocardium": 0.35, "tissue": 0.90, "valve": 1.2}
 LAYOUTS = ("nifti", "metaimage")
 
@@ -131,7 +130,7 @@ def _sector(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _speckle(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return fully developed speckle with a mean of 1, whose grains become wider with depth, as the beams diverge."""
+    """Return fully developed speckle with a mean of 1. Its grains become wider with depth, because beams diverge."""
     u, v = x - _PROBE[0], y - _PROBE[1]
     distance, angle = np.hypot(u, v), np.arctan2(u, v)
     shape = (400, 160)  # depths, beams
@@ -171,7 +170,7 @@ def write_camus(
     difficulty: Difficulty | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
-    """Write phantoms in a layout of CAMUS; complete patients that exist are kept.
+    """Write phantoms in a layout of CAMUS; existing complete patients are kept.
 
     Every patient has ED, ES and a half sequence of both views, and the reference of each. Every seventh patient has
     reversed sequences, which begin with ES. Split files list four fifths of the patients for training, one tenth for

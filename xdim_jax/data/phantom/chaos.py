@@ -1,9 +1,9 @@
 """Phantoms in the layout of CHAOS: an abdomen on CT, and on MR as T1 in-phase, T1 out-phase and T2.
 
 Tissues have HU on CT and relative signals on MR. Out-phase images are dark at the borders between water and fat, whose
-signals cancel each other. Slices are DICOM files with correct positions. As in the data set, the file names of slices
-are in downward order on CT and in upward order on MR, and SliceThickness is not the distance between slices. CT masks
-have one bit per pixel and contain only the liver, although the images show the other organs, too.
+signals cancel each other. Slices are DICOM files with correct positions. As in the data set, the order of the file
+names is from superior to inferior on CT and from inferior to superior on MR, and SliceThickness differs from the slice
+spacing. CT masks have one bit per pixel and contain only the liver, although the images also show the other organs.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ def abdomen(shape: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray
         rng: Source of all random numbers.
 
     Returns:
-        Indices of `_TISSUES`, uint8 (slices, rows, columns). Slices are in upward order, rows are in the order from the
-        front to the back of the patient, and columns from the patient's right to the left.
+        Indices of `_TISSUES`, uint8 (slices, rows, columns). Slices are ordered from inferior to superior, rows from
+        anterior to posterior, and columns from the patient's right to left.
     """
     axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
     z, y, x = np.meshgrid(*axes, indexing="ij", sparse=True)
@@ -122,7 +122,7 @@ def write_chaos(
     difficulty: Difficulty | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
-    """Write phantoms in the layout of CHAOS; complete patients that exist are kept.
+    """Write phantoms in the layout of CHAOS; existing complete patients are kept.
 
     Args:
         root: Folder of the data set and of ``phantom.json``, the record of the settings.
@@ -169,7 +169,7 @@ def _organs(tissue: np.ndarray) -> np.ndarray:
 
 
 def _write_ct(folder: Path, tissue: np.ndarray, rng: np.random.Generator, labels: bool, difficulty: Difficulty) -> None:
-    hu = paint_ct(tissue, difficulty, rng)[::-1]  # file names are in downward order
+    hu = paint_ct(tissue, difficulty, rng)[::-1]  # file names are ordered from superior to inferior
     liver = (_organs(tissue) == 1)[::-1]
     series = _Series("CT", "CT", tissue.shape, rng, downwards=True)
     for k, plane in enumerate(hu):
@@ -235,7 +235,7 @@ class _Series:
         data.ImagePositionPatient = [*self.origin, round(self.start + k * self.step, 3)]
         data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
         data.PixelSpacing = list(self.spacing)
-        data.SliceThickness = round(abs(self.step) * 1.6, 3)  # not the distance between slices
+        data.SliceThickness = round(abs(self.step) * 1.6, 3)  # differs from the slice spacing
         if self.echo_time is not None:
             data.EchoTime = self.echo_time
         data.Rows, data.Columns = pixels.shape

@@ -58,7 +58,7 @@ def _resize(field: np.ndarray, shape: tuple[int, ...], order: int) -> np.ndarray
 
 
 def scale_contrast(values: Mapping[Any, float], contrast: float) -> dict[Any, float]:
-    """Scale the differences of signals from their mean: 1 keeps the signals, 0 replaces all of them by their mean."""
+    """Scale the differences of signals from their mean: 1 keeps the signals, 0 replaces them by their mean."""
     mean = sum(values.values()) / len(values)
     return {key: mean + contrast * (value - mean) for key, value in values.items()}
 

@@ -1,9 +1,9 @@
 """The encoders: image classifiers that return features at five scales, each in 2D and 3D from the same code.
 
-An encoder family is one file with a module and a `Family`. The module's constructor takes ``(name, channels, style,
-drop_path, rngs)``. Its attribute ``channels`` has the number of channels of each feature (0 for a level without one).
-It maps an image ``(batch, *spatial, channels)`` to a list of five features with 1/2, 1/4, 1/8, 1/16 and 1/32 of the
-spatial size (None for a level without a feature).
+An encoder family is one file with a module and a `Family`. The constructor of the module takes ``(name, channels,
+style, drop_path, rngs)``. Its attribute ``channels`` has the number of channels of each feature (0 for a level without
+a feature). The module maps an image ``(batch, *spatial, channels)`` to a list of five features with 1/2, 1/4, 1/8, 1/16
+and 1/32 of the spatial size (None for a level without a feature).
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def get_family(name: str) -> Family:
     """Return the family of an encoder.
 
     Raises:
-        ValueError: The name is unknown; lists the known ones.
+        ValueError: The name is unknown; the message lists the known names.
     """
     if name not in ENCODERS:
         raise ValueError(f"unknown encoder {name!r}; known: {', '.join(ENCODERS)}")
@@ -44,13 +44,13 @@ def make_encoder(
     depth: Mapping[str, Any] | None = None,
     rngs: nnx.Rngs,
 ) -> Any:
-    """Build an encoder with random weights, in training mode.
+    """Build a randomly initialised encoder, in training mode.
 
     Args:
         name: A key of `ENCODERS`.
         channels: Number of channels of the image.
         ndim: Number of spatial axes, 2 or 3.
-        norm: ``batch``, ``instance`` or ``instance_noaffine``. ConvNeXt has layer norms with every value.
+        norm: ``batch``, ``instance`` or ``instance_noaffine``. ConvNeXt always has layer norms.
         eps: eps of every norm; see `CONVENTIONS` for the two values with which EfficientNets were trained.
         padding: ``symmetric`` or ``same``; see `CONVENTIONS`.
         drop_path: Rate of stochastic depth; see docs/networks.md for the rates of single blocks.

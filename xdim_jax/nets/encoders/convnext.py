@@ -72,8 +72,8 @@ class ConvNeXt(nnx.Module):
     """ConvNeXt with four features, at 1/4 to 1/32. There is none at 1/2, because the stem has stride 4.
 
     See `xdim_jax.nets.encoders.efficientnet.EfficientNet` for the arguments. There are two differences: block i of n
-    has the stochastic-depth rate ``drop_path * i / (n - 1)``, and all norms are layer norms, whatever ``style.norm``
-    is. The kernels of the stem and of the other strided convolutions are as long as their strides, along the depth too.
+    has the stochastic-depth rate ``drop_path * i / (n - 1)``, and all norms are layer norms for any ``style.norm``. The
+    kernels of the stem and of the other strided convolutions are as long as their strides, also along the depth.
     """
 
     def __init__(self, name: str, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):

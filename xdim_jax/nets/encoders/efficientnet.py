@@ -6,8 +6,8 @@ and last stage have one block, in all sizes (R. Liu, EfficientNet-Lite, TensorFl
 In 3D, by default, every kernel of size k becomes k x k x k and every stride acts on all three axes; nothing else
 changes (paper, Sect. 2.2.1; docs/networks.md, section EfficientNet encoder). `xdim_jax.nets.layers.Depth` has options.
 
-Attributes have timm's names, so that the path of a weight is its name in timm. The classification head is left out,
-because no network of the paper calls it.
+Attributes have timm's names, so that the path of a weight is its name in timm. The classification head is omitted,
+because no network of the paper uses it.
 """
 
 import dataclasses
@@ -91,7 +91,7 @@ PREFIX = "efficientnet_"
 def scaled_channels(channels: int, width: float) -> int:
     """Return ``channels * width``, rounded to a multiple of 8.
 
-    The result is the nearest multiple, but the next higher one if the nearest is less than 90 % of the exact value.
+    The result is the nearest multiple, or the next higher one if the nearest is less than 90 % of the exact value.
 
     Args:
         channels: Number of channels of EfficientNet-B0.

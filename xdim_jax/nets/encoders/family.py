@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-# padding and eps with which weights were trained: those of timm's ``tf_*`` models, and of the networks of the authors
+# padding and eps with which weights were trained: those of timm's ``tf_*`` models, and those of the authors' networks
 CONVENTIONS: dict[str, dict[str, Any]] = {
     "timm": {"padding": "same", "eps": 1e-3},
     "authors": {"padding": "symmetric", "eps": 1e-5},
@@ -18,10 +18,10 @@ class Family(NamedTuple):
         members: Names of the encoders of the family, for configs.
         stem: Path of the first convolution.
         make: Function ``(name, channels, *, style, drop_path, rngs)`` that builds the module.
-        unused: Prefixes of the names of timm's weights that no segmentation network uses (the classifier).
-        timm: Name of timm's architecture -> name of the member, and the padding and eps with which it was trained.
-        feature_layers: Name of the member -> layers of timm's model whose outputs are the five features; None for a
-            level without a feature.
+        unused: Prefixes of the names of the weights in timm that no segmentation network uses (the classifier).
+        timm: Name of the architecture in timm -> name of the member, and the padding and eps of its training.
+        feature_layers: Name of the member -> layers of the model in timm whose outputs are the five features; None for
+            a level without a feature.
     """
 
     members: tuple[str, ...]

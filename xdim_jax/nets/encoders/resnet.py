@@ -57,8 +57,8 @@ class Block(nnx.Module):
 class ResNet(nnx.Module):
     """ResNet with five features: the outputs of the stem and of the four stages.
 
-    See `xdim_jax.nets.encoders.efficientnet.EfficientNet` for the arguments. There is one difference: block i of n has
-    the stochastic-depth rate ``drop_path * i / (n - 1)``.
+    See `xdim_jax.nets.encoders.efficientnet.EfficientNet` for the arguments, with one difference: block i of n has the
+    stochastic-depth rate ``drop_path * i / (n - 1)``.
     """
 
     def __init__(self, name: str, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):

@@ -1,6 +1,6 @@
 """The VGG encoder with batch norm (Simonyan and Zisserman 2015), 16 and 19 layers, in 2D and 3D from the same code.
 
-A U-Net with this encoder is similar to TernausNet and v16U-Net, from which the paper starts (Sect. 1.2).
+A U-Net with this encoder is similar to TernausNet and v16U-Net, on which the paper builds (Sect. 1.2).
 """
 
 import jax

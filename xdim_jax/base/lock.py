@@ -1,4 +1,4 @@
-"""A lock that keeps two processes from training in one workdir at the same time."""
+"""A lock that prevents two processes from writing to one workdir at the same time."""
 
 import contextlib
 import errno
@@ -12,8 +12,8 @@ from xdim_jax.base import log
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_error
 
-LOCK_FILE = ".lock"  # in the workdir: process id and host of the process that trains there
-WAIT_SECONDS = 60.0  # a process that was killed, or a scheduler that replaces it, may need this time
+LOCK_FILE = ".lock"  # in the workdir: process id and host of the process that trains there; it is not copied to buckets
+WAIT_SECONDS = 60.0  # time that a killed process may need to end, or a scheduler to replace it
 
 
 def lock_workdir(workdir: Path, wait: float = WAIT_SECONDS) -> IO[bytes] | None:
@@ -24,18 +24,28 @@ def lock_workdir(workdir: Path, wait: float = WAIT_SECONDS) -> IO[bytes] | None:
         wait: Time in seconds to wait for another process that has the lock.
 
     Returns:
-        The locked file; None if the file system has no locks, which is logged.
+        The locked file; None, with a warning, if the file system has no locks.
 
     Raises:
         UserError: Another process still has the lock, or the folder cannot be written.
+    """
+    return lock_file(workdir / LOCK_FILE, workdir, wait)
+
+
+def lock_file(path: Path, workdir: Path | str, wait: float = WAIT_SECONDS) -> IO[bytes] | None:
+    """Lock a file that represents a workdir, see `lock_workdir`.
+
+    Args:
+        path: The file; created, with its folder, if it does not exist.
+        workdir: Path or address of the workdir, for messages.
+        wait: Time in seconds to wait for another process that has the lock.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         return None
-    path = workdir / LOCK_FILE
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab+", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise write_error(path, error) from error
@@ -46,18 +56,18 @@ def lock_workdir(workdir: Path, wait: float = WAIT_SECONDS) -> IO[bytes] | None:
             break
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                log.warn(f"{path} cannot be locked ({error.strerror}): make sure that only one run uses this workdir")
+                log.warn(f"{path} cannot be locked ({error.strerror}): make sure that only one run uses {workdir}")
                 file.close()
                 return None
         if not waiting:
-            log.say(f"waiting    for {_owner(file)}, which trains in {workdir}")
+            log.say(f"waiting    for {_owner(file)}, which uses {workdir}")
             waiting = True
         if time.monotonic() >= end:
             owner = _owner(file)
             file.close()
             raise UserError(f"{workdir} is in use by {owner}; wait until it ends, stop it, or give another --workdir")
         time.sleep(0.5)
-    with contextlib.suppress(OSError):  # the lock holds, even if the disk is full
+    with contextlib.suppress(OSError):  # the lock is valid even if the disk is full
         file.truncate(0)
         file.write(f"{os.getpid()} {socket.gethostname()}".encode())
     return file

@@ -1,16 +1,16 @@
-"""A study that workers on any number of machines share.
+"""Studies with workers on any number of machines.
 
-optuna keeps the study in a journal file or in a database. This module adds a limit on the number of trials, and resumes
-trials whose worker has died:
+Optuna stores the study in a journal file or in a database. This module adds a limit on the number of trials, and
+resumes trials whose worker has died:
 
-- While a worker trains a trial, it stores a heartbeat in the trial: the current time, every few seconds.
+- While a worker trains a trial, it stores a heartbeat in the trial every few seconds: the current time.
 - If the heartbeats stop, any other worker marks the trial as failed and queues its parameters again.
-- The queued parameters become a new trial of optuna, which is a further *attempt* at the same trial of the sweep. All
+- The queued parameters become a new Optuna trial, which is a further *attempt* at the same trial of the sweep. All
   attempts have the same *origin*: the number of the first attempt. The workdir is named after the origin, so the new
   attempt resumes training from the last checkpoint.
 
-optuna's own heartbeat and retry callback cannot replace this. They exist for databases only, not for journal files, and
-they require `Study.optimize`, which cannot train several trials in one program.
+Optuna's own heartbeat and retry callback are not used, because they support databases only, not journal files, and
+require `Study.optimize`, which cannot train several trials in one program.
 """
 
 import logging
@@ -18,9 +18,12 @@ import math
 import random
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.log import warn
@@ -110,7 +113,7 @@ def open_study(storage: Any, name: str, *, sampler: Any = None, pruner: Any = No
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError as error:
         known = ", ".join(optuna.get_all_study_names(storage)) or "none"
-        raise UserError(f"--study={name} is not in this storage, which has the studies: {known}") from error
+        raise UserError(f"--study={name} is not in this storage; its studies are: {known}") from error
 
 
 def record_search(study: Any, settings: dict[str, Any]) -> None:
@@ -129,7 +132,7 @@ def record_search(study: Any, settings: dict[str, Any]) -> None:
             study.set_user_attr(key, value)
         elif known[key] != value:
             raise UserError(
-                f"--study={study.study_name} was started with another {key}: {known[key]!r}; this command has "
+                f"--study={study.study_name} was started with another {key}: {known[key]!r}, but this command has "
                 f"{value!r}. Give the same arguments, or another --study"
             )
 
@@ -155,22 +158,45 @@ def _grid_values(distributions: dict[str, Any]) -> dict[str, list[Any]]:
     return grid
 
 
+def _seeded(kind: Any, seed: int | None, **options: Any) -> Any:
+    """Return a sampler whose draws depend on the seed and on the number of the trial.
+
+    With one random stream for each process, all workers with the same seed would draw the same trials.
+    """
+    if seed is None:
+        return kind(**options)
+
+    def of_trial(*entropy: int) -> Any:
+        return kind(seed=int(np.random.SeedSequence([seed, *entropy]).generate_state(1)[0]), **options)
+
+    class Seeded(kind):
+        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
+            return of_trial(trial.number).sample_relative(study, trial, search_space)
+
+        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+            own = of_trial(trial.number, zlib.crc32(param_name.encode()))
+            return own.sample_independent(study, trial, param_name, param_distribution)
+
+    return Seeded(seed=seed, **options)
+
+
 def make_sampler(name: str, distributions: dict[str, Any], seed: int | None) -> Any:
     """Return a sampler of optuna.
 
     Args:
         name: One of `SAMPLERS`.
         distributions: Distributions of the space by name, see `xdim_jax.sweeps.space.explore`.
-        seed: Seed of the sampler; None for a random one.
+        seed: Seed of the sampler, None to choose it at random. The samplers ``random`` and ``tpe`` combine it with the
+            number of the trial, so that it does not matter which worker runs a trial.
 
     Raises:
         UserError: The sampler is a grid, and the space has a range without steps.
     """
     samplers = import_optuna().samplers
     if name == "random":
-        return samplers.RandomSampler(seed=seed)
+        return _seeded(samplers.RandomSampler, seed)
     if name == "tpe":  # constant_liar: parallel workers avoid the neighbourhood of running trials
-        return samplers.TPESampler(seed=seed, constant_liar=True)
+        return _seeded(samplers.TPESampler, seed, constant_liar=True)
 
     class Grid(samplers.GridSampler):
         """A grid sampler that does not call `Study.stop` at its end, which is an error outside of `Study.optimize`."""
@@ -215,7 +241,7 @@ def format_value(value: Any) -> str:
 
 
 def group_attempts(study: Any) -> dict[int, list[Any]]:
-    """Return origin -> attempts at the trial, in the order of creation. Surplus trials are left out."""
+    """Return origin -> attempts at the trial, in the order of creation. Surplus trials are omitted."""
     groups: dict[int, list[Any]] = {}
     for trial in study.get_trials(deepcopy=False):
         if _SURPLUS not in trial.user_attrs:
@@ -234,7 +260,7 @@ def deciding_attempt(attempts: Sequence[Any]) -> Any:
 
 
 def has_ended(attempts: Sequence[Any]) -> bool:
-    """Return whether a trial is complete or pruned, or has failed and there will be no further attempt."""
+    """Return whether a trial is complete or pruned, or has failed without a further attempt."""
     last = deciding_attempt(attempts)
     if last.state.name == "FAIL":
         return _ERROR in last.user_attrs or len(attempts) >= MAX_ATTEMPTS
@@ -244,8 +270,8 @@ def has_ended(attempts: Sequence[Any]) -> bool:
 def claim_trial(study: Any, limit: int) -> Any | None:
     """Claim a trial for this worker: a queued trial, or a new one if the study has fewer than ``limit`` trials.
 
-    optuna cannot lock a study. Several workers may therefore create more trials than the limit, or claim two attempts
-    at the same trial. So each worker checks its trial after claiming it. If other workers were earlier, it marks its
+    Optuna cannot lock a study, so several workers may create more trials than the limit, or claim two attempts at the
+    same trial. Therefore each worker checks its trial after claiming it. If other workers were earlier, it marks its
     trial as surplus, and starts again.
 
     Args:
@@ -300,6 +326,20 @@ def finish_trial(study: Any, trial: Any, state: str, value: float | None = None,
             trial.set_user_attr(_ERROR, error)
         study.tell(trial, value, state=optuna.trial.TrialState[state])
     except (optuna.exceptions.UpdateFinishedTrialError, ValueError):  # ValueError: `tell` found a trial that has ended
+        return False
+    return True
+
+
+def report_score(trial: Any, score: float, number: int) -> bool:
+    """Report the score of validation ``number`` of a trial.
+
+    Returns:
+        False if the trial has already ended, because another worker has marked it as failed, see
+        `requeue_dead_trials`.
+    """
+    try:
+        trial.report(score, number)
+    except import_optuna().exceptions.UpdateFinishedTrialError:
         return False
     return True
 
@@ -360,7 +400,7 @@ class Heartbeat:
         self._thread.join()
 
     def _run(self) -> None:
-        """Write heartbeats until the trial ends or the context is left."""
+        """Write heartbeats until the trial ends or the context exits."""
         ended = import_optuna().exceptions.UpdateFinishedTrialError
         while not self._stop.wait(self._seconds):
             try:

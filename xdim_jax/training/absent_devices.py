@@ -1,8 +1,9 @@
 """Devices that this machine does not have, for which XLA can compile: GPUs, and slices of TPU pods.
 
-A GPU needs the package ``jax-cuda12-plugin`` (the extra ``cuda12``), and a TPU the package ``libtpu`` (the extra
-``tpu``); neither needs a driver. Nothing runs on such devices. The compiler states the memory of a program, but it
-cannot know what depends on measurements: on GPUs, which cuDNN algorithm is fastest, and how much workspace it needs.
+Compilation for a GPU needs the package ``jax-cuda12-plugin`` (the extra ``cuda12``), and for a TPU the package
+``libtpu`` (the extra ``tpu``); neither needs a driver. Programs are compiled but not run. The compiler reports the
+memory of a program, except for what depends on measurements on the device: on GPUs, the choice of cuDNN algorithms and
+their workspace.
 """
 
 import contextlib
@@ -10,7 +11,6 @@ import dataclasses
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from xdim_jax.base.errors import UserError, first_line
 
 _GPUS = Path(__file__).with_name("gpus.json")
+_GPU_FRACTION = 0.75  # of the memory of a GPU that JAX allocates by default
 # usable memory of a chip in GiB, by the messages of the compiler of libtpu 0.0.42
 _TPU_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 _MEGACORE = ("v4", "v5p")  # kinds whose two cores are used as one device
@@ -38,8 +39,9 @@ class Target:
         name: Name of the kind, such as ``h100`` or ``v5e``.
         title: Description for the log.
         platform: ``cuda`` or ``tpu``.
-        devices: The devices, which cannot run anything.
-        memory: Memory of a device in bytes.
+        devices: The devices; programs can be compiled for them, but not run.
+        memory: Memory of a device in bytes that programs can use. On GPUs it is 75 % of the memory, which JAX allocates
+            by default (``XLA_PYTHON_CLIENT_MEM_FRACTION``).
     """
 
     name: str
@@ -49,13 +51,19 @@ class Target:
     memory: int
 
     @property
-    def caution(self) -> str:
-        """What a compilation for these devices cannot know."""
+    def optimised(self) -> bool:
+        """True if programs are optimised by default; for a TPU, optimisation takes several times longer."""
+        return self.platform != "tpu"
+
+    def caution(self, *, optimised: bool) -> str:
+        """Return how the reported memory differs from that on the device, for programs with or without optimisation."""
         if self.platform == "cuda":
             return (
-                "without the workspace of cuDNN, and without autotuning, which chooses among its algorithms on the GPU"
+                "memory is without the workspace of cuDNN, whose algorithms are chosen by autotuning on the GPU itself"
             )
-        return "compiled without optimisation, unless --full is given; memory is then up to a quarter larger"
+        if optimised:
+            return "compiled with optimisation"
+        return "compiled without optimisation, which overestimates the memory by up to a quarter"
 
     def one_device(self) -> NamedSharding:
         """Return the sharding of an array on the first device."""
@@ -70,7 +78,7 @@ def names() -> str:
 
 
 def open_target(text: str) -> Target:
-    """Return the devices that a text such as ``h100``, ``h100:8`` or ``v5e:2x2`` names.
+    """Return the devices for a text such as ``h100``, ``h100:8`` or ``v5e:2x2``.
 
     Raises:
         UserError: The name is unknown, the package of the compiler is not installed, or the topology does not exist.
@@ -93,11 +101,11 @@ def _open_gpus(kind: str, size: str) -> Target:
     gpu, count = _read_gpus()[kind], int(size or 1)
     options = {"topology": f"1x1x{count}", "target_config": gpu_description(gpu)}
     devices = _topology(f"{kind}:{count}", "cuda", "", options, "cuda12")
-    return Target(kind, f"{count} x {gpu['name']}", "cuda", devices, gpu["memory"])
+    return Target(kind, f"{count} x {gpu['name']}", "cuda", devices, int(_GPU_FRACTION * gpu["memory"]))
 
 
 def gpu_description(gpu: dict[str, Any]) -> str:
-    """Return the description of a GPU that the compiler reads, a ``GpuTargetConfigProto`` as text."""
+    """Return the description of a GPU for the compiler, a ``GpuTargetConfigProto`` in text format."""
     major, minor = gpu["capability"]
     values = {
         "threads_per_block_limit": 1024,
@@ -170,20 +178,12 @@ def without_optimisation(active: bool) -> Iterator[None]:
 
 
 def exhausted_bytes(error: Exception) -> int | None:
-    """Return the memory that a program would need, given the error of the compiler; None for another error."""
+    """Return the memory in bytes that a program needs, from the compiler's error; None for an error of another kind."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return None
     match = _EXHAUSTED.search(text)
     return int(float(match[1]) * 2 ** (30 if match[2] == "G" else 20)) if match else 2**62
-
-
-def count_kernels(text: str) -> dict[str, int]:
-    """Return how often each kind of kernel occurs in the text of a compiled program."""
-    counts: Counter[str] = Counter(re.findall(r'custom_call_target="([^"]+)"', text))
-    counts["fusion"] = len(re.findall(r" fusion\(", text))
-    counts["convolution"] = len(re.findall(r" convolution\(", text))
-    return {name: n for name, n in counts.most_common() if n}
 
 
 def describe_kernels(counts: dict[str, int], shown: int = 6) -> str:
