@@ -470,6 +470,21 @@ def test_the_page_of_a_study_that_has_just_begun(tmp_path):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("with_b", [0, 1, 2, 11])
+def test_the_page_of_a_study_with_a_parameter_of_some_trials(tmp_path, with_b):
+    study = open_toy(str(tmp_path / "s.journal"))
+    for i in range(12):
+        trial = studies.claim_trial(study, 12)
+        trial.suggest_float("a", 0, 1)
+        if 12 - i <= with_b:
+            trial.suggest_float("b", 0, 1)
+        studies.finish_trial(study, trial, "COMPLETE", 0.5 + 0.01 * i)
+    text = page.render(study)
+    assert "12 complete" in text and text.count("<figure>") == 2
+    assert ("`b`" in text) == (with_b in (1, 11))  # Optuna warns if one trial has or lacks a parameter
+
+
+@pytest.mark.quick
 def test_the_page_of_a_study_with_a_parameter_of_pruned_trials_only(tmp_path):
     study = open_toy(str(tmp_path / "s.journal"))
     for i in range(6):

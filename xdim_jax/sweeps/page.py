@@ -5,6 +5,7 @@ all parameters in parallel coordinates.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,15 +128,19 @@ def draw_curves(trials: Sequence[tuple[int, Any]]) -> Picture:
 def draw_importance(study: Any, left_out: list[str]) -> list[Picture]:
     """Draw the importance of each parameter by PED-ANOVA (Watanabe et al. 2023).
 
+    A warning of Optuna, for example about a parameter that too few trials have, is shown in the caption.
+
     Returns:
         A list with one picture. If the importance cannot be computed, the list is empty, and a message is added to
         ``left_out``.
     """
     optuna = studies.import_optuna()
     try:
-        found = optuna.importance.get_param_importances(
-            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
-        )
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            found = optuna.importance.get_param_importances(
+                study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+            )
     except (ValueError, RuntimeError) as error:
         left_out.append(f"Importance of parameters: {error}")
         return []
@@ -152,6 +157,8 @@ def draw_importance(study: Any, left_out: list[str]) -> list[Picture]:
         "Divergence between the distribution of each parameter in the best quarter of the trials and that in all "
         "trials (PED-ANOVA)."
     )
+    about_data = (str(warning.message) for warning in warned if issubclass(warning.category, UserWarning))
+    caption = " ".join(dict.fromkeys([caption, *about_data]))
     return [figures.encode_png(figure, f"{first} is the most important: {found[first]:.2f}", caption)]
 
 
