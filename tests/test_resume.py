@@ -657,6 +657,15 @@ def test_the_label_maps_of_the_best_validation_are_evaluated(small, straight, tm
         assert mean == pytest.approx(best[f"dice_{name}"], abs=1e-9)
 
     predict_validation(workdir, tmp_path / "again")
+    corrected = workdir / "predictions" / f"{cases[0]}.nii.gz"  # by hand: another program writes another description
+    image = nib.load(corrected)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine), corrected)
+    before = corrected.read_bytes()
+    shutil.copytree(workdir / "predictions", tmp_path / "own")
+    for folder in (workdir / "predictions", tmp_path / "own"):
+        with pytest.raises(UserError, match="not a prediction"):
+            predict_validation(workdir, folder)
+        assert (folder / corrected.name).read_bytes() == before
     shutil.rmtree(workdir / "predictions")
     predict_validation(workdir, tmp_path / "anew")
     for folder in ("again", "anew"):
@@ -691,6 +700,11 @@ def test_only_the_label_maps_of_the_best_weights_are_kept(tmp_path, capsys):
     staging.unlink()
     validate(6, kept=True)
     assert found() == ("digest6", 0)
+    nib.save(nib.Nifti1Image(np.full((4, 5, 6), 7, np.uint8), np.eye(4)), tmp_path / "run" / "predictions" / "a.nii.gz")
+    before = (tmp_path / "run" / "predictions" / "a.nii.gz").read_bytes()
+    validate(8, kept=True)
+    assert (tmp_path / "run" / "predictions" / "a.nii.gz").read_bytes() == before
+    assert "predictions/a.nii.gz" in capsys.readouterr().out
 
 
 def test_validation_cases_are_drawn(straight, camus4):

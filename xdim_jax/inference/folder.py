@@ -41,14 +41,15 @@ def claim_output(
         own_cases: Cases that this process predicts.
         all_cases: Cases that all processes predict, for the record.
         overwrite: True to predict all cases again.
-        replace: True to replace predictions of other networks or settings.
+        replace: True to replace predictions of other networks, settings or images.
 
     Returns:
         The cases that must be predicted.
 
     Raises:
         UserError: The folder contains predictions of other networks or settings, and neither ``overwrite`` nor
-            ``replace`` is set; or files of the same name that are not predictions, or are predictions of other images.
+            ``replace`` is set; or files of the same name that are not predictions; or, unless ``replace`` is set,
+            predictions of other images.
     """
     notes = {c.case_id: {read_note(path) for path in _expected_files(output, predictor, c.case_id)} for c in own_cases}
     prefix = f"{_MARK} {predictor.digest} "
@@ -61,8 +62,7 @@ def claim_output(
             "or --overwrite"
         )
     todo = [case for case in own_cases if overwrite or notes[case.case_id] != {make_note(predictor.digest, case)}]
-    if not replace:
-        _check_replaced(output, predictor, all_cases)
+    _check_replaced(output, predictor, all_cases, replace=replace)
     _write_record(output / results.PREDICT_FILE, predictor, all_cases)
     for case in todo:
         others = () if overwrite else tuple(name for name in EXTRA_OUTPUTS if name not in predictor.extra_outputs)
@@ -70,25 +70,34 @@ def claim_output(
     return todo
 
 
-def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case]) -> None:
-    """Raise UserError if cases would replace files that are not predictions, or are predictions of other images."""
+def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case], *, replace: bool) -> None:
+    """Raise UserError if cases would replace files that are not predictions.
+
+    Predictions of other images are refused as well, unless ``replace`` is set.
+    """
     recorded = _recorded_images(output)
     problems = []
     for case in cases:
         path = output / f"{case.case_id}.nii.gz"
         note = read_note(path)
-        if not path.exists() or not path.stat().st_size or note == make_note(predictor.digest, case):
-            continue
         images = [source_to_json(source) for source in case.images]
-        if not note.startswith(_MARK):
+        if not is_replaceable(path):
             problems.append(f"{path} exists, but is not a prediction of xdim_jax; move it to another folder")
-        elif recorded.get(case.case_id, images) != images and not _same_paths(recorded[case.case_id], images):
+            continue
+        if replace or note in ("", make_note(predictor.digest, case)):
+            continue
+        if recorded.get(case.case_id, images) != images and not _same_paths(recorded[case.case_id], images):
             problems.append(
                 f"{path} is the prediction of {_shown(recorded[case.case_id])}, and {_shown(images)} would replace it; "
                 "give another --output, or delete the prediction"
             )
     if problems:
         raise join_problems(problems, "predictions would be lost")
+
+
+def is_replaceable(path: Path) -> bool:
+    """Return False if a file exists that is not a prediction of this package; an empty file can be replaced."""
+    return not path.exists() or not path.stat().st_size or read_note(path).startswith(_MARK)
 
 
 def _recorded_images(output: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from xdim_jax.data.case import Case, Dataset, scan_cases
 from xdim_jax.data.images.image import read_grid
 from xdim_jax.data.images.nifti import read_note, write_volume
 from xdim_jax.data.reading import read_label
-from xdim_jax.inference.folder import claim_output, make_note
+from xdim_jax.inference.folder import claim_output, is_replaceable, make_note
 from xdim_jax.inference.predict_cases import predict_cases
 from xdim_jax.inference.predictor import Predictor
 from xdim_jax.inference.settings import Settings
@@ -123,13 +123,16 @@ def find_validation(workdir: Path, settings: Settings | None = None) -> tuple[li
 
 
 def _copy_predictions(folder: Path, output: Path, predictor: Predictor, cases: Sequence[Case]) -> None:
-    """Copy the predictions of training that are up to date, unless they are already in the output folder."""
+    """Copy the predictions of training that are up to date, unless they are already in the output folder.
+
+    Files of the output folder that are not predictions are kept; `claim_output` refuses them.
+    """
     if folder.resolve() == output.resolve():
         return
     for case in cases:
         source, target = folder / f"{case.case_id}.nii.gz", output / f"{case.case_id}.nii.gz"
         note = make_note(predictor.digest, case)
-        if read_note(source) == note != read_note(target):
+        if read_note(source) == note != read_note(target) and is_replaceable(target):
             with atomic_path(target) as temporary:
                 shutil.copyfile(source, temporary)
 

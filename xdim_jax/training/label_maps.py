@@ -14,7 +14,7 @@ from xdim_jax.data.case import Case, Dataset
 from xdim_jax.data.images.image import read_grid
 from xdim_jax.data.images.nifti import write_volume
 from xdim_jax.data.reading import encode_label
-from xdim_jax.inference.folder import make_note
+from xdim_jax.inference.folder import is_replaceable, make_note
 from xdim_jax.inference.group import weights_digest
 from xdim_jax.inference.settings import Settings, resolve
 from xdim_jax.runs.workdir import PREDICTIONS_FOLDER
@@ -60,11 +60,15 @@ class LabelMapWriter:
             self.discard()
 
     def keep(self) -> None:
-        """Replace the label maps in ``predictions`` by those of this validation."""
+        """Replace the label maps in ``predictions`` by those of this validation, except files of other programs."""
         try:
             for path in sorted(self._new.glob("*.nii.gz")):
                 self._folder.mkdir(exist_ok=True)
-                path.replace(self._folder / path.name)
+                target = self._folder / path.name
+                if is_replaceable(target):
+                    path.replace(target)
+                else:
+                    log.warn(f"{target} is not a prediction of xdim_jax, and is kept; move it to another folder")
         except OSError as error:
             log.warn(f"the label maps of this validation are not kept: {error}")
         self.discard()
