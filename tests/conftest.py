@@ -22,7 +22,7 @@ from xdim_jax.runs.state import TrainState
 from xdim_jax.training import label_maps, loop, mesh, validation
 
 pytest.register_assert_rewrite("tests.packed_runs", "tests.processes")
-flags.FLAGS.mark_as_parsed()  # grain asks absl for its flags
+flags.FLAGS.mark_as_parsed()  # grain reads its absl flags, which is an error until they have been parsed
 
 CONVENTION = "brats2021"
 _EMITTERS = "--xla_cpu_use_fusion_emitters"
@@ -30,13 +30,13 @@ _EMITTERS = "--xla_cpu_use_fusion_emitters"
 
 @pytest.fixture(scope="session", autouse=True)
 def _orbax_is_quiet():
-    """Failing saves are tested; what orbax's threads say of them later would be the error of another test."""
+    """Silence orbax: after a test of a failing save, its threads print messages that would disturb a later test."""
     checkpoint.silence_orbax()
 
 
 @pytest.fixture(autouse=True)
 def _environment_is_restored():
-    """A variable that a test leaves set would change the tests that follow it in the same process."""
+    """Check that a test restores the environment variables, which would otherwise affect later tests."""
 
     def ours():  # libraries set variables of their own when they are imported
         return {k: v for k, v in os.environ.items() if k.startswith(("XDIM_", "XDG_", "JAX_", "XLA_", "SLURM_"))}
@@ -48,7 +48,7 @@ def _environment_is_restored():
 
 @pytest.fixture(autouse=True)
 def _programs_are_dropped(request):
-    """The programs of slow tests are large, and no other test uses them."""
+    """Clear JAX's caches after a slow test: its compiled programs are large, and no other test uses them."""
     yield
     if request.node.get_closest_marker("slow"):
         jax.clear_caches()
@@ -68,8 +68,8 @@ def _quick_tests_start_no_process(_environment_is_restored, request, monkeypatch
 def pytest_configure():
     """Compile without LLVM's optimisations, also in processes that tests start: most programs run once.
 
-    XLA's older emitters of CPU kernels take a third of the time; the newest versions of JAX do not have this flag.
-    A variable that is set to 0 keeps the optimisations: ``JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test``.
+    XLA's older emitters compile CPU kernels in a third of the time. The flag that selects them does not exist since JAX
+    0.11. To keep the optimisations, run ``JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test``.
     """
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     quick = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
@@ -82,7 +82,7 @@ def pytest_configure():
 
 @pytest.fixture
 def optimised():
-    """Programs as users compile them."""
+    """Compile with all optimisations, as users do."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -116,7 +116,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def camus4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four phantom patients of CAMUS, 96 x 64 pixels. Read only; runs prepare their cases in a folder next to it."""
+    """Four phantom patients of CAMUS, 96 x 64 pixels. Read only; runs prepare cases in a folder next to it."""
     root = tmp_path_factory.mktemp("camus") / "data"
     phantom.write_camus(root, cases=4, shape=(96, 64))
     return root
@@ -124,7 +124,7 @@ def camus4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def camus10(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten phantom patients of CAMUS, 96 x 64 pixels. Read only; runs prepare their cases in a folder next to it."""
+    """Ten phantom patients of CAMUS, 96 x 64 pixels. Read only; runs prepare cases in a folder next to it."""
     root = tmp_path_factory.mktemp("camus") / "data"
     phantom.write_camus(root, cases=10, shape=(96, 64))
     return root
@@ -173,7 +173,7 @@ def small_state(value, at=0):
 
 
 def make_run(workdir, step, regions, *, first=0, config=None, **options):
-    """A run of 3 epochs of 4 steps with a training step and regions of the caller's; ``first``: steps that are done."""
+    """Return a run of 3 epochs of 4 steps. ``first`` is the number of completed steps; ``options`` replace fields."""
     settings = {"epochs": 3, "checkpoint_minutes": 99.0, "log_every": 100, "watchdog_seconds": 0.0}
     settings = _shared.get_config({}).train.to_dict() | settings | (config or {})
     fields = {
@@ -194,7 +194,7 @@ def make_run(workdir, step, regions, *, first=0, config=None, **options):
 
 
 def toy_model(**encoder):
-    """The toy DX-Net with another encoder option."""
+    """Return the config of the toy DX-Net with other options of the encoder."""
     return TOY_MODEL | {"encoder": TOY_MODEL["encoder"] | encoder}
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -106,6 +107,33 @@ def _with_ignore(tmp_path, value):
     return root
 
 
+def test_labels_of_a_description_are_named_by_their_values(tmp_path):
+    """The message about a region of the labels 2 and 4 names these, and not their positions."""
+    root = make_root(tmp_path / "data", ignore=None)
+    card = json.loads((root / "dataset.json").read_text())
+    card["labels"] = {"background": 0, "necrosis": 1, "tumour": [2, 4]}
+    (root / "dataset.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match=r"tumour.*2, 4"):
+        find(root)
+
+
+@pytest.mark.parametrize("labels", [{"0": "background", "1": "ignore"}, {"background": 0, "ignore": 1}, {"organ": 1}])
+def test_a_description_names_at_least_one_structure(labels, tmp_path):
+    root = make_root(tmp_path / "data", ignore=None)
+    card = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps(card | {"labels": labels}))
+    with pytest.raises(UserError, match=r"dataset\.json names its labels"):
+        find(root)
+
+
+def test_images_to_predict_are_found_without_training_images(tmp_path):
+    root = make_root(tmp_path / "data", ignore=None)
+    dataset, _ = find(root)
+    (root / "imagesTr").rename(root / "imagesTs")
+    shutil.rmtree(root / "labelsTr")
+    assert [c.case_id for c in scan_cases(dataset, root, need_labels=False).cases] == ["a", "b", "c"]
+
+
 def test_sampling_never_chooses_an_unannotated_voxel(tmp_path):
     dataset, cases = find(make_root(tmp_path / "data"))
     (entry,) = prepare_cases(dataset, cases[:1], Preparation(), tmp_path / "store")
@@ -174,6 +202,18 @@ def test_scores_leave_out_unannotated_voxels(tmp_path):
     assert evaluate.main(["--rules=generic", "--metrics=dice", *arguments, "--labels", "organ=1", "lesion=2"]) == 0
     found = {(r["case_id"], r["structure"]): float(r["value"]) for r in rows(tmp_path / "out" / "cases.csv")}
     assert found["a", "organ"] == pytest.approx(2 * 136 / (136 + 136 + 180)), "without the name, it is background"
+
+
+def test_ignored_values_with_rounding_errors_are_not_scored(tmp_path):
+    """Label maps may be floats, for example after a conversion."""
+    root = make_root(tmp_path / "data")
+    for case in "abc":
+        label = np.asarray(nib.load(root / "labelsTr" / f"{case}.nii.gz").dataobj)
+        write_image(tmp_path / "pred" / f"{case}.nii.gz", np.where(label == 9, 1, label).astype(np.uint8))
+        write_image(root / "labelsTr" / f"{case}.nii.gz", label.astype(np.float32) * np.float32(0.99999))
+    arguments = [f"--pred={tmp_path / 'pred'}", f"--ref={root / 'labelsTr'}", f"--out={tmp_path / 'out'}", "--jobs=1"]
+    assert evaluate.main(["--rules=generic", "--metrics=dice", *arguments]) == 0
+    assert {float(r["value"]) for r in rows(tmp_path / "out" / "cases.csv")} == {1.0}
 
 
 def rows(path):
@@ -445,12 +485,12 @@ def test_softmax_does_not_know_parts_of_nested_regions(tmp_path):
         (["image", IMAGE], "lacks the columns label"),
         (["image,label,age", f"{IMAGE},{LABEL},7"], "unknown columns age"),
         (["image,label", f"absent.nii.gz,{LABEL}"], "line 2 names absent.nii.gz, which does not exist"),
-        (["image,label", f",{LABEL}"], "line 2 has no image"),
-        (["image,label", f"{IMAGE},{LABEL}", "", f",{LABEL}"], "line 4 has no image"),
+        (["image,label", f",{LABEL}"], "line 2 lacks image"),
+        (["image,label", f"{IMAGE},{LABEL}", "", f",{LABEL}"], "line 4 lacks image"),
         (["image,label", f"{IMAGE},{LABEL}", f"{IMAGE},{LABEL}"], "line 3 is a second row of case p2"),
         (["image,label,fold", f"{IMAGE},{LABEL},x"], "line 2 has the fold 'x'"),
-        (["image,label,fold", f"{IMAGE},{LABEL},0", f"{OTHER},"], "1 patients have no fold"),
-        (["image,label,fold", f"{IMAGE},{LABEL},0", f"{OTHER},2"], "the numbers 0, 1, ..."),
+        (["image,label,fold", f"{IMAGE},{LABEL},0", f"{OTHER},"], "no fold for 1 patients (p3)"),
+        (["image,label,fold", f"{IMAGE},{LABEL},0", f"{OTHER},2"], "has the folds [0, 2]"),
         (["image,label,patient,fold", f"{IMAGE},{LABEL},P,0", f"{OTHER},P,1"], "another row of patient P"),
         (["image,label,annotated", f"{IMAGE},{LABEL},heart"], "rows with unknown structures in the column annotated"),
         (["case,image,label", f"site/p,{IMAGE},{LABEL}"], "has the case id 'site/p'"),
@@ -462,8 +502,8 @@ def test_softmax_does_not_know_parts_of_nested_regions(tmp_path):
         (["image,label,patient", f'{IMAGE},{LABEL},"P"Q'], "line 2 on"),
         (["image,label,patient", f'{IMAGE},{LABEL},"P', *[f"{OTHER},Q"] * 3000], "line 2 on"),
         (["image,label,patient", f"{OTHER},Q", f"{IMAGE},{LABEL},{'P' * 200_000}"], "line 3 on"),
-        (["image,label,annotated", f"{IMAGE},{LABEL},organ,lesion"], "line 2 has the value 'lesion'"),
-        (["image,label,", f"{IMAGE},{LABEL},P"], "line 2 has the value 'P'"),
+        (["image,label,annotated", f"{IMAGE},{LABEL},organ,lesion"], "line 2 has 'lesion' in a column without"),
+        (["image,label,", f"{IMAGE},{LABEL},P"], "line 2 has 'P' in a column without"),
         (["image,label,patient,patient", f"{IMAGE},{LABEL},P,Q"], "several columns patient"),
     ],
 )
@@ -473,6 +513,17 @@ def test_tables_that_cannot_be_used(lines, words, files):
         _, scan = scan_table(root)
         usable_cases(scan, root)
     assert words in str(error.value) and "cases.csv" in str(error.value)
+
+
+def test_a_table_with_two_channels_names_what_is_missing(files):
+    """Also a column ``image``, which would not be read."""
+    channels = ("T1", "T2")
+    root = make_table(files / "a", ["image_0,image_1,label", f"{IMAGE},,{LABEL}"], channels=channels)
+    with pytest.raises(UserError, match="line 2 lacks image_1;"):
+        usable_cases(scan_table(root)[1], root)
+    root = make_table(files / "b", ["image,image_0,image_1,label", f"{IMAGE},{IMAGE},{IMAGE},{LABEL}"], channels=channels)
+    with pytest.raises(UserError, match="unknown columns image;.*image_0, image_1"):
+        scan_table(root)
 
 
 def test_separators_and_line_breaks_of_a_table(files):

@@ -303,6 +303,36 @@ def test_an_upload_whose_answer_is_lost_twice_is_still_our_own(plain, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
+def test_the_log_of_a_resumed_trial_has_the_lines_of_both_machines(plain, tmp_path, monkeypatch):
+    """A worker opens the log for its process, which then downloads the workdir, and writes on."""
+    begin(plain)
+    for number in (1, 2):
+        if number == 2:
+            other_host(monkeypatch, tmp_path)
+        here = bucket.local_folder(plain)
+        here.mkdir(parents=True, exist_ok=True)
+        with open(here / "train.log", "ab") as log, bucket.workdir(plain):
+            log.write(b"machine %d\n" % number)
+            log.flush()
+    for _ in range(2):  # the same machine again
+        with open(here / "train.log", "ab") as log, bucket.workdir(plain):
+            log.write(b"again\n")
+            log.flush()
+    assert tree(bucket.fetch(plain))["train.log"] == "machine 1\nmachine 2\nagain\nagain\n"
+
+
+def test_a_bucket_that_does_not_exist_is_named(plain, monkeypatch):
+    """Its file systems report a missing file; the local files are all there."""
+    fs = bucket.open_filesystem(plain)[0]
+
+    def absent(*arguments, **more):
+        raise FileNotFoundError("no such bucket")
+
+    monkeypatch.setattr(fs, "put_file", absent)
+    with pytest.raises(UserError, match=f"{plain} cannot be written.*no such bucket"), bucket.workdir(plain) as here:
+        write(here, a="a")
+
+
 def test_a_workdir_of_an_earlier_version_is_read_and_written(plain, tmp_path, monkeypatch):
     """Its manifest has only paths and sizes."""
     begin(plain)

@@ -1,4 +1,4 @@
-"""Several runs in one program: they are what they would have been alone."""
+"""Packs: runs that are trained in one program give the same results as runs that are trained alone."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def small():
 
 @pytest.mark.parametrize("layout", ["scan", "vmap"])
 def test_runs_of_a_pack_are_what_they_are_alone(layout, camus4, runs_alone, tmp_path):
-    """Seeds, folds, lengths, learning rates and every number of optimiser and loss differ."""
+    """The runs differ in length, learning rate, and settings of optimiser and loss; some differ in seed and fold."""
     group = make_pack(camus4, 3, layout)
     for i, own in enumerate(RUNS):
         group.add(load(camus4, own), tmp_path / f"run{i}")
@@ -67,7 +67,7 @@ def test_runs_of_a_pack_are_what_they_are_alone(layout, camus4, runs_alone, tmp_
 
 @pytest.mark.slow
 def test_one_run_per_device(camus4, runs_alone, tmp_path):
-    """Four places for three runs, in a process that has two devices: one place stays empty."""
+    """Four slots for three runs, in a process with two devices: one slot stays empty."""
     code = (
         "import sys; from tests import packed_runs as t; from pathlib import Path\n"
         "from xdim_jax.base.signals import StopRequest; from xdim_jax.training import pack\n"
@@ -89,7 +89,7 @@ def test_one_run_per_device(camus4, runs_alone, tmp_path):
 
 
 def test_a_place_is_taken_again_without_a_new_program(camus4, runs_alone, tmp_path, monkeypatch):
-    """Two places for three runs: the second ends first, the third comes while the first is under way."""
+    """Two slots for three runs: the second run ends first, and the third takes its slot while the first still runs."""
     compiled, compile_step = [], pack.compile_step
     monkeypatch.setattr(pack, "compile_step", lambda *a: compiled.append(1) or compile_step(*a))
     group = make_pack(camus4, 2)
@@ -179,7 +179,7 @@ def test_runs_that_read_the_same_share_what_is_read(camus4, tmp_path):
 
 
 def test_an_empty_place_takes_no_turn(camus4):
-    """The program holds the step once, below a condition."""
+    """The step is not computed for an empty slot: its state is unchanged, and its metrics are 0."""
     ran = jnp.zeros(3)
     states, metrics = pack._loop_over_slots(
         lambda state, x: (state + x, {"loss": state * jnp.nan}), jnp.array([True, False, True]), ran, (jnp.ones(3),)
@@ -302,7 +302,7 @@ def test_a_sweep_trains_in_packs_what_it_would_train_alone(camus4, tmp_path, cap
     study = studies.open_study(studies.open_storage(str(tmp_path / "sweep" / "study.journal")), "sweep", create=False)
     assert ends(study) == ["COMPLETE"] * 5
     periods = {t.params["optim.lookahead.period"] for t in study.trials}
-    assert periods == {0, 2}, "two programs"
+    assert periods == {0, 2}, "the trials must have two programs"
     for trial in study.trials:
         workdir = tmp_path / "sweep" / f"trial{trial.number:04d}"
         scores = [r["dice"] for r in records(workdir, "validation")]
@@ -383,7 +383,7 @@ def test_sweeps_that_cannot_be_packed(words, message, camus4, tmp_path):
 
 
 def test_every_program_of_a_space_is_found_once(monkeypatch):
-    """Choices of the program are combined; ranges and choices outside of the program do not add programs."""
+    """All combinations of choices that change the program are found. Other choices, and ranges, add no program."""
 
     def suggest(trial):
         trial.suggest_float("optim.schedule.peak", 1e-4, 1e-2)
@@ -430,7 +430,7 @@ def test_a_dry_run_refuses_what_does_not_fit(slots, camus4, tmp_path, capsys):
 
 
 def test_a_dry_run_for_absent_devices(camus4, tmp_path, capsys):
-    """The memory of the target is the limit. A CPU stands for the target, because its compiler is always here."""
+    """The memory of the target is the limit. The target of the test is a CPU, whose compiler is always installed."""
     space = tmp_path / "space.py"
     space.write_text("def suggest(trial):\n    trial.suggest_categorical('data.batch', [2, 64])\n")
     target = Target("toy", "1 x toy chip", "cpu", tuple(jax.devices()[:1]), 10 * 2**20)
@@ -456,10 +456,10 @@ def test_a_target_is_for_dry_runs_without_packs(more, words, camus4, tmp_path):
 
 @pytest.mark.parametrize("layout", ["scan", "vmap"])
 def test_what_a_pack_takes_is_told_by_its_own_program(layout, camus4):
-    """State and batches of twice as many runs are twice as much."""
+    """Twice as many runs need about twice the memory for states and batches."""
     config = load(camus4, RUNS[0])
     config, dataset = pack.resolve_config(config)
     two, four = (pack.step_bytes(config, dataset, slots, layout) for slots in (2, 4))
-    batch = 4 * 4 * (32 * 32 * 5 + 8)  # float image, uint8 label, key
+    batch = 4 * 4 * (32 * 32 * 5 + 8)  # bytes of 4 runs with 4 patches each: image, label, key
     assert four - two > 2 * batch / 4
     assert two < four < 2.5 * two

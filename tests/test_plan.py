@@ -65,6 +65,22 @@ def test_the_needs_of_a_step_grow_with_its_batch(quick, tmp_path):
     assert 1e6 < small["step_bytes"] < large["step_bytes"]
 
 
+def test_operations_do_not_depend_on_the_implementation():
+    choice = needs.StepSettings((64, 64), 2, "float32", "")
+    found = []
+    for implementation in ("auto", "fast", "reference"):
+        config = load_config(RECIPE, [*TOY, f"--config.train.ops={implementation}"])
+        config, dataset = check.resolve_config(config, needs_data=False)
+        products, _ = needs.step_products(config, dataset, choice)
+        config = needs._apply(config, choice)
+        program, params, stats = make_program(config, dataset, per_epoch=1, abstract=True)
+        step = needs.step_arguments(program, dataset, params, stats)
+        image = jax.ShapeDtypeStruct((1, 64, 64, config.model.in_channels), jnp.float32)
+        flops = needs._count_program(config, dataset, step, ((params, stats), image))
+        found.append((flops, sum(product.flops for product in products)))
+    assert found[0] == found[1] == found[2] and min(found[0][0]) > 1e6
+
+
 def test_the_table_says_what_fits():
     choices = [needs.StepSettings((64, 64), batch, "float32", "") for batch in (2, 4)]
     rows = list(zip(choices, (needs.Need(2**30, 3e9, 2**20, 1e9), needs.Need(2**31, 6e9, 2**20, 1e9)), strict=True))

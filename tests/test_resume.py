@@ -1446,6 +1446,22 @@ def test_validation_patients_of_earlier_training_are_named(small, straight, camu
     assert str(straight) in line, "also when the run is resumed"
 
 
+def test_a_run_without_its_state_starts_again_from_its_initial_weights(small, straight, camus4, tmp_path):
+    """A run may be killed between its first best weights and its first state, or a user deletes ``checkpoints``."""
+    weights = f"--config.init.weights={straight}"
+    train_small(tmp_path / "run", camus4, weights)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints")
+    out = train_small(tmp_path / "again", camus4, weights)
+    assert "from the last checkpoint" not in out
+    assert_same_end(tmp_path / "again", tmp_path / "run", 6)
+    best = [[p.name for p in (tmp_path / name / "best").iterdir()] for name in ("run", "again")]
+    assert best[0] == best[1]
+    shutil.rmtree(tmp_path / "again" / "checkpoints")
+    with pytest.raises(UserError, match="another config"):
+        train_small(tmp_path / "again", camus4, weights, "--config.seed=7")
+
+
 def test_the_origin_of_the_weights_is_that_of_this_start(small, straight, camus4, tmp_path):
     """A run that ended before its first checkpoint leaves no report of its weights to the next one in its folder."""
     (tmp_path / "run").mkdir()

@@ -7,11 +7,12 @@
   authors   a file that the paper's authors released, or a network trained with their code
   xdim      a file that this command wrote, or the workdir of a run, to inflate it or to write it as one file
 
-The command writes OUT.safetensors and OUT.json. OUT.json records the hash of the source and how every array was
-converted. For a 2D encoder it also records the largest difference between a forward pass of the converted weights and
-one of timm's model; for an encoder that is inflated, the difference from the 2D encoder.
+The command writes the file --out, and a report with the same name and the suffix .json. The report has the hash of the
+source, and how every array was converted. For a 2D encoder that is converted from PyTorch, it also has the largest
+difference between its features and those of the original model (with batch norm only). For an inflated encoder, it has
+the largest difference from the features of the 2D encoder.
 With --to-torch the conversion is reversed: a file that this command wrote, or the workdir of a run, is converted to a
-state_dict with the names of --source.
+state_dict whose arrays have the names that --source selects.
 """
 
 import argparse
@@ -51,24 +52,31 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser("weight_port", __doc__ or "", EXAMPLES)
     parser.add_argument("--source", required=True, choices=("timm", "pypi", "authors", "xdim"))
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help="file to write: .safetensors; with --to-torch also .pth"
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="file to write, *.safetensors; with --to-torch also *.pth",
     )
     parser.add_argument(
         "--from-file",
         type=Path,
         metavar="FILE",
-        help="file to read; default with --source=timm: download from the Hugging Face hub",
+        help="file to read, or a workdir with --source=xdim or --to-torch; default with --source=timm: download from "
+        "the Hugging Face hub",
     )
     parser.add_argument(
         "--model", metavar="NAME", help="name of the model in timm, e.g. tf_efficientnet_b0.ns_jft_in1k"
     )
     parser.add_argument("--network", choices=tuple(authors.NETWORKS), help="network that the authors' file contains")
-    parser.add_argument("--part", choices=("all", "encoder"), default="all", help="part of a network; default all")
+    parser.add_argument(
+        "--part", choices=("all", "encoder"), default="all", help="part of a network to convert; default all"
+    )
     parser.add_argument(
         "--to-torch", action="store_true", help="convert a file of this command (or a workdir) to a PyTorch state_dict"
     )
     parser.add_argument("--no-probe", action="store_true", help="do not compare forward passes")
-    group = parser.add_argument_group("inflation", "pydoc xdim_jax.nets.inflate describes the rules")
+    group = parser.add_argument_group("inflation", "the rules are described by: python -m pydoc xdim_jax.nets.inflate")
     group.add_argument(
         "--inflate", choices=RULES, metavar="RULE", help=f"inflate from 2D to 3D by this rule: {', '.join(RULES)}"
     )
@@ -81,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         help="another rule for the layers that match, e.g. 'blocks.0.*=centre'; may be given several times",
     )
     group.add_argument("--sigma", type=float, help="standard deviation for rule gaussian, in taps; default 1")
-    group.add_argument("--spacing", type=float, help="slice spacing / in-plane spacing, for rule spacing; default 1")
+    group.add_argument(
+        "--spacing", type=float, help="slice spacing divided by in-plane spacing, for rule spacing; default 1"
+    )
     group.add_argument(
         "--seed", type=int, default=0, help="random seed of rule random, and of --channel-rule=randn; default 0"
     )
@@ -92,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         help="strides along the new axis, 1 or 2 per level, finest first; default 2",
     )
     group.add_argument("--squeeze", choices=SQUEEZES, help="pooling of squeeze-and-excitation; default volume")
-    group = parser.add_argument_group("input channels", "pydoc xdim_jax.nets.input_channels describes the rules")
+    group = parser.add_argument_group(
+        "input channels", "the rules are described by: python -m pydoc xdim_jax.nets.input_channels"
+    )
     group.add_argument("--channels", type=int, metavar="N", help="number of input channels; default: as in the source")
     group.add_argument("--channel-rule", choices=CHANNEL_RULES, help="default cycle if the number of channels changes")
     group.add_argument("--channel-map", metavar="C,C,...", help="source channels for rule map, counted from 0")
@@ -125,7 +137,9 @@ def main(argv: Sequence[str]) -> int:
     report["arrays"] = {n: {"done": d, "shape": _shape(converted.arrays, n)} for n, d in done.items()}
     report["unused"] = {n: list(a.shape) for n, a in converted.unused.items()}
     report |= {"kind": converted.kind, "model": converted.model}
-    used = {word for how in done.values() for word in how.split(" then ")}  # rules, among others
+    used = {
+        word for how in done.values() for word in how.split(" then ")
+    }  # words of the descriptions, which include the rules
     inexact = used & set(RULES) - {"centre", "repeat_uncorrected"} or options.inflate == "repeat_uncorrected"
     report["zero_padding"] = bool(options.inflate and inexact) and options.depth_padding in (None, "zero")
     path = options.out.with_suffix(".json")
@@ -146,7 +160,9 @@ def _check(options: argparse.Namespace) -> None:
     if options.source == "authors" and not options.network and not options.to_torch:
         problems.append(f"--source=authors needs --network: {', '.join(authors.NETWORKS)}")
     if options.from_file is None and (options.source not in ("timm", "pypi") or options.to_torch):
-        problems.append("--from-file is needed, except to read with --source=timm or --source=pypi")
+        problems.append(
+            "--from-file is missing; only --source=timm and --source=pypi without --to-torch can do without"
+        )
     if options.to_torch and options.source == "xdim":
         problems.append("--to-torch needs --source=timm, pypi or authors, which selects the names to write")
     if options.to_torch and (options.inflate or options.channels or options.channel_rule or options.part != "all"):
@@ -268,11 +284,13 @@ def _shape(arrays: Mapping[str, np.ndarray], name: str) -> list[int] | None:
 def _log_summary(out: Path, path: Path, converted: Weights, report: Mapping[str, Any]) -> None:
     read_weights(out)  # check that the file can be read
     if report.get("zero_padding"):
-        log.say("padding    zeros along the depth, as in the released code: for a volume of identical slices, features")
         log.say(
-            "           differ from those in 2D. With --depth-padding=edge or renorm they are equal for the rules mean,"
+            "padding    zeros along the new axis, as in the authors' code: for a volume of identical slices, the 3D"
         )
-        log.say("           repeat, gaussian and spacing")
+        log.say(
+            "           features differ from the 2D features. With --depth-padding=edge or renorm, they are equal for"
+        )
+        log.say("           the rules mean, repeat, gaussian and spacing")
     log.say(f"wrote      {out}: {converted.kind} {converted.model['name']}, {len(converted.arrays)} arrays")
     for result in report["probes"]:
         if "skipped" in result:

@@ -1,8 +1,8 @@
 """Conversion of the authors' released networks to this package and back.
 
 docs/networks.md describes the authors' code. Their networks contain a classification head that is never used. Its
-arrays are kept under ``unused/``. The reverse conversion writes these arrays, or zeros if they were not kept, because
-``load_state_dict`` expects them.
+arrays are kept under ``unused/``. The reverse conversion writes these arrays, because ``load_state_dict`` expects them.
+If they were not kept, it writes a kernel of zeros and an identity norm.
 """
 
 import re
@@ -20,7 +20,7 @@ from xdim_jax.nets.encoders import CONVENTIONS
 from xdim_jax.nets.encoders.efficientnet import MEMBERS, scaled_channels
 from xdim_jax.nets.weights import Weights, abstract_encoder, encoder_section, flatten
 
-HEAD = 1280  # number of filters of the classification head of EfficientNet-B0; scaled by the width of other sizes
+HEAD = 1280  # filters of the classification head of EfficientNet-B0; other sizes except Lite multiply it by their width
 _DEPTH = {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)}
 _DROP_PATH = 0.4  # rate of stochastic depth of every released network
 
@@ -119,7 +119,7 @@ def convert(source: Source, network: str) -> Weights:
     module, rename, prefix = structure(section)
     what = f"the weights of {source.record['file']} (as --network={network})"
     unused = tuple(f"{prefix}{part}" for part in ("conv_head.", "norm_head."))
-    hint = f"If the file contains another network, give it with --network. Known: {', '.join(NETWORKS)}"
+    hint = f"If the file contains another network, give its name with --network. Known: {', '.join(NETWORKS)}"
     arrays, ignored = import_state(source.state, module, rename, unused, what, hint)
     kind = "encoder" if "ndim" in section else "network"
     return Weights(kind, section, arrays, ignored, {"from": "authors", "network": network, **source.record})

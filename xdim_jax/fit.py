@@ -48,6 +48,7 @@ from xdim_jax.training.check import resolve_config
 from xdim_jax.training.train import train_one_by_one
 
 STEPS = ("verify", "plan", "prepare", "train", "evaluate")
+_ASKED = {"section": "--dataset, --root or the options of the data set"}  # names in messages, where they differ
 VERIFY_FILE = "verify.json"
 RECIPE_FILE = "recipe.py"
 
@@ -123,26 +124,27 @@ def _parser() -> argparse.ArgumentParser:
         __doc__ or "",
         "Values of the recipe can be overridden: --config.<key>=<value>.\n\n"
         f"Exit status: 0 done; 1 verify found errors; 2 unusable input; {REQUEUE} stopped by SIGTERM, SIGUSR1 or "
-        "SIGHUP, and\n130 by Ctrl-C: run the same command again to resume.\n\n"
+        f"SIGHUP;\n130 stopped by Ctrl-C. After {REQUEUE} or 130, run the same command again to resume.\n\n"
         "example:\n  python -m xdim_jax.fit --root=/data/Dataset001_Name --workdir=runs/own --hours=8",
     )
     add = parser.add_argument
     add("--dataset", choices=list(DATASETS), default="nnunet", help="format of the data set (default: %(default)s)")
     add("--root", type=Path, required=True, help="folder of the data set")
     add("--workdir", required=True, help="folder for all results, created if it does not exist")
-    add("--hours", type=float, default=8.0, help="time for training all folds on this machine (default: %(default)s)")
+    add("--hours", type=float, default=8.0, help="hours for training all folds on this machine (default: %(default)s)")
     add(
         "--memory",
         default="",
         metavar="SIZE",
-        help="memory for a training step, e.g. 16GiB (default: 90 %% of device memory; on CPU 60 %% of host memory)",
+        help="memory of a training step per device, e.g. 16GiB (default: 90 %% of what JAX allocates; on CPU 60 %% of "
+        "host memory)",
     )
     add(
         "--folds",
         type=int,
         default=0,
-        help="number of folds (default: those of the list that comes with the data; without one, 5, or the number of "
-        "patients)",
+        help="number of folds (default: that of the list that comes with the data; without a list, 5, or one per "
+        "patient if there are fewer patients)",
     )
     add("--store", default="", help="folder of the prepared cases (default: <root>_prepared)")
     add(
@@ -151,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         default=os.cpu_count() or 1,
         help="number of cases that are read concurrently (default: one per core)",
     )
-    add("--steps", choices=STEPS, default=STEPS[-1], help="last step (default: %(default)s)")
+    add("--steps", choices=STEPS, default=STEPS[-1], help="run the steps up to this one (default: %(default)s)")
     add_options(parser)
     return parser
 
@@ -221,8 +223,8 @@ def _plan(section: dict[str, Any], recipe: Path, options: argparse.Namespace) ->
         known = read_json(record)
         if changed := [key for key in asked if key in known and known[key] != asked[key]]:
             raise UserError(
-                f"{recipe} was planned with other {', '.join(changed)}; give another --workdir, or delete this file to "
-                "plan again"
+                f"{recipe} was planned with different values of {', '.join(_ASKED.get(key, key) for key in changed)}; "
+                "give another --workdir, or delete this file to plan again"
             )
         log.say(f"plan       {recipe} exists and is used; delete it to plan again")
         return

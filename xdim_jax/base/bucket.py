@@ -4,9 +4,10 @@ A run works in a local folder. Its files are uploaded to the bucket every 30 sec
 interrupted, the bucket may contain a part of a checkpoint. Therefore each upload ends with a manifest of all files, and
 a machine that resumes the run downloads only the files of the manifest.
 
-Next to the local folder there are two files: a lock, which a command that writes holds until its last upload has ended;
-and, while files may not be uploaded yet, a record of the last upload. If the last upload fails or the process is
-killed, the next command that writes uploads these files first. Commands that only read use another local folder.
+Next to the local folder there are two files. A command that writes holds a lock until its final upload has ended. A
+record of the last complete upload exists while some local files are possibly not uploaded. If the final upload fails or
+the process is killed, the next command that writes uploads the remaining files first. Commands that only read use
+another local folder.
 """
 
 import contextlib
@@ -75,7 +76,7 @@ def fetch(text: str | Path) -> Path:
 def _download(address: str) -> tuple[Path, bool]:
     """Download a workdir for reading; return its local folder, and whether there is a run at the address."""
     mirror = Mirror(address, writes=False)
-    with mirror.lock(wait=math.inf):  # until another command has downloaded the files
+    with mirror.lock(wait=math.inf):  # wait for another command that downloads the same files
         found = mirror.pull()
         mirror.folder.mkdir(parents=True, exist_ok=True)
     return mirror.folder, found
@@ -83,7 +84,7 @@ def _download(address: str) -> tuple[Path, bool]:
 
 @contextlib.contextmanager
 def workdir(text: str | Path, *, writes: bool = True) -> Iterator[Path]:
-    """Context manager that yields the path of a workdir for writing.
+    """Context manager that yields the local path of a workdir, and uploads changed files to its bucket if ``writes``.
 
     Args:
         text: A path, or an address in a bucket. Files of a bucket are downloaded at the beginning.
@@ -163,11 +164,11 @@ class Mirror:
         self._id = uuid.uuid4().hex
         self._found = ""  # id of the manifest that was last downloaded or uploaded; "" if there was none
         self._sent: dict[str, tuple[int, int]] = {}  # path -> size and modification time when it was uploaded
-        # exists while files may not be uploaded yet
+        # record of the last complete upload; exists while some local files are possibly not uploaded
         self._record = self.folder.with_name(f"{self.folder.name}.unsent.json")
 
     def lock(self, wait: float = WAIT_SECONDS) -> contextlib.AbstractContextManager[Any]:
-        """Lock the local folder until the returned context manager ends.
+        """Lock the local folder. The lock is released when the returned context manager exits.
 
         Args:
             wait: Time in seconds to wait for another process that has the lock.
@@ -190,14 +191,15 @@ class Mirror:
         if self._record.is_file():
             record = read_json(self._record)
             sent = {path: tuple(state) for path, state in record["files"].items() if (self.folder / path).is_file()}
-            # the process that launched this one may have written its log
+            # the log is ignored: the process that launched this one, such as a sweep worker, may have written to it
             if any(self._state(path) != sent.get(path) for path in self._files() if path != LOG_FILE):
                 with bucket_errors(self.address, "read"):
                     found, _ = self._read_manifest()
                 if found in record["manifests"]:
                     say(f"bucket     {self.address}: uploading the files that an earlier command could not upload")
                     self._found, self._sent = found, sent
-                    # an upload whose answer is lost counts as our own
+                    # this upload may write its manifest and still fail; with our id in the record, a later `resume`
+                    # recognises the manifest
                     write_json(self._record, record | {"manifests": [*record["manifests"], self._id]})
                     self._push_all()
                 else:
@@ -220,7 +222,9 @@ class Mirror:
         )
 
     def pull(self) -> bool:
-        """Download the files of the manifest, and delete all other local files.
+        """Download the files of the manifest, and delete other local files except the log, locks and unfinished files.
+
+        A local log is extended in place, because the process that launched this one may have opened it.
 
         Returns:
             False if the bucket has no manifest, that is, no run.
@@ -231,7 +235,7 @@ class Mirror:
         with bucket_errors(self.address, "read"):
             self._found, wanted = self._read_manifest()
             for path in self._files():
-                if path not in wanted and path != LOG_FILE:  # the process that launched this one may be writing its log
+                if path not in wanted and path != LOG_FILE:
                     (self.folder / path).unlink()
             for path, size in wanted.items():
                 here = self.folder / path
@@ -240,9 +244,13 @@ class Mirror:
                     here.parent.mkdir(parents=True, exist_ok=True)
                     part = here.with_name(f".partial.{here.name}")
                     self._fs.get_file(f"{self._root}/{path}", str(part))
-                    part.replace(here)
+                    if path == LOG_FILE and here.is_file():
+                        _merge_log(part, here)
+                    else:
+                        part.replace(here)
             self._drop_empty()
-            self._sent = {path: self._state(path) for path in wanted}
+            # a log that has lines of this machine is not yet uploaded
+            self._sent = {path: self._state(path) for path in wanted if self._state(path)[0] == wanted[path]}
         if self._found:
             say(f"bucket     {self.address}: {len(wanted)} files, local copy in {self.folder}")
         return bool(self._found)
@@ -259,14 +267,17 @@ class Mirror:
         """
         with bucket_errors(self.address, "written"):
             for _ in range(5):
+                changed: list[str] = []
                 try:
                     state = {path: self._state(path) for path in self._files()}
                     changed = [path for path, found in state.items() if self._sent.get(path) != found]
                     for path in changed:
                         self._fs.put_file(str(self.folder / path), f"{self._root}/{path}")
                     break
-                except FileNotFoundError:  # an old checkpoint has just been deleted: list the files again
-                    continue
+                except FileNotFoundError:
+                    if all((self.folder / path).exists() for path in changed):
+                        raise  # there is no such bucket
+                    continue  # an old checkpoint has just been deleted: list the files again
             else:
                 raise OSError(errno.EBUSY, "files change too fast", str(self.folder))
             if state == self._sent:
@@ -317,7 +328,7 @@ class Mirror:
             self._record.unlink(missing_ok=True)
 
     def _push_all(self) -> None:
-        """Upload all changed files. The message of a failure says where the files are."""
+        """Upload all changed files. If this fails, the error message names the local folder of the files."""
         try:
             self.push()
         except UserError as error:
@@ -331,7 +342,7 @@ class Mirror:
             manifest = json.loads(self._fs.cat_file(f"{self._root}/{MANIFEST}"))
         except FileNotFoundError:
             return "", {}
-        if "files" not in manifest:  # of an earlier version: path -> size
+        if "files" not in manifest:  # written by an earlier version of this package, as path -> size
             return "earlier", manifest
         return manifest["id"], manifest["files"]
 
@@ -360,3 +371,15 @@ class Mirror:
         for folder in sorted((p for p in self.folder.rglob("*") if p.is_dir()), reverse=True):
             if not any(p.is_file() for p in folder.rglob("*")):
                 shutil.rmtree(folder)
+
+
+def _merge_log(downloaded: Path, log: Path) -> None:
+    """Insert the downloaded log before the lines that only the local log has, and delete the downloaded file.
+
+    The local file is changed in place: other processes that append to it continue at its end.
+    """
+    earlier, here = downloaded.read_bytes(), log.read_bytes()
+    if not here.startswith(earlier):  # else the local log has all lines of the downloaded one
+        with open(log, "r+b") as file:
+            file.write(earlier if earlier.startswith(here) else earlier + here)
+    downloaded.unlink()

@@ -38,7 +38,7 @@ class Preparation:
             its nonzero voxels, and to keep zeros; or "none".
 
     Raises:
-        UserError: Lists every value that is not allowed.
+        UserError: Values are not allowed. The error lists all of them, or one that is not a tuple of numbers.
     """
 
     crop: str = "none"
@@ -57,8 +57,10 @@ class Preparation:
         numbers = {"spacing": self.spacing, "size": self.size, "window": self.window}
         numbers["ct_statistics"] = self.ct_statistics
         for name, values in numbers.items():
-            if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-                raise UserError(f"config.data.prepare.{name}={values}: expected numbers")
+            if not isinstance(values, list | tuple) or not all(
+                isinstance(v, int | float) and math.isfinite(v) for v in values
+            ):
+                raise UserError(f"config.data.prepare.{name}={values!r}: expected a tuple of numbers")
             kind = int if name == "size" else float  # 1 and 1.0 have the same digest
             object.__setattr__(self, name, tuple(kind(v) for v in values))
         if self.spacing and (len(self.spacing) != 3 or any(v and not 1e-5 <= v <= 100 for v in self.spacing)):
@@ -78,7 +80,7 @@ class Preparation:
 
     @staticmethod
     def from_config(section: Mapping[str, Any]) -> "Preparation":
-        """Return the preparation in a section of a config or record. Raises UserError if a value is not allowed."""
+        """Return the preparation of a ``data.prepare`` section. Raises UserError if a value is not allowed."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in section.items()}
         if unknown := values.keys() - {f.name for f in dataclasses.fields(Preparation)}:
             raise UserError(f"config.data.prepare has unknown keys: {', '.join(sorted(unknown))}")
@@ -94,8 +96,8 @@ class Prepared:
         label: Label indices, uint8 (D, H, W); None if the case has no reference.
         shift: One number per channel; the input of the network is ``(raw - shift) * scale``.
         scale: One number per channel.
-        masked: For each channel, True if standardisation leaves voxels that are 0 unchanged. In a store, one value for
-            all channels is possible.
+        masked: For each channel, True if standardisation leaves voxels that are 0 unchanged. Stores of earlier
+            versions have one value for all channels.
         box: Box of the source array to which the case was cropped.
         source: Shape (D, H, W) of the source array.
         spacing: Spacing in mm along D, H, W of the prepared grid.
@@ -148,13 +150,13 @@ def prepare(case: Case, volume: Volume, settings: Preparation) -> Prepared:
     spacing = tuple(s * n / m for s, n, m in zip(volume.grid.spacing, image.shape, shape, strict=False))
     ct = ct_channels(case.channels, case.info.get("modality", ""))
     zeros = settings.normalise == "zscore_nonzero"
-    # in CT that is standardised by fixed numbers, 0 is the value of water
+    # in CT that is standardised by fixed numbers, 0 HU is water, and not background
     masked = [zeros and not (settings.ct_statistics and channel in ct) for channel in range(image.shape[3])]
     background = (image == 0) & masked if shape != image.shape[:3] and zeros else None
     if shape != image.shape[:3]:
         image = resample(image, shape)
         label = label if label is None else resample_nearest(label, shape)
-        if background is not None:  # interpolation makes background voxels near the edge of the brain nonzero
+        if background is not None:  # interpolation makes background voxels next to the foreground nonzero
             image[resample_nearest(background, shape)] = 0
     limits = None
     if settings.window and ct:
@@ -287,7 +289,10 @@ def _moments(channel: np.ndarray, *, masked: bool) -> tuple[float, float]:
 
 
 def _compact(image: np.ndarray, limits: Sequence[tuple[float, float]] | None) -> np.ndarray:
-    """Return a copy clipped to the limits of every channel: int16 if it represents all values exactly, else float32."""
+    """Return the image clipped to the limits of every channel: int16 if that is exact, else float32.
+
+    The result may be ``image`` itself.
+    """
     bounds = np.array(limits, np.float32).T if limits else None
     whole = _clipped(image, bounds, np.int16)
     if whole is not None:

@@ -8,13 +8,14 @@ The store is a folder of memory-mapped files:
                                       /voxels.npy   int32: flat indices of labelled voxels, sorted by structure
                                       /case.json    the other attributes of `Prepared`, and the source files
 
-A store in a bucket has the same structure, with zarr arrays. The key is a digest of this format's version, the name,
-channels and labels of the data set, and the settings of the preparation. The name of an entry contains a digest of the
-case's source files. The arrays of a valid entry are therefore never replaced, and runs can read them while other
-processes prepare cases. An entry is found by the names, sizes
-and modification times of the source files; if these differ, the contents are compared. An entry is written completely
-or not at all, so an interrupted preparation can be resumed, and several processes can prepare cases into one folder. If
-source files change, their old entries are not deleted. To free the space, delete the folder.
+A store in a bucket has zarr arrays, in a subfolder of each entry (`xdim_jax.data.store_backends`). The key is a digest
+of this format's version, the name, channels and labels of the data set, and the settings of the preparation. The name
+of an entry contains a digest of the case's source files. The arrays of a valid entry are therefore never replaced, and
+runs can read them while other processes prepare cases. An entry is found by the names, sizes and modification times of
+the source files; if these differ, the contents are compared. An entry is written completely or not at all, so an
+interrupted preparation can be resumed, and several processes can prepare cases into one folder. The entries of source
+files that have changed are not deleted. To free their space, delete ``<folder>/<key>`` while no run uses it; the next
+run prepares the cases again.
 """
 
 import concurrent.futures
@@ -104,7 +105,7 @@ class Entry:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:  # ValueError includes UserError
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:  # UserError is a ValueError
             raise UserError(
                 f"the prepared case {self.location} cannot be read, or is damaged ({type(error).__name__}: {error}); "
                 "delete it, and run the same command again to prepare it again"
@@ -138,14 +139,14 @@ def store_key(dataset: Dataset, settings: Preparation, *, named: bool = False) -
 
 
 def open_store(dataset: Dataset, settings: Preparation, base: Location) -> StoreBackend:
-    """Return the store for a data set and settings, which is created if it does not exist.
+    """Return the store for a data set and settings. It is created if it does not exist.
 
     A store of an earlier version is used if there is no other one.
 
     Args:
         dataset: Data set of the cases.
         settings: How they are prepared.
-        base: Folder or address of the stores of all settings.
+        base: Parent folder (or address) of the stores, which has one store for each key.
 
     Raises:
         UserError: The store cannot be written.
@@ -184,7 +185,7 @@ def prepare_cases(
         dataset: Data set of the cases.
         cases: Cases to prepare.
         settings: How they are prepared.
-        base: Folder or address of the stores of all settings.
+        base: Parent folder (or address) of the stores, which has one store for each key.
         jobs: Number of threads; each has one case in memory.
         say: Called with lines for the log. After the first case, a line estimates the size of the other cases.
         progress: Called with the number of prepared cases and the number of cases to prepare.
@@ -294,7 +295,7 @@ def _check_space(
 
 
 def _prepared_voxels(case: Case, settings: Preparation) -> int:
-    """Return the number of voxels of a case after resampling, before cropping; 0 if its header cannot be read."""
+    """Return the number of voxels of a case after resampling, if it is not cropped; 0 if its header cannot be read."""
     try:
         grid = read_grid(case.images[0], case.axes)
     except UserError:
@@ -344,7 +345,7 @@ def _location(backend: StoreBackend, case: Case, content: str) -> Location:
 
 
 def _is_valid(metadata: Any, case: Case) -> bool:
-    """Return whether an entry was prepared with the current attributes of the case."""
+    """Return whether an entry is complete, and has the axes and the patient of the case."""
     try:
         same = metadata["axes"] == case.axes and metadata["patient"] == case.patient
         return same and metadata["structures"] is not None

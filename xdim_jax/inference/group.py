@@ -60,8 +60,10 @@ class Group:
         """Return a line of text about windows, test-time flips and the number of networks."""
         patch = " x ".join(map(str, self.config.data.patch))
         axes = ", ".join("DHW"[a] for a in self.resolved.flips)
+        windows = self.segmenter.windows
+        count = f"up to {windows.patch[0]} slices" if windows.slices else str(windows.batch)
         parts = [
-            f"windows of {patch}, overlap {self.resolved.overlap:g}, {self.segmenter.windows.batch} at once",
+            f"windows of {patch}, overlap {self.resolved.overlap:g}, {count} at once",
             f"flipped along {axes}" if axes else "not flipped",
             f"{self.members} networks" if self.members > 1 else "1 network",
         ]
@@ -186,7 +188,8 @@ def weights_digest(config: Any, members: Sequence[Any], resolved: ResolvedSettin
         "rest": [resolved.threshold, sorted(resolved.largest), resolved.precision, resolved.flips],
     }
     if len(config.data.patch) == 2:
-        facts["blending"] = "in the plane"  # earlier versions, which also weighted slices, have another digest
+        # earlier versions also applied Gaussian weights along D, so their predictions must have another digest
+        facts["blending"] = "in the plane"
     if resolved.min_volume:
         facts["min_volume"] = resolved.min_volume
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
@@ -212,7 +215,7 @@ def segment_with_groups(
     Every network has the same weight. The probabilities of all voxels are kept in memory.
 
     Args:
-        groups: Groups, whose segmenters compute probabilities.
+        groups: Groups. The extra outputs of their segmenters include ``probabilities`` and ``extra_outputs``.
         output: Meaning of the channels.
         prepared: For each group, the case as the group prepares it.
         sink: Function that receives the extra outputs, slice by slice.

@@ -22,7 +22,7 @@ from xdim_jax.inference.output import Output
 from xdim_jax.inference.windows import Layout, Windows, batched, gaussian_weights, make_layout, read_window
 
 _DECODED = 8  # number of slices that are decoded to labels at once
-SLICES = 8  # for a 2D network, a window has this number of slices, times the batch
+SLICES = 8  # for a 2D network, a window has up to this number of slices, times the batch
 
 # weights, images (B, *patch, C) -> logits (B, *patch, channels)
 Forward = Callable[[Any, jax.Array], jax.Array]
@@ -51,8 +51,8 @@ class Segmenter:
         threshold: Threshold of the probabilities, for all regions or by region; not used with softmax.
         members: Number of networks (e.g. folds) whose weights are stacked along a first axis, and whose probabilities
             are averaged. 0 for one network, whose weights are not stacked.
-        extra_outputs: Names of the values that a sink receives: ``probabilities``, and ``uncertainty`` (the variance
-            over members and flips, averaged over channels, and blended like the probabilities).
+        extra_outputs: Any of ``probabilities`` and ``uncertainty`` (the variance over members and flips, averaged over
+            channels, and blended like the probabilities). A sink receives these values.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class Segmenter:
     # The following methods are traced: they run on the device.
 
     def _probabilities(self, weights: Any, image: jax.Array, member: jax.Array, flips: jax.Array) -> jax.Array:
-        """Return the probabilities of a batch of windows by one network, computed on flipped windows."""
+        """Return the probabilities that one network computes for a batch of flipped windows, flipped back."""
         if self.members:
             weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, member, 0, keepdims=False), weights)
         if not any(self.windows.flips):
@@ -313,7 +313,7 @@ def _mirror(array: jax.Array, flips: jax.Array) -> jax.Array:
 
 
 def _shift_slices(buffer: jax.Array, by: jax.Array) -> jax.Array:
-    """Move the slices of the buffer ``by`` places towards the first one, in place; the last slices become 0."""
+    """Shift the slices of the buffer towards index 0 by ``by``, in place; the last ``by`` slices become 0."""
     slices = buffer.shape[0]
 
     def move(i: jax.Array, buffer: jax.Array) -> jax.Array:

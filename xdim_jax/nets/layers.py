@@ -44,11 +44,12 @@ class Depth:
 
     Attributes:
         axis: Position of the axis: 0 for depth (or time), 1 for height, 2 for width.
-        padding: Padding along this axis: ``zero``, as in the released code; ``edge``, which repeats the outermost
+        padding: Padding along this axis: ``zero``, as in the authors' code; ``edge``, which repeats the outermost
             slice; ``renorm``, which pads with zeros and divides by the fraction of the kernel that is inside the
             volume. `xdim_jax.nets.inflate` states with which paddings inflation is exact.
-        squeeze: Squeeze-and-excitation pools over the ``volume``, as in the released code, or over each ``slice``.
-        strides: Strides along this axis of the five levels, finest first: 2 as in the plane, or 1 to keep all slices.
+        squeeze: Squeeze-and-excitation pools over the ``volume``, as in the authors' code, or over each ``slice``.
+        strides: For each of the five levels, finest first, the stride along this axis: 2 as in the plane, or 1 to keep
+            all slices.
     """
 
     axis: int = 0
@@ -98,7 +99,7 @@ class Style:
         return tuple(sides)
 
     def strides(self, level: int) -> tuple[int, ...]:
-        """Return the strides of the layer that halves the plane for a level; along depth, its stride may be 1."""
+        """Return the strides of the downsampling layer of a level: 2 in the plane, and 1 or 2 along the depth axis."""
         return self.window(2, self.depth.strides[level])
 
     @property
@@ -160,8 +161,8 @@ class Conv(nnx.Module):
         depthwise: True for one kernel per channel.
         bias: True to add a bias.
         gain: Gain of the random kernel; see `random_kernel`.
-        norm: Name of the norm in the same module that normalises the output; None if there is none. The inflation rule
-            ``repeat`` corrects the statistics of this norm.
+        norm: Attribute name of the norm that normalises the output, in the module that has this convolution; None if
+            there is none. The inflation rule ``repeat`` corrects the statistics of this norm.
         rngs: Random numbers of the kernel.
     """
 

@@ -46,7 +46,8 @@ class Weights:
     Attributes:
         kind: ``encoder`` or ``network``.
         model: For a network, the ``model`` section of its config. For an encoder, the arguments of
-            `xdim_jax.nets.encoders.make_encoder` without ``drop_path``, and with ``in_channels`` for ``channels``.
+            `xdim_jax.nets.encoders.make_encoder` except ``drop_path``; the argument ``channels`` has the key
+            ``in_channels``.
         arrays: Arrays by their path in the encoder or network.
         names: Meaning of the channels of a network; None if it is not known.
         unused: Parts of the source that no network uses, with the names and the layout of the source.
@@ -74,7 +75,7 @@ def write_weights(path: Path, weights: Weights) -> None:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically, with the permissions of the umask.
+    """Write a safetensors file atomically, with the default permissions (umask).
 
     Args:
         path: File to write.
@@ -141,7 +142,7 @@ def _read_names(record: Any, path: Path) -> Names | None:
     except (TypeError, KeyError) as error:
         expected = ", ".join(field.name for field in dataclasses.fields(Names))
         raise UserError(
-            f"names in the header of {path}: found {record!r}, expected {expected}: write the file again"
+            f"the names in the header of {path} are damaged: found {record!r}, expected {expected}. Write it again"
         ) from error
 
 
@@ -357,8 +358,8 @@ def inflate_network(weights: Weights, depth: Mapping[str, Any], inflation: Infla
     """
     if weights.kind != "network" or weights.model["name"] != "omnianet":
         raise UserError(
-            f"only an Omnia-Net can be inflated as a whole; found {weights.kind} {weights.model['name']}. For DX-Net, "
-            "inflate the encoder (--part=encoder)"
+            f"only an Omnia-Net can be inflated as a whole; found {weights.kind} {weights.model['name']}. To "
+            "initialise a DX-Net from these weights, inflate their encoder alone (--part=encoder)"
         )
     depth = dataclasses.asdict(Depth(**depth))
     section = {**weights.model, "name": "dxnet", "depth": depth}
@@ -383,24 +384,25 @@ def load(
 ) -> tuple[Any, Any, dict[str, str]]:
     """Load the weights of an encoder into the encoder of a network, or the weights of a network into a whole network.
 
-    If the weights of a network and ``names`` state the names of channels and outputs, the weights may belong to other
-    image channels, other outputs or other depth strides, see `xdim_jax.nets.fine_tuning`.
+    If both ``weights.names`` and ``names`` are given, weights of a network are adapted if the image channels, the
+    outputs, deep supervision, or the depth strides or padding differ; see `xdim_jax.nets.fine_tuning`.
 
     Args:
         config: The ``model`` section of the network.
         params: Parameters of the network, a nested dict. Their dtypes are preserved.
         stats: Running statistics of the network, a nested dict.
-        weights: Weights of an encoder, or of a network. The section of the network must be the same except for
-            stochastic depth and, if names are stated, for the keys in `xdim_jax.nets.fine_tuning.FREE`. Weights of an
-            Omnia-Net are inflated for a DX-Net, see `inflate_network`.
+        weights: Weights of an encoder, or of a network. With ``require``, ``weights.model`` of a network must equal
+            ``config`` except for stochastic depth and, if both have names, for the keys in
+            `xdim_jax.nets.fine_tuning.FREE`. Weights of an Omnia-Net are inflated for a DX-Net, see `inflate_network`.
         inflation: See `adapt_encoder`. A 2D encoder or network is inflated for a 3D network. None for the default
             rules.
-        channel_rule: Rule of `xdim_jax.nets.input_channels`, used if the numbers of channels differ.
+        channel_rule: Rule of `xdim_jax.nets.input_channels`, used for weights of an encoder if the numbers of channels
+            differ.
         accept: See `adapt_encoder`.
-        require: True to raise an error if the section of the network differs, or an array of the weights or of the
-            network (or its encoder) has no counterpart of the same shape. False to omit such arrays of the weights,
-            and to leave such arrays of the network unchanged. If names are stated, channels and outputs are matched by
-            name in both cases, and an array without a counterpart is never an error.
+        require: True to raise an error if the model sections differ, or if an array exists on one side only or has
+            another shape. False to skip such arrays; those of the network keep their values. If both sides have
+            names, an array that exists on one side only is never an error, and with True only a shape that cannot
+            be adapted is one.
         names: Names of the image channels and outputs of the network; None if they are not stated.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The figures of a report: training curves, box plots, agreement of volumes, and cases with their errors.
+"""The figures of a report: calibration, training curves, box plots, agreement of EF and volumes, and cases.
 
 `render_template` puts the figures into an HTML page.
 """
@@ -25,9 +25,9 @@ COLOURS = {
     "liver": RED, "right kidney": YELLOW, "left kidney": BLUE, "spleen": GREEN,
     "WT": GREEN, "SNFH": GREEN, "TC": RED, "NETC": RED, "ET": YELLOW, "RC": BLUE,
 }  # fmt: skip
-# names in the legend of structures over which others are drawn: the name of the part that remains visible
+# structures that are partly covered by others -> name in the legend, which describes the part that remains visible
 LEGEND_NAMES = {"WT": "edema (of WT)", "TC": "necrosis / non-enhancing (of TC)", "LV_epi": "myocardium (of LV_epi)"}
-ERROR_COLOURS = {"missed": "#ff00ff", "false": "#00ffff", "another structure": "#ff7f0e"}
+ERROR_COLOURS = {"missed": "#ff00ff", "false positive": "#00ffff", "another structure": "#ff7f0e"}
 _OPACITY = 0.55  # opacity of labels that are drawn over an image
 _MARGIN = 4  # margin around the structures and the body in a picture, in voxels
 
@@ -76,7 +76,7 @@ def structure_colours(structures: Sequence[str]) -> dict[str, str]:
 
 
 def draw_calibration(found: Mapping[str, Any]) -> list[Picture]:
-    """Draw reliability diagrams: the fraction of voxels that belong to a structure over the predicted probability.
+    """Draw reliability diagrams: the observed fraction of a structure's voxels against the predicted probability.
 
     Args:
         found: Content of ``calibration.json``, see `xdim_jax.scoring.calibration.calibrate`; empty if there is
@@ -123,7 +123,7 @@ def _to_float(value: Any) -> float:
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]]) -> list[Picture]:
-    """Draw loss, loss terms, learning rate, and Dice in training and validation over epochs.
+    """Draw loss, loss terms and learning rate against the epoch, and beside them training and validation Dice.
 
     Args:
         records: Records of a run, see `xdim_jax.runs.records.read_records`.
@@ -276,8 +276,8 @@ class View:
         pred: Predicted masks (D, H, W) by structure.
         ref: Reference masks (D, H, W) by structure.
         spacing: Spacing in mm along D, H, W.
-        volumetric: True to draw three orthogonal planes, False to draw two slices. An image with a single slice is
-            always drawn as one slice.
+        volumetric: True to draw three orthogonal planes, False to draw up to two slices. An image with a single slice
+            is always drawn as one slice.
     """
 
     images: Mapping[str, np.ndarray]
@@ -338,14 +338,15 @@ def draw_case(view: View, title: str, scores: str) -> Picture:
             return plane if axis == 0 else plane[::-1]  # superior on top
 
         for column, name in enumerate(columns):
-            image = cut(view.images.get(name, back))
+            image = view.images.get(name, back)
             label, palette = {
                 "reference": (cut(ref), [colours[s] for s in order]),
                 "prediction": (cut(pred), [colours[s] for s in order]),
                 "errors": (cut(errors), list(ERROR_COLOURS.values())),
             }.get(name, (None, []))
             panel = panels[row, column]
-            panel.imshow(overlay_labels(image, label, palette), aspect=spacing[y] / spacing[x], interpolation="nearest")
+            shown = overlay_labels(cut(image), label, palette, image)
+            panel.imshow(shown, aspect=spacing[y] / spacing[x], interpolation="nearest")
             panel.set_axis_off()
             if row == 0:
                 panel.set_title(name, color="white", fontsize=9)
@@ -358,8 +359,9 @@ def draw_case(view: View, title: str, scores: str) -> Picture:
 def _choose_planes(ref: np.ndarray, pred: np.ndarray, *, volumetric: bool) -> list[tuple[int, int]]:
     """Return axis and index of the planes to draw.
 
-    For a volume, these are the planes with the largest area of structures along each axis. Otherwise, these are the
-    slice with the largest area of structures, and the slice with the most errors.
+    For a volume, this is the plane along each axis that has the largest area of structures in the reference (in the
+    prediction if the reference is empty). Otherwise, these are the slice chosen in this way, and the slice with the
+    most errors, which may be the same.
     """
     if ref.shape[0] == 1:
         return [(0, 0)]
@@ -375,7 +377,7 @@ def _choose_planes(ref: np.ndarray, pred: np.ndarray, *, volumetric: bool) -> li
 
 
 def _crop_box(back: np.ndarray, *labels: np.ndarray) -> tuple[slice, ...]:
-    """Return the box of all structures and of the body: the voxels that differ from the first voxel of the image."""
+    """Return the box around all structures and the body, with a margin. Body: voxels unlike the image's first voxel."""
     mask = np.any([label > 0 for label in labels], 0) | (back != back.flat[0])
     return bounding_box(mask, _MARGIN) if mask.any() else tuple(slice(0, n) for n in back.shape)
 
@@ -385,18 +387,21 @@ def _error_map(ref: np.ndarray, pred: np.ndarray) -> np.ndarray:
     return np.select([(ref > 0) & (pred == 0), (ref == 0) & (pred > 0), ref != pred], [1, 2, 3], 0).astype(np.uint8)
 
 
-def overlay_labels(image: np.ndarray, label: np.ndarray | None, palette: Sequence[str]) -> np.ndarray:
-    """Draw translucent labels over a grey image.
+def overlay_labels(
+    plane: np.ndarray, label: np.ndarray | None, palette: Sequence[str], image: np.ndarray | None = None
+) -> np.ndarray:
+    """Draw translucent labels over a grey plane.
 
     Args:
-        image: (H, W), see `xdim_jax.pages.colours.to_grey` for the grey values.
+        plane: (H, W), see `xdim_jax.pages.colours.to_grey` for the grey values.
         label: Label map (H, W) with labels from 1, and 0 for background; None to draw the image alone.
         palette: Colours ``#rrggbb`` of the labels 1, 2, ...
+        image: The whole image of the plane, from whose values CT is recognised; None for the plane itself.
 
     Returns:
         RGB (H, W, 3) from 0 to 1.
     """
-    rgb = np.repeat(to_grey(image)[..., None], 3, -1)
+    rgb = np.repeat(to_grey(plane, image)[..., None], 3, -1)
     if label is not None:
         for number, colour in enumerate(palette, 1):
             value = np.array(to_rgb(colour)) / 255

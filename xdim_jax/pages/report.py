@@ -281,7 +281,7 @@ def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels
             images[names[k] if k < len(names) else f"image {i + k + 1}"] = array[..., k]
     wanted = [name for name in (entry.shown_channels if entry else ()) if name in images] or list(images)[:2]
     shown = None if job.structures is None else set(job.structures)
-    scored = ~np.isin(values, coding.excluded)
+    scored = coding.scored_voxels(values)
     pred_masks, ref_masks = coding.masks(found, job.pred.path), coding.masks(values, job.ref.path)
     return View(
         {name: images[name] for name in wanted if images[name].shape == values.shape},

@@ -140,9 +140,9 @@ def choose(
         ratio = float(spacing[axis] / plane)
         strides = _strides(ratio, median[axis])
         reasons["strides"] = (
-            f"the slice spacing is {spacing[axis]:.3g} mm, the in-plane spacing {plane:.3g} mm, and cases have "
-            f"{median[axis]:g} slices (median): the depth stride of a level is 2 if, before it, the slice spacing is "
-            "less than twice the in-plane spacing and there are at least 8 slices, and 1 otherwise"
+            f"after resampling, the slice spacing is {spacing[axis]:.3g} mm, the in-plane spacing {plane:.3g} mm, and "
+            f"cases have {median[axis]:g} slices (median): the depth stride of a level is 2 if its input has a slice "
+            "spacing below twice its in-plane spacing and at least 8 slices, and 1 otherwise"
         )
     factors = np.array(_factors(strides, axis))
     largest = _round_up(np.percentile(grid, 95, axis=0)[flat:], factors)
@@ -159,8 +159,8 @@ def choose(
     rule, reasons["rule"] = ("", "") if flat else _rule(ratio)
     folds, reasons["folds"] = _folds(found, official)
     reasons |= {
-        "patch": f"at this spacing, 95 % of the images have at most {_times(largest)} "
-        f"{'pixels' if flat else 'voxels'}, and a patch has at most {limit} along a side",
+        "patch": f"at a spacing of {_times(spacing[int(flat) :])} mm, 95 % of the images have at most "
+        f"{_times(largest)} {'pixels' if flat else 'voxels'}, and a patch has at most {limit} along a side",
         "batch": "",
         "output": "regions are nested, so each region has its own channel with a sigmoid"
         if nested
@@ -315,7 +315,7 @@ def _check_orientation(found: Fingerprint) -> list[str]:
 
 
 def _slice_axis(found: Fingerprint) -> int:
-    """Return the axis along which slices are stacked: the one with thick voxels, or else D."""
+    """Return the axis along which slices are stacked: one whose spacing is `_THICK` times that of the others, or D."""
     spacing = np.median(found.spacing, 0)
     axis = int(np.argmax(spacing))
     return axis if spacing[axis] > _THICK * np.delete(spacing, axis).max() else 0
@@ -326,7 +326,7 @@ def _network_reason(found: Fingerprint, flat: bool, axis: int) -> str:
     if axis:
         return (
             f"cases have {_span(slices, '.0f')} thick slices along {'DHW'[axis]}, so the network is 3D and "
-            f"{'DHW'[axis]} is its depth axis; a 2D network would segment slices along D"
+            f"{'DHW'[axis]} is its depth axis; a 2D network is not used, because it can only segment slices along D"
         )
     text = f"cases have {_span(slices, '.0f')} slices (median {np.median(slices):g})"
     return f"{text}: {'fewer than' if flat else 'at least'} {_MIN_SLICES}, so the network is {'2D' if flat else '3D'}"
@@ -335,15 +335,15 @@ def _network_reason(found: Fingerprint, flat: bool, axis: int) -> str:
 def _flat_spacing(found: Fingerprint) -> tuple[tuple[float, ...], str]:
     """Return the spacing for a 2D network, and the reason for it.
 
-    It is the median, increased if images would be too large.
+    The spacing is the median, increased if images would be too large.
     """
     plane = found.spacing[:, 1:]
     median = np.median(plane, 0)
     pixels = np.percentile(found.size[:, 1:] * plane / median, 95, axis=0).max()
     factor = max(pixels / _MAX_PIXELS, 1.0)
-    text = f"the in-plane spacing is {_span(plane, '.3g')} mm (median {median[1]:.3g} mm)"
+    text = f"the in-plane spacing is {_span(plane, '.3g')} mm; its median, {_times(median)} mm, is used"
     if factor > 1:
-        text += f"; the median times {factor:.2g}, so that 95 % of the images have at most {_MAX_PIXELS} pixels along "
+        text += f", times {factor:.2g}, so that 95 % of the images have at most {_MAX_PIXELS} pixels along "
         text += "a side"
     return (0.0, *(_rounded(v * factor) for v in median)), text
 
@@ -381,7 +381,8 @@ def _volume_spacing(found: Fingerprint, axis: int, platform: str) -> tuple[tuple
         spacing[axis] = max(spacing[axis], spacing[plane].max())
         text += (
             f"; the in-plane spacing is multiplied by {factor:.2g}, because the structures extend over "
-            f"{_times(found.extent())} mm (median) and a patch has at most {side} voxels along a side"
+            f"{_times(found.extent())} mm (median) and a patch has at most {side} voxels along a side; the slice "
+            "spacing is at least the in-plane spacing"
         )
     return tuple(_rounded(v) for v in spacing), text
 
@@ -412,16 +413,19 @@ def _intensities(found: Fingerprint) -> tuple[dict[str, Any], str]:
                 "and the nonzero voxels of each image are standardised"
             )
         else:
-            channels = "the intensities of images that are not CT" if ct else "intensities"
-            text.append(f"{channels} have no unit, so each image is standardised")
+            if ct and not every:
+                text.append("not all cases are CT, so each image is standardised, also those of CT")
+            else:
+                channels = "the intensities of images that are not CT" if ct else "intensities"
+                text.append(f"{channels} have no unit, so each image is standardised")
     return values, "; ".join(text)
 
 
 def _strides(ratio: float, slices: float) -> tuple[int, ...]:
     """Return the depth stride of each level.
 
-    It is 2 if, before this level, the slice spacing is less than twice the in-plane spacing and there are at least 8
-    slices; else 1.
+    The stride is 2 if the input of the level has a slice spacing below twice its in-plane spacing and at least 8
+    slices; otherwise it is 1.
 
     Args:
         ratio: Slice spacing divided by in-plane spacing, in the image.

@@ -1,6 +1,7 @@
 """The choices of a recipe that depend on the machine.
 
-The memory limits the patch and the batch, and the available time limits the number of steps.
+The memory limits the patch and the batch. The available time limits the number of steps, and the patch if there would
+be too few steps.
 """
 
 import dataclasses
@@ -32,9 +33,9 @@ _DEVICE_SHARE = 0.9  # fraction of the memory of an accelerator for a training s
 # preferred minimum of the sides of a patch; smaller sides are tried only if one sample per device does not fit
 # otherwise
 _MIN_SIDES = {"omnianet": 128, "dxnet": 64}
-# smallest number of training steps with pre-trained (True) and with random weights. If the available time allows fewer,
-# the patch is made smaller. With pre-trained weights and 200 training patients, 400 steps gave a Dice of 0.93; with up
-# to 50 patients, Dice increased by 0.003 between steps 200 and 400 (docs/transfer.md)
+# preferred minimum of training steps with pre-trained (True) and with random weights. If the available time allows
+# fewer, the patch is made smaller. With pre-trained weights and 200 training patients, 400 steps gave a Dice of 0.93;
+# with up to 50 patients, Dice increased by at most 0.003 between steps 200 and 400 (docs/transfer.md)
 _MIN_STEPS = {True: 400, False: 1000}
 # the largest number of steps is 2000 plus _STEPS_PER_CASE for each case, but at most _MAX_STEPS
 _MAX_STEPS = 50_000
@@ -44,6 +45,7 @@ _MAX_EPOCHS = 100
 _VALIDATION_SHARE = 0.2  # largest fraction of the time for validations
 _MAX_VALIDATIONS = 10
 _OTHER = 0.1  # fraction of the time for compiling, reading and writing
+_COARSER = "; then increased to "  # part of the reason for a spacing, see `_with_patch`
 _TIMED = 3  # number of timed steps, of which the median is returned
 
 # choices -> config and data set of the recipe
@@ -55,9 +57,15 @@ def default_memory() -> int:
 
     It is 90 % of the device memory that JAX allocates (by default, JAX allocates 75 % of the memory of a GPU); on CPU,
     60 % of the memory of the host.
+
+    Raises:
+        UserError: The accelerator does not report its memory.
     """
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit and jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu":
+        device = jax.local_devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        if not limit:
+            raise UserError(f"{device.device_kind} does not report its memory; give --memory, e.g. --memory=16GiB")
         return int(limit * _DEVICE_SHARE)
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _HOST_SHARE)
 
@@ -79,9 +87,9 @@ def fit_memory(choices: Choices, budget: int, build: Build, say: Callable[[str],
         config, dataset = build(choices)
         needed = needs.measure(config, dataset, needs.make_settings(config)[0]).step_bytes
         text = f"patch {'x'.join(map(str, choices.patch))}, batch {choices.batch}: a step needs {gib(needed)}"
-        say(f"memory     {text} of {gib(budget)}")
+        say(f"memory     {text}; the limit is {gib(budget)}")
         if needed <= budget:
-            reason = f"{text} on this machine, which has {gib(budget)} for it"
+            reason = f"{text} on this machine; the limit is {gib(budget)}"
             return choices.change({"batch": "; ".join([*reductions, reason])})
         reductions.append(f"{text}, which is too much")
         smaller = _smaller(choices, needed / budget)
@@ -96,8 +104,9 @@ def fit_memory(choices: Choices, budget: int, build: Build, say: Callable[[str],
 def _smaller(choices: Choices, excess: float) -> Choices | None:
     """Return choices that need less memory; None if there are none.
 
-    Repeated calls reduce the batch to 2, then the largest side of the patch to 64 (2D: 128), then the batch to one
-    sample for each device, and finally the sides to the smallest ones that the network accepts.
+    Repeated calls reduce, in this order: the batch to 2, or to one sample for each of more than 2 devices; the sides of
+    the patch, largest first, to 64 or more (2D: the largest side to 128 or more); the batch to one sample for each
+    device; the sides of the patch to the smallest ones that the network accepts.
 
     Args:
         choices: Choices that need too much memory.
@@ -119,7 +128,7 @@ def _smaller_patch(choices: Choices, minimum: int) -> tuple[int, ...] | None:
     """Return the patch with its largest side reduced by one unit, which is the stride of the encoder along this axis.
 
     In 2D, both sides are reduced by the same factor, because `_with_patch` then increases the spacing by this factor.
-    None if every side would become smaller than ``minimum``, or if the network does not accept a smaller patch.
+    The result is None if no side can be reduced without becoming smaller than ``minimum`` or than the network accepts.
     """
     if choices.flat:
         unit, side = choices.factors[0], max(choices.patch)
@@ -207,12 +216,13 @@ def _with_patch(before: Choices, patch: tuple[int, ...]) -> Choices:
     factor = max(b / s for b, s in zip(before.patch, patch, strict=True))
     spacing = before.prepare["spacing"]
     coarser = (spacing[0], *(_rounded_up(v * factor) for v in spacing[1:]))
-    reason = f"{before.reasons['spacing']}; then multiplied by {factor:.2g}, because the patch was reduced"
+    reason = before.reasons["spacing"].partition(_COARSER)[0]
+    reason += f"{_COARSER}{' x '.join(f'{v:g}' for v in coarser[1:])} mm, because the patch was reduced"
     return before.change({"spacing": reason}, patch=patch, prepare={**before.prepare, "spacing": coarser})
 
 
 def _rounded_up(value: float) -> float:
-    """Return the next larger number with three significant digits."""
+    """Return the value rounded up to three significant digits."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return float(f"{math.ceil(value / unit - 1e-9) * unit:.3g}")
 

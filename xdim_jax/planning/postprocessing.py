@@ -62,7 +62,7 @@ class Trial:
 
 
 def choose_postprocessing(workdir: Path) -> PostProcessing:
-    """Choose the post-processing of a cross-validation, and write it and the validation predictions.
+    """Choose the post-processing of a cross-validation. Write the choice and, if it is new, the validation predictions.
 
     The choice is written to ``postprocessing.json`` in the workdir and in those of all folds, where prediction reads
     it. If the workdir has such a file for the same networks, its choice is used.
@@ -77,7 +77,7 @@ def choose_postprocessing(workdir: Path) -> PostProcessing:
     digests = [_digest(member) for member in members]
     record = read_json(path) if path.is_file() else None
     if not isinstance(record, dict) or record.get("networks") != digests:
-        for folder in (workdir, *members):  # these were chosen for other networks
+        for folder in (workdir, *members):  # existing files were chosen for other networks
             (folder / POSTPROCESSING_FILE).unlink(missing_ok=True)
         chosen, trials = _choose(workdir)
         tried = [dataclasses.asdict(trial) for trial in trials]
@@ -288,7 +288,10 @@ def _choose_components(
 
 
 def _mean_dice(label: np.ndarray, truth: np.ndarray, dataset: Dataset, case: Case) -> float:
-    """Return the mean Dice over the annotated regions, 1 for one that is empty in both; NaN if none is annotated."""
+    """Return the mean Dice over the annotated regions; NaN if there are none.
+
+    A region that is empty in both label maps has a Dice of 1.
+    """
     values = masks.region_dice(dataset, case, label, truth).values()
     return float(np.mean([1.0 if np.isnan(v) else v for v in values])) if values else np.nan
 
@@ -308,15 +311,16 @@ def _smallest_volumes(cases: Sequence[Case], regions: Regions) -> dict[str, floa
 
 def _voxel_volume(case: Case) -> float:
     """Return the volume of a voxel in ml."""
-    return float(np.prod(read_grid(case.images[0], case.axes).spacing)) / 1000
+    return abs(float(np.linalg.det(read_grid(case.images[0], case.axes).affine[:3, :3]))) / 1000
 
 
 # -- result -------------------------------------------------------------------------------------------------------
 
 
 def apply_postprocessing(workdir: Path) -> None:
-    """Apply the chosen post-processing to the validation predictions. The files are then the same
-    as predictions with this post-processing.
+    """Apply the chosen post-processing to the validation predictions.
+
+    The files are then the same as predictions with this post-processing.
     """
     output = workdir / PREDICTIONS_FOLDER
     work, _ = find_validation(workdir)
@@ -344,5 +348,5 @@ def describe(chosen: PostProcessing) -> str:
     parts += [f"components of {name} of at least {value:g} ml" for name, value in chosen.min_volume.items()]
     return (
         ", ".join(parts)
-        or "none, because no setting that was tried improves the mean Dice without a lower Dice in a fold"
+        or f"none: no setting that was tried increases the mean Dice by at least {_GAIN:g} while every fold loses less"
     )

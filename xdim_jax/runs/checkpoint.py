@@ -28,7 +28,7 @@ from xdim_jax.runs.workdir import CONFIG_FILE
 
 KEPT = 2  # number of latest states to keep; if the newest is damaged, the run resumes from the previous one
 LATEST_FOLDER, BEST_FOLDER = "checkpoints", "best"
-_TRIES = 5  # number of attempts to read weights, which a running training may replace at any time
+_TRIES = 5  # number of attempts to read weights, which a training run may replace while they are read
 _SCORE = "dice"
 _PARTIAL = ".orbax-checkpoint-tmp"  # part of the name of a checkpoint that orbax has not finished
 
@@ -88,8 +88,13 @@ def _quiet() -> Iterator[None]:
 
 
 def exists(workdir: Path) -> bool:
-    """Return True if a run in this workdir has saved a checkpoint."""
+    """Return True if a run in this workdir has saved a state or its best weights."""
     return any(_newest(workdir / folder) for folder in (LATEST_FOLDER, BEST_FOLDER))
+
+
+def can_resume(workdir: Path) -> bool:
+    """Return True if a run in this workdir has saved a state. Best weights alone are not enough to resume."""
+    return _newest(workdir / LATEST_FOLDER) is not None
 
 
 def open_checkpoints(
@@ -186,7 +191,7 @@ def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, scor
         score: Mean validation Dice.
 
     Returns:
-        True if their score is the best so far; always False in processes without checkpoint folders.
+        True if the best weights are now those of this step; always False in processes without checkpoint folders.
 
     Raises:
         UserError: The weights cannot be written.
@@ -196,7 +201,7 @@ def save_best(checkpoints: Checkpoints, step: int, params: Any, stats: Any, scor
         return False
     kept = best.best_step()
     if kept is not None and (best.metrics(kept) or {}).get(_SCORE, -1.0) >= score:
-        # a resumed run repeats a validation whose score was not recorded; the best weights are then already its own
+        # a resumed run repeats a validation whose score was not recorded; its weights may have been saved already
         return kept == step
     weights = {"params": params, "stats": stats}
     items = ocp.args.Composite(weights=ocp.args.StandardSave(_local_copy(weights) if checkpoints.alone else weights))
@@ -306,7 +311,7 @@ def _restore(
     if steps:
         raise UserError(
             f"no checkpoint in {manager.directory} can be read (steps {steps}); they are damaged or belong to another "
-            "network. Give another --workdir, or delete this folder to start again"
+            f"network. Give another --workdir, or delete {Path(manager.directory).parent} to start again"
         )
     return None
 

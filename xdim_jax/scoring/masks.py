@@ -121,13 +121,12 @@ def _tree_is_faster(pred: np.ndarray, ref: np.ndarray, surface_p: np.ndarray, su
     # 20 to 60 ns per voxel of the box. A query of the tree takes 0.5 to 3 us between the surfaces of similar masks, but
     # up to 270 us from a curved surface to a distant flat face, where many voxels are almost equally near.
     count_p, count_g = np.count_nonzero(surface_p), np.count_nonzero(surface_g)
-    if (
-        count_p * count_g <= 16 * pred.size
-    ):  # so few that comparing all pairs (2 ns each) takes no longer than a map; the tree is faster
+    # few surface voxels: even comparing all pairs (2 ns each) takes no longer than a map, and the tree is faster
+    if count_p * count_g <= 16 * pred.size:
         return True
     if 10 * (count_p + count_g) > pred.size:  # a large part of the box is surface, e.g. in noise
         return False
-    # the number of differing voxels per surface voxel is roughly the distance between the surfaces in voxels
+    # differing voxels / voxels of both surfaces is roughly half the distance between the surfaces, in voxels
     distant = np.count_nonzero(pred ^ ref) > 3 * (count_p + count_g)
     return not (distant and (_is_flat(surface_p) or _is_flat(surface_g)))
 
@@ -222,7 +221,7 @@ class Pair:
     def surfels(self) -> dict[str, Any]:
         """Result of ``surface_distance.compute_surface_distances`` (DeepMind). Both masks must have voxels.
 
-        The package has no skewed axes: distances are those of a grid with perpendicular axes of the same spacing.
+        The package does not support skewed axes: it computes distances as if the axes were perpendicular.
         """
         import surface_distance
 
@@ -275,9 +274,9 @@ def _hd95_surfel(pair: Pair) -> float:
 
 
 def _nsd(tolerance: float) -> Callable[[Pair], float]:
-    """Return a metric: the fraction of surface voxels that are at most ``tolerance`` mm from the other surface.
+    """Return a metric: the normalised surface Dice (NSD) at ``tolerance`` mm, as the mean of two fractions.
 
-    It is the mean of the fractions from P to G and from G to P.
+    For each mask, this is the fraction of its surface voxels that are at most ``tolerance`` mm from the other surface.
     """
     return _directed(lambda p, g: (np.mean(p <= tolerance) + np.mean(g <= tolerance)) / 2)
 

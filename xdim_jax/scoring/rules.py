@@ -36,10 +36,11 @@ class Coding:
         name: Name of the coding in messages.
         structures: Name of each structure -> values that belong to it. A value may belong to several structures.
         grey_ranges: Value -> range ``low < grey <= high`` of grey levels that are read as this value; other grey levels
-            are background. If empty, the file may contain only 0, the values of the structures, and ``ignored``.
+            are background. If empty, the file may contain only 0, the values of the structures, ``ignored`` and
+            ``excluded``.
         ignored: Other values that may occur and belong to no structure.
         excluded: Values of the reference at which predictions are not scored, because nothing is annotated there.
-        if_several: Coding of files that contain more than one nonzero value; None to use this coding for them too.
+        if_several: Coding to use instead for files with several distinct nonzero values; None to use this coding.
         hint: Advice at the end of the message about an unknown value.
     """
 
@@ -81,6 +82,10 @@ class Coding:
             raise UserError(f"{path} has the values {found}, but {self.name} expects {expected}; {self.hint}")
         return label
 
+    def scored_voxels(self, values: np.ndarray) -> np.ndarray:
+        """Return a boolean array that is False where a reference has an excluded value. ``values``: as in the file."""
+        return ~np.isin(np.rint(values), self.excluded)
+
     def _rounded_labels(self, values: np.ndarray, path: Path) -> np.ndarray:
         """Return the values rounded to integers. Raises UserError if one of them is not a value of the coding."""
         known = sorted(
@@ -117,7 +122,7 @@ class LabelMap:
 
     @property
     def path(self) -> Path:
-        """The file or folder that messages name."""
+        """Path to show in messages: the file, or the folder of the masks."""
         return source_path(self.source)
 
     def load(self) -> tuple[np.ndarray, Grid]:
@@ -175,7 +180,7 @@ class Job:
     structures: tuple[str, ...] | None = None
 
     def prediction_with_grid(self) -> LabelMap:
-        """Return the prediction. If it has no ``grid``, that of the reference, or the reference itself, is used."""
+        """Return the prediction. If its ``grid`` is None, set it to the grid or the file of the reference."""
         assert self.pred is not None, self.ref.case_id
         return dataclasses.replace(self.pred, grid=self.pred.grid or self.ref.grid or self.ref.source)
 
@@ -188,12 +193,13 @@ class ScoredCase:
         case_id: Id of the case.
         patient: Id of the patient.
         attributes: Additional columns of the results and their values.
-        values: Structure -> metric -> value. NaN if the value is excluded by the rules.
+        values: Structure -> metric -> value. NaN if the metric is not defined for the masks, or the rules exclude the
+            value; means are taken over the other values.
         empty: Structure -> which of its masks are empty: ``pred``, ``ref`` or ``both``. A structure without an empty
             mask is not listed.
-        problem: Reason why the prediction cannot be used; the values are then the worst possible ones, or NaN for
-            distances without a worst value. Empty if it can be used.
-        identical: True if prediction and reference are equal in every voxel of every structure, and not empty.
+        problem: Reason why the prediction cannot be used; empty if it can be used. The values are then those of
+            `Rules.score_missing`; additional metrics are 0, or NaN if they have a unit.
+        identical: True if prediction and reference agree in every voxel, and at least one structure is not empty.
     """
 
     case_id: str
@@ -221,7 +227,7 @@ class Rules:
         columns: Metrics of the challenge, in the order of the tables.
         main_metrics: Metrics that the log shows.
         find: Function that returns the label maps in a folder by case id. It is used for references and predictions.
-        coding: Function that returns the coding of a label map; None if every nonzero value is a structure.
+        coding: Function that returns the coding of a label map, or None if every nonzero value is a structure.
         score: Function that scores the masks of a prediction against those of a reference.
         score_missing: Function that returns the values of a case whose prediction is missing or cannot be read.
         attributes: Names of the additional columns of the results.
@@ -297,7 +303,7 @@ def score_case(rules: Rules, ref: LabelMap, pred: LabelMap | None, extra_metrics
         try:
             pred_masks = coding.masks(predicted, pred.path)
             if coding.excluded:
-                scored = ~np.isin(values, coding.excluded)
+                scored = coding.scored_voxels(values)
                 pred_masks = {name: mask & scored for name, mask in pred_masks.items()}
         except UserError as error:
             problem = str(error)

@@ -121,7 +121,7 @@ def record_search(study: Any, settings: dict[str, Any]) -> None:
 
     Args:
         study: The study.
-        settings: Name -> value, which can be stored as JSON.
+        settings: Name -> value. The values must be serialisable as JSON.
 
     Raises:
         UserError: The study was started with other settings.
@@ -141,12 +141,12 @@ def record_search(study: Any, settings: dict[str, Any]) -> None:
 
 
 def grid_size(distributions: dict[str, Any]) -> int:
-    """Return the number of points of the grid over a space. Raises UserError for a range without steps."""
+    """Return the number of points of the grid over a space. Raises UserError as `_grid_values` does."""
     return math.prod(len(values) for values in _grid_values(distributions).values())
 
 
 def _grid_values(distributions: dict[str, Any]) -> dict[str, list[Any]]:
-    """Return the values of every parameter. Raises UserError for a range without steps."""
+    """Return the values of every parameter. Raises UserError for a continuous or a logarithmic range."""
     grid: dict[str, list[Any]] = {}
     for key, d in distributions.items():
         if hasattr(d, "choices"):
@@ -154,7 +154,10 @@ def _grid_values(distributions: dict[str, Any]) -> dict[str, list[Any]]:
         elif d.step and not d.log:
             grid[key] = [d.low + i * d.step for i in range(round((d.high - d.low) / d.step) + 1)]
         else:
-            raise UserError(f"--sampler=grid: {key} is a range without steps; give it step=..., or use choices")
+            raise UserError(
+                f"--sampler=grid: {key} is a continuous or a logarithmic range; give it step=... without log, or use "
+                "choices"
+            )
     return grid
 
 
@@ -186,11 +189,12 @@ def make_sampler(name: str, distributions: dict[str, Any], seed: int | None) -> 
     Args:
         name: One of `SAMPLERS`.
         distributions: Distributions of the space by name, see `xdim_jax.sweeps.space.explore`.
-        seed: Seed of the sampler, None to choose it at random. The samplers ``random`` and ``tpe`` combine it with the
-            number of the trial, so that it does not matter which worker runs a trial.
+        seed: Seed of the sampler; with None it is random, and 0 for ``grid``. The samplers ``random`` and ``tpe``
+            combine it with the number of the trial, so that the random numbers of a trial do not depend on the worker
+            that runs it.
 
     Raises:
-        UserError: The sampler is a grid, and the space has a range without steps.
+        UserError: The sampler is a grid, and the space has a continuous or a logarithmic range.
     """
     samplers = import_optuna().samplers
     if name == "random":
@@ -199,7 +203,7 @@ def make_sampler(name: str, distributions: dict[str, Any], seed: int | None) -> 
         return _seeded(samplers.TPESampler, seed, constant_liar=True)
 
     class Grid(samplers.GridSampler):
-        """A grid sampler that does not call `Study.stop` at its end, which is an error outside of `Study.optimize`."""
+        """A grid sampler that never calls `Study.stop`, because that call is an error outside of `Study.optimize`."""
 
         def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
             pass
@@ -276,7 +280,7 @@ def claim_trial(study: Any, limit: int) -> Any | None:
 
     Args:
         study: The study.
-        limit: Number of trials of the study.
+        limit: Maximum number of trials in the study.
 
     Returns:
         An `optuna.Trial`, or None if there is no trial to claim.
@@ -317,7 +321,7 @@ def finish_trial(study: Any, trial: Any, state: str, value: float | None = None,
         error: Error message if training failed; there will be no further attempt.
 
     Returns:
-        False if the trial has already ended, because another worker has marked it as failed, see
+        True if the state was stored; False if another worker has already marked the trial as failed, see
         `requeue_dead_trials`.
     """
     optuna = import_optuna()
@@ -334,7 +338,7 @@ def report_score(trial: Any, score: float, number: int) -> bool:
     """Report the score of validation ``number`` of a trial.
 
     Returns:
-        False if the trial has already ended, because another worker has marked it as failed, see
+        True if the score was stored; False if another worker has already marked the trial as failed, see
         `requeue_dead_trials`.
     """
     try:
@@ -410,4 +414,4 @@ class Heartbeat:
             except Exception as error:  # e.g. the database does not answer for a while
                 if not self._stop.is_set():
                     name = type(error).__name__
-                    warn(f"trial {self._trial.number}: the heartbeat cannot be written to the study: {name}")
+                    warn(f"trial {origin_of(self._trial)}: the heartbeat cannot be written to the study: {name}")

@@ -111,7 +111,11 @@ def suggest_parameters(trial: Any, job: Job) -> None:
 
 
 def _train(study: Any, trial: Any, job: Job, stop: StopRequest, heartbeat: float) -> None:
-    """Train a trial in a new process. Send SIGTERM after a signal, and if the trial is pruned or taken over."""
+    """Train a trial in a new process.
+
+    The process receives SIGTERM if this worker receives a signal, if the trial is pruned, or if another worker has
+    marked the trial as failed.
+    """
     suggest_parameters(trial, job)
     workdir = local_workdir(job.root, studies.origin_of(trial))
     address = trial_address(job.root, studies.origin_of(trial))
@@ -197,7 +201,7 @@ def record_result(
     elif pruned:
         stored, text = studies.finish_trial(study, trial, "PRUNED"), f"pruned after {len(scores)} validations"
     elif stopped or status == REQUEUE or status < 0:  # this or another worker can resume it from its checkpoint
-        stored, text = studies.finish_trial(study, trial, "FAIL"), "stopped and queued again"
+        stored, text = studies.finish_trial(study, trial, "FAIL"), "stopped; a worker of this sweep will resume it"
     else:
         text = f"failed with status {status}: {error or _last_lines(workdir / LOG_FILE)}"
         stored = studies.finish_trial(study, trial, "FAIL", error=text)

@@ -8,9 +8,9 @@
 4. It calls `RunController.after_step`, which logs, saves, validates, and decides whether the run ends.
 
 Metrics stay on the devices until they are needed: every ``log_every`` steps, before a checkpoint, and at the end of an
-epoch. They are then fetched, checked for NaN, and recorded. An epoch ends with a record and a checkpoint. Once the
-training score of an epoch has exceeded ``validate_after_score``, a validation follows every ``validate_every`` epochs,
-and always at the end of the run.
+epoch. They are then fetched, checked to be finite, and recorded. An epoch ends with a record and a checkpoint. Once the
+training score of an epoch has exceeded ``validate_after_score``, a validation follows every ``validate_every`` epochs.
+The last step is always followed by a validation.
 
 A signal does not interrupt a step. It sets a `StopRequest`, which the controller reads after each step; with several
 processes, `xdim_jax.training.agreement` makes all of them stop after the same step. At most two steps are in the queue
@@ -53,7 +53,7 @@ class Progress:
     """Values, other than the training state, that change from step to step. They are saved with every checkpoint.
 
     Attributes:
-        score_sum: For each region, the sum of its training score over the steps of this epoch for which it is defined.
+        score_sum: For each region, the sum of its training scores over the steps of this epoch that have one.
         score_steps: For each region, the number of these steps.
         validates: True once the training score of an epoch has exceeded ``train.validate_after_score``.
     """
@@ -91,7 +91,7 @@ class Run:
         checkpoints: Open checkpoint folders.
         recorder: Open record files.
         validate: Validation function.
-        label_maps: Label maps of the last validation.
+        label_maps: Writer of the label maps of validations.
         stop: Record of received signals.
         regions: Names of the scored regions.
         workdir: Folder of the run.
@@ -224,7 +224,7 @@ class RunController:
             self.finished = True
 
     def program_is_compiled(self) -> None:
-        """Call when the step is compiled. Signals then stop the run only after a step, when the state can be saved."""
+        """Record that the step is compiled. From now on, signals stop the run after a step, so it can be saved."""
         self._saved_at = self._recorded_at = time.monotonic()
         self.run.stop.busy = True
 

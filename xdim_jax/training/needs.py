@@ -1,9 +1,10 @@
 """Estimate memory and floating-point operations of a training step and of prediction.
 
-Programs are compiled for the devices of this machine, or for a target. Compilation needs the shapes of the arrays only,
-so neither data nor device memory is needed. The memory is the amount that the compiler reserves per device for state,
-batch and temporaries. Operations are what XLA counts in the reference implementation before it is compiled, summed
-over all devices, so they do not depend on how a program is compiled. A multiply-add counts as two.
+Programs are compiled for the devices of this machine, or for a target: devices that it does not have, see
+`xdim_jax.training.absent_devices`. Compilation needs the shapes of the arrays only, so neither data nor device memory
+is needed. The memory is the amount that the compiler reserves per device for state, batch and temporaries. XLA counts
+the operations in the uncompiled program of the reference implementation, and they are summed over all devices. So they
+do not depend on how the program is compiled. A multiply-add counts as two operations.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ _MAX_SIZE = 1024  # largest side, and largest batch, that a search tries
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """The settings that a plan varies.
+    """A choice of the settings of a training step that a plan varies.
 
     Attributes:
         patch: Size of a patch: (D, H, W), or (H, W).
@@ -66,7 +67,7 @@ class StepSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Memory and floating-point operations that a choice needs.
+    """Memory and floating-point operations that a choice of `StepSettings` needs.
 
     Attributes:
         step_bytes: Memory of a training step, in bytes per device.
@@ -137,26 +138,23 @@ def measure(
     networks.check_space(config.model, choice.patch, devices.mesh.shape["space"])
     program, params, stats = make_program(config, dataset, per_epoch=1, axis=devices.axis, abstract=True)
     state, shapes, key = step_arguments(program, dataset, params, stats)
-    flops = _step_flops(config, dataset, state, shapes, key)
+    weights = (slow(state.params), state.stats)
+    image = jax.ShapeDtypeStruct((1, *choice.patch, config.model.in_channels), jnp.float32)
+    flops = _count_program(config, dataset, (state, shapes, key), (weights, image))
     if target is not None:
         one = make_program(config, dataset, per_epoch=1, abstract=True)[0]  # without the axis name of pmap
-        return _measure_target(config, devices, target, one, (state, shapes, key), flops, optimise=optimise)
+        arguments = ((state, shapes, key), (weights, image))
+        return _measure_target(config, devices, target, one, *arguments, flops, optimise=optimise)
     begin = time.monotonic()
     step = ops.compile_program(devices.lower(program.step, state, devices.abstract_batch(shapes), key))
     seconds = time.monotonic() - begin
-    weights = (slow(state.params), state.stats)
-    image = jax.ShapeDtypeStruct((1, *choice.patch, config.model.in_channels), jnp.float32)
+    predict = ops.compile_program(jax.jit(_prediction(program)).lower(weights, image))
+    return Need(needed_bytes(step), flops[0], needed_bytes(predict), flops[1], seconds)
 
-    def predict(weights: Any, image: jax.Array) -> jax.Array:
-        return program.output.probabilities(program.forward(weights, image))
 
-    return Need(
-        needed_bytes(step),
-        flops,
-        needed_bytes(ops.compile_program(jax.jit(predict).lower(weights, image))),
-        count_flops(predict, weights, image),
-        seconds,
-    )
+def _prediction(program: Program) -> Callable[..., jax.Array]:
+    """Return the function that predicts the probabilities of a batch of patches."""
+    return lambda weights, image: program.output.probabilities(program.forward(weights, image))
 
 
 def _measure_target(
@@ -164,26 +162,22 @@ def _measure_target(
     devices: Devices,
     target: Target,
     program: Program,
-    arguments: tuple[Any, Any, Any],
-    flops: float,
+    step_arguments: tuple[Any, Any, Any],
+    predict_arguments: tuple[Any, Any],
+    flops: tuple[float, float],
     *,
     optimise: bool,
 ) -> Need:
     """Compile training step and prediction for devices that this machine does not have."""
-    state, shapes, key = arguments
-    weights = (slow(state.params), state.stats)
-    image = jax.ShapeDtypeStruct((1, *config.data.patch, config.model.in_channels), jnp.float32)
+    state, shapes, key = step_arguments
     sharding = target.one_device()
-    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (weights, image))
-
-    def predict(weights: Any, image: jax.Array) -> jax.Array:
-        return program.output.probabilities(program.forward(weights, image))
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), predict_arguments)
 
     def step(*given: Any) -> Any:  # a new function, because JAX would reuse the trace for this machine
         return program.step(*given)
 
     parts = networks.part_names(config.model)
-    # `library` is the default on accelerators, where nothing has been measured; distributed volumes set their own
+    # without a measurement, accelerators use `library`; if volumes are distributed, `devices.lower` selects `sharded`
     default = contextlib.nullcontext() if devices.mesh.shape["space"] > 1 else ops.use_implementation("library")
     with default, without_optimisation(active=not optimise):
         begin = time.monotonic()
@@ -191,13 +185,13 @@ def _measure_target(
         memory, text = _compile(lowered)
         seconds = time.monotonic() - begin
         with ops.use_implementation("library"):
-            predicted, _ = _compile(jax.jit(lambda w, x: predict(w, x)).lower(*placed))
+            predicted, _ = _compile(jax.jit(_prediction(program)).lower(*placed))
     found = read_kernels(text, parts)
     return Need(
         memory,
-        flops,
+        flops[0],
         predicted,
-        count_flops(predict, weights, image),
+        flops[1],
         seconds,
         count_kinds(found),
         sum_by_part(found, parts),
@@ -216,12 +210,19 @@ def _compile(lowered: Any) -> tuple[int, str]:
     return needed_bytes(compiled), compiled.as_text()
 
 
-def _step_flops(config: Config, dataset: Dataset, *arguments: Any) -> float:
-    """Return the floating-point operations of a training step that processes its batch in one part, without a loop."""
+def _count_program(
+    config: Config, dataset: Dataset, step: Sequence[Any], predict: Sequence[Any]
+) -> tuple[float, float]:
+    """Return the floating-point operations of a training step and of a prediction, given their arguments.
+
+    The step processes its batch in one part, without a loop, and ``train.ops`` of the config has no effect.
+    """
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.train.accumulate = 1
-    return count_flops(make_program(config, dataset, per_epoch=1, abstract=True)[0].step, *arguments)
+        config.train.ops = "auto"
+    program = make_program(config, dataset, per_epoch=1, abstract=True)[0]
+    return count_flops(program.step, *step), count_flops(_prediction(program), *predict)
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
@@ -237,6 +238,7 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
 def step_products(config: Config, dataset: Dataset, choice: StepSettings) -> tuple[list[Product], tuple[str, ...]]:
     """Return the convolutions and matrix products of a step on one device, and the names of the network's parts."""
     config = _apply(config, choice)
+    config.train.ops = "auto"  # any other value would replace the reference implementation
     program, params, stats = make_program(config, dataset, per_epoch=1, abstract=True)
     parts = networks.part_names(config.model)
     return find_products(program.step, *step_arguments(program, dataset, params, stats), parts=parts), parts
@@ -266,7 +268,7 @@ def search_largest(
 
     Args:
         config: Config of a recipe.
-        choices: Choices with the combinations of the other settings.
+        choices: One choice for each combination of the settings except ``setting``.
         setting: The setting to maximise: ``patch`` or ``batch``.
         fits: Function that returns True if a choice fits.
         say: Function that logs a line.
@@ -317,7 +319,8 @@ def increasing_settings(
 
     Args:
         config: Config of a recipe.
-        start: StepSettings with the other settings. For DS-Net, only H and W increase, and D is that of this choice.
+        start: Choice from which all settings except ``setting`` are taken. For DS-Net, D of the patch is also taken
+            from it, so that only H and W increase.
         setting: ``patch`` or ``batch``.
         target: Devices over which a batch is divided; None for those of this machine.
 
@@ -348,14 +351,16 @@ def increasing_settings(
 
 
 def parse_bytes(text: str, flag: str = "--budget") -> int:
-    """Return the number of bytes of a text such as ``16GiB``, ``80 GB`` or ``500000000``, the value of a flag.
+    """Return the number of bytes that the value of a flag states, such as ``16GiB``, ``80 GB`` or ``500000000``.
 
     Raises:
         UserError: The text does not have this form.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     if not match or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UserError(f"{flag}={text}: expected a number with one of {', '.join(filter(None, _UNITS))}, e.g. 16GiB")
+        raise UserError(
+            f"{flag}={text}: expected a number, alone or with {', '.join(filter(None, _UNITS))}, e.g. 16GiB"
+        )
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -426,6 +431,6 @@ def format_kernels(by_part: Mapping[str, Totals]) -> list[str]:
 
 
 def _aligned(table: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return the rows of a table as lines of text with columns of equal width."""
+    """Return the rows of a table as lines of text. Each column is as wide as its widest cell, and right-aligned."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in table]

@@ -73,7 +73,7 @@ class OpenRun:
     lock: IO[bytes] | None = None
 
     def close(self) -> None:
-        """Wait until all records and checkpoints are written, and close them. Raises UserError if that fails."""
+        """Close records and checkpoints when they are written. Raises UserError if a checkpoint cannot be written."""
         try:
             close_recorder(self.run.recorder)
             checkpoint.close(self.run.checkpoints)
@@ -101,7 +101,8 @@ def open_run(
         stop: Record of received signals.
         devices: Devices on which the run is trained.
         shared: Functions of another run with the same program.
-        separate_disks: True if each process has its own workdir. Only process 0 writes records and uploads its workdir.
+        separate_disks: True if each process has its own workdir, because the run is stored in a bucket. Only the
+            workdir of process 0 has records and checkpoints, and only this one is uploaded.
 
     Raises:
         UserError: Weights or data cannot be used, or the workdir belongs to another config, cannot be written, or is in
@@ -128,9 +129,9 @@ def _open_locked_run(
     separate_disks: bool,
 ) -> OpenRun:
     """Start or resume a run, see `open_run`."""
-    started = checkpoint.exists(workdir)
+    started, resumes = checkpoint.exists(workdir), checkpoint.can_resume(workdir)
     mesh.barrier("checked")  # process 0 must not write before all processes have checked
-    network = _start_network(config, dataset, workdir, devices, started=started)
+    network = _start_network(config, dataset, workdir, devices, started=started, resumes=resumes)
     output = make_output(config.output, dataset)
     first = jax.process_index() == 0
     data = find_data(config.data, config.seed, dataset, output, workdir, started=started, first=first)
@@ -186,17 +187,18 @@ def _open_locked_run(
 
 
 def _start_network(
-    config: Config, dataset: Dataset, workdir: Path, devices: Devices, *, started: bool
+    config: Config, dataset: Dataset, workdir: Path, devices: Devices, *, started: bool, resumes: bool
 ) -> tuple[Any, Any, Any]:
     """Build the network with its initial weights, and write the config to the workdir.
 
-    If the run has ``started``, the network is randomly initialised, because the checkpoint replaces its weights.
+    If the run ``resumes`` from a checkpoint, the network is randomly initialised, because the checkpoint replaces its
+    weights. A run that has ``started`` was perhaps killed after its best weights were saved, and before its state was.
     """
     graphdef, params, stats = make_network(config.model, seed=config.seed, remat=config.train.remat, axis=devices.axis)
     count = networks.count_parameters(params)
     log.say(f"network    {config.model.name}, {count:,} parameters, {config.train.precision}")
     report = None
-    if started:
+    if resumes:
         log.say("weights    from the last checkpoint of this run")
     else:
         params, stats, report = initialise(
@@ -208,8 +210,8 @@ def _start_network(
             log.say(f"changed    config.{key}: {before} before, {now} from now on")
         if report is not None:
             write_json(workdir / REPORT_FILE, report)
-        elif not started:
-            (workdir / REPORT_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        elif not resumes:
+            (workdir / REPORT_FILE).unlink(missing_ok=True)  # it describes a run that ended before its first checkpoint
     return graphdef, params, stats
 
 

@@ -47,7 +47,7 @@ _TRIAL = "trial"  # mesh axis of the layout "devices"
 
 
 def check_packable(config: Config, slots: int, layout: str) -> None:
-    """Raise UserError if a pack does not support the config, or if the devices would have unequal numbers of slots."""
+    """Raise UserError if a pack does not support the config, or if the layout or the number of slots cannot be used."""
     choose_layout(layout, slots)
     problems = []
     if jax.process_count() > 1:
@@ -56,7 +56,7 @@ def check_packable(config: Config, slots: int, layout: str) -> None:
         section, name = key.split(".")
         if config[section][name] != expected:
             problems.append(f"config.{key}={config[section][name]}: runs of a pack need {expected}")
-    for key in ("wandb", "mlflow"):  # their libraries have one active run in a process
+    for key in ("wandb", "mlflow"):  # their libraries support only one active run per process
         if slots > 1 and config.train[key]:
             problems.append(f"config.train.{key}={config.train[key]}: a tracker cannot record several runs of a pack")
     if problems:
@@ -116,7 +116,7 @@ class Member:
 
     @property
     def running(self) -> bool:
-        """True if the run has a further step."""
+        """True if the run has steps left and has not failed."""
         return not (self.controller.finished or self.error)
 
 
@@ -273,7 +273,7 @@ class Pack:
         return jax.device_put(_take_slot(stacked, slot), NamedSharding(self._one_device.mesh, PartitionSpec()))
 
     def _put(self, member: Member) -> None:
-        """Copy the state of a run into its slot. The same compiled program serves all slots."""
+        """Copy the state of a run into its slot. The slot is a traced argument, so `_put_slot` is compiled once."""
         if self._state is None:
             blank = jax.tree.map(lambda a: np.zeros((self.slots, *a.shape), a.dtype), member.opened.state)
             self._state = jax.device_put(blank, self._stacked)
@@ -368,7 +368,8 @@ def _devices(count: int) -> Mesh:
 def _values(config: Config, channels: int) -> dict[str, np.ndarray]:
     """Return config key -> value for the `STACKED_KEYS` that are part of the program.
 
-    These are ``loss.weights`` and the keys that are not 0, because operations with the value 0 are left out.
+    These are ``loss.weights`` and the keys whose value is not 0. An operation whose value is 0 is not part of the
+    program.
     """
     numbers = dict(leaves(config))
     values = {key: numbers[key] for key in STACKED_KEYS if numbers[key] != 0}
@@ -391,12 +392,13 @@ def train_runs(runs: Sequence[tuple[Config, Path]], *, slots: int, layout: str, 
     Raises:
         UserError: Runs have failed. The error is raised after the other runs have ended.
     """
-    if layout != "devices" or len(runs) <= jax.local_device_count():  # else slots may stay empty on some devices
+    # with more runs than devices, every device needs the same number of slots; some of them may then stay empty
+    if layout != "devices" or len(runs) <= jax.local_device_count():
         slots = min(slots, len(runs))
     pack = Pack(runs[0][0], slots, layout, stop)
     log.say(
-        f"pack       {pack.slots} of {len(runs)} runs at a time, layout {pack.layout}; each logs to {log.LOG_FILE} in "
-        "its workdir"
+        f"pack       {min(pack.slots, len(runs))} of {len(runs)} runs at a time, layout {pack.layout}; each logs to "
+        f"{log.LOG_FILE} in its workdir"
     )
     if errors := train_in_pack(pack, runs, stop):
         raise UserError("\n  ".join(errors))

@@ -30,7 +30,8 @@ class RunData:
     Attributes:
         train: Prepared training cases.
         validation: Validation cases: the case on disk, and the prepared case.
-        facts: Case id -> name -> array that is added to every sample of the case: annotated channels and regions.
+        facts: Case id -> name -> array. The arrays, annotated channels and regions, are entries of every sample of the
+            case.
     """
 
     train: list[store.Entry]
@@ -90,8 +91,8 @@ def find_data(
         first: True if this process writes to the workdir.
 
     Raises:
-        UserError: The data cannot be used, or the run has ``started`` with another split, so that former training cases
-            might be used for validation, or with other channels, labels, regions or annotations.
+        UserError: The data cannot be used; or the run has ``started`` with other channels, labels, regions or
+            annotations, or with another split, whose training cases might now be validation cases.
     """
     root = Path(data.root or workdir / "phantom" / "train")
     if not data.root and first:
@@ -102,7 +103,7 @@ def find_data(
         raise UserError(
             f"no region is annotated in the validation cases of fold {data.fold} "
             f"({shorten([case.case_id for case in validation])}), so that the fold has no validation score: expected "
-            "at least one annotated region; give other folds, or omit these cases"
+            "at least one annotated region; change config.data.fold or config.data.folds, or remove these cases"
         )
     if first:
         if started:
@@ -141,16 +142,21 @@ def find_cases(data: Any, dataset: Dataset, root: Path) -> tuple[list[Case], Seq
     if data.split == "official":
         listed = {patient for split in scan.splits for names in split.values() for patient in names}
         if unlisted := sorted({case.patient for case in cases} - listed):
-            log.warn(f"{len(unlisted)} patients are in no list of {root}, and are not used: {shorten(unlisted)}")
+            log.warn(
+                f"{len(unlisted)} patients are in none of the official folds of {root}, and are not used: "
+                f"{shorten(unlisted)}"
+            )
     elif scan.splits:
-        log.say(f"split      by config.data.folds; to use the list of folds in {root}: --config.data.split=official")
+        log.say(
+            f"split      random, in config.data.folds parts; --config.data.split=official uses those that {root} lists"
+        )
     return cases, scan.splits
 
 
 def split_found_cases(
     data: Any, seed: int, cases: list[Case], official: Sequence[Mapping[str, Sequence[str]]]
 ) -> tuple[list[Case], list[Case]]:
-    """Return the training cases, of all training patients, and the validation cases.
+    """Return the training cases (``data.train_patients`` is not applied) and the validation cases.
 
     Args:
         data: The ``data`` section of a config.

@@ -2,8 +2,7 @@
 
 A series is a list of files in the order of its slices, or one file with several frames. `xdim_jax.data.images.series`
 finds the series below a folder and sorts their files by position; in CHAOS the names of the files define the order. The
-affine follows from the positions of the slices. SliceThickness is not used, because it may differ from the slice
-spacing.
+affine follows from the positions of the slices, and not from SliceThickness, which may differ from the slice spacing.
 """
 
 import dataclasses
@@ -20,17 +19,19 @@ from xdim_jax.data.images.names import natural_key
 
 # relative deviations of the distance between two slices from the median slice spacing
 _UNEVEN = 0.1  # a larger deviation is a warning
-_GAP = 0.5  # a larger deviation is an error: a slice is missing
-# a larger ratio of thickness and slice spacing, or its inverse, is reported; reconstructions overlap by up to a half
-_THICK = 1.75
-_TILT = 1.0  # a larger angle in degrees between the normal of the slices and the line through them is reported
+_GAP = 0.5  # a larger deviation is an error, because for example a slice is missing
+_THICK = 1.75  # a slice thickness outside of 1 / _THICK to _THICK times the slice spacing is reported
+_TILT = (
+    1.0  # a larger angle in degrees between the normal of the slices and the line through their positions is reported
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """Geometry of one slice, from the header of its file.
 
-    Positions and directions are in mm, in the LPS frame. A value is None if its tag is missing or unusable.
+    Positions are in mm; positions and directions are in the LPS frame. A value other than ``size`` is None if its tag
+    is missing or unusable; ``size`` is then (0, 0).
     """
 
     path: Path
@@ -41,6 +42,11 @@ class Slice:
     echo_time: float | None
     thickness: float | None = None
     frame: int = 0  # index of the frame in the file
+
+    @property
+    def name(self) -> str:
+        """Name of the file, and for a further frame of a file its number from 1."""
+        return f"{self.path.name}, frame {self.frame + 1}" if self.frame else self.path.name
 
     @property
     def height(self) -> float:
@@ -115,7 +121,7 @@ def _header(path: Path, data: Any, frame: int) -> Slice:
     )
 
 
-# sequence of the functional groups of a multi-frame image (DICOM PS3.3, C.7.6.16) in which a tag is stored
+# tag -> functional group sequence that contains it in a multi-frame image (DICOM PS3.3, C.7.6.16)
 _GROUPS = {
     "PixelSpacing": "PixelMeasuresSequence",
     "SliceThickness": "PixelMeasuresSequence",
@@ -161,7 +167,7 @@ def series_problems(slices: Sequence[Slice]) -> list[Problem]:
                     "no_geometry",
                     s.path,
                     found=f"lacks {', '.join(missing)}",
-                    expected="the tags of an image in space",
+                    expected="tags with position, orientation and pixel size",
                     suggestion="restore the tags, or omit the series",
                 )
             )
@@ -179,7 +185,7 @@ def series_problems(slices: Sequence[Slice]) -> list[Problem]:
 
 
 def _plane_problems(slices: Sequence[Slice]) -> list[Problem]:
-    """Return a problem for each slice whose pixel size or orientation differs from the first slice."""
+    """Return a problem for each slice whose pixel size or orientation differs from that of the first slice."""
     first, problems = slices[0], []
     assert first.spacing is not None and first.orientation is not None
     for s in slices[1:]:
@@ -189,7 +195,8 @@ def _plane_problems(slices: Sequence[Slice]) -> list[Problem]:
                 Problem(
                     "spacing",
                     s.path,
-                    found=f"has pixels of {s.spacing[0]:g} mm, but {first.path.name} has {first.spacing[0]:g}",
+                    found=f"has pixels of {s.spacing[0]:g} x {s.spacing[1]:g} mm{_frame(s)}, but {first.name} of "
+                    f"{first.spacing[0]:g} x {first.spacing[1]:g} mm",
                     expected="one pixel size per series",
                     suggestion="put each series into its own folder",
                 )
@@ -199,7 +206,7 @@ def _plane_problems(slices: Sequence[Slice]) -> list[Problem]:
                 Problem(
                     "affine",
                     s.path,
-                    found=f"is not parallel to {first.path.name}",
+                    found=f"has a slice{_frame(s)} that is not parallel to {first.name}",
                     expected="parallel slices",
                     suggestion="put each series into its own folder",
                 )
@@ -207,8 +214,13 @@ def _plane_problems(slices: Sequence[Slice]) -> list[Problem]:
     return problems
 
 
+def _frame(s: Slice) -> str:
+    """Return the number of a further frame for a message about its file; empty for the first or only one."""
+    return f" in frame {s.frame + 1}" if s.frame else ""
+
+
 def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
-    """Return a problem for each slice whose distance from the previous slice differs from the median spacing."""
+    """Return a problem for each slice at a duplicate or uneven position, or in the wrong order."""
     if len(slices) < 2:
         return []
     first = slices[0]
@@ -219,13 +231,13 @@ def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
     usual = float(np.median(np.abs(steps)))
     problems = []
     for i, step in enumerate(steps):
-        previous, path = slices[i].path, slices[i + 1].path
+        previous, path, where = slices[i].name, slices[i + 1].path, _frame(slices[i + 1])
         if abs(step) < 1e-3:
             problems.append(
                 Problem(
                     "duplicate_slice",
                     path,
-                    found=f"has the same position as {previous.name}",
+                    found=f"has{where} the same position as {previous}",
                     expected="slices at different positions",
                     suggestion="remove one of the two",
                 )
@@ -235,7 +247,7 @@ def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
                 Problem(
                     "slice_order",
                     path,
-                    found=f"follows {previous.name} by name, but precedes it by position",
+                    found=f"follows{where} {previous} by name, but precedes it by position",
                     expected="file names in the order of the positions",
                     suggestion="rename the files in the order of their positions",
                 )
@@ -245,7 +257,8 @@ def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
                 Problem(
                     "slice_gap",
                     path,
-                    found=f"is {abs(step):.2f} mm from {previous.name}, but the median slice spacing is {usual:.2f} mm",
+                    found=f"is{where} {abs(step):.2f} mm from {previous}, but the median slice spacing is {usual:.2f} "
+                    "mm",
                     expected="a constant slice spacing",
                     suggestion="download the missing slice, or resample the series",
                     severity=ERROR if abs(abs(step) - usual) > _GAP * usual else WARNING,
@@ -283,7 +296,7 @@ def _axis_problems(slices: Sequence[Slice]) -> list[Problem]:
                 first.path.parent,
                 found=f"has SliceThickness {first.thickness:g} mm, but a slice spacing of {pitch:.4g} mm",
                 expected="a thickness similar to the slice spacing",
-                suggestion="nothing, if the slices overlap or have gaps; xdim_jax uses the slice spacing",
+                suggestion="no change is needed if the slices overlap or have gaps; xdim_jax uses the slice spacing",
                 severity=WARNING,
             )
         )

@@ -11,13 +11,13 @@ The Decathlon has one file per case, with the channels along the fourth axis; ``
     Task01_Name/dataset.json, imagesTr/case.nii.gz, labelsTr/case.nii.gz, imagesTs/...
 
 Two entries of ``dataset.json`` describe incomplete annotations. The label ``ignore`` has the value of voxels that are
-not annotated. ``"annotated": {"<case>": ["<region>", ...]}``, which is not in nnU-Net's format, names the regions (keys
-of ``labels``) that are annotated in a case, if not all are. The others are excluded from training and scoring of the
-case.
+not annotated. ``"annotated": {"<case>": ["<region>", ...]}``, which is not in nnU-Net's format, names the annotated
+regions (names in ``labels``) of each case in which not all regions are annotated. The other regions of the case are
+excluded from training and scoring.
 
 Every case is treated as a separate patient. If several cases belong to one patient, write the folds to ``splits.json``
-in the folder of ``dataset.json``, as a list of ``{"training": [...], "validation": [...]}``, and train with
-``--config.data.split=official``. nnU-Net's ``splits_final.json`` with ``train`` and ``val`` is also read.
+in the folder of ``dataset.json``, as a list of ``{"training": ["<case>", ...], "validation": ["<case>", ...]}``, and
+train with ``--config.data.split=official``. nnU-Net's ``splits_final.json`` with ``train`` and ``val`` is also read.
 """
 
 import dataclasses
@@ -159,7 +159,7 @@ def _read_annotated(path: Path, value: Any, regions: Regions) -> dict[str, tuple
     if not isinstance(value, dict) or not all(isinstance(names, list) for names in value.values()):
         raise _json_error(
             path,
-            found=f'has "annotated": {shorten([repr(value)])}',
+            found=f'has "annotated": {repr(value)[:200]}',
             expected='"annotated": {"<case>": ["<region>", ...]}',
             suggestion="correct it",
         )
@@ -192,15 +192,17 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
     """Return the labels and the regions that the key ``labels`` of a ``dataset.json`` defines."""
-    if not isinstance(labels, dict) or len(labels.keys() - {"ignore"}) < 2:
+    by_value = isinstance(labels, dict) and all(str(key).isdigit() for key in labels)  # Decathlon and nnU-Net 1
+    names = [str(name) for name in (labels.values() if by_value else labels)] if isinstance(labels, dict) else []
+    if len([name for name in names if name != "ignore"]) < 2:
         raise _json_error(
             path,
             found=f"names its labels {labels!r}" if labels is not None else "does not name its labels",
             expected='"labels": {"background": 0, "name": 1, ...}',
             suggestion="name at least the background and one structure",
         )
-    if all(str(key).isdigit() for key in labels):  # Decathlon and nnU-Net 1: value -> name
-        if len(set(map(str, labels.values()))) < len(labels):
+    if by_value:
+        if len(set(names)) < len(names):
             raise _json_error(
                 path,
                 found=f"gives several label values the same name: {labels!r}",
@@ -215,7 +217,7 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
         raise _json_error(
             path,
             found=f'has the label "ignore" with the value {ignored!r}',
-            expected="one integer above 0 that no structure has",
+            expected="an integer from 1 to 65535 that no structure has",
             suggestion="correct it",
         )
     try:
@@ -226,6 +228,7 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
         values = sorted({int(v) for vs in sets.values() for v in vs} | {0})
         if len(values) > IGNORE:
             raise ValueError(f"{len(values) - 1} structures, but at most {IGNORE - 1} are possible")
+        Regions({n: tuple(map(int, vs)) for n, vs in sets.items() if vs != (0,)})  # its errors name values
         names = {vs[0]: n for n, vs in sets.items() if len(vs) == 1}
         structures = tuple(names.get(v, "background" if v == 0 else f"label {v}") for v in values)
         index = {value: i for i, value in enumerate(values)}
@@ -234,7 +237,7 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
         raise _json_error(
             path,
             found=f"has labels that cannot be used ({error})",
-            expected="integers, and regions that are nested or disjoint",
+            expected="integers from 0 to 65535, and regions that are nested or disjoint, each with one own label",
             suggestion="correct them",
         ) from error
     return Labels(path.parent.absolute().name, structures, tuple(values), ignore=ignored), regions
@@ -252,7 +255,7 @@ def _case_name(entry: Any) -> str:
 
 def _scan(root: Path, description: Description, need_labels: bool, one_file_per_channel: bool) -> Scan:
     folders = [root / "imagesTr", *([] if need_labels else [root / "imagesTs"])]
-    if not folders[0].is_dir():
+    if not any(folder.is_dir() for folder in folders):
         folders = [root]  # a folder of images without labels
     cases: dict[str, Case] = {}
     problems: list[Problem] = []
@@ -285,7 +288,7 @@ def _scan(root: Path, description: Description, need_labels: bool, one_file_per_
                     Problem(
                         "missing_label",
                         folder / name,
-                        found=f"has no {name} in labelsTr",
+                        found="has no label map of this name in labelsTr",
                         expected="one label map per case",
                         suggestion="add it, or move the image to imagesTs",
                         case_id=name,
@@ -317,11 +320,11 @@ def _scan(root: Path, description: Description, need_labels: bool, one_file_per_
 
 
 def _ending(folder: Path, name: str) -> Problem:
-    """Return the problem of a case id that evaluation could not find again."""
+    """Return the problem of a case id with an ending that evaluation removes, so that it would not find the case."""
     return Problem(
         "wrong_convention",
         folder / name,
-        found=f"is the case {name}, whose name has an ending that evaluation removes from the names of label maps",
+        found=f"has the case id {name}; evaluation removes its ending from the names of label maps",
         expected=f"a name that does not end with {', '.join(LABEL_ENDINGS)}",
         suggestion="rename its files in imagesTr and labelsTr",
         case_id=name,
@@ -329,7 +332,7 @@ def _ending(folder: Path, name: str) -> Problem:
 
 
 def _further_labels(folder: Path, cases: Mapping[str, Case]) -> list[Problem]:
-    """Return a problem for each further label map of a case, also in folders below, because evaluation finds both."""
+    """Return a problem for each additional label map of a case in a folder or its subfolders. Evaluation reads it."""
     problems = []
     for path in files_below(folder):
         name = case_of_label(strip_suffix(path.name) or "")

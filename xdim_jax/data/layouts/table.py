@@ -4,15 +4,16 @@
 
 Columns of ``cases.csv``:
 
-    image       file of the image, or one column ``image_0``, ``image_1``, ... for each channel
+    image       file of the image; with several channels, the columns ``image_0``, ``image_1``, ... instead
     label       file of the reference; empty for cases to predict, which training omits with a warning
     case        optional: id of the case; default: name of the image file without suffix and ``_0000``
     patient     optional: name of the patient; all cases of a patient are in the same fold; default: the case
-    fold        optional: number of the fold that validates on the case, from 0; for config.data.split=official
-    annotated   optional: annotated structures, separated by ``|``, or ``none``; empty: all of them
+    fold        optional: number (from 0) of the fold that validates on the case; for config.data.split=official
+    annotated   optional: annotated structures, separated by ``|``, or ``none``; empty: as in ``dataset.json``, or all
 
-Paths are relative to the folder of the table. ``dataset.json`` is that of nnU-Net's raw format (`nnunet`); only
-``channel_names`` (or ``modality``), ``labels`` and ``annotated`` are used.
+Paths are relative to the folder of the table. ``dataset.json`` is that of nnU-Net's raw format (`nnunet`). Its keys
+``channel_names`` (or ``modality``), ``labels`` and ``annotated`` are used; ``file_ending`` and ``training`` must be
+valid, but have no effect.
 """
 
 import csv
@@ -42,7 +43,7 @@ class Row:
 
     Attributes:
         line: Number of the line in the file, from 1.
-        values: Column -> text without blanks at its ends.
+        values: Column -> text without leading and trailing whitespace.
     """
 
     line: int
@@ -102,8 +103,9 @@ def read_rows(path: Path, channels: int) -> list[Row]:
         raise _error(
             path, f"lacks the columns {shorten(missing)}", ", ".join((*images, "label")), "name them in the first line"
         )
-    if unknown := [name for name in names if name and name not in (*_COLUMNS, *images)]:
-        raise _error(path, f"has unknown columns {shorten(unknown)}", ", ".join(_COLUMNS), "remove or rename them")
+    columns = (*images, *(column for column in _COLUMNS if column != "image"))
+    if unknown := [name for name in names if name and name not in columns]:
+        raise _error(path, f"has unknown columns {shorten(unknown)}", ", ".join(columns), "remove or rename them")
     if repeated := sorted({name for name in names if name and names.count(name) > 1}):
         raise _error(path, f"has several columns {shorten(repeated)}", "each column once", "remove or rename them")
     found, problems = [], []
@@ -113,10 +115,10 @@ def read_rows(path: Path, channels: int) -> list[Row]:
             if name:
                 values[name] = cell
             elif cell:
-                expected = f"{len(names)} values or fewer, each below a name in the first line"
+                expected = "a name in the first line for the column of every value"
                 suggestion = "remove it, or put a value that contains the separator into double quotes"
                 problems.append(
-                    _problem(path, f"line {line} has the value {cell!r} in no column", expected, suggestion)
+                    _problem(path, f"line {line} has {cell!r} in a column without a name", expected, suggestion)
                 )
         found.append(Row(line, values))
     if problems:
@@ -128,9 +130,9 @@ def _parse(path: Path, text: str) -> list[tuple[int, list[str]]]:
     """Return the rows of a CSV file that are not empty, with the number of the line in which each begins.
 
     Raises:
-        DataError: A quotation mark is not closed or opened, a value contains a line break, or a value is too long.
+        DataError: Quotation marks are unbalanced, a value contains a line break, or a value is too long.
     """
-    lines = io.StringIO(text, newline="")  # only \r and \n end a line, and not, as for str.splitlines, U+2028
+    lines = io.StringIO(text, newline="")  # lines end only at \r or \n; str.splitlines would also split at U+2028
     head = next((line for line in lines if line.strip()), "")
     lines.seek(0)
     reader = csv.reader(lines, delimiter=";" if head.count(";") > head.count(",") else ",", strict=True)
@@ -198,9 +200,12 @@ def _scan(root: Path, need_labels: bool, *, description: Description) -> Scan:
         images = [row.values.get(column, "") for column in columns]
         label = row.values.get("label", "")
         if not all(images):
-            report(row, case, "has no image", f"file names in {', '.join(columns)}", "add them")
+            empty = ", ".join(column for column, image in zip(columns, images, strict=True) if not image)
+            report(row, case, f"lacks {empty}", f"file names in {', '.join(columns)}", "add them")
         if case.startswith(".") or "/" in case or "\\" in case or case.endswith(LABEL_ENDINGS):
-            expected = f"a name without / and \\ that does not end with {', '.join(LABEL_ENDINGS)}"
+            expected = (
+                f"a name without / and \\ that starts with no dot, and ends with none of {', '.join(LABEL_ENDINGS)}"
+            )
             report(row, case, f"has the case id {case!r}", expected, "give it another one (column case)")
         if not label and need_labels:
             found = f"line {row.line} has no label, so the case is not used"
@@ -230,7 +235,7 @@ def _scan(root: Path, need_labels: bool, *, description: Description) -> Scan:
             continue
         patient = normalised(row.values.get("patient") or case)
         if fold and folds.setdefault(patient, int(fold)) != int(fold):
-            found = f"has fold {fold}, and another row of patient {patient} {folds[patient]}"
+            found = f"has fold {fold}, but another row of patient {patient} has fold {folds[patient]}"
             report(row, case, found, "all cases of a patient in one fold", "correct it")
             continue
         source = root / label if label else None
@@ -255,13 +260,13 @@ def _splits(
         return (), []
     without = sorted({c.patient for c in cases.values()} - folds.keys())
     numbers = sorted(set(folds.values()))
-    found = f"{len(without)} patients have no fold ({shorten(without)})" if without else f"folds are {numbers}"
+    found = f"has no fold for {len(without)} patients ({shorten(without)})" if without else f"has the folds {numbers}"
     if without or numbers != list(range(len(numbers))) or len(numbers) < 2:
         problem = Problem(
             "table",
             path,
             found=found,
-            expected="a fold for every patient, and the numbers 0, 1, ... for two or more folds",
+            expected="a fold for every patient, and at least two folds, numbered 0, 1, ...",
             suggestion="correct the column fold, or remove it",
         )
         return (), [problem]
