@@ -10,9 +10,9 @@ REPO = Path(__file__).parent.parent
 EPOCHS = 5
 
 
-def device_flags(count, *, quick=True):
-    """The variable ``XLA_FLAGS`` of a process with so many CPU devices; if ``quick``, it compiles as these tests do."""
-    return f"{os.environ.get('XLA_FLAGS', '') if quick else ''} --xla_force_host_platform_device_count={count}".strip()
+def device_flags(count):
+    """The variable ``XLA_FLAGS`` of a process with so many CPU devices, which compiles as these tests do."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
 
 
 def one_device_environment(root):

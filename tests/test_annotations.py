@@ -521,8 +521,10 @@ def test_a_table_with_two_channels_names_what_is_missing(files):
     root = make_table(files / "a", ["image_0,image_1,label", f"{IMAGE},,{LABEL}"], channels=channels)
     with pytest.raises(UserError, match="line 2 lacks image_1;"):
         usable_cases(scan_table(root)[1], root)
-    root = make_table(files / "b", ["image,image_0,image_1,label", f"{IMAGE},{IMAGE},{IMAGE},{LABEL}"], channels=channels)
-    with pytest.raises(UserError, match="unknown columns image;.*image_0, image_1"):
+    root = make_table(
+        files / "b", ["image,image_0,image_1,label", f"{IMAGE},{IMAGE},{IMAGE},{LABEL}"], channels=channels
+    )
+    with pytest.raises(UserError, match=r"unknown columns image;.*image_0, image_1"):
         scan_table(root)
 
 

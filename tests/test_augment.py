@@ -275,8 +275,11 @@ EVERYTHING = {
 }
 
 
-def test_a_sample_depends_on_its_own_bits_alone(rng):
-    """Not on its place in the batch, nor on its neighbours; so not on devices, processes or threads either."""
+def test_a_sample_depends_on_its_own_random_bits_alone(rng):
+    """Not on its place in the batch, nor on its neighbours; so not on devices, processes or threads either.
+
+    Rounding may depend on the place, because the last elements of an array are not computed with vector instructions.
+    """
     pairs = [sample(rng, 2) for _ in range(4)]
     batch = {
         "image": np.stack([p[0] for p in pairs]),
@@ -286,8 +289,8 @@ def test_a_sample_depends_on_its_own_bits_alone(rng):
     function = jax.jit(augment.make_augment(EVERYTHING, 2))
     whole = function(batch)
     turned = function({k: v[::-1] for k, v in batch.items()})
-    for k in ("image", "label"):
-        np.testing.assert_array_equal(whole[k], turned[k][::-1])
+    np.testing.assert_array_equal(whole["label"], turned["label"][::-1])
+    np.testing.assert_allclose(whole["image"], turned["image"][::-1], rtol=0, atol=5e-6)
     again = function(batch)
     np.testing.assert_array_equal(whole["image"], again["image"])
     other = function(batch | {"key": batch["key"] + 1})

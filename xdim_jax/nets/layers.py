@@ -127,14 +127,20 @@ def named_stage(owner: nnx.Module, name: str, call: Callable[..., Any]) -> Calla
     return named
 
 
+class ShapesOnly(nnx.Rngs):
+    """Replaces random numbers if only the shapes of a module are needed: kernels are 0, which is traced faster."""
+
+
 def random_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], gain: float) -> jax.Array:
     """Return a random kernel with a normal distribution.
 
     Args:
-        rngs: Random numbers.
+        rngs: Random numbers, or `ShapesOnly`.
         shape: Shape ``(*kernel, in / groups, out)``.
         gain: Standard deviation times ``sqrt(fan_in)``.
     """
+    if isinstance(rngs, ShapesOnly):
+        return jnp.zeros(shape)
     key = rngs.params()
     std = gain / math.sqrt(math.prod(shape[:-1]))
     if isinstance(key, Tracer):

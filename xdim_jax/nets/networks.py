@@ -12,6 +12,7 @@ from flax import nnx
 
 from xdim_jax.base.errors import UserError
 from xdim_jax.nets.dsnet import DSNet
+from xdim_jax.nets.layers import ShapesOnly
 from xdim_jax.nets.unet import DXNet, OmniaNet
 
 
@@ -105,9 +106,14 @@ def build(config: Mapping[str, Any], *, seed: int) -> nnx.Module:
     Raises:
         ValueError: A key is missing or unknown, or a network, encoder, norm or other choice is unknown.
     """
+    return _build(config, nnx.Rngs(seed))
+
+
+def _build(config: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Module:
+    """Build a network, see `build`."""
     make: Any = get_network(config)
     try:
-        return make(rngs=nnx.Rngs(seed), **_options(config))
+        return make(rngs=rngs, **_options(config))
     except TypeError as error:
         if "argument" not in str(error):
             raise
@@ -116,7 +122,7 @@ def build(config: Mapping[str, Any], *, seed: int) -> nnx.Module:
 
 def build_abstract(config: Mapping[str, Any]) -> nnx.Module:
     """Build the same network as `build`, with shapes in place of arrays, for example to compare it with a file."""
-    return nnx.eval_shape(lambda: build(config, seed=0))
+    return nnx.eval_shape(lambda: _build(config, ShapesOnly()))
 
 
 def part_names(config: Mapping[str, Any]) -> tuple[str, ...]:

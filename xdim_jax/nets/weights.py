@@ -31,7 +31,7 @@ from xdim_jax.nets.encoders import get_family, make_encoder
 from xdim_jax.nets.fine_tuning import FREE, Names, adapt_arrays
 from xdim_jax.nets.inflate import Inflation, inflate_arrays
 from xdim_jax.nets.input_channels import adapt_channels
-from xdim_jax.nets.layers import Depth
+from xdim_jax.nets.layers import Depth, ShapesOnly
 
 FORMAT = "xdim_jax weights 1"
 UNUSED = "unused/"
@@ -243,7 +243,7 @@ def abstract_encoder(section: Mapping[str, Any]) -> Any:
     """Build the encoder that a section describes (see `Weights.model`), with shapes in place of arrays."""
     options = dict(section)
     name, channels = options.pop("name"), options.pop("in_channels")
-    return nnx.eval_shape(lambda: make_encoder(name, channels, rngs=nnx.Rngs(0), **options))
+    return nnx.eval_shape(lambda: make_encoder(name, channels, rngs=ShapesOnly(), **options))
 
 
 def encoder_weights(weights: Weights) -> Weights:
