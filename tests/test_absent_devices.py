@@ -65,6 +65,8 @@ def test_full_is_for_targets():
         ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 17.38G of 15.75G hbm.", int(17.38 * 2**30)),
         ("RESOURCE_EXHAUSTED: Used 900.00M of 500.00M", 900 * 2**20),
         ("RESOURCE_EXHAUSTED: out of memory", 2**62),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 32.42M of 16.00M vmem.", 2**62),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 2.00G of 1.00G hbm.", 2**31),
         ("INTERNAL: something else", None),
     ],
 )

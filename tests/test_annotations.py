@@ -126,6 +126,20 @@ def test_a_description_names_at_least_one_structure(labels, tmp_path):
         find(root)
 
 
+@pytest.mark.quick
+def test_the_rule_for_small_tumours_is_for_brats_alone(tmp_path):
+    """Label 1 is edema in the Decathlon's brains, and necrosis in those of BraTS."""
+    card = {"channel_names": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}}
+    card["labels"] = {"background": 0, "edema": 1, "non-enhancing tumor": 2, "enhancing tumour": 3}
+    (tmp_path / "dataset.json").write_text(json.dumps(card))
+    options = ["--config.data.dataset=nnunet", f"--config.data.root={tmp_path}"]
+    with pytest.raises(
+        UserError, match=r"config\.predict\.min_et=200 is a rule of the data set brats, found .*=nnunet"
+    ):
+        resolve_config(load_config("configs/brats_dxnet.py:scratch", options))
+    resolve_config(load_config("configs/brats_dxnet.py:scratch", [*options, "--config.predict.min_et=0"]))
+
+
 def test_images_to_predict_are_found_without_training_images(tmp_path):
     root = make_root(tmp_path / "data", ignore=None)
     dataset, _ = find(root)

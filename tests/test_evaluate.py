@@ -207,6 +207,22 @@ def test_generic_images_of_one_slice_are_flat(pair):
         assert found["a", "1", metric] == pytest.approx(expected[metric], abs=1e-6)
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_generic_images_of_one_slice_are_flat_along_any_axis(axis, pair):
+    """Sagittal, coronal and axial images of one slice, as files of three axes."""
+    pred, ref, out = pair
+    plane = blobs(3)[:, :, 4]
+    spacing = np.insert([1.5, 0.8], axis, 6.0)
+    for folder, array in ((ref, plane), (pred, np.roll(plane, 1, 1))):
+        shutil.rmtree(folder)
+        save(folder / "a_seg.nii.gz", np.expand_dims(array, axis), np.diag([*spacing, 1]))
+    found, _ = run("generic", pred, ref, out, "--metrics=dice,assd_mean,hd,volume")
+    expected = brute(np.roll(plane, 1, 1) == 1, plane == 1, np.diag([1.5, 0.8]), True)
+    for metric in ("dice", "assd_mean", "hd"):
+        assert found["a", "1", metric] == pytest.approx(expected[metric], abs=1e-6)
+    assert math.isnan(found["a", "1", "volume"]), "areas are not volumes"
+
+
 def test_generic_missing_prediction(pair):
     pred, ref, _ = pair
     (pred / "b.nii.gz").unlink()
@@ -940,6 +956,15 @@ def test_chaos_missing_case_is_counted_once(tmp_path, abdomen):
     assert "1 of 6" in message and message.count("CT_2") == 1
 
 
+def test_chaos_case_that_one_task_lacks_is_omitted_there_alone(tmp_path, abdomen):
+    mr = [case for case in SERIES if case[0] == "M"]
+    pred = chaos_pngs(tmp_path / "pred", abdomen, 3, mr[1:])
+    chaos_pngs(pred, abdomen, 5, mr)
+    found, summary = run("chaos", pred, abdomen, tmp_path / "out", "--missing=skip")
+    assert {task: value["cases"] for task, value in summary["tasks"].items()} == {"3": 3, "5": 4}
+    assert (mr[0], "liver", "dice", "5") in found and (mr[0], "liver", "dice", "3") not in found
+
+
 def test_chaos_reference_without_an_organ(tmp_path, abdomen, capsys):
     """Not evaluated, and said."""
     root = tmp_path / "Train_Sets"
@@ -1238,10 +1263,14 @@ def test_compare_says_what_it_leaves_out(evaluated, two, tmp_path, capsys):
     for n in range(5):
         shutil.copy(evaluated / "ref" / f"c{n}.nii.gz", tmp_path / "ref")
     run("generic", pred, tmp_path / "ref", tmp_path / "d", "--metrics=dice,volume")
+    table = tmp_path / "d" / "cases.csv"  # a structure that only one of them has
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([*lines, *(line.replace(",1,", ",7,") for line in lines if ",1," in line)]) + "\n")
     capsys.readouterr()
     assert compare.main([str(two[0]), str(tmp_path / "d")]) == 0
     said = "".join(capsys.readouterr())
     assert f"1 cases are only in {two[0]}" in said and "c5" in said
+    assert f"structures that are only in {tmp_path / 'd'} are excluded: 7" in said
     assert "assd_pooled, hd95_pooled" in said
     assert compare.main([str(two[0]), str(two[1]), "--metrics=dice"]) == 0
     assert "excluded" not in "".join(capsys.readouterr())

@@ -12,7 +12,7 @@ from tests.test_predictor import make_workdir
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.inference.model import read_file_or_workdir
-from xdim_jax.nets import networks, weights
+from xdim_jax.nets import fine_tuning, networks, weights
 from xdim_jax.nets.fine_tuning import Names
 from xdim_jax.nets.functional import make_forward, split_model
 from xdim_jax.nets.inflate import Inflation
@@ -251,6 +251,12 @@ def test_a_stem_that_the_rule_randn_draws_is_not_counted_as_loaded(trained):
     _, params, stats = forward_of(section)
     _, _, report = initialise(config.init, section, 0, params, stats)
     assert report is not None and report["random"] == ["encoder.conv_stem.kernel"] and 0 < report["coverage"] < 1
+
+
+@pytest.mark.parametrize(("source", "target"), [(("MRI", "MRI"), ("MRI", "CT")), (("MRI", "CT"), ("CT", "CT"))])
+def test_channels_of_one_name_cannot_be_matched(source, target):
+    with pytest.raises(UserError, match="several have the name"):
+        fine_tuning._inputs(np.zeros((3, 3, 2, 4), np.float32), source, target)
 
 
 def test_files_without_names_need_the_same_channels(trained):

@@ -1,6 +1,7 @@
 """Files as hospitals have them: names, DICOM exports of an archive, and several patients in one output folder."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -30,12 +31,13 @@ from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_json
 from xdim_jax.data import phantom, regions
-from xdim_jax.data.case import Case, describe, scan_cases, usable_cases
+from xdim_jax.data.case import Case, case_from_files, describe, scan_cases, usable_cases
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.images.image import files_of, read_image
 from xdim_jax.data.images.names import files_below
 from xdim_jax.data.images.series import find_series
-from xdim_jax.data.layouts import brats
+from xdim_jax.data.labels import Labels
+from xdim_jax.data.layouts import brats, nnunet
 from xdim_jax.data.prepare import Preparation
 from xdim_jax.data.reading import read_case
 from xdim_jax.data.store import prepare_cases
@@ -462,6 +464,48 @@ def test_two_patients_never_share_an_output(workdir, tmp_path):
         assert str(tmp_path / "qb" / "CT.nii.gz") in str(error.value)
     assert (out / "CT.nii.gz").read_bytes() == before
     run(workdir, tmp_path / "qa" / "CT.nii.gz", out)  # the same image is no conflict
+
+
+def test_one_file_is_never_a_request_for_its_folder(workdir, tmp_path):
+    """A download that is not complete, an archive, and a series in a folder without DICOM."""
+    save_nifti(tmp_path / "in" / "a.nii.gz", 0)
+    for name in ("b.nii.gz.part", "b.zip", "b.json"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            run(workdir, tmp_path / "in" / name, tmp_path / "out")
+    with pytest.raises(UserError, match="contains no DICOM series"):
+        run(workdir, tmp_path / "in", tmp_path / "out", "--series=3")
+    assert not names_in(tmp_path / "out")
+
+
+def test_channels_of_two_patients_are_not_one_case(tmp_path):
+    for name in ("a_0000", "a_0001", "b_0001"):
+        save_nifti(tmp_path / f"{name}.nii.gz", 0)
+    data = nnunet.nnunet_from_description(
+        nnunet.Description(
+            ("T1", "T2"), Labels("own", ("background", "organ"), (0, 1)), regions.Regions({"organ": (1,)})
+        )
+    )
+    a0, a1, b1 = (tmp_path / f"{name}.nii.gz" for name in ("a_0000", "a_0001", "b_0001"))
+    assert case_from_files([a0, a1], data).case_id == "a"
+    for files, words in (([a0, b1], "different cases"), ([a0, a0], "given twice"), ([a1, a0], "channel 1")):
+        with pytest.raises(UserError, match=words):
+            case_from_files(files, data)
+
+
+def test_an_unreadable_folder_below_the_data_is_an_error(tmp_path, monkeypatch):
+    """The error of the system is simulated, because root can read every folder."""
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"locked cannot be read .*Permission denied"):
+        list(files_below(tmp_path))
 
 
 def test_a_file_that_is_no_prediction_is_never_replaced(workdir, tmp_path):

@@ -72,6 +72,37 @@ TABLE = {
         f"{CAMUS} --workdir={{new}} --config.optim.schedule.peak=-1.0",
         ["expected a positive learning rate"],
     ),
+    "a final rate above the peak": (
+        "train",
+        f"{CAMUS} --workdir={{new}} --config.optim.schedule.peak=1e-6",
+        ["optim.schedule.final=", "is above config.optim.schedule.peak=1e-06"],
+    ),
+    "a schedule without end": (
+        "train",
+        f"{CAMUS} --workdir={{new}} --config.optim.schedule.warmup_epochs=inf",
+        ["optim.schedule.warmup_epochs=inf"],
+    ),
+    "axes that are letters": ("train", f"{CAMUS} --workdir={{new}} --config.augment.flip.axes=W", ["flip.axes"]),
+    "weights that are words": (
+        "train",
+        f"{CAMUS} --workdir={{new}} --config.loss.weights=balanced",
+        ["config.loss.weights", "numbers"],
+    ),
+    "sides that are fractions": (
+        "train",
+        f"{CAMUS} --workdir={{new}} --config.data.patch=(96.0,96.0)",
+        ["data.patch=(96.0, 96.0)", "not integers"],
+    ),
+    "a patch of four sides": (
+        "train",
+        f"{CAMUS} --workdir={{new}} --config.data.patch=(1,1,96,96)",
+        ["data.patch=(1, 1, 96, 96)", "4 axes"],
+    ),
+    "batch statistics of one pixel": (
+        "train",
+        f"{CAMUS} --workdir={{new}} --config.data.patch=(32,32) --config.data.batch=1 --config.model.norm=batch",
+        ["data.patch=(32, 32)", "the coarsest level has one voxel"],
+    ),
     "rates that fit no part": (
         "train",
         f"{CAMUS} --workdir={{new}} --config.optim.rates=encodr.*=0",

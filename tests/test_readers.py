@@ -23,6 +23,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.data import phantom
 from xdim_jax.data.case import list_cases, scan_cases
 from xdim_jax.data.datasets import get_dataset
+from xdim_jax.data.images import dicom
 from xdim_jax.data.images.image import read_grid, read_image, read_volume
 from xdim_jax.data.images.nifti import write_volume
 from xdim_jax.data.reading import encode_label, read_case, read_label
@@ -420,6 +421,25 @@ def test_ct_masks_of_any_grey_are_liver(tmp_path, rng, grey):
         assert set(np.unique(read_label(case))) == {0, 1}
         np.testing.assert_array_equal(read_label(case) == 1, images[::-1] > 500)
         assert get_dataset(section).labels.structures[1] == "liver"
+
+
+def test_masks_of_16_bits_are_refused_if_they_have_several_greys(tmp_path):
+    """Converted with a factor of 257, every organ would become the brightest one; one grey is the liver of CT."""
+    greys = np.array([[0, 63, 126], [189, 252, 0]], np.uint16) * 257
+    Image.fromarray(greys).save(tmp_path / "mr.png")
+    with pytest.raises(UserError, match=r"mr\.png .*16191.*0 to 255"):
+        dicom.load_masks([tmp_path / "mr.png"])
+    Image.fromarray((greys > 0).astype(np.uint16) * 65535).save(tmp_path / "ct.png")
+    np.testing.assert_array_equal(dicom.load_masks([tmp_path / "ct.png"])[..., 0].T > 0, greys > 0)
+
+
+@pytest.mark.parametrize("components", [1, 3])
+def test_planes_of_metaimage_have_one_slice(components, tmp_path, rng):
+    pixels = rng.integers(0, 255, (5, 4, *([3] if components == 3 else []))).astype(np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(pixels, isVector=components == 3), str(tmp_path / "plane.mha"))
+    image, grid = read_image(tmp_path / "plane.mha")
+    assert image.shape == (1, 5, 4, components) and tuple(grid.shape) == (4, 5, 1)
+    np.testing.assert_array_equal(image[0], pixels.reshape(5, 4, components))
 
 
 def test_mr_labels_are_decoded_by_ranges(tmp_path):

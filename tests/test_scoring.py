@@ -783,6 +783,18 @@ def test_wilcoxon_is_over_patients():
     assert found.cases == 24 and found.p == pytest.approx(2 / 64)
 
 
+def test_compare_takes_the_patients_of_the_evaluation_that_knows_them():
+    """Another program's predictions are scored without patients: each case is then named after itself."""
+    known = [ScoredCase(f"c{i}", f"p{i // 5}", {}, {"WT": {"dice": 0.0}}, {}) for i in range(10)]
+    unknown = [ScoredCase(f"c{i}", f"c{i}", {}, {"WT": {"dice": float(i >= 5)}}, {}) for i in range(10)]
+    for first, second in ((known, unknown), (unknown, known)):
+        (found,) = paired.compare(first, second)
+        assert abs(found.mean) == 0.5 and found.high - found.low == 1, "two patients, whose differences are 0 and 1"
+    other = [ScoredCase(f"c{i}", f"q{i // 5}", {}, {"WT": {"dice": 0.0}}, {}) for i in range(10)]
+    with pytest.raises(ValueError, match="patients p0 and q0"):
+        paired.compare(known, other)
+
+
 def test_compare_interval_draws_patients():
     """Two patients with five cases each, whose differences are 0 and 1."""
     first = [ScoredCase(f"c{i}", f"p{i // 5}", {}, {"WT": {"dice": 0.0}}, {}) for i in range(10)]

@@ -92,6 +92,7 @@ def test_a_run_gets_its_settings(tmp_path):
         ("steps = 4", "steps = 5", ["steps = 5", "validate_steps = 2"]),
         ("steps = 4", "steps = 'many'", ["steps = 'many'", "int"]),
         ('baseline = "low"', 'baseline = "none"', ["'none'", "low, high"]),
+        ('baseline = "low"', 'baseline = ["low"]', ["baseline"]),
         ("title", "titel", ["titel", "title is missing"]),
         ("sizes = [1, 2]", "sizes = [0, 2]", ["sizes = [0, 2]", "at least 1"]),
         ("seeds = [3]", "seeds = [3, 3]", ["seeds = [3, 3]"]),
@@ -281,6 +282,8 @@ def test_verdicts():
     found = {("a", 5): scores(base), ("b", 5): scores(base + 0.2 + rng.normal(0, 0.01, (3, 20)))}
     tests = results.compare_arms(found, [5], ["a", "b"])
     assert results.verdict(5, ["a", "b"], found, tests) == "b is best"
+    text = results.verdict(5, ["a", "b", "unfinished"], found, tests)
+    assert text.startswith("b is best of the arms with finished runs") and "unfinished" not in text
     found["c", 5] = scores(base + 0.2 + rng.normal(0, 0.01, (3, 20)))
     tests = results.compare_arms(found, [5], ["a", "b", "c"])
     text = results.verdict(5, ["a", "b", "c"], found, tests)

@@ -1076,6 +1076,15 @@ def hidden_files(root: Path, suffix: str) -> None:
         (path.parent / f"._{path.name}").write_bytes(b"\0\5\26\7")
 
 
+def system_folders(root: Path) -> None:
+    """Copies of a case in the folders of operating systems: deleted files, which are not data."""
+    first = min((p for p in root.rglob("*") if p.is_file()), key=lambda p: (-len(p.parts), p))
+    for name in (".Trash-1000", "$RECYCLE.BIN", "lost+found", "__MACOSX"):
+        copied = root / name / "files" / first.relative_to(root)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(first.parent, copied.parent, dirs_exist_ok=True)
+
+
 def citations(*folders: str) -> Callable[[Path], None]:
     """Files that are of no case and do no harm."""
 
@@ -1175,6 +1184,11 @@ HARMLESS: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any]]] = {
     "hidden files in CHAOS": ("chaos", lambda r: hidden_files(r, ".*"), {}),
     "hidden files in nnU-Net": ("nnunet", lambda r: hidden_files(r, ".nii.gz"), {}),
     "hidden files in the Decathlon": ("decathlon", lambda r: hidden_files(r, ".nii.gz"), {}),
+    "recycle bins in BraTS": ("brats2021", system_folders, {}),
+    "recycle bins in CAMUS": ("camus", system_folders, {}),
+    "recycle bins in CHAOS": ("chaos", system_folders, {}),
+    "recycle bins in nnU-Net": ("nnunet", system_folders, {}),
+    "recycle bins in the Decathlon": ("decathlon", system_folders, {}),
     "other files in CAMUS": ("camus", citations("", "database_nifti", f"database_nifti/{P1}", "database_split"), {}),
     "other files in CHAOS": ("chaos", citations("", "CT", "CT/1", "MR/1", "MR/1/T1DUAL", "MR/2/T2SPIR"), {}),
     "other files beside slices": ("chaos", citations(CT, IN, T2), {}),

@@ -122,11 +122,15 @@ def _warn_about_references(records: Sequence[Mapping[str, Any]]) -> None:
 def _warn_about_exclusions(
     folders: Sequence[Path], evaluations: Sequence[Sequence[ScoredCase]], metrics: Sequence[str]
 ) -> None:
-    """Warn about cases and metrics that only one of the evaluations has."""
+    """Warn about cases, structures and metrics that only one of the evaluations has."""
     ids = [{case.case_id for case in evaluation} for evaluation in evaluations]
     for folder, here, other in ((folders[0], ids[0], ids[1]), (folders[1], ids[1], ids[0])):
         if extra := sorted(here - other):
             log.warn(f"{len(extra)} cases are only in {folder} and are excluded: {shorten(extra)}")
+    structures = [{name for case in evaluation for name in case.values} for evaluation in evaluations]
+    for folder, here, other in ((folders[0], *structures), (folders[1], *structures[::-1])):
+        if extra := sorted(here - other):
+            log.warn(f"structures that are only in {folder} are excluded: {shorten(extra)}")
     a, b = map(_metrics_of, evaluations)
     if single := sorted((a ^ b) & set(metrics or a | b)):
         log.warn(f"only one of the evaluations has these metrics, which are excluded: {', '.join(single)}")

@@ -98,7 +98,10 @@ def _read_cases(text: str) -> set[str]:
         lines = Path(text).read_text(encoding="utf-8-sig").splitlines() if is_file else text.split(",")
     except UnicodeDecodeError as error:
         raise UserError(f"--cases={text} is not a text file; expected one case id per line") from error
-    return {normalised(line.strip()) for line in lines if line.strip()}
+    cases = {normalised(line.strip()) for line in lines if line.strip()}
+    if not cases:
+        raise UserError(f"--cases={text} has no case id; expected case ids, or a file with one per line")
+    return cases
 
 
 def _set_defaults_of_run(options: Any, workdir: Path) -> None:

@@ -30,7 +30,7 @@ KINDS = {
     "empty_slice": "a slice between other slices is constant",
     "dtype": "voxels are not numbers, or labels are not integers",
     "label_value": "a label value is not in the convention",
-    "label_scale": "labels seem to be scaled: 0 and 255 instead of 0 and 1",
+    "label_scale": "labels seem to be scaled, e.g. 0 and 255 instead of 0 and 1",
     "empty_label": "a label map contains no structure",
     "missing_structure": "a case lacks a structure that other cases have",
     "slice_count": "the series of a case differ in their numbers of slices",

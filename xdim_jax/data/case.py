@@ -265,11 +265,21 @@ def case_from_files(sources: Sequence[Source], dataset: Dataset, modality: str =
 
 
 def _check_channel_numbers(paths: Sequence[Path], order: str) -> None:
-    """Raise UserError if the names of files end with channel numbers (``_0000``) that contradict their order."""
-    matches = [re.fullmatch(r".*_(\d{4})", strip_suffix(path.name) or "") for path in paths]
-    numbers = [int(match[1]) for match in matches if match]
+    """Raise UserError if a file is given twice, or if names with channel numbers (``_0000``) contradict the order.
+
+    The names of the channels of a case differ in their numbers only.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError(f"{shorten([str(path) for path in paths])}: a file is given twice; expected one per channel")
+    matches = [re.fullmatch(r"(.*)_(\d{4})", strip_suffix(path.name) or "") for path in paths]
+    numbers = [int(match[2]) for match in matches if match]
     if sorted(numbers) != list(range(len(paths))):  # these are not numbers of channels
         return
+    if len(cases := {match[1]: path for match, path in zip(matches, paths, strict=True) if match}) > 1:
+        raise UserError(
+            f"{shorten([str(path) for path in cases.values()])} belong to different cases by their names; expected "
+            "the channels of one case"
+        )
     for place, (path, number) in enumerate(zip(paths, numbers, strict=True)):
         if number != place:
             raise UserError(

@@ -45,7 +45,8 @@ def find_cases(
         raise UserError(
             f"{shorten(absent)}: no such file or folder; expected an image, a DICOM series, or a folder of cases"
         )
-    paths = [path if path.name not in ("", "..") else path.resolve() for path in paths]  # names of cases
+    # cases are named after their folder, and ``.`` and ``..`` are no names
+    paths = [path if path.name not in ("", "..") else path.resolve() for path in paths]
     files = [path for path in paths if path.is_file()]
     if len(files) == len(paths) and all(strip_suffix(path.name) is not None for path in files):
         if series:
@@ -63,7 +64,7 @@ def find_cases(
             files = [path for path in files if own not in path.parents]
     else:
         raise UserError(f"{len(paths)} paths given; expected one folder, or the files of one case")
-    return _find_images(dataset, folder, files, modality, series)
+    return _find_images(dataset, folder, files, modality, series, given=len(paths) > 1 or paths[0].is_file())
 
 
 def _has_layout(dataset: Dataset, folder: Path) -> bool:
@@ -93,17 +94,24 @@ def _cases_in_layout(dataset: Dataset, folder: Path) -> tuple[list[Case], dict[s
 
 
 def _find_images(
-    dataset: Dataset, folder: Path, files: Sequence[Path], modality: str, selected: Sequence[str]
+    dataset: Dataset, folder: Path, files: Sequence[Path], modality: str, selected: Sequence[str], *, given: bool
 ) -> tuple[list[Case], dict[str, list[str]]]:
-    """Return a case for each image and each DICOM series among the files, and the problems of the other series."""
+    """Return a case for each image and each DICOM series among the files, and the problems of the other series.
+
+    ``given`` is True if the user gave the files, and False if they are those of a folder.
+    """
     images = [] if selected else [path for path in files if strip_suffix(path.name) is not None]
     found, left_out = find_series(folder, files)
-    if len(dataset.channels) > 1 and not found:
+    if len(dataset.channels) > 1 and not found and not selected:
         unknown = [path for path in files if strip_suffix(path.name) is None]
         raise UserError(f"{_names(unknown, folder)} cannot be read; expected one image per channel")
     if not images and not found:
+        if selected:
+            raise UserError(f"--series: {folder} contains no DICOM series")
+        if given:
+            raise UserError(f"{_names(files, folder)} cannot be read; expected an image or a DICOM series")
         if set(left_out.values()) <= {UNKNOWN_FORMAT}:
-            return _cases_in_layout(dataset, folder)  # raises an error that shows the layout
+            return _cases_in_layout(dataset, folder)  # raises an error that shows the layout if there is no case
         raise UserError(f"{folder} contains no image: {_reasons(left_out, folder)}")
     if len(dataset.channels) > 1:
         raise UserError(

@@ -182,6 +182,11 @@ def resolve(
         if "min_et" not in predict:
             raise UserError(f"--min_et is not a setting of this run's data set, {config.data.dataset}")
         predict["min_et"] = settings.min_et
+    if predict.get("min_et", 0) and config.data.dataset != "brats":
+        raise UserError(
+            f"min_et={predict['min_et']} is a rule of the data set brats, and this run's data set is "
+            f"{config.data.dataset}; give --min_et=0"
+        )
     if predict.get("min_et", 0) < 0:
         raise UserError(f"--min_et={predict['min_et']}: expected 0 or more voxels")
     default = float(predict["threshold"])

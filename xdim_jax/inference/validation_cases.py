@@ -57,7 +57,8 @@ def predict_validation(workdir: Path, output: Path, settings: Settings | None = 
         _write_references(folder, work[0][0].dataset, [case for _, cases in work for case in cases])
         return folder, names
     if read_config(work[0][0].workdirs[0]).data.dataset == "chaos":
-        names = {name.removesuffix("_in") for name in names}
+        # with data.phase=each, both phases are predicted; that of the in-phase image is scored, as in the challenge
+        names = {name.removesuffix("_in") for name in names if not name.endswith("_out")}
     labels = root / "labelsTr"  # folder of the references in nnU-Net's layout
     return labels if labels.is_dir() else root, names
 

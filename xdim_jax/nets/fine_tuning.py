@@ -110,7 +110,16 @@ def _outputs(array: np.ndarray, random: np.ndarray, source: Names, target: Names
 
 
 def _inputs(array: np.ndarray, source: Sequence[str], target: Sequence[str]) -> tuple[np.ndarray, str]:
-    """Return the kernel of the first convolution, and how it was obtained."""
+    """Return the kernel of the first convolution, and how it was obtained.
+
+    Raises:
+        UserError: Several channels have the same name, so that they cannot be matched.
+    """
+    if repeated := sorted({name for names in (source, target) for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"channels cannot be matched by name, because several have the name {', '.join(repeated)}; give the "
+            "channels of the data different names, and train the earlier network with these names too"
+        )
     kept = [name for name in target if name in source]
     new = [name for name in target if name not in source]
     mean = array.mean(-2)

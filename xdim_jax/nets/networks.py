@@ -180,12 +180,13 @@ def _options(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plain_dict(config).items() if key != "name"}
 
 
-def check_patch(config: Mapping[str, Any], patch: Sequence[int]) -> None:
+def check_patch(config: Mapping[str, Any], patch: Sequence[int], batch: int | None = None) -> None:
     """Check that a network can be trained with patches of a given size.
 
     Args:
         config: The ``model`` section.
         patch: Spatial sides of a patch.
+        batch: Number of samples of a training step that are processed together; None for evaluation mode.
 
     Raises:
         ValueError: The size is not valid; the message gives the axis, the level and the nearest valid sizes.
@@ -196,7 +197,12 @@ def check_patch(config: Mapping[str, Any], patch: Sequence[int]) -> None:
             f"data.patch={tuple(patch)} has {len(patch)} axes; {name} needs {network.ndim} "
             f"({', '.join('DHW'[3 - network.ndim :])})"
         )
-    if problems := network.size_problems(_options(config), patch):
+    if wrong := [side for side in patch if isinstance(side, bool) or not isinstance(side, int)]:
+        raise ValueError(f"data.patch={tuple(patch)}: {wrong} are not integers")
+    options = _options(config)
+    if batch == 1 and options.get("norm") == "batch":  # a sample alone has the statistics of an instance norm
+        options = {**options, "norm": "instance"}
+    if problems := network.size_problems(options, patch):
         raise ValueError(f"data.patch={tuple(patch)} does not fit {name}; " + "; ".join(problems))
 
 

@@ -137,7 +137,8 @@ def _draw_cases(
     jobs = _find_jobs(rules, evaluation, left_out) if chosen else {}
     for role, case in chosen.items():
         try:
-            view = read_view(rules, jobs[case.case_id], config, channels, Path(evaluation["pred"]))
+            job = jobs[case.case_id, case.attributes.get("task", "")]
+            view = read_view(rules, job, config, channels, Path(evaluation["pred"]))
         except (UserError, KeyError, OSError) as error:
             left_out.append(f"No picture of {case.case_id}: {error}.")
             continue
@@ -159,14 +160,17 @@ def _is_paper(row: Sequence[str]) -> bool:
     return any("paper" in cell for cell in row[:2])
 
 
-def _find_jobs(rules: Rules, evaluation: Mapping[str, Any], left_out: list[str]) -> dict[str, Job]:
-    """Return the jobs of the evaluation by case id. If they cannot be found, add a message to ``left_out``."""
+def _find_jobs(rules: Rules, evaluation: Mapping[str, Any], left_out: list[str]) -> dict[tuple[str, str], Job]:
+    """Return (case id, task) -> job. If the jobs cannot be found, add a message to ``left_out``.
+
+    The task is that of CHAOS, empty for other data sets.
+    """
     try:
         jobs, _ = rules.jobs(Path(evaluation["pred"]), Path(evaluation["ref"]))
     except UserError as error:
         left_out.append(f"No pictures: {error}.")
         return {}
-    return {job.ref.case_id: job for job in jobs if job.pred is not None}
+    return {(job.ref.case_id, job.attributes.get("task", "")): job for job in jobs if job.pred is not None}
 
 
 def _facts(
@@ -295,7 +299,10 @@ def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels
 def _image_sources(job: Job, pred: Path) -> list[Source]:
     """Return the images that the record of the prediction names, or else those next to the reference, if any."""
     record = pred / results.PREDICT_FILE
-    recorded = read_json(record)["images"].get(job.ref.case_id, []) if record.is_file() else []
+    content = read_json(record) if record.is_file() else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{record} is not the record of a prediction: expected a JSON object; predict again")
+    recorded = content.get("images", {}).get(job.ref.case_id, [])
     if recorded:
         return [source_from_json(value) for value in recorded]
     return [*_images_beside(job.ref.path)] if job.ref.grid is None else [job.ref.grid]

@@ -172,7 +172,7 @@ def measure_case(rules: Rules, pred: Path, channels: Mapping[str, Sequence[int]]
     coding = find_coding(rules, job.ref, values, predicted)
     masks, other = coding.masks(values, job.ref.path), coding.masks(predicted, job.pred.path)
     names = [name for name in masks if job.structures is None or name in job.structures]
-    scored = ~np.isin(values, coding.excluded) if coding.excluded else np.ones(values.shape, bool)
+    scored = coding.scored_voxels(values)
     evaluated = np.any([masks[n] | other[n] for n in names], 0) & scored if names else np.zeros(values.shape, bool)
     if not evaluated.any():
         return None

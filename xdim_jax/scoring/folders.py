@@ -68,7 +68,7 @@ def evaluate_folders(
         total = len({job.ref.case_id for job in jobs})
         raise UserError(
             f"{len(without)} of {total} references in {ref} have no prediction in {pred}: {shorten(without)}. Predict "
-            "them, or give --missing=penalise to score them as the challenge does"
+            "them, or give --missing=penalise to give them the worst values, or --missing=skip to omit them"
         )
     if all(job.pred is None for job in jobs) and missing == "skip":
         raise UserError(f"no reference in {ref} has a prediction in {pred}; expected at least one")
@@ -76,7 +76,8 @@ def evaluate_folders(
     if surplus:
         log.warn(f"{len(surplus)} predictions without a reference are omitted: {shorten(surplus)}")
     skipped = set(without) if missing == "skip" else set()
-    jobs = [job for job in jobs if job.ref.case_id not in skipped]
+    if missing == "skip":  # with one prediction per task of CHAOS, the other tasks keep the case
+        jobs = [job for job in jobs if job.pred is not None]
     scored, extra_rows, extra = score_jobs(rules, jobs, metrics, processes=processes)
     problems = list(dict.fromkeys(case.problem for case in scored if case.problem))
     if problems and missing == "error":
@@ -85,7 +86,7 @@ def evaluate_folders(
         log.warn(f"{problem}: the case {'is omitted' if missing == 'skip' else 'gets the worst values'}")
     if problems and missing == "skip":  # again without these cases, because rules aggregate over all cases
         skipped |= {case.case_id for case in scored if case.problem}
-        jobs = [job for job in jobs if job.ref.case_id not in skipped]
+        jobs = [job for job, case in zip(jobs, scored, strict=True) if not case.problem]
         if not jobs:
             raise UserError(f"no prediction in {pred} can be used; expected at least one")
         scored, extra_rows, extra = score_jobs(rules, jobs, metrics, processes=processes)
@@ -129,7 +130,10 @@ def evaluate_folders(
 def check_small_et_kept(pred: Path) -> None:
     """Raise UserError if small ET was removed from the predictions, because --tune_min_et needs all predicted ET."""
     record = pred / results.PREDICT_FILE
-    minimum = read_json(record).get("predict", {}).get("min_et", 0) if record.is_file() else 0
+    content = read_json(record) if record.is_file() else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{record} is not the record of a prediction: expected a JSON object; predict again")
+    minimum = content.get("predict", {}).get("min_et", 0)
     if minimum:
         raise UserError(
             f"--tune_min_et: according to {record}, ET below {minimum} voxels was removed; first predict with "

@@ -55,10 +55,10 @@ def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[
         A difference for each structure and metric.
 
     Raises:
-        ValueError: There is no case, structure and metric in common.
+        ValueError: There is no case, structure and metric in common, or a case belongs to two patients.
     """
     first, second = _values_by_metric(a), _values_by_metric(b)
-    patients = {c.case_id: c.patient for c in a}
+    patients = _patients(a, b)
     names = [key for key in first if key in second and (not metrics or key[1] in metrics)]
     found = []
     for structure, metric in names:
@@ -92,6 +92,22 @@ def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[
         raise ValueError("they have no case, structure and metric in common")
     corrected = holm([d.p for d in found])
     return [dataclasses.replace(d, p_holm=p) for d, p in zip(found, corrected, strict=True)]
+
+
+def _patients(a: Sequence[ScoredCase], b: Sequence[ScoredCase]) -> dict[str, str]:
+    """Return the patient of every case. An evaluation that does not know the patients names them after the cases.
+
+    Raises:
+        ValueError: The evaluations name different patients.
+    """
+    patients: dict[str, str] = {}
+    for case in [*a, *b]:
+        known = patients.setdefault(case.case_id, case.patient)
+        if known == case.case_id:
+            patients[case.case_id] = case.patient
+        elif case.patient not in (known, case.case_id):
+            raise ValueError(f"the case {case.case_id} belongs to the patients {known} and {case.patient}")
+    return patients
 
 
 def _values_by_metric(cases: Sequence[ScoredCase]) -> Mapping[tuple[str, str], dict[tuple[str, ...], float]]:

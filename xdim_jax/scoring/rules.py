@@ -378,14 +378,19 @@ def geometry_from_grid(shape: Sequence[int], grid: Grid) -> Geometry:
 
 
 def squeeze_slice(masks: Masks, geometry: Geometry) -> tuple[Masks, Geometry]:
-    """Remove the depth axis of masks with a single slice (1, H, W), so that they are measured in 2D.
+    """Remove the axis along which masks have a single slice, so that they are measured in 2D.
+
+    This is the axis D of an axial image, and another one of a coronal or sagittal image.
 
     Returns:
-        The masks and their geometry; unchanged if there are several slices.
+        The masks and their geometry; unchanged if there are several slices along every axis.
     """
-    if geometry.shape[0] != 1:
+    if 1 not in geometry.shape:
         return masks, geometry
-    return {name: mask[0] for name, mask in masks.items()}, Geometry(geometry.shape[1:], geometry.spacing[1:])
+    single = geometry.shape.index(1)
+    others = [axis for axis in range(len(geometry.shape)) if axis != single]
+    shape, spacing = tuple(geometry.shape[a] for a in others), tuple(geometry.spacing[a] for a in others)
+    return {name: mask.take(0, single) for name, mask in masks.items()}, Geometry(shape, spacing)
 
 
 def check_folder(folder: Path, layout: str) -> None:
@@ -396,7 +401,7 @@ def check_folder(folder: Path, layout: str) -> None:
 
 
 def find_files(folder: Path, layout: str, name_of: Callable[[Path], str | None]) -> dict[str, Path]:
-    """Return the label files in a folder, and up to two levels below it, by case id.
+    """Return the label files in a folder, and up to three levels below it, by case id.
 
     Args:
         folder: Folder of label maps.
@@ -408,7 +413,7 @@ def find_files(folder: Path, layout: str, name_of: Callable[[Path], str | None])
     """
     check_folder(folder, layout)
     found: dict[str, Path] = {}
-    for path in sorted([*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")]):
+    for path in sorted(path for level in range(4) for path in folder.glob("*/" * level + "*")):
         hidden = path.name.startswith(".") or path.parent.name in EXTRA_OUTPUTS
         if hidden or strip_suffix(path.name) is None or not path.is_file():
             continue

@@ -160,7 +160,7 @@ def _problems(content: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(arms, dict):
         if len(arms) < 2:
             yield f"arms: expected two or more, found {len(arms)}"
-        if content.get("baseline") not in arms:
+        if not isinstance(content.get("baseline"), str) or content["baseline"] not in arms:
             yield f"baseline = {content.get('baseline')!r} is none of the arms {', '.join(arms)}"
         for name, values in arms.items():
             if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):

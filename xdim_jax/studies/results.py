@@ -221,7 +221,8 @@ def verdict(size: int, arms: Sequence[str], scores: Mapping[tuple[str, int], Sco
     best = max(means, key=lambda arm: means[arm])
     unclear = [arm for arm in known if arm != best and not _is_better(best, arm, size, tests)]
     if not unclear:
-        return f"{best} is best"
+        of = f" of the arms with finished runs ({', '.join(known)})" if len(known) < len(arms) else ""
+        return f"{best} is best{of}"
     return (
         f"no difference found between {best} (highest mean) and {', '.join(sorted(unclear, key=lambda a: -means[a]))}"
     )

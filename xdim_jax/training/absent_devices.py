@@ -24,10 +24,10 @@ from xdim_jax.base.errors import UserError, first_line
 
 _GPUS = Path(__file__).with_name("gpus.json")
 _GPU_FRACTION = 0.75  # of the memory of a GPU that JAX allocates by default
-# usable memory of a chip in GiB, by the messages of the compiler of libtpu 0.0.42
+# memory of a chip in GiB that programs can use, as reported by the compiler of libtpu 0.0.42
 _TPU_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 _MEGACORE = ("v4", "v5p")  # kinds whose two cores are used as one device
-# used and available memory in the compiler's message if a program does not fit
+# the memory that a program needs, in the compiler's message if it does not fit
 _EXHAUSTED = re.compile(r"Used ([\d.]+)([GM]) of")
 
 
@@ -138,7 +138,8 @@ def gpu_description(gpu: dict[str, Any]) -> str:
 def _open_tpus(kind: str, size: str) -> Target:
     if not re.fullmatch(r"\d+(x\d+){1,2}", size):
         example = "2x2x1" if kind in _MEGACORE else "2x2"
-        raise UserError(f"--target={kind}:{size}: expected a topology, e.g. {kind}:{example}, or {kind}:1x1 for a chip")
+        given = f"{kind}:{size}" if size else kind
+        raise UserError(f"--target={given}: expected a topology, e.g. {kind}:{example}, or {kind}:1x1 for a chip")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -182,6 +183,8 @@ def exhausted_bytes(error: Exception) -> int | None:
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return None
+    if re.search(r"memory space (?!hbm)\w+", text):  # the size of another memory is no measure of what is needed
+        return 2**62
     match = _EXHAUSTED.search(text)
     return int(float(match[1]) * 2 ** (30 if match[2] == "G" else 20)) if match else 2**62
 

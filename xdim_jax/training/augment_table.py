@@ -91,7 +91,7 @@ def settings(section: Mapping[str, Mapping[str, Any]], ndim: int) -> dict[str, d
         problems.append("config.augment.lowres.high and config.augment.window.high are fractions: expected at most 1")
     if full["flip"]["p"] > 0 and not full["flip"]["axes"]:
         problems.append("config.augment.flip has no axes: give the spatial axes to flip, e.g. axes=(2,)")
-    if bad := [a for a in full["flip"]["axes"] if not 0 <= a < ndim]:
+    if bad := [a for a in full["flip"]["axes"] if not (isinstance(a, int) and 0 <= a < ndim)]:
         problems.append(f"config.augment.flip.axes={tuple(full['flip']['axes'])}: {bad} is not among 0 to {ndim - 1}")
     if problems:
         raise UserError("\n".join(problems))

@@ -64,8 +64,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.ema": (0, 0.999999),
     "optim.lookahead.period": (0, math.inf),
     "optim.lookahead.step_size": (0, 1),
-    "optim.schedule.constant_epochs": (0, math.inf),
-    "optim.schedule.warmup_epochs": (0, math.inf),
+    "optim.schedule.constant_epochs": (0, 1e6),
+    "optim.schedule.warmup_epochs": (0, 1e6),
     "optim.schedule.factor": (1e-3, 1),
     "optim.schedule.power": (0, 10),
     "data.train_patients": (0, math.inf),
@@ -225,10 +225,15 @@ def _combination_problems(config: Config) -> list[str]:
     """Return a message for each pair of values that cannot be combined."""
     problems = []
     data = config.data
-    if data.sampling == "slices" and patch_size_3d(data.patch)[0] != 1:
+    if data.sampling == "slices" and len(data.patch) <= 3 and patch_size_3d(data.patch)[0] != 1:
         problems.append(
             f"config.data.sampling=slices needs a 2D patch, found config.data.patch={tuple(data.patch)}; use "
             "patches or volumes"
+        )
+    if config.predict.get("min_et", 0) and data.dataset != "brats":
+        problems.append(
+            f"config.predict.min_et={config.predict.min_et} is a rule of the data set brats, found "
+            f"config.data.dataset={data.dataset}; give --config.predict.min_et=0"
         )
     if config.mesh.space > 1 and config.train.ops != "auto":
         problems.append(
@@ -247,7 +252,7 @@ def _check_network(config: Config) -> tuple[Any, Any, Any]:
     except ValueError as error:
         raise UserError(f"config.model: {error}") from error
     try:
-        networks.check_patch(config.model, config.data.patch)
+        networks.check_patch(config.model, config.data.patch, config.data.batch // config.train.accumulate)
     except ValueError as error:
         raise UserError(str(error)) from error
     return network

@@ -194,7 +194,7 @@ def precision() -> Finding:
             _timed(lambda f=product, a=a: f(a, a).block_until_ready()) for _ in range(3)
         )
     small = jax.random.normal(jax.random.key(1), (64, 64))
-    exact = small @ small
+    exact = jnp.matmul(small, small, precision="highest")
     error = float(
         jnp.abs((small.astype(jnp.bfloat16) @ small.astype(jnp.bfloat16)) - exact).max() / jnp.abs(exact).max()
     )
@@ -223,12 +223,15 @@ def reading(folder: Path) -> Finding:
     begin, count, total = time.perf_counter(), 0, 0
     files = itertools.islice((p for p in folder.rglob("*") if p.is_file()), 100_000)
     for path in files:
+        try:
+            with open(path, "rb") as file:
+                while (chunk := file.read(2**22)) and time.perf_counter() - begin < _READ_SECONDS:
+                    total += len(chunk)
+        except OSError as error:
+            return Finding("reading", FAILURE, f"{path} cannot be read ({error.strerror})", "check its permissions")
+        count += 1
         if time.perf_counter() - begin > _READ_SECONDS:
             break
-        with open(path, "rb") as file:
-            while chunk := file.read(2**22):
-                total += len(chunk)
-        count += 1
     seconds = time.perf_counter() - begin
     if not count:
         return Finding("reading", FAILURE, f"{folder} contains no files", "give the folder of your data")

@@ -98,7 +98,7 @@ def initialise(
             require=init.require,
             names=names,
         )
-    except UserError as error:
+    except (UserError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"config.init.weights={init.weights}: {error}") from error
     prefix = weights.encoder_section(model)[0] if chosen.kind == "encoder" else ""
     report = _report(init.weights, source, params, stats, done, prefix)
@@ -111,6 +111,8 @@ def initialise(
     for name, what in done.items():
         if any(part.startswith(("kept", "random:", "adapted")) for part in what.split(" then ")):
             say(f"           {name}: {what}")
+    if unlisted := [name for name in report["random"] if not done.get(name, "").startswith(("kept", "random:"))]:
+        say(f"           randomly initialised: {', '.join(unlisted)}")
     if digest := source.source.get("sha256"):
         say(f"           sha256 {digest}")
     return params, stats, report
@@ -136,6 +138,6 @@ def _report(
 
 
 def _is_lost(what: str) -> bool:
-    """Return whether an array has no values of the weights, given how it was obtained."""
+    """Return True if no value of an array comes from the loaded weights. ``what`` states how it was obtained."""
     lost = ("dropped", "omitted", "random", "reset", "channels by randn", "kept nothing; random")
     return any(part.startswith(lost) for part in what.split(" then "))

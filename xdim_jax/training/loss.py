@@ -105,7 +105,10 @@ def make_loss(
     Raises:
         UserError: A name is unknown, or the weights do not fit the channels.
     """
-    weights = np.asarray(config["weights"] or (1.0,) * channels, np.float32)
+    try:
+        weights = np.asarray(config["weights"] or (1.0,) * channels, np.float32)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.loss.weights={config['weights']!r}: expected {channels} numbers") from error
     if problems := _problems(config, activation, channels, weights):
         raise UserError("\n  ".join(problems))
     numbers: dict[str, Any] = {"eps": config["eps"], "weights": weights, **(traced or {})}

@@ -35,7 +35,7 @@ def _exponential(options: Mapping[str, Any], epochs: float, per_epoch: int) -> S
 
 
 def _polynomial(options: Mapping[str, Any], epochs: float, per_epoch: int) -> Schedule:
-    """Return a schedule: ``final + (peak - final) * (1 - t)^power`` at the fraction t of the run (0.9 in nnU-Net)."""
+    """Return a schedule: ``final + (peak - final) * (1 - t)^power`` at the fraction t of the run (nnU-Net: 0.9)."""
     steps, final = max(round(epochs * per_epoch), 1), options["final"]
 
     def rate(step: Any) -> Any:
@@ -72,6 +72,11 @@ def make_schedule(config: Mapping[str, Any], *, epochs: float, per_epoch: int) -
     for key in ("peak", "final"):
         if not (config[key] > 0 and math.isfinite(config[key])):
             raise UserError(f"config.optim.schedule.{key}={config[key]}: expected a positive learning rate")
+    if config["final"] > config["peak"]:
+        raise UserError(
+            f"config.optim.schedule.final={config['final']} is above config.optim.schedule.peak={config['peak']}; "
+            "lower final, or raise peak"
+        )
     schedule = SCHEDULES[name](config, epochs, per_epoch)
     warmup = round(config["warmup_epochs"] * per_epoch)
     return (lambda step: schedule(step) * jnp.minimum(1.0, (step + 1) / warmup)) if warmup else schedule

@@ -70,7 +70,7 @@ def make_validation(
         cases: Validation cases: the case on disk, and the prepared case.
         label_maps: Object that receives the label map of each case.
         min_et: A predicted enhancing tumour with fewer voxels is relabelled as necrosis (BraTS).
-        overlays: Number of cases, from the first one, of which pictures are drawn.
+        overlays: Number of cases, from the first one of process 0, of which pictures are drawn.
     """
     names = dataset.regions.names
 
@@ -96,7 +96,8 @@ def make_validation(
                 continue
             label = postprocess(label, dataset.regions, min_et=min_et)
             label_maps.write(case, label)
-            volume = reading.read_case(case) if number < overlays else None
+            drawn = jax.process_index() == 0 and first // jax.process_count() < overlays  # process 0 writes pictures
+            volume = reading.read_case(case) if drawn else None
             truth = reading.read_label(case) if volume is None or volume.label is None else volume.label
             for name, value in masks.region_dice(dataset, case, label, truth).items():
                 scores[number, names.index(name)] = 1.0 if np.isnan(value) else value

@@ -463,6 +463,17 @@ def _read_mask(path: Path) -> np.ndarray:
                 suggestion="save it without colours",
             )
         )
+    values = np.unique(plane)
+    if values[-1] > 255 and values[values > 0].size > 1:
+        raise data_error(
+            Problem(
+                "label_scale",
+                path,
+                found=f"has the values {', '.join(map(str, values[:6]))}{', ...' if values.size > 6 else ''}",
+                expected="grey values from 0 to 255",
+                suggestion="save it with 8 bits, without a change of its values",
+            )
+        )
     return np.minimum(plane, 255).astype(np.uint8)  # the cast alone would convert 256 to 0, the background
 
 

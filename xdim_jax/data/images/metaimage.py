@@ -47,6 +47,8 @@ def load(path: Path, axes: Axes) -> tuple[np.ndarray, Grid]:
     array = sitk.GetArrayFromImage(image)  # z, y, x[, components]
     n = image.GetDimension()
     array = array.transpose(*range(n)[::-1], *range(n, array.ndim))
+    if n == 2 and array.ndim == 3:  # a plane of several components: the third axis is that of slices
+        array = array[:, :, None]
     return array, _grid(path, image, axes)
 
 

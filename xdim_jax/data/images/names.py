@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from xdim_jax.base.errors import UserError
+
 # files that accompany images; all other files that are not read are reported
 _COMPANIONS = (
     *(".txt", ".md", ".rst", ".pdf", ".html", ".docx", ".log", ".sha256", ".md5", ".py"),
     *(".json", ".csv", ".tsv", ".xlsx", ".xml", ".yaml", ".yml", ".toml", ".cfg", ".bval", ".bvec"),
 )
 LABEL_ENDINGS = ("_seg", "-seg", "_gt")  # endings of the names of label maps that are not part of the case id
+_SYSTEM_FOLDERS = ("__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _SYSTEM_FILES = ("thumbs.db", "desktop.ini", "dicomdir", "license", "readme")
 _PIXEL_FILES = (".raw", ".zraw")  # the pixels of a MetaImage header
 
@@ -46,15 +49,26 @@ def natural_key(path: Path) -> list[Any]:
 
 
 def is_hidden(path: Path) -> bool:
-    """Return whether a file or folder is hidden, or belongs to an archive of macOS."""
-    return path.name.startswith(".") or path.name == "__MACOSX"
+    """Return whether a file or folder is hidden, or one that an operating system creates, such as a recycle bin."""
+    return path.name.startswith(".") or path.name in _SYSTEM_FOLDERS
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """Yield all files below a folder, sorted by folder and name, without those that are hidden."""
+    """Yield all files below a folder, sorted by folder and name, without those that are hidden.
+
+    Raises:
+        UserError: A folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}): its cases would be lost; give yourself permission to "
+            "read it, or move it to another folder"
+        ) from error
+
     visited = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in visited:  # a symbolic link to a folder above
+    for folder, folders, names in os.walk(root, onerror=refuse if root.is_dir() else None, followlinks=True):
+        if (real := os.path.realpath(folder)) in visited:  # reached again through a symbolic link
             folders[:] = []
             continue
         visited.add(real)

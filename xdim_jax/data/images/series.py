@@ -28,7 +28,7 @@ _GEOMETRY = (
     *("SliceThickness", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 _NO_IMAGES = ("SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "PR", "KO", "SR", "REG", "DOC")  # modalities
-_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # SOP class of screenshots; also the beginning of longer UIDs
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # SOP class of screenshots; ...7.1 to ...7.4 have several frames
 _VOLUMETRIC = ("CT", "MR", "PT")  # modalities in which a single slice in addition to larger series is a planning image
 UNKNOWN_FORMAT = "is not an image in a known format"  # a reason for which `find_series` omits a file
 # tags that can distinguish the volumes of a series with several slices at each position
@@ -100,7 +100,7 @@ def find_series(folder: Path, files: Iterable[Path]) -> tuple[list[Series], dict
         modality = file.tags["Modality"]
         if not file.slices[0].size[0] or modality in _NO_IMAGES:
             left_out[path] = f"has no image ({modality or 'unknown modality'})"
-        elif file.tags["SOPClassUID"].startswith(_SECONDARY_CAPTURE):
+        elif f"{file.tags['SOPClassUID']}.".startswith(f"{_SECONDARY_CAPTURE}."):
             left_out[path] = "is a secondary capture"
         elif "LOCALIZER" in file.tags["ImageType"].upper():
             left_out[path] = "is a localizer"
