@@ -161,6 +161,6 @@ def test_budgets(text, count):
 )
 def test_misuse_is_one_clear_message(arguments, words, quick):
     with pytest.raises(UserError) as error:
-        plan.main([f"--config={RECIPE}", *TOY, "--config.data.patch=(32,32)", "--config.data.batch=1", *arguments])
+        plan.main([f"--config={RECIPE}", *TOY, "--config.data.patch=(32,32)", "--config.data.batch=2", *arguments])
     for word in words:
         assert word in str(error.value)
