@@ -129,7 +129,7 @@ def test_spaces_that_ship_fit_their_recipes(name, config):
         (["--trials=0"], ["--trials=0"]),
         (["--grace=0"], ["--grace=0"]),
         (["--config=nothing.py"], ["nothing.py does not exist"]),
-        (["--sampler=grid"], ["optim.schedule.peak is a range without steps"]),
+        (["--sampler=grid"], ["optim.schedule.peak is a continuous or a logarithmic range"]),
         (["--storage=mydb://x/y"], ["--storage=mydb://x/y cannot be opened"]),
         (["--storage=postgresql://localhost:1/none"], ["postgresql://localhost:1/none cannot be opened"]),
         (["--config=configs/camus_omnianet.py:scratch"], ["no data: give --config.data.root=<folder>"]),
