@@ -127,7 +127,7 @@ def get_config(variants: Variants) -> Any:
             "lookahead": {"period": 0, "step_size": 0.5},  # period in steps; 0: no LookAhead
             "schedule": {
                 "name": "exponential",  # constant_then_cosine, exponential or polynomial
-                "peak": 1e-3,  # highest learning rate
+                "peak": 1e-3,  # highest learning rate, at least final
                 "final": 1e-5,  # lowest learning rate
                 "warmup_epochs": 0.0,  # epochs in which the learning rate increases linearly to that of the schedule
                 "constant_epochs": 0.0,  # for constant_then_cosine: epochs at the peak

@@ -839,7 +839,9 @@ def test_patients_in_no_list_are_mentioned(tmp_path, capsys):
     train, validation = run_data._split(section, 0, data, tmp_path)
     assert [c.case_id for c in train + validation] == named
     out = capsys.readouterr().out
-    assert "2 patients are in none of the official folds" in out and not any(f" {name}" in out.split("not used:")[1] for name in named)
+    assert "2 patients are in none of the official folds" in out and not any(
+        f" {name}" in out.split("not used:")[1] for name in named
+    )
 
 
 def test_more_structures_than_a_byte_can_number_are_refused(tmp_path):

@@ -72,7 +72,7 @@ def _environments(workdir: Path | None, pred: Path) -> dict[str, Mapping[str, An
     try:
         entry = read_json(record).get("environment") if record.is_file() else None
     except (UserError, AttributeError):
-        entry = None  # `render` reports this error when it reads the file
+        entry = None  # `render` reports a damaged file if it draws a case
     if isinstance(entry, dict):
         found["prediction"] = entry
     return found

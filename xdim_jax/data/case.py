@@ -80,7 +80,8 @@ class Scan:
         problems: Problems of the other files and folders.
         splits: Official folds that come with the data; each maps a subset (training, validation, testing) to patients.
             Empty if cases are listed without references, for prediction; problems of the folds are not reported then.
-        incomplete: Cases that lack files, with the files that exist; `xdim_jax.data.verify` inspects them, too.
+        incomplete: Cases whose files have errors, e.g. a missing channel, with the files that exist;
+            `xdim_jax.data.verify` inspects them, too.
         known: Files of the layout that belong to none of the cases, e.g. those of another view, task or subset.
     """
 

@@ -46,7 +46,8 @@ def measure(case: Case, volume: Volume) -> Facts:
         - ``nonzero``: Size (D, H, W) of the bounding box of the voxels that are not 0 in some channel.
         - ``ct``: Indices of the channels in HU.
         - ``channels``: For each channel, ``image`` and ``foreground`` (`PERCENTILES` of all voxels, and of the labelled
-          voxels), and ``mean`` and ``sd`` of the labelled voxels. The last three are None if there are none.
+          voxels), and ``mean`` and ``sd`` of the labelled voxels. Without labelled voxels, ``foreground``, ``mean`` and
+          ``sd`` are None.
         - ``foreground``: ``voxels`` (number of labelled voxels), ``slices`` (number of slices with a labelled voxel)
           and ``extent`` (size of their bounding box in mm along D, H, W).
         - ``structures``: Name of each structure that occurs -> the same, and ``components`` (number of 26-connected

@@ -51,7 +51,8 @@ def predict_paths(
         overwrite: True to predict all cases again.
 
     Returns:
-        The ids of the cases that failed. Each failure is logged with its reason; the other cases are predicted.
+        The ids of the cases that failed, and the paths of unusable files that belong to no case. Each failure is logged
+        with its reason; the other cases are predicted.
 
     Raises:
         UserError: There is no case, or the output folder contains predictions of other networks or settings.

@@ -140,7 +140,7 @@ class Predictor:
 
     @property
     def resolved(self) -> ResolvedSettings:
-        """Settings of the first group. Overlap and flips of other groups may differ."""
+        """Settings of the first group. Overlap, flips and precision of other groups may differ."""
         return self.groups[0].resolved
 
     @property

@@ -31,8 +31,8 @@ class Settings:
         batch: Number of windows that are computed at once; 0 for one on CPU and four on other devices.
         threshold: Threshold of the probabilities, for all regions or by region; None for the threshold in the config.
         min_et: Smallest number of voxels of the enhancing tumour (BraTS); None for the value in the config.
-        largest: Names of regions, ``("all",)``, or ``("none",)``. Only their largest connected component is kept. Empty
-            for the regions that ``python -m xdim_jax.fit`` has chosen for this run, if any.
+        largest: Names of regions, ``("all",)``, or ``("none",)``. Of each of them, only the largest connected component
+            is kept. Empty for the regions that ``python -m xdim_jax.fit`` has chosen for this run, if any.
         min_volume: Name of a region (or an empty name, for all regions) -> volume in ml of the smallest component that
             is kept; None for the volumes that ``python -m xdim_jax.fit`` has chosen for this run, if any.
         probabilities: True to compute the probabilities of all channels in addition to labels.
@@ -72,7 +72,7 @@ class ResolvedSettings:
         threshold: Threshold of the probabilities, for all regions or by region; not used with softmax.
         flips: Axes of a volume (0: D, 1: H, 2: W) of the test-time flips.
         precision: ``float32`` or ``bfloat16``.
-        largest: Names of regions. Only their largest connected component is kept.
+        largest: Names of regions. Of each of them, only the largest connected component is kept.
         min_volume: Name of a region -> volume in ml of the smallest component that is kept.
     """
 
@@ -100,7 +100,7 @@ class PostProcessing:
 
     Attributes:
         threshold: Name of a region -> threshold of its probabilities; empty for that of the config.
-        largest: Names of regions. Only their largest connected component is kept.
+        largest: Names of regions. Of each of them, only the largest connected component is kept.
         min_volume: Name of a region -> volume in ml of the smallest component that is kept.
     """
 

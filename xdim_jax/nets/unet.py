@@ -85,7 +85,8 @@ class UNet(nnx.Module):
         in_channels: Number of channels of the image.
         out_channels: Number of logits per voxel.
         encoder: ``name``, ``eps``, ``padding`` and ``drop_path``; see `xdim_jax.nets.encoders.make_encoder`.
-        norm: Norm of all layers, including the encoder: ``batch``, ``instance`` or ``instance_noaffine``.
+        norm: Norm of all layers, including those of an encoder that is not a ConvNeXt: ``batch``, ``instance`` or
+            ``instance_noaffine``.
         activation: Activation of the decoder and of the first block, ``relu`` or ``silu``.
         upsampling: ``nearest`` or ``transposed`` (convolution).
         filters: Number of filters of each decoder stage, coarsest first.

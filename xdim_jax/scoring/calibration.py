@@ -6,9 +6,9 @@ that belong to the structure, over bins of the probability, weighted by the numb
 uncertainty map is useful if erroneous voxels have higher values than correct ones. The area under the ROC curve is the
 probability of this for a random erroneous and a random correct voxel: 0.5 is chance.
 
-Most voxels of an image are certain background and would hide all errors. Therefore only the voxels in the bounding box
-of the predicted and the reference structures, enlarged by `MARGIN` voxels, are evaluated. Errors are those of the label
-maps, after post-processing.
+Most voxels of an image are background that is predicted with high confidence. They would hide the errors. Therefore
+only the voxels in the bounding box of the predicted and the reference structures, enlarged by `MARGIN` voxels, are
+evaluated. Errors are those of the label maps, after post-processing.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from xdim_jax.scoring.rules import EXTRA_OUTPUTS, Job, Rules, find_coding
 
 BINS = 15  # bins of the probability, of equal width
 MARGIN = 10
-MOST_UNCERTAIN = 0.05  # fraction of all voxels that counts as the most uncertain ones
+MOST_UNCERTAIN = 0.05  # the "most uncertain" voxels are this fraction of the voxels, with the highest uncertainty
 PROBABILITIES, UNCERTAINTY = EXTRA_OUTPUTS
 AMBIGUITY = "p (1 - p)"  # uncertainty that needs only the probabilities; an uncertainty map should be better
 

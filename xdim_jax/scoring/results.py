@@ -117,9 +117,9 @@ def statistics(values: Sequence[float], patients: Sequence[str] | None = None) -
         patients: The patient of each case. None for no confidence interval.
 
     Returns:
-        ``count``: number of values. ``missing``: number of NaN. ``mean``, ``sd`` (ddof 1), ``median``, ``q25`` and
-        ``q75`` (linearly interpolated), ``min``, ``max``. ``low`` and ``high``: 95 % confidence interval of the mean,
-        see `bootstrap_interval`. A statistic is None if there are too few values.
+        ``count``: number of values. ``missing``: number of values that are NaN or infinite. ``mean``, ``sd`` (ddof 1),
+        ``median``, ``q25`` and ``q75`` (linearly interpolated), ``min``, ``max``. ``low`` and ``high``: 95 % confidence
+        interval of the mean, see `bootstrap_interval`. A statistic is None if there are too few values.
     """
     array = np.asarray(values, np.float64)
     known = np.isfinite(array)

@@ -59,7 +59,8 @@ class Target:
         """Return how the reported memory differs from that on the device, for programs with or without optimisation."""
         if self.platform == "cuda":
             return (
-                "memory is without the workspace of cuDNN, whose algorithms are chosen by autotuning on the GPU itself"
+                "the memory does not include the workspace of cuDNN, whose algorithms are chosen by autotuning on the "
+                "GPU itself"
             )
         if optimised:
             return "compiled with optimisation"

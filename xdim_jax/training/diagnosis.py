@@ -26,7 +26,7 @@ EXTRAS = {
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
 }
-_READ_SECONDS = 5.0  # duration of the check of reading
+_READ_SECONDS = 5.0  # the check of reading ends after this time
 _STEP_SECONDS = 10.0  # duration of the training steps, without compilation
 _PATCH = (32, 32, 64)  # patch of the training steps
 

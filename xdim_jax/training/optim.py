@@ -225,7 +225,7 @@ def _without_frozen(rates: str) -> optax.GradientTransformation:
 
 
 def _decayed(params: Any) -> Any:
-    """Return a tree of booleans: True for kernels, which have weight decay, False for biases and scales of norms."""
+    """Return a tree of booleans: True for kernels, which have weight decay, and False for all other parameters."""
     return jax.tree_util.tree_map_with_path(lambda path, _: leaf_name(path).rpartition(".")[2] == "kernel", params)
 
 

@@ -53,8 +53,10 @@ def make_train_step(
         dtype: Type of image and activations. Normalisation layers, losses and logits are computed at least in
             float32.
         accumulate: Number of parts of the batch that are processed one after the other. Losses and gradients are
-            averaged over the parts. The result equals that of the whole batch, except for values that depend on all
-            samples: batch norm, a Dice per batch, and means over channels that are annotated in some samples only.
+            averaged over the parts. The result equals that of the whole batch, except for stochastic depth, whose
+            random numbers differ, and for values that depend on all samples: batch norm, a Dice per batch, a
+            categorical cross-entropy with weights or unannotated voxels, and means over channels that are annotated in
+            some samples only.
         ema: Decay of the moving average of the weights and of the running statistics, if the state has one.
         axis: Name of the ``pmap`` axis over whose devices gradients, statistics and metrics are averaged.
     """

@@ -30,8 +30,8 @@ _TILT = (
 class Slice:
     """Geometry of one slice, from the header of its file.
 
-    Positions are in mm; positions and directions are in the LPS frame. A value other than ``size`` is None if its tag
-    is missing or unusable; ``size`` is then (0, 0).
+    Positions are in mm; positions and directions are in the LPS frame. A value is None if its tag is missing or
+    unusable. Missing Rows or Columns are 0.
     """
 
     path: Path

@@ -75,7 +75,7 @@ def source_to_json(source: Source) -> str | list[str]:
 
 
 def source_from_json(value: str | list[str]) -> Source:
-    """Return the image from the result of `source_to_json`; the path of a folder stands for the DICOM files in it."""
+    """Return the image from the result of `source_to_json`; the path of a folder stands for its ``.dcm`` files."""
     if isinstance(value, list):
         return tuple(map(Path, value))
     return dicom.files_in_order(path, ".dcm") if (path := Path(value)).is_dir() else path

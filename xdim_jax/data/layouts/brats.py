@@ -121,7 +121,10 @@ _MIN_ZEROS = 0.05  # smallest fraction of voxels that are 0 in a skull-stripped 
 
 
 def inspect(case: Case, image: np.ndarray) -> list[Problem]:
-    """Return a problem for each image that has negative values, is not skull-stripped, or covers less of the brain."""
+    """Return a problem for each image that has negative values, is not skull-stripped, or misses a part of the brain.
+
+    A part is missing if an image covers much less of the brain than another image of the case.
+    """
     problems = _coverage_problems(case, image)
     for source, name, channel in zip(case.images, case.channels, np.moveaxis(image, -1, 0), strict=True):
         zeros = np.count_nonzero(channel == 0) / channel.size

@@ -332,7 +332,7 @@ def _ending(folder: Path, name: str) -> Problem:
 
 
 def _further_labels(folder: Path, cases: Mapping[str, Case]) -> list[Problem]:
-    """Return a problem for each additional label map of a case in a folder or its subfolders. Evaluation reads it."""
+    """Return a problem for each additional label map of a case in a folder or below it; evaluation would read it."""
     problems = []
     for path in files_below(folder):
         name = case_of_label(strip_suffix(path.name) or "")
