@@ -106,13 +106,13 @@ def _find_images(
         unknown = [path for path in files if strip_suffix(path.name) is None]
         raise UserError(f"{_names(unknown, folder)} cannot be read; expected one image per channel")
     if not images and not found:
+        if set(left_out.values()) - {UNKNOWN_FORMAT}:
+            raise UserError(f"{folder} contains no image: {_reasons(left_out, folder)}")
         if selected:
             raise UserError(f"--series: {folder} contains no DICOM series")
         if given:
             raise UserError(f"{_names(files, folder)} cannot be read; expected an image or a DICOM series")
-        if set(left_out.values()) <= {UNKNOWN_FORMAT}:
-            return _cases_in_layout(dataset, folder)  # raises an error that shows the layout if there is no case
-        raise UserError(f"{folder} contains no image: {_reasons(left_out, folder)}")
+        return _cases_in_layout(dataset, folder)  # raises an error that shows the layout if there is no case
     if len(dataset.channels) > 1:
         raise UserError(
             f"{folder} contains DICOM series, but the network has {len(dataset.channels)} channels "
