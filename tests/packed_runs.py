@@ -70,7 +70,7 @@ class SmallNetwork(nnx.Module):
 def small_network():
     """Replace every network by `SmallNetwork`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "build", lambda config, seed: SmallNetwork(config["out_channels"], seed))
+        patch.setattr(networks, "build", lambda config, seed: SmallNetwork(config["out_channels"], seed or 0))
         patch.setenv("XDIM_JAX_CACHE", "off")
         yield
 

@@ -43,4 +43,4 @@ class Pixelwise(nnx.Module):
 
 def use_pixelwise(setattr_):
     """Replace every network by `Pixelwise`."""
-    setattr_(networks, "build", lambda config, seed: Pixelwise(config["out_channels"], seed))
+    setattr_(networks, "build", lambda config, seed: Pixelwise(config["out_channels"], seed or 0))

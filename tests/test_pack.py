@@ -71,7 +71,7 @@ def test_one_run_per_device(camus4, runs_alone, tmp_path):
     code = (
         "import sys; from tests import packed_runs as t; from pathlib import Path\n"
         "from xdim_jax.base.signals import StopRequest; from xdim_jax.training import pack\n"
-        "t.networks.build = lambda config, seed: t.SmallNetwork(config['out_channels'], seed)\n"
+        "t.networks.build = lambda config, seed: t.SmallNetwork(config['out_channels'], seed or 0)\n"
         "made, Pack = [], pack.Pack\n"
         "pack.Pack = lambda *arguments: made.append(Pack(*arguments)) or made[-1]\n"
         "data, folder = map(Path, sys.argv[1:])\n"

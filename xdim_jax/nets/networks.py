@@ -96,24 +96,19 @@ def get_network(config: Mapping[str, Any]) -> type[Network]:
     return NETWORKS[name]
 
 
-def build(config: Mapping[str, Any], *, seed: int) -> nnx.Module:
+def build(config: Mapping[str, Any], *, seed: int | None) -> nnx.Module:
     """Build the network that a ``model`` section describes, randomly initialised, in training mode.
 
     Args:
         config: The ``model`` section.
-        seed: Seed of the weights.
+        seed: Seed of the weights; None if only the shapes of the arrays are needed.
 
     Raises:
         ValueError: A key is missing or unknown, or a network, encoder, norm or other choice is unknown.
     """
-    return _build(config, nnx.Rngs(seed))
-
-
-def _build(config: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Module:
-    """Build a network, see `build`."""
     make: Any = get_network(config)
     try:
-        return make(rngs=rngs, **_options(config))
+        return make(rngs=ShapesOnly() if seed is None else nnx.Rngs(seed), **_options(config))
     except TypeError as error:
         if "argument" not in str(error):
             raise
@@ -122,7 +117,7 @@ def _build(config: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Module:
 
 def build_abstract(config: Mapping[str, Any]) -> nnx.Module:
     """Build the same network as `build`, with shapes in place of arrays, for example to compare it with a file."""
-    return nnx.eval_shape(lambda: _build(config, ShapesOnly()))
+    return nnx.eval_shape(lambda: build(config, seed=None))
 
 
 def part_names(config: Mapping[str, Any]) -> tuple[str, ...]:
