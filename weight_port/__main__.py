@@ -137,9 +137,8 @@ def main(argv: Sequence[str]) -> int:
     report["arrays"] = {n: {"done": d, "shape": _shape(converted.arrays, n)} for n, d in done.items()}
     report["unused"] = {n: list(a.shape) for n, a in converted.unused.items()}
     report |= {"kind": converted.kind, "model": converted.model}
-    used = {
-        word for how in done.values() for word in how.split(" then ")
-    }  # words of the descriptions, which include the rules
+    # words of the descriptions, which include the rules
+    used = {word for how in done.values() for word in how.split(" then ")}
     inexact = used & set(RULES) - {"centre", "repeat_uncorrected"} or options.inflate == "repeat_uncorrected"
     report["zero_padding"] = bool(options.inflate and inexact) and options.depth_padding in (None, "zero")
     path = options.out.with_suffix(".json")

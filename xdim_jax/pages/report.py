@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from xdim_jax.base.errors import UserError
-from xdim_jax.base.files import read_json
 from xdim_jax.data.datasets import DATASETS
 from xdim_jax.data.images.image import Source, images_in, read_image, source_from_json, strip_suffix
 from xdim_jax.pages import figures
@@ -298,11 +297,7 @@ def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels
 
 def _image_sources(job: Job, pred: Path) -> list[Source]:
     """Return the images that the record of the prediction names, or else those next to the reference, if any."""
-    record = pred / results.PREDICT_FILE
-    content = read_json(record) if record.is_file() else {}
-    if not isinstance(content, dict):
-        raise UserError(f"{record} is not the record of a prediction: expected a JSON object; predict again")
-    recorded = content.get("images", {}).get(job.ref.case_id, [])
+    recorded = results.read_prediction_record(pred).get("images", {}).get(job.ref.case_id, [])
     if recorded:
         return [source_from_json(value) for value in recorded]
     return [*_images_beside(job.ref.path)] if job.ref.grid is None else [job.ref.grid]

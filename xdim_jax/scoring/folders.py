@@ -8,7 +8,7 @@ from typing import Any
 
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, join_problems, shorten
-from xdim_jax.base.files import read_json, write_json
+from xdim_jax.base.files import write_json
 from xdim_jax.data.images.image import files_of
 from xdim_jax.scoring import calibration, results, tables
 from xdim_jax.scoring.evaluation import describe, score_jobs, write_evaluation
@@ -130,10 +130,7 @@ def evaluate_folders(
 def check_small_et_kept(pred: Path) -> None:
     """Raise UserError if small ET was removed from the predictions, because --tune_min_et needs all predicted ET."""
     record = pred / results.PREDICT_FILE
-    content = read_json(record) if record.is_file() else {}
-    if not isinstance(content, dict):
-        raise UserError(f"{record} is not the record of a prediction: expected a JSON object; predict again")
-    minimum = content.get("predict", {}).get("min_et", 0)
+    minimum = results.read_prediction_record(pred).get("predict", {}).get("min_et", 0)
     if minimum:
         raise UserError(
             f"--tune_min_et: according to {record}, ET below {minimum} voxels was removed; first predict with "

@@ -86,6 +86,19 @@ def read_cases(path: Path, patients: Mapping[str, str] | None = None) -> list[Sc
     ]
 
 
+def read_prediction_record(pred: Path) -> dict[str, Any]:
+    """Return the content of ``predict.json`` in a folder of predictions; empty if there is no such file.
+
+    Raises:
+        UserError: The file is not JSON, or not a JSON object.
+    """
+    path = pred / PREDICT_FILE
+    record = read_json(path) if path.is_file() else {}
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is not the record of a prediction: expected a JSON object; predict again")
+    return record
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """Read ``evaluate.json`` in the folder of an evaluation.
 

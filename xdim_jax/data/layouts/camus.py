@@ -23,7 +23,7 @@ from xdim_jax.base.problem import WARNING, Problem
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images.grid import Axes
 from xdim_jax.data.images.image import source_path
-from xdim_jax.data.images.names import files_below, is_hidden
+from xdim_jax.data.images.names import files_below
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import Regions
 
@@ -178,8 +178,7 @@ def _find_files(root: Path) -> tuple[dict[tuple[str, str], tuple[Path, _Parts]],
     patients: dict[tuple[str, str], tuple[Path, _Parts]] = {}
     problems = []
     for path in sorted(path for path in files_below(root) if len(path.relative_to(root).parts) <= 4):
-        hidden = any(is_hidden(Path(part)) for part in path.relative_to(root).parts)
-        if hidden or not (match := _FILE.fullmatch(path.name)):
+        if not (match := _FILE.fullmatch(path.name)):
             continue
         patient, view, instant, gt = match.groups()
         group = "testing" if "testing" in path.relative_to(root).parts else ""
