@@ -7,6 +7,7 @@ kills of the slow test are of the real one.
 import contextlib
 import csv
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -30,6 +31,7 @@ import nibabel as nib
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from PIL import Image
 from safetensors.numpy import save_file
 from tensorboardX.proto import event_pb2
@@ -618,6 +620,32 @@ def test_half_written_alone_is_a_new_run(tmp_path):
     assert checkpoint.restore_latest(checkpoints, small_state(0.0), said.append) is None
     checkpoint.close(checkpoints)
     assert len(said) == 1 and "checkpoints/3 is incomplete" in said[0]
+
+
+def test_every_file_of_a_save_that_fails_is_one_clear_error(tmp_path, monkeypatch):
+    """One save writes arrays and JSON files in several threads; each error of them waits to be raised."""
+    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    state = small_state(1.0)
+
+    def full(path, *args, **kwargs):
+        if threading.current_thread() is threading.main_thread():
+            return write(path, *args, **kwargs)
+        time.sleep(0.0 if "METADATA" in path.name else 0.5)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    write = epath.abstract_path.Path.write_text
+    monkeypatch.setattr(epath.abstract_path.Path, "write_text", full)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoint.save_best(checkpoints, 1, state.params, state.stats, 0.5)
+    with contextlib.suppress(UserError):  # whether one more error waits depends on the threads
+        checkpoint.save_latest(checkpoints, state, {})
+    with contextlib.suppress(UserError):
+        checkpoint.close(checkpoints)
+    assert not [t for t in threading.enumerate() if "async_checkpoint" in t.name or "finalize" in t.name.lower()]
+    monkeypatch.undo()
+    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    assert checkpoint.save_best(checkpoints, 1, state.params, state.stats, 0.5)
+    checkpoint.close(checkpoints)
 
 
 # -- pictures, TensorBoard, profile -------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from xdim_jax.runs.workdir import CONFIG_FILE
 KEPT = 2  # number of latest states to keep; if the newest is damaged, the run resumes from the previous one
 LATEST_FOLDER, BEST_FOLDER = "checkpoints", "best"
 _TRIES = 5  # number of attempts to read weights, which a training run may replace while they are read
+_WRITES = 10  # more than the number of files of a save whose errors orbax raises separately
 _SCORE = "dice"
 _PARTIAL = ".orbax-checkpoint-tmp"  # part of the name of a checkpoint that orbax has not finished
 
@@ -148,11 +149,13 @@ def close(checkpoints: Checkpoints) -> None:
     """
     errors = []
     for manager in (m for m in (checkpoints.latest, checkpoints.best) if m is not None):
-        try:
-            _guarded(manager, manager.wait_until_finished)
-        except UserError as error:
-            errors.append(error)
-        manager.close()
+        # one save writes several files in the background. Orbax raises each of their errors once, and closes afterwards
+        for _ in range(_WRITES):
+            try:
+                _guarded(manager, manager.close)
+                break
+            except UserError as error:
+                errors.append(error)
     if errors:
         raise errors[0]
 
