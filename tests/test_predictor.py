@@ -28,7 +28,7 @@ from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.images.image import read_volume
 from xdim_jax.data.labels import Labels
 from xdim_jax.inference import memory
-from xdim_jax.inference.predict_cases import predict_cases
+from xdim_jax.inference.predict_cases import predict_cases, predict_paths
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
 from xdim_jax.runs import checkpoint
@@ -502,3 +502,22 @@ def test_a_bad_case_does_not_keep_the_memory_from_being_said(flat, tmp_path, mon
     nib.save(nib.Nifti1Image(np.zeros((36, 40, 3), np.int16), np.eye(4)), tmp_path / "a.nii.gz")
     assert predict_cases(ready, ready.find_cases(tmp_path / "a.nii.gz")[0], tmp_path / "out") == []
     assert re.search("warning: .*memory.*RuntimeError", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("other", ["a hand-drawn label map", "another network"])
+def test_a_file_that_another_process_writes_meanwhile_is_kept(other, flat, tmp_path, monkeypatch, capsys):
+    ready, out = xdim_jax.Predictor(flat), tmp_path / "out"
+    nib.save(nib.Nifti1Image(np.zeros((36, 40, 3), np.int16), np.eye(4)), tmp_path / "a.nii.gz")
+    theirs = nib.Nifti1Image(np.ones((36, 40, 3), np.uint8), np.eye(4))
+    if other == "another network":
+        theirs.header["descrip"] = b"xdim_jax 0123456789abcdef 0123456789abcdef"
+    segment = ready.segment
+
+    def meanwhile(*arguments):
+        nib.save(theirs, out / "a.nii.gz")
+        return segment(*arguments)
+
+    monkeypatch.setattr(ready, "segment", meanwhile)
+    assert predict_paths(ready, [tmp_path / "a.nii.gz"], out) == ["a"]
+    assert "written by another process" in capsys.readouterr().out
+    np.testing.assert_array_equal(nib.load(out / "a.nii.gz").get_fdata(), 1)

@@ -14,7 +14,7 @@ from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, first_line, shorten
 from xdim_jax.base.files import read_json
 from xdim_jax.data.case import Case, Dataset, Volume, without_label
-from xdim_jax.data.images.nifti import write_volume
+from xdim_jax.data.images.nifti import read_note, write_volume
 from xdim_jax.data.images.stream import stream_volume
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.data.reading import encode_label, read_case, read_label
@@ -27,6 +27,10 @@ from xdim_jax.runs.workdir import SPLIT_FILE
 from xdim_jax.scoring import masks
 
 _MAXIMA = {"probabilities": 1.0, "uncertainty": 0.25}  # largest possible values; 0.25 is the variance of 0 and 1
+
+
+class _OutputTaken(UserError):
+    """The file of a case belongs to another process, and must be kept."""
 
 
 def predict_paths(
@@ -93,7 +97,8 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
 
     def fail(case: Case, error: Exception) -> None:
         failures.append(case.case_id)
-        remove_prediction(output, case.case_id)
+        if not isinstance(error, _OutputTaken):
+            remove_prediction(output, case.case_id)
         log.warn(f"case {case.case_id} omitted: {_reason(error)}")
 
     def wait_for_writer(writing: list[tuple[Case, concurrent.futures.Future[str]]]) -> None:
@@ -184,6 +189,11 @@ def _write(
 ) -> str:
     """Write a label map, and return a line for the log, with the Dice if the case has a reference."""
     path = output / f"{case.case_id}.nii.gz"
+    if path.exists() and path.stat().st_size and read_note(path) != note:
+        raise _OutputTaken(
+            f"{path} was written by another process while this case was predicted; it is kept. Give each process its "
+            "own --output"
+        )
     write_volume(path, encode_label(case, label), volume.grid, note)
     return f"{title} {path}  {time.monotonic() - begin:.1f} s{_overlap(dataset, case, label)}"
 
