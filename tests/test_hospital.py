@@ -23,7 +23,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import MPEG2MPML, UID, EnhancedMRImageStorage, generate_uid
 
 import xdim_jax
-from tests.dicom_files import save_dicom
+from tests.dicom_files import save_dicom, write_series
 from tests.test_predictor import make_workdir
 from tests.test_verify import write_decathlon, write_nnunet
 from xdim_jax import predict
@@ -787,6 +787,21 @@ def test_predictions_inside_the_input_are_no_images(workdir, tmp_path):
     for _ in range(2):
         run(workdir, tmp_path / "in", tmp_path / "in" / "pred")
     assert names_in(tmp_path / "in" / "pred") == {"a", "b_c"}
+
+
+def test_predictions_are_never_read_as_cases(workdir, tmp_path):
+    """Neither next to the images, nor inside a folder in the layout of a data set, where they would be cases."""
+    write_series(tmp_path / "series", volume_of(0, (3, 36, 40)).astype(np.int16), (2.0, 0.7, 0.7))
+    with pytest.raises(UserError, match="is the folder of the images"):
+        run(workdir, tmp_path / "series", tmp_path / "series")
+    assert not list((tmp_path / "series").glob("*.nii.gz"))
+    data = get_dataset({"dataset": "brats", "convention": "brats2021"})
+    phantom.write_brats(tmp_path / "brats", cases=2, shape=(32, 32, 32))
+    output = tmp_path / "brats" / "pred"
+    assert len(inputs.find_cases(data, [tmp_path / "brats"], output=output)[0]) == 2
+    save_nifti(output / "BraTS2021_00000.nii.gz", 0)
+    with pytest.raises(UserError, match=r"pred is inside .*brats"):
+        inputs.find_cases(data, [tmp_path / "brats"], output=output)
 
 
 def test_images_of_any_quality_are_predicted(tmp_path):

@@ -39,7 +39,8 @@ def find_cases(
         The usable cases; and case id -> reasons why it cannot be used, for the other cases.
 
     Raises:
-        UserError: A path does not exist, two images have the same case id, or a series does not exist.
+        UserError: A path does not exist, two images have the same case id, a series does not exist, or predictions
+            would be read as cases.
     """
     if absent := [str(path) for path in paths if not path.exists()]:
         raise UserError(
@@ -56,12 +57,14 @@ def find_cases(
         folder = files[0].parent
     elif len(paths) == 1:
         folder = paths[0]
+        if output is not None and output.resolve() == folder.resolve():
+            raise UserError(
+                f"--output={output} is the folder of the images: the next prediction would read the label maps as "
+                "images. Give another --output"
+            )
         if not series and (len(dataset.channels) > 1 or _has_layout(dataset, folder)):
-            return _cases_in_layout(dataset, folder)
-        files = list(files_below(folder))
-        if output is not None and folder.resolve() in output.resolve().parents:
-            own = folder / output.resolve().relative_to(folder.resolve())
-            files = [path for path in files if own not in path.parents]
+            return _cases_in_layout(dataset, folder, output)
+        files = [path for path in files_below(folder) if not _is_inside(path, output)]
     else:
         raise UserError(f"{len(paths)} paths given; expected one folder, or the files of one case")
     return _find_images(dataset, folder, files, modality, series, given=len(paths) > 1 or paths[0].is_file())
@@ -81,10 +84,26 @@ def _has_layout(dataset: Dataset, folder: Path) -> bool:
     return bool(cases) and not all(named_by_file)
 
 
-def _cases_in_layout(dataset: Dataset, folder: Path) -> tuple[list[Case], dict[str, list[str]]]:
+def _is_inside(path: Path, folder: Path | None) -> bool:
+    """Return whether a path is a folder or lies inside it; False without a folder."""
+    if folder is None:
+        return False
+    found = path.resolve()
+    return folder.resolve() in (found, *found.parents)
+
+
+def _cases_in_layout(
+    dataset: Dataset, folder: Path, output: Path | None
+) -> tuple[list[Case], dict[str, list[str]]]:
     """Return the cases of a folder in the layout of the data set, and the problems of the others."""
     problems: dict[str, list[str]] = {}
     scan = scan_cases(dataset, folder, need_labels=False)
+    paths = [*(path for case in scan.cases for path in case.files), *(p.path for p in scan.problems if p.path)]
+    if written := [path for path in paths if _is_inside(path, output)]:
+        raise UserError(
+            f"--output={output} is inside {folder}, so its files ({shorten([p.name for p in written])}) would be read "
+            f"as cases. Move the folder to another place, and give that as --output"
+        )
     for problem in scan.problems:
         if problem.severity == ERROR:
             problems.setdefault(problem.case_id or str(problem.path), []).append(str(problem))
@@ -112,7 +131,7 @@ def _find_images(
             raise UserError(f"--series: {folder} contains no DICOM series")
         if given:
             raise UserError(f"{_names(files, folder)} cannot be read; expected an image or a DICOM series")
-        return _cases_in_layout(dataset, folder)  # raises an error that shows the layout if there is no case
+        return _cases_in_layout(dataset, folder, output=None)  # raises an error that shows the layout if there is no case
     if len(dataset.channels) > 1:
         raise UserError(
             f"{folder} contains DICOM series, but the network has {len(dataset.channels)} channels "
