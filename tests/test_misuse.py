@@ -4,6 +4,7 @@ Every case is a line of the table: a main, its arguments, and words of the messa
 makes. What needs a process of its own (a full disk, a kill) is in test_mains.py and test_resume.py.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -345,6 +346,8 @@ def test_every_command_is_in_the_table():
             RuntimeError("Unable to initialize backend 'cuda': no device"),
             ["no device to compute on", "JAX_PLATFORMS=cuda", "xdim_jax.doctor"],
         ),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/dataset.json"), ["/data/dataset.json", "denied"]),
+        (OSError(errno.ESTALE, "Stale file handle", b"/net/config.json"), ["/net/config.json", "Stale file handle"]),
     ],
 )
 def test_what_the_machine_lacks_is_said(error, words, monkeypatch, capsys):
@@ -376,10 +379,11 @@ def test_no_device_of_the_kind_that_is_asked_for(tmp_path):
     assert done.returncode == 2 and "no device to compute on" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "a bug", "x")])
+def test_a_fault_of_our_own_keeps_its_traceback(error, monkeypatch):
     def main(argv):
-        raise RuntimeError("a bug")
+        raise error
 
     monkeypatch.setattr(sys, "argv", ["xdim"])
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(type(error), match="a bug"):
         run(main)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,13 @@ from typing import NoReturn
 
 from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.threads import is_abandoned_call_running
+
+
+# errors of a disk, a network drive or the permissions of a file; code that expects one of them has a message of its own
+_OF_THE_FILE_SYSTEM = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ELOOP, errno.ENAMETOOLONG),
+)
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
@@ -76,7 +84,7 @@ def _flush_streams() -> None:
 
 
 def explain(error: Exception) -> str | None:
-    """Return a message if the machine lacks memory or devices; None for other errors."""
+    """Return a message if the machine lacks memory, devices, disk space or permissions; None for other errors."""
     text = str(error)
     line = first_line(error)
     smaller = (
@@ -84,6 +92,12 @@ def explain(error: Exception) -> str | None:
         "or give --config.train.precision=bfloat16 or --config.train.remat='decoder*'. To find the largest patch that "
         "fits: python -m xdim_jax.plan --config=<recipe> --budget=<memory> --largest=patch"
     )
+    if isinstance(error, OSError) and error.errno in _OF_THE_FILE_SYSTEM and error.filename:
+        path = os.fsdecode(error.filename)
+        return (
+            f"{path} cannot be read or written: {error.strerror}. Give yourself permission, make room, or choose another "
+            "path; then run the same command again"
+        )
     if isinstance(error, MemoryError):
         return f"out of memory on the host: {line}. {smaller}"
     if isinstance(error, RuntimeError) and ("RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()):
