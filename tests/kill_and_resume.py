@@ -3,7 +3,7 @@
     python -m tests.kill_and_resume --kills=50 --folder=/tmp/kills
 
 The run has everything that a resume must restore: LookAhead, a moving average, augmentation, stochastic depth, batch
-statistics, validations, and a checkpoint after every step. A killed run is started again by the same command until it
+statistics, validations, and a checkpoint after every third step. A killed run is started again by the same command until it
 ends; then `xdim_jax.verify_run` compares it with the undisturbed one, and a new run begins, until all kills are done.
 Exit status: 0 all the same bits, 1 not.
 """
@@ -32,10 +32,10 @@ OPTIONS = [
     "--config.augment.noise.p=0.5",
     "--config.optim.lookahead.period=6",
     "--config.optim.ema=0.9",
-    "--config.train.epochs=6",
+    "--config.train.epochs=3",
     "--config.train.log_every=1",
-    "--config.train.checkpoint_steps=1",
-    "--config.train.validate_every=2",
+    "--config.train.checkpoint_steps=3",
+    "--config.train.validate_every=1",
 ]
 # lines of the log after which a kill comes, 0 to `_DELAY` seconds later; the first is the start of the process
 MOMENTS = ("", "data ", "compile    train step ...", "step ", "step ", "step ", "validation at step")

@@ -7,7 +7,6 @@ from pathlib import Path
 from xdim_jax.runs.records import STEPS_FILE, read_records
 
 REPO = Path(__file__).parent.parent
-EPOCHS = 5
 
 
 def device_flags(count):

@@ -198,9 +198,9 @@ def test_the_new_axis_may_be_any(rule, axis):
 )
 def test_other_families_keep_the_theorem(name, rule, padding):
     flat = make_encoder(name)
-    image = np.random.default_rng(0).normal(size=(1, 32, 64, 3))
+    image = np.random.default_rng(0).normal(size=(1, 32, 32, 3))
     deep = inflated(flat, rule, padding=padding)
-    assert worst_slice(features(flat, image), features(deep, repeated(image, 32, 0)), 0) < EXACT
+    assert worst_slice(features(flat, image), features(deep, repeated(image, 16, 0)), 0) < EXACT
 
 
 @pytest.mark.parametrize(("norm", "bound"), [("batch", EXACT), ("instance", 1e-2)])
@@ -242,9 +242,9 @@ def test_what_is_not_preserved(rule, depth_padding):
 def test_centre_without_depth_strides_is_the_2d_network_on_every_slice(name):
     """An arbitrary volume; squeeze-excite per slice."""
     flat = make_encoder(name)
-    volume = np.random.default_rng(0).normal(size=(1, 5, 64, 32, 3))
+    volume = np.random.default_rng(0).normal(size=(1, 3, 64, 32, 3))
     deep = features(inflated(flat, "centre", squeeze="slice", strides=(1,) * 5), volume)
-    for d in range(5):
+    for d in range(3):
         assert worst_slice(features(flat, volume[:, d]), [f[:, d : d + 1] for f in deep], 0) < EXACT
     if name == "efficientnet_toy":
         pooled = features(inflated(flat, "centre", squeeze="volume", strides=(1,) * 5), volume)

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -328,42 +327,6 @@ def test_an_ensemble_with_probabilities_and_uncertainty(run, trained, tmp_path):
 
 
 # -- stopping and going on ----------------------------------------------------------------------------------------
-
-
-def wait_for_line(process, pattern):
-    for line in process.stdout:
-        if re.search(pattern, line):
-            return line
-    raise AssertionError(f"{pattern} never came: {process.stderr.read()}")
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Sharding info not provided")
-def test_killed_and_run_again_it_ends_with_the_same_bits(run, trained, tmp_path):
-    """SIGKILL inside the second epoch, SIGTERM a little later: weights and record equal the run that was left alone."""
-    arguments = (f"--config={RECIPE}", f"--workdir={tmp_path / 'run'}", *TOY, "--config.train.checkpoint_minutes=0.0")
-    process = run.start("train", *arguments)
-    wait_for_line(process, r"^step 9/16")
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-    process = run.start("train", *arguments)
-    line = wait_for_line(process, r"^resume     from step")
-    assert 1 <= int(line.split()[-1]) <= 10
-    wait_for_line(process, r"^step 12/16")
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 75, out + err
-    assert re.search(r"^stopped .*SIGTERM.*saved", out, re.MULTILINE)
-
-    out = run("train", *arguments)
-    assert "resume     from step" in out
-    for name, array in weights(trained).items():
-        np.testing.assert_array_equal(weights(tmp_path / "run")[name], array, err_msg=name)
-    validations = [[r["dice"] for r in records(w, "validation")] for w in (trained, tmp_path / "run")]
-    assert validations[0] == validations[1]
-    again = run("train", *arguments)
-    assert "resume     from step 16" in again and "compile" not in again, "a finished run has nothing left to do"
 
 
 def test_a_workdir_of_another_config_is_refused(run, trained):

@@ -143,12 +143,12 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
     killed = sorted(folder.glob("killed*"))
     assert killed, "no run was killed"
     for workdir in killed:
-        assert_same_end(workdir, folder / "straight", 48)
+        assert_same_end(workdir, folder / "straight", 24)
         validations = [
             [{k: v for k, v in r.items() if k != "time"} for r in records(w, "validation")]
             for w in (workdir, folder / "straight")
         ]
-        assert validations[0] == validations[1] and [r["step"] for r in validations[0]] == [16, 32, 48]
+        assert validations[0] == validations[1] and [r["step"] for r in validations[0]] == [8, 16, 24]
 
 
 def test_what_the_whole_run_says_and_leaves(straight):

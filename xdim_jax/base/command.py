@@ -11,7 +11,6 @@ from typing import NoReturn
 from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.threads import is_abandoned_call_running
 
-
 # errors of a disk, a network drive or the permissions of a file; code that expects one of them has a message of its own
 _OF_THE_FILE_SYSTEM = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
@@ -95,8 +94,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _OF_THE_FILE_SYSTEM and error.filename:
         path = os.fsdecode(error.filename)
         return (
-            f"{path} cannot be read or written: {error.strerror}. Give yourself permission, make room, or choose another "
-            "path; then run the same command again"
+            f"{path} cannot be read or written: {error.strerror}. Give yourself permission, make room, or choose "
+            "another path; then run the same command again"
         )
     if isinstance(error, MemoryError):
         return f"out of memory on the host: {line}. {smaller}"

@@ -29,7 +29,7 @@ from xdim_jax.scoring import masks
 _MAXIMA = {"probabilities": 1.0, "uncertainty": 0.25}  # largest possible values; 0.25 is the variance of 0 and 1
 
 
-class _OutputTaken(UserError):
+class _OutputTakenError(UserError):
     """The file of a case belongs to another process, and must be kept."""
 
 
@@ -97,7 +97,7 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
 
     def fail(case: Case, error: Exception) -> None:
         failures.append(case.case_id)
-        if not isinstance(error, _OutputTaken):
+        if not isinstance(error, _OutputTakenError):
             remove_prediction(output, case.case_id)
         log.warn(f"case {case.case_id} omitted: {_reason(error)}")
 
@@ -190,7 +190,7 @@ def _write(
     """Write a label map, and return a line for the log, with the Dice if the case has a reference."""
     path = output / f"{case.case_id}.nii.gz"
     if path.exists() and path.stat().st_size and read_note(path) != note:
-        raise _OutputTaken(
+        raise _OutputTakenError(
             f"{path} was written by another process while this case was predicted; it is kept. Give each process its "
             "own --output"
         )
