@@ -2,6 +2,7 @@
 
 import multiprocessing.process
 import os
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -66,7 +67,7 @@ def _quick_tests_start_no_process(_environment_is_restored, request, monkeypatch
 
 
 def pytest_configure():
-    """Compile without LLVM's optimisations, also in processes that tests start: most programs run once.
+    """Compile without LLVM's optimisations, also in processes that tests start: most programs run once. Reset SIGHUP.
 
     XLA's older emitters compile CPU kernels in a third of the time. The flag that selects them does not exist since JAX
     0.11. To keep the optimisations, run ``JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test``.
@@ -78,6 +79,8 @@ def pytest_configure():
         flags = os.environ.get("XLA_FLAGS", "")
         if _EMITTERS not in flags:  # xdist's workers inherit the variable
             os.environ["XLA_FLAGS"] = f"{flags} {_EMITTERS}=false".strip()
+    if hasattr(signal, "SIGHUP"):  # nohup ignores it, and runs that tests start would inherit this
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
