@@ -109,6 +109,16 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+@pytest.fixture(scope="module")
+def one_convolution():
+    """Replace every network by a convolution: it is compiled in no time."""
+    from tests.small_runs import use_one_convolution
+
+    with pytest.MonkeyPatch.context() as patch:
+        use_one_convolution(patch.setattr)
+        yield
+
+
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six phantom cases of 64^3 in the layout of BraTS 2021. Read only."""

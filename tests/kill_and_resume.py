@@ -3,8 +3,9 @@
     python -m tests.kill_and_resume --kills=50 --folder=/tmp/kills
 
 The run has everything that a resume must restore: LookAhead, a moving average, augmentation, stochastic depth, batch
-statistics, validations, and a checkpoint after every third step. A killed run is started again by the same command until it
-ends; then `xdim_jax.verify_run` compares it with the undisturbed one, and a new run begins, until all kills are done.
+statistics, validations, and a checkpoint after every third step. A killed run is started again by the same command
+until it ends; then `xdim_jax.verify_run` compares it with the undisturbed one, and a new run begins, until all kills
+are done.
 Exit status: 0 all the same bits, 1 not.
 """
 

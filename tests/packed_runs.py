@@ -5,7 +5,6 @@
 
 import contextlib
 import io
-import sys
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ from flax import nnx
 from tests import small_runs
 from tests.small_runs import RECIPE
 from xdim_jax import ops, train
-from xdim_jax.base import signals
+from xdim_jax.base import command, signals
 from xdim_jax.base.config import load_config
 from xdim_jax.nets import layers, networks
 from xdim_jax.runs import checkpoint
@@ -52,11 +51,11 @@ class SmallNetwork(nnx.Module):
 
     stages = parts = ()
 
-    def __init__(self, channels, seed):
+    def __init__(self, channels, seed, drop=0.3):
         rngs = nnx.Rngs(seed)
         self.kernel = nnx.Param(0.3 * jax.random.normal(rngs.params(), (3, 3, 1, 6)))
         self.norm = layers.Norm(6, layers.Style(2, eps=1e-3), "silu")
-        self.drop = layers.DropPath(0.3)
+        self.drop = layers.DropPath(drop)
         self.head = nnx.Param(0.3 * jax.random.normal(rngs.params(), (6, channels)))
 
     def __call__(self, image, rngs=None, levels=False):
@@ -68,9 +67,13 @@ class SmallNetwork(nnx.Module):
 
 @contextlib.contextmanager
 def small_network():
-    """Replace every network by `SmallNetwork`."""
+    """Replace every network by `SmallNetwork`, without drop path if the config has none."""
+
+    def build(config, seed):
+        return SmallNetwork(config["out_channels"], seed or 0, drop=0.3 if config["encoder"]["drop_path"] else 0.0)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "build", lambda config, seed: SmallNetwork(config["out_channels"], seed or 0))
+        patch.setattr(networks, "build", build)
         patch.setenv("XDIM_JAX_CACHE", "off")
         yield
 
@@ -130,4 +133,4 @@ def read_state(workdir):
 
 if __name__ == "__main__":
     with small_network():
-        sys.exit(train.main(sys.argv[1:]))
+        command.run(train.main)

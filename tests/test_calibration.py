@@ -19,6 +19,8 @@ from xdim_jax.data.images.stream import stream_volume
 from xdim_jax.scoring import calibration, camus, challenges
 from xdim_jax.scoring.rules import Job, LabelMap, ScoredCase
 
+pytestmark = pytest.mark.usefixtures("one_convolution")
+
 
 def test_the_expected_calibration_error_by_hand():
     """Eight voxels in two bins: 0.1 with one of four in the structure, 0.9 with two of four: (0.15 + 0.4) / 2."""

@@ -779,6 +779,7 @@ def test_a_signal_to_one_process_is_agreed_upon_in_a_validation_and_at_an_epochs
     place, _, name = moment.rpartition(".")
     code = f"""
 import os, signal, sys
+from tests.packed_runs import small_network
 from xdim_jax import train
 from xdim_jax.base.command import run
 from xdim_jax.training import loop, validation
@@ -789,7 +790,8 @@ def signalled(*arguments, **options):
     return original(*arguments, **options)
 {place}.{name} = signalled
 sys.argv[0] = "train"
-run(train.main)
+with small_network():
+    run(train.main)
 """
     workdir = tmp_path / "run"
     processes = start_processes(camus10, workdir, code)

@@ -54,6 +54,7 @@ from xdim_jax.training import run_data
 
 # -- names --------------------------------------------------------------------------------------------------------
 
+pytestmark = pytest.mark.usefixtures("one_convolution")
 LAYOUTS = {
     "nnunet": (write_nnunet, {}),
     "decathlon": (write_decathlon, {}),

@@ -26,6 +26,7 @@ from xdim_jax.planning import postprocessing
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.workdir import CONFIG_FILE, SPLIT_FILE
 
+pytestmark = pytest.mark.usefixtures("one_convolution")
 TWO = Regions({"organ": (1,), "lesion": (2,)})
 SHAPE = (10, 24, 24)
 CHOSEN = {"threshold": {}, "largest": ["organ"], "min_volume": {"lesion": 0.012}}

@@ -34,6 +34,7 @@ from xdim_jax.nets.functional import split_model
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.workdir import CONFIG_FILE, DATA_FILE
 
+pytestmark = pytest.mark.usefixtures("one_convolution")
 CHANNELS = ("T1", "T2")
 
 
