@@ -803,6 +803,8 @@ def test_predictions_are_never_read_as_cases(workdir, tmp_path):
     save_nifti(output / "BraTS2021_00000.nii.gz", 0)
     with pytest.raises(UserError, match=r"pred is inside .*brats"):
         inputs.find_cases(data, [tmp_path / "brats"], output=output)
+    shutil.rmtree(output)
+    assert len(inputs.find_cases(data, [tmp_path / "brats"], output=tmp_path)[0]) == 2, "the images are in the output"
 
 
 def test_images_of_any_quality_are_predicted(tmp_path):

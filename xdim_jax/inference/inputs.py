@@ -62,6 +62,8 @@ def find_cases(
                 f"--output={output} is the folder of the images: the next prediction would read the label maps as "
                 "images. Give another --output"
             )
+        if output is not None and folder.resolve() not in output.resolve().parents:
+            output = None  # none of the files in the folder is a prediction
         if not series and (len(dataset.channels) > 1 or _has_layout(dataset, folder)):
             return _cases_in_layout(dataset, folder, output)
         files = [path for path in files_below(folder) if not _is_inside(path, output)]
