@@ -94,7 +94,9 @@ def _is_inside(path: Path, folder: Path | None) -> bool:
     return folder.resolve() in (found, *found.parents)
 
 
-def _cases_in_layout(dataset: Dataset, folder: Path, output: Path | None) -> tuple[list[Case], dict[str, list[str]]]:
+def _cases_in_layout(
+    dataset: Dataset, folder: Path, output: Path | None = None
+) -> tuple[list[Case], dict[str, list[str]]]:
     """Return the cases of a folder in the layout of the data set, and the problems of the others."""
     problems: dict[str, list[str]] = {}
     scan = scan_cases(dataset, folder, need_labels=False)
@@ -102,7 +104,7 @@ def _cases_in_layout(dataset: Dataset, folder: Path, output: Path | None) -> tup
     if written := [path for path in paths if _is_inside(path, output)]:
         raise UserError(
             f"--output={output} is inside {folder}, so its files ({shorten([p.name for p in written])}) would be read "
-            f"as cases. Move the folder to another place, and give that as --output"
+            "as cases. Move the folder to another place, and give that as --output"
         )
     for problem in scan.problems:
         if problem.severity == ERROR:
@@ -131,9 +133,7 @@ def _find_images(
             raise UserError(f"--series: {folder} contains no DICOM series")
         if given:
             raise UserError(f"{_names(files, folder)} cannot be read; expected an image or a DICOM series")
-        return _cases_in_layout(
-            dataset, folder, output=None
-        )  # raises an error that shows the layout if there is no case
+        return _cases_in_layout(dataset, folder)  # raises an error that shows the layout if there is no case
     if len(dataset.channels) > 1:
         raise UserError(
             f"{folder} contains DICOM series, but the network has {len(dataset.channels)} channels "
