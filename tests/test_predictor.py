@@ -1,5 +1,6 @@
 """Networks from Python: arrays in any order of their axes, files of every kind, ensembles that do not go together."""
 
+import concurrent.futures
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
 
 import jax
@@ -27,12 +29,13 @@ from xdim_jax.data import case as data_case
 from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.images.image import read_volume
 from xdim_jax.data.labels import Labels
-from xdim_jax.inference import memory
+from xdim_jax.inference import folder, memory
 from xdim_jax.inference.predict_cases import predict_cases, predict_paths
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.workdir import CONFIG_FILE, DATA_FILE
+from xdim_jax.scoring.results import PREDICT_FILE
 
 pytestmark = pytest.mark.usefixtures("one_convolution")
 CHANNELS = ("T1", "T2")
@@ -505,9 +508,10 @@ def test_a_bad_case_does_not_keep_the_memory_from_being_said(flat, tmp_path, mon
     assert re.search("warning: .*memory.*RuntimeError", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("name", ["a.nii.gz", "probabilities/a.nii", "uncertainty/a.nii"])
 @pytest.mark.parametrize("other", ["a hand-drawn label map", "another network"])
-def test_a_file_that_another_process_writes_meanwhile_is_kept(other, flat, tmp_path, monkeypatch, capsys):
-    ready, out = xdim_jax.Predictor(flat), tmp_path / "out"
+def test_a_file_that_another_process_writes_meanwhile_is_kept(name, other, flat, tmp_path, monkeypatch, capsys):
+    ready, out = xdim_jax.Predictor(flat, probabilities=True, uncertainty=True, flips=(2,)), tmp_path / "out"
     nib.save(nib.Nifti1Image(np.zeros((36, 40, 3), np.int16), np.eye(4)), tmp_path / "a.nii.gz")
     theirs = nib.Nifti1Image(np.ones((36, 40, 3), np.uint8), np.eye(4))
     if other == "another network":
@@ -515,10 +519,23 @@ def test_a_file_that_another_process_writes_meanwhile_is_kept(other, flat, tmp_p
     segment = ready.segment
 
     def meanwhile(*arguments):
-        nib.save(theirs, out / "a.nii.gz")
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        nib.save(theirs, out / name)
         return segment(*arguments)
 
     monkeypatch.setattr(ready, "segment", meanwhile)
     assert predict_paths(ready, [tmp_path / "a.nii.gz"], out) == ["a"]
     assert "written by another process" in capsys.readouterr().out
-    np.testing.assert_array_equal(nib.load(out / "a.nii.gz").get_fdata(), 1)
+    np.testing.assert_array_equal(nib.load(out / name).get_fdata(), 1)
+    assert sorted(p for p in out.rglob("*.nii*")) == [out / name]  # no file of the case that does not belong to it
+
+
+def test_processes_that_predict_into_one_folder_at_the_same_time_record_all_cases(flat, tmp_path, monkeypatch):
+    for name in "abcdef":
+        nib.save(nib.Nifti1Image(np.zeros((36, 40, 3), np.int16), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    write, ready = folder.write_json, xdim_jax.Predictor(flat)
+    monkeypatch.setattr(folder, "write_json", lambda *a: (time.sleep(0.2), write(*a)))  # after the record was read
+    found = [ready.find_cases(tmp_path / f"{name}.nii.gz")[0] for name in "abcdef"]
+    with concurrent.futures.ThreadPoolExecutor(6) as jobs:  # a lock is of an open file, so threads are like processes
+        list(jobs.map(lambda cases: folder.claim_output(tmp_path / "out", ready, cases, cases), found))
+    assert set(json.loads((tmp_path / "out" / PREDICT_FILE).read_text())["images"]) == set("abcdef")

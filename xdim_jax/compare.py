@@ -2,9 +2,9 @@
 
     python -m xdim_jax.compare eval_a eval_b --metrics=dice,hd95 --out=comparison.md
 
-The table has one row for each structure and metric: the mean difference with its 95 % confidence interval (paired
-bootstrap over patients), the p-value of Wilcoxon's signed-rank test, and this p-value after Holm's correction for all
-rows.
+The table has one row for each structure and metric: the mean difference (second minus first evaluation) with its 95 %
+confidence interval (paired bootstrap over patients), the p-value of Wilcoxon's signed-rank test over patients, and this
+p-value after Holm's correction for all rows.
 """
 
 import dataclasses
@@ -72,13 +72,16 @@ def _check_same_options(folders: Sequence[Path], records: Sequence[Mapping[str, 
 
 
 def _read_cases(folder: Path, record: Mapping[str, Any]) -> list[ScoredCase]:
-    """Return the scored cases of an evaluation, with errors in place of volumes, see `_with_volume_errors`."""
+    """Return the scored cases of an evaluation. Volumes are replaced by their absolute errors.
+
+    See `_with_volume_errors`.
+    """
     patients = {case: entry["patient"] for case, entry in record["cases"].items()}
     return [_with_volume_errors(case) for case in results.read_cases(folder / results.CASES_FILE, patients)]
 
 
 def _with_volume_errors(case: ScoredCase) -> ScoredCase:
-    """Replace each value that has a reference value (``edv``, ``edv_ref``) by the absolute error (``edv_error``).
+    """Replace a predicted value and its reference value (``edv``, ``edv_ref``) by the absolute error (``edv_error``).
 
     Unrounded volumes (``edv_raw``) are removed.
     """
@@ -98,7 +101,7 @@ def _metrics_of(cases: Sequence[ScoredCase]) -> set[str]:
 
 
 def _parse_metrics(text: str, evaluations: Sequence[Sequence[ScoredCase]]) -> tuple[str, ...]:
-    """Return the metrics in a comma-separated list. Raises UserError if neither evaluation has one of them."""
+    """Return the metrics in a comma-separated list. Raises UserError if a metric is in neither of the evaluations."""
     known = set().union(*map(_metrics_of, evaluations))
     names = tuple(m.strip() for m in text.split(",") if m.strip())
     metrics = tuple(name if name in known else METRIC_ALIASES.get(name, name) for name in names)

@@ -3,19 +3,19 @@
     camus      Dice, MAD, HD (mm) of LV_endo, LV_epi, LA at ED and ES; volumes and EF by Simpson's biplane rule
     chaos      DICE, RAVD, ASSD, MSSD and their scores of 0 to 100, per case, organ and task
     brats2022  Dice, HD95 (voxels), sensitivity, specificity of WT, TC, ET, as on the platform of 2021 and 2022
-    brats2023  Dice and HD95 (mm) of each lesion, and of the whole image
-    brats2024  Dice, HD95 (mm) and NSD of each lesion; glioma after treatment
+    brats2023  lesion-wise Dice and HD95 (mm) of WT, TC, ET, and Dice, HD95, sensitivity, specificity of the whole image
+    brats2024  lesion-wise Dice, HD95 (mm) and NSD of WT, TC, NETC, SNFH, ET, RC; for glioma after treatment
     generic    any metrics (--metrics) of any two folders of label maps
 
-With --workdir instead of --pred and --ref, the validation cases of a run are predicted into <workdir>/predictions, and
-scored by the rules of its data set. Predictions that training wrote there at its best validation are used. The default
-of --out is then <workdir>/evaluation.
+With --workdir instead of --pred and --ref, the validation cases of a run are predicted into <workdir>/predictions and
+scored, by default with the rules of the run's data set. Cases with up-to-date predictions, e.g. those that training
+wrote at its best validation, are not predicted again. The default of --out is then <workdir>/evaluation.
 
 The command writes to --out: cases.csv (case_id,...,structure,metric,value), summary.json (means with 95 % confidence
-intervals over patients, quartiles, numbers of empty masks), tables.md and tables.tex (the tables of the paper, with the
-values of the paper and of this evaluation), and evaluate.json (files and options). With --calibration, it also
-evaluates the probabilities and uncertainty maps in --pred, and writes calibration.json. Compare two evaluations with
-python -m xdim_jax.compare.
+intervals from a bootstrap over patients, quartiles, numbers of empty masks), tables.md and tables.tex (tables of all
+metrics; for camus, chaos and brats2022 also the tables of the paper, with the values of the paper and of this
+evaluation), and evaluate.json (files and options). With --calibration, it also evaluates the probabilities and
+uncertainty maps in --pred, and writes calibration.json. Compare two evaluations with python -m xdim_jax.compare.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _patients(workdir: Path) -> dict[str, str]:
-    """Return the patients of the cases of a run or a cross-validation."""
+    """Return case id -> patient for the cases of a run or a cross-validation."""
     splits = [read_json(member / SPLIT_FILE) for member in find_members([workdir])]
     return {case: patient for split in splits for case, patient in split.get("patients", {}).items()}
 
@@ -94,7 +94,7 @@ def _evaluate(options: Any, cases: set[str] | None = None, patients: Mapping[str
 def _read_cases(text: str) -> set[str]:
     """Return the case ids in a comma-separated list, or in a file with one id per line."""
     try:
-        is_file = os.path.isfile(text)  # noqa: PTH113 - a long list is no error here, unlike for Path.is_file
+        is_file = os.path.isfile(text)  # noqa: PTH113 - Path.is_file raises OSError for a very long list
         lines = Path(text).read_text(encoding="utf-8-sig").splitlines() if is_file else text.split(",")
     except UnicodeDecodeError as error:
         raise UserError(f"--cases={text} is not a text file; expected one case id per line") from error
@@ -133,8 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         "--missing",
         choices=["error", "penalise", "skip"],
         default="error",
-        help="what to do if a prediction is missing or unreadable: stop with an error, give the case the worst values "
-        "of the challenge, or omit it with a warning (default: %(default)s)",
+        help="what to do if a prediction is missing or cannot be used (unreadable, on another grid, or with unknown "
+        "labels): stop with an error, give the case the worst values of the challenge, or omit the case with a warning "
+        "(default: %(default)s)",
     )
     add(
         "--cases",
@@ -144,14 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--metrics",
         default="",
-        help="comma-separated metrics in addition to those of the challenge; for generic, all metrics (default: "
-        f"{','.join(generic.DEFAULT_METRICS)}). Distances are in mm; hd95 and assd pool the distances of both "
-        f"directions. Known: {', '.join(METRICS)}",
+        help="comma-separated metrics in addition to those of the challenge; for generic, the only metrics (default: "
+        f"{','.join(generic.DEFAULT_METRICS)}). Distances are in mm; hd95 and assd mean hd95_pooled and assd_pooled, "
+        f"which pool the distances of both directions. Available: {', '.join(METRICS)}",
     )
     add(
         "--calibration",
         action="store_true",
-        help="also evaluate the probabilities and uncertainty maps that predict --probabilities --uncertainty wrote",
+        help="also evaluate the probabilities that predict --probabilities wrote, and the uncertainty maps that "
+        "predict --uncertainty wrote, if there are any; with --workdir, the probabilities are predicted",
     )
     add("--jobs", type=int, default=_cores(), help="number of scoring processes (default: one per core)")
     challenges.add_options(parser)

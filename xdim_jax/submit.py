@@ -3,7 +3,7 @@
     camus   patient0001_{2CH,4CH}_{ED,ES}.mhd with .raw (or .nii.gz), labels 1, 2, 3, in one folder
     chaos   Task{n}/CT/<id>/Results/img000.png ..., Task{n}/MR/<id>/{T1DUAL,T2SPIR}/Results/img000.png ...,
             grey levels 63, 126, 189, 252, slices in the order of the DICOM file names; needs --task
-    brats   <case id>.nii.gz with the labels of the year, on the grid of the image
+    brats   <case id>.nii.gz with the label values of the predictions, on the grid of the image
 
 --pred is an output folder of xdim_jax.predict. Its predict.json lists the images, and every label map must have the
 grid of its image. All label maps are checked before the first file is written.
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", required=True, type=Path, help="folder to write; it must not exist")
     parser.add_argument("--zip", action="store_true", help="also write the archive <out>.zip")
     parser.add_argument(
-        "--task", choices=sorted(chaos.TASKS), action="append", help="chaos: task of the challenge; repeat for several"
+        "--task", choices=sorted(chaos.TASKS), action="append", help="chaos: task (required); repeat for several"
     )
     parser.add_argument(
         "--format", choices=["mhd", "nii.gz"], default="mhd", help="camus: file format (default: %(default)s)"
@@ -41,18 +41,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--convention",
         choices=sorted(brats.CODINGS),
-        help="brats: convention of the labels (default: that of the predictions)",
+        help="brats: convention that the label values of the predictions must have; they are not converted (default: "
+        "the convention in predict.json)",
     )
     options = parser.parse_args(argv)
     if options.out.exists():
         raise UserError(f"--out={options.out} exists already; remove it, or give a folder that does not exist")
     if options.challenge == "chaos" and not options.task:
-        raise UserError("--challenge=chaos needs --task=1 to --task=5; repeat it for several tasks")
+        raise UserError("--challenge=chaos needs --task, one of 1 to 5; repeat it for several tasks")
     if options.zip and Path(f"{options.out}.zip").exists():
         raise UserError(f"{options.out}.zip exists already; remove it, or give another --out")
     if not (options.pred / PREDICT_FILE).is_file():
         raise UserError(
-            f"--pred={options.pred} has no {PREDICT_FILE}: expected an output folder of xdim_jax.predict, which is its "
+            f"--pred={options.pred} has no {PREDICT_FILE}: expected the folder that was given to xdim_jax.predict as "
             "--output"
         )
     record = read_json(options.pred / PREDICT_FILE)
@@ -66,8 +67,8 @@ def main(argv: Sequence[str]) -> int:
         convention = options.convention or str(record.get("convention"))
         if convention not in brats.CODINGS:
             raise UserError(
-                f"the predictions in {options.pred} have the labels of {convention}: expected one of "
-                f"{', '.join(brats.CODINGS)}; check --challenge"
+                f"the predictions in {options.pred} have the label convention {convention}: expected one of "
+                f"{', '.join(brats.CODINGS)}; check --challenge, or give --convention"
             )
         writers = pack_brats(options.pred, record["images"], convention)
     with atomic_path(options.out) as folder:

@@ -358,7 +358,11 @@ class Mirror:
         found = []
         for path in self.folder.rglob("*"):
             relative = path.relative_to(self.folder).as_posix()
-            if path.is_file() and path.name != LOCK_FILE and not any(mark in relative for mark in _UNFINISHED):
+            if (
+                path.is_file()
+                and not path.name.endswith(LOCK_FILE)
+                and not any(mark in relative for mark in _UNFINISHED)
+            ):
                 found.append(relative)
         return sorted(found)
 

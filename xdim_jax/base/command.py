@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from xdim_jax.base.errors import UserError, first_line
+from xdim_jax.base.files import DISK_FULL
 from xdim_jax.base.threads import is_abandoned_call_running
 
 # errors of a disk, a network drive or the permissions of a file; code that expects one of them has a message of its own
 _OF_THE_FILE_SYSTEM = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ELOOP, errno.ENAMETOOLONG),
 )
 

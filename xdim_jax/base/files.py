@@ -13,6 +13,8 @@ from typing import Any
 
 from xdim_jax.base.errors import UserError
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk, a quota, or a limit of the file size
+
 
 def cache_folder() -> Path:
     """Return the package's folder inside the user's cache folder, for compiled programs and local copies of buckets."""
@@ -50,7 +52,7 @@ def partial_files(path: Path) -> list[Path]:
 def write_error(path: Path, error: OSError) -> UserError:
     """Return the error for a failed write; if the disk or a quota is full, the message says how much space is free."""
     reason = error.strerror or str(error)
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno not in DISK_FULL:
         return UserError(f"cannot write {path}: {reason}; choose another path")
     folder = next((p for p in [path, *path.parents] if p.is_dir()), Path("/"))
     try:

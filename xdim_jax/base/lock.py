@@ -12,7 +12,7 @@ from xdim_jax.base import log
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_error
 
-LOCK_FILE = ".lock"  # in the workdir: process id and host of the process that trains there; it is not copied to buckets
+LOCK_FILE = ".lock"  # process id and host of the process that writes in the folder; it is not copied to buckets
 WAIT_SECONDS = 60.0  # time that a killed process may need to end, or a scheduler to replace it
 
 
@@ -33,11 +33,11 @@ def lock_workdir(workdir: Path, wait: float = WAIT_SECONDS) -> IO[bytes] | None:
 
 
 def lock_file(path: Path, workdir: Path | str, wait: float = WAIT_SECONDS) -> IO[bytes] | None:
-    """Lock a file that represents a workdir, see `lock_workdir`.
+    """Lock a file that represents a workdir or another path, see `lock_workdir`.
 
     Args:
         path: The file; created, with its folder, if it does not exist.
-        workdir: Path or address of the workdir, for messages.
+        workdir: Path or address that the lock protects, for messages.
         wait: Time in seconds to wait for another process that has the lock.
     """
     try:
@@ -65,7 +65,7 @@ def lock_file(path: Path, workdir: Path | str, wait: float = WAIT_SECONDS) -> IO
         if time.monotonic() >= end:
             owner = _owner(file)
             file.close()
-            raise UserError(f"{workdir} is in use by {owner}; wait until it ends, stop it, or give another --workdir")
+            raise UserError(f"{workdir} is in use by {owner}; wait until it ends, stop it, or choose another path")
         time.sleep(0.5)
     with contextlib.suppress(OSError):  # the lock is valid even if the disk is full
         file.truncate(0)

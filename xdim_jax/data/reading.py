@@ -17,6 +17,8 @@ from xdim_jax.data.labels import Labels
 def check_grids(cases: Sequence[Case]) -> None:
     """Compare shape, voxel size and affine of all files of each case, reading only headers.
 
+    PNG masks have no grid and are not compared.
+
     Raises:
         DataError: Lists every unreadable header, and every file that is not on the grid of its case.
     """
@@ -143,8 +145,8 @@ def _load_label(case: Case, source: Source, grid: Grid | None) -> tuple[np.ndarr
         grid: Grid of the image; None if the image could not be read.
 
     Returns:
-        Label indices, uint8 (D, H, W), or None if the grid is None or the reference has another shape; and all
-        problems.
+        Label indices, uint8 (D, H, W), or None if the reference cannot be read, its shape is not that of the grid, or
+        the grid is None; and all problems.
     """
     path, problems = source_path(source), []
     try:
@@ -189,7 +191,7 @@ def _load_label(case: Case, source: Source, grid: Grid | None) -> tuple[np.ndarr
 
 
 def encode_label(case: Case, label: np.ndarray) -> np.ndarray:
-    """Return the label values of the case's convention for label indices.
+    """Convert label indices to the label values of the case's convention.
 
     Structures that are not in the convention become background. In CHAOS, for example, CT has labels only for the
     liver, but a network that was also trained on MR may predict other organs on CT.
@@ -197,6 +199,9 @@ def encode_label(case: Case, label: np.ndarray) -> np.ndarray:
     Args:
         case: Case with the convention.
         label: Label indices (D, H, W).
+
+    Returns:
+        Label values of the same shape, see `Labels.encode` for their dtype.
     """
     return case.labels.encode(np.where(label < len(case.labels.values), label, 0))
 
@@ -222,7 +227,9 @@ def label_problems(labels: Labels, path: Path, values: np.ndarray, unknown: Sequ
                 path,
                 found=f"contains {'only ' * alone}the values {listed}, which belong to no structure",
                 expected=f"the grey values {known} of {labels.name}",
-                suggestion="map the values" if alone else "check these voxels: they are read as background",
+                suggestion="convert the label map to these values"
+                if alone
+                else "check these voxels: they are read as background",
                 severity=ERROR if alone else WARNING,
             )
         ]
@@ -246,7 +253,7 @@ def label_problems(labels: Labels, path: Path, values: np.ndarray, unknown: Sequ
                 suggestion="resample label maps by nearest neighbour, and store integers",
             )
         ]
-    step = "map the values, or omit the case"
+    step = "convert the label map to these labels, or omit the case"
     if fits := [name for value, name in labels.elsewhere if value in unknown]:
         step = f"the label exists in {' and '.join(fits)}: check the convention"
     return [

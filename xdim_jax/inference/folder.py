@@ -1,5 +1,6 @@
 """The output folder of a prediction: its record, and which of its files are up to date."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,6 +11,7 @@ from typing import Any
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.base.files import partial_files, read_json, write_json
+from xdim_jax.base.lock import LOCK_FILE, lock_file
 from xdim_jax.data.case import Case
 from xdim_jax.data.images.image import files_of, source_from_json, source_to_json
 from xdim_jax.data.images.nifti import read_note
@@ -51,7 +53,7 @@ def claim_output(
             ``replace`` is set; or files of the same name that are not predictions; or, unless ``replace`` is set,
             predictions of other images.
     """
-    notes = {c.case_id: {read_note(path) for path in _expected_files(output, predictor, c.case_id)} for c in own_cases}
+    notes = {c.case_id: {read_note(path) for path in expected_files(output, predictor, c.case_id)} for c in own_cases}
     prefix = f"{_MARK} {predictor.digest} "
     others = [
         name for name, found in notes.items() if any(n.startswith(_MARK) and not n.startswith(prefix) for n in found)
@@ -68,6 +70,13 @@ def claim_output(
         others = () if overwrite else tuple(name for name in EXTRA_OUTPUTS if name not in predictor.extra_outputs)
         remove_prediction(output, case.case_id, keep=others, note=make_note(predictor.digest, case))
     return todo
+
+
+def expected_files(output: Path, predictor: Predictor, case_id: str) -> list[Path]:
+    """Return the label map of a case, and its files of probabilities and uncertainty if the predictor writes them."""
+    compressed = predictor.settings.compress
+    extra = [extra_file(output, name, case_id, compressed=compressed) for name in sorted(predictor.extra_outputs)]
+    return [output / f"{case_id}.nii.gz", *extra]
 
 
 def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case], *, replace: bool) -> None:
@@ -170,13 +179,6 @@ def remove_prediction(output: Path, case_id: str, keep: Sequence[str] = (), note
             partial.unlink(missing_ok=True)
 
 
-def _expected_files(output: Path, predictor: Predictor, case_id: str) -> list[Path]:
-    """Return the label map of a case, and its files of probabilities and uncertainty if the predictor writes them."""
-    compressed = predictor.settings.compress
-    extra = [extra_file(output, name, case_id, compressed=compressed) for name in sorted(predictor.extra_outputs)]
-    return [output / f"{case_id}.nii.gz", *extra]
-
-
 def extra_file(output: Path, name: str, case_id: str, *, compressed: bool) -> Path:
     """Return the file of the probabilities or the uncertainty (``name``) of a case."""
     return output / name / f"{case_id}{'.nii.gz' if compressed else '.nii'}"
@@ -197,19 +199,23 @@ def _identify(path: Path) -> tuple[str, int, int] | str:
 
 
 def _write_record(path: Path, predictor: Predictor, cases: Sequence[Case]) -> None:
-    """Write predict.json: networks and settings, and for each case the networks and images. Earlier cases are kept."""
-    known = read_json(path) if path.is_file() else {}
-    images, made_by = (dict(known.get(k, {})) if isinstance(known, dict) else {} for k in ("images", "made_by"))
-    record = {
-        "workdirs": [str(w.absolute()) for w in predictor.workdirs],
-        "weights": predictor.sources,
-        "digest": predictor.digest,
-        "convention": predictor.dataset.labels.name,
-        "structures": predictor.output.structure_channels(),
-        "predict": predictor.resolved.predict,
-        "settings": dataclasses.asdict(predictor.settings),
-        "environment": environment.describe(),
-        "made_by": made_by | {c.case_id: predictor.sources for c in cases},
-        "images": images | {c.case_id: [source_to_json(s) for s in c.images] for c in cases},
-    }
-    write_json(path, record)
+    """Write predict.json: networks and settings, and for each case the networks and images.
+
+    The entries of other cases are kept, also those that another process writes at the same time.
+    """
+    with lock_file(path.with_name(f".{path.name}{LOCK_FILE}"), path) or contextlib.nullcontext():
+        known = read_json(path) if path.is_file() else {}
+        images, made_by = (dict(known.get(k, {})) if isinstance(known, dict) else {} for k in ("images", "made_by"))
+        record = {
+            "workdirs": [str(w.absolute()) for w in predictor.workdirs],
+            "weights": predictor.sources,
+            "digest": predictor.digest,
+            "convention": predictor.dataset.labels.name,
+            "structures": predictor.output.structure_channels(),
+            "predict": predictor.resolved.predict,
+            "settings": dataclasses.asdict(predictor.settings),
+            "environment": environment.describe(),
+            "made_by": made_by | {c.case_id: predictor.sources for c in cases},
+            "images": images | {c.case_id: [source_to_json(s) for s in c.images] for c in cases},
+        }
+        write_json(path, record)

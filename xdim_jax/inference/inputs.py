@@ -1,4 +1,4 @@
-"""The cases of an input path: image files, DICOM series, and folders of cases."""
+"""Find the cases to predict in the input paths: image files, DICOM series, and folders of cases."""
 
 import dataclasses
 from collections import Counter
@@ -14,7 +14,7 @@ from xdim_jax.data.images.names import files_below, is_companion
 from xdim_jax.data.images.series import UNKNOWN_FORMAT, Series, find_series
 from xdim_jax.data.layouts import table
 
-_NAMED_FILES = 20  # number of files that are named in a message
+_NAMED_FILES = 20  # largest number of files that are named in a message
 
 
 def find_cases(
@@ -29,24 +29,26 @@ def find_cases(
 
     Args:
         dataset: Data set on which the network was trained.
-        paths: The files of one case, one per channel; or one path: an image, a folder in the layout of the data set,
-            one of its case folders, or (for one channel) a folder with any images and DICOM series in it and below it.
+        paths: The files of one case: one per channel, or one with all channels. Or one folder, in the layout of the
+            data set or of a single case. If the network has one channel, also the files of a DICOM series, or a folder
+            with any images and DICOM series in it and below it.
         modality: CT or MR. Needed if the data set has both and neither path nor DICOM tags specify it.
         series: Names, numbers, descriptions or UIDs of the DICOM series to use; all series if empty.
-        output: Folder of the predictions. If it is inside the folder with the images, its files are not images.
+        output: Folder of the predictions. If it is inside the folder with the images, its files are not
+            read as images.
 
     Returns:
-        The usable cases; and case id -> reasons why it cannot be used, for the other cases.
+        The usable cases; and for every other case its id (or path) -> the reasons why it cannot be used.
 
     Raises:
-        UserError: A path does not exist, two images have the same case id, a series does not exist, or predictions
-            would be read as cases.
+        UserError: A path does not exist or contains no image, two images have the same case id, a selected series does
+            not exist, the files do not fit the channels of the network, or predictions would be read as cases.
     """
     if absent := [str(path) for path in paths if not path.exists()]:
         raise UserError(
             f"{shorten(absent)}: no such file or folder; expected an image, a DICOM series, or a folder of cases"
         )
-    # cases are named after their folder, and ``.`` and ``..`` are no names
+    # cases are named after their folder, so ``.`` and ``..`` are replaced by its real name
     paths = [path if path.name not in ("", "..") else path.resolve() for path in paths]
     files = [path for path in paths if path.is_file()]
     if len(files) == len(paths) and all(strip_suffix(path.name) is not None for path in files):
@@ -57,12 +59,13 @@ def find_cases(
         folder = files[0].parent
     elif len(paths) == 1:
         folder = paths[0]
-        if output is not None and output.resolve() == folder.resolve():
+        output = None if output is None else output.resolve()
+        if output == folder.resolve():
             raise UserError(
-                f"--output={output} is the folder of the images: the next prediction would read the label maps as "
+                f"--output={folder} is the folder of the images: the next prediction would read the label maps as "
                 "images. Give another --output"
             )
-        if output is not None and folder.resolve() not in output.resolve().parents:
+        if output is not None and folder.resolve() not in output.parents:
             output = None  # none of the files in the folder is a prediction
         if not series and (len(dataset.channels) > 1 or _has_layout(dataset, folder)):
             return _cases_in_layout(dataset, folder, output)
@@ -73,7 +76,11 @@ def find_cases(
 
 
 def _has_layout(dataset: Dataset, folder: Path) -> bool:
-    """Return whether a folder has the layout of the data set, rather than being a folder with images of any names."""
+    """Return whether a folder has the layout of the data set.
+
+    False if there is no case, or if each case is an image without reference in the folder itself and has the name of
+    its file. Such a folder is read as a folder with any images.
+    """
     if dataset.name == "table" and (folder / table.TABLE_FILE).is_file():
         return True
     cases = dataset.scan(folder, False).cases
@@ -87,11 +94,11 @@ def _has_layout(dataset: Dataset, folder: Path) -> bool:
 
 
 def _is_inside(path: Path, folder: Path | None) -> bool:
-    """Return whether a path is a folder or lies inside it; False without a folder."""
+    """Return whether ``path`` is or lies inside ``folder``, a resolved path; False if ``folder`` is None."""
     if folder is None:
         return False
     found = path.resolve()
-    return folder.resolve() in (found, *found.parents)
+    return folder in (found, *found.parents)
 
 
 def _cases_in_layout(
@@ -104,7 +111,7 @@ def _cases_in_layout(
     if written := [path for path in paths if _is_inside(path, output)]:
         raise UserError(
             f"--output={output} is inside {folder}, so its files ({shorten([p.name for p in written])}) would be read "
-            "as cases. Move the folder to another place, and give that as --output"
+            "as cases. Move this output folder to another place, and give the new path as --output"
         )
     for problem in scan.problems:
         if problem.severity == ERROR:
@@ -177,7 +184,7 @@ def _image_case(dataset: Dataset, path: Path, folder: Path, modality: str) -> Ca
 
 
 def _select(found: Sequence[Series], selected: Sequence[str], folder: Path) -> list[Series]:
-    """Return the selected series, or all. Raises UserError if there is no such series."""
+    """Return the selected series; all if none is selected. Raises UserError if a selected series does not exist."""
     known = "; ".join(map(str, found)) or "none"
     if absent := [text for text in selected if not any(s.matches(text) for s in found)]:
         raise UserError(f"--series={','.join(absent)}: there is no such series in {folder}; known: {known}")

@@ -19,7 +19,14 @@ from xdim_jax.data.images.stream import stream_volume
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.data.reading import encode_label, read_case, read_label
 from xdim_jax.inference import memory
-from xdim_jax.inference.folder import claim_output, extra_file, make_note, remove_outdated, remove_prediction
+from xdim_jax.inference.folder import (
+    claim_output,
+    expected_files,
+    extra_file,
+    make_note,
+    remove_outdated,
+    remove_prediction,
+)
 from xdim_jax.inference.predictor import Predictor
 from xdim_jax.inference.sliding_window import Sink
 from xdim_jax.runs import environment
@@ -125,6 +132,7 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
                 note = make_note(predictor.digest, case)
                 with _open_sink(predictor, volume, output, case.case_id, note) as sink:
                     label = predictor.segment(prepared, sink)
+                    _check_not_taken(expected_files(output, predictor, case.case_id), note)
                 wait_for_writer(writing)
                 title = f"case {number}/{len(cases)}"
                 arguments = (predictor.dataset, output, case, label, volume, note, title, begin)
@@ -189,13 +197,18 @@ def _write(
 ) -> str:
     """Write a label map, and return a line for the log, with the Dice if the case has a reference."""
     path = output / f"{case.case_id}.nii.gz"
-    if path.exists() and path.stat().st_size and read_note(path) != note:
-        raise _OutputTakenError(
-            f"{path} was written by another process while this case was predicted; it is kept. Give each process its "
-            "own --output"
-        )
+    _check_not_taken([path], note)
     write_volume(path, encode_label(case, label), volume.grid, note)
     return f"{title} {path}  {time.monotonic() - begin:.1f} s{_overlap(dataset, case, label)}"
+
+
+def _check_not_taken(paths: Sequence[Path], note: str) -> None:
+    """Raise _OutputTakenError if one of the output files of a case has appeared since its prediction started."""
+    if taken := [str(path) for path in paths if path.exists() and path.stat().st_size and read_note(path) != note]:
+        raise _OutputTakenError(
+            f"{shorten(taken)}: written by another process while this case was predicted, and kept. Give each process "
+            "its own --output"
+        )
 
 
 def _overlap(dataset: Dataset, case: Case, label: np.ndarray) -> str:

@@ -8,12 +8,14 @@
                 the rules of each challenge: metrics, structures, empty masks
     challenges  selection of rules by name, and their command-line options
     evaluation  scoring of all cases, in several processes
+    folders     evaluation of a folder of predictions against a folder of references
+    calibration calibration of probabilities, and usefulness of uncertainty maps
     results     result files, and statistics over cases
     tables      the tables of the paper with the rows of an evaluation added, and tables of all metrics
     paired      statistics of two evaluations of the same cases
     comparison  the table of the statistics of `paired`
     submission  conversion of predictions to the files that a challenge expects
 
-This package scores the output of other packages. To be independent of their errors, it has its own definitions of label
-values, regions and post-processing.
+These modules score the output of the other parts of `xdim_jax`. They do not use the definitions of label values,
+regions and post-processing in those parts, but have their own, so that an error there does not also affect the scores.
 """

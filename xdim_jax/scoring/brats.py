@@ -59,7 +59,11 @@ MIN_ET_GRID = range(0, 751, 10)
 
 
 def find(folder: Path) -> dict[str, LabelMap]:
-    """Return the label maps in a folder by case id: ``<id>.nii.gz`` or ``<id>_seg.nii.gz``, also in case folders."""
+    """Return the label maps in a folder by case id.
+
+    The files are ``<id>.nii.gz``, ``<id>_seg.nii.gz`` or ``<id>-seg.nii.gz`` in the folder itself, and
+    ``<id>_seg.nii.gz`` or ``<id>-seg.nii.gz`` in subfolders. Image files are ignored.
+    """
 
     def name_of(path: Path) -> str | None:
         stem = strip_suffix(path.name) or ""
@@ -115,8 +119,8 @@ def score_missing_2022(ref: Masks, geometry: Geometry) -> Values:
 def platform_statistics(values: Sequence[float]) -> dict[str, float]:
     """Return the statistics that the platform of 2021 and 2022 wrote below a column of values.
 
-    The platform computed each statistic over the cases and the statistics above it, so sd, median and quartiles are
-    slightly wrong.
+    The platform appended each statistic to the column of values, and computed the next one over this longer column.
+    Therefore sd, median and quartiles are slightly wrong.
     """
     column = [float(v) for v in values]
     rows: dict[str, float] = {}
@@ -148,7 +152,7 @@ def _measure_et(coding: Coding, job: Job) -> tuple[int, float, float]:
 
 
 def tune_min_et(coding: Coding, jobs: Sequence[Job], run: Callable[..., Any]) -> dict[str, Any]:
-    """Find the threshold of the number of ET voxels, below which ET is removed, with the best mean Dice of ET.
+    """Find the number of ET voxels below which the removal of all predicted ET gives the best mean Dice of ET.
 
     Args:
         coding: Values of the regions in the files.
@@ -156,8 +160,9 @@ def tune_min_et(coding: Coding, jobs: Sequence[Job], run: Callable[..., Any]) ->
         run: Parallel ``map``.
 
     Returns:
-        ``dice``: threshold -> mean Dice of ET over cases, if ET is removed from predictions with fewer voxels of ET.
-        ``best``: the threshold with the highest mean Dice; the smallest one if there are several.
+        ``dice``: threshold in voxels, as a string -> mean Dice of ET over cases, if ET is removed from predictions with
+        fewer voxels of ET. ``best``: the threshold (an integer) with the highest mean Dice; the smallest one if there
+        are several.
 
     Raises:
         UserError: There is no usable prediction.
@@ -203,7 +208,7 @@ def _whole_image(pair: Pair, penalty: float) -> dict[str, float]:
 
 
 def _lesion_values(found: lesions.LesionScores) -> dict[str, float]:
-    """Return scores and counts by the names of the columns."""
+    """Return column -> value, from the lesion-wise scores and the numbers of lesions of one region."""
     renamed = {("hd95" if k == "hd95_surfel" else k): v for k, v in found.scores.items()}
     return renamed | {"lesions_tp": found.tp, "lesions_fp": found.fp, "lesions_fn": found.fn}
 

@@ -34,7 +34,9 @@ def accepts(name: str, option: str) -> bool:
 
 
 def resolve_options(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return all options in `OPTIONS` with their values. Options that were not given have their default value.
+    """Return all options in `OPTIONS` with their values. An option that was not given has its default value.
+
+    The value is None if the rules do not accept the option, or if it was not given and has no default.
 
     Args:
         name: One of `NAMES`.
@@ -53,22 +55,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--convention",
         choices=sorted(brats.CODINGS),
-        help="brats: label values in both folders; ET is 4 in brats2021, and 3 since brats2023 (default: brats2021 for "
-        "brats2022, otherwise that of the year)",
+        help="brats: convention of the label values in both folders; ET is 4 in brats2021, and 3 in brats2023 and "
+        "brats2024 (default: brats2021 for --rules=brats2022, otherwise the convention with the name of the rules)",
     )
     group.add_argument(
         "--platform_2022",
         action="store_true",
         default=None,
-        help="brats2022: also compute sd, median and quartiles as on the platform: each over the cases and the "
-        "statistics above it",
+        help="brats2022: also compute sd, median and quartiles as the platform did: it appended each statistic to the "
+        "column of values, and computed the next one over all of them",
     )
     group.add_argument(
         "--tune_min_et",
         action="store_true",
         default=None,
-        help="brats2022: also find the threshold (0 to 750 voxels) below which a predicted ET is removed, by the mean "
-        "Dice of ET; needs predictions with --min_et=0",
+        help="brats2022: also find the threshold (0 to 750 voxels) with the best mean Dice of ET; ET is removed from a "
+        "prediction with fewer voxels of ET. Needs predictions that were made with --min_et=0",
     )
     group.add_argument("--cohort", choices=sorted(COHORTS), help="brats2023: part of the challenge (default: GLI)")
     group.add_argument(
@@ -78,18 +80,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="chaos: task to score; repeat for several (default: all)",
     )
     group.add_argument(
-        "--step", choices=simpson.STEPS, help="camus: height of the discs in Simpson's rule (default: largest)"
+        "--step",
+        choices=simpson.STEPS,
+        help="camus: height of the discs in Simpson's rule: the largest height of the four masks of a patient, or the "
+        "larger height of the two views at each instant (default: largest)",
     )
     group.add_argument(
         "--contour",
         choices=simpson.CONTOURS,
-        help="camus: part of the ventricle that is divided into discs (default: official)",
+        help="camus: contour that is divided into discs: the first one that is found, as in the official code, or that "
+        "of the largest part of the cavity (default: official)",
     )
     group.add_argument(
         "--labels",
         nargs="+",
         metavar="NAME=VALUE[,VALUE]",
-        help="generic: structures and their label values (default: those of a dataset.json, otherwise every value)",
+        help="generic: structures and their label values (default: those in the dataset.json in --ref or its parent "
+        "folder; if there is none, each nonzero value is a structure)",
     )
     group.add_argument(
         "--border",

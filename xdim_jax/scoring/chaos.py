@@ -34,7 +34,8 @@ from xdim_jax.scoring.rules import (
 
 ORGANS = {"liver": (63,), "right kidney": (126,), "left kidney": (189,), "spleen": (252,)}
 MR = Coding("CHAOS MR", ORGANS, {63: (55, 70), 126: (110, 135), 189: (175, 200), 252: (240, 255)})
-# foreground on CT is 255 or 1 in references, and 63 in predictions; a prediction with several values is read as on MR
+# foreground on CT is 255 or 1 in references, and 63 in predictions; a file with several nonzero values is read with the
+# grey ranges of MR
 CT = Coding(
     "CHAOS CT", {"liver": (63,)}, {63: (0, 255)}, if_several=Coding("CHAOS CT", {"liver": (63,)}, MR.grey_ranges)
 )
@@ -47,11 +48,11 @@ TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "5": (("MR",), tuple(ORGANS)),
 }
 LAYOUT = (
-    "<case id>.nii.gz (CT_1, MR_1_T1DUAL, MR_1_T2SPIR); or PNG masks in the order of the slices, in CT/1/, "
-    "MR/1/T2SPIR/ and so on as in the challenge, in folders named after the case ids, or, for a single case, in the "
-    "folder itself"
+    "<case id>.nii.gz, with case ids such as CT_1, MR_1_T1DUAL and MR_1_T2SPIR; or one PNG mask per slice, in the "
+    "order of the slices. The PNG masks of a case may be in a folder as in the challenge (CT/1/, MR/1/T2SPIR/), in a "
+    "folder named after the case id or, if there is only one case, in the folder itself"
 )
-# metric -> threshold: a lower DICE, or a higher RAVD, ASSD or MSSD, has the score 0
+# metric -> threshold: a lower DICE, or a higher RAVD (%), ASSD (mm) or MSSD (mm), has the score 0
 _THRESHOLDS = {"dice": 0.8, "ravd": 5.0, "assd": 15.0, "mssd": 60.0}
 _COLUMNS = {
     "score": Column("mean score", "", 2),
@@ -97,8 +98,8 @@ def score(pred: Masks, ref: Masks, geometry: Geometry) -> Values:
     """Score all organs of a case.
 
     If the reference of an organ is empty, all values are NaN, and are excluded from means. If only the prediction is
-    empty, all scores are 0, RAVD is 100, and both distances are the diagonal of the image. A distance is also the
-    diagonal, with score 0, if a mask has no surface because it fills the image.
+    empty, all scores are 0, RAVD is 100 %, and ASSD and MSSD are the diagonal of the image in mm. They are also the
+    diagonal, with the score 0, if a mask has no surface because it fills the image.
     """
     found = {}
     for name in ref:
@@ -255,9 +256,9 @@ def pair_predictions(pred: Path, references: dict[str, LabelMap], tasks: Sequenc
 def aggregate(
     jobs: Sequence[Job], scored: Sequence[ScoredCase], run: Callable[..., Any]
 ) -> tuple[list[ScoredCase], dict[str, Any]]:
-    """Compute the mean and sd (ddof 1) of every metric over the cases of a task, and the average over tasks.
+    """Compute the mean and sd (ddof 1) of every metric over the cases of each task, and the average of these means.
 
-    The value of a case is the mean over its organs.
+    The value of a case is the mean over its organs that the reference contains. A case without any is excluded.
 
     Returns:
         No further rows, and the entries ``tasks`` and ``average`` of the summary.

@@ -1,4 +1,4 @@
-"""Scoring of all cases of an evaluation in several processes, its result files, and its results as log lines."""
+"""Parts of an evaluation: scoring of all cases in several processes, result files, and log lines."""
 
 import concurrent.futures
 import concurrent.futures.process
@@ -39,7 +39,7 @@ def write_evaluation(
 def score_jobs(
     rules: Rules, jobs: Sequence[Job], extra_metrics: Sequence[str] = (), *, processes: int = 1
 ) -> tuple[list[ScoredCase], list[ScoredCase], dict[str, Any]]:
-    """Score all jobs. A pair of files that several jobs have is scored once.
+    """Score all jobs. If several jobs have the same reference and prediction, these are scored only once.
 
     Args:
         rules: Rules of the challenge.
@@ -48,8 +48,8 @@ def score_jobs(
         processes: Maximum number of processes.
 
     Returns:
-        A result for each job; and the further rows of ``cases.csv`` and entries of the summary that ``Rules.aggregate``
-        computes.
+        The scores of each job, in the order of the jobs; additional rows of ``cases.csv``; additional entries of the
+        summary. ``Rules.aggregate`` computes the last two; they are empty if it is None.
 
     Raises:
         UserError: References cannot be used (the message lists all of them), or a process was killed.
@@ -88,7 +88,11 @@ def _score(
 
 @contextlib.contextmanager
 def parallel_map(processes: int) -> Iterator[Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]]:
-    """Context manager that yields a ``map`` in several processes; with one process, ``map`` itself."""
+    """Context manager that yields a function like ``map`` that runs in several processes; for one process, ``map``.
+
+    Raises:
+        UserError: A process was killed.
+    """
     if processes == 1:
         yield map
         return
@@ -126,10 +130,13 @@ def _aggregate_lines(summary: dict[str, Any]) -> list[str]:
     lines = []
     for name, a in summary.get("volumes", {}).get("agreement", {}).items():
         if a["bias"] is not None:
-            lines.append(f"{name.upper()}: correlation {number(a['correlation'], 3)}, bias {number(a['bias'], 1)}")
+            unit = "%" if name == "ef" else "ml"
+            lines.append(
+                f"{name.upper()}: correlation {number(a['correlation'], 3)}, bias {number(a['bias'], 1)} {unit}"
+            )
     if outliers := summary.get("outliers"):
         text = ", ".join(f"{name} {found['count']} of {found['images']}" for name, found in outliers.items())
-        lines.append(f"contours outside of the differences between cardiologists: {text}")
+        lines.append(f"outliers (contours with a larger MAD or HD than between two cardiologists): {text}")
     titles = {"reasons": "no volumes", "implausible": "implausible volumes, expected 0 < ESV < EDV < 600 ml"}
     for key, words in titles.items():
         for patient, text in summary.get("volumes", {}).get(key, {}).items():
@@ -139,8 +146,8 @@ def _aggregate_lines(summary: dict[str, Any]) -> list[str]:
     if tuned := summary.get("min_et"):
         best, dice = tuned["best"], tuned["dice"]
         lines.append(
-            f"the ET Dice is best with predict --min_et={best}: {dice[str(best)]:.4f}; with --min_et=0 it is "
-            f"{dice['0']:.4f}"
+            f"the mean Dice of ET is highest with --min_et={best} of xdim_jax.predict: {dice[str(best)]:.4f}; with "
+            f"--min_et=0 it is {dice['0']:.4f}"
         )
     return lines
 

@@ -83,7 +83,7 @@ class Coding:
         return label
 
     def scored_voxels(self, values: np.ndarray) -> np.ndarray:
-        """Return a boolean array that is False where a reference has an excluded value. ``values``: as in the file."""
+        """Return a boolean array that is False where ``values``, those of a reference file, are excluded values."""
         return ~np.isin(np.rint(values), self.excluded)
 
     def _rounded_labels(self, values: np.ndarray, path: Path) -> np.ndarray:
@@ -180,7 +180,10 @@ class Job:
     structures: tuple[str, ...] | None = None
 
     def prediction_with_grid(self) -> LabelMap:
-        """Return the prediction. If its ``grid`` is None, set it to the grid or the file of the reference."""
+        """Return the prediction. If its ``grid`` is None, return a copy with the grid of the reference.
+
+        This is ``ref.grid`` or, if that is None too, ``ref.source``.
+        """
         assert self.pred is not None, self.ref.case_id
         return dataclasses.replace(self.pred, grid=self.pred.grid or self.ref.grid or self.ref.source)
 
@@ -226,10 +229,12 @@ class Rules:
         layout: Expected files in a folder of label maps, for messages.
         columns: Metrics of the challenge, in the order of the tables.
         main_metrics: Metrics that the log shows.
-        find: Function that returns the label maps in a folder by case id. It is used for references and predictions.
+        find: Function that returns the label maps in a folder by case id. It is used for references and, if ``pair`` is
+            None, for predictions.
         coding: Function that returns the coding of a label map, or None if every nonzero value is a structure.
         score: Function that scores the masks of a prediction against those of a reference.
-        score_missing: Function that returns the values of a case whose prediction is missing or cannot be read.
+        score_missing: Function that returns the values of a case whose prediction is missing or cannot be used
+            (unreadable, on another grid, or with unknown labels), from the masks of the reference.
         attributes: Names of the additional columns of the results.
         border: True if positions beyond the edge of the image count as outside of every mask, so that the voxels of a
             mask at the edge belong to its surface; False if they count as inside.
@@ -359,8 +364,8 @@ def find_coding(rules: Rules, ref: LabelMap, values: np.ndarray, predicted: np.n
         predicted: Values of the prediction; None if there is none.
 
     Returns:
-        The coding of the rules. If they have none, a coding in which every integer except 0 in either map is a
-        structure.
+        The coding of the rules. If they have none, a coding with one structure for each nonzero integer that occurs in
+        the reference or in the prediction.
     """
     if (known := rules.coding(ref)) is not None:
         return known
@@ -380,7 +385,7 @@ def geometry_from_grid(shape: Sequence[int], grid: Grid) -> Geometry:
 def squeeze_slice(masks: Masks, geometry: Geometry) -> tuple[Masks, Geometry]:
     """Remove the axis along which masks have a single slice, so that they are measured in 2D.
 
-    This is the axis D of an axial image, and another one of a coronal or sagittal image.
+    For an axial image this axis is D, for a coronal image H, and for a sagittal image W.
 
     Returns:
         The masks and their geometry; unchanged if there are several slices along every axis.

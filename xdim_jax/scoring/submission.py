@@ -94,7 +94,7 @@ def _keep_test_cases(maps: dict[str, LabelMap], images: Images, prefix: str) -> 
     if others := [name for name in images if not name.startswith(prefix)]:
         if len(others) == len(images):
             return maps, images
-        log.warn(f"{len(others)} cases are not in the test set and are not packed: {shorten(others)}")
+        log.warn(f"{len(others)} cases are not in the test set and are not converted: {shorten(others)}")
     return (
         {name: m for name, m in maps.items() if name.startswith(prefix)},
         {name: files for name, files in images.items() if name.startswith(prefix)},
@@ -104,7 +104,19 @@ def _keep_test_cases(maps: dict[str, LabelMap], images: Images, prefix: str) -> 
 def _check_label_maps(
     maps: dict[str, LabelMap], images: Images, coding: Callable[[LabelMap], Coding]
 ) -> list[tuple[LabelMap, Grid]]:
-    """Check that each label map has known values and the grid of its image. Return it with the grid of the image."""
+    """Check that each label map has known values and the grid of its image.
+
+    Args:
+        maps: Case id -> label map.
+        images: Case id -> image files.
+        coding: Function that returns the coding of a label map.
+
+    Returns:
+        Each label map with the grid of its image.
+
+    Raises:
+        UserError: Lists all label maps that are missing or cannot be used.
+    """
     problems: list[str] = []
     checked = []
     for case, label_map in sorted(maps.items()):
@@ -150,7 +162,8 @@ def _write_slices(label_map: LabelMap, grid: Grid, task: str, folder: Path) -> i
     results.mkdir(parents=True)
     kept = [value for organ in chaos.TASKS[task][1] for value in chaos.ORGANS[organ]]
     label = _read_labels(label_map)
-    greys = grid.to_file(np.where(np.isin(label, kept), label, 0).astype(np.uint8))  # (x, y, slice by file name)
+    # axes (x, y, slice); the slices are in the order of the DICOM file names
+    greys = grid.to_file(np.where(np.isin(label, kept), label, 0).astype(np.uint8))
     for k in range(greys.shape[2]):
         Image.fromarray(np.ascontiguousarray(greys[:, :, k].T)).save(results / f"img{k:03d}.png")
     return greys.shape[2]

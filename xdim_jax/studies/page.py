@@ -17,7 +17,11 @@ _MARKERS = "os^Dvx*P"
 
 
 def make_tables(plan: Plan, scores: Mapping[tuple[str, int], Scores], tests: Sequence[Test]) -> list[Table]:
-    """Return the tables of a study: scores, differences from the baseline, all other pairs, steps, and cost."""
+    """Return the tables of a study, without those that would have no rows.
+
+    They contain the scores, the differences from the baseline, the differences between the other arms, the Dice at
+    several steps, and the training time.
+    """
     baseline = [t for t in tests if plan.baseline in (t.a, t.b)]
     tables = [
         _score_table(plan, scores, tests),
@@ -35,12 +39,12 @@ def _score_table(plan: Plan, scores: Mapping[tuple[str, int], Scores], tests: Se
     rows.append(("verdict", *(verdict(n, arms, scores, tests) for n in sizes)))
     return Table(
         title=f"Dice after {plan.steps} steps",
-        header=("arm", *(f"{n} patients" for n in sizes)),
+        header=("arm", *(f"{n} training patients" for n in sizes)),
         rows=tuple(rows),
-        note="Mean over regions, cases, validation patients and seeds, with the 95 % confidence interval over seeds "
-        "and patients, and in parentheses the number of finished seeds. The arm with the highest mean is called best "
-        "if it differs from every other arm: p is below 0.05 after Holm's correction, and the interval of the "
-        "difference does not contain 0.",
+        note="Mean over regions, cases, validation patients and seeds; in brackets its 95 % confidence interval over "
+        "seeds and patients; in parentheses the number of finished seeds. The arm with the highest mean over the seeds "
+        "that all arms have is called best if it differs from every other arm: the p-value of the paired test is below "
+        "0.05 after Holm's correction, and the confidence interval of the difference does not contain 0.",
     )
 
 
@@ -49,7 +53,7 @@ def _cell(scores: Scores | None) -> str:
 
 
 def _from(test: Test, baseline: str) -> Test:
-    """Return the test with the baseline as first arm."""
+    """Return the test with the baseline as its arm ``a``, so that the difference is the other arm minus it."""
     if test.a == baseline:
         return test
     d = test.difference
@@ -74,10 +78,14 @@ def _test_table(title: str, tests: Sequence[Test]) -> Table:
     ]
     return Table(
         title=title,
-        header=("patients", "arm A", "arm B", "Dice A - B", "seeds", "scored patients", "p", "p (Holm)", "significant"),
+        header=(
+            *("training patients", "arm A", "arm B", "Dice A - B", "seeds", "validation patients"),
+            *("p", "p (Holm)", "significant"),
+        ),
         rows=tuple(rows),
-        note="Paired by seed and patient. p: Wilcoxon's signed-rank test over patients. Holm's correction is over all "
-        "pairs of arms and all numbers of training patients.",
+        note="Dice A - B: mean difference, paired by seed and patient, with its 95 % confidence interval. p: "
+        "Wilcoxon's signed-rank test over patients. p (Holm): p after Holm's correction over all pairs of arms and all "
+        "numbers of training patients. Significant: p (Holm) is below 0.05, and the interval does not contain 0.",
     )
 
 
@@ -89,7 +97,12 @@ def _step_table(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Table:
         for arm in plan.arms:
             if found := scores.get((arm, n)):
                 rows.append((str(n), arm, *(f"{found.mean_at(s):.3f}" for s in chosen)))
-    return Table("Dice over steps", ("patients", "arm", *map(str, chosen)), tuple(rows), "Validations during training.")
+    return Table(
+        "Dice over steps",
+        ("training patients", "arm", *(f"step {s}" for s in chosen)),
+        tuple(rows),
+        "Mean Dice at validations during training.",
+    )
 
 
 def _cost_table(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Table:
@@ -100,10 +113,11 @@ def _cost_table(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Table:
         rows.append((arm, str(n), f"{len(s.seeds)}", *times))
     return Table(
         "Cost",
-        ("arm", "patients", "runs", "seconds per run", "seconds per step"),
+        ("arm", "training patients", "runs", "seconds per run", "seconds per step"),
         tuple(rows),
-        "Training without compilation and validation, on the machine of the runs. Runs that were trained several at a "
-        "time (--pack) are left out, because the time of each of them is not known; -: there are no others.",
+        "Time of training without compilation and validation, on the machine of the runs: mean over the runs that were "
+        "trained alone. The time of a run that was trained together with others (--pack) is not known. A dash means "
+        "that no time is known.",
     )
 
 
@@ -137,7 +151,8 @@ def draw_sizes(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Picture:
 
 
 _SIZES_CAPTION = (
-    "Dice over the number of training patients. Bars: 95 % confidence interval over seeds and validation patients."
+    "Dice over the number of training patients. Error bars: 95 % confidence interval over seeds and validation "
+    "patients."
 )
 
 
@@ -153,11 +168,14 @@ def draw_steps(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Picture:
                 axes.plot(found.steps, by_seed.mean(0), color=f"C{i % 10}", lw=1.8, label=arm)
                 if len(found.seeds) > 1:
                     axes.fill_between(found.steps, by_seed.min(0), by_seed.max(0), color=f"C{i % 10}", alpha=0.15, lw=0)
-        axes.set(title=f"{n} patients", xlabel="step")
+        axes.set(title=f"{n} training patients", xlabel="step")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("validation Dice")
     panels[-1].legend(fontsize=8, loc="lower right")
-    caption = "Dice over training steps: mean over seeds; the shaded range is from the lowest to the highest seed."
+    caption = (
+        "Dice over training steps. Line: mean over seeds. Shaded: from the Dice of the worst seed to that of "
+        "the best seed at each step."
+    )
     return encode_png(figure, "Dice over training steps", caption)
 
 
@@ -168,8 +186,8 @@ def render(plan: Plan, plan_text: str, scores: Mapping[tuple[str, int], Scores],
     facts = {
         "recipe": plan.recipe,
         "runs": f"{finished} of {len(runs)} are finished",
-        "steps": f"{plan.steps}, validated every {plan.validate_steps}",
-        "score": "validation Dice after the last step; no step is chosen by its score",
+        "steps": f"{plan.steps}, with a validation every {plan.validate_steps} steps",
+        "score": "validation Dice after the last step, even if an earlier validation was better",
         "settings of all runs": json.dumps(dict(plan.settings)),
         "notes": plan.notes,
     }
@@ -189,7 +207,7 @@ def format_lines(plan: Plan, scores: Mapping[tuple[str, int], Scores], tests: Se
     for n in plan.sizes:
         found: list[tuple[str, Any]] = [(arm, scores[arm, n]) for arm in plan.arms if (arm, n) in scores]
         for arm, s in found:
-            lines.append(f"{n:>5} patients  {arm:<20} Dice {s.mean}, {len(s.seeds)} seeds")
+            lines.append(f"{n:>5} training patients  {arm:<20} Dice {s.mean}, {len(s.seeds)} seeds")
         if found:
-            lines.append(f"{n:>5} patients  {verdict(n, list(plan.arms), scores, tests)}")
+            lines.append(f"{n:>5} training patients  {verdict(n, list(plan.arms), scores, tests)}")
     return lines

@@ -5,31 +5,31 @@ from typing import Any
 
 from xdim_jax.base.errors import UserError
 
-# transform -> settings with usual values; p is the probability that a sample (or channel) is transformed
+# transform -> its default settings. p is the probability that a sample (or channel) is transformed. A value is drawn
+# uniformly between low and high for each sample, or, where the comment says "by channel", for each of its channels.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "scale": {"p": 0.0, "low": 0.8, "high": 1.25},  # factor by which structures grow, the same along all axes
-    # largest angle about every axis; the spacing is ignored, so use plane=True for thick slices: they are then rotated
-    # only in their plane
+    "scale": {"p": 0.0, "low": 0.8, "high": 1.25},  # factor of the size (drawn log-uniformly), equal for all axes
+    # largest angle about every axis, in voxel coordinates. These ignore the spacing: use plane=True for volumes with
+    # thick slices, to rotate only within the plane of the slices
     "rotate": {"p": 0.0, "degrees": 15.0, "plane": False},
-    "translate": {"p": 0.0, "share": 0.1},  # largest shift along every axis, as a fraction of the side
+    "translate": {"p": 0.0, "share": 0.1},  # largest shift along an axis, as a fraction of the image size along it
     "shear": {"p": 0.0, "amount": 0.1},  # largest tangent of the shear angle, for every pair of axes
-    # spatial axes, each flipped with probability p; in a config, () means all axes, except left-right if the name of a
-    # structure contains a side
+    # spatial axes, each flipped with probability p. In a config, `xdim_jax.training.check` replaces () by all axes, but
+    # without W (left-right) if the name of a structure contains a side, such as "left kidney"
     "flip": {"p": 0.0, "axes": ()},
-    # displacements, interpolated from random ones at ``cells`` points per axis; share: their standard deviation, as a
-    # fraction of the side
+    # a displacement field that is interpolated from random displacements at ``cells`` points per axis; share: standard
+    # deviation of the random displacements, as a fraction of the image size along the axis
     "elastic": {"p": 0.0, "cells": 5, "share": 0.015},
     "blur": {"p": 0.0, "low": 0.5, "high": 1.5},  # standard deviation in voxels
     "noise": {"p": 0.0, "sd": 0.1},  # largest standard deviation, in units of the standardised image
     "brightness": {"p": 0.0, "low": 0.75, "high": 1.25},  # factor, by channel
-    "contrast": {
-        "p": 0.0,
-        "low": 0.75,
-        "high": 1.25,
-    },  # factor of the distance from the mean; the result is clipped to the old range; by channel
-    "lowres": {"p": 0.0, "low": 0.5, "high": 1.0},  # fraction of the voxels per side that remains; p by channel
+    # factor of the difference between intensity and mean, by channel; the result is clipped to the old intensity range
+    "contrast": {"p": 0.0, "low": 0.75, "high": 1.25},
+    # the fraction is the same for all channels, but each channel is transformed with probability p
+    "lowres": {"p": 0.0, "low": 0.5, "high": 1.0},  # fraction of the voxels per axis that remains
     "gamma": {"p": 0.0, "low": 0.7, "high": 1.5},  # exponent, applied to the intensities scaled to [0, 1], by channel
-    # largest shift of the window level, and width of the window, as fractions of the intensity range, by channel
+    # level: largest shift of the centre of the window; low, high: its width; as fractions of the intensity range, by
+    # channel
     "window": {"p": 0.0, "level": 0.1, "low": 0.7, "high": 1.0},
     "cutout": {"p": 0.0, "share": 0.25},  # side of a box of zeros, as a fraction of the side of the image
 }
@@ -53,7 +53,7 @@ STREAMS = {
 }
 # smallest and largest value of a setting, by its name
 _LIMITS = {"degrees": (0, 180), "share": (0, 1), "amount": (0, 1), "cells": (2, 64), "sd": (0, 10), "level": (0, 0.5)}
-_LARGEST_BLUR = 10  # limits the program size, because the taps of the filter are unrolled
+_LARGEST_BLUR = 10  # in voxels; limits the size of the compiled program, in which the loop over the taps is unrolled
 
 
 def settings(section: Mapping[str, Mapping[str, Any]], ndim: int) -> dict[str, dict[str, Any]]:

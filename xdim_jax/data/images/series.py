@@ -1,8 +1,9 @@
 """DICOM series below a folder, as an archive (PACS) exports them.
 
-File names have no meaning, and can have any suffix or none. Files are grouped by SeriesInstanceUID and sorted by
-ImagePositionPatient along the normal of the slices. Localizers, secondary captures, segmentations, reports, and single
-slices in addition to larger series are omitted.
+File names have no meaning, and can have any suffix or none. Files are grouped by PatientID, StudyInstanceUID and
+SeriesInstanceUID, and sorted by ImagePositionPatient along the normal of the slices. A file with several frames is a
+series of its own. Localizers, secondary captures, segmentations and reports are omitted. A single slice is omitted if
+there are also larger series.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ _GEOMETRY = (
 )
 _NO_IMAGES = ("SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "PR", "KO", "SR", "REG", "DOC")  # modalities
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # SOP class of screenshots; ...7.1 to ...7.4 have several frames
-_VOLUMETRIC = ("CT", "MR", "PT")  # modalities in which a single slice in addition to larger series is a planning image
+_VOLUMETRIC = ("CT", "MR", "PT")  # a single slice of these modalities, next to larger series, is a planning image
 UNKNOWN_FORMAT = "is not an image in a known format"  # a reason for which `find_series` omits a file
 # tags that can distinguish the volumes of a series with several slices at each position
 _VOLUME_TAGS = ("EchoTime", "TemporalPositionIdentifier", "DiffusionBValue", "AcquisitionNumber")
@@ -41,7 +42,8 @@ class Series:
 
     Attributes:
         name: PatientID and SeriesNumber, as in ``P01_3``; if the headers lack them, the names of the last two folders.
-        files: The files, sorted by position.
+            If names would not be unique, the number of the volume, the folder or another number is appended.
+        files: The files, sorted by position; by name if positions are missing.
         uid: SeriesInstanceUID.
         number: SeriesNumber.
         description: SeriesDescription.
@@ -64,7 +66,7 @@ class Series:
         return f"{self.name}{described}, {self.modality or 'unknown modality'}, {len(self.files)} files"
 
     def matches(self, selector: str) -> bool:
-        """Return whether a text is the name, UID or number of the series, or its description in any case."""
+        """Return whether a text is the name, UID or number of the series, or its description (ignoring case)."""
         return selector in (self.name, self.uid, self.number) or selector.lower() == self.description.lower()
 
 
@@ -76,7 +78,7 @@ class _File:
 
 
 def find_series(folder: Path, files: Iterable[Path]) -> tuple[list[Series], dict[Path, str]]:
-    """Find the DICOM series in some files.
+    """Find the DICOM series among the given files.
 
     Args:
         folder: Folder that contains the files.
@@ -132,7 +134,7 @@ def _text(value: Any) -> str:
 
 
 def _has_mark(path: Path) -> bool:
-    """Return whether a file has the mark of a DICOM file after its preamble."""
+    """Return whether a file has the prefix ``DICM`` after a preamble of 128 bytes."""
     try:
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
@@ -144,7 +146,7 @@ def _split(files: Sequence[_File]) -> tuple[list[Series], dict[Path, str]]:
     """Divide the files of a series into volumes. A volume is a stack of parallel slices of one size, one per position.
 
     Returns:
-        The volumes; and the files of single slices in addition to larger stacks (scouts), with the reason.
+        The volumes; and the omitted files with the reason: single slices (scouts), if there are larger stacks.
     """
     if len(files[0].slices) > 1:
         return [_make_series(files, "")], {}
@@ -153,7 +155,7 @@ def _split(files: Sequence[_File]) -> tuple[list[Series], dict[Path, str]]:
         stacks[_plane(file.slices[0])].append(file)
     largest = max(map(len, stacks.values()))
     dropped = {
-        stack[0].path: "is a single slice of another orientation or size than its series"
+        stack[0].path: "is a single slice whose orientation, size or pixel size differs from the rest of its series"
         for stack in stacks.values()
         if len(stack) == 1 and largest > 1
     }
@@ -171,7 +173,7 @@ def _plane(s: Slice) -> Hashable:
 def _volumes(stack: list[_File]) -> list[list[_File]]:
     """Divide a stack with several slices at every position into volumes, by the first tag that distinguishes them."""
     if not all(_is_placed(f.slices[0]) for f in stack):
-        return [stack]  # the missing tags are reported when the series is read
+        return [stack]  # `dicom.series_problems` reports the missing tags
     stack = sorted(stack, key=lambda f: f.slices[0].height)
     count = _slices_per_position([f.slices[0] for f in stack])
     if count == 1:
@@ -191,7 +193,8 @@ def _is_placed(s: Slice) -> bool:
 
 
 def _slices_per_position(slices: Sequence[Slice]) -> int:
-    """Return the number of slices at each position; 1 if it differs between positions, or if there is one position.
+    """Return the number of slices at each position; 1 if the number is not the same at all positions, or if
+    all slices are at one position.
 
     If only some positions have several slices, these are duplicates, which `dicom.series_problems` reports.
     """
@@ -208,7 +211,7 @@ def _number_key(text: str) -> tuple[float, str]:
 
 
 def _make_series(files: Sequence[_File], part: str) -> Series:
-    """Return a series; ``part`` is the number of the volume, if the series has several."""
+    """Return a series; ``part`` is the number of the volume if the series has several, and empty otherwise."""
     tags, path = files[0].tags, files[0].path.absolute()
     name = f"{tags['PatientID']}_{tags['SeriesNumber']}" if tags["PatientID"] and tags["SeriesNumber"] else ""
     name = name or f"{path.parent.parent.name}_{path.parent.name}"
@@ -252,7 +255,11 @@ def _parts_below(path: Path, folder: Path) -> tuple[str, ...]:
 
 
 def _with_unique_names(series: Sequence[Series], folder: Path) -> list[Series]:
-    """Extend names that several series have by the folder of their files below ``folder``, or else by a number."""
+    """Make the names of the series unique.
+
+    The folder of the files, below ``folder``, is appended to names that occur several times. If this does not make them
+    unique, a number is appended, too.
+    """
 
     def extend(series: Sequence[Series], suffix: Callable[[int, Series], str]) -> list[Series]:
         counts = Counter(s.name for s in series)

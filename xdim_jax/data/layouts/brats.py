@@ -49,7 +49,7 @@ class Convention:
     rules: str
 
     def file_name(self, case: str, part: str) -> str:
-        """Return the name, without suffix, of the file with a modality or the reference (``seg``) of a case."""
+        """Return the name of a file of a case, without suffix; ``part`` is a modality or ``seg`` for the reference."""
         return f"{case}{self.separator}{part}"
 
     def layout(self) -> str:
@@ -116,14 +116,15 @@ def scoring(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return get_convention(data["convention"]).rules, {"convention": data["convention"]}
 
 
-_MIN_COVERAGE = 0.9  # smallest number of nonzero voxels, relative to the image of the case with the largest number
+_MIN_COVERAGE = 0.9  # smallest accepted number of nonzero voxels, relative to the largest in an image of the case
 _MIN_ZEROS = 0.05  # smallest fraction of voxels that are 0 in a skull-stripped image
 
 
 def inspect(case: Case, image: np.ndarray) -> list[Problem]:
     """Return a problem for each image that has negative values, is not skull-stripped, or misses a part of the brain.
 
-    A part is missing if an image covers much less of the brain than another image of the case.
+    A part of the brain is assumed to be missing if the image has far fewer nonzero voxels than another image of the
+    case, see `_MIN_COVERAGE`.
     """
     problems = _coverage_problems(case, image)
     for source, name, channel in zip(case.images, case.channels, np.moveaxis(image, -1, 0), strict=True):
@@ -141,7 +142,7 @@ def inspect(case: Case, image: np.ndarray) -> list[Problem]:
                 "intensity_range",
                 source_path(source),
                 found=found,
-                expected="a skull-stripped image, 0 outside the brain",
+                expected="a skull-stripped image: 0 outside the brain, and no negative values",
                 suggestion=step,
                 severity=WARNING,
             )
@@ -162,7 +163,7 @@ def _coverage_problems(case: Case, image: np.ndarray) -> list[Problem]:
             found=f"covers {count} voxels of the brain ({name}), but {case.channels[counts.index(largest)]} covers "
             f"{largest}",
             expected="images of the same part of the brain",
-            suggestion="check the images: outside of an image, the network cannot segment as in training",
+            suggestion="check the images: where one of them is 0, the input differs from that in training",
             severity=WARNING,
         )
         for source, name, count in zip(case.images, case.channels, counts, strict=True)
@@ -228,7 +229,10 @@ def _niftis(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _find_files(folder: Path, convention: Convention, need_labels: bool) -> tuple[Case, list[str], list[Problem]]:
-    """Return the case with the existing files, the parts that are missing, and a problem for each part found twice."""
+    """Return the case with the existing files, the missing parts, and a problem for each part that is found twice.
+
+    The parts are the names of the modalities in the convention, and ``seg``.
+    """
     name = normalised(folder.name)
     files, problems = unique_images(_niftis(folder), name)
     images = {part: files.get(convention.file_name(name, part)) for part in convention.modalities}
@@ -341,7 +345,7 @@ def _modality_of(path: Path) -> tuple[str, str]:
     """Return the case and the modality in a file name.
 
     The case is empty if the name is only a modality, such as ``flair.nii.gz``. If the name has no modality, the result
-    is the whole name and an empty text.
+    is the whole name and an empty string.
     """
     stem = strip(path.name, nifti.SUFFIXES) or path.stem
     case, separator, last = re.fullmatch(r"(.*?)([-_. ]?)([^-_. ]*)", stem).groups()  # pyright: ignore

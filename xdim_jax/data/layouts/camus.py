@@ -6,9 +6,10 @@
     {training,testing}/patient0001/patient0001_2CH_ED[_gt].mhd + .raw                                 older release
     listSubGroups/subGroup1_{training,validation,testing}.txt
 
-A case is one frame (end-diastole ED or end-systole ES of one view), or a half sequence with its frames along D. Images
-keep their stored axes, so H points away from the probe. ``Case.info`` contains the view, the instant, the group, and
-the values in the cfg file (``ImageQuality``, ``EF``, ``ED``, ``ES``, ...).
+A case is one frame (end-diastole ED or end-systole ES of one view), or a half sequence, i.e. all frames of a view from
+one of these instants to the other, along D. Images keep their stored axes, so H points away from the probe.
+``Case.info`` contains the view, the instant, the group (``testing`` for test patients of the older release; otherwise
+there is none), and the values in the cfg file (``ImageQuality``, ``EF``, ``ED``, ``ES``, ...).
 """
 
 import re
@@ -45,8 +46,8 @@ def dataset(
     Args:
         views: Some of 2CH and 4CH.
         instants: Some of ED, ES and half_sequence.
-        quality: Some of Good, Medium and Poor: the images for training and validation. Unless all three are given,
-            images of unknown quality are omitted. For prediction, images of every quality are used.
+        quality: Some of Good, Medium and Poor. Images of other qualities are not used for training and validation;
+            unless all three are given, neither are images of unknown quality. For prediction, all images are used.
 
     Raises:
         UserError: A view, instant or quality is unknown.
@@ -93,7 +94,10 @@ def inspect(case: Case, image: np.ndarray) -> list[Problem]:
 
 
 def read_info(path: Path) -> dict[str, str]:
-    """Read the ``Key: value`` lines of a cfg file; blank lines and lines without a colon are ignored."""
+    """Read the ``Key: value`` lines of a cfg file; blank lines and lines without a colon are ignored.
+
+    The keys of the older release are also added under their new names: ``EF``, ``EDV`` and ``ESV``.
+    """
     info = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         key, colon, value = line.partition(":")
@@ -114,7 +118,8 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
     Args:
         root: Folder of the data set.
         views, instants, quality: See `dataset`.
-        need_labels: True if an image without reference is an error.
+        need_labels: True if an image without reference is an error. Images of the group "testing" without reference are
+            then omitted instead, see `_find_files`.
     """
     patients, problems = _find_files(root)
     cases = []
@@ -142,7 +147,7 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
                 if "gt" not in paths and need_labels and group != "testing":
                     problems.append(_without_label(paths["image"], case_id))
                     continue
-                # all images are predicted, also of a quality that the network was not trained on
+                # for prediction (no need_labels), images of every quality are listed
                 if need_labels and set(quality) < set(QUALITIES) and info.get("ImageQuality") not in quality:
                     continue
                 axes: Axes = "reversed" if instant == "half_sequence" and _is_reversed(info) else "stored"
@@ -173,7 +178,7 @@ def _find_files(root: Path) -> tuple[dict[tuple[str, str], tuple[Path, _Parts]],
     """Return the folder and the files of each (group, patient), and all problems.
 
     The group is "testing" for the test patients of the older release, because its training set has patients of the same
-    names. Otherwise it is empty.
+    names. Otherwise the group is empty. Files that are more than three folders below ``root`` are ignored.
     """
     patients: dict[tuple[str, str], tuple[Path, _Parts]] = {}
     problems = []
@@ -215,7 +220,7 @@ def _find_files(root: Path) -> tuple[dict[tuple[str, str], tuple[Path, _Parts]],
 
 def _read_view_info(folder: Path, view: str, patient: str) -> tuple[dict[str, str], list[Problem]]:
     """Return the values in the cfg file of a view, without unusable frame numbers, and its problems."""
-    frame = "the number of a frame, from 1"
+    frame = "the number of a frame, from 1 to NbFrame"
     path = folder / f"Info_{view}.cfg"
     if not path.is_file():
         return {}, []
@@ -243,7 +248,7 @@ def _read_view_info(folder: Path, view: str, patient: str) -> tuple[dict[str, st
     frames = info.get("NbFrame")
     for key in ("ED", "ES"):
         if key in info and (int(info[key]) < 1 or (frames is not None and int(info[key]) > int(frames))):
-            report(f"{key}: {info[key]} of {frames or 'unknown'} frames", frame)
+            report(f"{key}: {info[key]}, and NbFrame: {frames or 'unknown'}", frame)
             del info[key]
     if (quality := info.get("ImageQuality")) is not None and quality not in QUALITIES:
         report(f"ImageQuality: {quality!r}", ", ".join(QUALITIES))
@@ -312,7 +317,12 @@ def _missing_views(root: Path, incomplete: Mapping[str, Sequence[str]], patients
 
 
 def _splits(root: Path, patients: set[str]) -> tuple[tuple[dict[str, tuple[str, ...]], ...], list[Problem]]:
-    """Return the official splits (one in ``database_split``, or ten in ``listSubGroups``), and their problems."""
+    """Return the official splits (one in ``database_split``, or ten in ``listSubGroups``), and their problems.
+
+    Args:
+        root: Folder of the data set. The lists are in this folder or next to it.
+        patients: Names of the patients whose images were found.
+    """
     lists: list[Path] = []
     for base in (root, root.parent):
         lists = [*sorted(base.glob("database_split/subgroup_*.txt")), *sorted(base.glob("listSubGroups/subGroup*.txt"))]
@@ -345,8 +355,8 @@ def _splits(root: Path, patients: set[str]) -> tuple[tuple[dict[str, tuple[str, 
                 Problem(
                     "missing_file",
                     path,
-                    found=f"lists {len(absent)} patients that do not exist: {shorten(absent)}",
-                    expected="patients of this copy",
+                    found=f"lists {len(absent)} patients without images in this folder: {shorten(absent)}",
+                    expected="only patients with images",
                     suggestion="download them, or correct the list",
                     severity=WARNING,
                 )
@@ -366,7 +376,7 @@ def _repeated_patients(folds: Mapping[int, Mapping[str, tuple[str, ...]]], lists
                         Problem(
                             "patient_in_two_folds",
                             next(p for p in lists if p.name.endswith(f"{subset}.txt") and _number(p) == number),
-                            found=f"lists {name}, who is also in the list {seen[name]}",
+                            found=f"lists {name}, who is already listed in the subset {seen[name]}",
                             expected="each patient once",
                             suggestion="keep the patient in one subset",
                             case_id=name,

@@ -5,8 +5,8 @@
     Train_Sets/MR/<id>/T2SPIR/DICOM_anon/*.dcm                     Ground/IMG-....png      (Test_Sets has no Ground)
 
 A case is one series of a patient: ``CT_1``, ``MR_1_T1DUAL``, ``MR_1_T2SPIR``. Slices are read in the order of the file
-names, which defines the orientation in CHAOS, and the k-th mask belongs to the k-th slice. The affine follows from the
-positions of the slices, so slices in memory are ordered from inferior to superior for any order of the names.
+names, and the k-th mask belongs to the k-th slice. The affine is computed from the positions of the slices in the DICOM
+headers, so slices in memory are ordered from inferior to superior, whatever the order of the file names is.
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ def inspect(case: Case, image: np.ndarray) -> list[Problem]:
         Problem(
             "intensity_range",
             source_path(case.images[0]),
-            found=f"has values from {low:g}",
+            found=f"has a minimum of {low:g}",
             expected="Hounsfield units, with air near -1000" if ct else "magnitudes of 0 or more",
             suggestion="check modality and rescale intercept",
             severity=WARNING,
@@ -275,7 +275,7 @@ def _phases(dicom: Path) -> tuple[dict[str, tuple[Path, ...]], list[Problem]]:
                 Problem(
                     "missing_image",
                     dicom,
-                    found=f"has images with the echo times {', '.join(f'{t:g}' for t in times) or 'unknown'}",
+                    found=f"has images with these echo times in ms: {', '.join(f'{t:g}' for t in times) or 'none'}",
                     expected="two echo times",
                     suggestion="sort the files into the folders InPhase and OutPhase",
                 )
@@ -307,7 +307,7 @@ def _no_images(folder: Path) -> Problem:
 
 
 def _other_images(folder: Path, suffix: str) -> list[Problem]:
-    """Return a problem for each image in a folder that has another suffix."""
+    """Return a problem for each image in a folder whose suffix is not ``suffix``."""
     if not folder.is_dir():
         return []
     return [
