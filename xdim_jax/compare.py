@@ -62,13 +62,18 @@ def main(argv: Sequence[str]) -> int:
 
 def _check_same_options(folders: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> None:
     """Raise UserError if the two evaluations have different rules or options."""
-    a, b = ({"rules": r["rules"]} | {k: r["options"].get(k) for k in challenges.OPTIONS} for r in records)
+    a, b = ({"rules": r["rules"]} | {k: _unordered(r["options"].get(k)) for k in challenges.OPTIONS} for r in records)
     if different := [k for k in a if a[k] != b[k]]:
         shown = "; ".join(f"{k}: {a[k]} and {b[k]}" for k in different)
         raise UserError(
             f"{folders[0]} and {folders[1]} were scored with different options ({shown}); evaluate both with the same "
             "options"
         )
+
+
+def _unordered(value: Any) -> Any:
+    """Return the values of an option that can be repeated in sorted order, because their order has no effect."""
+    return sorted(set(value)) if isinstance(value, list) else value
 
 
 def _read_cases(folder: Path, record: Mapping[str, Any]) -> list[ScoredCase]:

@@ -47,6 +47,9 @@ def main(argv: Sequence[str]) -> int:
     else:
         with bucket.workdir(options.workdir) as workdir:
             _set_defaults_of_run(options, workdir)
+            challenges.check_options(options.rules, options)  # prediction can take hours
+            if options.cases:
+                _check_cases(_read_cases(options.cases), _validation_cases(workdir))
             from xdim_jax.inference.settings import Settings  # imports JAX, scoring does not need it
             from xdim_jax.inference.validation_cases import predict_validation
             from xdim_jax.ops.compilation import cache_programs
@@ -56,6 +59,23 @@ def main(argv: Sequence[str]) -> int:
             options.ref, cases = predict_validation(workdir, options.pred, settings)
             _evaluate(options, cases, _patients(workdir) if options.rules == "generic" else {})
     return 0
+
+
+def _validation_cases(workdir: Path) -> set[str]:
+    """Return the ids of the validation cases of a run or a cross-validation."""
+    splits = [read_json(member / SPLIT_FILE) for member in find_members([workdir])]
+    cases = {case for split in splits for case in split["validation"]}
+    return cases | {
+        case.removesuffix("_in") for case in cases
+    }  # the two phases of CHAOS T1-DUAL are scored as one case
+
+
+def _check_cases(chosen: set[str], cases: set[str]) -> None:
+    """Raise UserError if some of the chosen cases are not validation cases."""
+    if absent := sorted(chosen - cases):
+        raise UserError(
+            f"--cases: {shorten(absent)} are not validation cases of this run; they are {shorten(sorted(cases))}"
+        )
 
 
 def _patients(workdir: Path) -> dict[str, str]:
@@ -71,8 +91,8 @@ def _evaluate(options: Any, cases: set[str] | None = None, patients: Mapping[str
     rules = challenges.make_rules(options.rules, options)
     if options.cases:
         chosen = _read_cases(options.cases)
-        if cases is not None and (absent := sorted(chosen - cases)):
-            raise UserError(f"--cases: {shorten(absent)} are not validation cases of this run")
+        if cases is not None:
+            _check_cases(chosen, cases)
         cases = chosen
     if options.tune_min_et:
         check_small_et_kept(options.pred)

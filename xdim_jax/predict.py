@@ -130,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--threshold",
         default="",
-        help="threshold of probabilities, e.g. 0.4 or WT=0.5,ET=0.4; default: that of the config",
+        help="threshold of probabilities, e.g. 0.4 or WT=0.5,ET=0.4; default: the thresholds that fit chose, otherwise "
+        "that of the config",
     )
     add("--min_et", type=int, help="BraTS: smallest ET in voxels, 0 for no limit; default: that of the config")
     add(

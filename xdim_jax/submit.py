@@ -35,9 +35,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--task", choices=sorted(chaos.TASKS), action="append", help="chaos: task (required); repeat for several"
     )
-    parser.add_argument(
-        "--format", choices=["mhd", "nii.gz"], default="mhd", help="camus: file format (default: %(default)s)"
-    )
+    parser.add_argument("--format", choices=["mhd", "nii.gz"], help="camus: file format (default: mhd)")
     parser.add_argument(
         "--convention",
         choices=sorted(brats.CODINGS),
@@ -47,6 +45,9 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if options.out.exists():
         raise UserError(f"--out={options.out} exists already; remove it, or give a folder that does not exist")
+    for name, challenge in (("task", "chaos"), ("format", "camus"), ("convention", "brats")):
+        if getattr(options, name) is not None and options.challenge != challenge:
+            raise UserError(f"--{name} is an option of --challenge={challenge}, not of {options.challenge}; remove it")
     if options.challenge == "chaos" and not options.task:
         raise UserError("--challenge=chaos needs --task, one of 1 to 5; repeat it for several tasks")
     if options.zip and Path(f"{options.out}.zip").exists():
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     if not isinstance(record, dict) or not isinstance(record.get("images"), dict):
         raise UserError(f"{options.pred / PREDICT_FILE} does not list images; predict again with xdim_jax.predict")
     if options.challenge == "camus":
-        writers = pack_camus(options.pred, record["images"], options.format)
+        writers = pack_camus(options.pred, record["images"], options.format or "mhd")
     elif options.challenge == "chaos":
         writers = pack_chaos(options.pred, record["images"], options.task)
     else:

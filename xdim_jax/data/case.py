@@ -147,6 +147,8 @@ def scan_cases(dataset: Dataset, root: Path, *, need_labels: bool) -> Scan:
         UserError: The folder does not exist, or contains no case.
     """
     root = Path(root)
+    if root.name in ("", ".."):  # cases may be named after their folder, so ``.`` is replaced by its real name
+        root = root.resolve()
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; expected {dataset.layout}")
     scan = dataset.scan(root, need_labels)

@@ -24,15 +24,15 @@ def check_grids(cases: Sequence[Case]) -> None:
     """
     problems = []
     for case in cases:
-        first = None
+        first: tuple[Path, Grid] | None = None
         for source in [*case.images, *([case.label] if case.label and not _is_masks(case.label) else [])]:
             try:
-                grid = read_grid(source, "stored" if first and first.flat else case.axes)
+                grid = read_grid(source, "stored" if first and first[1].flat else case.axes)
             except DataError as error:
                 problems += error.problems
                 continue
-            first = first or grid
-            problems += compare_grids(source_path(source), grid, source_path(case.images[0]), first)
+            first = first or (source_path(source), grid)
+            problems += compare_grids(source_path(source), grid, *first)
     if problems:
         raise data_error(*problems, summary="files that are unreadable or not on the grid of their case")
 
@@ -78,6 +78,7 @@ def _load_images(case: Case) -> tuple[np.ndarray | None, Grid | None, list[Probl
     problems: list[Problem] = []
     image: np.ndarray | None = None
     grid: Grid | None = None
+    first = None  # the file with this grid
     complete = True
     per_file = len(case.channels) // len(case.images)
     for k, source in enumerate(case.images):
@@ -100,9 +101,9 @@ def _load_images(case: Case) -> tuple[np.ndarray | None, Grid | None, list[Probl
             )
             complete = False
             continue
-        if grid:
-            problems += compare_grids(path, own_grid, source_path(case.images[0]), grid)
-        grid = grid or own_grid
+        if grid is None or first is None:
+            grid, first = own_grid, path
+        problems += compare_grids(path, own_grid, first, grid)
         with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are then reported
             if image is None and len(case.images) == 1:
                 image = array = array.astype(np.float32, copy=False)

@@ -88,17 +88,19 @@ def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case], *
     problems = []
     for case in cases:
         path = output / f"{case.case_id}.nii.gz"
-        note = read_note(path)
+        note, own_note = read_note(path), make_note(predictor.digest, case)
         images = [source_to_json(source) for source in case.images]
         if not is_replaceable(path):
             problems.append(f"{path} exists, but is not a prediction of xdim_jax; move it to another folder")
             continue
-        if replace or note in ("", make_note(predictor.digest, case)):
+        if replace or not note or note.split()[-1] == own_note.split()[-1]:  # the same images
             continue
-        if recorded.get(case.case_id, images) != images and not _same_paths(recorded[case.case_id], images):
+        known = recorded.get(case.case_id)
+        if known is None or (known != images and not _same_paths(known, images)):
+            source = _shown(known) if known else f"other images, which {results.PREDICT_FILE} does not list"
             problems.append(
-                f"{path} is the prediction of {_shown(recorded[case.case_id])}, and {_shown(images)} would replace it; "
-                "give another --output, or delete the prediction"
+                f"{path} is the prediction of {source}, and that of {_shown(images)} would replace it; give another "
+                "--output, or delete the prediction"
             )
     if problems:
         raise join_problems(problems, "predictions would be lost")
@@ -156,7 +158,8 @@ def remove_outdated(output: Path, case_id: str, inputs: Sequence[Path]) -> None:
     if path.exists() and path.stat().st_size:
         below = [folder.resolve() for folder in inputs]
         files = [f.resolve() for value in _recorded_images(output).get(case_id, []) for f in _files(value)]
-        if not read_note(path).startswith(_MARK) or not all(set(below) & {f, *f.parents} for f in files):
+        own = bool(files) and all(set(below) & {f, *f.parents} for f in files)
+        if not read_note(path).startswith(_MARK) or not own:
             log.warn(f"{path} is kept, because it is not a prediction of this input")
             return
     remove_prediction(output, case_id)

@@ -166,10 +166,11 @@ def _find_images(
             case = case_from_files([s.files], dataset, modality or known)
             cases.append(dataclasses.replace(case, case_id=s.name, patient=s.name))
     counts = Counter(case.case_id for case in cases)
-    if twice := [case for case in cases if counts[case.case_id] > 1]:
-        shown = shorten([str(case.files[0]) for case in twice])
+    if twice := [name for name, count in counts.items() if count > 1]:
+        same = [str(case.files[0]) for case in cases if case.case_id == twice[0]]
+        others = f", and the same for {shorten(twice[1:])}" if twice[1:] else ""
         raise UserError(
-            f"{shown} would all be written to {twice[0].case_id}.nii.gz; rename one of them, or predict each with "
+            f"{shorten(same)} would all be written to {twice[0]}.nii.gz{others}; rename them, or predict each with "
             "another --output"
         )
     return cases, problems

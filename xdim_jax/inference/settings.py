@@ -29,7 +29,8 @@ class Settings:
             the preset.
         precision: ``float32`` or ``bfloat16``; empty for the precision in the config.
         batch: Number of windows that are computed at once; 0 for one on CPU and four on other devices.
-        threshold: Threshold of the probabilities, for all regions or by region; None for the threshold in the config.
+        threshold: Threshold of the probabilities, for all regions or by region; None for the thresholds that
+            `xdim_jax.fit` chose for the run, otherwise that in the config.
         min_et: Smallest number of voxels of the enhancing tumour (BraTS); None for the value in the config.
         largest: Names of regions, ``("all",)``, or ``("none",)``. Of each of them, only the largest connected component
             is kept. Empty for the regions that ``python -m xdim_jax.fit`` has chosen for this run, if any.

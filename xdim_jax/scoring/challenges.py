@@ -116,16 +116,10 @@ def make_rules(name: str, options: argparse.Namespace) -> Rules:
     Raises:
         UserError: The rules do not accept an option, or its value.
     """
-    for option, accepted_by in _ACCEPTED_BY.items():
-        if getattr(options, option, None) is not None and name not in accepted_by:
-            raise UserError(f"--{option} is an option of --rules={' and '.join(accepted_by)}, not of {name}; remove it")
+    check_options(name, options)
     if name.startswith("brats"):
-        convention = options.convention or ""
-        if convention and convention not in brats.conventions(name):
-            known = " or ".join(brats.conventions(name))
-            raise UserError(f"--convention={convention} does not have the structures of {name}; give {known}")
         also = [option for option in ("platform_2022", "tune_min_et") if getattr(options, option)]
-        return brats.rules(name, convention, options.cohort or "GLI", also=also)
+        return brats.rules(name, options.convention or "", options.cohort or "GLI", also=also)
     if name == "chaos":
         return chaos.rules(tuple(sorted(set(options.task or ()))))
     if name == "camus":
@@ -136,6 +130,24 @@ def make_rules(name: str, options: argparse.Namespace) -> Rules:
         structures = generic.read_structures(Path(options.ref))
     annotated = generic.read_annotated(Path(options.ref))
     return generic.rules(structures, metrics, border=options.border != "inside", annotated=annotated)
+
+
+def check_options(name: str, options: argparse.Namespace) -> None:
+    """Check the options of rules without reading a file.
+
+    Raises:
+        UserError: The rules do not accept an option, or its value.
+    """
+    for option, accepted_by in _ACCEPTED_BY.items():
+        if getattr(options, option, None) is not None and name not in accepted_by:
+            raise UserError(f"--{option} is an option of --rules={' and '.join(accepted_by)}, not of {name}; remove it")
+    if name.startswith("brats"):
+        convention = options.convention or ""
+        if convention and convention not in brats.conventions(name):
+            known = " or ".join(brats.conventions(name))
+            raise UserError(f"--convention={convention} does not have the structures of {name}; give {known}")
+    if options.labels:
+        generic.parse_structures(options.labels)
 
 
 METRIC_ALIASES = {"hd95": "hd95_pooled", "assd": "assd_pooled"}

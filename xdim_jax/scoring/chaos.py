@@ -17,6 +17,7 @@ from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.data.case import scan_cases, usable_cases
 from xdim_jax.data.images.dicom import files_in_order
 from xdim_jax.data.images.image import strip_suffix
+from xdim_jax.data.images.names import files_below, strip
 from xdim_jax.data.layouts.chaos import TEST_PREFIX, dataset
 from xdim_jax.scoring.masks import Geometry, Pair, measure
 from xdim_jax.scoring.rules import (
@@ -131,7 +132,7 @@ def score_missing(ref: Masks, geometry: Geometry) -> Values:
 def find(folder: Path) -> dict[str, LabelMap]:
     """Return the references in a folder by case id: PNG masks with DICOM images as in the challenge, or label maps."""
     check_folder(folder, LAYOUT)
-    if not any(True for _ in folder.rglob("*.dcm")):
+    if not any(strip(path.name, (".dcm",)) for path in files_below(folder)):
         return find_label_maps(folder)
     found = {}
     references = dataset(4, "in")  # task 4 has CT and MR
@@ -171,7 +172,7 @@ def _patient(case: str) -> str:
 
 def _find_predictions(folder: Path, references: Mapping[str, LabelMap]) -> dict[str, LabelMap]:
     """Return the predictions in a folder by case id: PNG files as in a submission, and label maps."""
-    pngs = sorted({p.parent for p in folder.rglob("*.png") if not p.name.startswith(".")}) if folder.is_dir() else []
+    pngs = sorted({path.parent for path in files_below(folder) if strip(path.name, (".png",)) is not None})
     found: dict[str, LabelMap] = {}
     unknown: list[Path] = []
     has_maps = folder.is_dir() and any(strip_suffix(p.name) for p in folder.iterdir())
@@ -286,8 +287,8 @@ def _mean_and_sd(values: Iterable[float]) -> dict[str, float | None]:
 # -- rules --------------------------------------------------------------------------------------------------------
 
 
-def _coding(label_map: LabelMap) -> Coding:
-    """Return the coding of the modality."""
+def coding_of(label_map: LabelMap) -> Coding:
+    """Return the coding of the modality of a label map."""
     return CT if label_map.attributes["modality"] == "CT" else MR
 
 
@@ -305,7 +306,7 @@ def rules(tasks: Sequence[str] = ()) -> Rules:
         columns=_COLUMNS,
         main_metrics=("score", "dice", "ravd", "assd", "mssd"),
         find=find,
-        coding=_coding,
+        coding=coding_of,
         score=score,
         score_missing=score_missing,
         attributes=("task", "modality", "sequence"),

@@ -16,6 +16,7 @@ from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.data.images.dicom import load_masks
 from xdim_jax.data.images.grid import Axes, Grid, compare_grids
 from xdim_jax.data.images.image import Source, read_grid, read_volume, source_path, strip_suffix
+from xdim_jax.data.images.names import files_below
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair
 
 # subfolders that predict writes next to the label maps; they contain no label maps
@@ -406,7 +407,7 @@ def check_folder(folder: Path, layout: str) -> None:
 
 
 def find_files(folder: Path, layout: str, name_of: Callable[[Path], str | None]) -> dict[str, Path]:
-    """Return the label files in a folder, and up to three levels below it, by case id.
+    """Return the label files in a folder, and up to three levels below it, by case id. Hidden folders are ignored.
 
     Args:
         folder: Folder of label maps.
@@ -418,9 +419,9 @@ def find_files(folder: Path, layout: str, name_of: Callable[[Path], str | None])
     """
     check_folder(folder, layout)
     found: dict[str, Path] = {}
-    for path in sorted(path for level in range(4) for path in folder.glob("*/" * level + "*")):
-        hidden = path.name.startswith(".") or path.parent.name in EXTRA_OUTPUTS
-        if hidden or strip_suffix(path.name) is None or not path.is_file():
+    for path in files_below(folder):
+        too_deep = len(path.relative_to(folder).parts) > 4
+        if too_deep or path.parent.name in EXTRA_OUTPUTS or strip_suffix(path.name) is None:
             continue
         case = name_of(path)
         if case is None:

@@ -70,11 +70,10 @@ def pack_chaos(pred: Path, images: Images, tasks: Sequence[str]) -> list[Writer]
     Raises:
         UserError: Lists all label maps that are missing or cannot be used; or no case belongs to the tasks.
     """
-    coding = {"CT": chaos.CT, "MR": chaos.MR}
     # the two phases of T1-DUAL have one result; the prediction of the in-phase is used
     images = {name.removesuffix("_in"): files for name, files in images.items() if not name.endswith("_out")}
     maps, images = _keep_test_cases(chaos.find_label_maps(pred), images, chaos.TEST_PREFIX)
-    checked = _check_label_maps(maps, images, lambda m: coding[m.attributes["modality"]])
+    checked = _check_label_maps(maps, images, chaos.coding_of)
     writers = [
         functools.partial(_write_slices, label_map, grid, task)
         for task in sorted(set(tasks))
@@ -160,10 +159,12 @@ def _write_slices(label_map: LabelMap, grid: Grid, task: str, folder: Path) -> i
     series = Path(modality, patient) if modality == "CT" else Path(modality, patient, label_map.attributes["sequence"])
     results = folder / f"Task{task}" / series / "Results"
     results.mkdir(parents=True)
-    kept = [value for organ in chaos.TASKS[task][1] for value in chaos.ORGANS[organ]]
-    label = _read_labels(label_map)
-    # axes (x, y, slice); the slices are in the order of the DICOM file names
-    greys = grid.to_file(np.where(np.isin(label, kept), label, 0).astype(np.uint8))
+    masks = chaos.coding_of(label_map).masks(label_map.load()[0], label_map.path)
+    label = np.zeros(grid.shape, np.uint8)
+    for organ in chaos.TASKS[task][1]:
+        if organ in masks:  # CT has the liver only
+            label[masks[organ]] = chaos.ORGANS[organ][0]
+    greys = grid.to_file(label)  # (x, y, slice); the slices are in the order of the DICOM file names
     for k in range(greys.shape[2]):
         Image.fromarray(np.ascontiguousarray(greys[:, :, k].T)).save(results / f"img{k:03d}.png")
     return greys.shape[2]

@@ -116,7 +116,7 @@ def find_series(folder: Path, files: Iterable[Path]) -> tuple[list[Series], dict
         series, dropped = _split(sorted(group, key=lambda f: natural_key(f.path)))
         found += series
         left_out |= dropped
-    if any(len(s.files) > 1 for s in found):
+    if any(s.frames > 1 for s in found):
         single = [s for s in found if s.frames == 1 and s.modality in _VOLUMETRIC]
         left_out |= {s.files[0]: "is the only slice of its series" for s in single}
         found = [s for s in found if s not in single]

@@ -322,8 +322,10 @@ def case_from_files(paths: Sequence[Path], convention: Convention) -> Case:
     found = [_modality_of(path) for path in paths]
     for (_, modality), path, wanted in zip(found, paths, MODALITIES, strict=True):
         if modality not in ("", wanted):
+            names = dict(zip(MODALITIES, convention.modalities, strict=True))
             raise UserError(
-                f"{path} is {modality} by its name, but {wanted} is expected at this place; the order is {order}"
+                f"{path} is {names.get(modality, modality)} by its name, but {names[wanted]} is expected at this "
+                f"place; the order is {order}"
             )
     stems = {stem for stem, modality in found if modality}
     if len(stems) > 1:

@@ -144,11 +144,11 @@ def scan(root: Path, views: Sequence[str], instants: Sequence[str], quality: Seq
                     if "gt" in paths:
                         problems.append(_without_image(paths["gt"], case_id))
                     continue
-                if "gt" not in paths and need_labels and group != "testing":
-                    problems.append(_without_label(paths["image"], case_id))
-                    continue
                 # for prediction (no need_labels), images of every quality are listed
                 if need_labels and set(quality) < set(QUALITIES) and info.get("ImageQuality") not in quality:
+                    continue
+                if "gt" not in paths and need_labels and group != "testing":
+                    problems.append(_without_label(paths["image"], case_id))
                     continue
                 axes: Axes = "reversed" if instant == "half_sequence" and _is_reversed(info) else "stored"
                 properties = {"view": view, "instant": instant, **({"group": group} if group else {}), **info}

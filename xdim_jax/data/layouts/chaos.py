@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from xdim_jax.base.errors import UserError
+from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.problem import WARNING, DataError, Problem, errors, in_case
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images.dicom import files_in_order, read_headers
@@ -270,6 +270,16 @@ def _phases(dicom: Path) -> tuple[dict[str, tuple[Path, ...]], list[Problem]]:
         except DataError as error:
             return {}, error.problems
         times = sorted({t for t in echoes.values() if t is not None})
+        if unknown := [path.name for path, t in echoes.items() if t is None]:
+            return {}, [
+                Problem(
+                    "missing_image",
+                    dicom,
+                    found=f"has {len(unknown)} images without echo time: {shorten(unknown)}",
+                    expected="EchoTime in every file, to distinguish the two phases",
+                    suggestion="sort the files into the folders InPhase and OutPhase",
+                )
+            ]
         if len(times) != 2:
             return {}, [
                 Problem(
