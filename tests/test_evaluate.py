@@ -16,8 +16,11 @@ from scipy.ndimage import gaussian_filter
 
 from tests.reference_scores import CAMUS_IMAGES, brute, slow_volumes, ventricle
 from xdim_jax import compare, evaluate
+from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
+from xdim_jax.base.files import write_json
 from xdim_jax.data.phantom import write_chaos
+from xdim_jax.runs.workdir import CONFIG_FILE, SPLIT_FILE
 from xdim_jax.scoring import tables
 
 FILES = {"cases.csv", "summary.json", "tables.md", "tables.tex", "evaluate.json"}
@@ -283,6 +286,56 @@ def test_several_processes_give_the_same(pair):
 
 
 # -- misuse, any rules -----------------------------------------------------------------------------------------------
+
+
+def test_files_that_are_not_read_are_named(pair, capsys):
+    """A download that is not complete, a format that is not read, and copies in hidden folders."""
+    pred, ref, out = pair
+    (ref / "c.nii.gz.part").write_bytes(b"x")
+    (ref / "d.hdr").write_bytes(b"x")
+    (ref / "notes.txt").write_text("x")
+    for folder in (pred, ref):
+        shutil.copytree(folder, folder / ".backup")
+    found, _ = run("generic", pred, ref, out)
+    assert {key[0] for key in found} == {"a", "b"}
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "not read" in line]
+    assert "c.nii.gz.part" in line and "d.hdr" in line and "notes" not in line
+
+
+def test_label_maps_too_far_below_are_an_error(pair):
+    pred, ref, out = pair
+    save(ref / "site" / "2024" / "P7" / "session" / "c.nii.gz", blobs(3), AFFINE)
+    refused(["c.nii.gz", "4 folders below"], "generic", pred, ref, out)
+
+
+def test_a_table_of_a_data_set_is_not_replaced_by_results(pair):
+    """Both are called cases.csv."""
+    pred, ref, _ = pair
+    run("generic", *pair)
+    run("generic", *pair)  # results are replaced
+    (ref.parent / "cases.csv").write_text("image,label\na.nii.gz,ref/a.nii.gz\n")
+    refused([str(ref.parent / "cases.csv"), "--out"], "generic", pred, ref, ref.parent)
+    assert (ref.parent / "cases.csv").read_text().startswith("image")
+    assert not (ref.parent / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task=1"], "--task"),
+        (["--rules=brats2024", "--convention=brats2021"], "brats2021"),
+        (["--rules=generic", "--labels=x"], "--labels"),
+        (["--cases=a,c"], "c are not validation cases"),
+    ],
+)
+def test_options_of_a_run_are_checked_before_its_cases_are_predicted(arguments, words, tmp_path):
+    """The run has no weights: an error about them would come first if prediction started."""
+    config = load_config("configs/brats_dxnet.py:scratch", [])
+    write_json(tmp_path / CONFIG_FILE, config.to_dict())
+    write_json(tmp_path / SPLIT_FILE, {"train": ["b"], "validation": ["a"]})
+    with pytest.raises(UserError) as error:
+        evaluate.main([f"--workdir={tmp_path}", *arguments])
+    said(error, words)
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -915,7 +968,7 @@ def test_chaos_pngs_in_folders_that_name_the_case(tmp_path, abdomen):
     found, _ = run("chaos", named / "CT_1", alone.parent, tmp_path / "out", "--task=2")
     assert found == {key: value for key, value in expected.items() if key[0] == "CT_1"}
     shutil.copytree(named / "CT_1", tmp_path / "masks")
-    words = ["PNG files", "CT_1, CT_2", "in folders named after the case ids"]
+    words = ["PNG files", "CT_1, CT_2", "named after the case id"]
     refused(words, "chaos", tmp_path / "masks", abdomen, tmp_path / "out", "--task=2")
     assert run("chaos", tmp_path / "masks", alone.parent, tmp_path / "out", "--task=2")[0] == found
 
@@ -1280,6 +1333,14 @@ def test_compare_takes_every_metric(two, tmp_path):
     assert compare.main([*map(str, two), f"--out={tmp_path / 'c.md'}"]) == 0
     found = json.loads((tmp_path / "c.json").read_text())["differences"]
     assert {d["metric"] for d in found} == {"dice", "assd_pooled", "hd95_pooled"} and len(found) == 6
+
+
+def test_compare_ignores_the_order_of_repeated_options(tmp_path, abdomen):
+    pred = chaos_predictions(tmp_path / "pred", abdomen, change=shifted)
+    for name, tasks in (("a", "21"), ("b", "122"), ("c", "1")):
+        run("chaos", pred, abdomen, tmp_path / name, *(f"--task={task}" for task in tasks))
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--metrics=dice"]) == 0
+    compare_refused("task", tmp_path / "a", tmp_path / "c")
 
 
 def test_compare_counts_a_case_of_chaos_once(tmp_path, abdomen):

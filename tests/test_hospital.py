@@ -230,8 +230,9 @@ def save_series(folder, volume, *, name=lambda k: f"{k:03d}.dcm", uid=None, orde
 
 def found_in(folder):
     """The volumes by name, ``(z, y, x)``, and the files that are left out."""
-    series, left_out = find_series(folder, list(files_below(folder)))
-    return {s.name: read_image(s.files)[0][..., 0] for s in series}, {p.name: r for p, r in left_out.items()}, series
+    found = find_series(folder, list(files_below(folder)))
+    volumes = {s.name: read_image(s.files)[0][..., 0] for s in found.series}
+    return volumes, {p.name: r for p, r in (found.left_out | found.damaged).items()}, found.series
 
 
 RANDOM = np.random.default_rng(5).permutation(6)
@@ -302,7 +303,7 @@ def test_volumes_that_no_tag_separates_are_one_problem(tmp_path):
     uid = generate_uid()
     for i in range(2):
         save_series(tmp_path, volume_of(i), name=lambda k, i=i: f"{k}_{i}", uid=uid)
-    series, _ = find_series(tmp_path, list(files_below(tmp_path)))
+    series = find_series(tmp_path, list(files_below(tmp_path))).series
     (problem,) = series[0].problems
     assert problem.kind == "duplicate_slice" and "2 slices at each position" in problem.found
 
@@ -314,7 +315,7 @@ def test_missing_and_duplicate_slices_are_told_apart(fault, kind, tmp_path):
         (tmp_path / f"{list(RANDOM).index(3):03d}.dcm").unlink()
     else:
         save_slice(tmp_path / "again", volume_of(0)[3], 7.5, "1.2.3.9")
-    series, _ = find_series(tmp_path, list(files_below(tmp_path)))
+    series = find_series(tmp_path, list(files_below(tmp_path))).series
     assert {p.kind for p in series[0].problems if p.severity == "error"} == {kind}
 
 
@@ -324,7 +325,7 @@ def test_a_gantry_tilt_and_a_wrong_thickness_are_said(tmp_path):
     save_series(tmp_path / "tilted", volume_of(0), ImageOrientationPatient=down)
     save_series(tmp_path / "thick", volume_of(0), patient="P2", SliceThickness=10)
     save_series(tmp_path / "plain", volume_of(0), patient="P3")
-    series, _ = find_series(tmp_path, list(files_below(tmp_path)))
+    series = find_series(tmp_path, list(files_below(tmp_path))).series
     kinds = {s.name: {(p.kind, p.severity) for p in s.problems} for s in series}
     assert kinds == {"P1_2": {("gantry_tilt", "warning")}, "P2_2": {("spacing", "warning")}, "P3_2": set()}
     assert "15.0 degrees" in series[0].problems[0].found
@@ -368,7 +369,7 @@ def test_a_compression_without_decoder_is_named(tmp_path, monkeypatch):
     data["PixelData"].VR = "OB"
     data.PixelData = pydicom.encaps.encapsulate([b"\0" * 8])
     data.save_as(path)
-    series, _ = find_series(tmp_path, list(files_below(tmp_path)))
+    series = find_series(tmp_path, list(files_below(tmp_path))).series
     with pytest.raises(UserError, match="MPEG2") as error:
         read_image(series[0].files)
     assert "python-gdcm" in str(error.value)
@@ -414,7 +415,7 @@ def test_frames_of_one_file_are_sorted_by_position(tmp_path):
     )
     data.PixelData = np.ascontiguousarray(volume[RANDOM]).tobytes()
     data.save_as(tmp_path / "x")
-    series, _ = find_series(tmp_path, [tmp_path / "x"])
+    series = find_series(tmp_path, [tmp_path / "x"]).series
     array, grid = read_image(series[0].files)
     np.testing.assert_array_equal(array[..., 0], volume * 2 + np.arange(6)[:, None, None])
     assert grid.spacing == pytest.approx((2.5, 0.7, 0.8))
@@ -576,6 +577,205 @@ def test_dicom_of_both_modalities_needs_no_flag(tmp_path):
     assert read_case(cases[0]).image.shape == (6, 10, 8, 1)
 
 
+@pytest.mark.parametrize(
+    ("heights", "wrong"),
+    [
+        ([0, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80], True),  # thin slices at the base of the skull
+        ([0, 5, 15], True),
+        ([0, 1, 3, 4, 6], True),
+        ([0, 5, 10, 15, 17.5, 20], True),
+        ([*np.arange(0, 40, 1.0), *np.arange(40, 84, 1.1)], True),  # every step is near the median
+        ([0, 5, 10.2, 15.1, 20, 24.9], False),
+    ],
+)
+def test_slices_that_are_not_on_a_grid_are_an_error(heights, wrong, tmp_path):
+    """An affine has one slice spacing: the largest distance between a slice and its voxels is computed by hand."""
+    uid = generate_uid()
+    for k, z in enumerate(heights):
+        save_slice(tmp_path / f"{k}", volume_of(0)[0], float(z), uid)
+    (series,) = find_series(tmp_path, list(files_below(tmp_path))).series
+    found = {p.kind for p in series.problems if p.severity == "error"}
+    assert found == ({"slice_gap"} if wrong else set())
+    if not wrong:
+        first, step = heights[0], (heights[-1] - heights[0]) / (len(heights) - 1)
+        assert max(abs(z - first - k * step) for k, z in enumerate(heights)) < 0.5 * step
+
+
+DAMAGE = {
+    "cut within the header": lambda content: content[:400],
+    "cut after the modality": lambda content: content[: content.index(b"\x28\x00\x02\x00")],
+    "empty": lambda content: b"",
+    "without its beginning": lambda content: content[200:],
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "suffix"),
+    [*itertools.product(DAMAGE, (".dcm", ""))][:-1],  # without beginning and suffix, nothing shows that it is DICOM
+)
+def test_a_series_with_a_damaged_file_is_not_predicted(damage, suffix, workdir, tmp_path, capsys):
+    """The last slice, whose loss the positions of the others do not show."""
+    name = lambda k: f"IM{k}{suffix}"  # noqa: E731
+    for patient in ("P1", "P2"):
+        save_series(tmp_path / "in" / patient, volume_of(0, (4, 40, 36)), patient=patient, name=name)
+    path = tmp_path / "in" / "P1" / name(3)
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    run(workdir, tmp_path / "in", tmp_path / "out", code=1)
+    assert names_in(tmp_path / "out") == {"P2_2"} and path.name in capsys.readouterr().out
+
+
+def test_a_patient_whose_files_are_all_damaged_is_a_failure(workdir, tmp_path, capsys):
+    for patient in ("P1", "P2"):
+        save_series(tmp_path / "in" / patient, volume_of(0, (4, 40, 36)), patient=patient)
+    for path in (tmp_path / "in" / "P1").iterdir():
+        path.write_bytes(path.read_bytes()[:400])
+    run(workdir, tmp_path / "in", tmp_path / "out", code=1)
+    assert names_in(tmp_path / "out") == {"P2_2"} and str(tmp_path / "in" / "P1") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("syntax", ["implicit", "explicit"])
+def test_files_without_preamble_are_read(syntax, tmp_path):
+    """Old archives store the data set alone."""
+    save_series(tmp_path / "in", volume_of(0), order=RANDOM)
+    for path in (tmp_path / "in").iterdir():
+        data = pydicom.dcmread(path)
+        with open(tmp_path / "bare", "wb") as file:
+            stream = pydicom.filebase.DicomFileLike(file)
+            stream.is_little_endian, stream.is_implicit_VR = True, syntax == "implicit"
+            pydicom.filewriter.write_dataset(stream, data)
+        (tmp_path / "bare").replace(path)
+        assert path.read_bytes()[128:132] != b"DICM"
+    volumes, left_out, _ = found_in(tmp_path)
+    assert not left_out
+    np.testing.assert_array_equal(volumes["P1_2"], volume_of(0))
+
+
+def test_patients_with_one_slice_are_kept_beside_patients_with_several(tmp_path):
+    """One slice at the third lumbar vertebra each, to measure the body composition."""
+    for i in range(3):
+        save_series(tmp_path / f"P{i}", volume_of(i, (1 + i, 10, 8)), patient=f"P{i}", StudyInstanceUID=f"1.2.{i + 1}")
+    save_slice(tmp_path / "scout", volume_of(9)[0], 0, generate_uid(), "P2", 9, StudyInstanceUID="1.2.3")
+    volumes, left_out, _ = found_in(tmp_path)
+    assert {name: len(v) for name, v in volumes.items()} == {"P0_2": 1, "P1_2": 2, "P2_2": 3}
+    assert set(left_out) == {"scout"}
+
+
+def test_series_of_another_modality_are_not_segmented_by_a_network_for_ct(workdir, tmp_path, capsys):
+    for number, modality in ((2, "CT"), (3, "MR"), (4, "PT")):
+        shape = (3, 40, 36)
+        save_series(tmp_path / "in" / modality, volume_of(number, shape), number=number, Modality=modality)
+    run(workdir, tmp_path / "in", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert names_in(tmp_path / "out") == {"P1_2"} and "P1_3" in said and "P1_4" in said
+    run(workdir, tmp_path / "in", tmp_path / "out", "--series=3")
+    assert names_in(tmp_path / "out") == {"P1_2", "P1_3"}
+    with pytest.raises(UserError, match="CT"):
+        run(workdir, tmp_path / "in" / "MR", tmp_path / "out")
+
+
+def test_predictions_in_any_folder_are_not_images(workdir, tmp_path, capsys):
+    """Earlier predictions below the images are skipped; an image inside the output folder is predicted."""
+    save_nifti(tmp_path / "in" / "a.nii.gz", 0)
+    run(workdir, tmp_path / "in", tmp_path / "in" / "fast", "--probabilities")
+    save_nifti(tmp_path / "in" / "best" / "ct.nii.gz", 1)
+    capsys.readouterr()
+    run(workdir, tmp_path / "in", tmp_path / "in" / "best")
+    assert names_in(tmp_path / "in" / "best") == {"a", "best_ct", "ct"}
+    assert "2 predictions" in capsys.readouterr().out
+    with pytest.raises(UserError, match="only predictions"):
+        run(workdir, tmp_path / "in" / "fast", tmp_path / "out")
+
+
+def test_other_files_of_a_case_are_never_deleted(workdir, tmp_path):
+    """Probability and uncertainty maps of another program, without a label map beside them."""
+    save_nifti(tmp_path / "in" / "a.nii.gz", 0)
+    for part in ("probabilities/a.nii.gz", "uncertainty/a.nii.gz"):
+        save_nifti(tmp_path / "out" / part, 1)
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.nii.gz")}
+    run(workdir, tmp_path / "in", tmp_path / "out", "--overwrite")
+    assert len(files) == 2 and all(path.read_bytes() == content for path, content in files.items())
+    with pytest.raises(UserError, match="not a prediction"):
+        run(workdir, tmp_path / "in", tmp_path / "out", "--overwrite", "--probabilities", "--compress")
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_predictions_without_a_record_are_not_replaced_by_those_of_other_images(workdir, tmp_path):
+    for folder in ("a", "b"):
+        save_nifti(tmp_path / folder / "CT.nii.gz", len(folder) + ord(folder))
+    run(workdir, tmp_path / "a", tmp_path / "out")
+    (tmp_path / "out" / "predict.json").unlink()
+    before = (tmp_path / "out" / "CT.nii.gz").read_bytes()
+    with pytest.raises(UserError, match="other images"):
+        run(workdir, tmp_path / "b", tmp_path / "out")
+    run(workdir, tmp_path / "a", tmp_path / "out")  # the same image
+    assert (tmp_path / "out" / "CT.nii.gz").read_bytes() == before
+
+
+def test_a_series_that_has_become_complete_is_predicted_again(workdir, tmp_path):
+    save_series(tmp_path / "in", volume_of(0, (5, 40, 36)))
+    last = (tmp_path / "in" / "004.dcm").read_bytes()
+    (tmp_path / "in" / "004.dcm").unlink()
+    run(workdir, tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "004.dcm").write_bytes(last)
+    run(workdir, tmp_path / "in", tmp_path / "out")
+    assert nib.load(tmp_path / "out" / "P1_2.nii.gz").shape == (36, 40, 5)
+
+
+@pytest.mark.parametrize("layout", ["plain", "nnunet"])
+def test_a_link_to_a_file_that_was_not_copied_is_a_failure_of_its_case(layout, workdir, tmp_path, capsys):
+    """As after ``git clone`` of a data set with git-annex."""
+    folder = tmp_path / "in" / ("imagesTs" if layout == "nnunet" else "")
+    for name in "ac":
+        save_nifti(folder / f"{name}_0000.nii.gz", ord(name))
+    (folder / "b_0000.nii.gz").symlink_to("../.git/annex/objects/b")
+    run(workdir, tmp_path / "in", tmp_path / "out", code=1)
+    assert names_in(tmp_path / "out") == {"a", "c"} and "b_0000.nii.gz" in capsys.readouterr().out
+
+
+def test_a_name_that_is_too_long_is_a_failure_of_its_case(workdir, tmp_path, capsys):
+    """Folders in Cyrillic letters, which have two bytes each."""
+    save_nifti(tmp_path / "in" / "a.nii.gz", 0)
+    save_nifti(tmp_path / "in" / ("П" * 80) / ("ф" * 80) / "ct.nii.gz", 1)
+    run(workdir, tmp_path / "in", tmp_path / "out", code=1)
+    assert names_in(tmp_path / "out") == {"a"} and "bytes" in capsys.readouterr().out
+
+
+def test_the_same_command_can_be_repeated_with_the_output_below_a_data_set(workdir, tmp_path, capsys):
+    for name in "ab":
+        save_nifti(tmp_path / "in" / "imagesTs" / f"{name}_0000.nii.gz", ord(name))
+    for _ in range(2):
+        run(workdir, tmp_path / "in", tmp_path / "in" / "predictions")
+    assert names_in(tmp_path / "in" / "predictions") == {"a", "b"}
+    assert "2 of 2 cases" in capsys.readouterr().out  # up to date
+
+
+def test_an_unknown_orientation_is_a_warning(workdir, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    nib.save(nib.Nifti1Image(volume_of(0, (36, 40, 3)), None), tmp_path / "in" / "a.nii.gz")
+    nib.save(nib.Nifti1Image(volume_of(0, (36, 40, 3)), np.eye(4)), tmp_path / "in" / "b.nii.gz")
+    run(workdir, tmp_path / "in", tmp_path / "out")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "sform" in line]
+    assert len(lines) == 1 and "a.nii.gz" in lines[0]
+
+
+@pytest.mark.parametrize("layout", ["table", "nnunet"])
+def test_prediction_does_not_need_the_references_of_a_data_set(layout, tmp_path):
+    """Missing, twice, and damaged."""
+    card = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}}
+    (tmp_path / "dataset.json").write_text(json.dumps(card))
+    rows = ["image,label"]
+    for name in "abc":
+        save_nifti(tmp_path / "imagesTr" / f"{name}_0000.nii.gz", ord(name))
+        rows.append(f"imagesTr/{name}_0000.nii.gz,labelsTr/{name}.nii.gz")
+    for name in ("b.nii.gz", "b.nii"):
+        save_nifti(tmp_path / "labelsTr" / name, 1)
+    (tmp_path / "labelsTr" / "c.nii.gz").write_bytes(b"x")
+    if layout == "table":
+        (tmp_path / "cases.csv").write_text("\n".join(rows))
+    cases, problems = inputs.find_cases(get_dataset({"dataset": layout, "root": str(tmp_path)}), [tmp_path])
+    assert len(cases) == 3 and not problems
+
+
 # -- unusual headers and contents ---------------------------------------------------------------------------------
 
 
@@ -624,7 +824,7 @@ def test_odd_headers_fail_only_their_own_series(name, tmp_path):
         at = content.index(group.to_bytes(2, "little") + element.to_bytes(2, "little"))
         size = int.from_bytes(content[at + 6 : at + 8], "little")
         path.write_bytes(content[: at + 6] + len(value).to_bytes(2, "little") + value + content[at + 8 + size :])
-    series, _ = find_series(tmp_path, list(files_below(tmp_path)))
+    series = find_series(tmp_path, list(files_below(tmp_path))).series
     whole = next(s for s in series if s.name == "P1_2")
     np.testing.assert_array_equal(read_image(whole.files)[0][..., 0], volume_of(0))
     assert whole.problems == ()
@@ -911,7 +1111,7 @@ def test_runs_that_differ_in_what_remains_are_no_ensemble(first, tmp_path):
 def test_other_outputs_of_the_same_prediction_are_kept(tmp_path):
     for path in ("a.nii.gz", "probabilities/a.nii", "uncertainty/a.nii"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
-        note = "old" if path.startswith("uncertainty") else "xdim_jax new"
+        note = "xdim_jax old" if path.startswith("uncertainty") else "xdim_jax new"
         image = nib.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4))
         image.header["descrip"] = note
         nib.save(image, tmp_path / path)

@@ -108,6 +108,33 @@ def test_chaos_slices_are_in_the_order_of_the_dicom_names(perfect, tmp_path):
             np.testing.assert_array_equal(np.asarray(Image.open(a)), 63 * (np.asarray(Image.open(b)) > 0))
 
 
+def test_every_grey_level_of_an_organ_is_packed(perfect, tmp_path):
+    """CT of 255 and MR of 60 are the liver by the ranges of the challenge, as evaluation reads them."""
+    root, pred = perfect["chaos"], tmp_path / "pred"
+    pred.mkdir()
+    (pred / "predict.json").write_text((root / "pred" / "predict.json").read_text())
+    for path in (root / "pred").glob("*.nii.gz"):
+        image = nib.load(path)
+        label = np.asarray(image.dataobj)
+        other = np.where(label == 63, 255 if "CT" in path.name else 60, label).astype(np.uint8)
+        nib.save(nib.Nifti1Image(other, image.affine, image.header), pred / path.name)
+    for source, name in ((root / "pred", "a"), (pred, "b")):
+        submit.main(["--challenge=chaos", f"--pred={source}", f"--out={tmp_path / name}", "--task=4"])
+    packed = [{p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.png")} for n in "ab"]
+    assert packed[0] == packed[1] and packed[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("brats", "--task=1"), ("brats", "--format=mhd"), ("camus", "--convention=brats2021"), ("chaos", "--format=mhd")],
+)
+def test_options_of_other_challenges_are_refused(name, option, perfect, tmp_path):
+    arguments = [f"--challenge={name}", f"--pred={perfect[name] / 'pred'}", f"--out={tmp_path / 'up'}"]
+    with pytest.raises(UserError, match=option.partition("=")[0]):
+        submit.main([*arguments, option])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_misuse_is_told_and_nothing_is_written(perfect, tmp_path):
     pred = perfect["brats"] / "pred"
     arguments = ["--challenge=brats", f"--pred={pred}", f"--out={tmp_path / 'up'}"]

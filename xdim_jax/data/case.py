@@ -188,15 +188,29 @@ _NAMED_FILES = 20  # number of unread files that are named for each folder
 
 
 def _unread_files(dataset: Dataset, root: Path, scan: Scan) -> list[Problem]:
-    """Return a problem for each folder with files that are not read and not known to accompany images."""
+    """Return a problem for each folder with files that are not read and not known to accompany images.
+
+    Links to images that do not exist are errors, because their cases would be lost.
+    """
     read = {path for case in (*scan.cases, *scan.incomplete) for path in case.files} | scan.known
     read |= {path for case in scan.cases for source in case.same_grid for path in files_of(source)}
     reported = {Path(problem.path) for problem in scan.problems} - {root}
     unread: dict[Path, list[str]] = {}
+    absent: list[Problem] = []
     for path in names.files_below(root):
-        if path not in read and not names.is_companion(path) and reported.isdisjoint([path, *path.parents]):
+        if strip_suffix(path.name) is not None and not path.exists():  # a link, e.g. of git-annex
+            absent.append(
+                Problem(
+                    "unreadable",
+                    path,
+                    found="is a link to a file that does not exist",
+                    expected="an image",
+                    suggestion="copy the file, or remove the link",
+                )
+            )
+        elif path not in read and not names.is_companion(path) and reported.isdisjoint([path, *path.parents]):
             unread.setdefault(path.parent, []).append(path.name)
-    return [
+    return absent + [
         Problem(
             "extra_file",
             folder,

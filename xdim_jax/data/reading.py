@@ -103,6 +103,7 @@ def _load_images(case: Case) -> tuple[np.ndarray | None, Grid | None, list[Probl
             continue
         if grid is None or first is None:
             grid, first = own_grid, path
+            problems += _unknown_orientation(path, grid)
         problems += compare_grids(path, own_grid, first, grid)
         with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are then reported
             if image is None and len(case.images) == 1:
@@ -126,6 +127,25 @@ def _load_images(case: Case) -> tuple[np.ndarray | None, Grid | None, list[Probl
                 )
             )
     return image if complete else None, grid, problems
+
+
+def _unknown_orientation(path: Path, grid: Grid) -> list[Problem]:
+    """Return a warning if the orientation of a volume matters, but its NIfTI header does not contain it."""
+    if grid.header is None or grid.flat or grid.axes != "anatomical":
+        return []
+    if int(grid.header["sform_code"]) > 0 or int(grid.header["qform_code"]) > 0:
+        return []
+    return [
+        Problem(
+            "no_geometry",
+            path,
+            found="has neither a sform nor a qform, so its orientation is unknown; x is read as right to left, y as "
+            "posterior to anterior, z as inferior to superior",
+            expected="an affine",
+            suggestion="check the orientation, and store it in the header",
+            severity=WARNING,
+        )
+    ]
 
 
 def read_label(case: Case) -> np.ndarray:

@@ -15,12 +15,11 @@ from xdim_jax.base.lock import LOCK_FILE, lock_file
 from xdim_jax.data.case import Case
 from xdim_jax.data.images.image import files_of, source_from_json, source_to_json
 from xdim_jax.data.images.nifti import read_note
+from xdim_jax.inference.inputs import PREDICTION_MARK
 from xdim_jax.inference.predictor import Predictor
 from xdim_jax.runs import environment
 from xdim_jax.scoring import results
 from xdim_jax.scoring.rules import EXTRA_OUTPUTS
-
-_MARK = "xdim_jax"  # first word of the note that `make_note` returns
 
 
 def claim_output(
@@ -54,9 +53,11 @@ def claim_output(
             predictions of other images.
     """
     notes = {c.case_id: {read_note(path) for path in expected_files(output, predictor, c.case_id)} for c in own_cases}
-    prefix = f"{_MARK} {predictor.digest} "
+    prefix = f"{PREDICTION_MARK} {predictor.digest} "
     others = [
-        name for name, found in notes.items() if any(n.startswith(_MARK) and not n.startswith(prefix) for n in found)
+        name
+        for name, found in notes.items()
+        if any(n.startswith(PREDICTION_MARK) and not n.startswith(prefix) for n in found)
     ]
     if others and not (overwrite or replace):
         raise UserError(
@@ -87,11 +88,13 @@ def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case], *
     recorded = _recorded_images(output)
     problems = []
     for case in cases:
-        path = output / f"{case.case_id}.nii.gz"
+        path, *extra = expected_files(output, predictor, case.case_id)
         note, own_note = read_note(path), make_note(predictor.digest, case)
         images = [source_to_json(source) for source in case.images]
-        if not is_replaceable(path):
-            problems.append(f"{path} exists, but is not a prediction of xdim_jax; move it to another folder")
+        if others := [str(file) for file in (path, *extra) if not is_replaceable(file)]:
+            problems.append(
+                f"{shorten(others)}: exists, but is not a prediction of xdim_jax; move it to another folder"
+            )
             continue
         if replace or not note or note.split()[-1] == own_note.split()[-1]:  # the same images
             continue
@@ -108,7 +111,7 @@ def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case], *
 
 def is_replaceable(path: Path) -> bool:
     """Return False if a file exists that is not a prediction of this package; an empty file can be replaced."""
-    return not path.exists() or not path.stat().st_size or read_note(path).startswith(_MARK)
+    return not path.exists() or not path.stat().st_size or read_note(path).startswith(PREDICTION_MARK)
 
 
 def _recorded_images(output: Path) -> dict[str, Any]:
@@ -124,9 +127,12 @@ def _files(value: Any) -> list[Path]:
 
 
 def _same_paths(recorded: Sequence[Any], images: Sequence[Any]) -> bool:
-    """Return whether two lists of images name the same files."""
-    found = [sorted(path.resolve() for value in values for path in _files(value)) for values in (recorded, images)]
-    return found[0] == found[1]
+    """Return whether two lists of images name the same files.
+
+    A series to which slices were added, or from which some were removed, is the same series.
+    """
+    a, b = ({path.resolve() for value in values for path in _files(value)} for values in (recorded, images))
+    return bool(a & b) and (a <= b or b <= a)
 
 
 def _shown(images: Sequence[Any]) -> str:
@@ -146,7 +152,7 @@ def make_note(digest: str, case: Case) -> str:
     """
     files = [_identify(path) for source in case.images for path in files_of(source)]
     facts = [files, case.labels.to_json(), case.axes, case.info.get("modality", "")]
-    return f"{_MARK} {digest} {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+    return f"{PREDICTION_MARK} {digest} {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
 
 def remove_outdated(output: Path, case_id: str, inputs: Sequence[Path]) -> None:
@@ -159,14 +165,14 @@ def remove_outdated(output: Path, case_id: str, inputs: Sequence[Path]) -> None:
         below = [folder.resolve() for folder in inputs]
         files = [f.resolve() for value in _recorded_images(output).get(case_id, []) for f in _files(value)]
         own = bool(files) and all(set(below) & {f, *f.parents} for f in files)
-        if not read_note(path).startswith(_MARK) or not own:
+        if not read_note(path).startswith(PREDICTION_MARK) or not own:
             log.warn(f"{path} is kept, because it is not a prediction of this input")
             return
     remove_prediction(output, case_id)
 
 
 def remove_prediction(output: Path, case_id: str, keep: Sequence[str] = (), note: str = "") -> None:
-    """Delete all files of a case, including partial files of a run that was killed while it wrote them.
+    """Delete all predictions of a case, including partial files of a run that was killed while it wrote them.
 
     Args:
         output: The output folder.
@@ -176,7 +182,7 @@ def remove_prediction(output: Path, case_id: str, keep: Sequence[str] = (), note
     """
     kept = {extra_file(output, name, case_id, compressed=c) for name in keep for c in (False, True)}
     for path in (output / f"{case_id}.nii.gz", *_extra_files(output, case_id)):
-        if path not in kept or read_note(path) != note:
+        if is_replaceable(path) and (path not in kept or read_note(path) != note):
             path.unlink(missing_ok=True)
         for partial in partial_files(path):
             partial.unlink(missing_ok=True)

@@ -2,18 +2,22 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.problem import ERROR, errors
 from xdim_jax.data.case import Case, Dataset, case_from_files, scan_cases
-from xdim_jax.data.images.image import strip_suffix
-from xdim_jax.data.images.names import files_below, is_companion
+from xdim_jax.data.images import nifti
+from xdim_jax.data.images.image import files_of, strip_suffix
+from xdim_jax.data.images.names import files_below, is_companion, strip
 from xdim_jax.data.images.series import UNKNOWN_FORMAT, Series, find_series
 from xdim_jax.data.layouts import table
+from xdim_jax.data.prepare import ct_channels
 
+PREDICTION_MARK = "xdim_jax"  # first word of the note in the header of a prediction
+_MAX_ID = 230  # bytes; file names have at most 255, and temporary files are named after the output
 _NAMED_FILES = 20  # largest number of files that are named in a message
 
 
@@ -34,8 +38,10 @@ def find_cases(
             with any images and DICOM series in it and below it.
         modality: CT or MR. Needed if the data set has both and neither path nor DICOM tags specify it.
         series: Names, numbers, descriptions or UIDs of the DICOM series to use; all series if empty.
-        output: Folder of the predictions. If it is inside the folder with the images, its files are not
-            read as images.
+        output: Folder of the predictions. It must not be the folder of the images, nor contain files that the layout of
+            the data set reads as cases.
+
+    Predictions of this package are not read as images, unless they are given as files.
 
     Returns:
         The usable cases; and for every other case its id (or path) -> the reasons why it cannot be used.
@@ -44,6 +50,28 @@ def find_cases(
         UserError: A path does not exist or contains no image, two images have the same case id, a selected series does
             not exist, the files do not fit the channels of the network, or predictions would be read as cases.
     """
+    found, problems = _find(dataset, paths, modality, series, output)
+    cases = []
+    for case in found:
+        if (length := len(case.case_id.encode())) > _MAX_ID:
+            problems[str(case.files[0].absolute())] = [
+                f"the case id {case.case_id} has {length} bytes, expected at most {_MAX_ID}: shorten the names of the "
+                "file and its folders"
+            ]
+        else:
+            cases.append(case)
+    return cases, problems
+
+
+def is_prediction(path: Path) -> bool:
+    """Return whether a file has the note of a prediction of this package, see `xdim_jax.inference.folder.make_note`."""
+    return strip(path.name, nifti.SUFFIXES) is not None and nifti.read_note(path).startswith(PREDICTION_MARK)
+
+
+def _find(
+    dataset: Dataset, paths: Sequence[Path], modality: str, series: Sequence[str], output: Path | None
+) -> tuple[list[Case], dict[str, list[str]]]:
+    """See `find_cases`."""
     if absent := [str(path) for path in paths if not path.exists()]:
         raise UserError(
             f"{shorten(absent)}: no such file or folder; expected an image, a DICOM series, or a folder of cases"
@@ -66,10 +94,15 @@ def find_cases(
                 "images. Give another --output"
             )
         if output is not None and folder.resolve() not in output.parents:
-            output = None  # none of the files in the folder is a prediction
+            output = None  # the images may be inside the output folder
         if not series and (len(dataset.channels) > 1 or _has_layout(dataset, folder)):
             return _cases_in_layout(dataset, folder, output)
-        files = [path for path in files_below(folder) if not _is_inside(path, output)]
+        files = list(files_below(folder))
+        if predictions := [path for path in files if is_prediction(path)]:
+            log.say(f"omitted    {len(predictions)} predictions of xdim_jax: {_names(predictions, folder)}")
+            files = [path for path in files if path not in set(predictions)]
+            if all(map(is_companion, files)):
+                raise UserError(f"{folder} contains only predictions of xdim_jax; expected images")
     else:
         raise UserError(f"{len(paths)} paths given; expected one folder, or the files of one case")
     return _find_images(dataset, folder, files, modality, series, given=len(paths) > 1 or paths[0].is_file())
@@ -107,7 +140,8 @@ def _cases_in_layout(
     """Return the cases of a folder in the layout of the data set, and the problems of the others."""
     problems: dict[str, list[str]] = {}
     scan = scan_cases(dataset, folder, need_labels=False)
-    paths = [*(path for case in scan.cases for path in case.files), *(p.path for p in scan.problems if p.path)]
+    wrong = [Path(problem.path) for problem in errors(scan.problems)]
+    paths = [*(path for case in scan.cases for path in case.files), *wrong]
     if written := [path for path in paths if _is_inside(path, output)]:
         raise UserError(
             f"--output={output} is inside {folder}, so its files ({shorten([p.name for p in written])}) would be read "
@@ -116,7 +150,7 @@ def _cases_in_layout(
     for problem in scan.problems:
         if problem.severity == ERROR:
             problems.setdefault(problem.case_id or str(problem.path), []).append(str(problem))
-        else:
+        elif not _is_inside(Path(problem.path), output):  # files of the output folder are not read, as expected
             log.warn(str(problem))
     return [case for case in scan.cases if case.case_id not in problems], problems
 
@@ -129,11 +163,12 @@ def _find_images(
     ``given`` is True if the user gave the files, and False if they are those of a folder.
     """
     images = [] if selected else [path for path in files if strip_suffix(path.name) is not None]
-    found, left_out = find_series(folder, files)
+    dicom_files = find_series(folder, files)
+    found, left_out, damaged = dicom_files.series, dicom_files.left_out, dicom_files.damaged
     if len(dataset.channels) > 1 and not found and not selected:
         unknown = [path for path in files if strip_suffix(path.name) is None]
         raise UserError(f"{_names(unknown, folder)} cannot be read; expected one image per channel")
-    if not images and not found:
+    if not images and not found and not damaged:
         if set(left_out.values()) - {UNKNOWN_FORMAT}:
             raise UserError(f"{folder} contains no image: {_reasons(left_out, folder)}")
         if selected:
@@ -149,13 +184,23 @@ def _find_images(
     found = _select(found, selected, folder)
     if left_out:
         log.warn(f"{len(left_out)} files are not used: {_reasons(left_out, folder)}")
-    unread = [p for p in files if strip_suffix(p.name) is None and not is_companion(p) and p not in left_out]
+    omitted = {*left_out, *damaged}
+    unread = [p for p in files if strip_suffix(p.name) is None and not is_companion(p) and p not in omitted]
     used = {path for s in found for path in s.files}
     if unread := [p for p in unread if p not in used] if not selected else []:
         log.warn(f"{len(unread)} files are not read: {_names(unread, folder)}")
-    cases = [_image_case(dataset, path, folder, modality) for path in images]
-    problems: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = {} if selected else _damaged_files(damaged, folder)
+    cases = []
+    for path in images:
+        if absent := [str(p) for p in files_of(path) if not p.is_file()]:  # e.g. a link to a file that was not copied
+            problems[_image_id(path, folder)] = [f"{shorten(absent)} does not exist; copy it, or remove {path}"]
+        else:
+            cases.append(_image_case(dataset, path, folder, modality))
+    is_ct = bool(ct_channels(dataset.channels, ""))
     for s in found:
+        if is_ct and s.modality not in ("CT", "") and not (selected or modality):
+            log.warn(f"series {s} is omitted: the network was trained on CT. To predict it, select it with --series")
+            continue
         log.say(f"series     {s}")
         if fatal := errors(s.problems):
             problems[s.name] = [str(p) for p in fatal]
@@ -173,15 +218,30 @@ def _find_images(
             f"{shorten(same)} would all be written to {twice[0]}.nii.gz{others}; rename them, or predict each with "
             "another --output"
         )
+    if not cases and not problems:
+        raise UserError(f"{folder} contains no CT series, but the network was trained on CT; see the warnings above")
     return cases, problems
 
 
+def _damaged_files(damaged: Mapping[Path, str], folder: Path) -> dict[str, list[str]]:
+    """Return folder -> a message about its damaged DICOM files, which may be those of a patient."""
+    folders: dict[Path, dict[Path, str]] = {}
+    for path, reason in damaged.items():
+        folders.setdefault(path.parent, {})[path] = reason
+    step = "copy them again, or move them to another folder if they are not needed"
+    return {str(p.absolute()): [f"{_reasons(found, folder)}: {step}"] for p, found in folders.items()}
+
+
 def _image_case(dataset: Dataset, path: Path, folder: Path, modality: str) -> Case:
-    """Return the case of an image. Its id is the path below the folder, with ``_`` between folders and name."""
-    case = case_from_files([path], dataset, modality)
+    """Return the case of an image."""
+    name = _image_id(path, folder)
+    return dataclasses.replace(case_from_files([path], dataset, modality), case_id=name, patient=name)
+
+
+def _image_id(path: Path, folder: Path) -> str:
+    """Return the case id of an image: its path below the folder, with ``_`` between folders and name."""
     below = path.parent.relative_to(folder).parts if path.is_relative_to(folder) else path.parent.parts[-1:]
-    name = "_".join([*below, case.case_id])
-    return dataclasses.replace(case, case_id=name, patient=name)
+    return "_".join([*below, (strip_suffix(path.name) or path.stem).removesuffix("_0000")])
 
 
 def _select(found: Sequence[Series], selected: Sequence[str], folder: Path) -> list[Series]:

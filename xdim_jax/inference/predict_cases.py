@@ -13,11 +13,12 @@ import numpy as np
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, first_line, shorten
 from xdim_jax.base.files import read_json
+from xdim_jax.base.problem import data_error, errors
 from xdim_jax.data.case import Case, Dataset, Volume, without_label
 from xdim_jax.data.images.nifti import read_note, write_volume
 from xdim_jax.data.images.stream import stream_volume
 from xdim_jax.data.prepare import Prepared
-from xdim_jax.data.reading import encode_label, read_case, read_label
+from xdim_jax.data.reading import encode_label, load_case, read_label
 from xdim_jax.inference import memory
 from xdim_jax.inference.folder import (
     claim_output,
@@ -161,8 +162,15 @@ def _warn_of_training_cases(predictor: Predictor, cases: Sequence[Case]) -> None
 
 
 def _read(predictor: Predictor, case: Case) -> tuple[list[Prepared], Volume]:
-    """Read and prepare a case. To save memory, the returned volume has the grid of the case, but no voxels."""
-    volume = read_case(without_label(case))
+    """Read and prepare a case, and log warnings about its files.
+
+    To save memory, the returned volume has the grid of the case, but no voxels.
+    """
+    volume, problems = load_case(without_label(case))
+    if volume is None or errors(problems):
+        raise data_error(*errors(problems), summary=f"problems in case {case.case_id}")
+    for problem in problems:
+        log.warn(str(problem))
     prepared = predictor.prepare(case, volume)
     return prepared, dataclasses.replace(volume, image=np.zeros((0, 0, 0, 0), np.float32))
 

@@ -47,8 +47,10 @@ def evaluate_folders(
         patients: Case id -> patient, for rules that do not define the patients; other cases are separate patients.
 
     Raises:
-        UserError: A reference cannot be used, there is nothing to score, or predictions are missing or unreadable.
+        UserError: A reference cannot be used, there is nothing to score, predictions are missing or unreadable, or
+            ``cases.csv`` in the output folder is another file, e.g. the table of a data set.
     """
+    results.check_output(out)
     if calibrated:
         calibration.check_probabilities(pred)
     jobs, surplus = rules.jobs(pred, ref)

@@ -24,6 +24,20 @@ BOOTSTRAP_SAMPLES = 5000
 _REWRITE = "write it with python -m xdim_jax.evaluate"
 
 
+def check_output(folder: Path) -> None:
+    """Raise UserError if an evaluation would replace a file of another origin in its output folder.
+
+    ``cases.csv`` can also be the table of a data set (`xdim_jax.data.layouts.table`).
+    """
+    path = folder / CASES_FILE
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        columns = file.readline().strip().split(",")
+    if columns[-len(_LAST_COLUMNS) :] != _LAST_COLUMNS:
+        raise UserError(f"{path} is not the result of an evaluation, and would be replaced; give another --out")
+
+
 def write_cases(path: Path, scored: Sequence[ScoredCase], attributes: Sequence[str] = ()) -> None:
     """Write one row for each case, structure and metric. The file appears only when it is complete.
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.data.images.dicom import load_masks
 from xdim_jax.data.images.grid import Axes, Grid, compare_grids
 from xdim_jax.data.images.image import Source, read_grid, read_volume, source_path, strip_suffix
-from xdim_jax.data.images.names import files_below
+from xdim_jax.data.images.names import files_below, is_companion
 from xdim_jax.scoring.masks import METRICS, Geometry, Pair
 
 # subfolders that predict writes next to the label maps; they contain no label maps
@@ -419,16 +420,26 @@ def find_files(folder: Path, layout: str, name_of: Callable[[Path], str | None])
     """
     check_folder(folder, layout)
     found: dict[str, Path] = {}
+    unread: list[str] = []
     for path in files_below(folder):
-        too_deep = len(path.relative_to(folder).parts) > 4
-        if too_deep or path.parent.name in EXTRA_OUTPUTS or strip_suffix(path.name) is None:
+        if path.parent.name in EXTRA_OUTPUTS:
+            continue
+        if strip_suffix(path.name) is None:
+            unread += [] if is_companion(path) else [path.name]
             continue
         case = name_of(path)
         if case is None:
             continue
+        if len(path.relative_to(folder).parts) > 4:
+            raise UserError(
+                f"{path} is {len(path.relative_to(folder).parts) - 1} folders below {folder}; expected a label map at "
+                "most three folders below it: give a folder closer to the label maps, or move it to another place"
+            )
         if case in found:
             raise UserError(f"there are two label maps for case {case}: {found[case]} and {path}; keep one")
         found[case] = path
+    if unread:
+        log.warn(f"{len(unread)} files in {folder} are not label maps and are not read: {shorten(unread)}")
     if not found:
         names = shorten(sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")))
         raise UserError(f"no label map in {folder}: expected {layout}; found {names or 'an empty folder'}")

@@ -159,8 +159,9 @@ def _write_slices(label_map: LabelMap, grid: Grid, task: str, folder: Path) -> i
     series = Path(modality, patient) if modality == "CT" else Path(modality, patient, label_map.attributes["sequence"])
     results = folder / f"Task{task}" / series / "Results"
     results.mkdir(parents=True)
-    masks = chaos.coding_of(label_map).masks(label_map.load()[0], label_map.path)
-    label = np.zeros(grid.shape, np.uint8)
+    values = label_map.load()[0]
+    masks = chaos.coding_of(label_map).masks(values, label_map.path)
+    label = np.zeros(values.shape, np.uint8)
     for organ in chaos.TASKS[task][1]:
         if organ in masks:  # CT has the liver only
             label[masks[organ]] = chaos.ORGANS[organ][0]

@@ -19,7 +19,10 @@ from xdim_jax.data.images.names import natural_key
 
 # relative deviations of the distance between two slices from the median slice spacing
 _UNEVEN = 0.1  # a larger deviation is a warning
-_GAP = 0.5  # a larger deviation is an error, because for example a slice is missing
+# the series has an error, because for example a slice is missing, if this is exceeded by the deviation from the median,
+# by the relative difference between the largest and the smallest distance, or by the distance of a slice, in slice
+# spacings, from its position in the volume, whose slice spacing is constant
+_GAP = 0.5
 _THICK = 1.75  # a slice thickness outside of 1 / _THICK to _THICK times the slice spacing is reported
 _TILT = (
     1.0  # a larger angle in degrees between the normal of the slices and the line through their positions is reported
@@ -76,13 +79,43 @@ def read_headers(path: Path) -> list[Slice]:
 
 
 def read_file(path: Path, **options: Any) -> Any:
-    """Read a file with ``pydicom.dcmread``. Raises DataError if it is not DICOM."""
+    """Read a file with ``pydicom.dcmread``, also without the preamble that old archives omit.
+
+    Raises:
+        DataError: The file is not DICOM.
+    """
     import pydicom  # not needed for the other formats
+    from pydicom.errors import InvalidDicomError
 
     try:
         return pydicom.dcmread(path, **options)
+    except InvalidDicomError as error:
+        if (data := _read_without_preamble(path, options)) is None:
+            raise unreadable(path, "DICOM", error) from error
+        return data
     except Exception as error:  # pydicom raises many types for damaged files
         raise unreadable(path, "DICOM", error) from error
+
+
+def _read_without_preamble(path: Path, options: dict[str, Any]) -> Any:
+    """Read a file that begins with its first data element; None if it is not DICOM."""
+    import pydicom
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    with open(path, "rb") as file:
+        if file.read(2) not in (b"\x08\x00", b"\x00\x08", b"\x02\x00"):  # group 0008 (or 0002) of the first element
+            return None
+    try:
+        data = pydicom.dcmread(path, force=True, **options)
+        if not data.get("SOPClassUID") or not data.get("Modality"):
+            return None
+        if "TransferSyntaxUID" not in data.file_meta:
+            implicit, little = data.original_encoding
+            explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+            data.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+    except Exception:  # any bytes can follow
+        return None
+    return data
 
 
 def headers_of(path: Path, data: Any) -> list[Slice]:
@@ -228,7 +261,8 @@ def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
     normal = np.cross(first.orientation[:3], first.orientation[3:])
     along = np.array([s.position @ normal for s in slices if s.position is not None])
     steps = np.diff(along)
-    usual = float(np.median(np.abs(steps)))
+    usual, smallest, largest = (float(f(np.abs(steps))) for f in (np.median, np.min, np.max))
+    uneven = largest > (1 + _GAP) * smallest
     problems = []
     for i, step in enumerate(steps):
         previous, path, where = slices[i].name, slices[i + 1].path, _frame(slices[i + 1])
@@ -261,7 +295,21 @@ def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
                     "mm",
                     expected="a constant slice spacing",
                     suggestion="download the missing slice, or resample the series",
-                    severity=ERROR if abs(abs(step) - usual) > _GAP * usual else WARNING,
+                    severity=ERROR if uneven or abs(abs(step) - usual) > _GAP * usual else WARNING,
+                )
+            )
+    if not errors(problems):
+        offsets = np.abs(along - np.linspace(along[0], along[-1], len(along)))
+        i, spacing = int(offsets.argmax()), abs(along[-1] - along[0]) / len(steps)
+        if offsets[i] > _GAP * spacing:
+            problems.append(
+                Problem(
+                    "slice_gap",
+                    slices[i].path,
+                    found=f"is{_frame(slices[i])} {offsets[i]:.2f} mm from its position in a volume with a constant "
+                    f"slice spacing, which would be {spacing:.2f} mm",
+                    expected="a constant slice spacing",
+                    suggestion="resample the series",
                 )
             )
     return problems

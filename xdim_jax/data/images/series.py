@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xdim_jax.base.errors import shorten
 from xdim_jax.base.problem import Problem
 from xdim_jax.data.images import dicom
 from xdim_jax.data.images.dicom import Slice
@@ -77,32 +78,52 @@ class _File:
     slices: tuple[Slice, ...]
 
 
-def find_series(folder: Path, files: Iterable[Path]) -> tuple[list[Series], dict[Path, str]]:
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The DICOM series among some files.
+
+    Attributes:
+        series: The series, sorted by name. A series has an error if a damaged file is in its folder and no file of
+            another series is, because the damaged file is probably one of its slices.
+        left_out: Files that belong to no series and are no images of patients, with the reason. Files that are known to
+            accompany images, and files of other image formats, are not listed.
+        damaged: Files that are probably images, but cannot be read, with the reason.
+    """
+
+    series: list[Series]
+    left_out: dict[Path, str]
+    damaged: dict[Path, str]
+
+
+def find_series(folder: Path, files: Iterable[Path]) -> Found:
     """Find the DICOM series among the given files.
 
     Args:
         folder: Folder that contains the files.
         files: The files.
-
-    Returns:
-        The series, sorted by name; and the files that belong to no series, with the reason. Files that are known to
-        accompany images, and files of other image formats, are not listed.
     """
     groups: dict[Hashable, list[_File]] = defaultdict(list)
     left_out: dict[Path, str] = {}
+    damaged: dict[Path, str] = {}
     for path in files:
         if is_companion(path) or strip(path.name, _OTHER_FORMATS) is not None:
             continue
         try:
             file = _read(path)
         except Exception:  # pydicom raises many types for damaged or unusual headers
-            damaged = path.suffix.lower() == ".dcm" or _has_mark(path)
-            left_out[path] = "cannot be read as DICOM" if damaged else UNKNOWN_FORMAT
+            if path.suffix.lower() == ".dcm" or _has_mark(path):
+                damaged[path] = "cannot be read as DICOM"
+            else:
+                left_out[path] = UNKNOWN_FORMAT
             continue
-        modality = file.tags["Modality"]
-        if not file.slices[0].size[0] or modality in _NO_IMAGES:
-            left_out[path] = f"has no image ({modality or 'unknown modality'})"
-        elif f"{file.tags['SOPClassUID']}.".startswith(f"{_SECONDARY_CAPTURE}."):
+        modality, kind = file.tags["Modality"], file.tags["SOPClassUID"]
+        if modality in _NO_IMAGES:
+            left_out[path] = f"has no image ({modality})"
+        elif not file.slices[0].size[0] and (not modality or _is_image(kind)):
+            damaged[path] = "ends within its header"
+        elif not file.slices[0].size[0]:
+            left_out[path] = f"has no image ({modality})"
+        elif f"{kind}.".startswith(f"{_SECONDARY_CAPTURE}."):
             left_out[path] = "is a secondary capture"
         elif "LOCALIZER" in file.tags["ImageType"].upper():
             left_out[path] = "is a localizer"
@@ -111,16 +132,52 @@ def find_series(folder: Path, files: Iterable[Path]) -> tuple[list[Series], dict
         else:
             series = file.tags["SeriesInstanceUID"] or path.parent
             groups[file.tags["PatientID"], file.tags["StudyInstanceUID"], series].append(file)
-    found: list[Series] = []
+    folders = {file.path.parent for group in groups.values() for file in group}
+    for path in [path for path in left_out if path.parent in folders and not path.stat().st_size]:
+        del left_out[path]
+        damaged[path] = "is empty"
+    found: list[tuple[Hashable, Series]] = []  # with their studies
     for group in groups.values():
         series, dropped = _split(sorted(group, key=lambda f: natural_key(f.path)))
-        found += series
+        found += [(_study(group[0]), s) for s in series]
         left_out |= dropped
-    if any(s.frames > 1 for s in found):
-        single = [s for s in found if s.frames == 1 and s.modality in _VOLUMETRIC]
-        left_out |= {s.files[0]: "is the only slice of its series" for s in single}
-        found = [s for s in found if s not in single]
-    return sorted(_with_unique_names(found, folder), key=lambda s: s.name), left_out
+    large = {study for study, s in found if s.frames > 1}
+    single = [s for study, s in found if study in large and s.frames == 1 and s.modality in _VOLUMETRIC]
+    left_out |= {s.files[0]: "is the only slice of its series" for s in single}
+    kept = _with_unique_names([s for _, s in found if s not in single], folder)
+    return Found(sorted(_mark_incomplete(kept, damaged), key=lambda s: s.name), left_out, damaged)
+
+
+def _study(file: _File) -> Hashable:
+    """Return the patient and the study of a file; its folder if the header has neither."""
+    study = file.tags["PatientID"], file.tags["StudyInstanceUID"]
+    return study if any(study) else file.path.parent
+
+
+def _is_image(uid: str) -> bool:
+    """Return whether a SOPClassUID is that of images, rather than of raw data, spectra or documents."""
+    from pydicom.uid import UID
+
+    return "Image Storage" in UID(uid).name
+
+
+def _mark_incomplete(series: Sequence[Series], damaged: Mapping[Path, str]) -> list[Series]:
+    """Add an error to every series that is alone in a folder with damaged files."""
+    folders = Counter(folder for s in series for folder in {path.parent for path in s.files})
+    marked = []
+    for s in series:
+        own = {path.parent for path in s.files if folders[path.parent] == 1}
+        if found := [path.name for path in damaged if path.parent in own]:
+            problem = Problem(
+                "unreadable",
+                s.files[0].parent,
+                found=f"has {len(found)} damaged files, which may be slices of the series: {shorten(found)}",
+                expected="files that can be read",
+                suggestion="copy the series again, or move the damaged files to another folder",
+            )
+            s = dataclasses.replace(s, problems=(*s.problems, problem))
+        marked.append(s)
+    return marked
 
 
 def _read(path: Path) -> _File:

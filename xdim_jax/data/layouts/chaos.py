@@ -198,7 +198,11 @@ def _series(
             )
         )
     problems += _other_images(ground, ".png") + _other_images(dicom, ".dcm")
-    problems += _mask_problems(ground, masks, phases)
+    if wrong := _mask_problems(ground, masks, phases):
+        if need_labels:
+            problems += wrong
+        else:  # prediction does not need the reference
+            masks = ()
     problems = in_case(name, problems)
     if not phases:
         return [], problems

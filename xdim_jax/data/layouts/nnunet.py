@@ -262,7 +262,10 @@ def _scan(root: Path, description: Description, need_labels: bool, one_file_per_
     for folder in [f for f in folders if f.is_dir()]:
         images = images_in(folder.parent / "labelsTr") if folder.name == "imagesTr" else []
         labels, duplicates = unique_images(images)
-        problems += duplicates
+        if need_labels:
+            problems += duplicates
+        else:  # prediction does not need references
+            labels = {name: path for name, path in labels.items() if name not in {p.case_id for p in duplicates}}
         groups, duplicates = _group(folder, one_file_per_channel)
         problems += duplicates
         for name, files in groups.items():

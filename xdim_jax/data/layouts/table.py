@@ -221,6 +221,8 @@ def _scan(root: Path, need_labels: bool, *, description: Description) -> Scan:
                 )
             )
             continue
+        if label and not need_labels and not (root / label).is_file():
+            label = ""  # prediction does not need it
         for name in [*images, label]:
             if name and not (root / name).is_file():
                 report(row, case, f"names {name}, which does not exist", "a file", "correct the path")
