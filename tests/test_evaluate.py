@@ -685,6 +685,11 @@ def test_camus_predictions_may_be_called_gt_or_lie_in_folders(tmp_path):
     named = camus_predictions(tmp_path / "named" / "patient0001", patients=(1,), ending="_gt").parent
     assert run("camus", named, ref, tmp_path / "out")[0] == expected
     perfect, summary = run("camus", shutil.copytree(ref, tmp_path / "same"), ref, tmp_path / "out")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in ref.rglob("patient0001"):
+        (linked / "patient0001").symlink_to(path)
+    assert run("camus", named, linked, tmp_path / "out")[0] == expected
     assert {v for (_, s, m), v in perfect.items() if m == "dice"} == {1}
     assert summary["volumes"]["agreement"]["edv"]["mae"] == 0
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from xdim_jax.data.images.image import strip_suffix
+from xdim_jax.data.images.names import files_below
 from xdim_jax.scoring import simpson
 from xdim_jax.scoring.masks import Geometry, Pair, measure
 from xdim_jax.scoring.rules import (
@@ -51,7 +52,7 @@ def find(folder: Path) -> dict[str, LabelMap]:
     def match(path: Path) -> re.Match[str] | None:
         return _NAME.fullmatch(strip_suffix(path.name) or "")
 
-    only_gt = any((m := match(p)) and m[5] for p in folder.rglob("*_gt.*")) if folder.is_dir() else False
+    only_gt = any((m := match(path)) and m[5] for path in files_below(folder))
     attributes: dict[str, dict[str, str]] = {}
     patients: dict[str, str] = {}
 

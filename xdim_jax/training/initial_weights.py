@@ -94,7 +94,7 @@ def initialise(
             chosen,
             inflation=rule,
             channel_rule=init.channels,
-            accept=tuple(word for word in init.accept.split(",") if word),
+            accept=tuple(word.strip() for word in init.accept.split(",") if word.strip()),
             require=init.require,
             names=names,
         )
