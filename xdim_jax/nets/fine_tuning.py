@@ -54,16 +54,16 @@ def adapt_arrays(
         first: Name of the kernel of the first convolution.
         source: Meaning of the channels of the trained network.
         target: Meaning of the channels of the new network.
-        require: False to omit an array of the trained network whose shape differs for another reason than those in
-            the docstring of this module.
+        require: True to raise an error if an array of the trained network has another shape and cannot be adapted as
+            described in the docstring of this module; False to omit this array.
 
     Returns:
-        The arrays of the new network that have a counterpart in the trained one, by name; and name -> how each array
-        was obtained.
+        Two dicts by name: the arrays of the new network that have a counterpart in the trained network; and a
+        description of how each array was obtained, or why it was omitted.
 
     Raises:
-        UserError: The shapes of an array differ for another reason than those in the docstring of this module, and
-            ``require`` is True.
+        UserError: ``require`` is True, and an array has another shape and cannot be adapted; or several image
+            channels have the same name.
     """
     out, done = {}, {}
     for name, leaf in wanted.items():

@@ -2,8 +2,9 @@
 
 A kernel gains an axis of ``k`` taps, and `profile` returns the weight of each tap. On a volume of identical slices, the
 3D kernel acts as the 2D kernel times the sum of the weights. For each rule, the table states the volumes for which a 3D
-network in evaluation mode gives the output of the 2D network. The outputs are equal up to rounding, unless the table
-says "up to eps". Each line has a test in tests/test_inflation.py.
+network in evaluation mode gives the output of the 2D network. The outputs are equal up to rounding. Where the table
+says "up to eps", they also differ because the eps of a norm is not scaled with its input. Each rule has a test in
+tests/test_inflation.py.
 
 =====================  ==========================================  ===================================================
 rule                   taps along the new axis                     output of the 2D network is preserved for
@@ -13,28 +14,29 @@ mean                   1/k each (Carreira and Zisserman 2017)      volumes of id
 repeat                 1 each, as in the paper; the statistics of  the same as ``mean``, up to eps if the norm is not a
                        the norm that follows are scaled (1/k each  batch norm
                        if no norm follows)
-repeat_uncorrected     1 each; the norm is not changed             nothing with batch norm; the same as ``mean`` with
-                                                                   instance norm, and with batch norm in training mode,
-                                                                   up to eps
+repeat_uncorrected     1 each; the norm is not changed             with instance norm, the same as ``mean`` up to eps;
+                                                                   with batch norm, nothing in evaluation mode, and the
+                                                                   same as ``mean`` up to eps in training mode
 centre                 1 in the middle, else 0                     volumes of identical slices with any padding; with
                                                                    batch norm, depth strides 1 and squeeze ``slice``
                                                                    any volume, slice by slice
 gaussian               a Gaussian of ``sigma`` taps, sum 1         volumes of identical slices with ``edge`` or
                                                                    ``renorm`` padding
-spacing                overlap of each slice with a box that is    the same as ``gaussian``; ``spacing`` 1 gives
-                       as long as the 2D kernel in mm; the slice   ``mean``, and ``spacing`` of k or more gives
-                       spacing is ``spacing`` times the in-plane   ``centre`` if k is odd
-                       spacing
-acs                    a third of the filters each in the axial,   nothing; a single convolution preserves each third
-                       coronal and sagittal plane (Yang et al.     of its filters on volumes that are constant along
-                       2021)                                       the axis perpendicular to the plane of that third
+spacing                sum 1, proportional to the overlap of each  the same as ``gaussian``; ``spacing`` 1 gives
+                       slice with a box that has the length of     ``mean``, and ``spacing`` of k or more gives
+                       the 2D kernel in mm; the slice spacing is   ``centre`` if k is odd
+                       ``spacing`` times the in-plane spacing
+acs                    a third of the filters each in the axial,   nothing for a network. In a single convolution, the
+                       coronal and sagittal plane (Yang et al.     outputs of a third of the filters are preserved for
+                       2021)                                       volumes that are constant along the axis
+                                                                   perpendicular to the plane of these filters
 random                 random values, and the norm is reset; for   nothing
                        control experiments
 =====================  ==========================================  ===================================================
 
 The kernel of a transposed convolution is repeated under every rule except ``random``: its stride equals its length, so
 each output depends on one tap along the new axis. If a kernel has one tap along the new axis, all rules except
-``random`` are the same.
+``random`` give the same kernel.
 """
 
 import dataclasses
@@ -63,8 +65,8 @@ class Inflation:
         sigma: Standard deviation for ``gaussian``, in taps.
         spacing: Slice spacing divided by in-plane spacing, for ``spacing``.
         seed: Random seed for ``random``.
-        layers: Other rules for some layers: pairs (pattern of layer names, rule), such as ``("blocks.0.*", "centre")``.
-            The first pattern that matches is used.
+        layers: Other rules for some layers: pairs (pattern of layer names as in `fnmatch`, rule), such as
+            ``("blocks.0.*", "centre")``. The first pattern that matches is used.
     """
 
     rule: str = "mean"
@@ -141,7 +143,11 @@ def inflate_kernel(
 
 
 def _acs(kernel: np.ndarray, taps: int, axis: int) -> np.ndarray:
-    """Inflate by rule ``acs``: third g of the filters is in the plane perpendicular to axis ``(axis + g) % 3``."""
+    """Inflate by rule ``acs``.
+
+    The filters are split into three groups g = 0, 1, 2. Those of group g lie in the plane perpendicular to axis
+    ``(axis + g) % 3``.
+    """
     window, filters = kernel.shape[:-2], kernel.shape[-1]
     if set(window) != {taps} or len(window) != 2:
         raise ValueError(f"acs needs a square 2D kernel with as many taps as the new axis; found {window} and {taps}")
@@ -172,7 +178,8 @@ def inflate_arrays(
         axis: Position of the new axis among the spatial axes; 0 is depth, or time.
 
     Returns:
-        The weights by name; and name -> how each array was obtained, such as ``mean`` or ``copied``.
+        Two dicts by name: the weights; and a description of how each array was obtained, such as ``mean`` or
+        ``copied``.
 
     Raises:
         UserError: A pattern of ``inflation.layers`` matches no layer, or a layer cannot be inflated by its rule.
@@ -213,7 +220,7 @@ def inflate_arrays(
 
 
 def _sibling(name: str, sibling: str | None) -> str:
-    """Return the path of the layer ``sibling`` in the same module as the layer ``name``; empty if it is None."""
+    """Return the path of the layer ``sibling`` in the same module as the layer ``name``; "" if it is None."""
     parent = name.rpartition(".")[0]
     return "" if sibling is None else f"{parent}.{sibling}" if parent else sibling
 
@@ -224,7 +231,8 @@ def _correct_norm(
     """Correct the running statistics of a norm whose input is now ``taps`` times as large.
 
     The mean is multiplied by ``taps``. The new variance is ``taps^2 * (var + eps) - eps``, so that the output of the
-    norm is the same up to rounding, although eps does not change.
+    norm is the same up to rounding, although eps does not change. The bias of the convolution, if it has one, is also
+    multiplied by ``taps``.
     """
     if f"{conv}.bias" in out:
         out[f"{conv}.bias"] = out[f"{conv}.bias"] * taps

@@ -5,12 +5,12 @@ rule      kernel of target channel c, for C target channels                     
 ========  =====================================================================  ======================================
 sum       sum over RGB, divided by C                                             the response to a grey image that is
                                                                                  repeated in all C channels
-mean      mean over RGB, times one factor for the layer                          the variance of the output for
-                                                                                 independent channels of equal variance
+mean      mean over RGB, times one factor that keeps the sum of the squares of   the variance of the output for
+          the kernel                                                             independent channels of equal variance
 cycle     R, G, B, R, ... times 3 / C; for C = 1 the sum (timm's rule)           the response to a repeated grey image,
                                                                                  if C is 1 or a multiple of 3
-map       kernel of source channel ``channel_map[c]``, times one factor for      the same as ``mean``
-          the layer
+map       kernel of source channel ``channel_map[c]``, times one factor that is  the same as ``mean``
+          computed as for ``mean``
 randn     normal values of standard deviation 1 (the rule of the released code   nothing; for comparisons only. In 2D
           if C is not 1 or 3)                                                    with C = 16, the standard deviation is
                                                                                  8.5 times that of He et al.

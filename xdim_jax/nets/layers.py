@@ -128,7 +128,7 @@ def named_stage(owner: nnx.Module, name: str, call: Callable[..., Any]) -> Calla
 
 
 class ShapesOnly(nnx.Rngs):
-    """Replaces random numbers if only the shapes of a module are needed: kernels are 0, which is traced faster."""
+    """Replaces random numbers if only the shapes of a module are needed: kernels are zeros, so tracing is faster."""
 
 
 def random_kernel(rngs: nnx.Rngs, shape: tuple[int, ...], gain: float) -> jax.Array:
@@ -254,7 +254,8 @@ class ConvTranspose(nnx.Module):
         filters: Number of output channels.
         kernel: Size of the kernel along each axis.
         strides: One number per axis; None for the size of the kernel.
-        crop: Number of outputs to remove at the start of each axis; None for 0.
+        crop: PyTorch's ``padding``: number of outputs to remove at the start of each axis, and also at the end if
+            `__call__` is given no size; None for 0.
         rngs: Random numbers of the kernel.
     """
 
@@ -362,8 +363,8 @@ class Norm(nnx.Module):
         y, mean, var = ops.normalise(x, scale, bias, **options, across=self.axis)
         count = x.size // x.shape[-1] * (1 if self.axis is None else jax.lax.axis_size(self.axis))
         unbiased = var.reshape(-1) * (count / max(count - 1, 1))
-        # not `self.mean[...] = ...`, which asks for the sharding of traced arrays: they have none, and the message that
-        # JAX then builds, and Flax discards, takes half of the tracing time
+        # `self.mean[...] = ...` would request the sharding of a traced array, which has none. JAX then builds an error
+        # message, which takes half of the tracing time although Flax discards the error
         self.mean.set_value(self.momentum * self.mean[...] + (1 - self.momentum) * mean.reshape(-1))
         self.var.set_value(self.momentum * self.var[...] + (1 - self.momentum) * unbiased)
         return y
@@ -382,7 +383,14 @@ class LayerNorm(nnx.Module):
 
 
 class SqueezeExcite(nnx.Module):
-    """Squeeze-and-excitation (Hu et al. 2018): a gate for every channel, computed from the means of all channels."""
+    """Squeeze-and-excitation (Hu et al. 2018): a gate for every channel, computed from the means of all channels.
+
+    Args:
+        channels: Number of channels.
+        reduced: Number of channels between the two convolutions.
+        style: Number of axes and depth options.
+        rngs: Random numbers of the kernels.
+    """
 
     def __init__(self, channels: int, reduced: int, style: Style, *, rngs: nnx.Rngs):
         self.conv_reduce = Conv(channels, reduced, 1, style=style, bias=True, rngs=rngs)

@@ -26,7 +26,7 @@ class Network(Protocol):
         ndim: Number of spatial axes, 2 or 3.
         fixed_axes: Number of leading spatial axes that `xdim_jax.plan` does not vary when it searches for the largest
             patch: 1 for DS-Net, whose depth is limited; else 0.
-        encoder_path: Keys of the encoder, both in the section and in the parameters.
+        encoder_path: Keys that lead to the encoder, outermost first; the same in the section and in the parameters.
         remat: Names of the stages whose activations the backward pass recomputes; see `set_remat`.
     """
 
@@ -47,7 +47,9 @@ class Network(Protocol):
 
     @classmethod
     def size_problems(cls, section: Mapping[str, Any], size: Sequence[int]) -> list[str]:
-        """Return a sentence for each side that the network cannot process, with the axis, the level and valid sizes.
+        """Return one sentence for each reason why the network cannot process a size; an empty list if there is none.
+
+        The sentences give the axis, the level and valid sizes.
 
         Args:
             section: The ``model`` section.
@@ -65,7 +67,8 @@ class Network(Protocol):
             devices: Number of devices.
 
         Raises:
-            UserError: It cannot be divided; the message gives the config key ``mesh.space`` and the next valid sizes.
+            UserError: The axis cannot be divided; the message gives the config key ``mesh.space``, and the nearest
+                valid sizes if there are any.
         """
         ...
 
@@ -195,7 +198,7 @@ def check_patch(config: Mapping[str, Any], patch: Sequence[int], batch: int | No
     if wrong := [side for side in patch if isinstance(side, bool) or not isinstance(side, int)]:
         raise ValueError(f"data.patch={tuple(patch)}: {wrong} are not integers")
     options = _options(config)
-    if batch == 1 and options.get("norm") == "batch":  # a sample alone has the statistics of an instance norm
+    if batch == 1 and options.get("norm") == "batch":  # then both norms use the same statistics
         options = {**options, "norm": "instance"}
     if problems := network.size_problems(options, patch):
         raise ValueError(f"data.patch={tuple(patch)} does not fit {name}; " + "; ".join(problems))
@@ -210,7 +213,7 @@ def check_space(config: Mapping[str, Any], patch: Sequence[int], space: int) -> 
         space: Number of devices, ``config.mesh.space``.
 
     Raises:
-        UserError: It cannot be divided; the message gives the next valid sizes.
+        UserError: The axis cannot be divided; the message gives the nearest valid sizes, if there are any.
     """
     if space > 1:
         get_network(config).check_space(_options(config), patch, space)

@@ -28,7 +28,7 @@ UPSAMPLINGS = ("nearest", "transposed")
 
 
 class ConvNorm(nnx.Module):
-    """A 3^n convolution, a norm and an activation."""
+    """A convolution of kernel size 3 along each of the n spatial axes ("3^n convolution"), a norm and an activation."""
 
     def __init__(
         self,
@@ -51,6 +51,16 @@ class UpStage(nnx.Module):
     """A decoder stage (paper, Sect. 2.1.1 and 2.2.1).
 
     It consists of upsampling, concatenation with the skip connection (upsampled channels first), and two `ConvNorm`.
+
+    Args:
+        channels: Number of channels of the input.
+        skip: Number of channels of the skip connection; 0 if there is none.
+        filters: Number of output channels.
+        strides: Upsampling factor along each axis.
+        upsampling: ``nearest`` or ``transposed``.
+        style: Settings of all layers.
+        activation: Activation after each norm.
+        rngs: Random numbers of the kernels.
     """
 
     def __init__(
@@ -87,11 +97,12 @@ class UNet(nnx.Module):
         encoder: ``name``, ``eps``, ``padding`` and ``drop_path``; see `xdim_jax.nets.encoders.make_encoder`.
         norm: Norm of all layers, including those of an encoder that is not a ConvNeXt: ``batch``, ``instance`` or
             ``instance_noaffine``.
-        activation: Activation of the decoder and of the first block, ``relu`` or ``silu``.
+        activation: Activation of the decoder and of the full-resolution block, ``relu`` or ``silu``.
         upsampling: ``nearest`` or ``transposed`` (convolution).
         filters: Number of filters of each decoder stage, coarsest first.
-        full_resolution: True to put a block of ``filters[-1]`` filters before the encoder. Its output is the skip
-            connection of the last decoder stage (paper, Fig. 2 and Sect. 3.2).
+        full_resolution: True to put a block (convolution, norm, activation) of ``filters[-1]`` filters before the
+            encoder. The output of the block is also the skip connection of the last decoder stage (paper, Fig. 2 and
+            Sect. 3.2).
         deep_supervision: True to compute logits also from each of the four coarser decoder stages, by a convolution of
             kernel size 1.
         depth: Fields of `xdim_jax.nets.layers.Depth`, for 3D.
@@ -189,7 +200,7 @@ class UNet(nnx.Module):
         return self._encode(image, rngs)[1:]
 
     def _encode(self, image: jax.Array, rngs: nnx.Rngs | None) -> list[Any]:
-        """Return the full-resolution feature (None if there is no such block) and the five features of the encoder."""
+        """Return the output of the full-resolution block (None without it) and the five features of the encoder."""
         if problems := side_problems(image.shape[1:-1], self.level_strides):
             raise ValueError(f"an image of {image.shape[1:-1]} does not fit this network; {'; '.join(problems)}")
         encode = named_stage(self, "encoder", self.encoder)

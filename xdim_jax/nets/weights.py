@@ -1,7 +1,8 @@
 """Weights as named arrays: the file format, and loading them into a network.
 
-A weights file is a safetensors file. Its arrays are named by their path in the network
-(``encoder.blocks.0.0.conv_dw.kernel``) and have the network's layout (channels last). The header has an entry
+A weights file is a safetensors file with the weights of an encoder or of a network. Its arrays are named by their path
+in the encoder (``blocks.0.0.conv_dw.kernel``) or in the network (``encoder.blocks.0.0.conv_dw.kernel``), and have the
+layout of this package (channels last). The header has an entry
 ``xdim_jax``, which is JSON with the keys ``format``, ``kind`` (``encoder`` or ``network``), ``model`` (description of
 the encoder or network), ``source`` (origin of the weights) and, if it is known, ``names`` (meaning of the channels of a
 network, see `xdim_jax.nets.fine_tuning.Names`). Arrays whose names start with ``unused/`` are parts of
@@ -142,7 +143,8 @@ def _read_names(record: Any, path: Path) -> Names | None:
     except (TypeError, KeyError) as error:
         expected = ", ".join(field.name for field in dataclasses.fields(Names))
         raise UserError(
-            f"the names in the header of {path} are damaged: found {record!r}, expected {expected}. Write it again"
+            f"the names in the header of {path} are damaged: found {record!r}, expected {expected}. Write the "
+            "weights file again"
         ) from error
 
 
@@ -291,7 +293,7 @@ def adapt_encoder(
         raise UserError(f"unknown property to accept: {', '.join(sorted(unknown))}; known: {', '.join(CHECKED)}")
     problems = [
         f"the weights were trained with {key}={found[key]}, the network has {key}={wanted[key]}: change the "
-        f"network, or accept the difference (accept={key}, config.init.accept={key})"
+        f"network, or accept the difference (--config.init.accept={key}; in Python, accept=({key!r},))"
         for key in CHECKED
         if key not in accept and key in found and key in wanted and found[key] != wanted[key]
     ]
@@ -391,19 +393,19 @@ def load(
         config: The ``model`` section of the network.
         params: Parameters of the network, a nested dict. Their dtypes are preserved.
         stats: Running statistics of the network, a nested dict.
-        weights: Weights of an encoder, or of a network. With ``require``, ``weights.model`` of a network must equal
-            ``config`` except for stochastic depth and, if both have names, for the keys in
-            `xdim_jax.nets.fine_tuning.FREE`. Weights of an Omnia-Net are inflated for a DX-Net, see `inflate_network`.
-        inflation: See `adapt_encoder`. A 2D encoder or network is inflated for a 3D network. None for the default
-            rules.
+        weights: Weights of an encoder, or of a network. If they are weights of a network and ``require`` is True,
+            ``weights.model`` must equal ``config`` except for the rate of stochastic depth and, if both
+            ``weights.names`` and ``names`` are given, for the keys in `xdim_jax.nets.fine_tuning.FREE`. Weights of an
+            Omnia-Net are inflated for a DX-Net, see `inflate_network`.
+        inflation: Rules with which a 2D encoder or network is inflated for a 3D network; None for the default rules.
         channel_rule: Rule of `xdim_jax.nets.input_channels`, used for weights of an encoder if the numbers of channels
             differ.
         accept: See `adapt_encoder`.
         require: True to raise an error if the model sections differ, or if an array exists on one side only or has
-            another shape. False to skip such arrays; those of the network keep their values. If both sides have
-            names, an array that exists on one side only is never an error, and with True only a shape that cannot
-            be adapted is one.
-        names: Names of the image channels and outputs of the network; None if they are not stated.
+            another shape. False to skip such arrays; those of the network keep their values. If both
+            ``weights.names`` and ``names`` are given, an array that exists on one side only is skipped in either case,
+            and True raises an error only if the model sections differ or a shape cannot be adapted.
+        names: Meaning of the channels of the network; None if it is not known.
 
     Returns:
         Parameters, running statistics, and how each array was obtained, by its path in the network.

@@ -40,9 +40,10 @@ def dense(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> jax
 
 
 def _fold_depth(x: jax.Array, kernel: jax.Array, stride: int, pad: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    """Concatenate the taps along the depth as channels.
+    """Convert a convolution over the depth to more input channels: one group of channels for each tap along the depth.
 
-    Array (B, D, H, W, C) to (B, D', H, W, k C), and kernel (k, kh, kw, C, O) to (kh, kw, k C, O).
+    The array (B, D, H, W, C) becomes (B, D', H, W, k C), where D' is the number of output slices, and the kernel
+    (k, kh, kw, C, O) becomes (kh, kw, k C, O).
     """
     taps, channels = kernel.shape[0], kernel.shape[3]
     x = jnp.pad(x, [(0, 0), pad, (0, 0), (0, 0), (0, 0)])
@@ -53,7 +54,11 @@ def _fold_depth(x: jax.Array, kernel: jax.Array, stride: int, pad: tuple[int, in
 
 
 def _divides_plane(shape: Ints, kernel: Ints, strides: Ints, padding: Pairs) -> bool:
-    """Return whether the plane is strided, and each side of its output is that of the input divided by the stride."""
+    """Return whether `_strided` supports a convolution.
+
+    The plane must be strided, each side of the output plane must be the side of the input divided by the stride, and
+    the padding at the start must be at most the size of the kernel minus the stride.
+    """
     plane = zip(shape[-3:-1], kernel[-4:-2], strides[-2:], padding[-2:], strict=True)
     return max(strides[-2:]) > 1 and all(
         0 <= before <= k - s and n % s == 0 and (n + before + after - k) // s + 1 == n // s

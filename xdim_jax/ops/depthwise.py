@@ -39,7 +39,8 @@ def _phases(x: jax.Array, window: Ints, strides: Ints, padding: Pairs) -> tuple[
     """Pad, and split every axis into the phases of its stride s: phase r has the elements r, r + s, r + 2 s, ...
 
     Returns:
-        Array ``(B, *ceil(n / s), *s, C)``, and the spatial size of the output.
+        Array ``(B, *(m / s), *s, C)``, where m is the size of an axis after padding, a multiple of s; and the spatial
+        size of the output.
     """
     ndim = len(strides)
     pads, out = [], []
@@ -66,7 +67,14 @@ def _tap_inputs(phases: jax.Array, tap: Ints, strides: Ints, out: Ints) -> jax.A
 def _tap_sum(phases: jax.Array, taps: jax.Array, strides: Ints, out: Ints, first: range) -> jax.Array:
     """Return the sum over taps of their inputs times their weights.
 
-    It calls lax instead of jnp, whose checks add seconds to tracing.
+    This function calls lax instead of jnp, because the checks of jnp add seconds to tracing.
+
+    Args:
+        phases: Array from `_phases`.
+        taps: Kernel ``(*kernel, C)``.
+        strides: One number per spatial axis.
+        out: Spatial size of the output.
+        first: Positions of the taps along the first spatial axis that are summed.
     """
     total, shape = None, (phases.shape[0], *out, phases.shape[-1])
     for tap in _indices(first, *map(range, taps.shape[1:-1])):
@@ -109,7 +117,7 @@ def _depthwise_input_gradient(g: jax.Array, kernel: jax.Array, size: Ints, strid
             for k, n, m, (before, _) in zip(kernel.shape[:ndim], size, g.shape[1:-1], padding, strict=True)
         )
         return depthwise(g, jnp.flip(kernel, tuple(range(ndim))), strides, back)
-    # padded input index u = s j + r receives sum_m kernel[s m + r] g[j - m]
+    # the gradient at index s j + r of the padded input is the sum over m of kernel[s m + r] * g[j - m]
     lengths = [-(-(n + before) // s) for n, s, (before, _) in zip(size, strides, padding, strict=True)]
     parts = []
     for phase in _indices(*map(range, strides)):
@@ -159,8 +167,8 @@ def _depthwise_kernel_gradient(
 def _space_sum(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the sum of ``a * b`` over all axes but the last.
 
-    The array is first divided into parts, which are added elementwise. The sum over the result is a matrix product with
-    ones.
+    The product is first divided into parts, which are added elementwise. The remaining sum is computed as a matrix
+    product with ones.
     """
     channels = a.shape[-1]
     rows = largest_divisor(a.shape[1], _ADDED_PARTS)

@@ -30,7 +30,8 @@ def conv_transpose(
         x: Array ``(batch, *spatial, in)``.
         kernel: Array ``(*kernel, in, out)``.
         strides: One number per axis; None for the size of the kernel.
-        crop: Number of outputs p to remove at the start of every axis (PyTorch's ``padding``); None for 0.
+        crop: Number of outputs p to remove at the start of every axis, and also at the end if ``size`` is None
+            (PyTorch's ``padding``); None for 0.
         size: Spatial size of the output; None for ``(n - 1) s - 2 p + k``. Outputs that no tap reaches are 0.
 
     Returns:
@@ -59,13 +60,17 @@ def conv_transpose(
         # (B, D, H, W, kd, kh, kw, O) -> (B, D, kd, H, kh, W, kw, O)
         order = [0, *(axis for i in range(ndim) for axis in (1 + i, 1 + ndim + i)), 1 + 2 * ndim]
         return y.transpose(order).reshape(x.shape[0], *size, out)
-    for axis in range(ndim):  # (B, m.., n, n.., k, k.., O) -> (B, m.., m, n.., k.., O)
+    # along each axis, the n positions and their k taps become the m outputs:
+    # (B, m.., n, n.., k, k.., O) -> (B, m.., m, n.., k.., O)
+    for axis in range(ndim):
         y = _overlap_add(y, 1 + axis, 1 + ndim, strides[axis], crop[axis], size[axis])
     return y
 
 
 def _overlap_add(y: jax.Array, axis: int, taps_axis: int, stride: int, crop: int, size: int) -> jax.Array:
     """Add tap t of position i to output ``stride * i + t``, along one axis.
+
+    Of the result, ``size`` outputs are returned, starting at output ``crop``.
 
     The outputs of each phase (those with the same index modulo the stride) are computed as one sum of shifted arrays,
     and the phases are interleaved.
@@ -142,7 +147,7 @@ def max_pool(x: jax.Array, window: Ints, strides: Ints, padding: Pairs) -> jax.A
         x: Array ``(batch, *spatial, channels)``.
         window: Size of the window along each spatial axis.
         strides: One number per spatial axis.
-        padding: Number of elements ``(before, after)`` for each spatial axis, which are minus infinity.
+        padding: Number of padding elements ``(before, after)`` for each spatial axis. Their value is minus infinity.
 
     Returns:
         Array ``(batch, *spatial_out, channels)``.

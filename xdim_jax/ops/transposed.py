@@ -1,7 +1,8 @@
 """Transposed convolution of any stride, computed as one small convolution for each phase of the stride.
 
-It is used for the convolution of an upsampled array (`xdim_jax.ops.upsampled`) and for the gradient of a strided
-convolution (`xdim_jax.ops.dense`).
+A phase consists of the outputs whose indices are equal modulo the stride. The transposed convolution is used
+for the convolution of an upsampled array (`xdim_jax.ops.upsampled`) and for the gradient of a strided convolution
+(`xdim_jax.ops.dense`).
 """
 
 import functools
@@ -18,7 +19,10 @@ from xdim_jax.ops.slabs import kernel_gradient
 
 
 class Axis(NamedTuple):
-    """A transposed convolution along one axis: ``y[stride * i + tap - crop] += x[i]``, with ``size`` outputs."""
+    """A transposed convolution along one axis, with ``size`` outputs.
+
+    It is defined by ``y[stride * i + tap - crop] += x[i] * kernel[tap]``.
+    """
 
     stride: int
     crop: int
@@ -53,7 +57,8 @@ def transposed_conv(x: jax.Array, kernel: jax.Array, axes: Axes) -> jax.Array:
     Args:
         x: Array ``(B, D, H, W, C)``.
         kernel: Array ``(*taps, C, O)``.
-        axes: Stride, crop and output size along each axis.
+        axes: Stride, crop and output size along each axis. In the plane, the output size must be the stride times the
+            input size, and the kernel must be at least as long as the stride.
 
     Returns:
         Array ``(B, *size, O)``.
@@ -99,6 +104,7 @@ def _phase_kernel(columns: jax.Array, axes: Axes, phase: Ints) -> tuple[jax.Arra
 
 
 def _interleave(parts: list[jax.Array], axis: int) -> jax.Array:
+    """Interleave arrays along an axis: element i of part p becomes element ``len(parts) * i + p``."""
     if len(parts) == 1:
         return parts[0]
     y = jnp.stack(parts, axis + 1)

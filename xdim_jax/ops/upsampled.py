@@ -1,10 +1,10 @@
 """Upsampling, concatenation with a skip connection, and a convolution with 3 taps per axis, in one operation.
 
 Upsampling (by repetition or by a transposed convolution) and the following convolution are together one linear map,
-``y[s i + t - c] += x[i] @ W[t]``: a transposed convolution. Each tap of its kernel W is a sum over the pairs of taps of
-the two maps that connect the same input and output. The composed map needs fewer products: in 3D with factor 2, it
-needs 8 products per output voxel, while the convolution alone needs 27. The upsampled array and its concatenation with
-the skip connection are not stored in memory.
+``y[s i + t - c] += x[i] @ W[t]``: a transposed convolution of stride s and crop c. Each tap t of its kernel W is a sum
+over the pairs of taps of the two maps that connect the same input and output. The composed map needs fewer products:
+in 3D with factor 2, it needs 8 products per output voxel, while the convolution alone needs 27. The upsampled array and
+its concatenation with the skip connection are not stored in memory.
 """
 
 import functools
@@ -63,7 +63,10 @@ def conv_upsampled(
     middle = x.shape[-1] if transposed is None else transposed.kernel.shape[-1]
     more = 0 if skip is None else skip.shape[-1]
     if set(kernel.shape[:-2]) != {_TAPS} or kernel.shape[-2] != middle + more:
-        raise ValueError(f"conv_upsampled: kernel{kernel.shape} does not fit {middle} and {more} channels, 3 taps each")
+        raise ValueError(
+            f"conv_upsampled: kernel{kernel.shape} does not fit: expected {_TAPS} taps along every axis and {middle} + "
+            f"{more} input channels"
+        )
     pads = ((1, 1),) * len(factors)
     if not _should_compose(x, kernel[..., :middle, :], factors, size, transposed):
         x = _upsampled(x, factors, size, transposed)
@@ -109,6 +112,7 @@ def _should_compose(
 def _composed(
     x: jax.Array, kernel: jax.Array, factors: Ints, size: Ints, transposed: TransposedConv | None
 ) -> jax.Array:
+    """Compute ``conv(upsample(x))`` as one transposed convolution; see `conv_upsampled` for the arguments."""
     ndim = len(factors)
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     crop = (0,) * ndim if transposed is None else transposed.crop
@@ -164,11 +168,14 @@ def _outer(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _sum_bias(bias: jax.Array, size: Ints) -> jax.Array:
     """Return the contribution of the transposed convolution's bias to every output of the following convolution.
 
-    Near the border fewer taps contribute, because the padding has no bias.
+    Near the border fewer taps contribute, because the bias is not added to the zero padding.
 
     Args:
         bias: Contribution of each tap of the convolution, ``(3, ..., 3, out)``.
         size: Spatial size of the output.
+
+    Returns:
+        Array ``(*size, out)``.
     """
     for axis, n in reversed(list(enumerate(size))):
         if axis > 0:
@@ -184,8 +191,9 @@ def _border_excess(
 ) -> jax.Array | float:
     """Return the part of the composed map that must be subtracted in the first and the last plane of the output.
 
-    The transposed convolution may have planes before the first and after the last one, which ``crop`` and ``size``
-    remove. The convolution has zero padding there, but the composed map includes these planes.
+    The transposed convolution may compute planes before the first plane and after the last plane of the output, which
+    ``crop`` and ``size`` remove. The following convolution reads zero padding in their place, but the composed map
+    includes the removed planes. The result is 0.0 if there are no such planes.
     """
     (depth, *plane), (taps, *_), stride, crop = size, transposed.kernel.shape, factors[0], transposed.crop[0]
     begin, end = -crop, stride * (x.shape[1] - 1) + taps - crop  # planes of the transposed convolution

@@ -1,9 +1,9 @@
 """The encoders: image classifiers that return features at five scales, each in 2D and 3D from the same code.
 
-An encoder family is one file with a module and a `Family`. The constructor of the module takes ``(name, channels,
-style, drop_path, rngs)``. Its attribute ``channels`` has the number of channels of each feature (0 for a level without
-a feature). The module maps an image ``(batch, *spatial, channels)`` to a list of five features with 1/2, 1/4, 1/8, 1/16
-and 1/32 of the spatial size (None for a level without a feature).
+An encoder family is one file with an ``nnx.Module`` and a `Family`. The constructor of the module takes ``(name,
+channels, *, style, drop_path, rngs)``. The attribute ``channels`` of the module has the number of channels of each
+feature (0 for a level without a feature). The module maps an image ``(batch, *spatial, channels)`` to a list of five
+features with 1/2, 1/4, 1/8, 1/16 and 1/32 of the spatial size (None for a level without a feature).
 """
 
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ def make_encoder(
         norm: ``batch``, ``instance`` or ``instance_noaffine``. ConvNeXt always has layer norms.
         eps: eps of every norm; see `CONVENTIONS` for the two values with which EfficientNets were trained.
         padding: ``symmetric`` or ``same``; see `CONVENTIONS`.
-        drop_path: Rate of stochastic depth; see docs/networks.md for the rates of single blocks.
+        drop_path: Rate of stochastic depth; see docs/networks.md for the rate of each block.
         depth: Fields of `xdim_jax.nets.layers.Depth`, for 3D; None for the defaults.
         rngs: Random numbers of the weights.
 

@@ -4,9 +4,10 @@ EfficientNet-Lite has ReLU6 in place of SiLU, and no squeeze-and-excitation. Its
 and last stage have one block, in all sizes (R. Liu, EfficientNet-Lite, TensorFlow blog, 2020).
 
 In 3D, by default, every kernel of size k becomes k x k x k and every stride acts on all three axes; nothing else
-changes (paper, Sect. 2.2.1; docs/networks.md, section EfficientNet encoder). `xdim_jax.nets.layers.Depth` has options.
+changes (paper, Sect. 2.2.1; docs/networks.md, section EfficientNet encoder). The options of
+`xdim_jax.nets.layers.Depth` change this.
 
-Attributes have timm's names, so that the path of a weight is its name in timm. The classification head is omitted,
+Attributes have timm's names, so that the path of a layer is its name in timm. The classification head is omitted,
 because no network of the paper uses it.
 """
 

@@ -12,16 +12,17 @@ SYMMETRIC = CONVENTIONS["authors"]  # also the convention of timm's models that 
 
 
 class Family(NamedTuple):
-    """An encoder family. The attributes of its module have timm's names, so the path of a weight is its name in timm.
+    """An encoder family. The attributes of its module have timm's names, so the path of a layer is its name in timm.
 
     Attributes:
         members: Names of the encoders of the family, for configs.
         stem: Path of the first convolution.
         make: Function ``(name, channels, *, style, drop_path, rngs)`` that builds the module.
-        unused: Prefixes of the names of the weights in timm that no segmentation network uses (the classifier).
-        timm: Name of the architecture in timm -> name of the member, and the padding and eps of its training.
-        feature_layers: Name of the member -> layers of the model in timm whose outputs are the five features; None for
-            a level without a feature.
+        unused: Prefixes of timm's names of those weights that no segmentation network uses (the classifier).
+        timm: For each name of an architecture in timm: the name of the member, and the padding and eps with which
+            its weights were trained.
+        feature_layers: For each member: the layers of timm's model whose outputs are the five features; None for a
+            level without a feature.
     """
 
     members: tuple[str, ...]

@@ -14,7 +14,11 @@ STEM_CHANNELS = 64
 
 
 class Block(nnx.Module):
-    """Two 3^n convolutions, or a bottleneck (1^n, 3^n, 1^n). The first 3^n convolution has the stride, as in timm."""
+    """Two 3^n convolutions, or a bottleneck (1^n, 3^n, 1^n), where n is the number of spatial axes.
+
+    The first 3^n convolution has the stride, as in timm. ``width`` is its number of output channels. A bottleneck has
+    ``width * widening`` output channels; ``widening`` 0 means two 3^n convolutions.
+    """
 
     def __init__(
         self,
@@ -64,7 +68,7 @@ class ResNet(nnx.Module):
     def __init__(self, name: str, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
         self.conv1 = Conv(channels, STEM_CHANNELS, 7, style=style, strides=style.strides(0), norm="bn1", rngs=rngs)
         self.bn1 = Norm(STEM_CHANNELS, style, "relu")
-        # if the depth stride is 1, the pooling does not combine slices either
+        # if the depth stride is 1, the pooling does not combine slices
         self.pool_window = style.window(3, 3 if style.depth.strides[1] > 1 else 1)
         self.pool_strides = style.strides(1)
         self.same = style.padding == "same"
