@@ -10,12 +10,17 @@ set -euo pipefail
 PROCESSES=${PROCESSES:-2}
 PORT=${PORT:-12345}
 
+IFS=, read -r -a gpus <<<"${CUDA_VISIBLE_DEVICES:-}" # the GPUs that are given to this script, if any
+if [ "${#gpus[@]}" -gt 0 ] && [ "${#gpus[@]}" -lt "$PROCESSES" ]; then
+    echo "PROCESSES=$PROCESSES, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES has fewer GPUs" >&2
+    exit 2
+fi
 pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 for ((i = 0; i < PROCESSES; i++)); do
     join=(--coordinator="localhost:$PORT" --processes="$PROCESSES" --process="$i")
     if command -v nvidia-smi >/dev/null; then
-        CUDA_VISIBLE_DEVICES=$i python -m xdim_jax.train "$@" "${join[@]}" &
+        CUDA_VISIBLE_DEVICES=${gpus[$i]:-$i} python -m xdim_jax.train "$@" "${join[@]}" &
     else
         python -m xdim_jax.train "$@" "${join[@]}" &
     fi

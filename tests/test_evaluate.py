@@ -13,6 +13,7 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from scipy.spatial.transform import Rotation
 
 from tests.reference_scores import CAMUS_IMAGES, brute, slow_volumes, ventricle
 from xdim_jax import compare, evaluate
@@ -288,6 +289,44 @@ def test_several_processes_give_the_same(pair):
 # -- misuse, any rules -----------------------------------------------------------------------------------------------
 
 
+def test_nsd_does_not_depend_on_rounding_errors_of_the_affine(pair):
+    """Masks one voxel of 1 mm apart, on a grid along the axes and on rotated ones."""
+    ref, pred = np.zeros((12, 12, 12), np.uint8), np.zeros((12, 12, 12), np.uint8)
+    ref[3:8, 3:8, 3:8] = 1
+    pred[3:9, 3:8, 3:8] = 1
+    for seed in range(6):
+        affine = np.eye(4)
+        if seed:
+            turn = Rotation.from_rotvec(np.random.default_rng(seed).uniform(-0.5, 0.5, 3)).as_matrix()
+            affine[:3, :3] = turn.astype(np.float32)
+        for folder, mask in zip(pair, (pred, ref), strict=False):
+            save(folder / f"r{seed}.nii.gz", mask, affine)
+    found, _ = run("generic", *pair, "--metrics=nsd_1.0", "--labels", "organ=1")
+    assert {found[f"r{seed}", "organ", "nsd_1.0"] for seed in range(6)} == {1.0}
+
+
+def test_specificity_is_of_the_annotated_voxels(pair):
+    """Half of the image is not annotated."""
+    pred, ref, out = pair
+    label, guess = np.zeros((10, 10, 4), np.uint8), np.zeros((10, 10, 4), np.uint8)
+    label[5:] = 255
+    label[:2] = 1
+    guess[:3] = 1
+    for folder, array in ((ref, label), (pred, guess)):
+        for path in folder.iterdir():
+            path.unlink()
+        save(folder / "a.nii.gz", array, AFFINE)
+    (ref / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1, "ignore": 255}}))
+    found, _ = run("generic", pred, ref, out, "--metrics=specificity")
+    assert found["a", "organ", "specificity"] == pytest.approx(1 - 1 / 3)  # of three rows outside, one is wrong
+
+
+def test_metrics_that_the_rules_name_otherwise_are_not_ignored_silently(tmp_path, capsys):
+    run("brats2023", *brats_tree(tmp_path, "brats2023"), "--metrics=dice,iou")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "--metrics" in line]
+    assert len(lines) == 1 and "dice" in lines[0] and "iou" not in lines[0]
+
+
 def test_files_that_are_not_read_are_named(pair, capsys):
     """A download that is not complete, a format that is not read, and copies in hidden folders."""
     pred, ref, out = pair
@@ -326,6 +365,7 @@ def test_a_table_of_a_data_set_is_not_replaced_by_results(pair):
         (["--rules=brats2024", "--convention=brats2021"], "brats2021"),
         (["--rules=generic", "--labels=x"], "--labels"),
         (["--cases=a,c"], "c are not validation cases"),
+        (["--tune_min_et"], "min_et"),
     ],
 )
 def test_options_of_a_run_are_checked_before_its_cases_are_predicted(arguments, words, tmp_path):
@@ -336,6 +376,14 @@ def test_options_of_a_run_are_checked_before_its_cases_are_predicted(arguments, 
     with pytest.raises(UserError) as error:
         evaluate.main([f"--workdir={tmp_path}", *arguments])
     said(error, words)
+
+
+def test_half_sequences_are_refused_before_they_are_predicted(tmp_path):
+    config = load_config("configs/camus_sequence.py", [])
+    write_json(tmp_path / CONFIG_FILE, config.to_dict())
+    write_json(tmp_path / SPLIT_FILE, {"train": ["b"], "validation": ["a"]})
+    with pytest.raises(UserError, match=r"half sequences.*--rules=generic"):
+        evaluate.main([f"--workdir={tmp_path}"])
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -1338,6 +1386,40 @@ def test_compare_takes_every_metric(two, tmp_path):
     assert compare.main([*map(str, two), f"--out={tmp_path / 'c.md'}"]) == 0
     found = json.loads((tmp_path / "c.json").read_text())["differences"]
     assert {d["metric"] for d in found} == {"dice", "assd_pooled", "hd95_pooled"} and len(found) == 6
+
+
+def test_compare_of_one_network_and_one_per_task(tmp_path, abdomen):
+    """Each task of the second one has its own predictions: the tasks are compared one by one."""
+    run("chaos", chaos_predictions(tmp_path / "pred", abdomen), abdomen, tmp_path / "a")
+    several = tmp_path / "several"
+    for task, move in ((3, 1), (5, 2)):
+        chaos_predictions(several / f"Task{task}", abdomen, change=lambda grey, move=move: np.roll(grey, move, 2))
+    run("chaos", several, abdomen, tmp_path / "b")
+    compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--metrics=dice", f"--out={tmp_path / 'c.md'}"])
+    found = {d["structure"] for d in json.loads((tmp_path / "c.json").read_text())["differences"]}
+    assert {"task 3 liver", "task 5 liver", "task 5 spleen"} <= found
+
+
+def test_tasks_whose_modalities_have_no_reference_are_not_scored(tmp_path, abdomen, capsys):
+    """Only MR: tasks 3 and 5. Task 4, if it is asked for, says what it lacks."""
+    shutil.copytree(abdomen / "MR", tmp_path / "ref" / "MR")
+    pred = chaos_predictions(tmp_path / "pred", abdomen)
+    for path in pred.glob("CT*"):
+        path.unlink()
+    _, summary = run("chaos", pred, tmp_path / "ref", tmp_path / "out")
+    assert set(summary["tasks"]) == {"3", "5"}
+    capsys.readouterr()
+    run("chaos", pred, tmp_path / "ref", tmp_path / "out", "--task=4")
+    assert "task 4 is scored without CT" in capsys.readouterr().out
+    assert "without CT" in (tmp_path / "out" / "tables.md").read_text()
+
+
+def test_compare_ignores_options_without_effect_on_the_scores(tmp_path):
+    pred, ref, _ = brats_tree(tmp_path, "brats2022")
+    (pred / "predict.json").write_text("{}")
+    run("brats2022", pred, ref, tmp_path / "a", "--tune_min_et", "--platform_2022")
+    run("brats2022", pred, ref, tmp_path / "b")
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--metrics=dice"]) == 0
 
 
 def test_compare_ignores_the_order_of_repeated_options(tmp_path, abdomen):

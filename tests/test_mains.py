@@ -111,7 +111,7 @@ def test_training_says_what_it_does_and_records_it(trained):
     ):
         assert words in out
     train = records(trained, "train")
-    assert [r["step"] for r in train] == [3, 6, 8, 9, 12, 15, 16]
+    assert {3, 6, 8, 9, 12, 15, 16} <= {r["step"] for r in train}  # more on a slow machine, which logs by time
     assert set(train[0]) >= {
         "loss",
         "dice_loss",
@@ -222,7 +222,9 @@ def test_one_bad_case_does_not_stop_the_others(run, trained, tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     out = run("predict", f"--workdir={trained}", "--input", tmp_path / "in", f"--output={tmp_path / 'out'}", code=1)
     assert str(path) in out and f"2 of 3 cases failed: BraTS2021_99999, {bad.name}" in out
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"{good.name}.nii.gz", "predict.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *(f"{good.name}.nii.gz", "predict.json", ".predict.json.lock")
+    }
 
 
 def test_missing_predictions_are_an_error_or_the_worst_score(run, trained, tmp_path):
@@ -454,7 +456,7 @@ def test_full_disk_while_predicting(run, trained, tmp_path):
     )
     assert len(re.findall(rf"omitted: cannot write {tmp_path}/out/BraTS2021_\d+.nii.gz: File too large", out)) == 2
     assert "2 of 2 cases failed" in out
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"predict.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"predict.json", ".predict.json.lock"}
 
 
 @pytest.mark.slow

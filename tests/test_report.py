@@ -205,3 +205,63 @@ def test_one_case_has_no_box_plot_and_two_have_one():
     cases = [ScoredCase(f"c{i}", f"c{i}", {}, {"liver": {"dice": 0.8 + i / 10}}, {}) for i in range(2)]
     assert figures.draw_boxes({"all": cases[:1]}, {"dice": Column("Dice")}) == []
     assert len(figures.draw_boxes({"all": cases}, {"dice": Column("Dice")})) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_the_best_and_the_worst_case_are_shown_as_such(count):
+    """By hand: with two cases there is no median, with four the worst is not the 25th percentile."""
+    cases = [ScoredCase(f"c{i}", f"c{i}", {}, {"liver": {"dice": i / 10}}, {}) for i in range(count)]
+    chosen, _ = report_page.choose_cases(cases, [])
+    names = {role: case.case_id for role, case in chosen.items()}
+    expected = {"Best": f"c{count - 1}"} | ({"Worst": "c0"} if count > 1 else {})
+    assert names | expected == names
+    assert len(names) == len(set(names.values())) == min(count, 5)
+    assert list(names) == [role for role, _ in report_page.ROLES if role in names]
+
+
+def test_two_structures_never_share_a_colour():
+    """Names of the challenges beside others, as in AMOS."""
+    names = ["spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver"]
+    colours = figures.structure_colours(names)
+    assert len(set(colours.values())) == len(names)
+    assert colours["liver"] == figures.COLOURS["liver"]
+
+
+def test_a_structure_has_one_colour_in_all_pictures(tmp_path):
+    """The first case lacks a structure, so the order of the structures differs between the cases."""
+    found = []
+    for k, values in enumerate(((1, 3), (1, 2, 3))):
+        label = np.zeros((16, 16, 4), np.uint8)
+        for value in values:
+            label[4 * value : 4 * value + 3, 4:12] = value
+        for folder in ("ref", "pred"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(label, np.eye(4)), tmp_path / folder / f"c{k}.nii.gz")
+    draw = figures.draw_case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            figures,
+            "draw_case",
+            lambda view, title, scores, colours: found.append((view, colours)) or draw(view, title, scores, colours),
+        )
+        folders = [f"--{name}={tmp_path / name}" for name in ("ref", "pred")]
+        assert evaluate.main(["--rules=generic", *folders, f"--out={tmp_path / 'eval'}", "--jobs=1"]) == 0
+        assert report.main([f"--eval={tmp_path / 'eval'}", f"--out={tmp_path / 'r.html'}"]) == 0
+    assert len(found) == 2 and found[0][1] == found[1][1]
+    for view, colours in found:
+        assert len({colours[name] for name in view.ref}) == len(view.ref)
+
+
+def test_omitted_cases_are_named_in_the_results(tmp_path):
+    label = np.zeros((8, 8, 4), np.uint8)
+    label[2:5, 2:5] = 1
+    for name in ("ref/a", "ref/b", "pred/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(label, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    folders = [f"--{name}={tmp_path / name}" for name in ("ref", "pred")]
+    arguments = ["--rules=generic", *folders, f"--out={tmp_path / 'eval'}", "--jobs=1", "--missing=skip"]
+    assert evaluate.main(arguments) == 0
+    assert report.main([f"--eval={tmp_path / 'eval'}", f"--out={tmp_path / 'r.html'}"]) == 0
+    assert json.loads((tmp_path / "eval" / "summary.json").read_text())["skipped"] == ["b"]
+    assert "omitted: b" in (tmp_path / "eval" / "tables.md").read_text()
+    assert "omitted; the mean scores may be too good:</strong> b" in (tmp_path / "r.html").read_text()

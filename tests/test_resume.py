@@ -1115,6 +1115,15 @@ def test_an_array_that_differs_is_named(tmp_path, capsys):
     assert "4 recorded in both runs, all equal" in out
 
 
+def test_a_run_that_stopped_half_way_is_not_equal_to_one_that_finished(tmp_path, capsys):
+    a, b = make_workdir(tmp_path / "a"), make_workdir(tmp_path / "b")
+    path = b / "steps.jsonl"
+    path.write_text("".join(json.dumps(e) + "\n" for e in lines_of(path) if e["step"] <= 2))
+    for pair in ((a, b), (b, a)):
+        code, out = verified(*pair, capsys)
+        assert code == 1 and "2 recorded in only one of the runs: 3, 4" in out and "the runs differ" in out
+
+
 def test_zeros_of_another_sign_differ(tmp_path, capsys):
     a, b = make_workdir(tmp_path / "a", value=0.0), make_workdir(tmp_path / "b", value=-0.0)
     code, out = verified(a, b, capsys)

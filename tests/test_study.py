@@ -395,7 +395,7 @@ def test_curves_and_tables_of_a_study_without_training():
     tests = results.compare_arms(found, plan.sizes, list(plan.arms))
     tables = {t.title: t for t in page.make_tables(plan, found, tests)}
     score = tables["Dice after 20 steps"]
-    assert score.header == ("arm", "3 patients", "9 patients") and score.rows[2] == ("c", "-", "-")
+    assert score.header == ("arm", "3 training patients", "9 training patients") and score.rows[2] == ("c", "-", "-")
     assert tables["Cost"].rows[0] == ("a", "3", "2", "20", "1.000"), "of the run whose time is known"
     packed = found | {("a", 3): dataclasses.replace(found["a", 3], seconds_per_step=np.full(2, np.nan))}
     assert page.make_tables(plan, packed, tests)[-1].rows[0] == ("a", "3", "2", "-", "-")

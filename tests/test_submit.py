@@ -124,6 +124,21 @@ def test_every_grey_level_of_an_organ_is_packed(perfect, tmp_path):
     assert packed[0] == packed[1] and packed[0]
 
 
+def test_a_task_without_cases_of_a_modality_is_refused(perfect, tmp_path):
+    root, pred = perfect["chaos"], tmp_path / "pred"
+    pred.mkdir()
+    record = json.loads((root / "pred" / "predict.json").read_text())
+    images = {case: files for case, files in record["images"].items() if case.startswith("MR")}
+    (pred / "predict.json").write_text(json.dumps(record | {"images": images}))
+    for case in images:
+        (pred / f"{case}.nii.gz").write_bytes((root / "pred" / f"{case}.nii.gz").read_bytes())
+    arguments = ["--challenge=chaos", f"--pred={pred}", f"--out={tmp_path / 'up'}"]
+    with pytest.raises(UserError, match=r"task 1 needs CT, task 2 needs CT.*only MR"):
+        submit.main([*arguments, "--task=1", "--task=2", "--task=5"])
+    assert not (tmp_path / "up").exists()
+    assert submit.main([*arguments, "--task=3", "--task=5"]) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "option"),
     [("brats", "--task=1"), ("brats", "--format=mhd"), ("camus", "--convention=brats2021"), ("chaos", "--format=mhd")],

@@ -61,8 +61,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check_same_options(folders: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> None:
-    """Raise UserError if the two evaluations have different rules or options."""
-    a, b = ({"rules": r["rules"]} | {k: _unordered(r["options"].get(k)) for k in challenges.OPTIONS} for r in records)
+    """Raise UserError if the two evaluations have different rules, or different options that affect the scores."""
+    names = [name for name in challenges.OPTIONS if name not in ("platform_2022", "tune_min_et")]
+    a, b = ({"rules": r["rules"]} | {k: _unordered(r["options"].get(k)) for k in names} for r in records)
     if different := [k for k in a if a[k] != b[k]]:
         shown = "; ".join(f"{k}: {a[k]} and {b[k]}" for k in different)
         raise UserError(

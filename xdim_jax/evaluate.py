@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from xdim_jax.base import bucket
+from xdim_jax.base import bucket, log
 from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import read_json
@@ -96,6 +96,8 @@ def _evaluate(options: Any, cases: set[str] | None = None, patients: Mapping[str
         cases = chosen
     if options.tune_min_et:
         check_small_et_kept(options.pred)
+    if options.rules == "generic" and not patients:
+        log.say("patients   not known, so every case counts as a patient in confidence intervals and tests")
     evaluate_folders(
         rules,
         options.pred,
@@ -136,6 +138,16 @@ def _set_defaults_of_run(options: Any, workdir: Path) -> None:
             options, key
         ):  # --rules may name rules without this option
             setattr(options, key, value)
+    if options.tune_min_et and (minimum := config.predict.get("min_et", 0)):
+        raise UserError(
+            f"--tune_min_et: predictions of this run lack ET below {minimum} voxels (config.predict.min_et). Predict "
+            "with --min_et=0 into another folder, and give it as --pred, with --ref"
+        )
+    if rules == options.rules == "camus" and "half_sequence" in config.data.instants:
+        raise UserError(
+            "the rules of CAMUS score ED and ES, but this run predicts half sequences (config.data.instants). Predict "
+            "them, copy their references (*_half_sequence_gt) into a folder, and give both folders with --rules=generic"
+        )
     options.pred = workdir / PREDICTIONS_FOLDER
     options.out = options.out or workdir / "evaluation"
 

@@ -31,7 +31,7 @@ from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_text
-from xdim_jax.base.signals import REQUEUE, catch_signals
+from xdim_jax.base.signals import REQUEUE, StopRequest, catch_signals
 from xdim_jax.data.splits import ALL_FOLDS
 from xdim_jax.ops.compilation import cache_programs
 from xdim_jax.runs import checkpoint
@@ -56,6 +56,12 @@ def main(argv: Sequence[str]) -> int:
         return _write_report(_report_parser().parse_args(argv[1:]))
     options, overrides = _parser().parse_known_args(argv)
     _check_options(options)
+    with catch_signals() as stop:  # from the start, so that a scheduler queues a worker again that it stops early
+        return _run(options, overrides, stop)
+
+
+def _run(options: argparse.Namespace, overrides: Sequence[str], stop: StopRequest) -> int:
+    """Check the sweep, then train its trials or, with ``--dry-run``, plan them; return the exit status."""
     config = load_config(options.config, overrides)
     resolve_config(config, needs_data=not options.dry_run)
     if config.data.fold == ALL_FOLDS:
@@ -86,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     log.say(f"study      {options.study} in {_storage(options)}: {ended} of {options.trials} trials have ended")
     # another study in the same workdir has its own trials
     root = options.workdir if options.study == _STUDY else f"{options.workdir}/{options.study}"
-    status = _work(study, Job(options.config, overrides, suggest, root, options.trials), options)
+    status = _work(study, Job(options.config, overrides, suggest, root, options.trials), options, stop)
     if not status:
         more = "" if options.study == _STUDY else f" --study={options.study}"
         more += f" --storage={options.storage}" if options.storage else ""
@@ -107,6 +113,14 @@ def _check_options(options: argparse.Namespace) -> None:
             f"--target={options.target} and --pack={options.pack} exclude each other: packs are compiled for the "
             "devices of this machine only"
         )
+    if options.budget and not options.dry_run:
+        raise UserError(f"--budget={options.budget} needs --dry-run, which compares it with the memory of each trial")
+    if options.layout != "auto" and not options.pack:
+        raise UserError(f"--layout={options.layout} needs --pack: it is the layout of several trials in one program")
+    if options.seed is not None and not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed={options.seed}: expected 0 to {2**32 - 1}")
+    if options.pruner_warmup < 0:
+        raise UserError(f"--pruner-warmup={options.pruner_warmup}: expected 0 or more validations")
     if options.grace <= 0:
         raise UserError(f"--grace={options.grace}: expected seconds above 0")
 
@@ -137,19 +151,16 @@ def _open_study(options: argparse.Namespace, distributions: dict[str, Any]) -> A
     )
 
 
-def _work(study: Any, job: Job, options: argparse.Namespace) -> int:
+def _work(study: Any, job: Job, options: argparse.Namespace, stop: StopRequest) -> int:
     """Train trials until all have ended, or until a signal arrives; return the exit status."""
     heartbeat, grace, wait = min(studies.HEARTBEAT_SECONDS, options.grace / 4), options.grace, not options.no_wait
-    with catch_signals() as stop:
-        stop.busy = True
-        if not options.pack:
-            return run_worker(study, job, stop, heartbeat=heartbeat, grace=grace, wait=wait)
-        cache_programs()
-        checkpoint.silence_orbax()
-        worker = PackedWorker(
-            study, job, stop, slots=options.pack, layout=options.layout, heartbeat=heartbeat, grace=grace
-        )
-        return worker.run(wait=wait)
+    stop.busy = True
+    if not options.pack:
+        return run_worker(study, job, stop, heartbeat=heartbeat, grace=grace, wait=wait)
+    cache_programs()
+    checkpoint.silence_orbax()
+    worker = PackedWorker(study, job, stop, slots=options.pack, layout=options.layout, heartbeat=heartbeat, grace=grace)
+    return worker.run(wait=wait)
 
 
 def _write_report(options: argparse.Namespace) -> int:
@@ -201,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of validations before a trial may be pruned; default: %(default)s",
     )
-    add("--seed", type=int, help="seed of the sampler of this worker")
+    add("--seed", type=int, help="seed of the samplers tpe and random of this worker; grid needs none")
     add(
         "--grace",
         type=float,

@@ -39,6 +39,7 @@ class Comparison:
         step: First step that differs; 0 if none differs.
         quantities: For each recorded quantity of this step that differs, a message with both values.
         steps: Number of steps that both runs have recorded.
+        alone: Steps that only one run has recorded.
         arrays: For each checkpoint ``<folder>/<step>`` that differs, the names of the arrays that differ.
         checkpoints: Checkpoints that both runs have.
     """
@@ -47,13 +48,14 @@ class Comparison:
     step: int
     quantities: list[str]
     steps: int
+    alone: list[int]
     arrays: dict[str, list[str]]
     checkpoints: list[str]
 
     @property
     def same(self) -> bool:
         """True if no difference was found."""
-        return not (self.config or self.step or self.arrays)
+        return not (self.config or self.step or self.alone or self.arrays)
 
 
 def compare(a: Path, b: Path) -> Comparison:
@@ -73,10 +75,11 @@ def compare(a: Path, b: Path) -> Comparison:
     common = sorted(steps[0].keys() & steps[1].keys())
     first, quantities = 0, []
     for step in common:
-        differing = [k for k in steps[0][step] if steps[0][step][k] != steps[1][step].get(k)]
-        if differing:
-            first, quantities = step, [_describe(k, steps[0][step][k], steps[1][step].get(k)) for k in differing]
+        x, y = steps[0][step], steps[1][step]
+        if differing := [k for k in (x | y) if x.get(k) != y.get(k)]:
+            first, quantities = step, [_describe(k, x.get(k), y.get(k)) for k in differing]
             break
+    alone = sorted(steps[0].keys() ^ steps[1].keys()) if all(steps) else []
 
     names = [
         {f"{f}/{p.name}" for f in (checkpoint.LATEST_FOLDER, checkpoint.BEST_FOLDER) for p in (w / f).glob("[0-9]*")}
@@ -89,7 +92,7 @@ def compare(a: Path, b: Path) -> Comparison:
     for name in both:
         if differing := _differing(_arrays(a / name), _arrays(b / name)):
             arrays[name] = differing
-    return Comparison(config, first, quantities, len(common), arrays, both)
+    return Comparison(config, first, quantities, len(common), alone, arrays, both)
 
 
 def _order(name: str) -> tuple[str, int]:
@@ -152,6 +155,10 @@ def main(argv: Sequence[str]) -> int:
         log.say(f"steps      first difference at step {found.step}: {'; '.join(found.quantities)}")
     else:
         log.say(f"steps      {found.steps} recorded in both runs, all equal")
+    if found.alone:
+        log.say(
+            f"steps      {len(found.alone)} recorded in only one of the runs: {shorten(list(map(str, found.alone)))}"
+        )
     for name in found.checkpoints:
         differing = found.arrays.get(name, [])
         text = f"{len(differing)} arrays differ: {shorten(differing)}" if differing else "all bits are equal"

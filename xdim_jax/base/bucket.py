@@ -275,7 +275,7 @@ class Mirror:
                         self._fs.put_file(str(self.folder / path), f"{self._root}/{path}")
                     break
                 except FileNotFoundError:
-                    if all((self.folder / path).exists() for path in changed):
+                    if changed and all((self.folder / path).exists() for path in changed):
                         raise  # there is no such bucket
                     continue  # an old checkpoint has just been deleted: list the files again
             else:

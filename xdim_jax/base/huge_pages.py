@@ -1,5 +1,6 @@
 """Restart of a command with huge pages, because glibc reads this setting only when a process starts."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -25,5 +26,7 @@ def prefer_huge_pages() -> None:
     ):
         return
     os.environ["GLIBC_TUNABLES"] = f"{tunables}:{setting}" if tunables else setting
-    sys.stdout.flush()
+    if sys.stdout is not None:  # it is None if standard output is closed
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -180,7 +180,7 @@ def _signature(case: Case) -> list[list[Any]]:
             state = path.stat()
         except OSError:  # reported when the case is read
             return []
-        found.append([str(path.name), state.st_size, state.st_mtime_ns])
+        found.append(["/".join(path.absolute().parts[-2:]), state.st_size, state.st_mtime_ns])
     return json.loads(json.dumps(found))  # as in the file
 
 

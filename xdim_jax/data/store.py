@@ -66,6 +66,11 @@ class Entry:
     structures: tuple[tuple[int, int], ...]
     facts: Mapping[str, Any] | None = None
 
+    @property
+    def content(self) -> str:
+        """Digest of the names and contents of the source files, which is the end of the name of the entry."""
+        return str(self.location).rstrip("/").rpartition("-")[2]
+
     def load(self) -> Prepared:
         """Open the case. Its arrays are read when they are indexed.
 
@@ -328,16 +333,26 @@ def _find(backend: StoreBackend, case: Case) -> Entry | None:
     try:
         signature = _signature(case)
         for location, metadata in valid.items():
-            if metadata["signature"] == signature:
+            if metadata["signature"] == signature and _has_sources(metadata, case):
                 return _entry(case, location, metadata)
         location = _location(backend, case, _content_digest(case))
         if location in valid:
             with contextlib.suppress(UserError):  # a read-only store can be used, too
-                backend.write_metadata(location, valid[location] | {"signature": signature})
+                sources = [str(path.absolute()) for path in case.files]
+                backend.write_metadata(location, valid[location] | {"signature": signature, "sources": sources})
             return _entry(case, location, valid[location])
     except OSError:  # a source file is missing, which is reported when the case is prepared
         return None
     return None
+
+
+def _has_sources(metadata: Mapping[str, Any], case: Case) -> bool:
+    """Return whether an entry was prepared from files in folders of the same names.
+
+    Archives give many files the same time, and uncompressed files of one shape have the same size: ``r1/c0.nii`` and
+    ``r2/c0.nii`` of two raters differ only in the folder. The root of the data may have another name.
+    """
+    return [Path(s).parts[-2:] for s in metadata["sources"]] == [path.absolute().parts[-2:] for path in case.files]
 
 
 def _location(backend: StoreBackend, case: Case, content: str) -> Location:
@@ -408,10 +423,11 @@ def _labelled_voxels(label: np.ndarray | None) -> tuple[np.ndarray, list[list[in
     if label is None:
         return np.zeros(0, np.int32), [[-1, 0]]
     flat = label.ravel()
+    dtype = np.int32 if flat.size <= np.iinfo(np.int32).max else np.int64
     parts, structures, start = [], [], 0
     for index in np.unique(flat[is_structure(flat)]).tolist():
-        indices = np.flatnonzero(flat == index).astype(np.int32)
+        indices = np.flatnonzero(flat == index).astype(dtype)
         parts.append(indices)
         structures.append([index, start])
         start += len(indices)
-    return np.concatenate([np.zeros(0, np.int32), *parts]), [*structures, [-1, start]]
+    return np.concatenate([np.zeros(0, dtype), *parts]), [*structures, [-1, start]]

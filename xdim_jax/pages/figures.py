@@ -6,6 +6,7 @@
 import base64
 import dataclasses
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,8 +69,10 @@ def render_template(template: str, **values: Any) -> str:
 
 
 def structure_colours(structures: Sequence[str]) -> dict[str, str]:
-    """Return the colour of each structure: its colour in `COLOURS`, or one of `PALETTE` by its position."""
-    return {name: COLOURS.get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(structures)}
+    """Return the colour of each structure: that in `COLOURS`, or else one of `PALETTE` that these structures lack."""
+    known = {COLOURS[name] for name in structures if name in COLOURS}
+    others = itertools.cycle([colour for colour in PALETTE if colour not in known] or PALETTE)
+    return {name: COLOURS.get(name) or next(others) for name in structures}
 
 
 # -- calibration --------------------------------------------------------------------------------------------------
@@ -300,16 +303,16 @@ def drawing_order(ref: Masks, pred: Masks) -> list[str]:
     return sorted(ref, key=lambda name: -sum(int(np.count_nonzero(masks[name])) for masks in (ref, pred)))
 
 
-def draw_case(view: View, title: str, scores: str) -> Picture:
+def draw_case(view: View, title: str, scores: str, colours: Mapping[str, str]) -> Picture:
     """Draw image, reference, prediction and errors of a case side by side, with one row for each slice or plane.
 
     Args:
         view: The case.
         title: Title for the caption.
         scores: Scores of the structures as text, for the caption.
+        colours: Colour of each structure, see `structure_colours`.
     """
     order = drawing_order(view.ref, view.pred)
-    colours = structure_colours(list(view.ref))
     ref, pred = label_map(view.ref, order), label_map(view.pred, order)
     planes = _choose_planes(ref, pred, volumetric=view.volumetric)
     last = list(view.images)[-1] if view.images else ""

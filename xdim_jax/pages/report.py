@@ -99,6 +99,7 @@ def render(
         further=[(t, [_is_paper(row) for row in t.rows]) for t in collapsed_tables],
         unreadable=summary["unreadable"],
         identical=summary.get("identical", []),
+        skipped=summary.get("skipped", []),
         empty=[
             (s, counts["pred"], counts["ref"], counts["both"])
             for s, counts in summary["empty"].items()
@@ -131,9 +132,8 @@ def _draw_cases(
     Returns:
         The pictures, and the legend: name -> colour.
     """
-    pictures: list[figures.Picture] = []
-    legend: dict[str, str] = {}
     jobs = _find_jobs(rules, evaluation, left_out) if chosen else {}
+    views: list[tuple[str, str, View]] = []
     for role, case in chosen.items():
         try:
             job = jobs[case.case_id, case.attributes.get("task", "")]
@@ -143,10 +143,11 @@ def _draw_cases(
             continue
         dice = ", ".join(f"{s} {number(_finite(v.get('dice')), 3)}" for s, v in case.values.items())
         scores = f"{rules.columns['dice'].title if 'dice' in rules.columns else 'Dice'}: {dice}"
-        pictures.append(figures.draw_case(view, f"{role}: {case.case_id}", scores))
-        colours = figures.structure_colours(list(view.ref))
-        legend |= {figures.LEGEND_NAMES.get(name, name): colour for name, colour in colours.items()}
-    return pictures, legend
+        views.append((f"{role}: {case.case_id}", scores, view))
+    # cases may have different structures, but a structure has the same colour in all pictures
+    colours = figures.structure_colours(list(dict.fromkeys(name for _, _, view in views for name in view.ref)))
+    pictures = [figures.draw_case(view, title, scores, colours) for title, scores, view in views]
+    return pictures, {figures.LEGEND_NAMES.get(name, name): colour for name, colour in colours.items()}
 
 
 def _finite(value: float | None) -> float | None:
@@ -246,12 +247,12 @@ def choose_cases(cases: Sequence[ScoredCase], unreadable: Sequence[str]) -> tupl
     ranked = sorted(means, key=lambda name: (means[name], name))
     left_out = [f"{len(unreadable)} cases without a readable prediction are not drawn."] if unreadable else []
     chosen: dict[str, ScoredCase] = {}
-    for role, share in ROLES:
+    for role, share in sorted(ROLES, key=lambda r: -abs(r[1] - 0.5)):  # the extremes first
         if ranked:
             name = ranked[round(share * (len(ranked) - 1))]
             if all(name != c.case_id for c in chosen.values()):
                 chosen[role] = unique[name]
-    return chosen, left_out
+    return {role: chosen[role] for role, _ in ROLES if role in chosen}, left_out
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------

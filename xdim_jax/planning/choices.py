@@ -128,11 +128,14 @@ def choose(
     axis = _slice_axis(found)
     flat = axis == 0 and bool(np.median(found.size[:, 0]) < _MIN_SLICES)
     reasons = {"network": _network_reason(found, flat, axis)}
-    spacing, reasons["spacing"] = _flat_spacing(found) if flat else _volume_spacing(found, axis, platform)
-    prepare: dict[str, Any] = {"crop": "none", "spacing": spacing, "size": (), "window": (), "ct_statistics": ()}
     intensities, reasons["normalise"] = _intensities(found)
+    cropped = intensities.get("crop") == "nonzero"
+    spacing, reasons["spacing"] = (
+        _flat_spacing(found, cropped=cropped) if flat else _volume_spacing(found, axis, platform)
+    )
+    prepare: dict[str, Any] = {"crop": "none", "spacing": spacing, "size": (), "window": (), "ct_statistics": ()}
     prepare |= intensities
-    grid = found.prepared_sizes(spacing, cropped=prepare["crop"] == "nonzero")
+    grid = found.prepared_sizes(spacing, cropped=cropped)
     median, ratio = np.median(grid, 0), 1.0
     strides: tuple[int, ...] = ()
     if not flat:
@@ -145,7 +148,7 @@ def choose(
             "spacing below twice its in-plane spacing and at least 8 slices, and 1 otherwise"
         )
     factors = np.array(_factors(strides, axis))
-    largest = _round_up(np.percentile(grid, 95, axis=0)[flat:], factors)
+    largest = _round_up(np.percentile(grid, 95, axis=0, method="lower")[flat:], factors)
     limit = _MAX_PIXELS if flat else _MAX_SIDE.get(platform, 128)
     patch = np.minimum(largest, np.maximum(limit // factors * factors, factors))
     if not flat and (patch == factors).all():
@@ -159,7 +162,7 @@ def choose(
     rule, reasons["rule"] = ("", "") if flat else _rule(ratio)
     folds, reasons["folds"] = _folds(found, official)
     reasons |= {
-        "patch": f"at a spacing of {_times(spacing[int(flat) :])} mm, 95 % of the images have at most "
+        "patch": f"at a spacing of {_times(spacing[int(flat) :])} mm, most images (95 %, rounded down) have at most "
         f"{_times(largest)} {'pixels' if flat else 'voxels'}, and a patch has at most {limit} along a side",
         "batch": "",
         "output": "regions are nested, so each region has its own channel with a sigmoid"
@@ -332,20 +335,26 @@ def _network_reason(found: Fingerprint, flat: bool, axis: int) -> str:
     return f"{text}: {'fewer than' if flat else 'at least'} {_MIN_SLICES}, so the network is {'2D' if flat else '3D'}"
 
 
-def _flat_spacing(found: Fingerprint) -> tuple[tuple[float, ...], str]:
+def _flat_spacing(found: Fingerprint, *, cropped: bool) -> tuple[tuple[float, ...], str]:
     """Return the spacing for a 2D network, and the reason for it.
 
-    The spacing is the median, increased if images would be too large.
+    The spacing is the median, increased if most images would be too large. A few larger images are no reason: they are
+    covered by several patches.
+
+    Args:
+        found: Fingerprint of the data set.
+        cropped: True if preparation crops images to the bounding box of the nonzero voxels.
     """
     plane = found.spacing[:, 1:]
     median = np.median(plane, 0)
-    pixels = np.percentile(found.size[:, 1:] * plane / median, 95, axis=0).max()
+    sizes = found.prepared_sizes((0.0, *median), cropped=cropped)[:, 1:]
+    pixels = np.percentile(sizes, 95, axis=0, method="lower").max()
     factor = max(pixels / _MAX_PIXELS, 1.0)
     text = f"the in-plane spacing is {_span(plane, '.3g')} mm; its median, {_times(median)} mm, is used"
     if factor > 1:
-        text += f", times {factor:.2g}, so that 95 % of the images have at most {_MAX_PIXELS} pixels along "
-        text += "a side"
-    return (0.0, *(_rounded(v * factor) for v in median)), text
+        text += f", times {factor:.2g}, so that most images (95 %, rounded down) have at most {_MAX_PIXELS} pixels "
+        text += "along a side"
+    return (0.0, *(_rounded(v * factor, 3 if factor > 1 else 6) for v in median)), text
 
 
 def _volume_spacing(found: Fingerprint, axis: int, platform: str) -> tuple[tuple[float, ...], str]:
@@ -376,7 +385,9 @@ def _volume_spacing(found: Fingerprint, axis: int, platform: str) -> tuple[tuple
         if found.having(n)
     ]
     factor = min(wanted, _MAX_COARSER, min(diameters) / _MIN_DIAMETER)
+    digits = 6
     if factor > 1.1:
+        digits = 3
         spacing[plane] *= factor
         spacing[axis] = max(spacing[axis], spacing[plane].max())
         text += (
@@ -384,7 +395,7 @@ def _volume_spacing(found: Fingerprint, axis: int, platform: str) -> tuple[tuple
             f"{_times(found.extent())} mm (median) and a patch has at most {side} voxels along a side; the slice "
             "spacing is at least the in-plane spacing"
         )
-    return tuple(_rounded(v) for v in spacing), text
+    return tuple(_rounded(v, digits) for v in spacing), text
 
 
 def _intensities(found: Fingerprint) -> tuple[dict[str, Any], str]:
@@ -394,8 +405,11 @@ def _intensities(found: Fingerprint) -> tuple[dict[str, Any], str]:
     values: dict[str, Any] = {"normalise": "zscore"}
     text = []
     if ct and every:
-        low, high = (found.percentile(ct[0], level) for level in (0.5, 99.5))
-        mean, sd = found.moments(ct[0])
+        low = min(found.percentile(channel, 0.5) for channel in ct)
+        high = max(found.percentile(channel, 99.5) for channel in ct)
+        means, sds = np.array([found.moments(channel) for channel in ct]).T
+        mean = float(means.mean())  # one window and one pair of numbers for all channels of CT
+        sd = math.sqrt(float((sds**2 + (means - mean) ** 2).mean()))
         values |= {
             "window": (round((low + high) / 2, 1), round(max(high - low, 1), 1)),
             "ct_statistics": (round(mean, 1), round(max(sd, 1.0), 1)),
@@ -489,9 +503,9 @@ def _round_up(sizes: np.ndarray, factors: np.ndarray) -> np.ndarray:
     return np.ceil(sizes / factors).astype(int) * factors
 
 
-def _rounded(value: float) -> float:
-    """Return a spacing with three significant digits."""
-    return float(f"{value:.3g}")
+def _rounded(value: float, digits: int) -> float:
+    """Return a spacing with some significant digits: six for a spacing of the images, which are then not resampled."""
+    return float(f"{value:.{digits}g}")
 
 
 def _span(values: np.ndarray, spec: str) -> str:

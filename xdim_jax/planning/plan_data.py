@@ -90,7 +90,14 @@ def plan_recipe(
     if folds:
         if not 2 <= folds <= len(found.patients):
             raise UserError(f"--folds={folds}: expected 2 to {len(found.patients)}, the number of patients")
-        choices = choices.change({"folds": "set by --folds"}, folds=folds, official=False)
+        if official and folds != official:
+            log.warn(
+                f"--folds={folds}: the list of {official} folds in {root} is not used, and cases are divided at random. "
+                "If several cases belong to one patient, make sure that the data set names the patients (a table does)"
+            )
+        choices = choices.change(
+            {"folds": "set by --folds"}, folds=folds, official=bool(official) and folds == official
+        )
     for note in choices.notes:
         log.warn(note)
 
@@ -136,8 +143,10 @@ def complete_section(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _usable_folds(splits: Sequence[Mapping[str, Sequence[str]]], found: Fingerprint) -> tuple[int, str]:
     """Return the number of folds in the list that comes with the data, or 0 and the reason why it cannot be used."""
-    if len(splits) < 2:
+    if not splits:
         return 0, ""
+    if len(splits) == 1:
+        return 0, "the list of folds is not used: it has a single fold, and a cross-validation needs at least two"
     validated = [set(fold.get("validation", ())) & found.patients for fold in splits]
     missing = sorted(found.patients - set().union(*validated))
     if missing:

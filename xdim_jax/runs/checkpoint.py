@@ -290,14 +290,20 @@ def _restore(
     With ``shared``, all processes read the folder; process 0 moves damaged checkpoints and warns, and the others wait.
     """
     first = not shared or jax.process_index() == 0
+    reason = ""
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
         try:
             restored = manager.restore(step, args=items)
         except Exception as error:  # orbax and tensorstore raise many types of errors for a damaged file
+            reason = first_line(error)
+            if _may_be_temporary(error):
+                raise UserError(
+                    f"checkpoint {step} in {manager.directory} cannot be read now ({reason}); no file was changed. "
+                    "When the memory or the disk is available again, run the same command again"
+                ) from error
             if first:
-                reason = first_line(error)
                 warn(f"checkpoint {step} in {manager.directory} cannot be read ({reason}); trying the previous one")
             continue
         for broken in (s for s in steps if s > step and first):
@@ -313,10 +319,17 @@ def _restore(
         return restored["state"], restored["progress"]
     if steps:
         raise UserError(
-            f"no checkpoint in {manager.directory} can be read (steps {steps}); they are damaged or belong to another "
-            f"network. Give another --workdir, or delete {Path(manager.directory).parent} to start again"
+            f"no checkpoint in {manager.directory} can be read (steps {steps}; {reason}); they are damaged or belong to "
+            f"another network. Give another --workdir, or delete {Path(manager.directory).parent} to start again"
         )
     return None
+
+
+def _may_be_temporary(error: Exception) -> bool:
+    """Return whether an error is one of memory, of a disk or of permissions, rather than of a damaged checkpoint."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ETIMEDOUT)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]:

@@ -50,7 +50,7 @@ def claim_workdir(
         changed = [d for d in found if d[0] in continued and not (d[0] == "train.epochs" and d[1] > d[2])]
         differing = [f"{key}: {before!r} in {CONFIG_FILE}, {now!r} now" for key, before, now in found]
         if len(changed) < len(found):
-            free = ", ".join(f"config.{key}" for key in continued)
+            free = ", ".join(f"config.{key}" for key in (*continued, *ignored))
             raise UserError(
                 f"{workdir} has a run with another config; give another --workdir, or the same config to resume it. "
                 + (f"Only {free} may change, and epochs may only increase. " if continued else "")

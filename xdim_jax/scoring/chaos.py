@@ -220,7 +220,8 @@ def pair_predictions(pred: Path, references: dict[str, LabelMap], tasks: Sequenc
         pred: Folder of predictions. It has a subfolder ``Task1`` to ``Task5`` for each task, or one set of predictions
             for all tasks.
         references: References by case id.
-        tasks: Tasks to score. Empty for all tasks with a subfolder, or all tasks if there are no subfolders.
+        tasks: Tasks to score. Empty for all tasks with a subfolder or, if there are no subfolders, all tasks whose
+            modalities the references have.
 
     Raises:
         UserError: The predictions of a task are missing, or no reference belongs to the tasks.
@@ -234,7 +235,11 @@ def pair_predictions(pred: Path, references: dict[str, LabelMap], tasks: Sequenc
         raise UserError(
             f"{pred} has the folders {names}, but not {', '.join(absent)}; omit --task to score all existing folders"
         )
-    chosen = tasks or existing or list(TASKS)
+    known = {ref.attributes["modality"] for ref in references.values()}
+    chosen = tasks or existing or [task for task in TASKS if known.issuperset(TASKS[task][0])]
+    for task in chosen:
+        if known and (absent := set(TASKS[task][0]) - known):
+            log.warn(f"task {task} is scored without {' and '.join(sorted(absent))}, of which there are no references")
     wanted = {modality for task in chosen for modality in TASKS[task][0]}
     of_tasks = {case: ref for case, ref in references.items() if ref.attributes["modality"] in wanted}
     shared = None if existing else _find_predictions(pred, of_tasks)
@@ -271,7 +276,9 @@ def aggregate(
             organs = [v for v in result.values.values() if not math.isnan(v["score"])]
             if job.attributes["task"] == task and organs:
                 cases.append({m: float(np.mean([v[m] for v in organs])) for m in _COLUMNS})
-        tasks[task] = {"cases": len(cases)} | {m: _mean_and_sd(c[m] for c in cases) for m in _COLUMNS}
+        found = {job.ref.attributes.get("modality") for job in jobs if job.attributes["task"] == task}
+        absent = sorted(set(TASKS[task][0]) - found)
+        tasks[task] = {"cases": len(cases), "absent": absent} | {m: _mean_and_sd(c[m] for c in cases) for m in _COLUMNS}
     means = {m: [t[m]["mean"] for t in tasks.values() if t[m]["mean"] is not None] for m in _COLUMNS}
     average = {m: float(np.mean(v)) if v else None for m, v in means.items()}
     return [], {"tasks": tasks, "average": average}

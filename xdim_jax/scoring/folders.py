@@ -51,6 +51,8 @@ def evaluate_folders(
             ``cases.csv`` in the output folder is another file, e.g. the table of a data set.
     """
     results.check_output(out)
+    if kept := [m for m in metrics if m in rules.columns and rules.name != "generic"]:
+        log.warn(f"--metrics={','.join(kept)} is not added, because the rules {rules.name} have metrics of these names")
     if calibrated:
         calibration.check_probabilities(pred)
     jobs, surplus = rules.jobs(pred, ref)
@@ -99,7 +101,7 @@ def evaluate_folders(
         raise UserError(f"{ref} and {pred} contain no structure, only background; name the structures with --labels")
     for line in _unevaluated_structures(scored):
         log.warn(line)
-    summary = results.summarise(rules, scored, extra)
+    summary = results.summarise(rules, scored, extra) | {"skipped": sorted(skipped)}
     columns = dict(rules.columns) | {m: column(m) for m in metrics if m not in rules.columns}
     write_evaluation(out, rules, scored + extra_rows, summary, tables.make_tables(summary, columns))
     record = {

@@ -34,11 +34,13 @@ class Geometry:
         spacing: Distance of neighbouring voxels along each array axis, in mm.
         axes: ``(3, 3)`` matrix whose column k is the step in mm along array axis k. None if the axes are known to be
             perpendicular.
+        unscored: Number of voxels that are not scored, because nothing is annotated there.
     """
 
     shape: tuple[int, ...]
     spacing: tuple[float, ...]
     axes: np.ndarray | None = None
+    unscored: int = 0
 
     @property
     def skewed(self) -> bool:
@@ -244,8 +246,8 @@ def dice(pred: np.ndarray, ref: np.ndarray) -> float:
 
 
 def _specificity(pair: Pair) -> float:
-    """Return the fraction of the voxels outside G that are also outside P; NaN if G contains all voxels."""
-    negative = pair.ref.size - pair.g
+    """Return the fraction of the scored voxels outside G that are also outside P; NaN if there is none outside G."""
+    negative = pair.ref.size - pair.geometry.unscored - pair.g
     return _ratio(negative - (pair.p - pair.tp), negative)
 
 
@@ -277,8 +279,10 @@ def _nsd(tolerance: float) -> Callable[[Pair], float]:
     """Return a metric: the normalised surface Dice (NSD) at ``tolerance`` mm, as the mean of two fractions.
 
     For each mask, this is the fraction of its surface voxels that are at most ``tolerance`` mm from the other surface.
+    Rounding errors of the voxel size, as in an oblique affine, do not matter.
     """
-    return _directed(lambda p, g: (np.mean(p <= tolerance) + np.mean(g <= tolerance)) / 2)
+    limit = tolerance * (1 + 1e-5)
+    return _directed(lambda p, g: (np.mean(p <= limit) + np.mean(g <= limit)) / 2)
 
 
 def _larger_percentile(p: np.ndarray, g: np.ndarray) -> Any:

@@ -57,7 +57,8 @@ def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[
     Raises:
         ValueError: There is no case, structure and metric in common, or a case belongs to two patients.
     """
-    first, second = _values_by_metric(a), _values_by_metric(b)
+    separate = _differs_between_tasks(a) or _differs_between_tasks(b)
+    first, second = _values_by_metric(a, separate=separate), _values_by_metric(b, separate=separate)
     patients = _patients(a, b)
     names = [key for key in first if key in second and (not metrics or key[1] in metrics)]
     found = []
@@ -110,21 +111,37 @@ def _patients(a: Sequence[ScoredCase], b: Sequence[ScoredCase]) -> dict[str, str
     return patients
 
 
-def _values_by_metric(cases: Sequence[ScoredCase]) -> Mapping[tuple[str, str], dict[tuple[str, ...], float]]:
-    """Return (structure, metric) -> case -> value.
+_TaskValues = dict[tuple[str, ...], dict[str, dict[str, Mapping[str, float]]]]  # case -> structure -> task -> values
 
-    The tasks of CHAOS use either the same prediction of a case or separate predictions. If all tasks have the same
-    values, the case counts once. Otherwise, each task is compared separately, and its structures are named
-    ``task <task> <structure>``.
-    """
-    tasks: dict[tuple[str, ...], dict[str, dict[str, Mapping[str, float]]]] = {}
+
+def _values_by_task(cases: Sequence[ScoredCase]) -> _TaskValues:
+    """Return the values of every case and structure by task; the task is empty for other data sets than CHAOS."""
+    tasks: _TaskValues = {}
     for case in cases:
         key = (case.case_id, *(v for k, v in case.attributes.items() if k != "task"))
         for structure, values in case.values.items():
             tasks.setdefault(key, {}).setdefault(structure, {})[case.attributes.get("task", "")] = values
-    separate = any(not _all_equal(list(v.values())) for found in tasks.values() for v in found.values())
+    return tasks
+
+
+def _differs_between_tasks(cases: Sequence[ScoredCase]) -> bool:
+    """Return whether the tasks of CHAOS use different predictions of a case."""
+    tasks = _values_by_task(cases)
+    return any(not _all_equal(list(v.values())) for found in tasks.values() for v in found.values())
+
+
+def _values_by_metric(
+    cases: Sequence[ScoredCase], *, separate: bool
+) -> Mapping[tuple[str, str], dict[tuple[str, ...], float]]:
+    """Return (structure, metric) -> case -> value.
+
+    Args:
+        cases: Scored cases.
+        separate: True to compare each task of CHAOS separately; its structures are then named ``task <task>
+            <structure>``. False if all tasks use the same predictions; a case then counts once.
+    """
     result: dict[tuple[str, str], dict[tuple[str, ...], float]] = {}
-    for key, structures in tasks.items():
+    for key, structures in _values_by_task(cases).items():
         for structure, by_task in structures.items():
             for task, values in by_task.items() if separate else list(by_task.items())[:1]:
                 name = f"task {task} {structure}" if separate else structure

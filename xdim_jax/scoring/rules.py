@@ -311,6 +311,7 @@ def score_case(rules: Rules, ref: LabelMap, pred: LabelMap | None, extra_metrics
             pred_masks = coding.masks(predicted, pred.path)
             if coding.excluded:
                 scored = coding.scored_voxels(values)
+                geometry = dataclasses.replace(geometry, unscored=int(np.count_nonzero(~scored)))
                 pred_masks = {name: mask & scored for name, mask in pred_masks.items()}
         except UserError as error:
             problem = str(error)
@@ -397,7 +398,9 @@ def squeeze_slice(masks: Masks, geometry: Geometry) -> tuple[Masks, Geometry]:
     single = geometry.shape.index(1)
     others = [axis for axis in range(len(geometry.shape)) if axis != single]
     shape, spacing = tuple(geometry.shape[a] for a in others), tuple(geometry.spacing[a] for a in others)
-    return {name: mask.take(0, single) for name, mask in masks.items()}, Geometry(shape, spacing)
+    return {name: mask.take(0, single) for name, mask in masks.items()}, Geometry(
+        shape, spacing, unscored=geometry.unscored
+    )
 
 
 def check_folder(folder: Path, layout: str) -> None:

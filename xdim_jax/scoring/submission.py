@@ -68,7 +68,8 @@ def pack_chaos(pred: Path, images: Images, tasks: Sequence[str]) -> list[Writer]
         tasks: Tasks of the challenge.
 
     Raises:
-        UserError: Lists all label maps that are missing or cannot be used; or no case belongs to the tasks.
+        UserError: Lists all label maps that are missing or cannot be used; or a task has no case of one of its
+            modalities.
     """
     # the two phases of T1-DUAL have one result; the prediction of the in-phase is used
     images = {name.removesuffix("_in"): files for name, files in images.items() if not name.endswith("_out")}
@@ -80,8 +81,12 @@ def pack_chaos(pred: Path, images: Images, tasks: Sequence[str]) -> list[Writer]
         for label_map, grid in checked
         if label_map.attributes["modality"] in chaos.TASKS[task][0]
     ]
-    if not writers:
-        raise UserError(f"{pred}: none of its cases belongs to task {', '.join(tasks)}; give another --task")
+    present = {label_map.attributes["modality"] for label_map, _ in checked}
+    if absent := [f"task {t} needs {m}" for t in sorted(set(tasks)) for m in chaos.TASKS[t][0] if m not in present]:
+        raise UserError(
+            f"{', '.join(absent)}, but {pred} has only {' and '.join(sorted(present)) or 'no case'}; predict these "
+            "cases, or give another --task"
+        )
     return writers
 
 

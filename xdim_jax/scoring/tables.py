@@ -184,8 +184,9 @@ def _chaos(summary: Mapping[str, Any]) -> list[Table]:
     header += ("ASSD (mm)", "ASSD score", "MSSD (mm)", "MSSD score")
     rows = []
     for task, values in summary["tasks"].items():
+        absent = f", without {' and '.join(values['absent'])}" if values.get("absent") else ""
         cells = [f"{number(values[m]['mean'], 2)} ± {number(values[m]['sd'], 2)}" for m in metrics]
-        rows += [(f"task {task}", _PAPER, *_TABLE_4[task]), ("", f"{_OURS}, {values['cases']} cases", *cells)]
+        rows += [(f"task {task}", _PAPER, *_TABLE_4[task]), ("", f"{_OURS}, {values['cases']} cases{absent}", *cells)]
     note = "The numbers of the paper are from the test set of the challenge. Mean ± sd over cases."
     if len(summary["tasks"]) == len(_TABLE_4) - 1:
         average = [number(summary["average"][m], 2) for m in metrics]
@@ -229,6 +230,8 @@ def metric_tables(summary: Mapping[str, Any], columns: Mapping[str, Column]) -> 
         "excluded",
     )
     tables = []
+    skipped = summary.get("skipped", [])
+    note = f"{len(skipped)} cases without a usable prediction are omitted: {', '.join(skipped)}." if skipped else ""
     groups = {g: t for g, t in summary["groups"].items() if t != summary["structures"]}  # skip a group of all cases
     for group, table in {"all cases": summary["structures"], **groups}.items():
         rows = []
@@ -241,5 +244,5 @@ def metric_tables(summary: Mapping[str, Any], columns: Mapping[str, Column]) -> 
                 cells = [number(v[k], d) for k in ("sd", "median", "q25", "q75", "min", "max")]
                 counts = (str(v["count"]), str(v["missing"]))
                 rows.append((structure, f"{c.title}{unit}", number(v["mean"], d), interval, *cells, *counts))
-        tables.append(Table(f"{summary['title']}, {group}", header, tuple(rows)))
+        tables.append(Table(f"{summary['title']}, {group}", header, tuple(rows), note))
     return tables

@@ -14,7 +14,7 @@ from xdim_jax.studies.plan import Plan, PlannedRun
 from xdim_jax.training.check import FREE_KEYS, resolve_config
 from xdim_jax.training.earlier_runs import describe_split, earlier_runs, find_seen_patients
 from xdim_jax.training.initial_weights import read_initial_weights
-from xdim_jax.training.pack import Pack, train_in_pack
+from xdim_jax.training.pack import Pack, finish, train_in_pack
 from xdim_jax.training.run_data import find_cases, split_found_cases
 from xdim_jax.training.signature import signature
 
@@ -113,6 +113,4 @@ def train_plan(
             if key not in packs:
                 packs[key] = Pack(runs[0][0], slots, layout, stop)
             errors += train_in_pack(packs[key], runs, stop)
-    if errors:
-        raise join_problems(errors, "runs have failed")
-    return stop.status if stop.signal else 0
+    return finish(errors, stop)

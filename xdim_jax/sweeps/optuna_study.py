@@ -30,7 +30,7 @@ from xdim_jax.base.log import warn
 
 HEARTBEAT_SECONDS = 20.0  # time between two heartbeats
 GRACE_SECONDS = 120.0  # time without a heartbeat after which a worker counts as dead
-MAX_ATTEMPTS = 5  # maximum number of attempts at a trial
+MAX_ATTEMPTS = 5  # maximum number of attempts at a trial, without those that a signal stopped
 
 SAMPLERS = ("tpe", "random", "grid")
 PRUNERS = ("none", "median", "asha")
@@ -38,6 +38,7 @@ PRUNERS = ("none", "median", "asha")
 # names of the user attributes of trials in the storage
 _ORIGIN = "origin"  # number of the first attempt
 _HEARTBEAT = "alive"  # time of the last heartbeat, seconds since the epoch
+_STOPPED = "stopped"  # set if a signal stopped the attempt, which saved its state; it does not count as an attempt
 _ERROR = "error"  # error message of a failed training; there is no further attempt
 _SURPLUS = "surplus"  # set if the trial does not count, see `claim_trial`
 
@@ -50,6 +51,12 @@ def import_optuna() -> Any:
         raise UserError("a sweep needs optuna: pip install 'xdim_jax[sweep]'") from error
     optuna.logging.set_verbosity(logging.WARNING)
     return optuna
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of a storage that cannot be reached for a while."""
+    exceptions = import_optuna().exceptions
+    return exceptions.StorageInternalError, OSError
 
 
 def open_storage(text: str) -> Any:
@@ -189,9 +196,9 @@ def make_sampler(name: str, distributions: dict[str, Any], seed: int | None) -> 
     Args:
         name: One of `SAMPLERS`.
         distributions: Distributions of the space by name, see `xdim_jax.sweeps.space.explore`.
-        seed: Seed of the sampler; with None it is random, and 0 for ``grid``. The samplers ``random`` and ``tpe``
-            combine it with the number of the trial, so that the random numbers of a trial do not depend on the worker
-            that runs it.
+        seed: Seed of the sampler; with None it is random. The samplers ``random`` and ``tpe`` combine it with the
+            number of the trial, so that the random numbers of a trial do not depend on the worker that runs it.
+            ``grid`` does not use it, because all workers need the same order of the points.
 
     Raises:
         UserError: The sampler is a grid, and the space has a continuous or a logarithmic range.
@@ -208,7 +215,7 @@ def make_sampler(name: str, distributions: dict[str, Any], seed: int | None) -> 
         def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
             pass
 
-    return Grid(_grid_values(distributions), seed=seed)
+    return Grid(_grid_values(distributions), seed=0)
 
 
 def make_pruner(name: str, *, warmup: int) -> Any:
@@ -267,7 +274,7 @@ def has_ended(attempts: Sequence[Any]) -> bool:
     """Return whether a trial is complete or pruned, or has failed without a further attempt."""
     last = deciding_attempt(attempts)
     if last.state.name == "FAIL":
-        return _ERROR in last.user_attrs or len(attempts) >= MAX_ATTEMPTS
+        return _ERROR in last.user_attrs or sum(_STOPPED not in t.user_attrs for t in attempts) >= MAX_ATTEMPTS
     return last.state.is_finished()
 
 
@@ -310,7 +317,9 @@ def claim_trial(study: Any, limit: int) -> Any | None:
         finish_trial(study, trial, "FAIL")
 
 
-def finish_trial(study: Any, trial: Any, state: str, value: float | None = None, error: str = "") -> bool:
+def finish_trial(
+    study: Any, trial: Any, state: str, value: float | None = None, error: str = "", *, stopped: bool = False
+) -> bool:
     """Store the final state of a trial.
 
     Args:
@@ -319,6 +328,7 @@ def finish_trial(study: Any, trial: Any, state: str, value: float | None = None,
         state: "COMPLETE", "PRUNED" or "FAIL".
         value: Score of a complete trial.
         error: Error message if training failed; there will be no further attempt.
+        stopped: True if a signal stopped the trial, which has saved its state.
 
     Returns:
         True if the state was stored; False if another worker has already marked the trial as failed, see
@@ -326,6 +336,8 @@ def finish_trial(study: Any, trial: Any, state: str, value: float | None = None,
     """
     optuna = import_optuna()
     try:
+        if stopped:
+            trial.set_user_attr(_STOPPED, True)
         if error:
             trial.set_user_attr(_ERROR, error)
         study.tell(trial, value, state=optuna.trial.TrialState[state])

@@ -8,7 +8,7 @@ from typing import Any
 
 from xdim_jax.base import bucket, log
 from xdim_jax.base.config import Config, load_config
-from xdim_jax.base.errors import UserError
+from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.signals import REQUEUE, StopRequest
 from xdim_jax.sweeps import optuna_study as studies
 from xdim_jax.sweeps import worker
@@ -149,13 +149,16 @@ class PackedWorker:
         member = active.member
         assert member is not None
         pruned, taken_over, run = False, False, member.opened.run
-        if member.controller.steps_done % run.per_epoch == 0 or not member.running:
-            before = active.reported
-            active.reported = worker.report_validations(active.trial, run.workdir, before)
-            pruned = active.reported > before and member.running and active.trial.should_prune()
-        if time.monotonic() - active.checked_at > self._heartbeat:
-            active.checked_at = time.monotonic()
-            taken_over = not studies.is_running(self._study, active.trial)
+        try:
+            if member.controller.steps_done % run.per_epoch == 0 or not member.running:
+                before = active.reported
+                active.reported = worker.report_validations(active.trial, run.workdir, before)
+                pruned = active.reported > before and member.running and active.trial.should_prune()
+            if time.monotonic() - active.checked_at > self._heartbeat:
+                active.checked_at = time.monotonic()
+                taken_over = not studies.is_running(self._study, active.trial)
+        except studies.storage_errors() as error:  # e.g. the database restarts: training continues
+            log.warn(f"the study cannot be reached ({first_line(error)}); the validations are reported later")
         if member.error:
             self._finish(active, 2, error=member.error)
         elif pruned or taken_over or not member.running:

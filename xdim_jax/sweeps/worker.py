@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from xdim_jax.base import bucket, log
+from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.files import write_error
 from xdim_jax.base.log import LOG_FILE
 from xdim_jax.base.signals import REQUEUE, StopRequest
-from xdim_jax.runs.records import read_records
+from xdim_jax.runs.records import STEPS_FILE, read_records
 from xdim_jax.sweeps import optuna_study as studies
 from xdim_jax.sweeps.space import Suggest, overrides_of
 
+STOPPED_BY_USER = 130  # exit status of training after Ctrl-C
+_MAX_FAILURES = 3  # number of consecutive trials that fail before their first step, after which a worker stops
 _ERROR_LINES = 3  # number of last log lines that are stored as the error of a failed trial
 
 
@@ -75,13 +78,25 @@ def run_worker(
 
     Returns:
         The exit status.
+
+    Raises:
+        UserError: Several trials in a row have failed before their first step, so this machine probably cannot train.
     """
+    failures = 0
     while not stop.signal:
         requeue_dead_trials(study, grace)
         trial = studies.claim_trial(study, job.trials)
         if trial is not None:
             with studies.Heartbeat(trial, heartbeat):
-                _train(study, trial, job, stop, heartbeat)
+                error = _train(study, trial, job, stop, heartbeat)
+            started = (local_workdir(job.root, studies.origin_of(trial)) / STEPS_FILE).is_file()
+            failures = failures + 1 if error and not started else 0
+            if failures >= _MAX_FAILURES:
+                raise UserError(
+                    f"{failures} trials in a row have failed before their first step on this machine, so this worker "
+                    f"stops and leaves the others to other workers. The last one {error}. Correct the cause, and run "
+                    "the same command again"
+                )
         elif not (wait and wait_for_others(study, stop, seconds=min(heartbeat, 2.0))):
             break
     return stop.status if stop.signal else 0
@@ -110,8 +125,8 @@ def suggest_parameters(trial: Any, job: Job) -> None:
     log.say(f"trial {studies.origin_of(trial)}: {settings}")
 
 
-def _train(study: Any, trial: Any, job: Job, stop: StopRequest, heartbeat: float) -> None:
-    """Train a trial in a new process.
+def _train(study: Any, trial: Any, job: Job, stop: StopRequest, heartbeat: float) -> str:
+    """Train a trial in a new process. Returns the error if training failed, else "".
 
     The process receives SIGTERM if this worker receives a signal, if the trial is pruned, or if another worker has
     marked the trial as failed.
@@ -137,16 +152,28 @@ def _train(study: Any, trial: Any, job: Job, stop: StopRequest, heartbeat: float
         time.sleep(0.2)
         if taken_over:  # the child process is about to end
             continue
-        before = reported
-        reported = report_validations(trial, workdir, reported)
-        pruned = pruned or (not terminated and reported > before and trial.should_prune())
-        if time.monotonic() - checked_at > heartbeat:
-            checked_at, taken_over = time.monotonic(), not studies.is_running(study, trial)
+        try:
+            before = reported
+            reported = report_validations(trial, workdir, reported)
+            pruned = pruned or (not terminated and reported > before and trial.should_prune())
+            if time.monotonic() - checked_at > heartbeat:
+                checked_at, taken_over = time.monotonic(), not studies.is_running(study, trial)
+        except studies.storage_errors() as error:  # e.g. the database restarts: training continues
+            log.warn(f"the study cannot be reached ({first_line(error)}); trying again in {heartbeat:g} s")
+            checked_at = _wait(child, stop, heartbeat)
         if not terminated and (stop.signal or pruned or taken_over):
             child.send_signal(signal.SIGTERM)  # training saves a checkpoint and exits
             terminated = True
     report_validations(trial, workdir, reported)
-    record_result(study, trial, workdir, child.returncode, pruned=pruned, stopped=bool(stop.signal))
+    return record_result(study, trial, workdir, child.returncode, pruned=pruned, stopped=bool(stop.signal))
+
+
+def _wait(child: subprocess.Popen[bytes], stop: StopRequest, seconds: float) -> float:
+    """Wait for some seconds, or until the process ends or a signal arrives. Returns the time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and child.poll() is None and not stop.signal:
+        time.sleep(0.1)
+    return time.monotonic()
 
 
 def _kill_when_parent_dies() -> None:
@@ -182,8 +209,8 @@ def validation_scores(workdir: Path) -> list[float]:
 
 def record_result(
     study: Any, trial: Any, workdir: Path, status: int, *, pruned: bool, stopped: bool = False, error: str = ""
-) -> None:
-    """Store the result of a trial in the study, and log it.
+) -> str:
+    """Store the result of a trial in the study, and log it. Returns the error if training failed, else "".
 
     Args:
         study: The study.
@@ -194,18 +221,22 @@ def record_result(
         stopped: True if the trial was stopped because this worker received a signal.
         error: Error message if training failed; empty to use the last lines of the log.
     """
-    origin, scores = studies.origin_of(trial), validation_scores(workdir)
+    origin, scores, failed = studies.origin_of(trial), validation_scores(workdir), ""
     if status == 0 and scores:
         stored = studies.finish_trial(study, trial, "COMPLETE", max(scores))
         text = f"complete, best validation Dice {max(scores):.4f}"
     elif pruned:
         stored, text = studies.finish_trial(study, trial, "PRUNED"), f"pruned after {len(scores)} validations"
     elif stopped or status == REQUEUE or status < 0:  # this or another worker can resume it from its checkpoint
-        stored, text = studies.finish_trial(study, trial, "FAIL"), "stopped; a worker of this sweep will resume it"
+        orderly = status in (REQUEUE, STOPPED_BY_USER)
+        stored, text = studies.finish_trial(study, trial, "FAIL", stopped=orderly), "stopped; a worker will resume it"
+        if studies.has_ended(studies.group_attempts(study).get(origin, [trial])):
+            text = f"interrupted {studies.MAX_ATTEMPTS} times without a clean stop; it will not be resumed"
     else:
-        text = f"failed with status {status}: {error or _last_lines(workdir / LOG_FILE)}"
+        text = failed = f"failed with status {status}: {error or _last_lines(workdir / LOG_FILE)}"
         stored = studies.finish_trial(study, trial, "FAIL", error=text)
     log.say(f"trial {origin}: {text if stored else 'another worker has taken it over'}")
+    return failed
 
 
 def _last_lines(path: Path) -> str:

@@ -3,12 +3,12 @@
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from xdim_jax import ops
-from xdim_jax.base.config import Config
+from xdim_jax.base.config import Config, leaves
 from xdim_jax.base.errors import UserError, join_problems
 from xdim_jax.data import pipeline
 from xdim_jax.data.case import Dataset
@@ -41,8 +41,11 @@ FREE_KEYS = (
 )
 
 # keys that may change when a run is resumed or a finished run is continued: they determine how long it trains and when
-# it validates; train.epochs may only increase
-CONTINUE_KEYS = ("train.epochs", "train.patience", "train.validate_every", "train.validate_after_score")
+# it validates (train.epochs may only increase), and on which devices, which changes rounding errors
+CONTINUE_KEYS = (
+    *("train.epochs", "train.patience", "train.validate_every", "train.validate_after_score"),
+    *("mesh.data", "mesh.space", "mesh.parallel"),
+)
 
 # key -> smallest and largest allowed value
 RANGES: dict[str, tuple[float, float]] = {
@@ -178,20 +181,27 @@ def _set_channels(config: Config, dataset: Dataset) -> None:
             raise UserError(f"config.model.{key}={config.model[key]}: {dataset.name} needs {expected}{names}")
 
 
-# words in the name of a structure that exists on one side of the body
-_SIDES = re.compile(r"left|right|(?<![a-z])(l|r|lt|rt|lh|rh)(?![a-z])", re.IGNORECASE)
+# words in the name of a structure that exists on one side of the body; and capitals, as in LKidney and HippocampusR
+_SIDES = re.compile(r"(?i:left|right|(?<![a-z])(l|r|lt|rt|lh|rh)(?![a-z]))|^[LR](?=[A-Z][a-z])|(?<=[a-z])[LR]$")
 
 
 def _set_flip_axes(config: Config, dataset: Dataset) -> None:
     """Set the flip axes if images are flipped and the config has no axes.
 
-    They are all axes, except W if the name of a structure contains a side: a flip along W exchanges left and right, so
+    They are all axes, except W if structures have sides, see `_have_sides`: a flip along W exchanges left and right, so
     the network could not learn the difference.
     """
     flip = config.augment.flip
     if flip.p > 0 and not flip.axes:
-        sided = any(_SIDES.search(name) for name in (*dataset.labels.structures, *dataset.regions.names))
+        sided = _have_sides({*dataset.labels.structures, *dataset.regions.names})
         flip.axes = tuple(range(len(config.data.patch) - sided))
+
+
+def _have_sides(names: Set[str]) -> bool:
+    """Return whether the names of structures contain a side, or two names differ only by l and r, as LUL and RUL do."""
+    lower = {name.lower() for name in names}
+    swapped = {f"{n[:i]}r{n[i + 1 :]}" for n in lower for i, letter in enumerate(n) if letter == "l"}
+    return any(_SIDES.search(name) for name in names) or bool(lower & swapped)
 
 
 def _value(config: Config, key: str) -> Any:
@@ -200,14 +210,19 @@ def _value(config: Config, key: str) -> Any:
 
 
 def _range_problems(config: Config) -> list[str]:
-    """Return a message for each value outside of `RANGES`."""
-    problems = []
+    """Return a message for each value outside of `RANGES`, and for each number that is NaN or infinite."""
+    problems = [
+        f"config.{key}={value}: expected a finite number"
+        + ("; 0 disables it" if RANGES.get(key, (1, 1))[0] == 0 else "")
+        for key, value in leaves(config)
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
     for key, (low, high) in RANGES.items():
         try:
             value = _value(config, key)
         except KeyError:
             continue
-        if not low <= value <= high:
+        if not low <= value <= high and math.isfinite(value):
             problems.append(f"config.{key}={value}: expected {low:g} to {high:g}")
     return problems
 

@@ -23,6 +23,7 @@ from xdim_jax.data.case import scan_cases
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import read_records
+from xdim_jax.training.run_data import check_annotated, split_found_cases
 
 CROSSVAL_FILE = "crossval.json"
 
@@ -45,6 +46,7 @@ def train_folds(config: Config, workdir: Path, train: Callable[[Runs], int]) -> 
             that of a single run.
     """
     folds = _count_folds(config.data)
+    _check_annotated(config, folds)
     if checkpoint.exists(workdir):
         raise UserError(f"{workdir} is the workdir of a single run; give another --workdir for fold=all")
     runs = []
@@ -60,6 +62,20 @@ def train_folds(config: Config, workdir: Path, train: Callable[[Runs], int]) -> 
         for line in format_summary(summary):
             log.say(line)
     return 0
+
+
+def _check_annotated(config: Config, folds: int) -> None:
+    """Raise UserError if a fold has no annotated validation case, before the first fold is trained."""
+    data = config.data
+    dataset = get_dataset(data)
+    if dataset.annotated is None or not data.root:
+        return
+    scan = scan_cases(dataset, Path(data.root), need_labels=True)
+    for fold in range(folds):
+        chosen = config.copy_and_resolve_references().data
+        chosen.fold = fold
+        _, validation = split_found_cases(chosen, config.seed, scan.cases, scan.splits)
+        check_annotated(dataset, validation, fold)
 
 
 def _count_folds(data: Any) -> int:

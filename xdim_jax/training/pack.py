@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from xdim_jax import ops
 from xdim_jax.base import log
 from xdim_jax.base.config import Config, leaves
-from xdim_jax.base.errors import UserError
+from xdim_jax.base.errors import UserError, join_problems
 from xdim_jax.base.files import write_error
 from xdim_jax.base.signals import StopRequest
 from xdim_jax.data.case import Dataset
@@ -400,8 +400,22 @@ def train_runs(runs: Sequence[tuple[Config, Path]], *, slots: int, layout: str, 
         f"pack       {min(pack.slots, len(runs))} of {len(runs)} runs at a time, layout {pack.layout}; each logs to "
         f"{log.LOG_FILE} in its workdir"
     )
-    if errors := train_in_pack(pack, runs, stop):
-        raise UserError("\n  ".join(errors))
+    errors = train_in_pack(pack, runs, stop)
+    return finish(errors, stop)
+
+
+def finish(errors: Sequence[str], stop: StopRequest) -> int:
+    """Return the exit status after the training of several runs.
+
+    After a signal, the status is that of the signal, because the other runs can be resumed; the errors are logged.
+
+    Raises:
+        UserError: Runs have failed, and there was no signal.
+    """
+    if errors and not stop.signal:
+        raise join_problems(list(errors), "runs have failed")
+    for error in errors:
+        log.warn(error)
     return stop.status if stop.signal else 0
 
 

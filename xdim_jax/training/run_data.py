@@ -99,22 +99,29 @@ def find_data(
         write_phantoms(data, root.parent, seed=seed, progress=log.say)
     mesh.barrier("phantoms")
     train, validation = _split(data, seed, dataset, root)
-    if not any(data_case.annotated_regions(dataset, case) for case in validation):
-        raise UserError(
-            f"no region is annotated in the validation cases of fold {data.fold} "
-            f"({shorten([case.case_id for case in validation])}), so that the fold has no validation score: expected "
-            "at least one annotated region; change config.data.fold or config.data.folds, or remove these cases"
-        )
+    check_annotated(dataset, validation, data.fold)
     if first:
         if started:
             _check_description(workdir, root, dataset)
         _record_split(workdir, root, train, validation, started=started)
         write_json(workdir / DATA_FILE, data_case.describe(dataset))
     entries = _prepare(data, dataset, root, [*train, *validation])
+    if first:
+        _record_contents(workdir, root, entries, started=started)
     chosen = entries[: len(train)]
     pipeline.check_size(chosen, data.sampling, patch_size_3d(data.patch))
     facts = _annotations(dataset, output, train)
     return RunData(chosen, list(zip(validation, entries[len(train) :], strict=True)), facts)
+
+
+def check_annotated(dataset: Dataset, validation: Sequence[Case], fold: int) -> None:
+    """Raise UserError if no region is annotated in the validation cases of a fold."""
+    if not any(data_case.annotated_regions(dataset, case) for case in validation):
+        raise UserError(
+            f"no region is annotated in the validation cases of fold {fold} "
+            f"({shorten([case.case_id for case in validation])}), so that the fold has no validation score: expected "
+            "at least one annotated region; change config.data.fold or config.data.folds, or remove these cases"
+        )
 
 
 def _split(data: Any, seed: int, dataset: Dataset, root: Path) -> tuple[list[Case], list[Case]]:
@@ -230,4 +237,23 @@ def _record_split(workdir: Path, root: Path, train: list[Case], validation: list
                     f"the run in {workdir} was started with other {side} cases than those in {root}: {len(changed)} "
                     f"differ ({shorten(changed)}). Restore the data to resume the run, or give another --workdir"
                 )
+        split["contents"] = before.get("contents", {})
     write_json(path, split)
+
+
+def _record_contents(workdir: Path, root: Path, entries: Sequence[store.Entry], *, started: bool) -> None:
+    """Add digests of the files of all cases to ``split.json``.
+
+    Raises:
+        UserError: The run has ``started`` with other contents of these files, such as labels before a correction.
+    """
+    path = workdir / SPLIT_FILE
+    split = read_json(path)
+    before = split.get("contents", {}) if started else {}
+    now = {entry.case_id: entry.content for entry in entries}
+    if changed := sorted(case for case, content in now.items() if before.get(case, content) != content):
+        raise UserError(
+            f"the run in {workdir} was started before the files of {len(changed)} cases in {root} changed "
+            f"({shorten(changed)}). To train on the new files, give another --workdir; to resume, restore the files"
+        )
+    write_json(path, split | {"contents": now})

@@ -53,8 +53,17 @@ def is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name in _SYSTEM_FOLDERS
 
 
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is the workdir of a run, a cross-validation or ``fit``, so that its files are no data."""
+    names = ("config.json", "split.json"), ("recipe.json", "recipe.py")
+    known = any(all((folder / name).is_file() for name in pair) for pair in names)
+    return known or any(folder.glob("fold*/split.json"))
+
+
 def files_below(root: Path) -> Iterator[Path]:
-    """Yield all files below a folder, sorted by folder and name, without those that are hidden.
+    """Yield all files below a folder, sorted by folder and name.
+
+    Hidden files and folders, and the workdirs of runs below the folder, are omitted.
 
     Raises:
         UserError: A folder cannot be read.
@@ -72,7 +81,7 @@ def files_below(root: Path) -> Iterator[Path]:
             folders[:] = []
             continue
         visited.add(real)
-        folders[:] = sorted(f for f in folders if not is_hidden(Path(f)))
+        folders[:] = sorted(f for f in folders if not is_hidden(Path(f)) and not is_run(Path(folder, f)))
         yield from (path for name in sorted(names) if not is_hidden(path := Path(folder, name)))
 
 

@@ -82,6 +82,17 @@ def _read_header(path: Path, file: Any) -> Any:
                 suggestion="restore its pixdim or its sform",
             )
         )
+    unit = {1: "metres", 3: "micrometres"}.get(int(raw["xyzt_units"]) & 7)
+    if unit is not None:
+        raise data_error(
+            Problem(
+                "implausible_spacing",
+                path,
+                found=f"has voxel sizes in {unit}, by the unit in its header",
+                expected="mm",
+                suggestion="convert its voxel sizes, its sform and its qform to mm; or correct the unit (xyzt_units)",
+            )
+        )
     file.seek(0)
     header = kind.from_fileobj(file)
     size, stored = path.stat().st_size, math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize

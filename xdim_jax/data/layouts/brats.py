@@ -21,7 +21,7 @@ from xdim_jax.base.problem import WARNING, Problem
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images import nifti
 from xdim_jax.data.images.image import images_in, source_path, unique_images
-from xdim_jax.data.images.names import is_hidden, normalised, strip
+from xdim_jax.data.images.names import is_hidden, is_run, normalised, strip
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import BRATS, BRATS_2024, TISSUES, Regions
 
@@ -174,7 +174,7 @@ def _coverage_problems(case: Case, image: np.ndarray) -> list[Problem]:
 def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
     """List the cases below ``root``, which may be the folder of a single case, and the problems of all folders."""
     below = [root, *root.glob("*/"), *root.glob("*/*/")]
-    below = [p for p in below if not any(is_hidden(Path(part)) for part in p.relative_to(root).parts)]
+    below = [p for p in below if not any(is_hidden(q) or is_run(q) for q in (p, *p.parents) if root in q.parents)]
     folders = sorted(p for p in below if _is_case(p))
     cases: dict[str, Case] = {}
     problems: list[Problem] = []
