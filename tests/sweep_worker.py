@@ -30,6 +30,7 @@ def train(argv):
     state = workdir / "checkpoint"
     done = int(state.read_text()) if state.is_file() else 0
     if x > 0.9:
+        (workdir / "steps.jsonl").write_text("{}\n")  # it fails after its first step
         print("error: the learning rate is too high")
         return 2
     for epoch in range(done + 1, EPOCHS + 1):

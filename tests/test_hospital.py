@@ -33,7 +33,7 @@ from xdim_jax.base.files import write_json
 from xdim_jax.data import phantom, regions
 from xdim_jax.data.case import Case, case_from_files, describe, scan_cases, usable_cases
 from xdim_jax.data.datasets import get_dataset
-from xdim_jax.data.images.image import files_of, read_image
+from xdim_jax.data.images.image import files_of, read_grid, read_image
 from xdim_jax.data.images.names import files_below
 from xdim_jax.data.images.series import find_series
 from xdim_jax.data.labels import Labels
@@ -747,6 +747,41 @@ def test_the_same_command_can_be_repeated_with_the_output_below_a_data_set(workd
         run(workdir, tmp_path / "in", tmp_path / "in" / "predictions")
     assert names_in(tmp_path / "in" / "predictions") == {"a", "b"}
     assert "2 of 2 cases" in capsys.readouterr().out  # up to date
+
+
+@pytest.mark.parametrize(("unit", "usable"), [("mm", True), ("unknown", True), ("micron", False), ("meter", False)])
+def test_voxel_sizes_in_other_units_than_mm_are_an_error(unit, usable, tmp_path):
+    image = nib.Nifti1Image(volume_of(0, (4, 4, 4)), np.diag([25, 25, 25, 1]))
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "a.nii.gz")
+    if usable:
+        assert read_grid(tmp_path / "a.nii.gz").spacing == (25, 25, 25)
+    else:
+        with pytest.raises(UserError, match=r"a\.nii\.gz.*metres.*mm"):
+            read_grid(tmp_path / "a.nii.gz")
+
+
+@pytest.mark.parametrize("name", ["camus", "brats"])
+def test_workdirs_inside_the_data_are_not_data(name, tmp_path):
+    """Predictions of a run have the names of images, and their folder may be sorted before those of the patients."""
+    root = tmp_path / "data"
+    write = {"camus": phantom.write_camus, "brats": phantom.write_brats}[name]
+    write(
+        root, **({"cases": 2, "shape": (64, 64), "frames": 2} if name == "camus" else {"cases": 2, "shape": (32,) * 3})
+    )
+    options = {"camus": {}, "brats": {"convention": "brats2021"}}[name]
+    data = get_dataset({"dataset": name, "root": str(root)} | options)
+    before = scan_cases(data, root, need_labels=True)
+    for folder, marks in (("a_run", ("config.json", "split.json")), ("a_fit", ("recipe.json", "recipe.py"))):
+        for case in before.cases:
+            save_nifti(root / folder / "predictions" / f"{case.case_id}.nii.gz", 1)
+        for mark in marks:
+            (root / folder / mark).write_text("{}")
+    (root / "a_crossval" / "fold0").mkdir(parents=True)
+    (root / "a_crossval" / "fold0" / "split.json").write_text("{}")
+    save_nifti(root / "a_crossval" / "predictions" / f"{before.cases[0].case_id}.nii.gz", 1)
+    after = scan_cases(data, root, need_labels=True)
+    assert after.cases == before.cases and after.problems == before.problems and len(before.cases) >= 2
 
 
 def test_an_unknown_orientation_is_a_warning(workdir, tmp_path, capsys):

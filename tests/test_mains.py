@@ -368,6 +368,10 @@ MISUSES = {
         [f"--config={RECIPE}", "--config.data.batch=0", "--config.predict.overlap=1.0", "--config.train.log_every=0"],
         ["3 values", "config.data.batch=0: expected 1 to inf", "predict.overlap=1.0", "train.log_every=0"],
     ),
+    "not finite": (
+        [f"--config={RECIPE}", "--config.train.checkpoint_minutes=inf", "--config.optim.clip_norm=nan"],
+        ["checkpoint_minutes=inf: expected a finite number", "clip_norm=nan: expected a finite number"],
+    ),
     "filters": ([f"--config={RECIPE}", "--config.model.filters=16,16"], ["filters=(16, 16): expected 5 numbers"]),
     "other convention": ([f"--config={RECIPE}", DATA, "--config.data.convention=brats2023"], ["convention=brats2021"]),
     "unknown data set": ([f"--config={RECIPE}", "--config.data.dataset=brain"], ["known: brats, camus, chaos, nnunet"]),

@@ -16,7 +16,7 @@ from xdim_jax.data.case import scan_cases
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.fingerprint import Fingerprint, measure, measure_cases
 from xdim_jax.data.labels import Labels
-from xdim_jax.data.prepare import Preparation, check_preparation, prepare
+from xdim_jax.data.prepare import Preparation, check_preparation, prepare, target_shape
 from xdim_jax.data.reading import read_case
 from xdim_jax.data.regions import Regions
 from xdim_jax.data.store import store_key
@@ -230,6 +230,41 @@ def ct_channel(low=-1000, high=800):
 @pytest.mark.parametrize(("slices", "network"), [(1, "omnianet"), (11, "omnianet"), (12, "dxnet"), (900, "dxnet")])
 def test_few_slices_make_a_2d_network(slices, network):
     assert chosen(fingerprint(size=[slices, 200, 200])).network == network
+
+
+def test_a_few_large_images_do_not_decide():
+    """One of twelve pictures is a scan of 4096 pixels: the others keep their pixels, and it gets several patches."""
+    sizes = Each([[1, 256, 256]] * 11 + [[1, 4096, 4096]])
+    found = chosen(fingerprint(12, size=sizes, spacing=[1.0, 0.5, 0.5]))
+    assert found.prepare["spacing"] == (0.0, 0.5, 0.5) and found.patch == (256, 256)
+    volumes = chosen(fingerprint(6, size=Each([[30, 64, 64]] * 5 + [[2000, 1500, 1500]])))
+    assert volumes.patch == (32, 64, 64)
+
+
+def test_images_that_are_cropped_are_planned_by_the_size_after_cropping():
+    found = chosen(fingerprint(size=[1, 2000, 2000], nonzero=[1, 500, 500], spacing=[1.0, 0.5, 0.5]))
+    assert found.prepare["crop"] == "nonzero" and found.prepare["spacing"] == (0.0, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("spacing", [1.40625, 1.0547, 0.9765625])
+def test_data_with_one_spacing_are_not_resampled(spacing):
+    found = chosen(fingerprint(spacing=[spacing] * 3, size=[64, 256, 256]))
+    settings = Preparation(spacing=found.prepare["spacing"])
+    assert target_shape((64, 256, 256), (spacing,) * 3, settings) == (64, 256, 256)
+
+
+def test_the_window_of_several_ct_channels_contains_the_structures_of_all():
+    """Native and contrast phase: structures of 0 to 60 and of 150 to 400 HU."""
+    channels = [
+        ct_channel() | {"foreground": np.linspace(0, 60, 201).tolist(), "mean": 30.0, "sd": 10.0},
+        ct_channel() | {"foreground": np.linspace(150, 400, 201).tolist(), "mean": 270.0, "sd": 40.0},
+    ]
+    cases = {f"c{i}": facts_of(patient=f"p{i}", ct=[0, 1], channels=channels) for i in range(6)}
+    found = chosen(Fingerprint(cases, ("CT", "CT2"), ("organ",)))
+    centre, width = found.prepare["window"]
+    assert centre - width / 2 < 1 and centre + width / 2 > 395
+    assert found.prepare["ct_statistics"][0] == 150.0
+    assert found.prepare["ct_statistics"][1] == pytest.approx(np.sqrt((10**2 + 40**2) / 2 + 120**2), abs=0.1)
 
 
 def test_isotropic_mr():
@@ -544,7 +579,8 @@ SPLITS = [{"training": ("p0",), "validation": ("p1",)}, {"training": ("p1",), "v
     ("count", "splits", "number", "words"),
     [
         (2, SPLITS, 2, ""),
-        (2, SPLITS[:1], 0, ""),
+        (2, SPLITS[:1], 0, "single fold"),
+        (2, [], 0, ""),
         (3, SPLITS, 0, "validates on p2"),
         (2, [SPLITS[0], SPLITS[0]], 0, "validates on p0"),
         (2, [*SPLITS, SPLITS[0]], 0, "the same patient"),

@@ -80,7 +80,12 @@ def test_files_with_an_underscore_are_not_recipes():
         (("LeftVentricle",), True),
         (("lung_L", "lung_R"), True),
         (("hippocampus-lh",), True),
+        (("LKidney", "RKidney"), True),
+        (("kidneyL",), True),
+        (("LUL", "RUL"), True),
+        (("lkid", "rkid"), True),
         (("lesion", "rectum", "larynx", "arteries"), False),
+        (("Liver", "Rectum", "LungVessels", "EL"), False),
     ],
 )
 @pytest.mark.parametrize("recipe", ["own_dxnet", "own_omnianet"])

@@ -591,6 +591,9 @@ def test_a_loss_that_is_not_finite_leaves_the_states_before_it(tmp_path):
     assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == 4
 
 
+_EXPONENTIAL = ("--config.optim.schedule.name=exponential", "--config.optim.schedule.constant_epochs=1")
+
+
 # -- damaged checkpoints ------------------------------------------------------------------------------------------
 
 
@@ -610,6 +613,48 @@ def test_a_half_written_checkpoint_is_skipped_and_a_damaged_one_moved_aside(smal
     assert (workdir / "damaged-checkpoint-6").is_dir()
     assert not list((workdir / "checkpoints").glob("*tmp*"))
     assert_same_end(workdir, straight, 6)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), RuntimeError("RESOURCE_EXHAUSTED: 8 GiB")])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(error, tmp_path, monkeypatch):
+    checkpoints = checkpoint.open_checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoint.save_latest(checkpoints, small_state(float(step), step), {})
+    restore = ocp.CheckpointManager.restore
+    calls = []
+
+    def fail_once(self, step, **options):
+        calls.append(step)
+        if len(calls) == 1:
+            raise error
+        return restore(self, step, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail_once)
+    with pytest.raises(UserError, match=r"checkpoint 2 .*run the same command again"):
+        checkpoint.restore_latest(checkpoints, small_state(0.0), print)
+    state, _ = checkpoint.restore_latest(checkpoints, small_state(0.0), print)
+    checkpoint.close(checkpoints)
+    assert int(state.step) == 2 and not list(tmp_path.glob("damaged*"))
+
+
+@pytest.mark.parametrize("part", ["image", "reference"])
+def test_data_that_changed_since_a_run_was_started_are_an_error(part, small, camus4, tmp_path):
+    """A corrected reference: the run would be trained on both, and its earlier folds on the old one."""
+    data, workdir = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(camus4, data)
+    train_small(workdir, data, "--config.train.epochs=2", *_EXPONENTIAL)
+    suffix = "_gt.nii.gz" if part == "reference" else "ED.nii.gz"
+    path = sorted(p for p in data.rglob(f"*{suffix}"))[0]
+    image = nib.load(path)
+    array = np.asarray(image.dataobj).copy()
+    array[:4, :4] = 1
+    nib.save(nib.Nifti1Image(array, image.affine, image.header), path)
+    more = ("--config.train.epochs=3", *_EXPONENTIAL)
+    with pytest.raises(UserError, match=path.name.split("_")[0]):
+        train.main(arguments(workdir, data, *more))
+    shutil.copy(camus4 / path.relative_to(data), path)  # another time, the same content
+    train_small(workdir, data, *more)
+    train_small(tmp_path / "new", camus4, *more)
 
 
 def test_half_written_alone_is_a_new_run(tmp_path):
@@ -1128,9 +1173,6 @@ def test_zeros_of_another_sign_differ(tmp_path, capsys):
     a, b = make_workdir(tmp_path / "a", value=0.0), make_workdir(tmp_path / "b", value=-0.0)
     code, out = verified(a, b, capsys)
     assert code == 1 and "params.fast.w" in out
-
-
-_EXPONENTIAL = ("--config.optim.schedule.name=exponential", "--config.optim.schedule.constant_epochs=1")
 
 
 def test_a_finished_run_is_continued_to_more_epochs(small, camus4, tmp_path):

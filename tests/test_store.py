@@ -443,6 +443,46 @@ def test_cases_without_structures_have_no_voxel_to_draw(root, rng):
 # -- the stream ---------------------------------------------------------------------------------------------------
 
 
+def test_files_of_one_name_size_and_time_in_other_folders_are_other_files(tmp_path):
+    """Uncompressed references of two raters, unpacked from an archive with one time for all files."""
+    for rater, size in (("r1", 4), ("r2", 8)):
+        (tmp_path / rater).mkdir()
+        for name in ("image", "label"):
+            label = np.zeros((12, 12, 12), np.uint8)
+            label[:size, :size, :size] = 1
+            path = tmp_path / rater / f"{name}.nii"
+            nib.save(nib.Nifti1Image(label if name == "label" else np.ones_like(label), np.eye(4)), path)
+            os.utime(path, ns=(10**18, 10**18))
+    found = []
+    labels = Labels("own", ("background", "organ"), (0, 1))
+    for rater in ("r1", "r2", "r1"):
+        image, label = tmp_path / rater / "image.nii", tmp_path / rater / "label.nii"
+        case = Case("c0", "c0", (image,), ("CT",), label, labels)
+        (entry,) = store.prepare_cases(BRATS, [case], Preparation(), tmp_path / "store")
+        found.append(int((entry.load().label == 1).sum()))
+    assert found == [4**3, 8**3, 4**3]
+
+
+def test_a_data_set_that_was_moved_is_not_prepared_again(root, tmp_path):
+    first = store.prepare_cases(BRATS, list_cases(BRATS, root, need_labels=True), PAPER, tmp_path / "store")
+    root.rename(tmp_path / "moved")
+    cases = list_cases(BRATS, tmp_path / "moved", need_labels=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "prepare", lambda *_: pytest.fail("prepared again"))
+        patch.setattr(store, "_content_digest", lambda case: pytest.fail("read again"))
+        again = store.prepare_cases(BRATS, cases, PAPER, tmp_path / "store")
+    assert [entry.location for entry in again] == [entry.location for entry in first]
+
+
+def test_indices_of_a_very_large_label_map_do_not_overflow(monkeypatch):
+    """The limit is lowered, because a real one needs 2 GiB."""
+    monkeypatch.setattr(store.np, "iinfo", lambda dtype: type("Info", (), {"max": 100}))
+    label = np.zeros((5, 5, 5), np.uint8)
+    label[4, 4, 4] = 1
+    voxels, structures = store._labelled_voxels(label)
+    assert voxels.dtype == np.int64 and voxels.tolist() == [124] and structures[0] == [1, 0]
+
+
 @pytest.fixture(scope="module")
 def entries(phantoms, tmp_path_factory):
     cases = list_cases(BRATS, phantoms, need_labels=True)

@@ -19,6 +19,7 @@ from tests.conftest import records
 from tests.sweep_worker import EPOCHS
 from xdim_jax import sweep
 from xdim_jax.base.errors import UserError
+from xdim_jax.base.signals import StopRequest
 from xdim_jax.sweeps import optuna_study as studies
 from xdim_jax.sweeps import page, space, worker
 
@@ -128,6 +129,10 @@ def test_spaces_that_ship_fit_their_recipes(name, config):
         (["--space=none.py"], ["none.py does not exist", "configs/sweeps/optimiser.py"]),
         (["--trials=0"], ["--trials=0"]),
         (["--grace=0"], ["--grace=0"]),
+        (["--budget=16GiB"], ["--budget=16GiB", "--dry-run"]),
+        (["--layout=scan"], ["--layout=scan", "--pack"]),
+        (["--seed=-1"], ["--seed=-1"]),
+        (["--pruner=median", "--pruner-warmup=-1"], ["--pruner-warmup=-1"]),
         (["--config=nothing.py"], ["nothing.py does not exist"]),
         (["--sampler=grid"], ["optim.schedule.peak is a continuous or a logarithmic range"]),
         (["--storage=mydb://x/y"], ["--storage=mydb://x/y cannot be opened"]),
@@ -220,6 +225,58 @@ def test_no_further_attempt_after_an_error_or_after_many_attempts(storage):
     assert studies.claim_trial(study, 2) is None and all(map(studies.has_ended, studies.group_attempts(study).values()))
 
 
+def test_attempts_that_a_signal_stopped_do_not_count(storage):
+    """A trial of six days under a time limit of one day."""
+    study = open_toy(storage)
+    for _ in range(2 * studies.MAX_ATTEMPTS):
+        studies.finish_trial(study, studies.claim_trial(study, 1), "FAIL", stopped=True)
+        assert studies.requeue_dead_trials(study) == [0]
+    studies.finish_trial(study, studies.claim_trial(study, 1), "COMPLETE", 0.5)
+    assert all(map(studies.has_ended, studies.group_attempts(study).values()))
+
+
+def test_points_of_a_grid_are_trained_once_whatever_the_seeds_of_the_workers(storage):
+    distributions = {"a": optuna.distributions.IntDistribution(0, 5)}
+    values = []
+    for seed in (None, 1, 2, None, 3, 1):
+        sampler = studies.make_sampler("grid", distributions, seed)
+        study = studies.open_study(studies.open_storage(storage), "toy", sampler=sampler)
+        trial = studies.claim_trial(study, 6)
+        values.append(trial.suggest_int("a", 0, 5))
+        studies.finish_trial(study, trial, "COMPLETE", 0.5)
+    assert sorted(values) == list(range(6))
+
+
+def test_a_machine_that_cannot_train_leaves_the_trials_to_others(tmp_path):
+    """Every training ends at once with status 2, as without a GPU or without the data."""
+    study = open_toy(str(tmp_path / "study.journal"))
+    command = (sys.executable, "-c", "print('error: no data'); raise SystemExit(2)")
+    job = worker.Job("C", (), lambda trial: trial.suggest_float("x", 0, 1), tmp_path / "root", 20, command)
+    with pytest.raises(UserError, match=r"3 trials in a row .*no data"):
+        worker.run_worker(study, job, StopRequest(), heartbeat=0.5, grace=8.0)
+    assert studies.claim_trial(study, 20) is not None and len(studies.group_attempts(study)) == 4
+
+
+def test_training_continues_while_the_storage_cannot_be_reached(tmp_path, monkeypatch, capsys):
+    """The database restarts during the first epochs."""
+    study = open_toy(str(tmp_path / "study.journal"))
+    command = (sys.executable, "-m", "tests.sweep_worker", "train")
+    job = worker.Job("C", (), lambda trial: trial.suggest_float("x", 0, 0.5), tmp_path / "root", 1, command)
+    failures, report = [], studies.report_score
+
+    def restarting(*arguments):
+        if len(failures) < 3:
+            failures.append(1)
+            raise optuna.exceptions.StorageInternalError("server closed the connection")
+        return report(*arguments)
+
+    monkeypatch.setattr(studies, "report_score", restarting)
+    assert worker.run_worker(study, job, StopRequest(), heartbeat=0.2, grace=60.0) == 0
+    (trial,) = study.get_trials()
+    assert len(failures) == 3 and trial.state.name == "COMPLETE" and len(trial.intermediate_values) == EPOCHS
+    assert "cannot be reached" in capsys.readouterr().out
+
+
 def test_workers_of_a_study_have_the_same_settings(storage):
     study = open_toy(storage)
     studies.record_search(study, {"config": "a.py", "space": "x"})
@@ -257,7 +314,7 @@ def test_workers_with_one_seed_draw_different_trials(name, storage):
 
 def test_another_study_has_its_own_folder(tmp_path, monkeypatch):
     roots = []
-    monkeypatch.setattr(sweep, "_work", lambda study, job, options: roots.append(str(job.root)) or 0)
+    monkeypatch.setattr(sweep, "_work", lambda study, job, options, stop: roots.append(str(job.root)) or 0)
     usual = [f"--config={CAMUS}", "--space=configs/sweeps/optimiser.py", "--trials=2", f"--workdir={tmp_path}"]
     for more in ([], ["--study=second"]):
         assert sweep.main([*usual, *more]) == 0

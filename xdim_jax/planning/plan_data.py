@@ -92,7 +92,7 @@ def plan_recipe(
             raise UserError(f"--folds={folds}: expected 2 to {len(found.patients)}, the number of patients")
         if official and folds != official:
             log.warn(
-                f"--folds={folds}: the list of {official} folds in {root} is not used, and cases are divided at random. "
+                f"--folds={folds}: the list of {official} folds in {root} is not used; cases are divided at random. "
                 "If several cases belong to one patient, make sure that the data set names the patients (a table does)"
             )
         choices = choices.change(

@@ -319,8 +319,8 @@ def _restore(
         return restored["state"], restored["progress"]
     if steps:
         raise UserError(
-            f"no checkpoint in {manager.directory} can be read (steps {steps}; {reason}); they are damaged or belong to "
-            f"another network. Give another --workdir, or delete {Path(manager.directory).parent} to start again"
+            f"no checkpoint in {manager.directory} can be read (steps {steps}; {reason}): they are damaged or belong "
+            f"to another network. Give another --workdir, or delete {Path(manager.directory).parent} to start again"
         )
     return None
 
