@@ -24,6 +24,7 @@ from xdim_jax.nets import networks, weights
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.inflate import Inflation
 from xdim_jax.nets.weights import Weights, read_weights, write_weights
+from xdim_jax.training.initial_weights import read_named
 
 
 def float32(w):
@@ -198,6 +199,53 @@ def test_a_3d_encoder_with_another_depth_treatment_is_refused():
     with pytest.raises(UserError, match=r"depth=.*'edge'.*depth=.*'zero'"):
         weights.load(toy_model(eps=1e-3), params, stats, deep)
     weights.load(toy_model(eps=1e-3), params, stats, deep, accept=("depth",))
+
+
+def test_kernels_that_were_inflated_along_another_axis_are_never_accepted():
+    flat = float32(make_encoder())
+    depth = {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2,) * 5}
+    deep, _ = weights.adapt_encoder(flat, {**flat.model, "ndim": 3, "depth": depth}, inflation=Inflation())
+    section = toy_model(eps=1e-3) | {"depth": {"axis": 2}}
+    params, stats = built(section)
+    with pytest.raises(UserError, match=r"along axis 0.*is 2"):
+        weights.load(section, params, stats, deep, accept=("depth",))
+
+
+def test_an_encoder_with_layer_norms_fits_a_network_with_batch_norm():
+    """ConvNeXt has no batch norm, whatever the config of the network says."""
+    section = {"name": "convnext_tiny", "in_channels": 3, "ndim": 2, "padding": "symmetric", "eps": 1e-6}
+    assert not weights.has_batch_norm({**section, "norm": "batch"})
+    assert weights.has_batch_norm({**section, "name": "efficientnet_toy", "norm": "batch"})
+    assert not weights.has_batch_norm({**section, "name": "efficientnet_toy", "norm": "instance"})
+
+
+def test_differences_between_networks_can_be_accepted_and_are_listed():
+    made = float32(make_omnianet())
+    section = {**made.model, "encoder": {**made.model["encoder"], "eps": 0.5}, "activation": "silu"}
+    assert len(weights.network_differences(made, section)) == 2
+    (left,) = weights.network_differences(made, section, accept=("eps",))
+    assert "activation" in left
+    params, stats = built(section)
+    with pytest.raises(UserError, match=r"(?s)config\.init\.accept.*activation"):
+        weights.load(section, params, stats, made, accept=("eps",))
+    same_activation = {**section, "activation": made.model["activation"]}
+    weights.load(same_activation, params, stats, made, accept=("eps",))
+    with pytest.raises(UserError, match="unknown property to accept: foo"):
+        weights.load(section, params, stats, made, accept=("foo",))
+
+
+@pytest.mark.parametrize("name", ["earlier", "b0.safetensor"])
+def test_a_name_that_is_nothing_says_what_is_expected(name):
+    with pytest.raises(UserError, match=r"no file or folder.*workdir of a run") as error:
+        read_named(name)
+    assert "--from-file" not in str(error.value)
+
+
+def test_a_cross_validation_is_no_single_run(tmp_path):
+    (tmp_path / "fold0").mkdir()
+    (tmp_path / "fold0" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cross-validation.*fold0"):
+        read_named(f"{tmp_path}")
 
 
 def test_a_damaged_description_is_explained(network, tmp_path):

@@ -508,6 +508,18 @@ def test_a_bad_case_does_not_keep_the_memory_from_being_said(flat, tmp_path, mon
     assert re.search("warning: .*memory.*RuntimeError", capsys.readouterr().out)
 
 
+def test_settings_that_are_given_may_differ_between_the_runs_of_an_ensemble(tmp_path):
+    workdirs = [make_workdir(tmp_path / name) for name in "ab"]
+    for workdir, key, value in ((workdirs[1], "min_et", 7), (workdirs[1], "threshold", 0.4)):
+        config = json.loads((workdir / CONFIG_FILE).read_text())
+        config["predict"][key] = value
+        write_json(workdir / CONFIG_FILE, config)
+    with pytest.raises(UserError, match=r"min_et.*--min_et") as error:
+        xdim_jax.Predictor(workdirs)
+    assert "threshold" not in str(error.value), "a softmax does not use it"
+    assert len(xdim_jax.Predictor(workdirs, min_et=0).workdirs) == 2
+
+
 @pytest.mark.parametrize("name", ["a.nii.gz", "probabilities/a.nii", "uncertainty/a.nii"])
 @pytest.mark.parametrize("other", ["a hand-drawn label map", "another network"])
 def test_a_file_that_another_process_writes_meanwhile_is_kept(name, other, flat, tmp_path, monkeypatch, capsys):

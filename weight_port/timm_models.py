@@ -12,7 +12,7 @@ from weight_port.names import export_state, import_state
 from weight_port.sources import Source, download, import_timm, read_source
 from xdim_jax.base.errors import UserError
 from xdim_jax.nets.encoders import FAMILIES, get_family
-from xdim_jax.nets.weights import Weights, abstract_encoder
+from xdim_jax.nets.weights import Weights, abstract_encoder, has_batch_norm
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
@@ -81,8 +81,8 @@ def fetch(name: TimmName) -> Path:
     """
     if not name.tag:
         raise UserError(
-            f"--model={name.full} has no tag, which identifies the weights: add the tag of timm, e.g. "
-            f"{name.architecture}.ns_jft_in1k, or give --from-file"
+            f"--model={name.full} has no tag, which identifies the weights: add the tag of timm (as in "
+            "tf_efficientnet_b0.ns_jft_in1k; timm.list_pretrained lists the tags of a model), or give --from-file"
         )
     return download(f"timm/{name.full}")
 
@@ -124,7 +124,8 @@ def to_timm(weights: Weights) -> dict[str, np.ndarray]:
         UserError: The encoder is not 2D or has no batch norm, or timm has no architecture with the same padding and
             eps.
     """
-    if weights.kind != "encoder" or weights.model["ndim"] != 2 or weights.model["norm"] != "batch":
+    other_norm = weights.kind == "encoder" and weights.model["norm"] != "batch" and _batch_norm_in_timm(weights.model)
+    if weights.kind != "encoder" or weights.model["ndim"] != 2 or other_norm:
         raise UserError(
             f"expected weights of a 2D encoder with batch norm, found: {weights.kind}, {_properties(weights.model)}. "
             "Convert the encoder of a network first: --source=xdim --part=encoder"
@@ -136,6 +137,11 @@ def to_timm(weights: Weights) -> dict[str, np.ndarray]:
         )
     unused = weights.unused if weights.source.get("from") == "timm" else {}
     return export_state(weights.arrays, unused, abstract_encoder(weights.model), _same_name)
+
+
+def _batch_norm_in_timm(section: Mapping[str, Any]) -> bool:
+    """Return whether timm's encoder has batch norms; ConvNeXt has layer norms."""
+    return has_batch_norm({**section, "norm": "batch"})
 
 
 def matching_architectures(section: Mapping[str, Any]) -> list[str]:

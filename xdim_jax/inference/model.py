@@ -29,7 +29,7 @@ from xdim_jax.nets.weights import (
     replace_leaves,
 )
 from xdim_jax.runs import checkpoint
-from xdim_jax.runs.workdir import CONFIG_FILE, DATA_FILE, read_config
+from xdim_jax.runs.workdir import CONFIG_FILE, DATA_FILE, find_members, read_config
 
 
 class Model:
@@ -144,6 +144,8 @@ def read_file_or_workdir(path: Path) -> Weights:
     if not path.is_dir():
         return read_weights(path)
     if not (path / CONFIG_FILE).is_file():
+        if (first := find_members([path])[0]) != path:
+            raise UserError(f"{path} is a cross-validation of several runs; give one of its folds, e.g. {first}")
         raise UserError(f"{path} is not the workdir of a run (it has no {CONFIG_FILE}), nor a weights file")
     config = networks.plain_dict(read_config(path)["model"])
     try:

@@ -111,7 +111,7 @@ class Predictor:
         self.workdirs = find_members(_as_paths(workdir))
         self.settings = settings or Settings(**keywords)
         configs = [read_config(w) for w in self.workdirs]
-        _check_common(self.workdirs, configs)
+        _check_common(self.workdirs, configs, self.settings)
         config = configs[0]
         self.dataset = _dataset(config, self.workdirs[0], convention)
         self.output = make_output(config.output, self.dataset)
@@ -281,16 +281,22 @@ def _as_paths(paths: Paths) -> list[Path]:
     return [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
 
 
-def _check_common(workdirs: Sequence[Path], configs: Sequence[Any]) -> None:
+def _check_common(workdirs: Sequence[Path], configs: Sequence[Any], settings: Settings) -> None:
     """Raise UserError if the runs differ in the config values of `_COMMON`, or in channels, labels or regions.
 
-    The name of the labels may differ, because it can be the name of the folder of the data.
+    Values that a setting replaces may differ, and so may the threshold with a softmax, which does not use it. The name
+    of the labels may differ, because it can be the name of the folder of the data.
     """
     problems = []
+    given = {"predict.min_et"} if settings.min_et is not None else set()
+    if settings.threshold is not None or configs[0].output == "softmax":
+        given.add("predict.threshold")
     for workdir, config in zip(workdirs[1:], configs[1:], strict=True):
         for key, a, b in differences(configs[0], config, ignored=()):
-            if any(key == name or key.startswith(f"{name}.") for name in _COMMON):
-                problems.append(f"{key}: {a!r} in {workdirs[0]}, {b!r} in {workdir}")
+            if any(key == name or key.startswith(f"{name}.") for name in _COMMON if name not in given):
+                flag = key.removeprefix("predict.")
+                step = f"; give --{flag}" if flag != key else ""
+                problems.append(f"{key}: {a!r} in {workdirs[0]}, {b!r} in {workdir}{step}")
     described = [read_json(w / DATA_FILE) for w in workdirs]
     for data in described:
         if isinstance(labels := data.get("labels"), dict):

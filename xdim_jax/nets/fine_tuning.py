@@ -83,7 +83,11 @@ def adapt_arrays(
         if array.shape == shape:
             out[name] = array
         elif require:
-            raise UserError(f"{name} is {array.shape} in the weights, expected {shape}, and cannot be adapted")
+            raise UserError(
+                f"{name} is {array.shape} in the weights, expected {shape}, and cannot be adapted. Give the network "
+                "the same layers (of ConvNeXt also the same depth strides), or omit such arrays with "
+                "config.init.require=False"
+            )
         else:
             done[name] = "omitted: another shape"
     for name in arrays.keys() - wanted.keys():

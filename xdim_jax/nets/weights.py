@@ -257,6 +257,17 @@ def encoder_weights(weights: Weights) -> Weights:
     return Weights("encoder", section, arrays, {}, weights.source)
 
 
+def _check_accepted(accept: Sequence[str]) -> None:
+    """Raise UserError if a property to accept is unknown."""
+    if unknown := set(accept) - set(CHECKED):
+        raise UserError(f"unknown property to accept: {', '.join(sorted(unknown))}; known: {', '.join(CHECKED)}")
+
+
+def has_batch_norm(section: Mapping[str, Any]) -> bool:
+    """Return whether an encoder has running statistics. ConvNeXt has layer norms, whatever the section says."""
+    return any(name.endswith(".mean") for name in module_leaves(abstract_encoder(section)))
+
+
 def adapt_encoder(
     weights: Weights,
     section: Mapping[str, Any],
@@ -289,15 +300,20 @@ def adapt_encoder(
         raise UserError(f"the weights belong to {found['name']}, but the network's encoder is {wanted['name']}")
     if found["ndim"] > wanted["ndim"]:
         raise UserError(f"the weights are {found['ndim']}D, but the network's encoder is {wanted['ndim']}D")
-    if unknown := set(accept) - set(CHECKED):
-        raise UserError(f"unknown property to accept: {', '.join(sorted(unknown))}; known: {', '.join(CHECKED)}")
+    _check_accepted(accept)
     problems = [
         f"the weights were trained with {key}={found[key]}, the network has {key}={wanted[key]}: change the "
         f"network, or accept the difference (--config.init.accept={key}; in Python, accept=({key!r},))"
         for key in CHECKED
         if key not in accept and key in found and key in wanted and found[key] != wanted[key]
     ]
-    if wanted["norm"] == "batch" != found["norm"]:
+    axes = [(s.get("depth") or {}).get("axis", 0) for s in (found, wanted)]
+    if found["ndim"] == wanted["ndim"] == 3 and axes[0] != axes[1]:
+        problems.append(
+            f"the weights were inflated along axis {axes[0]}, but the depth axis of the network is {axes[1]}: inflate "
+            f"the 2D weights again, along axis {axes[1]}"
+        )
+    if wanted["norm"] == "batch" != found["norm"] and has_batch_norm(wanted):
         problems.append(f"the weights have {found['norm']} norm, so the statistics for batch norm are missing")
     if problems:
         raise join_problems(problems, "properties of the encoder differ")
@@ -400,7 +416,7 @@ def load(
         inflation: Rules with which a 2D encoder or network is inflated for a 3D network; None for the default rules.
         channel_rule: Rule of `xdim_jax.nets.input_channels`, used for weights of an encoder if the numbers of channels
             differ.
-        accept: See `adapt_encoder`.
+        accept: Properties among `CHECKED` that may differ between the encoders. The depth axis may not.
         require: True to raise an error if the model sections differ, or if an array exists on one side only or has
             another shape. False to skip such arrays; those of the network keep their values. If both
             ``weights.names`` and ``names`` are given, an array that exists on one side only is skipped in either case,
@@ -426,10 +442,15 @@ def load(
         if (weights.model["name"], section["name"]) == ("omnianet", "dxnet"):
             section["depth"] = dataclasses.asdict(Depth(**(section.get("depth") or {})))
             weights, done = inflate_network(weights, section["depth"], inflation or Inflation())
-        by_name = names is not None and weights.names is not None
-        problems = _section_differences(weights.model, section, ignored=FREE if by_name else ())
+        problems = network_differences(weights, section, names, accept)
         if problems and require:
-            raise join_problems(problems, "properties of the network differ from those of the weights")
+            step = (
+                "change the config, accept the difference with config.init.accept (padding, eps, depth), or load the "
+            )
+            step += "encoder alone with config.init.part=encoder"
+            raise join_problems(problems, f"properties of the network differ from those of the weights; {step}")
+        if axis := [text for text in problems if ".axis is " in text]:
+            raise join_problems(axis, "the depth axes differ, so the kernels do not fit; inflate the 2D weights again")
         if names is not None and weights.names is not None:
             wanted = flatten(params) | flatten(stats)
             first = _first_layer(section, wanted)
@@ -458,12 +479,34 @@ def _first_layer(section: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return f"encoder.{get_family(section['encoder']['name']).stem}.kernel"
 
 
-def _section_differences(found: Mapping[str, Any], wanted: Mapping[str, Any], ignored: Sequence[str] = ()) -> list[str]:
-    flat = [{k: v for k, v in flatten(s).items() if not k.endswith("drop_path")} for s in (found, wanted)]
-    for section in flat:
-        section.setdefault("deep_supervision", False)
+def network_differences(
+    weights: Weights, section: Mapping[str, Any], names: Names | None = None, accept: Sequence[str] = ()
+) -> list[str]:
+    """Return a message for each key that differs between the model section of a network and that of its weights.
+
+    Args:
+        weights: Weights of a network.
+        section: Model section of the network.
+        names: Meaning of the channels of the network. If it and ``weights.names`` are given, the keys in
+            `xdim_jax.nets.fine_tuning.FREE` may differ.
+        accept: Properties among `CHECKED` that may differ.
+
+    Raises:
+        UserError: ``accept`` has another name.
+    """
+    _check_accepted(accept)
+    free = FREE if names is not None and weights.names is not None else ()
+    accepted: dict[str, tuple[str, ...]] = {
+        "padding": ("encoder.padding",),
+        "eps": ("encoder.eps",),
+        "depth": ("depth.padding", "depth.squeeze", "depth.strides"),
+    }
+    endings = tuple(ending for key in accept for ending in accepted[key])
+    flat = [{k: v for k, v in flatten(s).items() if not k.endswith("drop_path")} for s in (weights.model, section)]
+    for keys in flat:
+        keys.setdefault("deep_supervision", False)
     return [
         f"{key} is {flat[0].get(key)!r} in the weights, {flat[1].get(key)!r} in the config"
         for key in sorted(flat[0].keys() | flat[1].keys())
-        if key not in ignored and flat[0].get(key) != flat[1].get(key)
+        if key not in free and not key.endswith(endings or ("\0",)) and flat[0].get(key) != flat[1].get(key)
     ]

@@ -476,8 +476,8 @@ def _foreground(found: Fingerprint, rare: list[str], *, single: bool) -> tuple[f
 def _rule(ratio: float) -> tuple[str, str]:
     if ratio > 1.5:
         return "spacing", (
-            f"the slice spacing is {ratio:.2g} times the in-plane spacing, so kernels are inflated to the same extent "
-            "in mm along the depth as in the plane"
+            f"the slice spacing is {ratio:.2g} times the in-plane spacing, so kernels are inflated to the extent in "
+            "mm along the depth that they have in the plane, at the spacing of the images"
         )
     if ratio < 1 / 1.5:
         return (

