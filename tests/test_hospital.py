@@ -586,6 +586,7 @@ def test_dicom_of_both_modalities_needs_no_flag(tmp_path):
         ([0, 5, 10, 15, 17.5, 20], True),
         ([*np.arange(0, 40, 1.0), *np.arange(40, 84, 1.1)], True),  # every step is near the median
         ([0, 5, 10.2, 15.1, 20, 24.9], False),
+        ([0, 0.2, 0.5, 0.8, 1.0, 1.2, 1.5], False),  # 0.25 mm, rounded to one decimal
     ],
 )
 def test_slices_that_are_not_on_a_grid_are_an_error(heights, wrong, tmp_path):
@@ -598,7 +599,7 @@ def test_slices_that_are_not_on_a_grid_are_an_error(heights, wrong, tmp_path):
     assert found == ({"slice_gap"} if wrong else set())
     if not wrong:
         first, step = heights[0], (heights[-1] - heights[0]) / (len(heights) - 1)
-        assert max(abs(z - first - k * step) for k, z in enumerate(heights)) < 0.5 * step
+        assert max(abs(z - first - k * step) for k, z in enumerate(heights)) < 0.25 * step
 
 
 DAMAGE = {
@@ -622,6 +623,43 @@ def test_a_series_with_a_damaged_file_is_not_predicted(damage, suffix, workdir, 
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     run(workdir, tmp_path / "in", tmp_path / "out", code=1)
     assert names_in(tmp_path / "out") == {"P2_2"} and path.name in capsys.readouterr().out
+
+
+def test_a_mark_that_a_transfer_is_complete_is_no_slice(tmp_path):
+    save_series(tmp_path, volume_of(0), name=lambda k: f"IM{k}")
+    for name in ("DONE", "_SUCCESS"):
+        (tmp_path / name).touch()
+    volumes, left_out, series = found_in(tmp_path)
+    assert list(volumes) == ["P1_2"] and not series[0].problems and set(left_out) == {"DONE", "_SUCCESS"}
+
+
+def test_a_link_to_a_slice_that_was_not_copied_makes_its_series_incomplete(workdir, tmp_path, capsys):
+    save_series(tmp_path / "in", volume_of(0, (4, 40, 36)), name=lambda k: f"IM{k}")
+    (tmp_path / "in" / "IM3").unlink()
+    (tmp_path / "in" / "IM3").symlink_to("../.git/annex/objects/x")
+    run(workdir, tmp_path / "in", tmp_path / "out", code=1)
+    assert not names_in(tmp_path / "out") and "IM3" in capsys.readouterr().out
+
+
+def test_links_that_no_case_needs_do_not_matter(tmp_path):
+    """Other files of a clone with git-annex, and for prediction the references."""
+    card = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}}
+    (tmp_path / "dataset.json").write_text(json.dumps(card))
+    for name in "ab":
+        save_nifti(tmp_path / "imagesTr" / f"{name}_0000.nii.gz", ord(name))
+    (tmp_path / "labelsTr").mkdir()
+    (tmp_path / "func").mkdir()
+    for link in ("labelsTr/a.nii.gz", "func/bold.nii.gz"):
+        (tmp_path / link).symlink_to("../.git/annex/objects/x")
+    (tmp_path / "cases.csv").write_text(
+        "image,label\nimagesTr/a_0000.nii.gz,labelsTr/a.nii.gz\nimagesTr/b_0000.nii.gz,\n"
+    )
+    data = get_dataset({"dataset": "table", "root": str(tmp_path)})
+    cases, problems = inputs.find_cases(data, [tmp_path])
+    assert len(cases) == 2 and not problems
+    data = get_dataset({"dataset": "nnunet", "root": str(tmp_path)})
+    cases, problems = inputs.find_cases(data, [tmp_path])
+    assert len(cases) == 2 and set(problems) == {str(tmp_path / "func" / "bold.nii.gz")}
 
 
 def test_a_patient_whose_files_are_all_damaged_is_a_failure(workdir, tmp_path, capsys):

@@ -234,6 +234,20 @@ def test_differences_between_networks_can_be_accepted_and_are_listed():
         weights.load(section, params, stats, made, accept=("foo",))
 
 
+def test_an_absent_depth_section_is_the_default_one():
+    volume = toy_model() | {"name": "dxnet"}
+    params, stats = built(volume)
+    arrays = {n: np.asarray(a) for n, a in (weights.flatten(params) | weights.flatten(stats)).items()}
+    made = Weights("network", {k: v for k, v in volume.items() if k != "depth"}, arrays)
+    assert weights.network_differences(made, {**volume, "depth": {"axis": 0}}) == []
+    with pytest.raises(UserError, match="axis"):
+        weights.load({**volume, "depth": {"axis": 1}}, params, stats, made, require=False)
+    plane = float32(make_omnianet())
+    weights.load(
+        volume | {"norm": plane.model["norm"]}, *built(volume | {"norm": plane.model["norm"]}), plane, require=False
+    )
+
+
 @pytest.mark.parametrize("name", ["earlier", "b0.safetensor"])
 def test_a_name_that_is_nothing_says_what_is_expected(name):
     with pytest.raises(UserError, match=r"no file or folder.*workdir of a run") as error:

@@ -257,6 +257,19 @@ def test_a_machine_that_cannot_train_leaves_the_trials_to_others(tmp_path):
     assert studies.claim_trial(study, 20) is not None and len(studies.group_attempts(study)) == 4
 
 
+def test_a_machine_that_has_trained_goes_on_after_trials_that_do_not_fit(tmp_path):
+    """The first trial writes a step; the others fail before their first one, as patches that are too large do."""
+    study = open_toy(str(tmp_path / "study.journal"))
+    program = (
+        "import sys, pathlib; w = pathlib.Path([a for a in sys.argv if 'workdir' in a][0].split('=')[1]);"
+        "first = w.name.endswith('0000'); first and (w / 'steps.jsonl').write_text('{}'); raise SystemExit(2)"
+    )
+    command = (sys.executable, "-c", program)
+    job = worker.Job("C", (), lambda trial: trial.suggest_float("x", 0, 1), tmp_path / "root", 6, command)
+    assert worker.run_worker(study, job, StopRequest(), heartbeat=0.5, grace=60.0) == 0
+    assert len(study.get_trials()) == 6
+
+
 def test_training_continues_while_the_storage_cannot_be_reached(tmp_path, monkeypatch, capsys):
     """The database restarts during the first epochs."""
     study = open_toy(str(tmp_path / "study.journal"))

@@ -11,7 +11,7 @@ import numpy as np
 
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, shorten
-from xdim_jax.base.problem import WARNING, Problem, data_error, errors
+from xdim_jax.base.problem import ERROR, WARNING, Problem, data_error, errors
 from xdim_jax.data.images import names
 from xdim_jax.data.images.grid import Axes, Grid
 from xdim_jax.data.images.image import Source, files_of, source_path, strip_suffix
@@ -160,7 +160,7 @@ def scan_cases(dataset: Dataset, root: Path, *, need_labels: bool) -> Scan:
             + "".join(f"\n  - {problem}" for problem in scan.problems)
         )
     return dataclasses.replace(
-        scan, problems=[*scan.problems, *_duplicate_cases(scan.cases), *_unread_files(dataset, root, scan)]
+        scan, problems=[*scan.problems, *_duplicate_cases(scan.cases), *_unread_files(dataset, root, scan, need_labels)]
     )
 
 
@@ -187,7 +187,7 @@ def _duplicate_cases(cases: Sequence[Case]) -> list[Problem]:
 _NAMED_FILES = 20  # number of unread files that are named for each folder
 
 
-def _unread_files(dataset: Dataset, root: Path, scan: Scan) -> list[Problem]:
+def _unread_files(dataset: Dataset, root: Path, scan: Scan, need_labels: bool) -> list[Problem]:
     """Return a problem for each folder with files that are not read and not known to accompany images.
 
     Links to images that do not exist are errors, because their cases would be lost.
@@ -198,7 +198,9 @@ def _unread_files(dataset: Dataset, root: Path, scan: Scan) -> list[Problem]:
     unread: dict[Path, list[str]] = {}
     absent: list[Problem] = []
     for path in names.files_below(root):
-        if strip_suffix(path.name) is not None and not path.exists():  # a link, e.g. of git-annex
+        unknown = path not in read and reported.isdisjoint([path, *path.parents])
+        if unknown and strip_suffix(path.name) is not None and not path.exists():  # a link, e.g. of git-annex
+            needed = need_labels or "label" not in path.parent.name.lower()  # prediction does not need references
             absent.append(
                 Problem(
                     "unreadable",
@@ -206,9 +208,10 @@ def _unread_files(dataset: Dataset, root: Path, scan: Scan) -> list[Problem]:
                     found="is a link to a file that does not exist",
                     expected="an image",
                     suggestion="copy the file, or remove the link",
+                    severity=ERROR if needed else WARNING,
                 )
             )
-        elif path not in read and not names.is_companion(path) and reported.isdisjoint([path, *path.parents]):
+        elif unknown and not names.is_companion(path):
             unread.setdefault(path.parent, []).append(path.name)
     return absent + [
         Problem(

@@ -100,7 +100,8 @@ def _find(
         files = list(files_below(folder))
         if predictions := [path for path in files if is_prediction(path)]:
             log.say(f"omitted    {len(predictions)} predictions of xdim_jax: {_names(predictions, folder)}")
-            files = [path for path in files if path not in set(predictions)]
+            omitted = set(predictions)
+            files = [path for path in files if path not in omitted]
             if all(map(is_companion, files)):
                 raise UserError(f"{folder} contains only predictions of xdim_jax; expected images")
     else:

@@ -449,8 +449,13 @@ def load(
             )
             step += "encoder alone with config.init.part=encoder"
             raise join_problems(problems, f"properties of the network differ from those of the weights; {step}")
-        if axis := [text for text in problems if ".axis is " in text]:
-            raise join_problems(axis, "the depth axes differ, so the kernels do not fit; inflate the 2D weights again")
+        axes = networks.depth_axis(weights.model), networks.depth_axis(section)
+        volumes = all(networks.get_network(m).ndim == 3 for m in (weights.model, section))
+        if volumes and axes[0] != axes[1]:
+            raise UserError(
+                f"the kernels of the weights have their depth along axis {axes[0]}, those of the network along axis "
+                f"{axes[1]}: set config.model.depth.axis, or inflate the 2D weights again"
+            )
         if names is not None and weights.names is not None:
             wanted = flatten(params) | flatten(stats)
             first = _first_layer(section, wanted)
@@ -502,7 +507,11 @@ def network_differences(
         "depth": ("depth.padding", "depth.squeeze", "depth.strides"),
     }
     endings = tuple(ending for key in accept for ending in accepted[key])
-    flat = [{k: v for k, v in flatten(s).items() if not k.endswith("drop_path")} for s in (weights.model, section)]
+    both = [dict(s) for s in (weights.model, section)]
+    for one in both:
+        if one["name"] == "dxnet":  # an absent section has the default values
+            one["depth"] = dataclasses.asdict(Depth(**(one.get("depth") or {})))
+    flat = [{k: v for k, v in flatten(s).items() if not k.endswith("drop_path")} for s in both]
     for keys in flat:
         keys.setdefault("deep_supervision", False)
     return [

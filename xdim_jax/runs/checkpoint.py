@@ -326,10 +326,14 @@ def _restore(
 
 
 def _may_be_temporary(error: Exception) -> bool:
-    """Return whether an error is one of memory, of a disk or of permissions, rather than of a damaged checkpoint."""
+    """Return whether an error is one of memory, of a disk or of permissions, rather than of a damaged checkpoint.
+
+    tensorstore raises ValueError with the status of the failed operation in its text.
+    """
     if isinstance(error, OSError):
         return error.errno in (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ETIMEDOUT)
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    words = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", os.strerror(errno.EIO))
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]:

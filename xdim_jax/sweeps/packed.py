@@ -91,7 +91,8 @@ class PackedWorker:
                     self._next_claim = 0.0
         finally:
             for active in list(self._trials):
-                self._finish(active, REQUEUE)
+                # a negative status, as of a killed process, can be resumed, but counts as an attempt
+                self._finish(active, REQUEUE if self._stop.signal else -1)
         return self._stop.status if self._stop.signal else 0
 
     def _wait_for_others(self) -> bool:

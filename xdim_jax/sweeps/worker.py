@@ -82,7 +82,7 @@ def run_worker(
     Raises:
         UserError: Several trials in a row have failed before their first step, so this machine probably cannot train.
     """
-    failures = 0
+    failures, able = 0, False
     while not stop.signal:
         requeue_dead_trials(study, grace)
         trial = studies.claim_trial(study, job.trials)
@@ -90,8 +90,9 @@ def run_worker(
             with studies.Heartbeat(trial, heartbeat):
                 error = _train(study, trial, job, stop, heartbeat)
             started = (local_workdir(job.root, studies.origin_of(trial)) / STEPS_FILE).is_file()
+            able = able or started  # later failures, e.g. of a patch that is too large, are those of the parameters
             failures = failures + 1 if error and not started else 0
-            if failures >= _MAX_FAILURES:
+            if failures >= _MAX_FAILURES and not able:
                 raise UserError(
                     f"{failures} trials in a row have failed before their first step on this machine, so this worker "
                     f"stops and leaves the others to other workers. The last one {error}. Correct the cause, and run "

@@ -19,7 +19,7 @@ from xdim_jax.base import log
 from xdim_jax.base.config import Config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_json
-from xdim_jax.data.case import scan_cases
+from xdim_jax.data.case import scan_cases, usable_cases
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import read_records
@@ -71,10 +71,11 @@ def _check_annotated(config: Config, folds: int) -> None:
     if dataset.annotated is None or not data.root:
         return
     scan = scan_cases(dataset, Path(data.root), need_labels=True)
+    cases = usable_cases(scan, Path(data.root))
     for fold in range(folds):
         chosen = config.copy_and_resolve_references().data
         chosen.fold = fold
-        _, validation = split_found_cases(chosen, config.seed, scan.cases, scan.splits)
+        _, validation = split_found_cases(chosen, config.seed, cases, scan.splits)
         check_annotated(dataset, validation, fold)
 
 

@@ -23,6 +23,7 @@ _UNEVEN = 0.1  # a larger deviation is a warning
 # by the relative difference between the largest and the smallest distance, or by the distance of a slice, in slice
 # spacings, from its position in the volume, whose slice spacing is constant
 _GAP = 0.5
+_ROUNDING = 0.22  # smaller distances from these positions, in slice spacings, can be rounding errors of the header
 _THICK = 1.75  # a slice thickness outside of 1 / _THICK to _THICK times the slice spacing is reported
 _TILT = (
     1.0  # a larger angle in degrees between the normal of the slices and the line through their positions is reported
@@ -262,6 +263,9 @@ def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
     along = np.array([s.position @ normal for s in slices if s.position is not None])
     steps = np.diff(along)
     usual, smallest, largest = (float(f(np.abs(steps))) for f in (np.median, np.min, np.max))
+    offsets = np.abs(along - np.linspace(along[0], along[-1], len(along)))
+    farthest, spacing = int(offsets.argmax()), abs(along[-1] - along[0]) / len(steps)
+    misplaced = offsets[farthest] > _ROUNDING * spacing
     uneven = largest > (1 + _GAP) * smallest
     problems = []
     for i, step in enumerate(steps):
@@ -295,23 +299,21 @@ def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
                     "mm",
                     expected="a constant slice spacing",
                     suggestion="download the missing slice, or resample the series",
-                    severity=ERROR if uneven or abs(abs(step) - usual) > _GAP * usual else WARNING,
+                    severity=ERROR if misplaced and (uneven or abs(abs(step) - usual) > _GAP * usual) else WARNING,
                 )
             )
-    if not errors(problems):
-        offsets = np.abs(along - np.linspace(along[0], along[-1], len(along)))
-        i, spacing = int(offsets.argmax()), abs(along[-1] - along[0]) / len(steps)
-        if offsets[i] > _GAP * spacing:
-            problems.append(
-                Problem(
-                    "slice_gap",
-                    slices[i].path,
-                    found=f"is{_frame(slices[i])} {offsets[i]:.2f} mm from its position in a volume with a constant "
-                    f"slice spacing, which would be {spacing:.2f} mm",
-                    expected="a constant slice spacing",
-                    suggestion="resample the series",
-                )
+    if not errors(problems) and offsets[farthest] > _GAP * spacing:
+        s = slices[farthest]
+        problems.append(
+            Problem(
+                "slice_gap",
+                s.path,
+                found=f"is{_frame(s)} {offsets[farthest]:.2f} mm from its position in a volume with a constant slice "
+                f"spacing, which would be {spacing:.2f} mm",
+                expected="a constant slice spacing",
+                suggestion="resample the series",
             )
+        )
     return problems
 
 

@@ -55,9 +55,9 @@ def is_hidden(path: Path) -> bool:
 
 def is_run(folder: Path) -> bool:
     """Return whether a folder is the workdir of a run, a cross-validation or ``fit``, so that its files are no data."""
-    names = ("config.json", "split.json"), ("recipe.json", "recipe.py")
-    known = any(all((folder / name).is_file() for name in pair) for pair in names)
-    return known or any(folder.glob("fold*/split.json"))
+    marks = ("config.json", "split.json"), ("recipe.json", "recipe.py"), ("fold0/split.json",)
+    # os.path.isfile, because Path.is_file raises an error for a folder that cannot be read
+    return any(all(os.path.isfile(folder / name) for name in names) for names in marks)  # noqa: PTH113
 
 
 def files_below(root: Path) -> Iterator[Path]:

@@ -111,7 +111,9 @@ def find_series(folder: Path, files: Iterable[Path]) -> Found:
         try:
             file = _read(path)
         except Exception:  # pydicom raises many types for damaged or unusual headers
-            if path.suffix.lower() == ".dcm" or _has_mark(path):
+            if not path.exists():
+                damaged[path] = "is a link to a file that does not exist"
+            elif path.suffix.lower() == ".dcm" or _has_mark(path):
                 damaged[path] = "cannot be read as DICOM"
             else:
                 left_out[path] = UNKNOWN_FORMAT
@@ -132,8 +134,8 @@ def find_series(folder: Path, files: Iterable[Path]) -> Found:
         else:
             series = file.tags["SeriesInstanceUID"] or path.parent
             groups[file.tags["PatientID"], file.tags["StudyInstanceUID"], series].append(file)
-    folders = {file.path.parent for group in groups.values() for file in group}
-    for path in [path for path in left_out if path.parent in folders and not path.stat().st_size]:
+    patterns = {(file.path.parent, _pattern(file.path)) for group in groups.values() for file in group}
+    for path in [p for p in left_out if (p.parent, _pattern(p)) in patterns and p.exists() and not p.stat().st_size]:
         del left_out[path]
         damaged[path] = "is empty"
     found: list[tuple[Hashable, Series]] = []  # with their studies
@@ -146,6 +148,11 @@ def find_series(folder: Path, files: Iterable[Path]) -> Found:
     left_out |= {s.files[0]: "is the only slice of its series" for s in single}
     kept = _with_unique_names([s for _, s in found if s not in single], folder)
     return Found(sorted(_mark_incomplete(kept, damaged), key=lambda s: s.name), left_out, damaged)
+
+
+def _pattern(path: Path) -> str:
+    """Return the name of a file without its digits, which is the same for the slices of a series."""
+    return re.sub(r"\d+", "", path.name.lower())
 
 
 def _study(file: _File) -> Hashable:

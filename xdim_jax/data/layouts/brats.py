@@ -173,8 +173,8 @@ def _coverage_problems(case: Case, image: np.ndarray) -> list[Problem]:
 
 def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
     """List the cases below ``root``, which may be the folder of a single case, and the problems of all folders."""
-    below = [root, *root.glob("*/"), *root.glob("*/*/")]
-    below = [p for p in below if not any(is_hidden(q) or is_run(q) for q in (p, *p.parents) if root in q.parents)]
+    tops = [p for p in root.glob("*/") if not is_hidden(p) and not is_run(p)]
+    below = [root, *tops, *(p for top in tops for p in top.glob("*/") if not is_hidden(p) and not is_run(p))]
     folders = sorted(p for p in below if _is_case(p))
     cases: dict[str, Case] = {}
     problems: list[Problem] = []
