@@ -375,7 +375,7 @@ def test_composing_kernels_is_left_where_it_costs_more_than_it_saves(monkeypatch
     assert not taken
     trace(32, 32)
     assert taken
-    with pytest.raises(ValueError, match=r"kernel\(3, 3, 5, 2\) .* 2 and 2 channels"):
+    with pytest.raises(ValueError, match=r"kernel\(3, 3, 5, 2\) .* 2 \+ 2 input channels"):
         ops.conv_upsampled(jnp.zeros((1, 4, 4, 2)), jnp.zeros((1, 8, 8, 2)), jnp.zeros((3, 3, 5, 2)), factors=(2, 2))
 
 

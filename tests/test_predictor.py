@@ -31,10 +31,12 @@ from xdim_jax.data.images.image import read_volume
 from xdim_jax.data.labels import Labels
 from xdim_jax.inference import folder, memory
 from xdim_jax.inference.predict_cases import predict_cases, predict_paths
+from xdim_jax.inference.predictor import _check_common as check_common
+from xdim_jax.inference.settings import Settings
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
 from xdim_jax.runs import checkpoint
-from xdim_jax.runs.workdir import CONFIG_FILE, DATA_FILE
+from xdim_jax.runs.workdir import CONFIG_FILE, DATA_FILE, read_config
 from xdim_jax.scoring.results import PREDICT_FILE
 
 pytestmark = pytest.mark.usefixtures("one_convolution")
@@ -510,14 +512,16 @@ def test_a_bad_case_does_not_keep_the_memory_from_being_said(flat, tmp_path, mon
 
 def test_settings_that_are_given_may_differ_between_the_runs_of_an_ensemble(tmp_path):
     workdirs = [make_workdir(tmp_path / name) for name in "ab"]
-    for workdir, key, value in ((workdirs[1], "min_et", 7), (workdirs[1], "threshold", 0.4)):
-        config = json.loads((workdir / CONFIG_FILE).read_text())
-        config["predict"][key] = value
-        write_json(workdir / CONFIG_FILE, config)
-    with pytest.raises(UserError, match=r"min_et.*--min_et") as error:
-        xdim_jax.Predictor(workdirs)
-    assert "threshold" not in str(error.value), "a softmax does not use it"
-    assert len(xdim_jax.Predictor(workdirs, min_et=0).workdirs) == 2
+    config = json.loads((workdirs[1] / CONFIG_FILE).read_text())
+    config["predict"]["threshold"] = 0.4
+    write_json(workdirs[1] / CONFIG_FILE, config)
+    assert len(xdim_jax.Predictor(workdirs).workdirs) == 2, "a softmax does not use the threshold"
+    configs = [read_config(workdir) for workdir in workdirs]
+    for c in configs:
+        c.output = "sigmoid"
+    with pytest.raises(UserError, match=r"predict\.threshold.*--threshold"):
+        check_common(workdirs, configs, Settings())
+    check_common(workdirs, configs, Settings(threshold=0.5))
 
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "probabilities/a.nii", "uncertainty/a.nii"])

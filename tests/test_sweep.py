@@ -161,6 +161,10 @@ def test_a_report_without_a_study_says_so(tmp_path):
 # -- studies ------------------------------------------------------------------------------------------------------
 
 
+# JAX warns, because the worker of a test runs in the process of the test, whose threads are those of JAX
+_FORKS = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
+
 @pytest.fixture(params=["journal", "sqlite"])
 def storage(request, tmp_path):
     return str(tmp_path / "s.journal") if request.param == "journal" else f"sqlite:///{tmp_path / 's.db'}"
@@ -247,6 +251,7 @@ def test_points_of_a_grid_are_trained_once_whatever_the_seeds_of_the_workers(sto
     assert sorted(values) == list(range(6))
 
 
+@_FORKS
 def test_a_machine_that_cannot_train_leaves_the_trials_to_others(tmp_path):
     """Every training ends at once with status 2, as without a GPU or without the data."""
     study = open_toy(str(tmp_path / "study.journal"))
@@ -257,6 +262,7 @@ def test_a_machine_that_cannot_train_leaves_the_trials_to_others(tmp_path):
     assert studies.claim_trial(study, 20) is not None and len(studies.group_attempts(study)) == 4
 
 
+@_FORKS
 def test_a_machine_that_has_trained_goes_on_after_trials_that_do_not_fit(tmp_path):
     """The first trial writes a step; the others fail before their first one, as patches that are too large do."""
     study = open_toy(str(tmp_path / "study.journal"))
@@ -270,6 +276,7 @@ def test_a_machine_that_has_trained_goes_on_after_trials_that_do_not_fit(tmp_pat
     assert len(study.get_trials()) == 6
 
 
+@_FORKS
 def test_training_continues_while_the_storage_cannot_be_reached(tmp_path, monkeypatch, capsys):
     """The database restarts during the first epochs."""
     study = open_toy(str(tmp_path / "study.journal"))

@@ -444,11 +444,11 @@ def load(
             weights, done = inflate_network(weights, section["depth"], inflation or Inflation())
         problems = network_differences(weights, section, names, accept)
         if problems and require:
-            step = (
-                "change the config, accept the difference with config.init.accept (padding, eps, depth), or load the "
+            text = join_problems(problems, "properties of the network differ from those of the weights")
+            raise UserError(
+                f"{text}. Change the config, accept the difference with config.init.accept (padding, eps, depth), or "
+                "load the encoder alone with config.init.part=encoder"
             )
-            step += "encoder alone with config.init.part=encoder"
-            raise join_problems(problems, f"properties of the network differ from those of the weights; {step}")
         axes = networks.depth_axis(weights.model), networks.depth_axis(section)
         volumes = all(networks.get_network(m).ndim == 3 for m in (weights.model, section))
         if volumes and axes[0] != axes[1]:
