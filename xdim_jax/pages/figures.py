@@ -70,7 +70,7 @@ def render_template(template: str, **values: Any) -> str:
 
 def structure_colours(structures: Sequence[str]) -> dict[str, str]:
     """Return the colour of each structure: that in `COLOURS`, or else one of `PALETTE` that these structures lack."""
-    known = {COLOURS[name] for name in structures if name in COLOURS}
+    known = {*ERROR_COLOURS.values(), *(COLOURS[name] for name in structures if name in COLOURS)}
     others = itertools.cycle([colour for colour in PALETTE if colour not in known] or PALETTE)
     return {name: COLOURS.get(name) or next(others) for name in structures}
 
