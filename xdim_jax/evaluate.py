@@ -61,13 +61,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _splits(workdir: Path) -> list[dict[str, Any]]:
+    """Return the recorded split of a run, or those of all folds of a cross-validation."""
+    return [read_json(member / SPLIT_FILE) for member in find_members([workdir])]
+
+
 def _validation_cases(workdir: Path) -> set[str]:
     """Return the ids of the validation cases of a run or a cross-validation."""
-    splits = [read_json(member / SPLIT_FILE) for member in find_members([workdir])]
-    cases = {case for split in splits for case in split["validation"]}
-    return cases | {
-        case.removesuffix("_in") for case in cases
-    }  # the two phases of CHAOS T1-DUAL are scored as one case
+    cases = {case for split in _splits(workdir) for case in split["validation"]}
+    return cases | {case.removesuffix("_in") for case in cases}  # the phases of CHAOS T1-DUAL are scored as one case
 
 
 def _check_cases(chosen: set[str], cases: set[str]) -> None:
@@ -80,8 +82,7 @@ def _check_cases(chosen: set[str], cases: set[str]) -> None:
 
 def _patients(workdir: Path) -> dict[str, str]:
     """Return case id -> patient for the cases of a run or a cross-validation."""
-    splits = [read_json(member / SPLIT_FILE) for member in find_members([workdir])]
-    return {case: patient for split in splits for case, patient in split.get("patients", {}).items()}
+    return {case: patient for split in _splits(workdir) for case, patient in split.get("patients", {}).items()}
 
 
 def _evaluate(options: Any, cases: set[str] | None = None, patients: Mapping[str, str] | None = None) -> None:

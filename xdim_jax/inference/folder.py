@@ -15,7 +15,7 @@ from xdim_jax.base.lock import LOCK_FILE, lock_file
 from xdim_jax.data.case import Case
 from xdim_jax.data.images.image import files_of, source_from_json, source_to_json
 from xdim_jax.data.images.nifti import read_note
-from xdim_jax.inference.inputs import PREDICTION_MARK
+from xdim_jax.inference.inputs import PREDICTION_MARK, is_prediction
 from xdim_jax.inference.predictor import Predictor
 from xdim_jax.runs import environment
 from xdim_jax.scoring import results
@@ -111,7 +111,7 @@ def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case], *
 
 def is_replaceable(path: Path) -> bool:
     """Return False if a file exists that is not a prediction of this package; an empty file can be replaced."""
-    return not path.exists() or not path.stat().st_size or read_note(path).startswith(PREDICTION_MARK)
+    return not path.exists() or not path.stat().st_size or is_prediction(path)
 
 
 def _recorded_images(output: Path) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def remove_outdated(output: Path, case_id: str, inputs: Sequence[Path]) -> None:
         below = [folder.resolve() for folder in inputs]
         files = [f.resolve() for value in _recorded_images(output).get(case_id, []) for f in _files(value)]
         own = bool(files) and all(set(below) & {f, *f.parents} for f in files)
-        if not read_note(path).startswith(PREDICTION_MARK) or not own:
+        if not is_prediction(path) or not own:
             log.warn(f"{path} is kept, because it is not a prediction of this input")
             return
     remove_prediction(output, case_id)

@@ -307,7 +307,7 @@ def adapt_encoder(
         for key in CHECKED
         if key not in accept and key in found and key in wanted and found[key] != wanted[key]
     ]
-    axes = [(s.get("depth") or {}).get("axis", 0) for s in (found, wanted)]
+    axes = networks.depth_axis(found), networks.depth_axis(wanted)
     if found["ndim"] == wanted["ndim"] == 3 and axes[0] != axes[1]:
         problems.append(
             f"the weights were inflated along axis {axes[0]}, but the depth axis of the network is {axes[1]}: inflate "
@@ -450,7 +450,7 @@ def load(
                 "load the encoder alone with config.init.part=encoder"
             )
         axes = networks.depth_axis(weights.model), networks.depth_axis(section)
-        volumes = all(networks.get_network(m).ndim == 3 for m in (weights.model, section))
+        volumes = all(networks.spatial_axes(m) == 3 for m in (weights.model, section))
         if volumes and axes[0] != axes[1]:
             raise UserError(
                 f"the kernels of the weights have their depth along axis {axes[0]}, those of the network along axis "
@@ -517,5 +517,5 @@ def network_differences(
     return [
         f"{key} is {flat[0].get(key)!r} in the weights, {flat[1].get(key)!r} in the config"
         for key in sorted(flat[0].keys() | flat[1].keys())
-        if key not in free and not key.endswith(endings or ("\0",)) and flat[0].get(key) != flat[1].get(key)
+        if key not in free and not key.endswith(endings) and flat[0].get(key) != flat[1].get(key)
     ]

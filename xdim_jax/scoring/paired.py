@@ -57,8 +57,9 @@ def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[
     Raises:
         ValueError: There is no case, structure and metric in common, or a case belongs to two patients.
     """
-    separate = _differs_between_tasks(a) or _differs_between_tasks(b)
-    first, second = _values_by_metric(a, separate=separate), _values_by_metric(b, separate=separate)
+    tasks = [_values_by_task(cases) for cases in (a, b)]
+    separate = any(map(_differ_between_tasks, tasks))
+    first, second = (_values_by_metric(found, separate=separate) for found in tasks)
     patients = _patients(a, b)
     names = [key for key in first if key in second and (not metrics or key[1] in metrics)]
     found = []
@@ -124,24 +125,21 @@ def _values_by_task(cases: Sequence[ScoredCase]) -> _TaskValues:
     return tasks
 
 
-def _differs_between_tasks(cases: Sequence[ScoredCase]) -> bool:
+def _differ_between_tasks(tasks: _TaskValues) -> bool:
     """Return whether the tasks of CHAOS use different predictions of a case."""
-    tasks = _values_by_task(cases)
     return any(not _all_equal(list(v.values())) for found in tasks.values() for v in found.values())
 
 
-def _values_by_metric(
-    cases: Sequence[ScoredCase], *, separate: bool
-) -> Mapping[tuple[str, str], dict[tuple[str, ...], float]]:
+def _values_by_metric(tasks: _TaskValues, *, separate: bool) -> Mapping[tuple[str, str], dict[tuple[str, ...], float]]:
     """Return (structure, metric) -> case -> value.
 
     Args:
-        cases: Scored cases.
+        tasks: Result of `_values_by_task`.
         separate: True to compare each task of CHAOS separately; its structures are then named ``task <task>
             <structure>``. False if all tasks use the same predictions; a case then counts once.
     """
     result: dict[tuple[str, str], dict[tuple[str, ...], float]] = {}
-    for key, structures in _values_by_task(cases).items():
+    for key, structures in tasks.items():
         for structure, by_task in structures.items():
             for task, values in by_task.items() if separate else list(by_task.items())[:1]:
                 name = f"task {task} {structure}" if separate else structure

@@ -60,6 +60,11 @@ def is_run(folder: Path) -> bool:
     return any(all(os.path.isfile(folder / name) for name in names) for names in marks)  # noqa: PTH113
 
 
+def subfolders(folder: Path) -> list[Path]:
+    """Return the subfolders of a folder, sorted by name, without those that are hidden and the workdirs of runs."""
+    return sorted(path for path in folder.glob("*/") if not is_hidden(path) and not is_run(path))
+
+
 def files_below(root: Path) -> Iterator[Path]:
     """Yield all files below a folder, sorted by folder and name.
 

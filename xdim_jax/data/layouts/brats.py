@@ -21,7 +21,7 @@ from xdim_jax.base.problem import WARNING, Problem
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images import nifti
 from xdim_jax.data.images.image import images_in, source_path, unique_images
-from xdim_jax.data.images.names import is_hidden, is_run, normalised, strip
+from xdim_jax.data.images.names import normalised, strip, subfolders
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import BRATS, BRATS_2024, TISSUES, Regions
 
@@ -173,8 +173,8 @@ def _coverage_problems(case: Case, image: np.ndarray) -> list[Problem]:
 
 def scan(root: Path, convention: Convention, need_labels: bool) -> Scan:
     """List the cases below ``root``, which may be the folder of a single case, and the problems of all folders."""
-    tops = [p for p in root.glob("*/") if not is_hidden(p) and not is_run(p)]
-    below = [root, *tops, *(p for top in tops for p in top.glob("*/") if not is_hidden(p) and not is_run(p))]
+    tops = subfolders(root)
+    below = [root, *tops, *(folder for top in tops for folder in subfolders(top))]
     folders = sorted(p for p in below if _is_case(p))
     cases: dict[str, Case] = {}
     problems: list[Problem] = []

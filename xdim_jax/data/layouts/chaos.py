@@ -21,7 +21,7 @@ from xdim_jax.base.problem import WARNING, DataError, Problem, errors, in_case
 from xdim_jax.data.case import Case, Dataset, Scan
 from xdim_jax.data.images.dicom import files_in_order, read_headers
 from xdim_jax.data.images.image import source_path
-from xdim_jax.data.images.names import files_below, is_hidden, is_run
+from xdim_jax.data.images.names import files_below, subfolders
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.regions import Regions
 
@@ -123,8 +123,7 @@ def scan(root: Path, modalities: tuple[str, ...], mr_labels: Labels, phase: str,
     cases: list[Case] = []
     incomplete: list[Case] = []
     problems: list[Problem] = []
-    below = [b for b in sorted(root.glob("*/")) if not is_hidden(b) and not is_run(b)]
-    bases = [b for b in [root, *below] if (b / "CT").is_dir() or (b / "MR").is_dir()]
+    bases = [b for b in [root, *subfolders(root)] if (b / "CT").is_dir() or (b / "MR").is_dir()]
     tests = [b for b in bases if b.name.lower().startswith("test")]
     if need_labels and len(bases) > len(tests):
         bases = [b for b in bases if b not in tests]
