@@ -8,11 +8,12 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from tests.conftest import TOY_MODEL
 from tests.random_weights import make_encoder, make_omnianet
 from weight_port.sources import import_timm
 from xdim_jax.base.errors import UserError
 from xdim_jax.inference.model import make_model
-from xdim_jax.nets import inflate, input_channels
+from xdim_jax.nets import inflate, input_channels, layers, networks, unet
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.inflate import Inflation
 from xdim_jax.nets.layers import Depth
@@ -307,6 +308,59 @@ def test_layers_may_have_rules_of_their_own():
     assert worst_slice(features(flat, image), features(deep, repeated(image, 9, 0)), 0) < EXACT
     with pytest.raises(UserError, match=r"'bloks.\*'.* blocks"):
         inflated(flat, "mean", layers=(("bloks.*", "centre"),))
+
+
+def test_spacing_is_that_of_the_level():
+    """Slices are 4 pixels thick. With depth strides of 1, the inputs of levels 1 and 2 have slices of 2 and 1 pixels.
+
+    A kernel of 3 pixels then contains one slice; a slice and half a pixel of both neighbours; or three slices.
+    """
+    flat = make_encoder()
+    options = {"spacing": 4.0, "strides": (1, 1, 2, 2, 2), "padding": "edge"}
+    deep = inflated(flat, "spacing", **options)
+    for name, taps in {
+        "conv_stem": [0, 1, 0],
+        "blocks.0.0.conv_dw": [1 / 6, 2 / 3, 1 / 6],
+        "blocks.1.0.conv_dw": [1 / 6, 2 / 3, 1 / 6],
+        "blocks.2.0.conv_dw": [0.2] * 5,
+        "blocks.6.0.conv_dw": [1 / 3] * 3,
+    }.items():
+        kernel = flat.arrays[f"{name}.kernel"]
+        np.testing.assert_allclose(deep.arrays[f"{name}.kernel"], np.multiply.outer(taps, kernel), atol=1e-12)
+    image = np.random.default_rng(0).normal(size=(1, 33, 40, 3))
+    assert worst_slice(features(flat, image), features(deep, repeated(image, 9, 0)), 0) < EXACT
+
+
+@pytest.mark.parametrize("name", ["efficientnet_toy", "resnet34", "resnet50", "vgg16_bn", "convnext_tiny"])
+def test_every_layer_knows_the_ratio_of_its_input(name, monkeypatch):
+    """The sizes of the inputs of all convolutions of a DX-Net, against the size of the image."""
+    section = {**TOY_MODEL, "encoder": {"name": name}, "in_channels": 1, "depth": {"axis": 1, "strides": (1,) * 5}}
+    sizes = {}
+
+    def record(conv, shape):
+        sizes.setdefault(id(conv.kernel), (conv, set()))[1].add(shape)
+
+    def call(self, x):
+        record(self, x.shape)
+        return original(self, x)
+
+    def upsampled(conv, x, skip, factors, **options):
+        record(conv, (1, *(n * f for n, f in zip(x.shape[1:-1], factors, strict=True)), 1))
+        return combine(conv, x, skip, factors, **options)
+
+    original, combine = layers.Conv.__call__, layers.conv_upsampled
+    monkeypatch.setattr(layers.Conv, "__call__", call)
+    monkeypatch.setattr(unet, "conv_upsampled", upsampled)
+    network = networks.build(section, seed=None)
+    network.eval()
+    jax.eval_shape(lambda: network(np.zeros((1, 64, 32, 64, 1))))
+    found = [(conv, shapes) for conv, shapes in sizes.values() if len(conv.kernel.shape) == 5]
+    assert len(found) > 20
+    for conv, shapes in found:
+        if max(conv.kernel.shape[:3]) > 1:
+            (shape,) = shapes
+            expected = 3.0 * (32 / shape[2]) / (64 / shape[1])
+            assert inflate.input_ratio(3.0, conv) == expected, (conv.kernel.shape, shape)
 
 
 def test_what_was_done_is_told():

@@ -22,10 +22,11 @@ centre                 1 in the middle, else 0                     volumes of id
                                                                    any volume, slice by slice
 gaussian               a Gaussian of ``sigma`` taps, sum 1         volumes of identical slices with ``edge`` or
                                                                    ``renorm`` padding
-spacing                sum 1, proportional to the overlap of each  the same as ``gaussian``; ``spacing`` 1 gives
-                       slice with a box that has the length of     ``mean``, and ``spacing`` of k or more gives
-                       the 2D kernel in mm; the slice spacing is   ``centre`` if k is odd
-                       ``spacing`` times the in-plane spacing
+spacing                sum 1, proportional to the overlap of each  the same as ``gaussian``; ratio 1 gives ``mean``,
+                       slice with a box that has the length of     and a ratio of k or more gives ``centre`` if k is
+                       the 2D kernel in mm; the ratio of slice     odd
+                       spacing and in-plane spacing is that of
+                       the input of the layer, see `input_ratio`
 acs                    a third of the filters each in the axial,   nothing for a network. In a single convolution, the
                        coronal and sagittal plane (Yang et al.     outputs of a third of the filters are preserved for
                        2021)                                       volumes that are constant along the axis
@@ -63,7 +64,7 @@ class Inflation:
     Attributes:
         rule: One of `RULES`; see the table above.
         sigma: Standard deviation for ``gaussian``, in taps.
-        spacing: Slice spacing divided by in-plane spacing, for ``spacing``.
+        spacing: Slice spacing divided by in-plane spacing, of the image, for ``spacing``.
         seed: Random seed for ``random``.
         layers: Other rules for some layers: pairs (pattern of layer names as in `fnmatch`, rule), such as
             ``("blocks.0.*", "centre")``. The first pattern that matches is used.
@@ -94,7 +95,7 @@ def profile(rule: str, taps: int, *, sigma: float = 1.0, spacing: float = 1.0) -
         rule: One of `RULES` except ``acs`` and ``random``.
         taps: Number of taps.
         sigma: See `Inflation`.
-        spacing: See `Inflation`.
+        spacing: Slice spacing divided by in-plane spacing, of the input of the layer.
 
     Raises:
         ValueError: The rule has no such weights (``acs`` and ``random``).
@@ -127,7 +128,7 @@ def inflate_kernel(
         axis: Position of the new axis among the spatial axes.
         rule: One of `RULES` except ``random``. ``acs`` needs a 2D kernel whose sides are both equal to ``taps``.
         sigma: See `Inflation`.
-        spacing: See `Inflation`.
+        spacing: Slice spacing divided by in-plane spacing, of the input of the layer.
 
     Returns:
         The kernel with the new axis, in the same dtype.
@@ -157,6 +158,18 @@ def _acs(kernel: np.ndarray, taps: int, axis: int) -> np.ndarray:
         plane[(axis + group) % 3] = taps // 2
         out[tuple(plane)][..., members] = kernel[..., members]
     return out
+
+
+def input_ratio(spacing: float, layer: Conv) -> float:
+    """Return slice spacing divided by in-plane spacing, of the input of a layer.
+
+    A level doubles the in-plane spacing. It doubles the slice spacing only if its depth stride is 2.
+
+    Args:
+        spacing: The ratio of the image.
+        layer: A layer of the 3D network.
+    """
+    return spacing * math.prod(layer.depth.strides[: layer.level]) / 2**layer.level
 
 
 def named_layers(module: nnx.Module) -> dict[str, Any]:
@@ -192,7 +205,6 @@ def inflate_arrays(
         if not any(fnmatch.fnmatchcase(name, pattern) for name in inflatable)
     ]
     out, done = dict(arrays), dict.fromkeys(arrays, "copied")
-    options: dict[str, Any] = {"axis": axis, "sigma": inflation.sigma, "spacing": inflation.spacing}
     for name, layer in layers.items():
         rule, norm = inflation.rule_of(name), _sibling(name, getattr(layer, "norm", None))
         if isinstance(layer, Norm | LayerNorm) or (isinstance(layer, Dense) and rule != "random"):
@@ -206,8 +218,11 @@ def inflate_arrays(
         elif rule == "repeat" and not norm:
             rule = "mean"  # no norm follows that could correct the scale
         taps = shape[axis]
+        options: dict[str, Any] = {"axis": axis, "rule": rule, "sigma": inflation.sigma}
+        if isinstance(layer, Conv):
+            options["spacing"] = input_ratio(inflation.spacing, wanted[name])
         try:
-            out[f"{name}.kernel"] = inflate_kernel(arrays[f"{name}.kernel"], taps, rule=rule, **options)
+            out[f"{name}.kernel"] = inflate_kernel(arrays[f"{name}.kernel"], taps, **options)
         except ValueError as error:
             problems.append(f"{name}: {error}")
             continue

@@ -76,6 +76,7 @@ class Style:
         eps: eps of every norm.
         padding: ``symmetric`` (``k // 2`` on both sides) or TensorFlow's ``same``.
         depth: Options of the depth axis of a 3D network.
+        level: Level of the inputs of the layers: an input of level i has 1/2^i of the size of the image in the plane.
     """
 
     ndim: int
@@ -83,6 +84,7 @@ class Style:
     eps: float = 1e-5
     padding: str = "symmetric"
     depth: Depth = dataclasses.field(default_factory=Depth)
+    level: int = 0
 
     def __post_init__(self):
         check_choice("number of spatial axes", self.ndim, (2, 3))
@@ -90,6 +92,10 @@ class Style:
         check_choice("padding", self.padding, PADDINGS)
         if not 0 < self.eps < 1:
             raise ValueError(f"eps of a norm must be above 0 and below 1; got {self.eps}")
+
+    def at(self, level: int) -> "Style":
+        """Return the same settings for layers whose inputs have another level."""
+        return dataclasses.replace(self, level=level)
 
     def window(self, k: int, along_depth: int | None = None) -> tuple[int, ...]:
         """Return ``k`` for every axis, except ``along_depth`` (if given) for the depth axis of a 3D network."""
@@ -161,7 +167,7 @@ class Conv(nnx.Module):
         channels: Number of input channels.
         filters: Number of output channels.
         kernel: Size of the kernel, one number for all axes or one number per axis.
-        style: Number of axes, padding and depth options.
+        style: Number of axes, padding, depth options and level.
         strides: One number per axis; None for 1.
         padding: Padding; None for the padding of the style. ``valid`` means no padding.
         depthwise: True for one kernel per channel.
@@ -193,6 +199,7 @@ class Conv(nnx.Module):
         self.strides = strides or (1,) * len(window)
         self.padding = padding or style.padding
         self.depth = style.depth
+        self.level = style.level
         self.groups = channels if depthwise else 1
         self.norm = norm
         self.kernel = nnx.Param(random_kernel(rngs, (*window, channels // self.groups, filters), gain))

@@ -150,7 +150,7 @@ class UNet(nnx.Module):
                     filters[LEVELS - 1 - level],
                     strides=self.level_strides[level],
                     upsampling=upsampling,
-                    style=style,
+                    style=style.at(level),
                     activation=activation,
                     rngs=rngs,
                 )

@@ -58,6 +58,7 @@ class Stage(nnx.Module):
             conv = Conv(channels, filters, strides, style=style, strides=strides, padding="valid", bias=True, rngs=rngs)
             self.downsample.append(LayerNorm(channels, style.eps))
             self.downsample.append(conv)
+            style = style.at(style.level + 1)
         self.blocks = nnx.List([Block(filters, style=style, drop_path=rate, rngs=rngs) for rate in drop_paths])
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -91,7 +92,7 @@ class ConvNeXt(nnx.Module):
                     width,
                     filters,
                     strides=style.strides(i + 1) if i else None,
-                    style=style,
+                    style=style.at(i + 1 if i else 2),
                     drop_paths=[drop_path * (built + j) / last for j in range(count)],
                     rngs=rngs,
                 )

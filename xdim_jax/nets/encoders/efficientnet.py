@@ -207,7 +207,7 @@ class EfficientNet(nnx.Module):
                     strides=style.strides(level) if down else None,
                     expand=stage.expand,
                     lite=lite,
-                    style=style,
+                    style=style.at(level),
                     drop_path=drop_path * built / total,
                     rngs=rngs,
                 )

@@ -32,14 +32,15 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         filters = width * max(widening, 1)
+        strided = style.at(style.level + 1) if strides else style
         if widening:
             self.conv1 = Conv(channels, width, 1, style=style, norm="bn1", rngs=rngs)
             self.conv2 = Conv(width, width, 3, style=style, strides=strides, norm="bn2", rngs=rngs)
-            self.conv3 = Conv(width, filters, 1, style=style, norm="bn3", rngs=rngs)
+            self.conv3 = Conv(width, filters, 1, style=strided, norm="bn3", rngs=rngs)
             self.bn3 = Norm(filters, style)
         else:
             self.conv1 = Conv(channels, width, 3, style=style, strides=strides, norm="bn1", rngs=rngs)
-            self.conv2 = Conv(width, width, 3, style=style, norm="bn2", rngs=rngs)
+            self.conv2 = Conv(width, width, 3, style=strided, norm="bn2", rngs=rngs)
         self.bn1 = Norm(width, style, "relu")
         self.bn2 = Norm(width, style, "relu" if widening else None)
         self.widened = bool(widening)
@@ -78,12 +79,13 @@ class ResNet(nnx.Module):
         for stage, (count, filters) in enumerate(zip(repeats, WIDTHS, strict=True)):
             blocks = nnx.List([])
             for i in range(count):
+                down = stage > 0 and i == 0
                 block = Block(
                     width,
                     filters,
                     widening=widening,
-                    strides=style.strides(stage + 1) if stage and i == 0 else None,
-                    style=style,
+                    strides=style.strides(stage + 1) if down else None,
+                    style=style.at(stage + 1 if down else stage + 2),
                     drop_path=drop_path * built / last,
                     rngs=rngs,
                 )

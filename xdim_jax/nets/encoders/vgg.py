@@ -47,7 +47,8 @@ class VGG(nnx.Module):
         for level, (count, filters) in enumerate(zip(CONVOLUTIONS[name], WIDTHS, strict=True)):
             for _ in range(count):
                 norm = str(len(self.features) + 1)
-                self.features.append(Conv(channels, filters, 3, style=style, bias=True, norm=norm, rngs=rngs))
+                conv = Conv(channels, filters, 3, style=style.at(level), bias=True, norm=norm, rngs=rngs)
+                self.features.append(conv)
                 self.features.append(Norm(filters, style, "relu"))
                 self.features.append(Identity())
                 channels = filters
