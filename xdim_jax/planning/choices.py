@@ -477,7 +477,7 @@ def _rule(ratio: float) -> tuple[str, str]:
     if ratio > 1.5:
         return "spacing", (
             f"the slice spacing is {ratio:.2g} times the in-plane spacing, so kernels are inflated to the extent in "
-            "mm along the depth that they have in the plane, at the spacing of the images"
+            "mm along the depth that they have in the plane, at every level"
         )
     if ratio < 1 / 1.5:
         return (
