@@ -336,6 +336,32 @@ def test_the_slot_of_a_failed_or_pruned_trial_is_used_again(camus4, tmp_path):
     assert list(trials[1].intermediate_values) == [1] and list(trials[2].intermediate_values) == [1, 2]
 
 
+def test_a_storage_that_restarts_ends_no_pack(camus4, tmp_path, monkeypatch, capsys):
+    """Calls fail when the first trial is claimed, while it is trained beside a free slot, and when it ends."""
+
+    def suggest(trial):
+        trial.suggest_float("optim.schedule.peak", 1e-3, 1e-2)
+
+    def sometimes(name, fails):
+        calls, call = [], getattr(studies, name)
+
+        def restarting(*arguments, **options):
+            calls.append(1)
+            if fails(len(calls)):
+                raise optuna.exceptions.StorageInternalError("server closed the connection")
+            return call(*arguments, **options)
+
+        monkeypatch.setattr(studies, name, restarting)
+
+    study, work = make_worker(tmp_path, camus4, suggest, 1)
+    work._heartbeat = 0.05
+    sometimes("requeue_dead_trials", lambda n: n in (1, 3))
+    sometimes("finish_trial", lambda n: n == 1)
+    assert work.run() == 0
+    assert ends(study) == ["COMPLETE"]
+    assert capsys.readouterr().out.count("cannot be reached") == 3
+
+
 def test_a_signal_returns_trials_to_the_queue_and_they_are_resumed(camus4, tmp_path, monkeypatch):
     def suggest(trial):
         trial.suggest_float("optim.schedule.peak", 1e-3, 1e-2)

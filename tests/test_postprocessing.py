@@ -134,6 +134,22 @@ def test_a_setting_that_harms_a_fold_is_not_chosen(data, tmp_path):
     assert organ.gain > 0.01 and organ.worst < -0.01 and "organ" not in largest
 
 
+def test_the_best_setting_that_harms_no_fold_is_chosen(data, tmp_path):
+    """Keeping the largest piece gains most, but harms the second fold; removing small pieces harms none."""
+
+    def add(number, label):
+        if number % 2 == 0:
+            label[0:5, 18:23, 6:18] = 1  # 300 voxels
+        elif number == 1:
+            label[4] = 0  # the organ falls into pieces of 200 and 300 voxels
+        label[9, 14:20, 14:20] = 1  # 36 voxels; the smallest size that is tried is a quarter of the organ, 150
+
+    trials, largest, smallest = choose(data, predictions(data, tmp_path / "pred", add))
+    best = max((t for t in trials.values() if t.region == "organ"), key=lambda t: t.gain)
+    assert best.setting == "largest" and not best.helps
+    assert "organ" not in largest and smallest["organ"] == pytest.approx(150 * 0.002)
+
+
 # -- thresholds -------------------------------------------------------------------------------------------------------
 
 

@@ -265,3 +265,9 @@ def test_omitted_cases_are_named_in_the_results(tmp_path):
     assert json.loads((tmp_path / "eval" / "summary.json").read_text())["skipped"] == ["b"]
     assert "omitted: b" in (tmp_path / "eval" / "tables.md").read_text()
     assert "omitted; the mean scores may be too good:</strong> b" in (tmp_path / "r.html").read_text()
+
+
+def test_more_structures_than_a_byte_can_count():
+    """A parcellation; the later structures are drawn over the earlier ones."""
+    masks = {str(i): np.arange(300).reshape(1, 1, 300) >= i for i in range(300)}
+    np.testing.assert_array_equal(figures.label_map(masks, list(masks)).ravel(), np.arange(1, 301))

@@ -13,6 +13,7 @@ from scipy.stats import wilcoxon
 
 from xdim_jax import study
 from xdim_jax.base.errors import UserError
+from xdim_jax.base.signals import StopRequest
 from xdim_jax.data import phantom
 from xdim_jax.data.case import Case
 from xdim_jax.data.labels import Labels
@@ -22,7 +23,7 @@ from xdim_jax.runs.records import METRICS_FILE, VALIDATIONS_FILE, read_records
 from xdim_jax.studies import page, results
 from xdim_jax.studies.plan import Plan, PlannedRun, keep_plan, read_plan
 from xdim_jax.studies.results import Scores
-from xdim_jax.studies.train import check_plan
+from xdim_jax.studies.train import check_plan, train_plan
 from xdim_jax.training.check import resolve_config
 from xdim_jax.training.run_data import find_cases, split_found_cases
 
@@ -133,6 +134,8 @@ def test_another_plan_is_refused_in_the_same_workdir(tmp_path):
         (["run", "--plan={plan}", "--workdir={tmp}/s", "--config.data.batch=3"], ["data.batch=3", "the plan"]),
         (["run", "--plan={tmp}/none.toml", "--workdir={tmp}/s"], ["none.toml", "cannot read"]),
         (["report", "--workdir={tmp}"], ["plan.toml"]),
+        (["report", "--workdir=gs://bucket/s"], ["gs://bucket/s", "local folder"]),
+        (["run", "--plan={plan}", "--workdir=s3://bucket/s"], ["s3://bucket/s", "local folder"]),
         (["report", "--workdir={tmp}", "--config.data.root=x"], ["unknown argument"]),
         (["run", "--plan={plan}", "--workdir={tmp}/s"], ["arm low", "arm high", "no data"]),
     ],
@@ -179,6 +182,50 @@ def test_weights_that_were_trained_on_validation_patients_are_refused(tmp_path, 
     record(training)
     with pytest.raises(UserError, match=r"arm high: seed 3: .*config\.seed=0"):
         check_plan(plan, overrides)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "[arms.high]",
+            '[arms.high]\n"data.fold" = 1',
+            ["arm high: seed 0: 16 validation cases", "seed 3", "[settings]"],
+        ),
+        ("[arms.high]", '[arms.high]\n"data.instants" = ["ED"]', ["arm high: seed 0: 4 training cases", "patient"]),
+        ("sizes = [2]", "sizes = [2, 500]", ["arm low: seed 3", "train_patients=500", "has 2 training patients"]),
+    ],
+)
+def test_all_arms_must_have_the_same_cases(old, new, words, tmp_path, camus4):
+    """Four patients with two views and two instants, two of them in a fold."""
+    plan = read_plan(write_plan(tmp_path, PLAN.replace(old, new)))
+    with pytest.raises(UserError) as error:
+        check_plan(plan, [f"--config.data.root={camus4}"])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_program_that_fails_leaves_the_other_arms(tmp_path, camus4, monkeypatch, capsys):
+    """The arm ``low`` does not fit into the memory; ``high`` has another program."""
+    plan = read_plan(
+        write_plan(tmp_path, PLAN.replace("[arms.high]", '[arms.high]\n"model.filters" = [16, 8, 8, 8, 8]'))
+    )
+    trained = []
+
+    def train(pack, runs, stop):
+        if "low" in str(runs[0][1]):
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        trained.extend(workdir for _, workdir in runs)
+        return []
+
+    monkeypatch.setattr("xdim_jax.studies.train.train_in_pack", train)
+    with pytest.raises(UserError, match=r"3 runs .*\n.*low.n001.seed0: RuntimeError: RESOURCE_EXHAUSTED"):
+        train_plan(plan, tmp_path / "s", [f"--config.data.root={camus4}"], StopRequest())
+    assert [str(w.relative_to(tmp_path / "s")) for w in trained] == [
+        "high/n001/seed0",
+        "high/n002/seed0",
+        "high/n002/seed3",
+    ]
+    assert "Traceback" in capsys.readouterr().out
 
 
 # -- subsets --------------------------------------------------------------------------------------------------------
@@ -252,6 +299,12 @@ def test_the_interval_covers_seeds_and_patients():
     assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.1)
 
 
+def test_one_seed_and_one_patient_have_no_interval():
+    for values in ([[0.8]], [[0.8, np.nan]], [[np.nan], [0.8]]):
+        found = results.interval(np.array(values))
+        assert found.mean == 0.8 and np.isnan([found.low, found.high]).all() and str(found) == "0.800 [-]"
+
+
 def test_tests_are_paired_by_seed_and_patient():
     rng = np.random.default_rng(1)
     base = rng.uniform(0.5, 0.9, (2, 12))
@@ -297,6 +350,12 @@ def test_verdicts():
     assert results.verdict(5, ["a", "b"], found, tests) == "a is best"
     found = {("a", 5): scores(base), ("b", 5): scores(base, seeds=(7, 8, 9))}
     assert "no finished seed in common" in results.verdict(5, ["a", "b"], found, [])
+    # other validation patients
+    found = {
+        ("a", 5): scores(base),
+        ("b", 5): dataclasses.replace(scores(base), patients=tuple("x" * i for i in range(20))),
+    }
+    assert results.verdict(5, ["a", "b"], found, results.compare_arms(found, [5], ["a", "b"])).endswith("patient")
     # the arm that is best over the common seed is worse over the seeds of the two arms
     found = {
         ("a", 5): scores(base),

@@ -297,6 +297,47 @@ def test_training_continues_while_the_storage_cannot_be_reached(tmp_path, monkey
     assert "cannot be reached" in capsys.readouterr().out
 
 
+@_FORKS
+@pytest.mark.parametrize("where", ["claim_trial", "finish_trial", "requeue_dead_trials", "group_attempts"])
+def test_a_storage_that_restarts_ends_no_worker(where, tmp_path, monkeypatch, capsys):
+    """Each of the first calls of a function of the study fails, then the storage is back."""
+    study = open_toy(str(tmp_path / "study.journal"))
+    command = (sys.executable, "-c", "pass")
+    job = worker.Job("C", (), lambda trial: trial.suggest_float("x", 0, 0.5), tmp_path / "root", 2, command)
+    failures, call = [], getattr(studies, where)
+
+    def restarting(*arguments, **options):
+        if len(failures) < 2:
+            failures.append(1)
+            raise optuna.exceptions.StorageInternalError("server closed the connection")
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(studies, where, restarting)
+    monkeypatch.setattr(worker, "validation_scores", lambda workdir: [0.5])
+    assert worker.run_worker(study, job, StopRequest(), heartbeat=0.2, grace=60.0) == 0
+    assert len(failures) == 2 and [t.state.name for t in study.get_trials()] == ["COMPLETE"] * 2
+    assert "cannot be reached" in capsys.readouterr().out
+
+
+def test_a_worker_that_is_stopped_does_not_wait_for_the_storage(tmp_path, monkeypatch):
+    study, stop = open_toy(str(tmp_path / "study.journal")), StopRequest()
+
+    def down(*arguments):
+        stop.signal = 15
+        raise optuna.exceptions.StorageInternalError("server closed the connection")
+
+    monkeypatch.setattr(studies, "claim_trial", down)
+    job = worker.Job("C", (), lambda trial: None, tmp_path / "root", 2)
+    assert worker.run_worker(study, job, stop, heartbeat=60.0, grace=60.0) == stop.status
+
+
+def test_a_space_in_another_folder_is_not_replaced_by_one_that_ships(tmp_path):
+    assert space.load_space(Path("dxnet"))[1] == space.load_space(Path("configs/sweeps/dxnet.py"))[1]
+    for missing in (tmp_path / "dxnet.py", Path("mine/dxnet.py")):
+        with pytest.raises(UserError, match="does not exist"):
+            space.load_space(missing)
+
+
 def test_workers_of_a_study_have_the_same_settings(storage):
     study = open_toy(storage)
     studies.record_search(study, {"config": "a.py", "space": "x"})
@@ -535,6 +576,21 @@ def test_the_page_shows_every_trial_from_best_to_worst(tmp_path):
     assert places == sorted(places)
     best = max((t for t in study.get_trials() if t.state.name == "COMPLETE"), key=lambda t: t.value)
     assert f"Best: trial{studies.origin_of(best):04d}, Dice {best.value:.4f}" in text
+
+
+def test_the_time_after_a_worker_died_is_no_training_time(tmp_path):
+    study = open_toy(str(tmp_path / "s.journal"))
+    trial = studies.claim_trial(study, 1)
+    time.sleep(1.2)
+    studies.requeue_dead_trials(study, grace=0.1)
+    (dead, _) = study.get_trials()
+    assert dead.state.name == "FAIL" and dead.duration.total_seconds() > 1
+    assert studies.training_seconds(dead) < 0.9
+    trial = studies.claim_trial(study, 1)
+    assert studies.training_seconds(study.get_trials()[1]) is None
+    time.sleep(0.3)
+    studies.finish_trial(study, trial, "COMPLETE", 0.5)
+    assert studies.training_seconds(study.get_trials()[1]) > 0.25
 
 
 @pytest.mark.quick

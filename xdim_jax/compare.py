@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{options.a} and {options.b}: {error}; evaluate both on the same references") from error
     _warn_about_references(records)
     _warn_about_exclusions(folders, evaluations, metrics)
+    _warn_about_single_values(folders, found)
     table = make_table(found, str(options.a), str(options.b))
     log.write_result(table.markdown().rstrip("\n"))
     if options.out:
@@ -126,6 +127,18 @@ def _warn_about_references(records: Sequence[Mapping[str, Any]]) -> None:
             f"the references of {len(moved)} cases have different paths in the two evaluations: {shorten(moved)}; "
             "check that they are the same"
         )
+
+
+def _warn_about_single_values(folders: Sequence[Path], found: Sequence[paired.Difference]) -> None:
+    """Warn about cases with a value of a metric in one of the evaluations only."""
+    for folder, name in zip(folders, ("only_a", "only_b"), strict=True):
+        counts = [f"{d.structure} {d.metric}: {getattr(d, name)}" for d in found if getattr(d, name)]
+        if counts:
+            log.warn(
+                f"some cases have a value in {folder} only, for example because the other prediction is empty. They "
+                f"are not compared, which can reverse a comparison: {shorten(counts)}. Compare also how often masks "
+                "are empty (summary.json of both evaluations)"
+            )
 
 
 def _warn_about_exclusions(

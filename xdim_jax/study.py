@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from xdim_jax.base import log
+from xdim_jax.base import bucket, log
 from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import atomic_path, write_text
@@ -39,6 +39,9 @@ from xdim_jax.training.pack import LAYOUTS
 def main(argv: Sequence[str]) -> int:
     """Run the command line, see ``--help``."""
     options, overrides = _parser().parse_known_args(argv)
+    if bucket.is_address(options.workdir):
+        raise UserError(f"--workdir={options.workdir}: expected a local folder; copy it to a bucket after the training")
+    options.workdir = Path(options.workdir)
     if options.command == "report":
         if overrides:
             raise UserError(f"unknown argument {overrides[0]}; report takes --workdir only")
@@ -92,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--layout", choices=LAYOUTS, default="auto", help="layout of a pack, see docs/sweeps.md")
     report = commands.add_parser("report", help="write the report of the runs that are finished")
     for command in (train, report):
-        command.add_argument("--workdir", type=Path, required=True, help="folder of the study")
+        command.add_argument("--workdir", required=True, help="folder of the study")
     return parser
 
 

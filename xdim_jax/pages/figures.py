@@ -291,8 +291,8 @@ class View:
 
 
 def label_map(masks: Masks, order: Sequence[str]) -> np.ndarray:
-    """Return a label map (uint8): labels 1, 2, ... for the structures in ``order``, later ones over earlier ones."""
-    label = np.zeros(next(iter(masks.values())).shape, np.uint8)
+    """Return a label map (uint16): labels 1, 2, ... for the structures in ``order``, later ones over earlier ones."""
+    label = np.zeros(next(iter(masks.values())).shape, np.uint16)
     for number, name in enumerate(order, 1):
         label[masks[name]] = number
     return label

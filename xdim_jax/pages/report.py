@@ -218,7 +218,8 @@ def _case_table(rules: Rules, cases: Sequence[ScoredCase]) -> tuple[list[str], l
     """Return header and rows of the table of all cases."""
     structures = list(dict.fromkeys(s for c in cases for s in c.values))
     shown = rules.main_metrics[:2]
-    header = ["case", *rules.attributes, *(f"{s} {rules.columns[m].title}" for s in structures for m in shown)]
+    titles = {m: c.title + (f" ({c.unit})" if c.unit else "") for m, c in rules.columns.items()}
+    header = ["case", *rules.attributes, *(f"{s} {titles[m]}" for s in structures for m in shown)]
     rows = []
     for case in sorted(cases, key=lambda c: (c.case_id, *c.attributes.values())):
         cells = [

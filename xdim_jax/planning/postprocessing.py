@@ -139,8 +139,8 @@ def _choose_thresholds(workdir: Path) -> tuple[dict[str, float], list[Trial]]:
             if i != before
         ]
         trials += tried
-        best = max(tried, key=lambda t: t.gain)
-        if best.helps:
+        best = max((t for t in tried if t.helps), key=lambda t: t.gain, default=None)
+        if best is not None:
             chosen[name] = best.value
     return chosen, trials
 
@@ -279,10 +279,10 @@ def _choose_components(
     trials = [_trial(*setting, row, folds) for setting, row in zip(tried, gains, strict=True)]
     largest, smallest = [], {}
     for name in regions.names:
-        best = max((t for t in trials if t.region == name), key=lambda t: t.gain)
-        if best.helps and best.setting == "largest":
+        best = max((t for t in trials if t.region == name and t.helps), key=lambda t: t.gain, default=None)
+        if best is not None and best.setting == "largest":
             largest.append(name)
-        elif best.helps:
+        elif best is not None:
             smallest[name] = best.value
     return trials, largest, smallest
 

@@ -22,7 +22,13 @@ def make_table(found: Sequence[paired.Difference], a: str, b: str) -> tables.Tab
         interval = "-" if d.low is None else f"{number(d.low, digits)} to {number(d.high, digits)}"
         cells = (number(d.a, digits), number(d.b, digits), f"{d.mean:+.{digits}f}", interval, _p(d.p), _p(d.p_holm))
         rows.append((d.structure, d.metric, str(d.cases), *cells))
-    return tables.Table(f"A: {a}, B: {b}", header, tuple(rows), f"Holm's correction is for {len(found)} tests.")
+    notes = [f"Holm's correction is for {len(found)} tests."]
+    single = [f"{d.structure} {d.metric} {d.only_a} in A, {d.only_b} in B" for d in found if d.only_a or d.only_b]
+    if single:
+        notes.append(
+            f"Numbers of cases that have a value in one evaluation only, and are not compared: {'; '.join(single)}."
+        )
+    return tables.Table(f"A: {a}, B: {b}", header, tuple(rows), " ".join(notes))
 
 
 def _p(value: float) -> str:

@@ -20,6 +20,9 @@ class Difference:
         structure: Name of the structure.
         metric: Name of the metric.
         cases: Number of cases.
+        only_a: Number of cases that have a value in evaluation A, but not in B, for example because the prediction of
+            B is empty. They are not compared.
+        only_b: Number of cases that have a value in evaluation B, but not in A.
         a: Mean in evaluation A.
         b: Mean in evaluation B.
         mean: Mean of the differences.
@@ -34,6 +37,8 @@ class Difference:
     structure: str
     metric: str
     cases: int
+    only_a: int
+    only_b: int
     a: float
     b: float
     mean: float
@@ -65,7 +70,8 @@ def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[
     found = []
     for structure, metric in names:
         x, y = first[structure, metric], second[structure, metric]
-        keys = [k for k in x if k in y and math.isfinite(x[k]) and math.isfinite(y[k])]
+        both = [k for k in x if k in y]
+        keys = [k for k in both if math.isfinite(x[k]) and math.isfinite(y[k])]
         if not keys:
             continue
         left, right = np.array([x[k] for k in keys]), np.array([y[k] for k in keys])
@@ -81,6 +87,8 @@ def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[
                 structure=structure,
                 metric=metric,
                 cases=len(keys),
+                only_a=sum(math.isfinite(x[k]) and not math.isfinite(y[k]) for k in both),
+                only_b=sum(math.isfinite(y[k]) and not math.isfinite(x[k]) for k in both),
                 a=float(left.mean()),
                 b=float(right.mean()),
                 mean=float(difference.mean()),

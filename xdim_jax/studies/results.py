@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ class Mean:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        limits = "-" if math.isnan(self.low) else f"{self.low:.3f}, {self.high:.3f}"
+        return f"{self.mean:.3f} [{limits}]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +159,13 @@ def interval(values: np.ndarray) -> Mean:
     """Return the mean of ``values`` (seeds, patients) over patients and then over seeds, with its bootstrap interval.
 
     The bootstrap resamples seeds and patients; with a single seed, this resamples the patients alone. NaN values are
-    ignored.
+    ignored. The limits are NaN if there is only one seed and one patient.
     """
     rng = np.random.default_rng(0)
+    values = values[np.isfinite(values).any(1)][:, np.isfinite(values).any(0)]
     seeds, patients = values.shape
+    if values.size < 2:
+        return Mean(_mean(values), math.nan, math.nan)
     means = []
     for _ in range(BOOTSTRAP_SAMPLES):
         sample = values[rng.integers(seeds, size=seeds)][:, rng.integers(patients, size=patients)]
@@ -219,6 +224,9 @@ def verdict(size: int, arms: Sequence[str], scores: Mapping[tuple[str, int], Sco
         found = scores[arm, size]
         means[arm] = _mean(found.last[[found.seeds.index(seed) for seed in sorted(seeds)]])
     best = max(means, key=lambda arm: means[arm])
+    compared = {frozenset((t.a, t.b)) for t in tests if t.size == size}
+    if without := [arm for arm in known if arm != best and {best, arm} not in compared]:
+        return f"{best} (highest mean) and {', '.join(without)} cannot be compared: they share no validation patient"
     unclear = [arm for arm in known if arm != best and not _is_better(best, arm, size, tests)]
     if not unclear:
         of = f" of the arms with finished runs ({', '.join(known)})" if len(known) < len(arms) else ""

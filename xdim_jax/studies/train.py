@@ -1,14 +1,16 @@
 """Training of the runs of a study, one after the other or several in one program."""
 
 import json
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from xdim_jax.base import log
-from xdim_jax.base.config import Config
-from xdim_jax.base.errors import UserError, join_problems
+from xdim_jax.base.config import Config, leaves
+from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.base.signals import StopRequest
+from xdim_jax.data.splits import limit_patients
 from xdim_jax.runs.records import VALIDATIONS_FILE, read_records
 from xdim_jax.studies.plan import Plan, PlannedRun
 from xdim_jax.training.check import FREE_KEYS, resolve_config
@@ -20,11 +22,12 @@ from xdim_jax.training.signature import signature
 
 
 def check_plan(plan: Plan, overrides: list[str]) -> None:
-    """Check the configs and the initial weights of all arms before the first run.
+    """Check the configs, the initial weights and the data of all arms before the first run.
 
     Raises:
-        UserError: A config or initial weights cannot be used, or the weights come from a run that was trained on
-            validation patients of the study. The message lists the problems of all arms.
+        UserError: A config or initial weights cannot be used; there are too few training patients; two arms have other
+            training or validation cases with the same seed; or weights come from a run that was trained on validation
+            patients of the study. The message lists the problems of all arms.
     """
     for override in overrides:
         if not override.startswith("--config."):
@@ -45,31 +48,52 @@ def check_plan(plan: Plan, overrides: list[str]) -> None:
             name = config.init.weights
             if name and name not in sources:
                 sources[name] = read_initial_weights(config.init).source
-            if name:
-                _check_validation_patients(plan, arm, overrides, sources[name])
         except UserError as error:
             problems.append(f"arm {arm}: {error}")
+    problems = problems or list(_data_problems(plan, overrides, sources))
     if problems:
         raise join_problems(problems, "arms of the plan cannot be trained")
 
 
-def _check_validation_patients(plan: Plan, arm: str, overrides: list[str], source: Mapping[str, Any]) -> None:
-    """Raise UserError if the weights of an arm come from a run that was trained on validation patients of the study."""
-    found = None
-    if not any(earlier_runs(source)):
-        return
-    for run in {run.seed: run for run in plan.runs() if run.arm == arm}.values():
-        config, dataset = resolve_config(plan.config(run, overrides))
-        if not config.data.root:  # every run has phantoms of its own
-            return
-        root = Path(config.data.root)
-        found = found or find_cases(config.data, dataset, root)
-        _, validation = split_found_cases(config.data, run.seed, *found)
-        if seen := find_seen_patients(source, root, validation):
-            raise UserError(
-                f"seed {run.seed}: {seen.text}. Plan only the split of that run "
-                f"({describe_split(seen.workdir, config)}), or weights that were not trained on these patients"
-            )
+def _data_problems(plan: Plan, overrides: list[str], sources: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the problems of the splits of all seeds and arms. ``sources``: name of weights -> their origin."""
+    found: dict[str, Any] = {}  # cases, by the options of the data set
+    largest: dict[int, int] = {}  # number of training patients, by seed
+    for run in plan.runs():
+        largest[run.seed] = max(run.size, largest.get(run.seed, 0))
+    for seed, size in largest.items():
+        first: tuple[str, dict[str, set[str]]] | None = None
+        for arm in plan.arms:
+            config, dataset = resolve_config(plan.config(PlannedRun(arm, size, seed), overrides))
+            data = config.data
+            if not data.root:  # every run has phantoms of its own
+                return
+            root, name = Path(data.root), f"arm {arm}: seed {seed}"
+            own = ("data.train_patients", "data.epoch_steps")
+            options = repr([(k, v) for k, v in leaves(config) if k.startswith("data.") and k not in own])
+            try:
+                if options not in found:
+                    found[options] = find_cases(data, dataset, root)
+                train, validation = split_found_cases(data, seed, *found[options])
+                train = limit_patients(train, data.train_patients, seed)
+            except UserError as error:
+                yield f"{name}: {error}"
+                continue
+            sides = {"training": {c.case_id for c in train}, "validation": {c.case_id for c in validation}}
+            first = first or (arm, sides)
+            for side, ids in sides.items():
+                if other := sorted(ids ^ first[1][side]):
+                    yield (
+                        f"{name}: {len(other)} {side} cases differ from those of arm {first[0]} ({shorten(other)}), so "
+                        "that the arms cannot be compared; give the keys that select cases, such as data.fold, in "
+                        "[settings]"
+                    )
+            source = sources.get(config.init.weights, {})
+            if any(earlier_runs(source)) and (seen := find_seen_patients(source, root, validation)):
+                yield (
+                    f"{name}: {seen.text}. Plan only the split of that run ({describe_split(seen.workdir, config)}), "
+                    "or weights that were not trained on these patients"
+                )
 
 
 def is_finished(run: PlannedRun, plan: Plan, workdir: Path) -> bool:
@@ -95,7 +119,8 @@ def train_plan(
         The exit status of the process.
 
     Raises:
-        UserError: Some runs have failed. It is raised after the other runs have ended.
+        UserError: Some runs have failed, for example because memory was exhausted. It is raised after the other runs
+            have ended.
     """
     packs: dict[str, Pack] = {}  # by program, so that each program is compiled once
     errors: list[str] = []
@@ -112,5 +137,10 @@ def train_plan(
         for key, runs in groups.items():
             if key not in packs:
                 packs[key] = Pack(runs[0][0], slots, layout, stop)
-            errors += train_in_pack(packs[key], runs, stop)
+            try:
+                errors += train_in_pack(packs[key], runs, stop)
+            except Exception as error:  # the program failed, e.g. because memory was exhausted; others may fit
+                log.warn(f"a program failed, and with it its runs:\n{''.join(traceback.format_exception(error))}")
+                errors.append(f"{', '.join(str(workdir) for _, workdir in runs)}: {type(error).__name__}: {error}")
+                del packs[key]
     return finish(errors, stop)

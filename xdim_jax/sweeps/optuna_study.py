@@ -19,14 +19,17 @@ import random
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.log import warn
+from xdim_jax.base.signals import StopRequest
+
+T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 20.0  # time between two heartbeats
 GRACE_SECONDS = 120.0  # time without a heartbeat after which a worker counts as dead
@@ -57,6 +60,28 @@ def storage_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions of a storage that cannot be reached for a while."""
     exceptions = import_optuna().exceptions
     return exceptions.StorageInternalError, OSError
+
+
+def retry(call: Callable[[], T], stop: StopRequest, seconds: float) -> T:
+    """Call a function until the storage can be reached, with some seconds between the attempts.
+
+    After a signal there is no further attempt, and the error of the storage is raised.
+    """
+    while True:
+        try:
+            return call()
+        except storage_errors() as error:  # e.g. the database restarts
+            if stop.signal:
+                raise
+            warn(f"the study cannot be reached ({first_line(error)}); trying again in {seconds:g} s")
+            wait(stop, seconds)
+
+
+def wait(stop: StopRequest, seconds: float) -> None:
+    """Wait for some seconds, or until a signal arrives."""
+    end = time.monotonic() + seconds
+    while not stop.signal and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def open_storage(text: str) -> Any:
@@ -249,6 +274,20 @@ def trial_name(origin: int) -> str:
 def format_value(value: Any) -> str:
     """Return the value of a parameter as text for logs and tables."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def training_seconds(attempt: Any) -> float | None:
+    """Return the duration of an attempt; None if it has not ended.
+
+    If its worker died, it ended with the last heartbeat, and not when another worker noticed this.
+    """
+    if attempt.duration is None:
+        return None
+    seconds = attempt.duration.total_seconds()
+    died = attempt.state.name == "FAIL" and not {_STOPPED, _ERROR} & attempt.user_attrs.keys()
+    if died and _HEARTBEAT in attempt.user_attrs:
+        seconds = min(seconds, max(attempt.user_attrs[_HEARTBEAT] - attempt.datetime_start.timestamp(), 0.0))
+    return seconds
 
 
 def group_attempts(study: Any) -> dict[int, list[Any]]:

@@ -97,7 +97,14 @@ class PackedWorker:
 
     def _wait_for_others(self) -> bool:
         """Return False if all trials have ended; otherwise wait a little, and return True."""
-        return worker.wait_for_others(self._study, self._stop, seconds=min(self._heartbeat, 2.0))
+
+        def wait() -> bool:
+            return worker.wait_for_others(self._study, self._stop, seconds=min(self._heartbeat, 2.0))
+
+        try:
+            return studies.retry(wait, self._stop, self._heartbeat)
+        except studies.storage_errors():  # after a signal
+            return False
 
     def _fill_slots(self) -> None:
         """Claim trials and put them into empty slots, until there is no empty slot or no trial to claim."""
@@ -106,8 +113,7 @@ class PackedWorker:
             if active is None:
                 if (self._pack is not None and not self._pack.free) or time.monotonic() < self._next_claim:
                     return
-                worker.requeue_dead_trials(self._study, self._grace)
-                trial = studies.claim_trial(self._study, self._job.trials)
+                trial = self._claim()
                 if trial is None:
                     self._next_claim = time.monotonic() + self._heartbeat
                     return
@@ -121,11 +127,25 @@ class PackedWorker:
                 workdir = active.resources.enter_context(bucket.workdir(address))
                 active.member = self._pack.add(active.config, workdir)
 
+    def _claim(self) -> Any | None:
+        """Claim a trial. If the study cannot be reached: return None if trials are being trained, else try again."""
+
+        def claim() -> Any | None:
+            worker.requeue_dead_trials(self._study, self._grace)
+            return studies.claim_trial(self._study, self._job.trials)
+
+        training = any(active.member for active in self._trials)
+        try:
+            return claim() if training else studies.retry(claim, self._stop, self._heartbeat)
+        except studies.storage_errors() as error:  # e.g. the database restarts
+            log.warn(f"the study cannot be reached ({first_line(error)}); trials are claimed later")
+            return None
+
     def _open(self, trial: Any) -> _ActiveTrial:
         """Start the heartbeat of a claimed trial, and sample its parameters."""
         resources = contextlib.ExitStack()
         resources.enter_context(studies.Heartbeat(trial, self._heartbeat))
-        worker.suggest_parameters(trial, self._job)
+        studies.retry(lambda: worker.suggest_parameters(trial, self._job), self._stop, self._heartbeat)
         config = load_config(self._job.config, [*self._job.overrides, *overrides_of(trial.params)])
         active = _ActiveTrial(trial, config, resources)
         self._trials.append(active)
@@ -190,4 +210,11 @@ class PackedWorker:
         except UserError as failure:  # its workdir cannot be copied into the bucket
             status, error = status or 2, error or str(failure)
         workdir = worker.local_workdir(self._job.root, studies.origin_of(active.trial))
-        worker.record_result(self._study, active.trial, workdir, status, pruned=pruned, error=error)
+
+        def record() -> None:
+            worker.record_result(self._study, active.trial, workdir, status, pruned=pruned, error=error)
+
+        try:
+            studies.retry(record, self._stop, self._heartbeat)
+        except studies.storage_errors() as failure:  # after a signal
+            log.warn(f"{workdir}: the result could not be stored ({first_line(failure)}); a worker will resume it")

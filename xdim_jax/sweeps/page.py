@@ -67,7 +67,7 @@ def render(study: Any) -> str:
     for origin, trial in ranked:
         score = _score(trial)
         attempts = len(groups[origin])
-        minutes = [t.duration.total_seconds() / 60 for t in groups[origin] if t.duration]
+        minutes = [s / 60 for s in map(studies.training_seconds, groups[origin]) if s is not None]
         cells = [studies.trial_name(origin), trial.state.name.lower(), "-" if score is None else f"{score:.4f}"]
         cells += [f"{sum(minutes):.1f}" if minutes else "-", str(attempts)]
         rows.append([*cells, *(studies.format_value(trial.params.get(name, "-")) for name in names)])

@@ -33,7 +33,7 @@ def load_space(path: Path) -> tuple[Suggest, str]:
     """Load a space.
 
     Args:
-        path: A Python file, or the name of a space in ``configs/sweeps`` of the package.
+        path: A Python file, or the name of a space in ``configs/sweeps`` of the package, with or without this folder.
 
     Returns:
         The function ``suggest``, and the text of the file.
@@ -42,7 +42,9 @@ def load_space(path: Path) -> tuple[Suggest, str]:
         UserError: The file does not exist, cannot be imported, or has no function ``suggest``.
     """
     shipped = shipped_configs() / "sweeps"
-    found = next((p for p in (path, shipped / path.name, shipped / f"{path.name}.py") if p.is_file()), None)
+    own = path.parent in (Path(), Path("configs/sweeps"))  # otherwise, the path names another folder
+    names = (path, shipped / path.name, shipped / f"{path.name}.py") if own else (path,)
+    found = next((p for p in names if p.is_file()), None)
     if found is None:
         known = ", ".join(f"configs/sweeps/{p.name}" for p in sorted(shipped.glob("[!_]*.py")))
         raise UserError(

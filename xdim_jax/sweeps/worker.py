@@ -83,9 +83,23 @@ def run_worker(
         UserError: Several trials in a row have failed before their first step, so this machine probably cannot train.
     """
     failures, able = 0, False
-    while not stop.signal:
+
+    def claim() -> Any:
         requeue_dead_trials(study, grace)
-        trial = studies.claim_trial(study, job.trials)
+        return studies.claim_trial(study, job.trials)
+
+    def has_others() -> bool:
+        return wait_for_others(study, stop, seconds=min(heartbeat, 2.0))
+
+    while not stop.signal:
+        try:
+            trial = studies.retry(claim, stop, heartbeat)
+            if trial is None and not (wait and studies.retry(has_others, stop, heartbeat)):
+                break
+        except studies.storage_errors():
+            if not stop.signal:
+                raise
+            break
         if trial is not None:
             with studies.Heartbeat(trial, heartbeat):
                 error = _train(study, trial, job, stop, heartbeat)
@@ -98,8 +112,6 @@ def run_worker(
                     f"stops and leaves the others to other workers. The last one {error}. Correct the cause, and run "
                     "the same command again"
                 )
-        elif not (wait and wait_for_others(study, stop, seconds=min(heartbeat, 2.0))):
-            break
     return stop.status if stop.signal else 0
 
 
@@ -113,9 +125,7 @@ def wait_for_others(study: Any, stop: StopRequest, *, seconds: float) -> bool:
     """Return False if all trials have ended; otherwise wait for some seconds, and return True."""
     if all(map(studies.has_ended, studies.group_attempts(study).values())):
         return False
-    end = time.monotonic() + seconds
-    while not stop.signal and time.monotonic() < end:
-        time.sleep(0.1)
+    studies.wait(stop, seconds)
     return True
 
 
@@ -132,8 +142,13 @@ def _train(study: Any, trial: Any, job: Job, stop: StopRequest, heartbeat: float
     The process receives SIGTERM if this worker receives a signal, if the trial is pruned, or if another worker has
     marked the trial as failed.
     """
-    suggest_parameters(trial, job)
     workdir = local_workdir(job.root, studies.origin_of(trial))
+    try:
+        studies.retry(lambda: suggest_parameters(trial, job), stop, heartbeat)
+    except studies.storage_errors():
+        if not stop.signal:
+            raise
+        return ""  # another worker will queue the trial again
     address = trial_address(job.root, studies.origin_of(trial))
     command = [*job.command, f"--config={job.config}", f"--workdir={address}"]
     try:
@@ -165,8 +180,18 @@ def _train(study: Any, trial: Any, job: Job, stop: StopRequest, heartbeat: float
         if not terminated and (stop.signal or pruned or taken_over):
             child.send_signal(signal.SIGTERM)  # training saves a checkpoint and exits
             terminated = True
-    report_validations(trial, workdir, reported)
-    return record_result(study, trial, workdir, child.returncode, pruned=pruned, stopped=bool(stop.signal))
+
+    def finish() -> str:
+        report_validations(trial, workdir, reported)
+        return record_result(study, trial, workdir, child.returncode, pruned=pruned, stopped=bool(stop.signal))
+
+    try:
+        return studies.retry(finish, stop, heartbeat)
+    except studies.storage_errors() as error:
+        if not stop.signal:
+            raise
+        log.warn(f"{workdir}: the result could not be stored ({first_line(error)}); another worker will resume it")
+        return ""
 
 
 def _wait(child: subprocess.Popen[bytes], stop: StopRequest, seconds: float) -> float:

@@ -206,6 +206,8 @@ class Pack:
         if not any(m.group == member.group for m in self.members if m is not None):
             _, stack, _ = self._streams.pop(member.group, (None, contextlib.ExitStack(), None))
             stack.close()
+        if self.free == self.slots:
+            self._state = None  # the memory may be needed for another program
         with contextlib.closing(member.file), log.redirect_to(member.file):
             if member.error:
                 log.say(f"error: {member.error}")
