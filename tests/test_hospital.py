@@ -625,6 +625,20 @@ def test_a_series_with_a_damaged_file_is_not_predicted(damage, suffix, workdir, 
     assert names_in(tmp_path / "out") == {"P2_2"} and path.name in capsys.readouterr().out
 
 
+def test_a_damaged_file_among_several_series_is_a_warning_for_each(workdir, tmp_path, capsys):
+    """A flat export: the file may belong to any of them."""
+    for patient in ("P1", "P2"):
+        save_series(tmp_path / "in", volume_of(0, (4, 40, 36)), patient=patient, name=lambda k: f"{patient}-{k}.dcm")  # noqa: B023
+    path = tmp_path / "in" / "P1-3.dcm"
+    path.write_bytes(path.read_bytes()[:400])
+    run(workdir, tmp_path / "in", tmp_path / "out", code=1)
+    assert names_in(tmp_path / "out") == {"P1_2", "P2_2"}
+    warnings = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("warning") and path.name in line
+    ]
+    assert [name for line in warnings for name in ("P1_2", "P2_2") if name in line] == ["P1_2", "P2_2"]
+
+
 def test_a_mark_that_a_transfer_is_complete_is_no_slice(tmp_path):
     save_series(tmp_path, volume_of(0), name=lambda k: f"IM{k}")
     for name in ("DONE", "_SUCCESS"):

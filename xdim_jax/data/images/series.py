@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xdim_jax.base.errors import shorten
-from xdim_jax.base.problem import Problem
+from xdim_jax.base.problem import ERROR, WARNING, Problem
 from xdim_jax.data.images import dicom
 from xdim_jax.data.images.dicom import Slice
 from xdim_jax.data.images.names import is_companion, natural_key, strip
@@ -84,7 +84,8 @@ class Found:
 
     Attributes:
         series: The series, sorted by name. A series has an error if a damaged file is in its folder and no file of
-            another series is, because the damaged file is probably one of its slices.
+            another series is, because the damaged file is probably one of its slices. It has a warning if files of
+            other series are there as well.
         left_out: Files that belong to no series and are no images of patients, with the reason. Files that are known to
             accompany images, and files of other image formats, are not listed.
         damaged: Files that are probably images, but cannot be read, with the reason.
@@ -169,18 +170,23 @@ def _is_image(uid: str) -> bool:
 
 
 def _mark_incomplete(series: Sequence[Series], damaged: Mapping[Path, str]) -> list[Series]:
-    """Add an error to every series that is alone in a folder with damaged files."""
+    """Add an error to every series that is alone in a folder with damaged files, and a warning to the other series."""
     folders = Counter(folder for s in series for folder in {path.parent for path in s.files})
     marked = []
     for s in series:
-        own = {path.parent for path in s.files if folders[path.parent] == 1}
-        if found := [path.name for path in damaged if path.parent in own]:
+        own = {path.parent for path in s.files}
+        if found := [path for path in damaged if path.parent in own]:
+            alone = any(folders[path.parent] == 1 for path in found)
             problem = Problem(
                 "unreadable",
-                s.files[0].parent,
-                found=f"has {len(found)} damaged files, which may be slices of the series: {shorten(found)}",
+                found[0].parent,
+                found=f"has {len(found)} damaged files, which may be slices of the series {s.name}: "
+                f"{shorten([path.name for path in found])}",
                 expected="files that can be read",
-                suggestion="copy the series again, or move the damaged files to another folder",
+                suggestion="copy the series again, or move the damaged files to another folder"
+                if alone
+                else "check that the series is complete",
+                severity=ERROR if alone else WARNING,
             )
             s = dataclasses.replace(s, problems=(*s.problems, problem))
         marked.append(s)
