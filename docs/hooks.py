@@ -29,7 +29,7 @@ def on_pre_build(config):
 
 
 def comments():
-    """Return the comment next to, or above, each dotted key in the source of configs/; the first file counts."""
+    """Return dotted key -> file of configs/ -> comment next to, or above, the key."""
     found = {}
     for path in sorted((ROOT / "configs").glob("*.py")):
         text = path.read_text(encoding="utf-8")
@@ -42,8 +42,18 @@ def comments():
                 above -= 1
             note = " ".join(notes[n] for n in range(above + 1, line + 1) if n in notes)
             if note:
-                found.setdefault(key, note)
+                found.setdefault(key, {})[path.stem] = note
     return found
+
+
+def meaning(notes):
+    """Return the text about a key: the comment of all recipes, or the different comments with their recipes."""
+    texts = {}
+    for name, note in notes.items():
+        texts.setdefault(note, []).append(name)
+    shared = [note for note, names in texts.items() if "_shared" in names]
+    own = [f"{', '.join(names)}: {note}" for note, names in texts.items() if note not in shared]
+    return "<br>".join(shared + own)
 
 
 def keys(tree):
@@ -104,7 +114,7 @@ def config_page():
                 text = f"`{next(iter(by_value))}`"
             else:
                 text = "; ".join(f"`{value}`: {', '.join(names)}" for value, names in by_value.items())
-            note = notes.get(key, "")
+            note = meaning(notes.get(key, {}))
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{key}`", text, note)) + " |")
         lines.append("")
     return "\n".join(lines)
