@@ -79,7 +79,7 @@ def get_config(variants: Variants) -> Any:
             "fold": variants.get("fold", 0),  # index of the validation fold, from 0; -1: all folds, one after the other
             # number of training patients; 0: all. For one seed, a smaller subset is contained in a larger one
             "train_patients": 0,
-            "epoch_steps": 0,  # steps per epoch; 0: as many as are needed to visit every sample once
+            "epoch_steps": 0,  # steps per epoch; 0: the number of full batches in the samples of all cases
             "threads": 4,  # number of threads that read and prepare cases
             "store": "",  # folder of the prepared cases; "": <root>_prepared, next to the data
         }

@@ -297,6 +297,16 @@ def test_a_sample_depends_on_its_own_random_bits_alone(rng):
     assert (np.asarray(other["image"]) != np.asarray(whole["image"])).any((1, 2, 3)).all()
 
 
+def test_other_random_generators_of_the_process_do_not_matter(rng):
+    """JAX_DEFAULT_PRNG_IMPL=rbg is usual on TPUs."""
+    image, label = sample(rng, 2)
+    batch = {"image": image[None], "label": label[None], "key": rng.integers(0, 2**32, (1, 2), np.uint32)}
+    function = augment.make_augment({"flip": EVERYTHING["flip"], "noise": EVERYTHING["noise"] | {"p": 1.0}}, 2)
+    expected = function(batch)
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(function(batch)["image"], expected["image"])
+
+
 def test_turning_one_transform_off_leaves_the_others_as_they_were(rng):
     image, label = sample(rng, 2)
     with_noise = {**AFFINE, "noise": {"p": 1.0}}

@@ -625,6 +625,21 @@ def test_a_series_with_a_damaged_file_is_not_predicted(damage, suffix, workdir, 
     assert names_in(tmp_path / "out") == {"P2_2"} and path.name in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("noise", ["in turn", "from the middle on", "of the pixel size"])
+def test_noise_in_the_headers_does_not_divide_a_series(noise, tmp_path):
+    """Cosines and pixel sizes that differ in their last digits, beside a number at which rounding changes."""
+    for k, plane in enumerate(volume_of(0)):
+        other = k % 2 if noise == "in turn" else k >= 3
+        sine = 0.125 + (1e-7 if other and noise != "of the pixel size" else -1e-7)
+        axes = [np.sqrt(1 - sine**2), sine, 0.0, -sine, np.sqrt(1 - sine**2), 0.0]
+        size = 0.7005 + (1e-7 if other and noise == "of the pixel size" else -1e-7)
+        more = {"ImageOrientationPatient": [f"{v:.9f}" for v in axes], "PixelSpacing": [f"{size:.8f}"] * 2}
+        save_slice(tmp_path / f"{k}.dcm", plane, 2.5 * k, "1.2.3", **more)
+    volumes, left_out, series = found_in(tmp_path)
+    assert list(volumes) == ["P1_2"] and not left_out and not series[0].problems
+    np.testing.assert_array_equal(volumes["P1_2"], volume_of(0))
+
+
 def test_a_damaged_file_among_several_series_is_a_warning_for_each(workdir, tmp_path, capsys):
     """A flat export: the file may belong to any of them."""
     for patient in ("P1", "P2"):

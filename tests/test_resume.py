@@ -47,9 +47,11 @@ from xdim_jax.data import case as data_case
 from xdim_jax.data import pipeline
 from xdim_jax.data.case import Scan
 from xdim_jax.data.images import nifti
+from xdim_jax.data.images.image import read_volume
 from xdim_jax.data.labels import Labels
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.inference import predictor, sliding_window
+from xdim_jax.inference.output import make_output
 from xdim_jax.inference.validation_cases import predict_validation
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
@@ -68,6 +70,7 @@ from xdim_jax.training import (
     watchdog,
 )
 from xdim_jax.training import train as training
+from xdim_jax.training.run_data import find_data
 
 REPO = Path(__file__).parent.parent
 
@@ -1365,11 +1368,42 @@ def test_all_folds_of_a_list_that_came_with_the_data(tmp_path, monkeypatch):
     for count in (1, 3):
         lists = [{"training": ("a",), "validation": ("b",)}] * count
         monkeypatch.setattr(crossval, "scan_cases", lambda *_, lists=lists, **__: Scan([], [], tuple(lists)))
+        monkeypatch.setattr(crossval, "usable_cases", lambda *_: [])
         if count == 1:
             with pytest.raises(UserError, match="1 folds"):
                 crossval.train_folds(config, tmp_path, every)
     assert crossval.train_folds(config, tmp_path, every) == 75
     assert begun == [(0, "fold0"), (1, "fold1"), (2, "fold2")]
+
+
+def test_a_case_that_is_too_large_is_found_before_the_first_fold(camus4, tmp_path):
+    """Every case is a training case of a fold, so its size matters even if the first fold only validates it."""
+    own = [
+        f"--config.data.root={camus4}",
+        f"--config.data.store={tmp_path / 'store'}",
+        "--config.data.prepare.size=(64,64)",
+    ]
+    config, begun = load_config(f"{RECIPE},fold=all", [*own, "--config.data.patch=(32,32)"]), []
+    with pytest.raises(UserError, match=r"1x64x64 .*config\.data\.patch=\(32, 32\)"):
+        crossval.train_folds(config, tmp_path / "cv", lambda runs: begun.append(runs) or 0)
+    assert not begun
+
+
+def test_every_process_with_a_disk_of_its_own_writes_the_phantoms(tmp_path):
+    """As with a workdir in a bucket, which the processes read before the first one has written to it."""
+    config, dataset = check.resolve_config(
+        load_config(RECIPE, ["--config.data.phantom.cases=5", "--config.data.phantom.held_out=0"])
+    )
+    found = []
+    for name, first in (("a", True), ("b", False)):
+        output, workdir = make_output(config.output, dataset), tmp_path / name
+        options = {"started": False, "first": first, "separate_disks": True}
+        found.append(find_data(config.data, 0, dataset, output, workdir, **options))
+    images = [sorted((tmp_path / name / "phantom" / "train").rglob("*.nii.gz")) for name in "ab"]
+    assert len(images[0]) > 2 and len(images[0]) == len(images[1])
+    for a, b in zip(*images, strict=True):
+        np.testing.assert_array_equal(read_volume(a)[0], read_volume(b)[0])
+    assert [e.case_id for e in found[0].train] == [e.case_id for e in found[1].train]
 
 
 def test_a_fold_that_is_stopped_stops_all(tmp_path, monkeypatch):

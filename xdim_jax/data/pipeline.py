@@ -161,9 +161,10 @@ def make_stream(
 ) -> Iterator[dict[str, Any]]:
     """Return an endless iterator over batches.
 
-    Each epoch visits all samples (see `epoch_samples`) in a new random order. The random numbers of a sample depend
-    only on the seed and its index in the stream. Batches are therefore the same for any number of threads, and resuming
-    needs only the step. The iterator raises the exceptions of its threads, with their tracebacks.
+    The stream visits all samples of an epoch (see `epoch_samples`) in a new random order, then those of the next epoch;
+    a batch may contain samples of both. The random numbers of a sample depend only on the seed and its index in the
+    stream. Batches are therefore the same for any number of threads and processes, and resuming needs only the step.
+    The iterator raises the exceptions of its threads, with their tracebacks.
 
     Args:
         entries: Prepared cases.
@@ -177,7 +178,8 @@ def make_stream(
         start_step: Index of the first batch.
         threads: Number of reading threads.
         process_index: Index of this process.
-        process_count: Number of processes, each of which reads an equal part of a batch.
+        process_count: Number of processes, each of which reads an equal part of a batch. The parts are in the order of
+            the processes.
         extras: Further arrays by case id and name, which are added to every sample of the case.
         activity: Record of the tasks of the threads.
 
@@ -214,6 +216,7 @@ def make_stream(
 
     source = epoch_samples(entries, sampling, patches_per_case)
     stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(load)
-    stream = stream[process_index::process_count].batch(batch // process_count, drop_remainder=True)[start_step:]
+    stream = stream.batch(batch // process_count, drop_remainder=True)  # parts of batches, in the order of processes
+    stream = stream[process_index::process_count][start_step:]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(threads, 1))
     return iter(stream.to_iter_dataset(options))

@@ -71,7 +71,7 @@ def augment_sample(
     Returns:
         Image and label, of the same shapes.
     """
-    root = jax.random.wrap_key_data(key)
+    root = jax.random.wrap_key_data(key, impl="threefry2x32")  # whatever the default is on this machine
     # every transform has its own key, so switching one off does not change the others
     keys = {name: jax.random.fold_in(root, number) for name, number in STREAMS.items()}
     if any(name in active for name in _GEOMETRIC):

@@ -23,7 +23,7 @@ from xdim_jax.data.case import scan_cases, usable_cases
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import read_records
-from xdim_jax.training.run_data import check_annotated, split_found_cases
+from xdim_jax.training.run_data import check_annotated, check_sizes, split_found_cases
 
 CROSSVAL_FILE = "crossval.json"
 
@@ -46,7 +46,7 @@ def train_folds(config: Config, workdir: Path, train: Callable[[Runs], int]) -> 
             that of a single run.
     """
     folds = _count_folds(config.data)
-    _check_annotated(config, folds)
+    _check_cases(config, folds)
     if checkpoint.exists(workdir):
         raise UserError(f"{workdir} is the workdir of a single run; give another --workdir for fold=all")
     runs = []
@@ -64,14 +64,20 @@ def train_folds(config: Config, workdir: Path, train: Callable[[Runs], int]) -> 
     return 0
 
 
-def _check_annotated(config: Config, folds: int) -> None:
-    """Raise UserError if a fold has no annotated validation case, before the first fold is trained."""
+def _check_cases(config: Config, folds: int) -> None:
+    """Raise UserError if a fold cannot be trained, before the first fold is trained.
+
+    It cannot if it has no annotated validation case, or if a training case is too large for the sampling.
+    """
     data = config.data
     dataset = get_dataset(data)
-    if dataset.annotated is None or not data.root:
+    if not data.root:
         return
     scan = scan_cases(dataset, Path(data.root), need_labels=True)
     cases = usable_cases(scan, Path(data.root))
+    check_sizes(data, dataset, Path(data.root), cases)
+    if dataset.annotated is None:
+        return
     for fold in range(folds):
         chosen = config.copy_and_resolve_references().data
         chosen.fold = fold

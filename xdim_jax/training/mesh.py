@@ -75,7 +75,7 @@ class Devices:
             if jax.process_count() == 1:
                 return jax.device_put(leaf, replicated, may_alias=False)
             if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
+                return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
             values = np.array(leaf)
             return jax.make_array_from_callback(values.shape, replicated, lambda index: values[index])
 

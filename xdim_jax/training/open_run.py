@@ -134,7 +134,16 @@ def _open_locked_run(
     network = _start_network(config, dataset, workdir, devices, started=started, resumes=resumes)
     output = make_output(config.output, dataset)
     first = jax.process_index() == 0
-    data = find_data(config.data, config.seed, dataset, output, workdir, started=started, first=first)
+    data = find_data(
+        config.data,
+        config.seed,
+        dataset,
+        output,
+        workdir,
+        started=started,
+        first=first,
+        separate_disks=separate_disks,
+    )
     if first:
         _warn_of_seen_patients(config, data, workdir)
     per_epoch = data.steps_per_epoch(config.data)

@@ -75,7 +75,15 @@ class RunData:
 
 
 def find_data(
-    data: Any, seed: int, dataset: Dataset, output: Output, workdir: Path, *, started: bool, first: bool
+    data: Any,
+    seed: int,
+    dataset: Dataset,
+    output: Output,
+    workdir: Path,
+    *,
+    started: bool,
+    first: bool,
+    separate_disks: bool = False,
 ) -> RunData:
     """Find, split and prepare the cases of a run.
 
@@ -89,13 +97,14 @@ def find_data(
         workdir: Folder of the run.
         started: True if the run has a checkpoint.
         first: True if this process writes to the workdir.
+        separate_disks: True if each process has its own workdir; then each writes the phantoms.
 
     Raises:
         UserError: The data cannot be used; or the run has ``started`` with other channels, labels, regions or
             annotations, or with another split, whose training cases might now be validation cases.
     """
     root = Path(data.root or workdir / "phantom" / "train")
-    if not data.root and first:
+    if not data.root and (first or separate_disks):
         write_phantoms(data, root.parent, seed=seed, progress=log.say)
     mesh.barrier("phantoms")
     train, validation = _split(data, seed, dataset, root)
@@ -112,6 +121,12 @@ def find_data(
     pipeline.check_size(chosen, data.sampling, patch_size_3d(data.patch))
     facts = _annotations(dataset, output, train)
     return RunData(chosen, list(zip(validation, entries[len(train) :], strict=True)), facts)
+
+
+def check_sizes(data: Any, dataset: Dataset, root: Path, cases: list[Case]) -> None:
+    """Prepare all cases of a cross-validation. Raises UserError if one of them is too large for the sampling."""
+    if data.sampling != "patches":
+        pipeline.check_size(_prepare(data, dataset, root, cases), data.sampling, patch_size_3d(data.patch))
 
 
 def check_annotated(dataset: Dataset, validation: Sequence[Case], fold: int) -> None:

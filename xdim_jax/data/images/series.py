@@ -13,6 +13,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from xdim_jax.base.errors import shorten
 from xdim_jax.base.problem import ERROR, WARNING, Problem
 from xdim_jax.data.images import dicom
@@ -220,24 +222,36 @@ def _split(files: Sequence[_File]) -> tuple[list[Series], dict[Path, str]]:
     """
     if len(files[0].slices) > 1:
         return [_make_series(files, "")], {}
-    stacks: dict[Hashable, list[_File]] = defaultdict(list)
+    stacks: list[list[_File]] = []
     for file in files:
-        stacks[_plane(file.slices[0])].append(file)
-    largest = max(map(len, stacks.values()))
+        stack = next((stack for stack in stacks if _is_parallel(stack[0].slices[0], file.slices[0])), None)
+        if stack is None:
+            stacks.append([file])
+        else:
+            stack.append(file)
+    largest = max(map(len, stacks))
     dropped = {
         stack[0].path: "is a single slice whose orientation, size or pixel size differs from the rest of its series"
-        for stack in stacks.values()
+        for stack in stacks
         if len(stack) == 1 and largest > 1
     }
-    kept = [stack for stack in stacks.values() if stack[0].path not in dropped]
+    kept = [stack for stack in stacks if stack[0].path not in dropped]
     volumes = [volume for stack in kept for volume in _volumes(stack)]
     return [_make_series(v, str(i) if len(volumes) > 1 else "") for i, v in enumerate(volumes, 1)], dropped
 
 
-def _plane(s: Slice) -> Hashable:
-    """Return size, orientation and pixel size of a slice, rounded."""
-    orientation = None if s.orientation is None else tuple((s.orientation + 0.0).round(2).tolist())
-    return s.size, orientation, None if s.spacing is None else tuple(round(v, 3) for v in s.spacing)
+def _is_parallel(a: Slice, b: Slice) -> bool:
+    """Return whether two slices have the same size and, up to rounding, the same orientation and pixel size."""
+    return (
+        a.size == b.size and _are_close(a.orientation, b.orientation, 0.01) and _are_close(a.spacing, b.spacing, 1e-3)
+    )
+
+
+def _are_close(a: Any, b: Any, tolerance: float) -> bool:
+    """Return whether two arrays differ by at most ``tolerance``, or are both None."""
+    if a is None or b is None:
+        return a is b
+    return bool(np.abs(np.subtract(a, b)).max() <= tolerance)
 
 
 def _volumes(stack: list[_File]) -> list[list[_File]]:
