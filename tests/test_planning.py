@@ -12,6 +12,7 @@ import pytest
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.data import facts
+from xdim_jax.data import fingerprint as fingerprint_module
 from xdim_jax.data.case import scan_cases
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.fingerprint import Fingerprint, measure, measure_cases
@@ -19,10 +20,11 @@ from xdim_jax.data.labels import Labels
 from xdim_jax.data.prepare import Preparation, check_preparation, prepare, target_shape
 from xdim_jax.data.reading import read_case
 from xdim_jax.data.regions import Regions
+from xdim_jax.data.splits import assign_folds
 from xdim_jax.data.store import store_key
 from xdim_jax.nets import networks
 from xdim_jax.planning import machine, page, plan_data
-from xdim_jax.planning.choices import check, choose
+from xdim_jax.planning.choices import check, choose, small_structures
 from xdim_jax.planning.recipe import render
 from xdim_jax.training.check import resolve_config
 from xdim_jax.training.needs import Need
@@ -156,6 +158,26 @@ def test_unchanged_cases_are_measured_once(root, tmp_path, monkeypatch):
     again = measure_cases(dataset, cases, tmp_path / "store")
     assert calls == ["b"] and again["a"] == first["a"]
     assert again["b"]["structures"]["organ"]["voxels"] == 475
+
+
+def test_measurements_of_a_stopped_command_are_kept(root, tmp_path, monkeypatch):
+    dataset, cases = cases_of(root)
+    monkeypatch.setattr(fingerprint_module, "_SAVE_SECONDS", 0)
+    measured, measure = [], fingerprint_module.measure
+
+    def stopped(case, volume):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(case.case_id)
+        return measure(case, volume)
+
+    monkeypatch.setattr(fingerprint_module, "measure", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        measure_cases(dataset, cases, tmp_path / "store", jobs=1)
+    last = lambda case, volume: measured.append(case.case_id) or measure(case, volume)  # noqa: E731
+    monkeypatch.setattr(fingerprint_module, "measure", last)
+    measure_cases(dataset, cases, tmp_path / "store", jobs=1)
+    assert sorted(measured) == sorted(case.case_id for case in cases), "each once"
 
 
 def test_a_case_that_cannot_be_read_is_named(root, tmp_path):
@@ -409,6 +431,68 @@ def test_folds(count, official, folds):
     assert found.folds == folds and found.official == (official > 1)
 
 
+@pytest.mark.parametrize("annotated", [2, 3, 5, 8, 12])
+def test_every_fold_has_an_annotated_patient(annotated):
+    """Of twelve patients; the others are declared as not annotated, and are no missing structures."""
+    found = fingerprint(12)
+    halves = assign_folds(found.patients, 2, seed=0)
+    order = sorted(found.cases, key=lambda case: halves[found.cases[case]["patient"]])
+    order = [case for pair in zip(order, reversed(order), strict=True) for case in pair][
+        :12
+    ]  # from both halves in turn
+    none = dict.fromkeys(order[annotated:], ())
+    for case in none:
+        found.cases[case] |= {"foreground": {"voxels": 0}, "structures": {}}
+    dataset = dataclasses.replace(dataset_of(), partly_annotated=none)
+    choices = choose(found, dataset, platform="cpu", weights=True)
+    numbers = assign_folds(found.patients, choices.folds, seed=0)
+    assert {numbers[found.cases[c]["patient"]] for c in order[:annotated]} == set(range(choices.folds))
+    assert f"{annotated} annotated patients" in choices.reasons["folds"]
+    assert not any("labelled voxel" in note for note in choices.notes)
+
+
+def test_annotated_patients_that_cannot_be_divided():
+    found = fingerprint(12)
+    numbers = assign_folds(found.patients, 2, seed=0)
+    one, other = sorted(p for p, n in numbers.items() if n == 0)[:2]
+    every = {c: () for c, facts in found.cases.items() if facts["patient"] not in (one, other)}
+    with pytest.raises(UserError, match="only 2 of 12 patients are annotated"):
+        choose(found, dataclasses.replace(dataset_of(), partly_annotated=every), platform="cpu", weights=True)
+    first = {c: () for c, facts in found.cases.items() if facts["patient"] != one}
+    with pytest.raises(UserError, match=r"at least two.*another patient"):
+        choose(found, dataclasses.replace(dataset_of(), partly_annotated=first), platform="cpu", weights=True)
+
+
+def test_images_with_a_wrong_third_voxel_size_stay_2d():
+    assert chosen(fingerprint(size=[1, 1024, 512], spacing=[0.001, 0.00195, 0.0117])).network == "omnianet"
+
+
+def test_large_images_have_at_most_as_many_pixels_as_the_patch():
+    """1024 pixels of 0.1232 mm: twice this spacing is 0.2464, which must not be rounded down."""
+    found = fingerprint(size=[1, 1024, 1024], spacing=[1.0, 0.1232, 0.1232])
+    choices = chosen(found)
+    assert choices.patch == (512, 512) and choices.sampling == "slices" and choices.foreground == 0
+    assert (found.prepared_sizes(choices.prepare["spacing"], cropped=False)[:, 1:] <= 512).all()
+    assert "whole image" in choices.reasons["foreground"]
+
+
+def test_small_structures_of_large_images_are_mentioned():
+    """A disc of 80 pixels has a diameter of 10 pixels of 1 mm, and 1.7 at a spacing of 5.86 mm."""
+    part = facts_of()["structures"]["organ"] | {"voxels": 80, "slices": 1}
+    found = fingerprint(size=[1, 3000, 3000])
+    for values in found.cases.values():
+        values["structures"] = {"organ": part}
+    assert not small_structures(found, (1.0, 2.0))
+    (note,) = small_structures(found, chosen(found).prepare["spacing"][1:])
+    assert "organ: 1.7" in note
+
+
+@pytest.mark.quick
+def test_the_page_of_voxel_sizes_that_differ_by_rounding():
+    more, less = np.nextafter(0.7, 1), np.nextafter(0.7, 0)
+    assert page.draw_grids(fingerprint(spacing=Each([[1.0, 0.7, 0.7], [1.0, more, 0.7], [1.0, 0.7, less]]))).png
+
+
 def test_without_weights_the_reason_names_the_command():
     found = chosen(fingerprint(), weights=False)
     assert not found.pretrained and "xdim_jax[weights]" in found.reasons["pretrained"]
@@ -435,7 +519,7 @@ def test_every_choice_is_a_function_of_the_fingerprint():
 )
 def test_data_without_a_recipe(found, words):
     with pytest.raises(UserError) as error:
-        check(found())
+        check(found(), dataset_of())
     assert words in str(error.value)
 
 
@@ -454,7 +538,7 @@ def _mixed_mr():
 def test_all_problems_are_listed_at_once():
     found = Fingerprint({"a": facts_of(foreground={"voxels": 0}, structures={})}, ("T1",), ("organ",))
     with pytest.raises(UserError, match="at least") as error:
-        check(found)
+        check(found, dataset_of())
     assert "labelled voxel" in str(error.value)
 
 
@@ -470,7 +554,7 @@ def test_all_problems_are_listed_at_once():
     ],
 )
 def test_doubtful_data_are_mentioned(found, words):
-    assert any(words in note for note in check(found()))
+    assert any(words in note for note in check(found(), dataset_of()))
 
 
 def _in_one_case():

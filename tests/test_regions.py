@@ -1,22 +1,24 @@
 """Region algebra by hand and over every combination."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from xdim_jax.data import regions
+from xdim_jax.scoring import masks
 
 pytestmark = pytest.mark.quick
 
 
 def test_encode_and_decode_are_inverse():
     label = np.arange(4, dtype=np.uint8).reshape(1, 2, 2)
-    masks = regions.BRATS.encode(label)
+    encoded = regions.BRATS.encode(label)
     # background, NCR, ED, ET as (WT, TC, ET)
-    np.testing.assert_array_equal(masks.reshape(4, 3), [[0, 0, 0], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
-    np.testing.assert_array_equal(regions.BRATS.decode(masks), label)
+    np.testing.assert_array_equal(encoded.reshape(4, 3), [[0, 0, 0], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    np.testing.assert_array_equal(regions.BRATS.decode(encoded), label)
     np.testing.assert_array_equal(regions.BRATS.encode(jnp.asarray(label), jnp), masks)
 
 
@@ -81,3 +83,19 @@ def test_only_the_largest_part_of_a_region_is_kept():
     np.testing.assert_array_equal(regions.keep_largest(label, regions.BRATS, ()), label)
     empty = np.zeros_like(label)
     np.testing.assert_array_equal(regions.keep_largest(empty, regions.BRATS, ("ET",)), empty)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_dice_of_a_case_is_that_of_its_masks(seed):
+    """Nested and disjoint regions, ignored voxels, and a region that is not annotated; in 2D and 3D."""
+    rng = np.random.default_rng(seed)
+    shape = (5, 7, 6)[: 2 + seed % 2]
+    sets = {"whole": (1, 2, 3), "core": (2, 3), "centre": (3,), "other": (7,), "absent": (9,), "not annotated": (4,)}
+    label, truth = (rng.choice([0, 1, 2, 3, 4, 7, 255][: 6 + k], shape).astype(np.uint8) for k in (0, 1))
+    dataset = SimpleNamespace(regions=regions.Regions(sets), annotated=lambda case: tuple(sets)[:-1])
+    found = masks.region_dice(dataset, None, label, truth)
+    assert list(found) == list(sets)[:-1]
+    for name, value in found.items():
+        pred, ref = np.isin(label, sets[name]) & (truth != 255), np.isin(truth, sets[name])
+        np.testing.assert_equal(value, masks.dice(pred, ref))
+    assert np.isnan(found["absent"])

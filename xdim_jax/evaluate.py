@@ -29,6 +29,7 @@ from xdim_jax.base import bucket, log
 from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import read_json
+from xdim_jax.base.host import count_cores
 from xdim_jax.base.huge_pages import prefer_huge_pages
 from xdim_jax.data.datasets import scoring_rules
 from xdim_jax.data.images.names import normalised
@@ -188,14 +189,9 @@ def _parser() -> argparse.ArgumentParser:
         help="also evaluate the probabilities that predict --probabilities wrote, and the uncertainty maps that "
         "predict --uncertainty wrote, if there are any; with --workdir, the probabilities are predicted",
     )
-    add("--jobs", type=int, default=_cores(), help="number of scoring processes (default: one per core)")
+    add("--jobs", type=int, default=count_cores(), help="number of scoring processes (default: one per core)")
     challenges.add_options(parser)
     return parser
-
-
-def _cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def command() -> NoReturn:

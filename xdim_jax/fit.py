@@ -19,7 +19,6 @@ import argparse
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +29,7 @@ from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.config import Config, load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_json
+from xdim_jax.base.host import count_cores
 from xdim_jax.base.signals import REQUEUE, StopRequest, catch_signals, say_stopped
 from xdim_jax.data.case import describe, list_cases, meaning, scan_cases, usable_cases
 from xdim_jax.data.datasets import DATASETS, get_dataset
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--jobs",
         type=int,
-        default=os.cpu_count() or 1,
+        default=count_cores(),
         help="number of cases that are read concurrently (default: one per core)",
     )
     add("--steps", choices=STEPS, default=STEPS[-1], help="run the steps up to this one (default: %(default)s)")

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +12,7 @@ from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError, gib
 from xdim_jax.base.files import write_json
+from xdim_jax.base.host import count_cores
 from xdim_jax.base.problem import KINDS
 from xdim_jax.data import phantom
 from xdim_jax.data.case import Dataset, list_cases
@@ -70,7 +70,7 @@ def _add_verify(commands: Any) -> None:
     )
     parser.add_argument("--strict", action="store_true", help="exit with status 1 even if all problems are warnings")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="number of concurrent cases (default: one per core)"
+        "--jobs", type=int, default=count_cores(), help="number of concurrent cases (default: one per core)"
     )
 
 
@@ -136,7 +136,7 @@ def _add_plan(commands: Any) -> None:
     add("--hours", type=float, default=8.0, help="time for training all folds on this machine (default: %(default)s)")
     add("--folds", type=int, default=0, help="number of folds (default: 5, or the number of patients if it is smaller)")
     add("--store", default="", help="folder of the prepared cases (default: <root>_prepared)")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="number of concurrent cases (default: one per core)")
+    add("--jobs", type=int, default=count_cores(), help="number of concurrent cases (default: one per core)")
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -186,7 +186,7 @@ def _add_prepare(commands: Any) -> None:
     add_options(parser)
     parser.add_argument("--store", help="folder of the store (also gs://, s3://; default: <root>_prepared)")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="number of concurrent cases (default: one per core)"
+        "--jobs", type=int, default=count_cores(), help="number of concurrent cases (default: one per core)"
     )
 
 

@@ -8,6 +8,7 @@ import concurrent.futures
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from xdim_jax.data.reading import read_case
 
 _VERSION = 2  # increased when the measurements change
 PERCENTILES = tuple(np.linspace(0, 100, 201).tolist())  # percentiles of the intensities, in steps of 0.5
+
+_SAVE_SECONDS = 60  # time after which new measurements are saved, so that a stopped command continues from them
 
 Facts = dict[str, Any]
 
@@ -142,6 +145,12 @@ def measure_cases(
         except DataError as error:
             return error
 
+    def save() -> float:
+        kept = {c: {"signature": signatures[c], "facts": facts} for c, facts in found.items()}
+        write_json(path, {"version": _VERSION, "dataset": dataset.name, "cases": known | kept})
+        return time.monotonic()
+
+    saved = save() if missing else 0.0  # at the start, so that a folder without write permission is noticed
     with concurrent.futures.ThreadPoolExecutor(max(jobs, 1)) as pool:
         for done, (case, outcome) in enumerate(zip(missing, pool.map(run, missing), strict=True), 1):
             if isinstance(outcome, DataError):
@@ -149,9 +158,10 @@ def measure_cases(
             else:
                 found[case.case_id] = outcome
             progress(done, len(missing))
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                saved = save()
     if missing:
-        kept = {c: {"signature": signatures[c], "facts": facts} for c, facts in found.items()}
-        write_json(path, {"version": _VERSION, "dataset": dataset.name, "cases": known | kept})
+        save()
     if problems:
         raise data_error(*problems, summary=f"problems in {len(cases) - len(found)} of {len(cases)} cases")
     return {case.case_id: found[case.case_id] | {"patient": case.patient} for case in cases}

@@ -85,8 +85,12 @@ class Regions:
             label: Label indices.
             xp: Array library: numpy, or ``jax.numpy`` inside a jitted program.
         """
+        return xp.stack([self.mask(label, name) for name in self.names], -1)
+
+    def mask(self, label: Any, name: str) -> Any:
+        """Return the mask of a region, of the same shape as a label map."""
         # comparisons instead of isin, which flattens arrays that are sharded over several devices
-        return xp.stack([functools.reduce(operator.or_, (label == i for i in v)) for v in self.sets.values()], -1)
+        return functools.reduce(operator.or_, (label == i for i in self.sets[name]))
 
     def decode(self, scores: Any, threshold: float | Mapping[str, float] = 0.5, xp: Any = np) -> Any:
         """Convert scores to a label map.
@@ -158,7 +162,7 @@ def keep_largest(label: np.ndarray, regions: Regions, names: Sequence[str]) -> n
         return label
     label = label.copy()
     for name in sorted(names, key=lambda n: -len(regions.sets[n])):  # outer regions first
-        mask = functools.reduce(operator.or_, (label == i for i in regions.sets[name]))
+        mask = regions.mask(label, name)
         boxes = find_objects(mask.view(np.uint8))
         if not boxes:
             continue
@@ -186,7 +190,7 @@ def drop_small_components(label: np.ndarray, regions: Regions, smallest: Mapping
         A changed copy; ``label`` itself if nothing is dropped.
     """
     for name in sorted(smallest, key=lambda n: -len(regions.sets[n])):  # outer regions first
-        mask = functools.reduce(operator.or_, (label == i for i in regions.sets[name]))
+        mask = regions.mask(label, name)
         boxes = find_objects(mask.view(np.uint8))
         if smallest[name] <= 1 or not boxes:
             continue

@@ -15,6 +15,7 @@ import numpy as np
 from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.data.case import Dataset
 from xdim_jax.data.fingerprint import Fingerprint
+from xdim_jax.data.splits import assign_folds
 from xdim_jax.nets.layers import LEVELS
 
 _MIN_SLICES = 12  # with fewer slices (median), slices are segmented one by one
@@ -124,7 +125,7 @@ def choose(
     Raises:
         UserError: No recipe can be made for these data; the message lists all reasons.
     """
-    notes = check(found)
+    notes = check(found, dataset)
     axis = _slice_axis(found)
     flat = axis == 0 and bool(np.median(found.size[:, 0]) < _MIN_SLICES)
     reasons = {"network": _network_reason(found, flat, axis)}
@@ -156,11 +157,11 @@ def choose(
     single = bool((found.size[:, 0] == 1).all())
     fits = single and bool((_round_up(grid.max(0)[flat:], factors) <= patch).all())
     rare = [n for n in found.structures if found.having(n) and found.share(n) < _RARE]
-    share, reasons["foreground"] = _foreground(found, rare, single=single)
+    share, reasons["foreground"] = _foreground(found, rare, single=single, whole=fits)
     nested = any(len(labels) > 1 for labels in dataset.regions.sets.values())
     sigmoid = nested or dataset.annotated is not None
     rule, reasons["rule"] = ("", "") if flat else _rule(ratio)
-    folds, reasons["folds"] = _folds(found, official)
+    folds, reasons["folds"] = _folds(found, dataset, official)
     reasons |= {
         "patch": f"at a spacing of {_times(spacing[int(flat) :])} mm, most images (95 %, rounded down) have at most "
         f"{_times(largest)} {'pixels' if flat else 'voxels'}, and a patch has at most {limit} along a side",
@@ -222,8 +223,12 @@ def choose(
 # -- checks -------------------------------------------------------------------------------------------------------
 
 
-def check(found: Fingerprint) -> list[str]:
+def check(found: Fingerprint, dataset: Dataset) -> list[str]:
     """Check whether a recipe can be made for the data.
+
+    Args:
+        found: Fingerprint of the data set.
+        dataset: The data set.
 
     Returns:
         Warnings.
@@ -234,13 +239,14 @@ def check(found: Fingerprint) -> list[str]:
     problems, notes = [], []
     if not found.cases:
         raise UserError("there is no annotated case: expected cases of at least two patients; annotate them")
-    if len(found.patients) < 2:
+    patients = annotated_patients(found, dataset)
+    if len(patients) < 2:
         problems.append(
-            f"there is {len(found.patients)} annotated patient ({shorten(sorted(found.patients))}): expected at least "
-            "two, one for training and one for validation; annotate a case of another patient"
+            f"the number of annotated patients is {len(patients)} ({shorten(sorted(patients)) or 'none'}): expected at "
+            "least two, one for training and one for validation; annotate a case of another patient"
         )
-    empty = [case_id for case_id, facts in found.cases.items() if not facts["foreground"]["voxels"]]
-    if len(empty) == len(found.cases):
+    empty = [c for c, facts in found.cases.items() if _is_annotated(c, dataset) and not facts["foreground"]["voxels"]]
+    if not any(facts["foreground"]["voxels"] for facts in found.cases.values()):
         problems.append(
             f"no case has a labelled voxel ({shorten(empty)}): expected label maps with the values in dataset.json; "
             "check the folder of the labels"
@@ -249,7 +255,7 @@ def check(found: Fingerprint) -> list[str]:
         notes.append(
             f"{len(empty)} cases have no labelled voxel: {shorten(empty)}; correct them if they contain structures"
         )
-    for name in found.structures if len(empty) < len(found.cases) else ():
+    for name in found.structures if not problems else ():
         having = found.having(name)
         if not having:
             notes.append(f"{name} occurs in no case, so it cannot be learnt; remove it from dataset.json")
@@ -263,6 +269,22 @@ def check(found: Fingerprint) -> list[str]:
     if problems:
         raise join_problems(problems, "reasons why no recipe can be planned")
     return notes
+
+
+def annotated_patients(found: Fingerprint, dataset: Dataset) -> set[str]:
+    """Return the patients with a case in which some region is annotated."""
+    return {facts["patient"] for case_id, facts in found.cases.items() if _is_annotated(case_id, dataset)}
+
+
+def _is_annotated(case_id: str, dataset: Dataset) -> bool:
+    """Return whether some region of a case is annotated."""
+    return bool(dataset.partly_annotated.get(case_id, dataset.regions.names))
+
+
+def is_divided(found: Fingerprint, dataset: Dataset, folds: int) -> bool:
+    """Return whether every fold of a random division has an annotated patient, so that it can be validated."""
+    numbers = assign_folds(found.patients, folds, seed=0)  # the seed of a planned recipe
+    return len({numbers[patient] for patient in annotated_patients(found, dataset)}) == folds
 
 
 def _check_modality(found: Fingerprint, problems: list[str]) -> list[str]:
@@ -319,6 +341,8 @@ def _check_orientation(found: Fingerprint) -> list[str]:
 
 def _slice_axis(found: Fingerprint) -> int:
     """Return the axis along which slices are stacked: one whose spacing is `_THICK` times that of the others, or D."""
+    if (found.size[:, 0] == 1).all():  # 2D images, whatever their headers say about a third axis
+        return 0
     spacing = np.median(found.spacing, 0)
     axis = int(np.argmax(spacing))
     return axis if spacing[axis] > _THICK * np.delete(spacing, axis).max() else 0
@@ -354,7 +378,26 @@ def _flat_spacing(found: Fingerprint, *, cropped: bool) -> tuple[tuple[float, ..
     if factor > 1:
         text += f", times {factor:.2g}, so that most images (95 %, rounded down) have at most {_MAX_PIXELS} pixels "
         text += "along a side"
-    return (0.0, *(_rounded(v * factor, 3 if factor > 1 else 6) for v in median)), text
+    return (0.0, *(rounded_up(v * factor) if factor > 1 else _rounded(v, 6) for v in median)), text
+
+
+def small_structures(found: Fingerprint, spacing: Sequence[float]) -> list[str]:
+    """Return a warning if structures of 2D images have a diameter of less than five pixels at a spacing (H, W)."""
+    diameters = {}
+    for name in found.structures:
+        areas = [
+            facts["structures"][name]["voxels"] / facts["structures"][name]["slices"] * math.prod(facts["spacing"][1:])
+            for facts in found.cases.values()
+            if name in facts["structures"]
+        ]
+        if areas:
+            diameters[name] = 2 * math.sqrt(float(np.median(areas)) / math.pi) / max(spacing)
+    if small := [f"{name}: {value:.2g}" for name, value in diameters.items() if value < _MIN_DIAMETER]:
+        return [
+            f"at the planned spacing of {_times(spacing)} mm, structures have a diameter of a few pixels "
+            f"({shorten(small)}), so they may be lost; give more --hours, or edit data.prepare.spacing in the recipe"
+        ]
+    return []
 
 
 def _volume_spacing(found: Fingerprint, axis: int, platform: str) -> tuple[tuple[float, ...], str]:
@@ -460,8 +503,17 @@ def _factors(strides: Sequence[int], axis: int) -> tuple[int, ...]:
     return tuple(math.prod(strides) if a == axis else 2**LEVELS for a in range(3))
 
 
-def _foreground(found: Fingerprint, rare: list[str], *, single: bool) -> tuple[float, str]:
-    """Return the probability that a patch is placed on a voxel of a structure, and the reason."""
+def _foreground(found: Fingerprint, rare: list[str], *, single: bool, whole: bool) -> tuple[float, str]:
+    """Return the probability that a patch is placed on a voxel of a structure, and the reason.
+
+    Args:
+        found: Fingerprint of the data set.
+        rare: Structures that are rare.
+        single: True if every case is one slice.
+        whole: True if a sample is a whole image.
+    """
+    if whole:
+        return 0.0, "a sample is a whole image, so no position is chosen"
     smallest = {n: found.share(n) for n in found.structures if found.having(n)}
     name = min(smallest, key=lambda n: smallest[n])
     text = f"the rarest structure, {name}, has {100 * smallest[name]:.2g} % of the voxels of an image"
@@ -488,15 +540,30 @@ def _rule(ratio: float) -> tuple[str, str]:
     return "mean", "voxels are nearly isotropic, and docs/transfer.md found no difference between the rules"
 
 
-def _folds(found: Fingerprint, official: int) -> tuple[int, str]:
-    patients = len(found.patients)
+def _folds(found: Fingerprint, dataset: Dataset, official: int) -> tuple[int, str]:
+    """Return the number of folds and the reason. Raises UserError if annotated patients cannot be divided."""
     if official > 1:
         return official, f"the data come with a list of {official} folds"
-    folds = min(5, patients)
-    return folds, f"{patients} patients" + ("" if patients >= 10 else ", so few that the scores of folds are uncertain")
+    patients = len(annotated_patients(found, dataset))
+    most = min(5, patients)
+    folds = next((n for n in range(most, 1, -1) if is_divided(found, dataset, n)), 0)
+    if not folds:
+        raise UserError(
+            f"only {patients} of {len(found.patients)} patients are annotated, and a division into two parts puts them "
+            "into one part: remove cases that are not annotated, or annotate more"
+        )
+    text = f"{patients} annotated patients"
+    text += "" if patients >= 10 else ", so few that the scores of folds are uncertain"
+    return folds, text + (f"; with {most} folds, a fold would have no annotated patient" if folds < most else "")
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------
+
+
+def rounded_up(value: float) -> float:
+    """Return a spacing rounded up to three significant digits."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return float(f"{math.ceil(value / unit - 1e-9) * unit:.3g}")
 
 
 def _round_up(sizes: np.ndarray, factors: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ be too few steps.
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +16,14 @@ import jax
 import numpy as np
 
 from xdim_jax import ops
+from xdim_jax.base import log
 from xdim_jax.base.config import Config
 from xdim_jax.base.errors import UserError, gib
 from xdim_jax.base.files import read_json, write_json
+from xdim_jax.base.host import count_cores, memory_bytes, processor
 from xdim_jax.data.case import Dataset
 from xdim_jax.data.fingerprint import Fingerprint
-from xdim_jax.planning.choices import Choices
+from xdim_jax.planning.choices import Choices, rounded_up
 from xdim_jax.runs import environment
 from xdim_jax.training import needs
 from xdim_jax.training.mesh import make_devices
@@ -56,7 +57,7 @@ def default_memory() -> int:
     """Return the memory in bytes that a training step may use.
 
     It is 90 % of the device memory that JAX allocates (by default, JAX allocates 75 % of the memory of a GPU); on CPU,
-    60 % of the memory of the host.
+    60 % of the memory of the host, or of the limit of its container.
 
     Raises:
         UserError: The accelerator does not report its memory.
@@ -67,7 +68,7 @@ def default_memory() -> int:
         if not limit:
             raise UserError(f"{device.device_kind} does not report its memory; give --memory, e.g. --memory=16GiB")
         return int(limit * _DEVICE_SHARE)
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _HOST_SHARE)
+    return int(memory_bytes() * _HOST_SHARE)
 
 
 def fit_memory(choices: Choices, budget: int, build: Build, say: Callable[[str], None]) -> Choices:
@@ -215,22 +216,16 @@ def _with_patch(before: Choices, patch: tuple[int, ...]) -> Choices:
         return before.change(patch=patch)
     factor = max(b / s for b, s in zip(before.patch, patch, strict=True))
     spacing = before.prepare["spacing"]
-    coarser = (spacing[0], *(_rounded_up(v * factor) for v in spacing[1:]))
+    coarser = (spacing[0], *(rounded_up(v * factor) for v in spacing[1:]))
     reason = before.reasons["spacing"].partition(_COARSER)[0]
     reason += f"{_COARSER}{' x '.join(f'{v:g}' for v in coarser[1:])} mm, because the patch was reduced"
     return before.change({"spacing": reason}, patch=patch, prepare={**before.prepare, "spacing": coarser})
 
 
-def _rounded_up(value: float) -> float:
-    """Return the value rounded up to three significant digits."""
-    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
-    return float(f"{math.ceil(value / unit - 1e-9) * unit:.3g}")
-
-
 def _validation_seconds(choices: Choices, found: Fingerprint, step: float) -> float:
     """Estimate the time of a validation of one fold in seconds.
 
-    A window is assumed to take a third of the time of a training sample.
+    A window is assumed to take a third of the time of a training sample. A validation uses one device of each process.
 
     Args:
         step: Time of a training step in seconds.
@@ -239,7 +234,8 @@ def _validation_seconds(choices: Choices, found: Fingerprint, step: float) -> fl
     patch = np.array([1, *choices.patch] if choices.flat else choices.patch)
     overlap = np.array([1, 2, 2] if choices.flat else [2, 2, 2])  # windows overlap by half
     windows = np.where(sizes > patch, np.ceil(sizes / patch * overlap), 1).prod(1)
-    return float(windows.sum() / choices.folds * step / choices.batch / 3)
+    samples = choices.batch / (choices.devices / jax.process_count())  # of a step, on one device of each process
+    return float(windows.sum() / choices.folds * step / samples / 3)
 
 
 class StepTimes:
@@ -259,7 +255,8 @@ class StepTimes:
         setting = {
             "channels": [config.model.in_channels, config.model.out_channels],
             "devices": environment.devices(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": count_cores(),
+            "processor": processor(),
             "jax": jax.__version__,
             **{
                 f.name: getattr(choices, f.name)
@@ -272,6 +269,8 @@ class StepTimes:
         if key not in known:
             known[key] = float(f"{measure_step(config, dataset):.2g}")
             write_json(self._path, known)
+        else:
+            log.say(f"time       of a step: measured earlier; to measure it again, delete {self._path}")
         return known[key]
 
 

@@ -113,7 +113,8 @@ def draw_grids(found: Fingerprint) -> Picture:
     panels = figure.subplots(2, 3)
     for row, (values, unit) in enumerate(((found.size, "voxels"), (found.spacing, "mm"))):
         for axis in range(3):
-            _histogram(panels[row, axis], values[:, axis])
+            # equal voxel sizes may differ by rounding errors, for which there are no bins
+            _histogram(panels[row, axis], np.array([float(f"{v:.6g}") for v in values[:, axis]]))
             panels[row, axis].set_xlabel(f"{unit} along {'DHW'[axis]}")
     return encode_png(figure, "Histograms of sizes and voxel sizes", "Number of voxels, and voxel size, of all cases.")
 

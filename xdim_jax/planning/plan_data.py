@@ -21,7 +21,7 @@ from xdim_jax.data.fingerprint import Fingerprint, measure_cases
 from xdim_jax.data.store import default_folder
 from xdim_jax.ops.compilation import cache_programs
 from xdim_jax.planning import page
-from xdim_jax.planning.choices import Choices, choose
+from xdim_jax.planning.choices import Choices, choose, is_divided, small_structures
 from xdim_jax.planning.machine import StepTimes, default_memory, fit_memory, fit_time
 from xdim_jax.planning.recipe import render
 from xdim_jax.training.check import resolve_config
@@ -90,6 +90,11 @@ def plan_recipe(
     if folds:
         if not 2 <= folds <= len(found.patients):
             raise UserError(f"--folds={folds}: expected 2 to {len(found.patients)}, the number of patients")
+        if folds != official and not is_divided(found, dataset, folds):
+            raise UserError(
+                f"--folds={folds}: a fold would have no annotated patient to validate on; give fewer folds, or remove "
+                "cases that are not annotated"
+            )
         if official and folds != official:
             log.warn(
                 f"--folds={folds}: the list of {official} folds in {root} is not used; cases are divided at random. "
@@ -110,6 +115,10 @@ def plan_recipe(
     cache_programs()
     choices = fit_memory(choices, budget or default_memory(), build, log.say)
     choices = fit_time(choices, found, hours, StepTimes(folder / _TIMES_FILE, build), log.say)
+    if choices.flat:
+        for note in small_structures(found, choices.prepare["spacing"][1:]):
+            log.warn(note)
+            choices = choices.change(notes=(*choices.notes, note))
     text = render(choices, values, header)
     build(choices)
     write_text(out.with_suffix(".html"), page.render(found, choices, text, root))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import find_objects
 from scipy.ndimage import label as connected
 
 from xdim_jax.base import log
@@ -267,13 +268,16 @@ def _choose_components(
     for c, (_, case) in enumerate(cases):
         truth, label = read_label(case), read_label(dataclasses.replace(case, label=output / f"{case.case_id}.nii.gz"))
         voxel = _voxel_volume(case)
-        before = _mean_dice(label, truth, dataset, case)
+        counts = masks.count_labels(label, truth)
+        before = _mean_dice(counts, dataset, case)
         for t, (name, setting, value) in enumerate(tried):
             if setting == "largest":
                 changed = keep_largest(label, regions, [name])
             else:
                 changed = drop_small_components(label, regions, {name: int(np.ceil(value / voxel - 1e-6))})
-            gains[t, c] = _mean_dice(changed, truth, dataset, case) - before
+            where = changed != label
+            new, old = (masks.count_labels(values[where], truth[where]) for values in (changed, label))
+            gains[t, c] = _mean_dice(counts + new - old, dataset, case) - before
         show(c + 1, len(cases))
     folds = [fold for fold, _ in cases]
     trials = [_trial(*setting, row, folds) for setting, row in zip(tried, gains, strict=True)]
@@ -287,12 +291,12 @@ def _choose_components(
     return trials, largest, smallest
 
 
-def _mean_dice(label: np.ndarray, truth: np.ndarray, dataset: Dataset, case: Case) -> float:
-    """Return the mean Dice over the annotated regions; NaN if there are none.
+def _mean_dice(counts: np.ndarray, dataset: Dataset, case: Case) -> float:
+    """Return the mean Dice over the annotated regions, given the counts of labels; NaN if there are none.
 
     A region that is empty in both label maps has a Dice of 1.
     """
-    values = masks.region_dice(dataset, case, label, truth).values()
+    values = masks.dice_of_counts(dataset, case, counts).values()
     return float(np.mean([1.0 if np.isnan(v) else v for v in values])) if values else np.nan
 
 
@@ -300,10 +304,11 @@ def _smallest_volumes(cases: Sequence[Case], regions: Regions) -> dict[str, floa
     """Return region -> volume in ml of its smallest 26-connected component in any reference."""
     smallest: dict[str, float] = {}
     for case in cases:
-        truth, voxel = regions.encode(read_label(case)), _voxel_volume(case)
-        for r, name in enumerate(regions.names):
-            if truth[..., r].any():
-                found: Any = connected(truth[..., r], np.ones((3, 3, 3), bool))
+        truth, voxel = read_label(case), _voxel_volume(case)
+        for name in regions.names:
+            mask = regions.mask(truth, name)
+            if boxes := find_objects(mask.view(np.uint8)):
+                found: Any = connected(mask[boxes[0]], np.ones((3, 3, 3), bool))
                 volume = float(np.bincount(found[0].ravel())[1:].min() * voxel)
                 smallest[name] = min(smallest.get(name, volume), volume)
     return {name: smallest[name] for name in regions.names if name in smallest}

@@ -2,13 +2,13 @@
 
 import datetime
 import importlib.metadata
-import os
 import platform
 from pathlib import Path
 from typing import Any
 
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import read_json, write_json
+from xdim_jax.base.host import count_cores
 
 FILE = "environment.json"  # in the workdir of a run, with one entry for every start
 PACKAGES = ("xdim_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy", "nibabel")
@@ -33,7 +33,7 @@ def describe() -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "packages": versions(),
         "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {count_cores()} cores",
         "devices": devices(),
         "processes": jax.process_count(),
     }

@@ -344,7 +344,24 @@ def region_dice(dataset: Dataset, case: Case, label: np.ndarray, truth: np.ndarr
         label: Predicted label indices (D, H, W).
         truth: Label indices of the reference; voxels that are not annotated do not count.
     """
-    pred, ref = dataset.regions.encode(label), dataset.regions.encode(truth)
-    pred &= (truth != IGNORE)[..., None]
-    shown = annotated_regions(dataset, case)
-    return {n: dice(pred[..., r], ref[..., r]) for r, n in enumerate(dataset.regions.names) if n in shown}
+    return dice_of_counts(dataset, case, count_labels(label, truth))
+
+
+def count_labels(label: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Return the numbers of voxels (256, 256) by label index in ``label`` and in ``truth``, which are uint8 arrays."""
+    counts = np.zeros(2**16, np.int64)
+    # plane by plane, because bincount needs 8 bytes per voxel
+    for plane, other in zip(np.atleast_2d(label), np.atleast_2d(truth), strict=True):
+        counts += np.bincount((plane.astype(np.uint16) << 8 | other).ravel(), minlength=2**16)
+    return counts.reshape(256, 256)
+
+
+def dice_of_counts(dataset: Dataset, case: Case, counts: np.ndarray) -> dict[str, float]:
+    """Return the values of `region_dice`, given the result of `count_labels`."""
+    shown, found = annotated_regions(dataset, case), {}
+    for name, labels in dataset.regions.sets.items():
+        inside = list(labels)
+        pred = counts[inside].sum() - counts[inside, IGNORE].sum()
+        if name in shown:
+            found[name] = _ratio(2 * counts[np.ix_(inside, inside)].sum(), pred + counts[:, inside].sum())
+    return found

@@ -15,6 +15,7 @@ from typing import Any
 
 from xdim_jax.base.config import Config, load_config
 from xdim_jax.base.errors import first_line, gib
+from xdim_jax.base.host import memory_bytes
 from xdim_jax.ops.compilation import cache_programs
 from xdim_jax.runs import environment
 
@@ -126,7 +127,7 @@ def memory() -> Finding:
 
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     free = shutil.disk_usage(Path.cwd()).free
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    host = memory_bytes()
     facts = {"host_bytes": host, "device_bytes": limit, "disk_free_bytes": free}
     text = (
         f"{gib(host)} on the host, "
