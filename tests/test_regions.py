@@ -19,7 +19,7 @@ def test_encode_and_decode_are_inverse():
     # background, NCR, ED, ET as (WT, TC, ET)
     np.testing.assert_array_equal(encoded.reshape(4, 3), [[0, 0, 0], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
     np.testing.assert_array_equal(regions.BRATS.decode(encoded), label)
-    np.testing.assert_array_equal(regions.BRATS.encode(jnp.asarray(label), jnp), masks)
+    np.testing.assert_array_equal(regions.BRATS.encode(jnp.asarray(label), jnp), encoded)
 
 
 def test_decode_of_masks_that_are_not_nested():
