@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import TOY_MODEL
 from tests.test_predictor import make_workdir
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
@@ -165,6 +166,46 @@ def test_a_2d_network_is_inflated_only_into_its_3d_counterpart(tmp_path):
         adapted(workdir, section, None, inflation=Inflation("centre"))
 
 
+def test_an_incomplete_file_is_an_error_although_channels_are_named(trained):
+    section, source = section_of(trained), read_file_or_workdir(trained)
+    names = Names(("T1", "T2"), OUTPUTS, "softmax")
+    _, params, stats = forward_of(section)
+    part = {name: a for name, a in source.arrays.items() if not name.startswith("encoder.blocks.")}
+    with pytest.raises(UserError, match=r"lack .*encoder\.blocks.*incomplete"):
+        weights.load(section, params, stats, dataclasses.replace(source, arrays=part), names=names)
+    _, _, done = weights.load(
+        section, params, stats, dataclasses.replace(source, arrays=part), names=names, require=False
+    )
+    assert {how for name, how in done.items() if name.startswith("encoder.blocks.")} == {"random: not in the weights"}
+
+
+def test_absent_keys_have_the_values_of_the_network(trained):
+    source, section = read_file_or_workdir(trained), networks.plain_dict(section_of(trained))
+    shorter = {k: v for k, v in source.model.items() if k != "full_resolution"}
+    shorter["encoder"] = {k: v for k, v in shorter["encoder"].items() if k != "padding"}
+    section |= {"full_resolution": True, "encoder": {**section["encoder"], "padding": "symmetric"}}
+    assert not weights.network_differences(dataclasses.replace(source, model=shorter), section)
+    section["full_resolution"] = False
+    (text,) = weights.network_differences(dataclasses.replace(source, model=shorter), section)
+    assert text.startswith("full_resolution is True")
+
+
+def test_channels_of_an_encoder_that_reads_the_image_are_matched_by_name():
+    """Without a block before the encoder, its stem has one kernel for each image channel."""
+    section = TOY_MODEL | {"name": "omnianet", "in_channels": 2, "full_resolution": False}
+    _, params, stats = split_model(networks.build(section, seed=1))
+    arrays = {name: np.asarray(a) for name, a in (flatten(params) | flatten(stats)).items()}
+    source = weights.Weights("network", section, arrays, names=Names(("T1", "T2"), ("a", "b", "c"), "sigmoid"))
+    wanted = {**section, "in_channels": 3}
+    _, params, stats = split_model(networks.build(wanted, seed=2))
+    names = Names(("T2", "FLAIR", "T1"), ("d",) * 3, "sigmoid")
+    new, _, done = weights.load(wanted, params, stats, weights.encoder_weights(source), names=names)
+    kernel, before = np.asarray(new["encoder"]["conv_stem"]["kernel"]), arrays["encoder.conv_stem.kernel"]
+    np.testing.assert_array_equal(kernel[:, :, [2, 0]], before)
+    np.testing.assert_allclose(kernel[:, :, 1], before.mean(2), rtol=1e-6)
+    assert done["encoder.conv_stem.kernel"] == "kept T2, T1; mean of all channels for FLAIR"
+
+
 def test_another_network_is_still_an_error(trained):
     section = section_of(trained, filters=(16, 16, 8, 8, 16))
     with pytest.raises(UserError, match="filters"):
@@ -256,7 +297,7 @@ def test_a_stem_that_the_rule_randn_draws_is_not_counted_as_loaded(trained):
 @pytest.mark.parametrize(("source", "target"), [(("MRI", "MRI"), ("MRI", "CT")), (("MRI", "CT"), ("CT", "CT"))])
 def test_channels_of_one_name_cannot_be_matched(source, target):
     with pytest.raises(UserError, match="several have the name"):
-        fine_tuning._inputs(np.zeros((3, 3, 2, 4), np.float32), source, target)
+        fine_tuning.adapt_inputs(np.zeros((3, 3, 2, 4), np.float32), source, target)
 
 
 def test_files_without_names_need_the_same_channels(trained):

@@ -215,6 +215,30 @@ def test_repetition_is_exact_with_batch_norm_and_up_to_eps_without(norm, bound):
     assert norm == "batch" or error > 1e-9
 
 
+@pytest.mark.parametrize("rule", ["mean", "repeat"])
+def test_a_network_with_another_eps_is_the_2d_network_with_that_eps(rule):
+    """The recipe of the paper: the weights were trained with eps 1e-3, the network has 1e-5, which is accepted."""
+    flat = make_encoder(eps=1e-3)
+    section = {**flat.model, "eps": 1e-5}
+    image = np.random.default_rng(0).normal(size=(1, 64, 64, 3))
+    expected = features(dataclasses.replace(flat, model=section), image)
+    assert worst_slice(features(flat, image), [np.expand_dims(f, 1) for f in expected], 0) > 1e-4, "eps matters"
+    depth = dataclasses.asdict(Depth(padding="edge"))
+    deep, _ = adapt_encoder(flat, {**section, "ndim": 3, "depth": depth}, inflation=Inflation(rule), accept=("eps",))
+    assert worst_slice(expected, features(deep, repeated(image, 8, 0)), 0) < EXACT
+
+
+def test_an_inflated_network_with_another_eps():
+    flat = make_omnianet()
+    model = {**flat.model, "encoder": {**flat.model["encoder"], "eps": 1e-5}}
+    image = np.random.default_rng(0).normal(size=(1, 64, 32, 2))
+    deep, _ = inflate_network(flat, {"padding": "edge"}, Inflation("repeat"), eps=1e-5)
+    deep = dataclasses.replace(deep, model={**deep.model, "encoder": model["encoder"]})
+    logits = np.asarray(make_model(deep, "test")(repeated(image, 32, 0)))
+    expected = np.asarray(make_model(dataclasses.replace(flat, model=model), "test")(image))
+    assert relative(logits, expected[:, None]) < EXACT
+
+
 @pytest.mark.parametrize(
     ("rule", "depth_padding"),
     [
@@ -378,8 +402,10 @@ def test_what_was_done_is_told():
     ("options", "words"),
     [
         ({"rule": "median"}, "unknown inflation rule 'median'; known: mean, repeat"),
-        ({"sigma": 0.0}, "sigma of an inflation must be a number above 0; got 0.0"),
-        ({"spacing": float("inf")}, "spacing of an inflation must be a number above 0; got inf"),
+        ({"sigma": 0.0}, "sigma of an inflation must be a number of at least 1e-06; got 0.0"),
+        ({"sigma": 1e-200}, "sigma of an inflation"),
+        ({"spacing": float("inf")}, "spacing of an inflation must be a number of at least 1e-06; got inf"),
+        ({"rule": "random", "seed": -1}, "seed of at least 0; got -1"),
         ({"layers": (("*", "half"),)}, "unknown inflation rule 'half'"),
     ],
 )
@@ -479,6 +505,16 @@ def test_a_map_names_channels():
     for wrong in ((0, 1), (0, 1, 3), (0, 1, -1)):
         with pytest.raises(ValueError, match=r"0 to 2.* 3 channels"):
             input_channels.adapt_channels(kernel, 3, "map", channel_map=wrong)
+
+
+def test_randn_in_3d_has_independent_slices():
+    """The released DX-Net draws a stem of unit variance; inflation must neither scale it nor repeat a slice."""
+    flat = make_encoder()
+    section = {**flat.model, "in_channels": 16, "ndim": 3, "depth": dataclasses.asdict(Depth())}
+    deep, done = adapt_encoder(flat, section, inflation=Inflation("mean"), channel_rule="randn")
+    kernel = deep.arrays["conv_stem.kernel"]
+    assert kernel.std() == pytest.approx(1, abs=0.03) and done["conv_stem.kernel"].endswith("channels by randn")
+    assert abs(np.corrcoef(kernel[0].ravel(), kernel[1].ravel())[0, 1]) < 0.1
 
 
 def test_randn_is_the_released_codes_rule():

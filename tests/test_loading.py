@@ -158,6 +158,16 @@ def test_an_encoder_goes_into_a_3d_network():
     assert done["encoder.bn1.var"].startswith("dropped")
 
 
+def test_an_affine_norm_becomes_one_without_scale():
+    encoder = float32(make_encoder(norm="instance"))
+    section = toy_model(eps=1e-3) | {"norm": "instance_noaffine"}
+    new, _, done = weights.load(section, *built(section), encoder, inflation=Inflation("centre"))
+    assert done["encoder.bn1.bias"].startswith("dropped") and "bn1" not in new["encoder"]
+    with pytest.raises(UserError, match=r"statistics for batch norm are missing.*model\.norm=instance"):
+        section = toy_model(eps=1e-3) | {"norm": "batch"}
+        weights.load(section, *built(section), encoder)
+
+
 @pytest.mark.parametrize(
     ("options", "encoder", "words"),
     [

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -17,13 +18,14 @@ import weight_port
 import xdim_jax
 from tests import twins
 from tests.parity import CASES, calibrated, ds_case, state_of, timm
+from tests.random_weights import make_encoder
 from weight_port import __main__ as command
 from weight_port import authors, sources, timm_models
-from weight_port.sources import Source
+from weight_port.sources import Source, import_timm
 from xdim_jax.base.errors import UserError
 from xdim_jax.nets.inflate import Inflation
 from xdim_jax.nets.layers import Depth
-from xdim_jax.nets.weights import Weights, adapt_encoder, read_weights
+from xdim_jax.nets.weights import FORMAT, Weights, adapt_encoder, read_weights, write_arrays
 
 SOURCE = {"file": "test", "sha256": "0"}
 NAMES = ["tf_efficientnet_b0", "resnet18", "vgg16_bn", "convnext_tiny"]
@@ -216,6 +218,7 @@ def test_float16_files_compute_in_float32(states, tmp_path):
     assert all(f["relative"] < 1e-5 for f in json.loads(out.with_suffix(".json").read_text())["probes"][0]["features"])
     image = np.zeros((1, 32, 32, 3), np.float16)
     assert xdim_jax.load_model(out).features(image)[0].dtype == np.float32
+    assert all(array.dtype == np.float32 for array in read_weights(out).arrays.values()), "sums are not in 16 bits"
 
 
 # -- every leaf is accounted for --------------------------------------------------------------------------------------
@@ -386,6 +389,11 @@ def make_bad_files(folder, b0):
     (folder / "empty.pth").write_bytes(b"")
     torch.save(torch.nn.Conv2d(1, 1, 1), folder / "module.pth")
     torch.save([torch.zeros(1)], folder / "list.pth")
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "hyper": Path("x")}, folder / "checkpoint.pth")
+    (folder / "short.pth").write_bytes(b"\x80\x02c")
+    torch.save({"a": torch.eye(2).to_sparse()}, folder / "sparse.pth")
+    torch.save({"a": torch.zeros(2, dtype=torch.float8_e5m2)}, folder / "float8.pth")
+    safetensors.torch.save_file({"a": torch.zeros(2, dtype=torch.float8_e5m2)}, folder / "float8.safetensors")
 
 
 BAD_FILES = {
@@ -397,6 +405,11 @@ BAD_FILES = {
     "empty.pth": "neither a safetensors nor a PyTorch file",
     "module.pth": r"more than tensors.*torch.save\(torch.load\(file, weights_only=False\).state_dict\(\)",
     "list.pth": "list.pth contains no state_dict",
+    "checkpoint.pth": r"more than tensors.*\[.state_dict.\] instead",
+    "short.pth": "short.pth is (damaged|not a complete)",
+    "sparse.pth": "sparse.pth cannot be read .*dense arrays",
+    "float8.pth": "float8.pth cannot be read .*16, 32 or 64-bit",
+    "float8.safetensors": "float8.safetensors cannot be read .*16, 32 or 64-bit",
 }
 
 
@@ -405,6 +418,43 @@ def test_a_bad_file_is_one_clear_message(name, b0, tmp_path):
     make_bad_files(tmp_path, b0)
     with pytest.raises(UserError, match=BAD_FILES[name]):
         sources.read_source(tmp_path / name)
+
+
+def test_a_moving_average_of_the_weights_is_preferred(tmp_path):
+    """As timm does; the entry is recorded."""
+    both = {"model": {"a": torch.zeros(1)}, "model_ema": {"module.a": torch.ones(1)}}
+    raw = both["model"]
+    for content, value, entry in ((both, 1, "model_ema"), ({"state_dict": raw}, 0, "state_dict"), (raw, 0, None)):
+        torch.save(content, tmp_path / "net.pth")
+        found = sources.read_source(tmp_path / "net.pth")
+        assert found.state["a"] == value and found.record.get("entry") == entry
+
+
+def test_a_tag_that_timm_does_not_know_is_the_users_own():
+    import_timm()
+    assert timm_models.input_normalisation(timm_models.parse_name("resnet50.my_own_weights")) is None
+
+
+def test_weights_that_are_not_finite_are_not_converted(b0, tmp_path):
+    with safe_open(b0, "np") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    state["blocks.2.0.bn1.running_var"][3] = np.inf
+    save_file(state, tmp_path / "bad.safetensors")
+    out = tmp_path / "out.safetensors"
+    arguments = ["--source=timm", f"--from-file={tmp_path / 'bad.safetensors'}", "--model=tf_efficientnet_b0"]
+    with pytest.raises(UserError, match=r"1 arrays have values .*blocks\.2\.0\.bn1\.var"):
+        command.main([*arguments, f"--out={out}", "--no-probe"])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"kind": "foo"}, {"model": []}, {"model": {"name": "efficientnet_toy"}}, {"source": None}]
+)
+def test_a_header_that_is_damaged(change, tmp_path):
+    record = {"format": FORMAT, "kind": "encoder", "model": make_encoder().model, "source": {}} | change
+    write_arrays(tmp_path / "a.safetensors", {"a": np.zeros(1)}, {"xdim_jax": json.dumps(record)})
+    with pytest.raises(UserError, match=r"header of .*a\.safetensors is damaged"):
+        read_weights(tmp_path / "a.safetensors")
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import numpy as np
 from weight_port import authors, probe, pypi, sources, timm_models
 from xdim_jax.base import log
 from xdim_jax.base.command import make_parser, run
-from xdim_jax.base.errors import UserError
+from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import write_json
 from xdim_jax.inference.model import read_file_or_workdir
 from xdim_jax.nets.inflate import AXES, RULES, Inflation
@@ -130,7 +130,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     cache_programs()
     weights, report = _read(options)
+    if entry := report["source"].get("entry"):
+        log.say(f"entry      {entry} of {options.from_file}")
     converted, done = _adapt(options, weights)
+    if bad := sorted(name for name, array in converted.arrays.items() if not np.isfinite(array).all()):
+        raise UserError(
+            f"{len(bad)} arrays have values that are NaN or infinite ({shorten(bad)}): the training has diverged, or "
+            "numbers were too large for 16 bits; take other weights"
+        )
     if options.inflate and converted.kind == "encoder" and not options.no_probe:
         report["probes"].append(probe.probe_inflation(_without_inflation(options, weights), converted))
     write_weights(options.out, converted)
@@ -182,6 +189,8 @@ def _check(options: argparse.Namespace) -> None:
     for flag, allowed in (("model", ("timm", "pypi")), ("network", ("authors",))):
         if getattr(options, flag) and (options.source not in allowed or options.to_torch):
             problems.append(f"{_flag(flag)} is only for reading with --source={' or '.join(allowed)}")
+    if options.seed < 0:
+        problems.append(f"--seed={options.seed}: expected 0 or more")
     if options.channels is not None and options.channels < 1:
         problems.append(f"--channels={options.channels}: expected 1 or more")
     if problems:

@@ -18,7 +18,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.nets import networks
 from xdim_jax.nets.encoders import CONVENTIONS
 from xdim_jax.nets.encoders.efficientnet import MEMBERS, scaled_channels
-from xdim_jax.nets.weights import Weights, abstract_encoder, encoder_section, flatten
+from xdim_jax.nets.weights import Weights, abstract_encoder, encoder_section, flatten_model
 
 HEAD = 1280  # filters of the classification head of EfficientNet-B0; other sizes except Lite multiply it by their width
 _DEPTH = {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)}
@@ -144,7 +144,7 @@ def to_authors(weights: Weights) -> dict[str, np.ndarray]:
 def _check_known(section: Mapping[str, Any], kind: str) -> None:
     """Raise UserError if the authors' code lacks a network; the message compares it with the most similar one."""
     differences = {
-        name: _differences(flatten(known), flatten(section))
+        name: _differences(flatten_model(known), flatten_model(section))
         for name, known in NETWORKS.items()
         if ("ndim" in known if kind == "encoder" else known["name"] == section["name"])
     }

@@ -20,7 +20,10 @@ from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.files import atomic_path
 from xdim_jax.nets.weights import write_arrays
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys under which training scripts store a state_dict
+# keys under which training scripts store a state_dict; a moving average of the weights is preferred, as in timm
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
+
+_FLOATS = "expected dense arrays of 16, 32 or 64-bit floating-point numbers; convert them first"
 
 HUB_SECONDS = 4.0  # time to wait for the first answer of the Hugging Face hub
 
@@ -31,7 +34,8 @@ class Source:
 
     Attributes:
         state: Arrays by PyTorch name.
-        record: Origin of the arrays, for reports; contains at least ``file`` (name) and ``sha256``.
+        record: Origin of the arrays, for reports; contains at least ``file`` (name) and ``sha256``, and ``entry`` if
+            the file has several entries, such as ``model_ema``.
     """
 
     state: dict[str, np.ndarray]
@@ -52,16 +56,17 @@ def read_source(path: Path) -> Source:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"--from-file: cannot read {path}: {error.strerror}") from error
+    entry = ""
     if start[8:9] == b"{":
         state = _read_safetensors(path)
     elif start[:2] == b"PK" or start[:1] == b"\x80":
-        state = _read_pickle(path)
+        state, entry = _read_pickle(path)
     else:
         raise UserError(
             f"--from-file: {path} is neither a safetensors nor a PyTorch file (it begins with {start[:8]!r}); expected "
             "model.safetensors of a timm model, or a .pth with a state_dict"
         )
-    return Source(state, {"file": path.name, "sha256": digest})
+    return Source(state, {"file": path.name, "sha256": digest} | ({"entry": entry} if entry else {}))
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -73,41 +78,50 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"--from-file: {path} is not a complete safetensors file ({error}); download it again"
         ) from error
+    except (TypeError, AttributeError) as error:  # a type that NumPy does not have, e.g. float8
+        raise UserError(f"--from-file: {path} cannot be read ({first_line(error)}): {_FLOATS}") from error
     if converted:
         raise UserError(
             f"--from-file: {path} is a file of xdim_jax already; give --source=xdim to adapt it, or --to-torch to "
             "convert it to PyTorch"
         )
-    return {n: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for n, a in arrays.items()}
+    return {n: a.astype(np.float32) if a.dtype.name in ("bfloat16", "float16") else a for n, a in arrays.items()}
 
 
-def _read_pickle(path: Path) -> dict[str, np.ndarray]:
+def _read_pickle(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """Return the arrays, and the name of the entry that contains them; empty if the file is a state_dict."""
     torch = import_torch(f"reading the PyTorch file {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"--from-file: {path} is a pickle that contains more than tensors, such as a whole module. Loading it runs "
-            "code from the file. If you trust the file, save its tensors in a program that can import its class: "
-            "torch.save(torch.load(file, weights_only=False).state_dict(), 'net.pth')"
+            f"--from-file: {path} is damaged, or a pickle that contains more than tensors, such as a whole module or "
+            "the options of a training. Loading it runs code from the file. If you trust the file, save its tensors in "
+            "a program that can import its classes: torch.save(torch.load(file, weights_only=False).state_dict(), "
+            "'net.pth'), or [\"state_dict\"] instead of .state_dict() if it is the checkpoint of a training"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise UserError(
             f"--from-file: {path} is not a complete PyTorch file ({first_line(error)}); download it again"
         ) from error
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    entry = ""
+    while isinstance(content, Mapping) and (
+        key := next((k for k in _WRAPPERS if isinstance(content.get(k), Mapping)), "")
+    ):
+        content, entry = content[key], f"{entry}.{key}".strip(".")
     if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise UserError(f"--from-file: {path} contains no state_dict (a mapping from names to tensors)")
     names = [str(n) for n in content]
     prefix = "module." if names and all(n.startswith("module.") for n in names) else ""  # added by DataParallel
-    return {str(n).removeprefix(prefix): _array(torch, t) for n, t in content.items()}
+    try:
+        return {str(n).removeprefix(prefix): _array(torch, t) for n, t in content.items()}, entry
+    except (TypeError, RuntimeError, NotImplementedError) as error:  # sparse, quantised, float8 or empty (meta) tensors
+        raise UserError(f"--from-file: {path} cannot be read ({first_line(error)}): {_FLOATS}") from error
 
 
 def _array(torch: Any, tensor: Any) -> np.ndarray:
     tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
 
 
 def write_state(path: Path, state: Mapping[str, np.ndarray]) -> None:

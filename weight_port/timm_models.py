@@ -111,7 +111,10 @@ def input_normalisation(name: TimmName) -> dict[str, list[float]] | None:
         if fnmatch.fnmatchcase(name.full, pattern):
             return values
     timm = import_timm()
-    config = timm.get_pretrained_cfg(name.full) if timm and name.tag else None
+    try:
+        config = timm.get_pretrained_cfg(name.full) if timm and name.tag else None
+    except RuntimeError:  # timm does not know the tag, e.g. of the user's own weights
+        return None
     return {"mean": list(config.mean), "std": list(config.std)} if config else None
 
 

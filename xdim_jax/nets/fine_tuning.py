@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from xdim_jax.base.errors import UserError
+from xdim_jax.base.errors import UserError, shorten
 
 # keys of the model section that may differ between the two networks
 FREE = ("in_channels", "out_channels", "deep_supervision", "depth.strides", "depth.padding")
@@ -54,18 +54,26 @@ def adapt_arrays(
         first: Name of the kernel of the first convolution.
         source: Meaning of the channels of the trained network.
         target: Meaning of the channels of the new network.
-        require: True to raise an error if an array of the trained network has another shape and cannot be adapted as
-            described in the docstring of this module; False to omit this array.
+        require: True to raise an error if an array exists on one side only (except those of deep supervision), or has
+            another shape and cannot be adapted as described in the docstring of this module; False to omit this array.
 
     Returns:
         Two dicts by name: the arrays of the new network that have a counterpart in the trained network; and a
         description of how each array was obtained, or why it was omitted.
 
     Raises:
-        UserError: ``require`` is True, and an array has another shape and cannot be adapted; or several image
+        UserError: ``require`` is True, and an array exists on one side only, or cannot be adapted; or several image
             channels have the same name.
     """
     out, done = {}, {}
+    odd = [name for name in wanted.keys() ^ arrays.keys() if not name.startswith("heads.")]
+    if require and odd:
+        more, fewer = (sorted(n for n in odd if n in side) for side in (arrays, wanted))
+        raise UserError(
+            f"the weights lack {len(fewer)} arrays of the network ({shorten(fewer) or 'none'}), and have {len(more)} "
+            f"that it lacks ({shorten(more) or 'none'}): the file is incomplete, or belongs to another network. Take a "
+            "complete file, or omit such arrays with config.init.require=False"
+        )
     for name, leaf in wanted.items():
         if name not in arrays:
             done[name] = "random: not in the weights"
@@ -76,7 +84,7 @@ def adapt_arrays(
             if array.shape[:-1] == shape[:-1]:
                 array, done[name] = _outputs(array, np.asarray(leaf), source, target)
         elif name == first and source.channels != target.channels:
-            array, done[name] = _inputs(array, source.channels, target.channels)
+            array, done[name] = adapt_inputs(array, source.channels, target.channels)
         elif ".trans." in name and array.shape != shape:
             array = _planes(array, shape)
             done[name] = "adapted to other depth strides"
@@ -113,8 +121,13 @@ def _outputs(array: np.ndarray, random: np.ndarray, source: Names, target: Names
     return out, f"kept {', '.join(kept) or 'nothing'}" + (f"; random {', '.join(new)}" if new else "")
 
 
-def _inputs(array: np.ndarray, source: Sequence[str], target: Sequence[str]) -> tuple[np.ndarray, str]:
-    """Return the kernel of the first convolution, and how it was obtained.
+def adapt_inputs(array: np.ndarray, source: Sequence[str], target: Sequence[str]) -> tuple[np.ndarray, str]:
+    """Return the kernel of the first convolution for other channels, and how it was obtained.
+
+    Args:
+        array: Kernel ``(*kernel, channels, out)``.
+        source: Names of its channels.
+        target: Names of the wanted channels.
 
     Raises:
         UserError: Several channels have the same name, so that they cannot be matched.

@@ -54,6 +54,7 @@ from xdim_jax.base.errors import join_problems
 from xdim_jax.nets.layers import HE_GAIN, Conv, ConvTranspose, Dense, LayerNorm, Norm, check_choice
 
 RULES = ("mean", "repeat", "repeat_uncorrected", "centre", "gaussian", "spacing", "acs", "random")
+_SMALLEST = 1e-6  # smallest sigma and spacing
 AXES = {"depth": 0, "time": 0, "height": 1, "width": 2}
 
 
@@ -80,8 +81,12 @@ class Inflation:
         for rule in (self.rule, *(rule for _, rule in self.layers)):
             check_choice("inflation rule", rule, RULES)
         for name in ("sigma", "spacing"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} of an inflation must be a number above 0; got {getattr(self, name)}")
+            if not _SMALLEST <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} of an inflation must be a number of at least {_SMALLEST:g}; got {getattr(self, name)}"
+                )
+        if self.seed < 0 and "random" in (self.rule, *(rule for _, rule in self.layers)):
+            raise ValueError(f"the rule random needs a seed of at least 0; got {self.seed}")
 
     def rule_of(self, layer: str) -> str:
         """Return the rule for one layer."""
@@ -228,7 +233,7 @@ def inflate_arrays(
             continue
         done[f"{name}.kernel"] = rule if taps > 1 else "axis added"
         if rule == "repeat" and taps > 1:
-            _correct_norm(out, done, name, norm, layers[norm].eps, taps)
+            _correct_norm(out, done, name, norm, wanted[norm].eps, taps)
     if problems:
         raise join_problems(problems, "layers cannot be inflated")
     return out, done
@@ -246,8 +251,8 @@ def _correct_norm(
     """Correct the running statistics of a norm whose input is now ``taps`` times as large.
 
     The mean is multiplied by ``taps``. The new variance is ``taps^2 * (var + eps) - eps``, so that the output of the
-    norm is the same up to rounding, although eps does not change. The bias of the convolution, if it has one, is also
-    multiplied by ``taps``.
+    norm is the same up to rounding, although ``eps`` does not change. The bias of the convolution, if it has one, is
+    also multiplied by ``taps``.
     """
     if f"{conv}.bias" in out:
         out[f"{conv}.bias"] = out[f"{conv}.bias"] * taps

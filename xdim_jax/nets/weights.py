@@ -29,7 +29,7 @@ from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.base.files import atomic_path
 from xdim_jax.nets import networks
 from xdim_jax.nets.encoders import get_family, make_encoder
-from xdim_jax.nets.fine_tuning import FREE, Names, adapt_arrays
+from xdim_jax.nets.fine_tuning import FREE, Names, adapt_arrays, adapt_inputs
 from xdim_jax.nets.inflate import Inflation, inflate_arrays
 from xdim_jax.nets.input_channels import adapt_channels
 from xdim_jax.nets.layers import Depth, ShapesOnly
@@ -124,6 +124,10 @@ def read_weights(path: Path) -> Weights:
         )
     if missing := {"kind", "model", "source"} - record.keys():
         raise UserError(f"the header of {path} lacks {', '.join(sorted(missing))}: convert the weights again")
+    kinds = {"encoder": {"name", "in_channels", "ndim", "norm"}, "network": {"name", "norm"}}
+    mappings = isinstance(record["model"], dict) and isinstance(record["source"], dict)
+    if not mappings or record["kind"] not in kinds or kinds[record["kind"]] - record["model"].keys():
+        raise UserError(f"the header of {path} is damaged (kind {record['kind']!r}): convert the weights again")
     return Weights(
         record["kind"],
         networks.plain_dict(record["model"]),
@@ -254,7 +258,8 @@ def encoder_weights(weights: Weights) -> Weights:
         return weights
     prefix, section = encoder_section(weights.model)
     arrays = {n.removeprefix(prefix): a for n, a in weights.arrays.items() if n.startswith(prefix)}
-    return Weights("encoder", section, arrays, {}, weights.source)
+    first = _first_layer(weights.model, weights.arrays) == f"{prefix}{get_family(section['name']).stem}.kernel"
+    return Weights("encoder", section, arrays, {}, weights.source, weights.names if first else None)
 
 
 def _check_accepted(accept: Sequence[str]) -> None:
@@ -314,30 +319,39 @@ def adapt_encoder(
             f"the 2D weights again, along axis {axes[1]}"
         )
     if wanted["norm"] == "batch" != found["norm"] and has_batch_norm(wanted):
-        problems.append(f"the weights have {found['norm']} norm, so the statistics for batch norm are missing")
+        problems.append(
+            f"the weights have {found['norm']} norm, so the statistics for batch norm are missing: "
+            f"give the network the same norm (--config.model.norm={found['norm']}), or take other weights"
+        )
     if problems:
         raise join_problems(problems, "properties of the encoder differ")
     arrays, done = dict(weights.arrays), dict.fromkeys(weights.arrays, "copied")
     unused = weights.unused
-    if channel_rule or found["in_channels"] != wanted["in_channels"]:
-        rule = channel_rule or "cycle"
-        stem = get_family(found["name"]).stem + ".kernel"
+    stem = get_family(found["name"]).stem + ".kernel"
+    rule = channel_rule or ("cycle" if found["in_channels"] != wanted["in_channels"] else "")
+
+    def adapt_stem() -> None:
         options: dict[str, Any] = {"channel_map": channel_map, "seed": inflation.seed}
         try:
             arrays[stem] = adapt_channels(arrays[stem], wanted["in_channels"], rule, **options)
         except ValueError as error:
             raise UserError(str(error)) from error
         done[stem] = f"channels by {rule}"
+
+    if rule:
+        adapt_stem()
         found = found | {"in_channels": wanted["in_channels"]}
     if found["ndim"] < wanted["ndim"]:
-        target = {**found, "ndim": wanted["ndim"], "depth": wanted.get("depth")}
+        target = {**found, "ndim": wanted["ndim"], "depth": wanted.get("depth"), "eps": wanted["eps"]}
         flat = abstract_encoder(found)
         check_leaves(arrays, module_leaves(flat), "the weights")
         axis = (target["depth"] or {}).get("axis", 0)
         arrays, inflated = inflate_arrays(arrays, flat, abstract_encoder(target), inflation, axis)
         done = {n: _joined(done[n], inflated[n]) for n in arrays}
+        if rule == "randn":  # all slices of the kernel are independent random numbers
+            adapt_stem()
         found, unused = target, {}  # the unused weights may have a classification head, which is 2D
-    if found["norm"] == "batch" and wanted["norm"] != "batch":
+    if found["norm"] != wanted["norm"]:
         unused = {}  # the unused weights may have a classification head with batch norm
         kept = module_leaves(abstract_encoder({**found, "norm": wanted["norm"]}))
         for name in [n for n in arrays if n not in kept]:
@@ -355,7 +369,18 @@ def _joined(*steps: str) -> str:
 # -- networks -----------------------------------------------------------------------------------------------------
 
 
-def inflate_network(weights: Weights, depth: Mapping[str, Any], inflation: Inflation) -> tuple[Weights, dict[str, str]]:
+def _match_channels(weights: Weights, stem: str, source: Names, target: Names) -> tuple[Weights, str]:
+    """Match the channels of an encoder that reads the image by their names, and return how its stem was obtained."""
+    if source.channels == target.channels:
+        return weights, "copied"
+    kernel, how = adapt_inputs(weights.arrays[stem], source.channels, target.channels)
+    section = {**weights.model, "in_channels": len(target.channels)}
+    return dataclasses.replace(weights, model=section, arrays={**weights.arrays, stem: kernel}), how
+
+
+def inflate_network(
+    weights: Weights, depth: Mapping[str, Any], inflation: Inflation, *, eps: float | None = None
+) -> tuple[Weights, dict[str, str]]:
     """Inflate the weights of a whole 2D network, including its decoder.
 
     In evaluation mode and with batch norm, rule ``centre``, depth strides 1 and squeeze ``slice``, the 3D network
@@ -366,6 +391,8 @@ def inflate_network(weights: Weights, depth: Mapping[str, Any], inflation: Infla
         weights: Weights of an Omnia-Net.
         depth: Fields of `xdim_jax.nets.layers.Depth`.
         inflation: The rules.
+        eps: eps of the encoder's norms in the network that will have the weights, which the rule ``repeat`` needs;
+            None for that of the weights.
 
     Returns:
         Weights whose model is a ``dxnet`` section with the norm, activation and upsampling of the 2D network, and how
@@ -381,7 +408,8 @@ def inflate_network(weights: Weights, depth: Mapping[str, Any], inflation: Infla
         )
     depth = dataclasses.asdict(Depth(**depth))
     section = {**weights.model, "name": "dxnet", "depth": depth}
-    source, target = networks.build_abstract(weights.model), networks.build_abstract(section)
+    used = section if eps is None else {**section, "encoder": {**section["encoder"], "eps": eps}}
+    source, target = networks.build_abstract(weights.model), networks.build_abstract(used)
     check_leaves(weights.arrays, module_leaves(source), "the weights")
     arrays, done = inflate_arrays(weights.arrays, source, target, inflation, depth["axis"])
     check_leaves(arrays, module_leaves(target), "the inflated weights")
@@ -419,8 +447,8 @@ def load(
         accept: Properties among `CHECKED` that may differ between the encoders. The depth axis may not.
         require: True to raise an error if the model sections differ, or if an array exists on one side only or has
             another shape. False to skip such arrays; those of the network keep their values. If both
-            ``weights.names`` and ``names`` are given, an array that exists on one side only is skipped in either case,
-            and True raises an error only if the model sections differ or a shape cannot be adapted.
+            ``weights.names`` and ``names`` are given, arrays of deep supervision that exist on one side only are
+            skipped in either case, and True raises an error about a shape only if it cannot be adapted.
         names: Meaning of the channels of the network; None if it is not known.
 
     Returns:
@@ -432,16 +460,22 @@ def load(
     prefix = ""
     if weights.kind == "encoder":
         prefix, section = encoder_section(config)
+        stem, how = f"{get_family(section['name']).stem}.kernel", "copied"
+        reads_image = _first_layer(config, flatten(params)) == prefix + stem
+        if reads_image and names is not None and weights.names is not None:
+            weights, how = _match_channels(weights, stem, weights.names, names)
         rule = channel_rule if weights.model["in_channels"] != section["in_channels"] else None
         weights, done = adapt_encoder(
             weights, section, inflation=inflation or Inflation(), channel_rule=rule, accept=accept
         )
+        done[stem] = _joined(how, done[stem])
     else:
         done = dict.fromkeys(weights.arrays, "copied")
         section = networks.plain_dict(config)
         if (weights.model["name"], section["name"]) == ("omnianet", "dxnet"):
             section["depth"] = dataclasses.asdict(Depth(**(section.get("depth") or {})))
-            weights, done = inflate_network(weights, section["depth"], inflation or Inflation())
+            eps = section["encoder"].get("eps")
+            weights, done = inflate_network(weights, section["depth"], inflation or Inflation(), eps=eps)
         problems = network_differences(weights, section, names, accept)
         if problems and require:
             text = join_problems(problems, "properties of the network differ from those of the weights")
@@ -484,6 +518,20 @@ def _first_layer(section: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return f"encoder.{get_family(section['encoder']['name']).stem}.kernel"
 
 
+def flatten_model(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a model section by their dotted paths, completed by the defaults of the networks."""
+    keys = flatten(section)
+    for prefix in [key.removesuffix("encoder.name") for key in keys if key.endswith("encoder.name")]:
+        defaults = {
+            "encoder.padding": "symmetric",
+            "encoder.eps": 1e-5,
+            "full_resolution": True,
+            "deep_supervision": False,
+        }
+        keys = {f"{prefix}{key}": value for key, value in defaults.items()} | keys
+    return keys
+
+
 def network_differences(
     weights: Weights, section: Mapping[str, Any], names: Names | None = None, accept: Sequence[str] = ()
 ) -> list[str]:
@@ -511,9 +559,7 @@ def network_differences(
     for one in both:
         if one["name"] == "dxnet":  # an absent section has the default values
             one["depth"] = dataclasses.asdict(Depth(**(one.get("depth") or {})))
-    flat = [{k: v for k, v in flatten(s).items() if not k.endswith("drop_path")} for s in both]
-    for keys in flat:
-        keys.setdefault("deep_supervision", False)
+    flat = [{k: v for k, v in flatten_model(s).items() if not k.endswith("drop_path")} for s in both]
     return [
         f"{key} is {flat[0].get(key)!r} in the weights, {flat[1].get(key)!r} in the config"
         for key in sorted(flat[0].keys() | flat[1].keys())
