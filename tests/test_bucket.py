@@ -1,5 +1,6 @@
 """Workdirs in buckets, against servers on this machine that speak the protocols of the stores."""
 
+import errno
 import json
 import os
 import shutil
@@ -448,6 +449,53 @@ def test_a_command_that_reads_leaves_the_files_of_a_running_run_alone(plain):
         print("600", file=metrics, flush=True)
         assert (here / "checkpoints" / "600" / "data").exists() and (here / "metrics").read_text() == "10\n600\n"
     assert tree(bucket.fetch(plain))["metrics"] == "10\n600\n"
+
+
+def test_a_checkpoint_that_is_replaced_during_a_download_is_read_again(plain, monkeypatch):
+    begin(plain)
+    with bucket.workdir(plain) as here:
+        mirror = bucket.Mirror(plain, writes=False)
+        original, calls = mirror._fs.get_file, []
+
+        def meanwhile(there, to, **more):
+            if not calls:  # the run saves another checkpoint, and deletes this one
+                calls.append(there)
+                write(here, checkpoints__20__data="twenty")
+                (here / "checkpoints" / "10" / "data").unlink()
+                bucket_of_run.push()
+            return original(there, to, **more)
+
+        bucket_of_run = bucket.Mirror(plain)
+        bucket_of_run.resume()
+        monkeypatch.setattr(mirror._fs, "get_file", meanwhile)
+        assert mirror.pull()
+        assert tree(mirror.folder)["checkpoints/20/data"] == "twenty" and "checkpoints/10/data" not in tree(
+            mirror.folder
+        )
+
+
+def test_what_an_interrupted_download_and_wandb_leave_is_removed(plain):
+    begin(plain)
+    there = bucket.fetch(plain)
+    write(there, best__100__x="x")
+    (there / "best" / "100" / "x").rename(there / "best" / "100" / ".partial.x")
+    (there / "wandb").mkdir()
+    (there / "wandb" / "latest-run").symlink_to("run-1")
+    bucket.fetch(plain)
+    assert not (there / "best").exists() and not (there / "wandb").exists()
+
+
+def test_a_full_disk_is_no_lack_of_credentials(plain, monkeypatch):
+    begin(plain)
+    mirror = bucket.Mirror(plain, writes=False)
+
+    def full(*arguments, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(mirror._fs, "get_file", full)
+    with pytest.raises(UserError, match="disk of the local copy is full") as error:
+        mirror.pull()
+    assert "credentials" not in str(error.value)
 
 
 def test_a_second_command_that_writes_waits_for_the_first(plain, monkeypatch, capsys):

@@ -30,7 +30,7 @@ from xdim_jax import predict
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_json
-from xdim_jax.data import phantom, regions
+from xdim_jax.data import phantom, regions, splits
 from xdim_jax.data.case import Case, case_from_files, describe, scan_cases, usable_cases
 from xdim_jax.data.datasets import get_dataset
 from xdim_jax.data.images.image import files_of, read_grid, read_image
@@ -652,6 +652,20 @@ def test_a_damaged_file_among_several_series_is_a_warning_for_each(workdir, tmp_
         line for line in capsys.readouterr().out.splitlines() if line.startswith("warning") and path.name in line
     ]
     assert [name for line in warnings for name in ("P1_2", "P2_2") if name in line] == ["P1_2", "P2_2"]
+
+
+def test_a_name_in_another_encoding_is_the_failure_of_its_case(workdir, tmp_path, capsys):
+    """A name from an old network drive, in Latin-1."""
+    (tmp_path / "in").mkdir()
+    save_nifti(tmp_path / "in" / "ok.nii.gz", 1)
+    try:
+        shutil.copy(tmp_path / "in" / "ok.nii.gz", os.fsencode(tmp_path / "in") + b"/M\xfcller.nii.gz")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    run(workdir, tmp_path / "in", tmp_path / "out", code=1)
+    assert names_in(tmp_path / "out") == {"ok"} and "UTF-8" in capsys.readouterr().out
+    cases = [f"M\udcfc{i}" for i in range(5)]
+    assert sorted(splits.assign_folds(cases, 5, seed=0)) == cases
 
 
 def test_a_mark_that_a_transfer_is_complete_is_no_slice(tmp_path):

@@ -1,6 +1,7 @@
 """Networks from Python: arrays in any order of their axes, files of every kind, ensembles that do not go together."""
 
 import concurrent.futures
+import errno
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ from xdim_jax.data import case as data_case
 from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.images.image import read_volume
 from xdim_jax.data.labels import Labels
-from xdim_jax.inference import folder, memory
+from xdim_jax.inference import folder, memory, sliding_window
 from xdim_jax.inference.predict_cases import predict_cases, predict_paths
 from xdim_jax.inference.predictor import _check_common as check_common
 from xdim_jax.inference.settings import Settings
@@ -317,10 +318,74 @@ def test_arrays_that_do_not_fit(predictor, image):
         ((image, "zzxc"), "expected y and x"),
         ((image[..., :1],), "has 1 channels; expected T1, T2"),
         ((image, "zyxc", (1.0, 0.0, 1.0)), "expected mm above 0 along z, y, x"),
+        ((image, "zyxc", (1.0, np.inf, 1.0)), "expected mm above 0 along z, y, x"),
+        ((image, "zyxc", 1.0), "expected one number for each of z, y, x"),
+        ((image, "zyxc", None, np.eye(3)), "affine has the shape (3, 3)"),
+        ((image, "zyxc", None, np.zeros((4, 4))), "singular affine"),
+        ((image, "zyxc", None, np.full((4, 4), np.nan)), "singular affine"),
+        ((image[:, :0],), "is empty"),
+        ((np.where(image > 150, -1.797e308, image.astype(np.float64)),), "too large for 32 bits"),
+        ((image, "zyxc", None, None, "CT"), "would apply to all channels"),
+        ((image, "zyxc", None, None, "ct"), "expected CT or MR"),
     ]:
         with pytest.raises(UserError) as error:
-            predictor.predict(*arguments)
+            predictor.predict(**dict(zip(("image", "axes", "spacing", "affine", "modality"), arguments, strict=False)))
         assert words in str(error.value)
+
+
+def test_a_bfloat16_array_is_read_as_its_values(predictor, image):
+    half = jnp.asarray(image, jnp.bfloat16)
+    np.testing.assert_array_equal(predictor.predict(half).label, predictor.predict(np.asarray(half, np.float32)).label)
+
+
+def test_models_that_are_loaded_at_the_same_time_leave_the_loggers_as_they_were(workdir, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("asyncio"), "level", logging.DEBUG)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: xdim_jax.load_model(workdir), range(8)))
+    assert logging.getLogger("asyncio").level == logging.DEBUG
+
+
+def test_programs_for_many_sizes_of_images_are_not_kept(flat, monkeypatch):
+    monkeypatch.setattr(sliding_window, "_MAX_SIZES", 2)
+    predictor = xdim_jax.Predictor(flat)
+    (group,) = predictor.groups
+    kept = []
+    for side in (40, 80, 120, 160, 200, 240):
+        predictor.predict(np.zeros((side, side), np.float32), "yx")
+        kept.append(group.segmenter._decode._cache_size())
+    assert max(kept) <= 2
+    first = predictor.predict(np.ones((40, 40), np.float32), "yx").label
+    np.testing.assert_array_equal(first, xdim_jax.Predictor(flat).predict(np.ones((40, 40), np.float32), "yx").label)
+
+
+def test_a_saved_segmentation_is_no_image(flat, tmp_path):
+    path = tmp_path / "a.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((20, 20, 3), np.float32), np.eye(4)), path)
+    predictor = xdim_jax.Predictor(flat)
+    predictor.predict(path).save(tmp_path / "a_labels.nii.gz")
+    assert [case.case_id for case in predictor.find_cases(tmp_path)[0]] == ["a"]
+
+
+def test_copies_of_folds_are_no_networks_and_missing_folds_are_named(workdir, tmp_path, capsys):
+    for name in ("fold0", "fold1", "fold1_backup"):
+        shutil.copytree(workdir, tmp_path / "cv" / name)
+    predictor = xdim_jax.Predictor(tmp_path / "cv")
+    assert [path.name for path in predictor.workdirs] == ["fold0", "fold1"]
+    assert "has 2 of 5 folds" in capsys.readouterr().out
+
+
+def test_weights_that_may_not_be_read_are_not_absent(workdir, tmp_path, monkeypatch):
+    folder = shutil.copytree(workdir, tmp_path / "run")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("best"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"run/best cannot be read: Permission denied"):
+        xdim_jax.Predictor(folder)
 
 
 # -- a 2D network on one slice, MetaImage, DICOM ----------------------------------------------------------------------

@@ -57,6 +57,7 @@ from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
 from xdim_jax.nets.weights import Weights, flatten, write_weights
 from xdim_jax.runs import checkpoint, trackers
+from xdim_jax.runs import records as records_module
 from xdim_jax.runs.records import close_recorder
 from xdim_jax.training import (
     check,
@@ -983,6 +984,30 @@ def fakes(monkeypatch):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return found
+
+
+def test_a_tracker_that_fails_is_closed(fakes, tmp_path):
+    """Else the next run of the process, such as the next fold, would be logged into this one."""
+    closed = []
+
+    class Failing:
+        def scalars(self, step, values):
+            raise ConnectionError("no server")
+
+        def close(self):
+            closed.append(1)
+
+    recorder = records_module.open_recorder(tmp_path, 0, writes=True, trackers=[Failing()])
+    records_module.record(recorder, "train", 1, {"loss": 1.0})
+    records_module.record(recorder, "train", 2, {"loss": 1.0})
+    close_recorder(recorder)
+    assert closed == [1]
+
+
+def test_a_workdir_whose_name_is_a_pattern_is_refused(small, camus4, tmp_path):
+    """orbax could not read its checkpoints again."""
+    with pytest.raises(UserError, match=r"run\[lr=1\], has one of the characters"):
+        train_small(tmp_path / "run[lr=1]", camus4)
 
 
 def test_trackers_get_everything_and_go_on_after_a_resume(fakes, small, camus4, tmp_path, monkeypatch):

@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from xdim_jax.base.errors import UserError, first_line
-from xdim_jax.base.files import cache_folder, read_json, write_json
+from xdim_jax.base.files import DISK_FULL, cache_folder, read_json, write_json
 from xdim_jax.base.lock import LOCK_FILE, WAIT_SECONDS, lock_file
 from xdim_jax.base.log import LOG_FILE, say, warn
 
 # file in the bucket: the id of the `Mirror` that wrote it, and path -> size for all files of the last complete upload
 MANIFEST = ".manifest.json"
 UPLOAD_SECONDS = 30.0  # time between uploads
+_TRIES = 5  # attempts to download or upload files while another machine changes them
 _UNFINISHED = (".orbax-checkpoint-tmp", ".partial.")  # parts of the names of files that are being written
 
 
@@ -141,6 +142,8 @@ def bucket_errors(address: str, action: str) -> Iterator[None]:
         raise
     except Exception as error:  # no such bucket, no credentials, no network
         reason = first_line(error)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise UserError(f"{address} cannot be {action}: {reason}; the disk of the local copy is full") from error
         raise UserError(
             f"{address} cannot be {action}: {type(error).__name__}: {reason}; check the name of the bucket and your "
             "credentials (gcloud auth application-default login; aws configure)"
@@ -233,24 +236,33 @@ class Mirror:
             UserError: The bucket cannot be read.
         """
         with bucket_errors(self.address, "read"):
-            self._found, wanted = self._read_manifest()
-            for path in self._files():
-                if path not in wanted and path != LOG_FILE:
-                    (self.folder / path).unlink()
-            for path, size in wanted.items():
-                here = self.folder / path
-                # small files may change without a change of size; large files are written only once
-                if not here.is_file() or here.stat().st_size != size or size < 2**20:
-                    here.parent.mkdir(parents=True, exist_ok=True)
-                    part = here.with_name(f".partial.{here.name}")
-                    self._fs.get_file(f"{self._root}/{path}", str(part))
-                    if path == LOG_FILE and here.is_file():
-                        _merge_log(part, here)
-                    else:
-                        part.replace(here)
-            self._drop_empty()
-            # a log that has lines of this machine is not yet uploaded
-            self._sent = {path: self._state(path) for path in wanted if self._state(path)[0] == wanted[path]}
+            for part in self.folder.rglob(".partial.*"):  # of a download that was interrupted
+                part.unlink(missing_ok=True)
+            for _ in range(_TRIES - 1):
+                with contextlib.suppress(FileNotFoundError):  # the run has replaced a checkpoint in the meantime
+                    return self._pull_once()
+            return self._pull_once()
+
+    def _pull_once(self) -> bool:
+        """Download the files of the manifest as it is now, see `pull`."""
+        self._found, wanted = self._read_manifest()
+        for path in self._files():
+            if path not in wanted and path != LOG_FILE:
+                (self.folder / path).unlink()
+        for path, size in wanted.items():
+            here = self.folder / path
+            # small files may change without a change of size; large files are written only once
+            if not here.is_file() or here.stat().st_size != size or size < 2**20:
+                here.parent.mkdir(parents=True, exist_ok=True)
+                part = here.with_name(f".partial.{here.name}")
+                self._fs.get_file(f"{self._root}/{path}", str(part))
+                if path == LOG_FILE and here.is_file():
+                    _merge_log(part, here)
+                else:
+                    part.replace(here)
+        self._drop_empty()
+        # a log that has lines of this machine is not yet uploaded
+        self._sent = {path: self._state(path) for path in wanted if self._state(path)[0] == wanted[path]}
         if self._found:
             say(f"bucket     {self.address}: {len(wanted)} files, local copy in {self.folder}")
         return bool(self._found)
@@ -266,7 +278,7 @@ class Mirror:
             UserError: The bucket cannot be written.
         """
         with bucket_errors(self.address, "written"):
-            for _ in range(5):
+            for _ in range(_TRIES):
                 changed: list[str] = []
                 try:
                     state = {path: self._state(path) for path in self._files()}
@@ -373,8 +385,10 @@ class Mirror:
     def _drop_empty(self) -> None:
         """Delete folders without files, because an empty folder named after a step would be read as a checkpoint."""
         for folder in sorted((p for p in self.folder.rglob("*") if p.is_dir()), reverse=True):
-            if not any(p.is_file() for p in folder.rglob("*")):
-                shutil.rmtree(folder)
+            if folder.is_symlink():  # e.g. of wandb, to its latest run
+                folder.unlink(missing_ok=True)
+            elif not any(p.is_file() for p in folder.rglob("*")):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _merge_log(downloaded: Path, log: Path) -> None:

@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk, 
 
 def cache_folder() -> Path:
     """Return the package's folder inside the user's cache folder, for compiled programs and local copies of buckets."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xdim_jax"
+    if parent := os.environ.get("XDG_CACHE_HOME"):
+        return Path(parent) / "xdim_jax"
+    try:
+        return Path.home() / ".cache" / "xdim_jax"
+    except RuntimeError:  # a container whose user has no home
+        return Path(tempfile.gettempdir()) / f"xdim_jax-{os.getuid()}"
 
 
 @contextlib.contextmanager

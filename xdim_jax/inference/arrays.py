@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from xdim_jax.base.errors import UserError
 from xdim_jax.data.case import Case, Dataset, Volume
-from xdim_jax.data.images.grid import Grid
+from xdim_jax.data.images.grid import make_grid
+from xdim_jax.inference.inputs import check_modality
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +58,25 @@ def array_case(
     Raises:
         UserError: The axes, spacing, channels or values cannot be used.
     """
+    if image.dtype.name == "bfloat16":
+        image = image.astype(np.float32)
     _check(image, axes, dataset, modality)
     spatial = axes.replace("c", "")
-    spacing = (1.0,) * len(spatial) if spacing is None else tuple(spacing)
+    if spacing is None:
+        spacing = (1.0,) * len(spatial)
+    elif np.ndim(spacing) != 1:
+        raise UserError(f"spacing={spacing}: expected one number for each of {', '.join(spatial)}")
+    spacing = tuple(spacing)
+    if affine is not None and np.shape(affine) != (4, 4):
+        raise UserError(f"affine has the shape {np.shape(affine)}: expected (4, 4)")
     if affine is None:
-        if len(spacing) != len(spatial) or not all(s > 0 for s in spacing):
+        if len(spacing) != len(spatial) or not all(0 < s < np.inf for s in spacing):
             raise UserError(f"spacing={spacing}: expected mm above 0 along {', '.join(spatial)}")
         size = dict(zip(spatial, spacing, strict=True))
         # x, y, z of the array point to left, posterior, superior; the affine maps them to right, anterior, superior
         affine = np.diag([-size["x"], -size["y"], size.get("z", 1.0), 1.0])
     xyzc = _to_xyzc(image, axes)
-    grid = Grid(xyzc.shape[:3], np.asarray(affine, np.float64), None, dataset.axes)
+    grid = make_grid(Path("image"), xyzc.shape[:3], affine, axes=dataset.axes)
     info = {"modality": modality} if modality else {}
     case = Case("array", "array", (), dataset.channels, None, dataset.labels, dataset.axes, info=info)
     return ArrayCase(case, Volume("array", np.ascontiguousarray(grid.to_memory(xyzc), np.float32), None, grid), spatial)
@@ -92,7 +102,15 @@ def _check(image: np.ndarray, axes: str, dataset: Dataset, modality: str) -> Non
     if channels != len(dataset.channels):
         known = ", ".join(dataset.channels)
         raise UserError(f"image of shape {image.shape} has {channels} channels; expected {known}")
-    if not np.isfinite(image).all():
-        raise UserError(f"image has {np.count_nonzero(~np.isfinite(image))} NaN or infinite values; replace them")
+    if min(image.shape) < 1:
+        raise UserError(f"image of shape {image.shape} is empty; expected at least one voxel along every axis")
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(image.astype(np.float32, copy=False))
+    if not finite.all():
+        raise UserError(
+            f"image has {np.count_nonzero(~finite)} values that are NaN, infinite or too large for 32 bits; replace "
+            "them"
+        )
+    check_modality(dataset, modality)
     if dataset.holds_ct and modality not in ("CT", "MR"):
         raise UserError(f"modality={modality!r}: expected CT or MR; the network was trained on both")

@@ -50,10 +50,16 @@ def find_cases(
         UserError: A path does not exist or contains no image, two images have the same case id, a selected series does
             not exist, the files do not fit the channels of the network, or predictions would be read as cases.
     """
+    check_modality(dataset, modality)
     found, problems = _find(dataset, paths, modality, series, output)
     cases = []
     for case in found:
-        if (length := len(case.case_id.encode())) > _MAX_ID:
+        if not _is_text(case.case_id):
+            problems[ascii(str(case.files[0].absolute()))] = [
+                f"the name {case.case_id!a} is not valid UTF-8, perhaps because it comes from a system with another "
+                "encoding: rename the file and its folders"
+            ]
+        elif (length := len(case.case_id.encode())) > _MAX_ID:
             problems[str(case.files[0].absolute())] = [
                 f"the case id {case.case_id} has {length} bytes, expected at most {_MAX_ID}: shorten the names of the "
                 "file and its folders"
@@ -222,6 +228,26 @@ def _find_images(
     if not cases and not problems:
         raise UserError(f"{folder} contains no CT series, but the network was trained on CT; see the warnings above")
     return cases, problems
+
+
+def _is_text(name: str) -> bool:
+    """Return whether a name of the file system has a valid encoding."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_modality(dataset: Dataset, modality: str) -> None:
+    """Raise UserError if a modality is unknown, or if a network with several channels does not depend on it."""
+    if modality not in ("", "CT", "MR"):
+        raise UserError(f"modality={modality!r}: expected CT or MR")
+    if modality and not dataset.holds_ct and len(dataset.channels) > 1:
+        raise UserError(
+            f"modality={modality!r} would apply to all channels ({', '.join(dataset.channels)}); the network was not "
+            "trained on both CT and MR, so give none"
+        )
 
 
 def _damaged_files(damaged: Mapping[Path, str], folder: Path) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from xdim_jax.base import log
 from xdim_jax.base.config import differences
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import read_json
@@ -72,7 +73,7 @@ class Segmentation:
             raise UserError(f"{path}: the image was an array, whose position is unknown; predict from a file instead")
         if not str(path).endswith(SUFFIXES):
             raise UserError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
-        write_volume(Path(path), self.label, self.grid)
+        write_volume(Path(path), self.label, self.grid, f"{inputs.PREDICTION_MARK} Segmentation.save")
 
 
 class Predictor:
@@ -111,6 +112,7 @@ class Predictor:
         self.workdirs = find_members(_as_paths(workdir))
         self.settings = settings or Settings(**keywords)
         configs = [read_config(w) for w in self.workdirs]
+        _warn_of_missing_folds(_as_paths(workdir), self.workdirs, configs)
         _check_common(self.workdirs, configs, self.settings)
         config = configs[0]
         self.dataset = _dataset(config, self.workdirs[0], convention)
@@ -279,6 +281,14 @@ def _as_paths(paths: Paths) -> list[Path]:
     if "" in ([paths] if isinstance(paths, str | Path) else paths):
         raise UserError("a path is empty; expected a file or a folder")
     return [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
+
+
+def _warn_of_missing_folds(given: Sequence[Path], workdirs: Sequence[Path], configs: Sequence[Any]) -> None:
+    """Warn if a workdir of a cross-validation lacks folds."""
+    for workdir in given:
+        folds = [c.data.get("folds", 0) for w, c in zip(workdirs, configs, strict=True) if w.parent == workdir]
+        if 1 < len(folds) + 1 <= folds[0] and configs[0].data.get("split") == "folds":
+            log.warn(f"{workdir} has {len(folds)} of {folds[0]} folds; the ensemble has no other networks")
 
 
 def _check_common(workdirs: Sequence[Path], configs: Sequence[Any], settings: Settings) -> None:

@@ -23,6 +23,7 @@ from xdim_jax.inference.windows import Layout, Windows, batched, gaussian_weight
 
 _DECODED = 8  # number of slices that are decoded to labels at once
 SLICES = 8  # for a 2D network, a window has up to this number of slices, times the batch
+_MAX_SIZES = 16  # number of sizes of images for which programs are kept
 
 # weights, images (B, *patch, C) -> logits (B, *patch, channels)
 Forward = Callable[[Any, jax.Array], jax.Array]
@@ -80,11 +81,22 @@ class Segmenter:
         self._blend = jax.jit(self._blend_windows, donate_argnums=0)
         self._shift = jax.jit(_shift_slices, donate_argnums=0)
         self._decode = jax.jit(self._decode_slices)
+        self._sizes: set[Any] = set()  # sizes of the images for which these programs have been compiled
 
     @property
     def channels(self) -> int:
         """Number of channels of the buffer: the channels of the output, uncertainty if computed, and sum of weights."""
         return len(self.output.channels) + ("uncertainty" in self.extra_outputs) + 1
+
+    def _drop_programs(self, layout: Layout) -> None:
+        """Drop the programs for earlier sizes of images if there are many, because each needs some MiB of memory."""
+        size = (layout.plane, layout.target, layout.buffer_slices)
+        if size not in self._sizes and len(self._sizes) == _MAX_SIZES:
+            self._sizes.clear()
+            programs: Any = (self._blend, self._shift, self._decode)
+            for program in programs:
+                program.clear_cache()
+        self._sizes.add(size)
 
     def __call__(
         self,
@@ -109,6 +121,7 @@ class Segmenter:
             StoppedError: ``stopped`` has returned True.
         """
         layout = make_layout(self.windows, prepared.shape, tuple(b.stop - b.start for b in prepared.box))
+        self._drop_programs(layout)
         label = np.zeros(prepared.source, np.uint8)
         inside = label[prepared.box]
         buffer = jnp.zeros((layout.buffer_slices, *layout.plane, self.channels), jnp.float32)

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +52,9 @@ class Checkpoints:
 
 
 _LOGGERS = ("absl", "asyncio")  # orbax logs every save and restore at INFO
+_quiet_lock = threading.Lock()
+_quiet_blocks = 0  # number of threads inside `_quiet`
+_levels: dict[str, int] = {}  # levels of the loggers before that
 
 
 def silence_orbax() -> None:
@@ -77,15 +81,21 @@ def silence_orbax() -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the log of orbax inside the block, and restore the levels of its loggers afterwards."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    global _quiet_blocks
+    with _quiet_lock:  # several threads may load models: the first one silences, the last one restores
+        if not _quiet_blocks:
+            _levels.update({name: logging.getLogger(name).level for name in _LOGGERS})
+        _quiet_blocks += 1
+        for name in _LOGGERS:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        with _quiet_lock:
+            _quiet_blocks -= 1
+            if not _quiet_blocks:
+                for name, level in _levels.items():
+                    logging.getLogger(name).setLevel(level)
 
 
 def exists(workdir: Path) -> bool:
@@ -309,7 +319,7 @@ def _restore(
         for broken in (s for s in steps if s > step and first):
             aside = Path(manager.directory).parent / f"damaged-checkpoint-{broken}"
             shutil.rmtree(aside, ignore_errors=True)
-            (Path(manager.directory) / str(broken)).rename(aside)
+            shutil.move(Path(manager.directory) / str(broken), aside)  # the folder may be a link to another file system
             warn(f"moved the damaged checkpoint {broken} to {aside}")
         if shared:
             from jax.experimental import multihost_utils
@@ -376,7 +386,12 @@ def load_weights(workdir: Path, params: Any, stats: Any) -> tuple[Any, Any, str]
 
 
 def _newest(folder: Path) -> Path | None:
-    steps = [p for p in folder.glob("*") if p.name.isdigit()]
+    try:
+        steps = [Path(entry) for entry in os.scandir(folder) if entry.name.isdigit()]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror or error}; ask its owner for permission") from error
     return max(steps, key=lambda p: int(p.name), default=None)
 
 

@@ -1,5 +1,6 @@
 """The record of a run: ``*.jsonl`` files, TensorBoard and other experiment trackers."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -127,6 +128,8 @@ def _call_trackers(recorder: Recorder, call: Callable[[Any], None]) -> None:
             call(tracker)
         except Exception as error:
             recorder.trackers.remove(tracker)
+            with contextlib.suppress(Exception):  # else the next run of this process would be logged into this one
+                tracker.close()
             reason = first_line(error)
             warn(f"{type(tracker).__name__.strip('_').lower()} has failed and is no longer used: {reason}")
 

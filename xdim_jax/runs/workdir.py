@@ -1,5 +1,6 @@
 """Names of the main files in the workdir of a run, and access to its resolved config."""
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ def find_members(workdirs: Sequence[Path]) -> list[Path]:
     """Return the workdirs of single runs, each once. A cross-validation is replaced by the workdirs of its folds."""
     found: list[Path] = []
     for workdir in workdirs:
-        folds = sorted(workdir.glob(f"fold*/{CONFIG_FILE}"))
+        folds = [
+            f for f in sorted(workdir.glob(f"fold*/{CONFIG_FILE}")) if f.parent.name.removeprefix("fold").isdigit()
+        ]
         found += [workdir] if (workdir / CONFIG_FILE).is_file() or not folds else [f.parent for f in folds]
     return list({folder.resolve(): folder for folder in found}.values())
 
@@ -41,8 +44,14 @@ def claim_workdir(
         The ``continued`` keys that differ, with the previous and the new value.
 
     Raises:
-        UserError: The workdir belongs to another config (the message lists all differences), or cannot be written.
+        UserError: The workdir belongs to another config (the message lists all differences), or cannot be written; or
+            its path has a character with which orbax cannot read checkpoints.
     """
+    if glob.escape(str(workdir.absolute())) != str(workdir.absolute()):
+        raise UserError(
+            f"the path of the workdir, {workdir.absolute()}, has one of the characters [ ? *, with which checkpoints "
+            "could not be read again; give another --workdir"
+        )
     path = workdir / CONFIG_FILE
     changed: list[tuple[str, Any, Any]] = []
     if started:
