@@ -127,6 +127,7 @@ TABLE = {
         f"{CAMUS} --workdir={{new}} --processes=2",
         ["--processes", "--coordinator"],
     ),
+    "a layout without a pack": ("train", f"{CAMUS} --workdir={{new}} --layout=scan", ["--layout=scan", "--pack"]),
     "a pack without folds": ("train", f"{CAMUS} --workdir={{new}} --pack=3", ["--pack=3", "fold=all"]),
     # data
     "no data": (

@@ -336,6 +336,20 @@ def test_the_slot_of_a_failed_or_pruned_trial_is_used_again(camus4, tmp_path):
     assert list(trials[1].intermediate_values) == [1] and list(trials[2].intermediate_values) == [1, 2]
 
 
+def test_a_machine_that_cannot_train_leaves_the_trials_of_a_pack_to_others(camus4, tmp_path, monkeypatch):
+    def suggest(trial):
+        trial.suggest_float("optim.schedule.peak", 1e-3, 1e-2)
+
+    def fails(self, config, workdir):
+        raise UserError("no GPU")
+
+    monkeypatch.setattr(pack.Pack, "add", fails)
+    study, work = make_worker(tmp_path, camus4, suggest, 20)
+    with pytest.raises(UserError, match=r"3 trials in a row .*no GPU"):
+        work.run()
+    assert ends(study) == ["FAIL"] * 3
+
+
 def test_a_storage_that_restarts_ends_no_pack(camus4, tmp_path, monkeypatch, capsys):
     """Calls fail when the first trial is claimed, while it is trained beside a free slot, and when it ends."""
 

@@ -36,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
             f"--pack={options.pack} needs the variant fold=all; to pack the runs of a sweep, use "
             "python -m xdim_jax.sweep --pack"
         )
+    if options.layout != "auto" and not options.pack:
+        raise UserError(f"--layout={options.layout} is the layout of a pack; give --pack, or omit it")
     with catch_signals() as stop:
         mesh.join_processes(options.coordinator, options.processes, options.process)
         install_handlers(stop)  # again, because JAX installs its own handler if there are several processes

@@ -70,6 +70,8 @@ class PackedWorker:
         self._pack: Pack | None = None
         self._trials: list[_ActiveTrial] = []
         self._next_claim = 0.0  # no trial is claimed before this time
+        self._failures: list[str] = []  # errors of the last trials in a row that failed before their first step
+        self._able = False  # True if a trial has been trained
 
     def run(self, *, wait: bool = True) -> int:
         """Train trials until all trials of the study have ended.
@@ -79,6 +81,10 @@ class PackedWorker:
 
         Returns:
             The exit status.
+
+        Raises:
+            UserError: Several trials in a row have failed before their first step, so this machine probably cannot
+                train.
         """
         try:
             while True:
@@ -109,6 +115,8 @@ class PackedWorker:
     def _fill_slots(self) -> None:
         """Claim trials and put them into empty slots, until there is no empty slot or no trial to claim."""
         while not self._stop.signal:
+            if self._failures and not self._able:
+                worker.check_failures(len(self._failures), self._failures[-1])
             active = next((a for a in self._trials if a.member is None), None)
             if active is None:
                 if (self._pack is not None and not self._pack.free) or time.monotonic() < self._next_claim:
@@ -211,10 +219,13 @@ class PackedWorker:
             status, error = status or 2, error or str(failure)
         workdir = worker.local_workdir(self._job.root, studies.origin_of(active.trial))
 
-        def record() -> None:
-            worker.record_result(self._study, active.trial, workdir, status, pruned=pruned, error=error)
+        def record() -> str:
+            return worker.record_result(self._study, active.trial, workdir, status, pruned=pruned, error=error)
 
         try:
-            studies.retry(record, self._stop, self._heartbeat)
+            failed = studies.retry(record, self._stop, self._heartbeat)
+            started = active.member is not None and active.member.controller.steps_done > 0
+            self._able = self._able or started
+            self._failures = [*self._failures, failed] if failed and not started else []
         except studies.storage_errors() as failure:  # after a signal
             log.warn(f"{workdir}: the result could not be stored ({first_line(failure)}); a worker will resume it")

@@ -106,13 +106,19 @@ def run_worker(
             started = (local_workdir(job.root, studies.origin_of(trial)) / STEPS_FILE).is_file()
             able = able or started  # later failures, e.g. of a patch that is too large, are those of the parameters
             failures = failures + 1 if error and not started else 0
-            if failures >= _MAX_FAILURES and not able:
-                raise UserError(
-                    f"{failures} trials in a row have failed before their first step on this machine, so this worker "
-                    f"stops and leaves the others to other workers. The last one {error}. Correct the cause, and run "
-                    "the same command again"
-                )
+            if not able:
+                check_failures(failures, error)
     return stop.status if stop.signal else 0
+
+
+def check_failures(count: int, error: str) -> None:
+    """Raise UserError if so many trials in a row have failed before their first step that this machine cannot train."""
+    if count >= _MAX_FAILURES:
+        raise UserError(
+            f"{count} trials in a row have failed before their first step on this machine, so this worker stops and "
+            f"leaves the others to other workers. The last one {error}. Correct the cause, and run the same command "
+            "again"
+        )
 
 
 def requeue_dead_trials(study: Any, grace: float) -> None:
