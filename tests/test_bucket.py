@@ -479,7 +479,7 @@ def test_what_an_interrupted_download_and_wandb_leave_is_removed(plain):
     there = bucket.fetch(plain)
     write(there, best__100__x="x")
     (there / "best" / "100" / "x").rename(there / "best" / "100" / ".partial.x")
-    (there / "wandb").mkdir()
+    (there / "wandb" / "run-1").mkdir(parents=True)
     (there / "wandb" / "latest-run").symlink_to("run-1")
     bucket.fetch(plain)
     assert not (there / "best").exists() and not (there / "wandb").exists()

@@ -204,6 +204,10 @@ def test_channels_of_an_encoder_that_reads_the_image_are_matched_by_name():
     np.testing.assert_array_equal(kernel[:, :, [2, 0]], before)
     np.testing.assert_allclose(kernel[:, :, 1], before.mean(2), rtol=1e-6)
     assert done["encoder.conv_stem.kernel"] == "kept T2, T1; mean of all channels for FLAIR"
+    encoder = weights.encoder_weights(source)
+    for changes in ({"channel_rule": "sum"}, {"names": Names(("MR",) * 3, ("d",) * 3, "sigmoid")}):
+        new, _, done = weights.load(wanted, params, stats, encoder, **({"names": names} | changes))
+        assert done["encoder.conv_stem.kernel"].startswith("channels by"), "by the rule that is given, or as before"
 
 
 def test_another_network_is_still_an_error(trained):

@@ -1,5 +1,6 @@
 """Weights files, load_model, and weights in a training run's network."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from tests.parity import ds_case
 from tests.random_weights import make_encoder, make_omnianet
 from weight_port import authors
 from weight_port.sources import Source
+from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
 from xdim_jax.nets import networks, weights
 from xdim_jax.nets.functional import split_model
@@ -156,6 +158,25 @@ def test_an_encoder_goes_into_a_3d_network():
     np.testing.assert_allclose(stem[1, :, :, 7], encoder.arrays["conv_stem.kernel"][:, :, 1] * 3 / 8 / 3, rtol=1e-6)
     assert (new["last"]["kernel"] == params["last"]["kernel"]).all()
     assert done["encoder.bn1.var"].startswith("dropped")
+
+
+def test_a_file_of_every_network_is_read_again(tmp_path):
+    for recipe in ("camus_omnianet", "brats_dsnet", "brats_dxnet"):
+        model = load_config(f"{recipe}:scratch", []).model.to_dict()
+        source = weights.Weights("network", model, {"a": np.zeros(1)})
+        weights.write_weights(tmp_path / "a.safetensors", source)
+        again = weights.read_weights(tmp_path / "a.safetensors")
+        assert again.kind == "network" and again.model == networks.plain_dict(model)
+        shorter = {k: v for k, v in model.items() if k != "deep_supervision"}
+        assert not weights.network_differences(source, shorter), recipe
+
+
+def test_an_encoder_without_its_stem_is_an_error():
+    encoder = float32(make_encoder(eps=1e-3))
+    part = {name: a for name, a in encoder.arrays.items() if name != "conv_stem.kernel"}
+    section = toy_model(eps=1e-3)
+    with pytest.raises(UserError, match=r"lack conv_stem\.kernel"):
+        weights.load(section, *built(section), dataclasses.replace(encoder, arrays=part))
 
 
 def test_an_affine_norm_becomes_one_without_scale():

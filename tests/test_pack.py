@@ -139,6 +139,19 @@ def test_a_run_that_fails_leaves_the_others(camus4, runs_alone, tmp_path):
     assert_same_run(tmp_path / "run0", runs_alone[0])
 
 
+def test_a_program_that_fails_is_the_error_of_each_of_its_runs(camus4, tmp_path, monkeypatch, capsys):
+    def fails(self):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(pack.Pack, "step", fails)
+    group, runs = make_pack(camus4, 1), [(load(camus4, RUNS[i]), tmp_path / f"run{i}") for i in (0, 1)]
+    first, second = pack.train_in_pack(group, runs, signals.StopRequest())
+    assert "run0: RuntimeError: RESOURCE_EXHAUSTED" in first and "run1: not trained" in second and group.failed
+    assert (
+        "Traceback" in capsys.readouterr().out and "RESOURCE_EXHAUSTED" in (tmp_path / "run0" / "train.log").read_text()
+    )
+
+
 def test_a_run_that_fails_while_it_is_added_leaves_its_slot_and_its_workdir(camus4, runs_alone, tmp_path, monkeypatch):
     """A validation that is repeated at the start of a resumed run can fail, for example because a file is damaged."""
     start, failing = loop.RunController.start, [True]

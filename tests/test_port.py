@@ -424,10 +424,18 @@ def test_a_moving_average_of_the_weights_is_preferred(tmp_path):
     """As timm does; the entry is recorded."""
     both = {"model": {"a": torch.zeros(1)}, "model_ema": {"module.a": torch.ones(1)}}
     raw = both["model"]
-    for content, value, entry in ((both, 1, "model_ema"), ({"state_dict": raw}, 0, "state_dict"), (raw, 0, None)):
+    averaged = {"n_averaged": torch.tensor(3), "module.a": torch.ones(1)}  # of torch.optim.swa_utils.AveragedModel
+    options = {"decay": 0.99, "module": {"a": torch.ones(1)}}  # of another program: no state_dict
+    for content, value, entry in (
+        (both, 1, "model_ema"),
+        (both | {"model_ema": averaged}, 1, "model_ema"),
+        (both | {"model_ema": options}, 0, "model"),
+        ({"state_dict": raw}, 0, "state_dict"),
+        (raw, 0, None),
+    ):
         torch.save(content, tmp_path / "net.pth")
         found = sources.read_source(tmp_path / "net.pth")
-        assert found.state["a"] == value and found.record.get("entry") == entry
+        assert list(found.state) == ["a"] and found.state["a"] == value and found.record.get("entry") == entry
 
 
 def test_a_tag_that_timm_does_not_know_is_the_users_own():

@@ -30,7 +30,8 @@ from xdim_jax.data import case as data_case
 from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.images.image import read_volume
 from xdim_jax.data.labels import Labels
-from xdim_jax.inference import folder, memory, sliding_window
+from xdim_jax.inference import folder, memory
+from xdim_jax.inference import group as group_module
 from xdim_jax.inference.predict_cases import predict_cases, predict_paths
 from xdim_jax.inference.predictor import _check_common as check_common
 from xdim_jax.inference.settings import Settings
@@ -346,7 +347,7 @@ def test_models_that_are_loaded_at_the_same_time_leave_the_loggers_as_they_were(
 
 
 def test_programs_for_many_sizes_of_images_are_not_kept(flat, monkeypatch):
-    monkeypatch.setattr(sliding_window, "_MAX_SIZES", 2)
+    monkeypatch.setattr(group_module, "_MAX_SIZES", 2)
     predictor = xdim_jax.Predictor(flat)
     (group,) = predictor.groups
     kept = []
@@ -384,7 +385,7 @@ def test_weights_that_may_not_be_read_are_not_absent(workdir, tmp_path, monkeypa
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match=r"run/best cannot be read: Permission denied"):
+    with pytest.raises(UserError, match=r"run/best cannot be read: Permission denied.*permissions"):
         xdim_jax.Predictor(folder)
 
 

@@ -738,7 +738,12 @@ def test_compare_takes_common_finite_cases():
     a = run([0.1, math.nan, 0.3, 0.4])
     b = run([0.2, 0.5, math.nan, 0.5, 0.9])
     (found,) = paired.compare(a, b)
-    assert (found.cases, found.only_a, found.only_b) == (2, 1, 1)
+    assert found.cases == 2
+    assert paired.count_single(a, b) == {("WT", "dice"): (1, 1)}
+    # B predicts nothing anywhere: there is no row, but the numbers are given
+    none = run([math.nan] * 4)
+    assert paired.count_single(a, none, ["dice"]) == {("WT", "dice"): (3, 0)}
+    assert paired.count_single(a, none, ["hd95"]) == {} == paired.count_single(a, a)
     assert found.a == pytest.approx(0.25) and found.b == pytest.approx(0.35) and found.mean == pytest.approx(0.1)
 
 

@@ -319,6 +319,30 @@ def test_a_storage_that_restarts_ends_no_worker(where, tmp_path, monkeypatch, ca
     assert "cannot be reached" in capsys.readouterr().out
 
 
+def test_an_error_that_does_not_go_away_is_raised(monkeypatch):
+    monkeypatch.setattr(studies, "wait", lambda stop, seconds: None)
+    calls = []
+
+    def missing():
+        calls.append(1)
+        raise FileNotFoundError("a file of the run")
+
+    with pytest.raises(FileNotFoundError):
+        studies.retry(missing, StopRequest(), 20.0)
+    assert len(calls) == 30
+
+
+@_FORKS
+def test_a_trial_whose_workdir_was_deleted_is_a_failure(tmp_path):
+    study = open_toy(str(tmp_path / "study.journal"))
+    program = "import sys, shutil; shutil.rmtree([a for a in sys.argv if 'workdir' in a][0].split('=')[1]); sys.exit(1)"
+    job = worker.Job(
+        "C", (), lambda t: t.suggest_float("x", 0, 1), tmp_path / "root", 1, (sys.executable, "-c", program)
+    )
+    assert worker.run_worker(study, job, StopRequest(), heartbeat=0.2, grace=60.0) == 0
+    assert [t.state.name for t in study.get_trials()] == ["FAIL"]
+
+
 def test_a_worker_that_is_stopped_does_not_wait_for_the_storage(tmp_path, monkeypatch):
     study, stop = open_toy(str(tmp_path / "study.journal")), StopRequest()
 

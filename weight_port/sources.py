@@ -105,10 +105,10 @@ def _read_pickle(path: Path) -> tuple[dict[str, np.ndarray], str]:
             f"--from-file: {path} is not a complete PyTorch file ({first_line(error)}); download it again"
         ) from error
     entry = ""
-    while isinstance(content, Mapping) and (
-        key := next((k for k in _WRAPPERS if isinstance(content.get(k), Mapping)), "")
-    ):
+    while key := _wrapper(torch, content):
         content, entry = content[key], f"{entry}.{key}".strip(".")
+    if isinstance(content, Mapping):
+        content = {name: value for name, value in content.items() if name != "n_averaged"}  # of torch's AveragedModel
     if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise UserError(f"--from-file: {path} contains no state_dict (a mapping from names to tensors)")
     names = [str(n) for n in content]
@@ -117,6 +117,16 @@ def _read_pickle(path: Path) -> tuple[dict[str, np.ndarray], str]:
         return {str(n).removeprefix(prefix): _array(torch, t) for n, t in content.items()}, entry
     except (TypeError, RuntimeError, NotImplementedError) as error:  # sparse, quantised, float8 or empty (meta) tensors
         raise UserError(f"--from-file: {path} cannot be read ({first_line(error)}): {_FLOATS}") from error
+
+
+def _wrapper(torch: Any, content: Any) -> str:
+    """Return the key under which a training script stored a state_dict; empty if there is none."""
+    for key in _WRAPPERS if isinstance(content, Mapping) else ():
+        inner = content.get(key)
+        tensors = isinstance(inner, Mapping) and all(isinstance(v, torch.Tensor) for v in inner.values())
+        if tensors or (isinstance(inner, Mapping) and not key.endswith("_ema")):
+            return key
+    return ""
 
 
 def _array(torch: Any, tensor: Any) -> np.ndarray:

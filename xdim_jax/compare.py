@@ -50,8 +50,9 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{options.a} and {options.b}: {error}; evaluate both on the same references") from error
     _warn_about_references(records)
     _warn_about_exclusions(folders, evaluations, metrics)
-    _warn_about_single_values(folders, found)
-    table = make_table(found, str(options.a), str(options.b))
+    single = paired.count_single(evaluations[0], evaluations[1], metrics)
+    _warn_about_single_values(folders, single)
+    table = make_table(found, str(options.a), str(options.b), single)
     log.write_result(table.markdown().rstrip("\n"))
     if options.out:
         write_text(options.out, table.markdown())
@@ -129,10 +130,10 @@ def _warn_about_references(records: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _warn_about_single_values(folders: Sequence[Path], found: Sequence[paired.Difference]) -> None:
+def _warn_about_single_values(folders: Sequence[Path], single: Mapping[tuple[str, str], tuple[int, int]]) -> None:
     """Warn about cases with a value of a metric in one of the evaluations only."""
-    for folder, name in zip(folders, ("only_a", "only_b"), strict=True):
-        counts = [f"{d.structure} {d.metric}: {getattr(d, name)}" for d in found if getattr(d, name)]
+    for index, folder in enumerate(folders):
+        counts = [f"{structure} {metric}: {n[index]}" for (structure, metric), n in single.items() if n[index]]
         if counts:
             log.warn(
                 f"some cases have a value in {folder} only, for example because the other prediction is empty. They "

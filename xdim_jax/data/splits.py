@@ -1,7 +1,6 @@
 """Cross-validation folds of patients."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -33,7 +32,9 @@ def assign_folds(patients: Iterable[str], folds: int, seed: int) -> dict[str, in
 
 def _shuffled(patients: Iterable[str], key: str) -> list[str]:
     """Return the distinct names in an order that depends only on them and on the key."""
-    return sorted(set(patients), key=lambda p: hashlib.sha256(os.fsencode(f"{key}:{p}")).hexdigest())
+    return sorted(
+        set(patients), key=lambda p: hashlib.sha256(f"{key}:{p}".encode(errors="surrogateescape")).hexdigest()
+    )
 
 
 def check_fold(fold: int, folds: int) -> None:

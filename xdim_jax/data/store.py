@@ -24,7 +24,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -318,7 +317,7 @@ def _content_digest(case: Case) -> str:
     """Return a digest of the names and the contents of all source files."""
     digest = hashlib.blake2b(digest_size=20)
     for path in case.files:
-        digest.update(os.fsencode(path.name) + b"\0")
+        digest.update(path.name.encode(errors="surrogateescape") + b"\0")
         with open(path, "rb") as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)

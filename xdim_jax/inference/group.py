@@ -31,6 +31,8 @@ from xdim_jax.nets.functional import PRECISIONS, make_forward, split_model
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.workdir import read_config
 
+_MAX_SIZES = 16  # number of sizes of images for which programs are kept: each needs some MiB of memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -130,6 +132,7 @@ def load_group(
         members=len(members) if len(members) > 1 else 0,
         extra_outputs=extra_outputs,
     )
+    segmenter.max_sizes = _MAX_SIZES
     return Group(
         config,
         resolved,

@@ -243,7 +243,7 @@ def check_modality(dataset: Dataset, modality: str) -> None:
     """Raise UserError if a modality is unknown, or if a network with several channels does not depend on it."""
     if modality not in ("", "CT", "MR"):
         raise UserError(f"modality={modality!r}: expected CT or MR")
-    if modality and not dataset.holds_ct and len(dataset.channels) > 1:
+    if modality == "CT" and not dataset.holds_ct and len(dataset.channels) > 1:
         raise UserError(
             f"modality={modality!r} would apply to all channels ({', '.join(dataset.channels)}); the network was not "
             "trained on both CT and MR, so give none"

@@ -23,7 +23,6 @@ from xdim_jax.inference.windows import Layout, Windows, batched, gaussian_weight
 
 _DECODED = 8  # number of slices that are decoded to labels at once
 SLICES = 8  # for a 2D network, a window has up to this number of slices, times the batch
-_MAX_SIZES = 16  # number of sizes of images for which programs are kept
 
 # weights, images (B, *patch, C) -> logits (B, *patch, channels)
 Forward = Callable[[Any, jax.Array], jax.Array]
@@ -54,7 +53,12 @@ class Segmenter:
             are averaged. 0 for one network, whose weights are not stacked.
         extra_outputs: Any of ``probabilities`` and ``uncertainty`` (the variance over members and flips, averaged over
             channels, and blended like the probabilities). A sink receives these values.
+
+    Attributes:
+        max_sizes: Number of sizes of images for which compiled programs are kept; 0 for no limit.
     """
+
+    max_sizes = 0
 
     def __init__(
         self,
@@ -91,7 +95,7 @@ class Segmenter:
     def _drop_programs(self, layout: Layout) -> None:
         """Drop the programs for earlier sizes of images if there are many, because each needs some MiB of memory."""
         size = (layout.plane, layout.target, layout.buffer_slices)
-        if size not in self._sizes and len(self._sizes) == _MAX_SIZES:
+        if self.max_sizes and size not in self._sizes and len(self._sizes) == self.max_sizes:
             self._sizes.clear()
             programs: Any = (self._blend, self._shift, self._decode)
             for program in programs:

@@ -124,7 +124,7 @@ def read_weights(path: Path) -> Weights:
         )
     if missing := {"kind", "model", "source"} - record.keys():
         raise UserError(f"the header of {path} lacks {', '.join(sorted(missing))}: convert the weights again")
-    kinds = {"encoder": {"name", "in_channels", "ndim", "norm"}, "network": {"name", "norm"}}
+    kinds = {"encoder": {"name", "in_channels", "ndim", "norm"}, "network": {"name"}}
     mappings = isinstance(record["model"], dict) and isinstance(record["source"], dict)
     if not mappings or record["kind"] not in kinds or kinds[record["kind"]] - record["model"].keys():
         raise UserError(f"the header of {path} is damaged (kind {record['kind']!r}): convert the weights again")
@@ -332,6 +332,8 @@ def adapt_encoder(
 
     def adapt_stem() -> None:
         options: dict[str, Any] = {"channel_map": channel_map, "seed": inflation.seed}
+        if stem not in arrays:
+            raise UserError(f"the weights lack {stem}; take a complete file")
         try:
             arrays[stem] = adapt_channels(arrays[stem], wanted["in_channels"], rule, **options)
         except ValueError as error:
@@ -371,7 +373,8 @@ def _joined(*steps: str) -> str:
 
 def _match_channels(weights: Weights, stem: str, source: Names, target: Names) -> tuple[Weights, str]:
     """Match the channels of an encoder that reads the image by their names, and return how its stem was obtained."""
-    if source.channels == target.channels:
+    unique = all(len(set(n.channels)) == len(n.channels) for n in (source, target))
+    if source.channels == target.channels or not unique:
         return weights, "copied"
     kernel, how = adapt_inputs(weights.arrays[stem], source.channels, target.channels)
     section = {**weights.model, "in_channels": len(target.channels)}
@@ -443,7 +446,8 @@ def load(
             Omnia-Net are inflated for a DX-Net, see `inflate_network`.
         inflation: Rules with which a 2D encoder or network is inflated for a 3D network; None for the default rules.
         channel_rule: Rule of `xdim_jax.nets.input_channels`, used for weights of an encoder if the numbers of channels
-            differ.
+            differ. With ``cycle``, the channels of an encoder that reads the image are matched by name instead, if both
+            ``weights.names`` and ``names`` are given and no two channels have the same name.
         accept: Properties among `CHECKED` that may differ between the encoders. The depth axis may not.
         require: True to raise an error if the model sections differ, or if an array exists on one side only or has
             another shape. False to skip such arrays; those of the network keep their values. If both
@@ -461,20 +465,21 @@ def load(
     if weights.kind == "encoder":
         prefix, section = encoder_section(config)
         stem, how = f"{get_family(section['name']).stem}.kernel", "copied"
-        reads_image = _first_layer(config, flatten(params)) == prefix + stem
-        if reads_image and names is not None and weights.names is not None:
+        reads_image = _first_layer(config, flatten(params)) == prefix + stem and stem in weights.arrays
+        if reads_image and channel_rule == "cycle" and names is not None and weights.names is not None:
             weights, how = _match_channels(weights, stem, weights.names, names)
         rule = channel_rule if weights.model["in_channels"] != section["in_channels"] else None
         weights, done = adapt_encoder(
             weights, section, inflation=inflation or Inflation(), channel_rule=rule, accept=accept
         )
-        done[stem] = _joined(how, done[stem])
+        if stem in done:
+            done[stem] = _joined(how, done[stem])
     else:
         done = dict.fromkeys(weights.arrays, "copied")
         section = networks.plain_dict(config)
         if (weights.model["name"], section["name"]) == ("omnianet", "dxnet"):
             section["depth"] = dataclasses.asdict(Depth(**(section.get("depth") or {})))
-            eps = section["encoder"].get("eps")
+            eps = section["encoder"].get("eps", 1e-5)
             weights, done = inflate_network(weights, section["depth"], inflation or Inflation(), eps=eps)
         problems = network_differences(weights, section, names, accept)
         if problems and require:
@@ -520,7 +525,7 @@ def _first_layer(section: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 def flatten_model(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a model section by their dotted paths, completed by the defaults of the networks."""
-    keys = flatten(section)
+    keys = {"deep_supervision": False} | flatten(section)
     for prefix in [key.removesuffix("encoder.name") for key in keys if key.endswith("encoder.name")]:
         defaults = {
             "encoder.padding": "symmetric",

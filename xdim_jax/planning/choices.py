@@ -395,7 +395,7 @@ def small_structures(found: Fingerprint, spacing: Sequence[float]) -> list[str]:
     if small := [f"{name}: {value:.2g}" for name, value in diameters.items() if value < _MIN_DIAMETER]:
         return [
             f"at the planned spacing of {_times(spacing)} mm, structures have a diameter of a few pixels "
-            f"({shorten(small)}), so they may be lost; give more --hours, or edit data.prepare.spacing in the recipe"
+            f"({shorten(small)}), so they may be lost; edit data.prepare.spacing and data.patch in the recipe"
         ]
     return []
 

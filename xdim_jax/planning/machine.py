@@ -247,7 +247,7 @@ class StepTimes:
     """
 
     def __init__(self, path: Path, build: Build):
-        self._path, self._build = path, build
+        self._path, self._build, self._said = path, build, False
 
     def __call__(self, choices: Choices) -> float:
         """Return the time of a training step in seconds, measured with random images if it is not in the file."""
@@ -269,7 +269,8 @@ class StepTimes:
         if key not in known:
             known[key] = float(f"{measure_step(config, dataset):.2g}")
             write_json(self._path, known)
-        else:
+        elif not self._said:
+            self._said = True
             log.say(f"time       of a step: measured earlier; to measure it again, delete {self._path}")
         return known[key]
 

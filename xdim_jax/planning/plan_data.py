@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from weight_port import pypi
 from xdim_jax.base import bucket, log
@@ -115,7 +116,7 @@ def plan_recipe(
     cache_programs()
     choices = fit_memory(choices, budget or default_memory(), build, log.say)
     choices = fit_time(choices, found, hours, StepTimes(folder / _TIMES_FILE, build), log.say)
-    if choices.flat:
+    if choices.flat and choices.prepare["spacing"][1] > 1.01 * float(np.median(found.spacing[:, 1])):
         for note in small_structures(found, choices.prepare["spacing"][1:]):
             log.warn(note)
             choices = choices.change(notes=(*choices.notes, note))

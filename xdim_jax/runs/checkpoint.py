@@ -391,7 +391,9 @@ def _newest(folder: Path) -> Path | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror or error}; ask its owner for permission") from error
+        raise UserError(
+            f"{folder} cannot be read: {error.strerror or error}; check its permissions and the disk"
+        ) from error
     return max(steps, key=lambda p: int(p.name), default=None)
 
 

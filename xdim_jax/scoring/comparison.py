@@ -1,19 +1,22 @@
 """The table of the differences of two evaluations, see `xdim_jax.scoring.paired`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from xdim_jax.scoring import paired, tables
 from xdim_jax.scoring.results import number
 
 
-def make_table(found: Sequence[paired.Difference], a: str, b: str) -> tables.Table:
+def make_table(
+    found: Sequence[paired.Difference], a: str, b: str, single: Mapping[tuple[str, str], tuple[int, int]]
+) -> tables.Table:
     """Return a table with one row for each structure and metric.
 
     Args:
         found: Differences of all structures and metrics, from `xdim_jax.scoring.paired.compare`.
         a: Name of evaluation A.
         b: Name of evaluation B.
+        single: Numbers of cases with a value in one evaluation only, from `xdim_jax.scoring.paired.count_single`.
     """
     header = ("", "metric", "cases", "A", "B", "B - A", "95 % confidence interval", "p", "p (Holm)")
     rows = []
@@ -23,11 +26,9 @@ def make_table(found: Sequence[paired.Difference], a: str, b: str) -> tables.Tab
         cells = (number(d.a, digits), number(d.b, digits), f"{d.mean:+.{digits}f}", interval, _p(d.p), _p(d.p_holm))
         rows.append((d.structure, d.metric, str(d.cases), *cells))
     notes = [f"Holm's correction is for {len(found)} tests."]
-    single = [f"{d.structure} {d.metric} {d.only_a} in A, {d.only_b} in B" for d in found if d.only_a or d.only_b]
     if single:
-        notes.append(
-            f"Numbers of cases that have a value in one evaluation only, and are not compared: {'; '.join(single)}."
-        )
+        counts = "; ".join(f"{s} {m} {x} in A, {y} in B" for (s, m), (x, y) in single.items())
+        notes.append(f"Numbers of cases that have a value in one evaluation only, and are not compared: {counts}.")
     return tables.Table(f"A: {a}, B: {b}", header, tuple(rows), " ".join(notes))
 
 

@@ -20,9 +20,6 @@ class Difference:
         structure: Name of the structure.
         metric: Name of the metric.
         cases: Number of cases.
-        only_a: Number of cases that have a value in evaluation A, but not in B, for example because the prediction of
-            B is empty. They are not compared.
-        only_b: Number of cases that have a value in evaluation B, but not in A.
         a: Mean in evaluation A.
         b: Mean in evaluation B.
         mean: Mean of the differences.
@@ -37,8 +34,6 @@ class Difference:
     structure: str
     metric: str
     cases: int
-    only_a: int
-    only_b: int
     a: float
     b: float
     mean: float
@@ -70,8 +65,7 @@ def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[
     found = []
     for structure, metric in names:
         x, y = first[structure, metric], second[structure, metric]
-        both = [k for k in x if k in y]
-        keys = [k for k in both if math.isfinite(x[k]) and math.isfinite(y[k])]
+        keys = [k for k in x if k in y and math.isfinite(x[k]) and math.isfinite(y[k])]
         if not keys:
             continue
         left, right = np.array([x[k] for k in keys]), np.array([y[k] for k in keys])
@@ -87,8 +81,6 @@ def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[
                 structure=structure,
                 metric=metric,
                 cases=len(keys),
-                only_a=sum(math.isfinite(x[k]) and not math.isfinite(y[k]) for k in both),
-                only_b=sum(math.isfinite(y[k]) and not math.isfinite(x[k]) for k in both),
                 a=float(left.mean()),
                 b=float(right.mean()),
                 mean=float(difference.mean()),
@@ -102,6 +94,23 @@ def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[
         raise ValueError("they have no case, structure and metric in common")
     corrected = holm([d.p for d in found])
     return [dataclasses.replace(d, p_holm=p) for d, p in zip(found, corrected, strict=True)]
+
+
+def count_single(
+    a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[str] = ()
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """Return, for each structure and metric, the numbers of cases with a value in A only, and in B only.
+
+    Only cases that both evaluations have are counted, and only structures and metrics for which a number is not 0.
+    """
+    tasks = [_values_by_task(cases) for cases in (a, b)]
+    separate = any(map(_differ_between_tasks, tasks))
+    first, second = (_values_by_metric(found, separate=separate) for found in tasks)
+    counts = {}
+    for key in [key for key in first if key in second and (not metrics or key[1] in metrics)]:
+        pairs = [(math.isfinite(x), math.isfinite(second[key][k])) for k, x in first[key].items() if k in second[key]]
+        counts[key] = sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)
+    return {key: count for key, count in counts.items() if any(count)}
 
 
 def _patients(a: Sequence[ScoredCase], b: Sequence[ScoredCase]) -> dict[str, str]:

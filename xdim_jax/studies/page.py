@@ -67,7 +67,7 @@ def _test_table(title: str, tests: Sequence[Test]) -> Table:
             str(t.size),
             t.b,
             t.a,
-            f"{t.difference.mean:+.3f} [{t.difference.low:+.3f}, {t.difference.high:+.3f}]",
+            t.difference.signed(),
             f"{t.seeds}",
             f"{t.patients}",
             f"{t.p:.2g}",

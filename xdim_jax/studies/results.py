@@ -68,15 +68,22 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """A mean with its 95 % confidence interval over seeds and patients."""
+    """A mean with its 95 % confidence interval over seeds and patients; the limits are NaN if there is no interval."""
 
     mean: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        limits = "-" if math.isnan(self.low) else f"{self.low:.3f}, {self.high:.3f}"
-        return f"{self.mean:.3f} [{limits}]"
+        return self._format(".3f")
+
+    def signed(self) -> str:
+        """Return the text of a difference, with plus signs."""
+        return self._format("+.3f")
+
+    def _format(self, spec: str) -> str:
+        limits = "-" if math.isnan(self.low) else f"{self.low:{spec}}, {self.high:{spec}}"
+        return f"{self.mean:{spec}} [{limits}]"
 
 
 @dataclasses.dataclass(frozen=True)

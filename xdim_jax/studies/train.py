@@ -1,15 +1,15 @@
 """Training of the runs of a study, one after the other or several in one program."""
 
 import json
-import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from xdim_jax.base import log
-from xdim_jax.base.config import Config, leaves
+from xdim_jax.base.config import Config
 from xdim_jax.base.errors import UserError, join_problems, shorten
 from xdim_jax.base.signals import StopRequest
+from xdim_jax.data.datasets import get_entry
 from xdim_jax.data.splits import limit_patients
 from xdim_jax.runs.records import VALIDATIONS_FILE, read_records
 from xdim_jax.studies.plan import Plan, PlannedRun
@@ -69,11 +69,17 @@ def _data_problems(plan: Plan, overrides: list[str], sources: Mapping[str, Mappi
             if not data.root:  # every run has phantoms of its own
                 return
             root, name = Path(data.root), f"arm {arm}: seed {seed}"
-            own = ("data.train_patients", "data.epoch_steps")
-            options = repr([(k, v) for k, v in leaves(config) if k.startswith("data.") and k not in own])
-            try:
-                if options not in found:
+            keys = ("dataset", "root", "split", *get_entry(data.dataset).options)
+            options = repr([(key, data.get(key)) for key in keys])
+            if options not in found:
+                try:
                     found[options] = find_cases(data, dataset, root)
+                except UserError as error:
+                    found[options] = None
+                    yield f"arm {arm}: {error}"
+            if found[options] is None:
+                continue
+            try:
                 train, validation = split_found_cases(data, seed, *found[options])
                 train = limit_patients(train, data.train_patients, seed)
             except UserError as error:
@@ -137,10 +143,7 @@ def train_plan(
         for key, runs in groups.items():
             if key not in packs:
                 packs[key] = Pack(runs[0][0], slots, layout, stop)
-            try:
-                errors += train_in_pack(packs[key], runs, stop)
-            except Exception as error:  # the program failed, e.g. because memory was exhausted; others may fit
-                log.warn(f"a program failed, and with it its runs:\n{''.join(traceback.format_exception(error))}")
-                errors.append(f"{', '.join(str(workdir) for _, workdir in runs)}: {type(error).__name__}: {error}")
+            errors += train_in_pack(packs[key], runs, stop)
+            if packs[key].failed:
                 del packs[key]
     return finish(errors, stop)

@@ -13,6 +13,7 @@ Optuna's own heartbeat and retry callback are not used, because they support dat
 require `Study.optimize`, which cannot train several trials in one program.
 """
 
+import itertools
 import logging
 import math
 import random
@@ -33,6 +34,7 @@ T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 20.0  # time between two heartbeats
 GRACE_SECONDS = 120.0  # time without a heartbeat after which a worker counts as dead
+_ATTEMPTS = 30  # attempts of `retry` to reach a storage whose error may not go away
 MAX_ATTEMPTS = 5  # maximum number of attempts at a trial, without those that a signal stopped
 
 SAMPLERS = ("tpe", "random", "grid")
@@ -65,16 +67,18 @@ def storage_errors() -> tuple[type[Exception], ...]:
 def retry(call: Callable[[], T], stop: StopRequest, seconds: float) -> T:
     """Call a function until the storage can be reached, with some seconds between the attempts.
 
-    After a signal there is no further attempt, and the error of the storage is raised.
+    After a signal there is no further attempt, and the error of the storage is raised. So is an OSError, such as that
+    of a file on a network drive, after `_ATTEMPTS` attempts.
     """
-    while True:
+    for attempt in itertools.count(1):
         try:
             return call()
         except storage_errors() as error:  # e.g. the database restarts
-            if stop.signal:
+            if stop.signal or (isinstance(error, OSError) and attempt == _ATTEMPTS):
                 raise
             warn(f"the study cannot be reached ({first_line(error)}); trying again in {seconds:g} s")
             wait(stop, seconds)
+    raise AssertionError
 
 
 def wait(stop: StopRequest, seconds: float) -> None:

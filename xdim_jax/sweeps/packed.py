@@ -126,6 +126,8 @@ class PackedWorker:
                     self._next_claim = time.monotonic() + self._heartbeat
                     return
                 active = self._open(trial)
+                if active is None:
+                    return
             with self._fail_on_user_error(active):
                 if self._pack is None or not self._pack.fits(active.config):
                     if len(self._trials) > 1:  # the pack still trains trials with another program
@@ -149,11 +151,21 @@ class PackedWorker:
             log.warn(f"the study cannot be reached ({first_line(error)}); trials are claimed later")
             return None
 
-    def _open(self, trial: Any) -> _ActiveTrial:
-        """Start the heartbeat of a claimed trial, and sample its parameters."""
+    def _open(self, trial: Any) -> _ActiveTrial | None:
+        """Start the heartbeat of a claimed trial, and sample its parameters.
+
+        Returns:
+            The trial; None if a signal arrived while the study could not be reached. Another worker will resume it.
+        """
         resources = contextlib.ExitStack()
         resources.enter_context(studies.Heartbeat(trial, self._heartbeat))
-        studies.retry(lambda: worker.suggest_parameters(trial, self._job), self._stop, self._heartbeat)
+        try:
+            studies.retry(lambda: worker.suggest_parameters(trial, self._job), self._stop, self._heartbeat)
+        except studies.storage_errors():
+            resources.close()
+            if not self._stop.signal:
+                raise
+            return None
         config = load_config(self._job.config, [*self._job.overrides, *overrides_of(trial.params)])
         active = _ActiveTrial(trial, config, resources)
         self._trials.append(active)
@@ -165,8 +177,10 @@ class PackedWorker:
             pack.step()
         except Exception as error:  # the program failed, e.g. because memory was exhausted, and with it all its trials
             text = f"{type(error).__name__}: {str(error).strip()[:500]}"
+            before = self._failures
             for active in [a for a in self._trials if a.member]:
                 self._finish(active, 1, error=text)
+            self._failures = [*before, text]  # one failure, however many trials the program had
             self._pack = None
             log.warn(f"a pack of {pack.slots} trials (layout {pack.layout}) failed: {text}")
             return

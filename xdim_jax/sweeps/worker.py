@@ -272,6 +272,7 @@ def record_result(
 
 
 def _last_lines(path: Path) -> str:
-    """Return the last lines of a log in one line."""
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    """Return the last lines of a log in one line; empty if there is no log."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
     return " / ".join(lines[-_ERROR_LINES:])

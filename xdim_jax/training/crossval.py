@@ -19,8 +19,10 @@ from xdim_jax.base import log
 from xdim_jax.base.config import Config
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_json
-from xdim_jax.data.case import scan_cases, usable_cases
+from xdim_jax.data.case import Case, scan_cases, usable_cases
 from xdim_jax.data.datasets import get_dataset
+from xdim_jax.data.reading import check_grids
+from xdim_jax.data.splits import limit_patients
 from xdim_jax.runs import checkpoint
 from xdim_jax.runs.records import read_records
 from xdim_jax.training.run_data import check_annotated, check_sizes, split_found_cases
@@ -75,14 +77,15 @@ def _check_cases(config: Config, folds: int) -> None:
         return
     scan = scan_cases(dataset, Path(data.root), need_labels=True)
     cases = usable_cases(scan, Path(data.root))
-    check_sizes(data, dataset, Path(data.root), cases)
-    if dataset.annotated is None:
-        return
+    check_grids(cases)
+    trained: dict[str, Case] = {}
     for fold in range(folds):
         chosen = config.copy_and_resolve_references().data
         chosen.fold = fold
-        _, validation = split_found_cases(chosen, config.seed, cases, scan.splits)
+        train, validation = split_found_cases(chosen, config.seed, cases, scan.splits)
         check_annotated(dataset, validation, fold)
+        trained |= {case.case_id: case for case in limit_patients(train, data.train_patients, config.seed)}
+    check_sizes(data, dataset, Path(data.root), list(trained.values()))
 
 
 def _count_folds(data: Any) -> int:

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -130,6 +131,9 @@ class Pack:
             divisor above 1; otherwise it is ``scan`` on CPU and ``vmap`` elsewhere.
         stop: Record of received signals; a signal stops all runs.
 
+    Attributes:
+        failed: True if the program has failed.
+
     Raises:
         UserError: A pack does not support the config, or the devices would have unequal numbers of slots.
     """
@@ -150,6 +154,7 @@ class Pack:
         self._state: Any = None
         self._compiled: Any = None
         self._steps = 0
+        self.failed = False
         self._streams: dict[Any, tuple[Iterator[dict[str, Any]], contextlib.ExitStack, Watchdog]] = {}
 
     def fits(self, config: Config) -> bool:
@@ -430,7 +435,8 @@ def train_in_pack(pack: Pack, runs: Sequence[tuple[Config, Path]], stop: StopReq
         stop: Record of received signals.
 
     Returns:
-        A message for each run that has failed.
+        A message for each run that has failed. If the program fails, for example because memory is exhausted, there is
+        a message for each run that was not finished.
     """
     waiting, errors = list(runs), []
 
@@ -451,7 +457,16 @@ def train_in_pack(pack: Pack, runs: Sequence[tuple[Config, Path]], stop: StopReq
                     pack.add(config, workdir)
                 except UserError as error:
                     errors.append(f"{workdir}: {error}")
-            pack.step()
+            try:
+                pack.step()
+            except Exception as error:  # the program failed
+                text = f"{type(error).__name__}: {error}"
+                log.warn(f"the program of {len(runs)} runs failed:\n{''.join(traceback.format_exception(error))}")
+                for member in [m for m in pack.members if m is not None]:
+                    member.error = member.error or text
+                errors += [f"{workdir}: not trained, because its program failed: {text}" for _, workdir in waiting]
+                pack.failed = True
+                break
             for member in [m for m in pack.members if m is not None and not m.running]:
                 finish(member)
     finally:

@@ -124,7 +124,7 @@ def find_data(
 
 
 def check_sizes(data: Any, dataset: Dataset, root: Path, cases: list[Case]) -> None:
-    """Prepare all cases of a cross-validation. Raises UserError if one of them is too large for the sampling."""
+    """Prepare the training cases of a cross-validation. Raises UserError if one is too large for the sampling."""
     if data.sampling != "patches":
         pipeline.check_size(_prepare(data, dataset, root, cases), data.sampling, patch_size_3d(data.patch))
 
