@@ -1393,7 +1393,7 @@ def test_all_folds_of_a_list_that_came_with_the_data(tmp_path, monkeypatch):
     for count in (1, 3):
         lists = [{"training": ("a",), "validation": ("b",)}] * count
         monkeypatch.setattr(crossval, "scan_cases", lambda *_, lists=lists, **__: Scan([], [], tuple(lists)))
-        monkeypatch.setattr(crossval, "usable_cases", lambda *_: [])
+        monkeypatch.setattr(crossval, "_check_cases", lambda *_: None)
         if count == 1:
             with pytest.raises(UserError, match="1 folds"):
                 crossval.train_folds(config, tmp_path, every)
@@ -1408,7 +1408,10 @@ def test_a_case_that_is_too_large_is_found_before_the_first_fold(camus4, tmp_pat
         f"--config.data.store={tmp_path / 'store'}",
         "--config.data.prepare.size=(64,64)",
     ]
-    config, begun = load_config(f"{RECIPE},fold=all", [*own, "--config.data.patch=(32,32)"]), []
+    config, begun = (
+        load_config(f"{RECIPE},fold=all", [*own, "--config.data.patch=(32,32)", "--config.data.folds=2"]),
+        [],
+    )
     with pytest.raises(UserError, match=r"1x64x64 .*config\.data\.patch=\(32, 32\)"):
         crossval.train_folds(config, tmp_path / "cv", lambda runs: begun.append(runs) or 0)
     assert not begun

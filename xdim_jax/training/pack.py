@@ -464,6 +464,7 @@ def train_in_pack(pack: Pack, runs: Sequence[tuple[Config, Path]], stop: StopReq
                 log.warn(f"the program of {len(runs)} runs failed:\n{''.join(traceback.format_exception(error))}")
                 for member in [m for m in pack.members if m is not None]:
                     member.error = member.error or text
+                    finish(member)
                 errors += [f"{workdir}: not trained, because its program failed: {text}" for _, workdir in waiting]
                 pack.failed = True
                 break
