@@ -249,6 +249,42 @@ def test_a_depthwise_convolution_spread_over_both_axes_has_the_right_gradients(d
     assert set(found) == {"y", "dx", "dkernel"} and max(found.values()) < 1e-5, found
 
 
+def print_dense(cast, taps, stride):
+    """As `print_depthwise`, for a dense convolution in a loop, with a kernel that is cast to bfloat16 or not."""
+    devices = mesh.make_devices(2, 2, batch=2)
+    rng = np.random.default_rng(0)
+    planes = 2 * stride
+    x = rng.normal(size=(2, planes, 8, 8, 16)).astype(np.float32)
+    kernel = rng.normal(size=(taps, taps, taps, 16, 8)).astype(np.float32) / taps**1.5
+
+    def both(kernel, batch, key):
+        def loss(x, kernel):
+            kernel, x = (kernel.astype(jnp.bfloat16), x.astype(jnp.bfloat16)) if cast else (kernel, x)
+            y = ops.conv(x, kernel, strides=(stride,) * 3, padding=((taps // 2,) * 2,) * 3)
+            return jnp.sum(y.astype(jnp.float32) ** 2), y
+
+        def step(total, _):
+            (_, y), pulled = jax.value_and_grad(loss, (0, 1), has_aux=True)(batch["x"], kernel)
+            return jax.tree.map(jnp.add, total, (y.astype(jnp.float32), *pulled)), None
+
+        (_, y), grads = jax.eval_shape(jax.value_and_grad(loss, (0, 1), has_aux=True), batch["x"], kernel)
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (y, *grads))
+        (y, dx, dkernel), _ = jax.lax.scan(step, zero, None, length=2)
+        return kernel, {"y": y, "dx": dx, "dkernel": dkernel}
+
+    placed, batch = devices.put_state(jnp.asarray(kernel)), devices.put_batch({"x": x})
+    found = jax.device_get(devices.lower(both, placed, batch, None).compile()(placed, batch, None)[1])
+    with ops.use_implementation("reference"):
+        expected = jax.device_get(jax.jit(both)(kernel, {"x": x}, None)[1])
+    print(json.dumps(differences(found, expected)))
+
+
+@pytest.mark.parametrize(("cast", "taps", "stride"), [(True, 3, 1), (False, 3, 1), (True, 3, 2), (True, 7, 2)])
+def test_a_dense_convolution_with_one_plane_on_a_device_is_that_of_one_device(cast, taps, stride):
+    found = run_python(f"from tests import test_devices as t; t.print_dense({cast}, {taps}, {stride})")
+    assert set(found) == {"y", "dx", "dkernel"} and max(found.values()) < (0.05 if cast else 1e-5), found
+
+
 def print_norms():
     """Batch norm alone, jit and pmap on 4 devices, against numpy: result, mean and variance."""
     rng = np.random.default_rng(0)

@@ -8,6 +8,8 @@ from xdim_jax.ops.depthwise import depthwise
 from xdim_jax.ops.implementation import active_implementation, count_use, requested_implementation
 from xdim_jax.ops.layout import Ints, Pairs, conv_reference
 
+_MAX_PARTS = 32  # largest number of devices along the first axis for which parts shorter than a kernel are recognised
+
 
 def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pairs, groups: int = 1) -> jax.Array:
     """Compute a convolution without bias.
@@ -38,8 +40,10 @@ def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pairs, grou
     if groups == 1 and set(window) == {1} and set(strides) == {1} and not any(map(any, padding)):
         count_use("1x1 as matrix products")
         return pointwise(x, kernel)
-    if requested_implementation() == "sharded" and groups > 1:
-        count_use("depthwise by planes")
+    if requested_implementation() == "sharded" and (
+        groups > 1 or (window[0] > 1 and x.shape[1] <= _MAX_PARTS * window[0])
+    ):
+        count_use(f"{'depthwise' if groups > 1 else 'dense'} by planes")
         return _conv_per_tap(x, kernel, strides, padding, groups)
     if active_implementation() == "fast" and groups == 1:
         return dense(x, kernel, strides, padding)
@@ -53,9 +57,11 @@ def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pairs, grou
 def _conv_per_tap(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs, groups: int) -> jax.Array:
     """Compute one convolution per tap along the first spatial axis, and add them.
 
-    This avoids a bug of XLA's partitioner (jaxlib 0.10.2): if the first spatial axis is distributed over devices and
-    the kernel is longer than the part on one device, the gradient of a depthwise convolution with respect to its input
-    is too large, by a factor equal to the number of devices along the batch axis.
+    This avoids a bug of XLA's partitioner (jaxlib 0.10.2) if the first spatial axis is distributed over devices and the
+    kernel is longer than the part on one device. The gradient of a depthwise convolution with respect to its input is
+    then too large, by a factor equal to the number of devices along the batch axis. So are the output and the gradients
+    of a dense convolution with one sample for each of these devices, if its kernel is cast or if it is in a loop
+    (``train.precision=bfloat16``, ``train.accumulate``).
     """
     pads = [(0, 0), padding[0], *[(0, 0)] * (x.ndim - 2)]
     padded = jnp.pad(x, pads)
