@@ -50,7 +50,7 @@ def make_train_step(
         output: Regions or labels that the output channels of the network predict.
         tx: Optimiser.
         augment: Augmentation of the batch; its random keys are part of the batch. None for no augmentation.
-        dtype: Type of image and activations. Normalisation layers, losses and logits are computed at least in
+        dtype: Type of image and activations. Normalisation layers and losses are computed at least in
             float32.
         accumulate: Number of parts of the batch that are processed one after the other. Losses and gradients are
             averaged over the parts. The result equals that of the whole batch, except for stochastic depth, whose
