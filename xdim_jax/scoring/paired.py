@@ -43,6 +43,9 @@ class Difference:
     p_holm: float
 
 
+_MetricValues = Mapping[tuple[str, str], dict[tuple[str, ...], float]]  # (structure, metric) -> case -> value
+
+
 def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[str] = ()) -> list[Difference]:
     """Compare two evaluations over the cases that they have in common.
 
@@ -57,9 +60,7 @@ def compare(a: Sequence[ScoredCase], b: Sequence[ScoredCase], metrics: Sequence[
     Raises:
         ValueError: There is no case, structure and metric in common, or a case belongs to two patients.
     """
-    tasks = [_values_by_task(cases) for cases in (a, b)]
-    separate = any(map(_differ_between_tasks, tasks))
-    first, second = (_values_by_metric(found, separate=separate) for found in tasks)
+    first, second = _both_by_metric(a, b)
     patients = _patients(a, b)
     names = [key for key in first if key in second and (not metrics or key[1] in metrics)]
     found = []
@@ -103,14 +104,19 @@ def count_single(
 
     Only cases that both evaluations have are counted, and only structures and metrics for which a number is not 0.
     """
-    tasks = [_values_by_task(cases) for cases in (a, b)]
-    separate = any(map(_differ_between_tasks, tasks))
-    first, second = (_values_by_metric(found, separate=separate) for found in tasks)
+    first, second = _both_by_metric(a, b)
     counts = {}
     for key in [key for key in first if key in second and (not metrics or key[1] in metrics)]:
         pairs = [(math.isfinite(x), math.isfinite(second[key][k])) for k, x in first[key].items() if k in second[key]]
         counts[key] = sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)
     return {key: count for key, count in counts.items() if any(count)}
+
+
+def _both_by_metric(a: Sequence[ScoredCase], b: Sequence[ScoredCase]) -> list[_MetricValues]:
+    """Return the values of both evaluations by structure and metric, separately for the tasks of CHAOS if needed."""
+    tasks = [_values_by_task(cases) for cases in (a, b)]
+    separate = any(map(_differ_between_tasks, tasks))
+    return [_values_by_metric(found, separate=separate) for found in tasks]
 
 
 def _patients(a: Sequence[ScoredCase], b: Sequence[ScoredCase]) -> dict[str, str]:
@@ -147,7 +153,7 @@ def _differ_between_tasks(tasks: _TaskValues) -> bool:
     return any(not _all_equal(list(v.values())) for found in tasks.values() for v in found.values())
 
 
-def _values_by_metric(tasks: _TaskValues, *, separate: bool) -> Mapping[tuple[str, str], dict[tuple[str, ...], float]]:
+def _values_by_metric(tasks: _TaskValues, *, separate: bool) -> _MetricValues:
     """Return (structure, metric) -> case -> value.
 
     Args:
