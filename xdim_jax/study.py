@@ -3,9 +3,9 @@
     python -m xdim_jax.study run --plan=plan.toml --workdir=runs/study --config.data.root=/data/CAMUS_public
     python -m xdim_jax.study report --workdir=runs/study
 
-run trains every arm of the plan with every number of training patients and every seed. Each is an ordinary run in
-<workdir>/<arm>/n<patients>/seed<seed>. Finished runs are skipped and interrupted runs are resumed, so the same command
-continues a study. When all runs are finished, it writes the report.
+run trains every arm of the plan with every number of training patients, seed and fold. Each is an ordinary run in
+<workdir>/<arm>/n<patients>/seed<seed>, or seed<seed>_fold<fold> if the plan has folds. Finished runs are skipped and
+interrupted runs are resumed, so the same command continues a study. When all runs are finished, it writes the report.
 
 report writes results.csv (the Dice of every run, validation, case and region), tables.md and study.html (learning
 curves, and paired tests with Holm's correction), sizes.png and steps.png (Dice over the number of training patients and

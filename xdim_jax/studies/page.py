@@ -42,14 +42,14 @@ def _score_table(plan: Plan, scores: Mapping[tuple[str, int], Scores], tests: Se
         header=("arm", *(f"{n} training patients" for n in sizes)),
         rows=tuple(rows),
         note="Mean over regions, cases, validation patients and seeds; in brackets its 95 % confidence interval over "
-        "seeds and patients; in parentheses the number of finished seeds. The arm with the highest mean over the seeds "
-        "that all arms have is called best if it differs from every other arm: the p-value of the paired test is below "
-        "0.05 after Holm's correction, and the confidence interval of the difference does not contain 0.",
+        "seeds and patients; in parentheses the number of finished runs. The arm with the highest mean over the seeds "
+        "and patients that all arms have is called best if it differs from every other arm: the p-value of the paired "
+        "test is below 0.05 after Holm's correction, and the confidence interval of the difference does not contain 0.",
     )
 
 
 def _cell(scores: Scores | None) -> str:
-    return "-" if scores is None else f"{scores.mean} ({len(scores.seeds)})"
+    return "-" if scores is None else f"{scores.mean} ({scores.runs})"
 
 
 def _from(test: Test, baseline: str) -> Test:
@@ -110,7 +110,7 @@ def _cost_table(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Table:
     for (arm, n), s in sorted(scores.items(), key=lambda item: (list(plan.arms).index(item[0][0]), item[0][1])):
         known = s.seconds_per_step[np.isfinite(s.seconds_per_step)]
         times = (f"{plan.steps * known.mean():.0f}", f"{known.mean():.3f}") if len(known) else ("-", "-")
-        rows.append((arm, str(n), f"{len(s.seeds)}", *times))
+        rows.append((arm, str(n), f"{s.runs}", *times))
     return Table(
         "Cost",
         ("arm", "training patients", "runs", "seconds per run", "seconds per step"),
@@ -182,7 +182,7 @@ def draw_steps(plan: Plan, scores: Mapping[tuple[str, int], Scores]) -> Picture:
 def render(plan: Plan, plan_text: str, scores: Mapping[tuple[str, int], Scores], tests: Sequence[Test]) -> str:
     """Return the page as HTML."""
     runs = list(plan.runs())
-    finished = sum(len(s.seeds) for s in scores.values())
+    finished = sum(s.runs for s in scores.values())
     facts = {
         "recipe": plan.recipe,
         "runs": f"{finished} of {len(runs)} are finished",
@@ -207,7 +207,7 @@ def format_lines(plan: Plan, scores: Mapping[tuple[str, int], Scores], tests: Se
     for n in plan.sizes:
         found: list[tuple[str, Any]] = [(arm, scores[arm, n]) for arm in plan.arms if (arm, n) in scores]
         for arm, s in found:
-            lines.append(f"{n:>5} training patients  {arm:<20} Dice {s.mean}, {len(s.seeds)} seeds")
+            lines.append(f"{n:>5} training patients  {arm:<20} Dice {s.mean}, {s.runs} runs")
         if found:
             lines.append(f"{n:>5} training patients  {verdict(n, list(plan.arms), scores, tests)}")
     return lines

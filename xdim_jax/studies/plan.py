@@ -9,6 +9,7 @@
     [[grid]]                     # a grid adds a run for every arm, size and seed; runs are in the order of the grids
     sizes = [5, 20]              # numbers of training patients
     seeds = [0, 1, 2]
+    folds = [0, 1, 2, 3, 4]      # optional: validation folds; without them, all runs have the fold of the recipe
 
     [settings]                   # config keys of all runs
     "data.patch" = [128, 128]
@@ -18,11 +19,12 @@
 
     [arms.pretrained]
 
-For one seed, all arms have the same training patients, validation patients and order of batches. A smaller subset of
-training patients is contained in a larger one.
+For one seed and fold, all arms have the same training patients, validation patients and order of batches. A smaller
+subset of training patients is contained in a larger one.
 """
 
 import dataclasses
+import itertools
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -40,15 +42,29 @@ _OPTIONAL = {"settings": dict, "notes": str}
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-    """One run of a study: an arm, a number of training patients, and a seed."""
+    """One run of a study: an arm, a number of training patients, a seed, and a validation fold.
+
+    The fold is None if the grid of the run has no folds.
+    """
 
     arm: str
     size: int
     seed: int
+    fold: int | None = None
 
     def workdir(self, root: Path) -> Path:
         """Return the workdir of the run in the workdir of the study."""
-        return root / self.arm / f"n{self.size:03d}" / f"seed{self.seed}"
+        fold = "" if self.fold is None else f"_fold{self.fold}"
+        return root / self.arm / f"n{self.size:03d}" / f"seed{self.seed}{fold}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Runs of a study: every combination of the numbers of training patients, the seeds and the folds."""
+
+    sizes: tuple[int, ...]
+    seeds: tuple[int, ...]
+    folds: tuple[int | None, ...] = (None,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +72,7 @@ class Plan:
     """The content of a plan, see the docstring of this module.
 
     Attributes:
-        grids: Numbers of training patients and seeds of each grid.
+        grids: Numbers of training patients, seeds and folds.
         arms: For each arm, its config keys with their values.
     """
 
@@ -65,7 +81,7 @@ class Plan:
     steps: int
     validate_steps: int
     baseline: str
-    grids: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    grids: tuple[Grid, ...]
     arms: Mapping[str, Mapping[str, Any]]
     settings: Mapping[str, Any]
     notes: str = ""
@@ -73,18 +89,18 @@ class Plan:
     @property
     def sizes(self) -> tuple[int, ...]:
         """All numbers of training patients, in increasing order."""
-        return tuple(sorted({size for sizes, _ in self.grids for size in sizes}))
+        return tuple(sorted({size for grid in self.grids for size in grid.sizes}))
 
     def runs(self) -> Iterator[PlannedRun]:
         """Yield all runs, grid by grid.
 
-        All arms with the same seed and number of training patients follow each other, so that they can be compared even
-        if the study is stopped early.
+        All arms with the same seed, fold and number of training patients follow each other, so that they can be
+        compared even if the study is stopped early.
         """
-        blocks = [(seed, size) for sizes, seeds in self.grids for seed in seeds for size in sizes]
-        for seed, size in dict.fromkeys(blocks):
+        blocks = [block for g in self.grids for block in itertools.product(g.seeds, g.folds, g.sizes)]
+        for seed, fold, size in dict.fromkeys(blocks):
             for arm in self.arms:
-                yield PlannedRun(arm, size, seed)
+                yield PlannedRun(arm, size, seed, fold)
 
     def config(self, run: PlannedRun, overrides: list[str]) -> Config:
         """Return the config of a run.
@@ -105,8 +121,9 @@ class Plan:
 
 
 def _own_values(run: PlannedRun, steps: int, validate_steps: int) -> dict[str, Any]:
-    """Return the config keys of a run that follow from its seed, its number of training patients and its steps."""
-    return {
+    """Return the config keys of a run that follow from its place in the grid and from the numbers of steps."""
+    fold = {} if run.fold is None else {"data.fold": run.fold}
+    return fold | {
         "seed": run.seed,
         "data.train_patients": run.size,
         "data.epoch_steps": validate_steps,
@@ -136,7 +153,7 @@ def read_plan(path: Path) -> Plan:
     problems = list(_problems(content))
     if problems:
         raise join_problems([f"{path}: {problem}" for problem in problems], "values of the plan cannot be used")
-    grids = tuple((tuple(grid["sizes"]), tuple(grid["seeds"])) for grid in content["grid"])
+    grids = tuple(Grid(tuple(g["sizes"]), tuple(g["seeds"]), tuple(g.get("folds", (None,)))) for g in content["grid"])
     others = {key: content[key] for key in _KEYS if key != "grid"}
     return Plan(**others, grids=grids, settings=content.get("settings", {}), notes=content.get("notes", ""))
 
@@ -151,12 +168,17 @@ def _problems(content: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{key} is missing"
         elif not isinstance(content[key], kind) or isinstance(content[key], bool):
             yield f"{key} = {content[key]!r}: expected {kind.__name__}"
-    grids, arms = content.get("grid"), content.get("arms")
+    grids, arms, reserved = content.get("grid"), content.get("arms"), list(_RESERVED)
     if isinstance(grids, list):
         if not grids:
             yield "grid: expected at least one [[grid]] with sizes and seeds"
         for grid in grids:
             yield from _grid_problems(grid)
+        with_folds = {"folds" in grid for grid in grids if isinstance(grid, dict)}
+        if len(with_folds) > 1:
+            yield "grid: expected folds in all grids or in none"
+        if True in with_folds:
+            reserved.append("data.fold")
     if isinstance(arms, dict):
         if len(arms) < 2:
             yield f"arms: expected two or more, found {len(arms)}"
@@ -169,7 +191,7 @@ def _problems(content: Mapping[str, Any]) -> Iterator[str]:
                 yield f"arms.{name}: expected a table of config keys"
     for where, values in {"settings": content.get("settings"), **(arms if isinstance(arms, dict) else {})}.items():
         for key in values if isinstance(values, dict) else ():
-            if key in _RESERVED:
+            if key in reserved:
                 yield f"{where}: {key} cannot be set here: it follows from the grid, the steps or --config.data.root"
             elif isinstance(values[key], dict):
                 yield f'{where}: write the key in quotes, "{key}.{next(iter(values[key]), "...")}"'
@@ -179,11 +201,11 @@ def _problems(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _grid_problems(grid: Any) -> Iterator[str]:
-    if not isinstance(grid, dict) or grid.keys() != {"sizes", "seeds"}:
-        yield f"grid = {grid!r}: expected sizes and seeds"
+    if not isinstance(grid, dict) or grid.keys() - {"folds"} != {"sizes", "seeds"}:
+        yield f"grid = {grid!r}: expected sizes, seeds, and optionally folds"
         return
-    for key, least in (("sizes", 1), ("seeds", 0)):
-        numbers = grid[key]
+    for key, numbers in grid.items():
+        least = 1 if key == "sizes" else 0
         whole = isinstance(numbers, list) and all(type(n) is int and n >= least for n in numbers)
         if not whole or not numbers or len(set(numbers)) < len(numbers):
             yield f"grid: {key} = {numbers!r}: expected distinct integers of at least {least}"

@@ -36,13 +36,15 @@ LEVEL = 0.05  # significance level, after Holm's correction
 class Scores:
     """Validation Dice of all finished runs that have the same arm and the same number of training patients.
 
+    The validation patients of all folds of a seed form one row, because each patient is in one fold.
+
     Attributes:
         seeds: Seeds of the runs.
         patients: Names of the patients.
         steps: Steps of the validations.
-        dice: Array (seeds, steps, patients); NaN for patients that are not in the validation set of a seed.
-        seconds_per_step: Mean of each run, without compilation and validation; NaN if it is not recorded, or if other
-            runs were trained at the same time.
+        dice: Array (seeds, steps, patients); NaN for patients that no finished run of a seed has validated.
+        seconds_per_step: Array (runs); mean of each run, without compilation and validation; NaN if it is not recorded,
+            or if other runs were trained at the same time.
     """
 
     seeds: tuple[int, ...]
@@ -50,6 +52,11 @@ class Scores:
     steps: tuple[int, ...]
     dice: np.ndarray
     seconds_per_step: np.ndarray
+
+    @property
+    def runs(self) -> int:
+        """Number of finished runs."""
+        return len(self.seconds_per_step)
 
     @property
     def last(self) -> np.ndarray:
@@ -134,12 +141,16 @@ def collect(plan: Plan, workdir: Path) -> dict[tuple[str, int], Scores]:
 
 
 def _read(plan: Plan, runs: Sequence[PlannedRun], workdir: Path) -> Scores:
-    tables = [_by_patient(run.workdir(workdir)) for run in runs]
-    patients = tuple(sorted({patient for table in tables for patient in table[plan.steps]}))
     steps = tuple(range(plan.validate_steps, plan.steps + 1, plan.validate_steps))
-    dice = np.array([[[table.get(s, {}).get(p, np.nan) for p in patients] for s in steps] for table in tables])
+    tables: dict[int, dict[int, dict[str, float]]] = {}  # Dice by seed, step and patient
+    for run in runs:
+        table = tables.setdefault(run.seed, {step: {} for step in steps})
+        for step, found in _by_patient(run.workdir(workdir)).items():
+            table.setdefault(step, {}).update(found)
+    patients = tuple(sorted({patient for table in tables.values() for patient in table[plan.steps]}))
+    dice = np.array([[[table[s].get(p, np.nan) for p in patients] for s in steps] for table in tables.values()])
     seconds = np.array([_seconds_per_step(run.workdir(workdir)) for run in runs])
-    return Scores(tuple(run.seed for run in runs), patients, steps, dice, seconds)
+    return Scores(tuple(tables), patients, steps, dice, seconds)
 
 
 def _by_patient(workdir: Path) -> dict[int, dict[str, float]]:
@@ -209,27 +220,36 @@ def compare_arms(scores: Mapping[tuple[str, int], Scores], sizes: Sequence[int],
 
 def paired_difference(a: Scores, b: Scores) -> np.ndarray:
     """Return the Dice of b minus that of a, after the last step, (seeds, patients), where both have a score."""
-    seeds = [seed for seed in a.seeds if seed in b.seeds]
-    patients = [patient for patient in a.patients if patient in b.patients]
-    sides = [s.last[np.ix_([s.seeds.index(i) for i in seeds], [s.patients.index(p) for p in patients])] for s in (a, b)]
-    return sides[1] - sides[0]
+    first, second = _common([a, b])
+    return second - first
+
+
+def _common(several: Sequence[Scores]) -> list[np.ndarray]:
+    """Return the Dice after the last step, (seeds, patients), over the seeds and patients that all have.
+
+    A value that one of them does not have is NaN in all. Seeds without any value are left out.
+    """
+    seeds = [seed for seed in several[0].seeds if all(seed in s.seeds for s in several)]
+    patients = [patient for patient in several[0].patients if all(patient in s.patients for s in several)]
+    values = np.array(
+        [s.last[np.ix_([s.seeds.index(i) for i in seeds], [s.patients.index(p) for p in patients])] for s in several]
+    )
+    known = np.isfinite(values).all(0)
+    return list(np.where(known, values, np.nan)[:, known.any(1)])
 
 
 def verdict(size: int, arms: Sequence[str], scores: Mapping[tuple[str, int], Scores], tests: Sequence[Test]) -> str:
     """Return which arm is best with a number of training patients, or between which arms no difference was found.
 
-    Means are compared over the seeds that all arms have, because other seeds have other validation patients.
+    Means are compared over the seeds and validation patients that all arms have.
     """
     known = [arm for arm in arms if (arm, size) in scores]
     if len(known) < 2:
         return f"only {known[0]} has finished runs" if known else "no run is finished"
-    seeds = set.intersection(*(set(scores[arm, size].seeds) for arm in known))
-    if not seeds:
-        return "the arms have no finished seed in common"
-    means = {}
-    for arm in known:
-        found = scores[arm, size]
-        means[arm] = _mean(found.last[[found.seeds.index(seed) for seed in sorted(seeds)]])
+    common = _common([scores[arm, size] for arm in known])
+    if not common[0].size:
+        return "the arms have no finished seed and fold in common"
+    means = {arm: _mean(values) for arm, values in zip(known, common, strict=True)}
     best = max(means, key=lambda arm: means[arm])
     compared = {frozenset((t.a, t.b)) for t in tests if t.size == size}
     if without := [arm for arm in known if arm != best and {best, arm} not in compared]:
@@ -253,19 +273,21 @@ def _is_better(arm: str, other: str, size: int, tests: Sequence[Test]) -> bool:
 
 
 def write_results(path: Path, plan: Plan, workdir: Path) -> None:
-    """Write the Dice of every finished run, validation, case and region as CSV."""
+    """Write the Dice of every finished run, validation, case and region as CSV.
+
+    The column ``fold`` is empty if the plan has no folds.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["arm", "patients", "seed", "step", "case", "patient", "region", "dice"])
+    writer.writerow(["arm", "patients", "seed", "fold", "step", "case", "patient", "region", "dice"])
     for run in plan.runs():
         if not is_finished(run, plan, workdir):
             continue
         folder = run.workdir(workdir)
+        place = [run.arm, run.size, run.seed, "" if run.fold is None else run.fold]
         patients = read_json(folder / SPLIT_FILE)["patients"]
         for record in read_records(folder, VALIDATIONS_FILE):
             for case, regions in record["cases"].items():
                 for region, dice in regions.items():
-                    writer.writerow(
-                        [run.arm, run.size, run.seed, record["step"], case, patients[case], region, f"{dice:.6f}"]
-                    )
+                    writer.writerow([*place, record["step"], case, patients[case], region, f"{dice:.6f}"])
     write_text(path, buffer.getvalue())

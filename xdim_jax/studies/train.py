@@ -1,5 +1,6 @@
 """Training of the runs of a study, one after the other or several in one program."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ def check_plan(plan: Plan, overrides: list[str]) -> None:
     first = next(iter(plan.runs()))
     for arm in plan.arms:
         try:
-            config, _ = resolve_config(plan.config(PlannedRun(arm, first.size, first.seed), overrides))
+            config, _ = resolve_config(plan.config(dataclasses.replace(first, arm=arm), overrides))
             name = config.init.weights
             if name and name not in sources:
                 sources[name] = read_initial_weights(config.init).source
@@ -58,17 +59,19 @@ def check_plan(plan: Plan, overrides: list[str]) -> None:
 def _data_problems(plan: Plan, overrides: list[str], sources: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Yield the problems of the splits of all seeds and arms. ``sources``: name of weights -> their origin."""
     found: dict[str, Any] = {}  # cases, by the options of the data set
-    largest: dict[int, int] = {}  # number of training patients, by seed
+    largest: dict[tuple[int, int | None], int] = {}  # number of training patients, by seed and fold
     for run in plan.runs():
-        largest[run.seed] = max(run.size, largest.get(run.seed, 0))
-    for seed, size in largest.items():
+        largest[run.seed, run.fold] = max(run.size, largest.get((run.seed, run.fold), 0))
+    scored: dict[tuple[int, str], int | None] = {}  # fold that validates a patient, by seed and patient
+    for (seed, fold), size in largest.items():
         first: tuple[str, dict[str, set[str]]] | None = None
         for arm in plan.arms:
-            config, dataset = resolve_config(plan.config(PlannedRun(arm, size, seed), overrides))
+            config, dataset = resolve_config(plan.config(PlannedRun(arm, size, seed, fold), overrides))
             data = config.data
             if not data.root:  # every run has phantoms of its own
                 return
-            root, name = Path(data.root), f"arm {arm}: seed {seed}"
+            root = Path(data.root)
+            name = f"arm {arm}: seed {seed}" + ("" if fold is None else f", fold {fold}")
             keys = ("dataset", "root", "split", *get_entry(data.dataset).options)
             options = repr([(key, data.get(key)) for key in keys])
             if options not in found:
@@ -86,7 +89,14 @@ def _data_problems(plan: Plan, overrides: list[str], sources: Mapping[str, Mappi
                 yield f"{name}: {error}"
                 continue
             sides = {"training": {c.case_id for c in train}, "validation": {c.case_id for c in validation}}
-            first = first or (arm, sides)
+            if first is None:
+                first = (arm, sides)
+                patients = sorted({c.patient for c in validation})
+                if twice := [p for p in patients if scored.setdefault((seed, p), fold) != fold]:
+                    yield (
+                        f"{name}: validation patients of another fold are validated again ({shorten(twice)}), so that "
+                        "they would have two scores; give folds without common validation patients"
+                    )
             for side, ids in sides.items():
                 if other := sorted(ids ^ first[1][side]):
                     yield (
@@ -133,7 +143,7 @@ def train_plan(
     left = [run for run in plan.runs() if not is_finished(run, plan, workdir)]
     log.say(f"study      {plan.title}: {len(left)} of {len(list(plan.runs()))} runs remain, {plan.steps} steps each")
     while left and not stop.signal:
-        block = [run for run in left if (run.size, run.seed) == (left[0].size, left[0].seed)]
+        block = [run for run in left if dataclasses.replace(run, arm=left[0].arm) == left[0]]
         left = [run for run in left if run not in block]
         groups: dict[str, list[tuple[Config, Path]]] = {}
         for run in block:
