@@ -71,6 +71,13 @@ def test_two_lines_from_a_file_to_a_prediction(network):
     assert grad.shape == image.shape and float(jnp.abs(grad).max()) > 0
 
 
+@pytest.mark.parametrize("order", ["<f4", ">f4"])
+def test_images_of_either_byte_order(network, order):
+    model = xdim_jax.load_model(network)
+    image = np.random.default_rng(0).normal(size=(1, 64, 64, 2)).astype(np.float32)
+    np.testing.assert_array_equal(model(image.astype(order)), model(image))
+
+
 def test_a_twins_weights_predict_what_the_twin_does(tmp_path):
     import torch
 

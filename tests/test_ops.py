@@ -305,7 +305,8 @@ def test_winograd_loses_few_digits_in_float32(rng, monkeypatch):
     """Against scipy's sum in float64: 2 to 4 times the rounding of a float32 sum, by processor."""
     monkeypatch.setattr(winograd, "_MIN_PRODUCTS", 1)
     x, w = rng.normal(size=(1, 8, 6, 6, 48)).astype("f4"), rng.normal(size=(3, 3, 3, 48, 16)).astype("f4")
-    assert winograd.is_faster(x.shape, w.shape, ((1, 1),) * 3)
+    assert winograd.is_suitable(x, w, ((1, 1),) * 3)
+    assert not winograd.is_suitable(jnp.asarray(x, jnp.bfloat16), w, ((1, 1),) * 3)
     wide = x.astype("f8")[0], w.astype("f8")
     exact = sum(ndimage.correlate(wide[0][..., i], wide[1][..., i, 0], mode="constant") for i in range(48))
     errors = []

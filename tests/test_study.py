@@ -17,11 +17,11 @@ from xdim_jax.base.signals import StopRequest
 from xdim_jax.data import phantom
 from xdim_jax.data.case import Case
 from xdim_jax.data.labels import Labels
-from xdim_jax.data.splits import limit_patients
+from xdim_jax.data.splits import limit_patients, split_cases
 from xdim_jax.nets.weights import Weights
 from xdim_jax.runs.records import METRICS_FILE, VALIDATIONS_FILE, read_records
 from xdim_jax.studies import page, results
-from xdim_jax.studies.plan import Plan, PlannedRun, keep_plan, read_plan
+from xdim_jax.studies.plan import Grid, Plan, PlannedRun, keep_plan, read_plan
 from xdim_jax.studies.results import Scores
 from xdim_jax.studies.train import check_plan, train_plan
 from xdim_jax.training.check import resolve_config
@@ -86,6 +86,34 @@ def test_a_run_gets_its_settings(tmp_path):
     assert (config.optim.schedule.peak, config.data.threads, config.train.validate_after_score) == (1e-2, 1, 0.0)
 
 
+def with_folds(folds, text=PLAN):
+    """A plan with these validation folds in both grids."""
+    return text.replace("\nseeds =", f"\nfolds = {folds}\nseeds =")
+
+
+@pytest.mark.quick
+def test_runs_of_all_folds(tmp_path):
+    plan = read_plan(write_plan(tmp_path, with_folds([0, 1])))
+    runs = list(plan.runs())
+    blocks = [(r.size, r.seed, r.fold) for r in runs[::2]]
+    assert blocks == [(1, 0, 0), (2, 0, 0), (1, 0, 1), (2, 0, 1), (2, 3, 0), (2, 3, 1)]
+    assert [r.arm for r in runs] == ["low", "high"] * 6
+    assert runs[4].workdir(tmp_path) == tmp_path / "low" / "n001" / "seed0_fold1"
+    config = plan.config(runs[4], [])
+    assert (config.data.fold, config.seed) == (1, 0)
+    assert len({run.workdir(tmp_path) for run in runs}) == len(runs)
+
+
+@pytest.mark.quick
+def test_a_fold_is_in_the_grid_or_in_the_settings(tmp_path):
+    text = PLAN.replace('"data.batch" = 2', '"data.fold" = 1')
+    assert next(read_plan(write_plan(tmp_path, text)).runs()).fold is None
+    for arm in ("[arms.low]", "[settings]"):
+        both = with_folds([0, 1], PLAN.replace(arm, f'{arm}\n"data.fold" = 1'))
+        with pytest.raises(UserError, match=r"data\.fold cannot be set"):
+            read_plan(write_plan(tmp_path, both))
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("old", "new", "words"),
@@ -96,6 +124,9 @@ def test_a_run_gets_its_settings(tmp_path):
         ('baseline = "low"', 'baseline = ["low"]', ["baseline"]),
         ("title", "titel", ["titel", "title is missing"]),
         ("sizes = [1, 2]", "sizes = [0, 2]", ["sizes = [0, 2]", "at least 1"]),
+        ("seeds = [3]", "seeds = [3]\nfolds = [1]", ["folds", "all grids"]),
+        ("seeds = [3]", "seeds = [3]\nfolds = [-1]", ["folds = [-1]", "at least 0"]),
+        ("seeds = [3]", "seed = [3]", ["'seed'", "expected sizes, seeds"]),
         ("seeds = [3]", "seeds = [3, 3]", ["seeds = [3, 3]"]),
         ("[arms.high]", "[arms.'High LR']", ["High LR", "folder"]),
         ('"optim.schedule.peak" = 1e-4', "optim.schedule.peak = 1e-4", ["in quotes"]),
@@ -212,6 +243,22 @@ def test_all_arms_must_have_the_same_cases(old, new, words, tmp_path, camus4):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_folds_that_validate_a_patient_twice_are_refused(tmp_path, camus4, monkeypatch):
+    """The third fold is the first one again, as in a list of splits that overlap."""
+    monkeypatch.setattr(
+        "xdim_jax.studies.train.split_found_cases",
+        lambda data, seed, cases, official: split_cases(cases, fold=data.fold % 2, folds=2, seed=seed),
+    )
+    text = PLAN.replace('"data.folds" = 2', '"data.folds" = 3')
+    overrides = [f"--config.data.root={camus4}"]
+    check_plan(read_plan(write_plan(tmp_path, with_folds([0, 1], text))), overrides)
+    with pytest.raises(UserError) as error:
+        check_plan(read_plan(write_plan(tmp_path, with_folds([0, 1, 2], text))), overrides)
+    found = str(error.value)
+    assert found.count("two scores") == 2 and "seed 0, fold 2" in found and "seed 3, fold 2" in found
+    assert all(found.count(f"patient000{i}") in (0, 1, 2) for i in range(1, 5)) and "patient000" in found
+
+
 def test_a_program_that_fails_leaves_the_other_arms(tmp_path, camus4, monkeypatch):
     """The arm ``low`` does not fit into the memory; ``high`` has another program."""
     plan = read_plan(
@@ -293,7 +340,7 @@ def test_an_interval_contains_the_mean_of_equal_values(value, monkeypatch):
         mean = found["a", patients].mean
         assert mean.low <= mean.mean <= mean.high, (seeds, patients)
     sizes = (5, 14, 25, 38)
-    page.draw_sizes(Plan("t", "r", 10, 10, "a", ((sizes, (0, 1)),), {"a": {}, "b": {}}, {}), found)
+    page.draw_sizes(Plan("t", "r", 10, 10, "a", (Grid(sizes, (0, 1)),), {"a": {}, "b": {}}, {}), found)
 
 
 def test_the_interval_covers_seeds_and_patients():
@@ -336,6 +383,43 @@ def test_tests_are_paired_by_seed_and_patient():
     assert tests[1].p == tests[1].p_holm == 1.0 and not tests[1].significant
 
 
+def test_the_folds_of_a_seed_are_one_row(tmp_path, monkeypatch):
+    """Four patients in two folds; the second fold of the arm ``high`` is not finished."""
+    plan = read_plan(write_plan(tmp_path, with_folds([0, 1], PLAN.replace("sizes = [1, 2]", "sizes = [2]"))))
+    dice = {"low": (0.2, 0.4, 0.6, 0.8), "high": (0.3, 0.7, 0.0, 0.0)}  # mean of the cases of patients a to d
+    for run in plan.runs():
+        if (run.arm, run.seed, run.fold) == ("high", 0, 1):
+            continue
+        folder = run.workdir(tmp_path)
+        folder.mkdir(parents=True)
+        patients = "ab" if run.fold == 0 else "cd"
+        cases = {f"{p}{i}": p for p in patients for i in (1, 2)}
+        (folder / "split.json").write_text(json.dumps({"patients": cases}))
+        values = {
+            c: {"LV": dice[run.arm]["abcd".index(p)] + (0.05 if c[1] == "1" else -0.05)} for c, p in cases.items()
+        }
+        (folder / VALIDATIONS_FILE).write_text(
+            "".join(json.dumps({"step": step, "cases": values}) + "\n" for step in (2, 4))
+        )
+    found = results.collect(plan, tmp_path)
+    low, high = found["low", 2], found["high", 2]
+    assert (low.seeds, low.patients, low.runs, high.runs) == ((0, 3), tuple("abcd"), 4, 3)
+    np.testing.assert_allclose(low.last, [dice["low"]] * 2)
+    np.testing.assert_allclose(high.last, [[0.3, 0.7, np.nan, np.nan], dice["high"]])
+    # seed 0 gains 0.1 and 0.3 over two patients; seed 3 gains 0.1 and 0.3, and loses 0.6 and 0.8
+    (test,) = results.compare_arms(found, [2], ["low", "high"])
+    assert (test.seeds, test.patients) == (2, 4) and test.difference.mean == pytest.approx((0.2 + (0.4 - 1.4) / 4) / 2)
+    # over the patients that both have, low has (0.3 + 0.5) / 2, and high (0.5 + 0.25) / 2
+    assert results.verdict(2, ["low", "high"], found, [test]).startswith("no difference found between low (highest")
+    results.write_results(tmp_path / "results.csv", plan, tmp_path)
+    with open(tmp_path / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 7 * 2 * 4
+    row = next(r for r in rows if (r["arm"], r["seed"], r["fold"], r["case"]) == ("low", "3", "1", "d2"))
+    assert float(row["dice"]) == pytest.approx(0.75) and row["patient"] == "d"
+    assert "7 of 8 are finished" in page.render(plan, "", found, [test])
+
+
 def test_verdicts():
     rng = np.random.default_rng(2)
     base = rng.uniform(0.5, 0.6, (3, 20))
@@ -356,13 +440,13 @@ def test_verdicts():
     tests = results.compare_arms(found, [5], ["a", "b"])
     assert results.verdict(5, ["a", "b"], found, tests) == "a is best"
     found = {("a", 5): scores(base), ("b", 5): scores(base, seeds=(7, 8, 9))}
-    assert "no finished seed in common" in results.verdict(5, ["a", "b"], found, [])
+    assert "in common" in results.verdict(5, ["a", "b"], found, [])
     # other validation patients
     found = {
         ("a", 5): scores(base),
         ("b", 5): dataclasses.replace(scores(base), patients=tuple("x" * i for i in range(20))),
     }
-    assert results.verdict(5, ["a", "b"], found, results.compare_arms(found, [5], ["a", "b"])).endswith("patient")
+    assert "in common" in results.verdict(5, ["a", "b"], found, results.compare_arms(found, [5], ["a", "b"]))
     # the arm that is best over the common seed is worse over the seeds of the two arms
     found = {
         ("a", 5): scores(base),
@@ -450,7 +534,7 @@ def test_the_time_of_a_run_that_shared_its_steps_is_not_known(tmp_path):
 def test_curves_and_tables_of_a_study_without_training():
     """A seed that validates other patients, and an arm that is not finished for one size."""
     rng = np.random.default_rng(0)
-    plan = Plan("t", "r", 20, 10, "a", (((3, 9), (0, 1)),), {"a": {}, "b": {}, "c": {}}, {})
+    plan = Plan("t", "r", 20, 10, "a", (Grid((3, 9), (0, 1)),), {"a": {}, "b": {}, "c": {}}, {})
 
     def some(level):
         dice = np.clip(rng.normal(level, 0.02, (2, 2, 6)), 0, 1)

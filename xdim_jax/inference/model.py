@@ -87,6 +87,8 @@ class Model:
 
     def _checked(self, image: Any) -> jax.Array:
         """Return the image as an array of at least float32. Raises ValueError if the network cannot use it."""
+        if isinstance(image, np.ndarray) and not image.dtype.isnative:  # as in NIfTI files of the other byte order
+            image = image.astype(image.dtype.newbyteorder("="))
         image = jnp.asarray(image)
         ndim = self.config["ndim"] if self._encoder else networks.spatial_axes(self.config)
         shape = ("batch", *("DHW"[3 - ndim :]), self.config["in_channels"])

@@ -11,7 +11,7 @@ from xdim_jax.ops.implementation import count_use
 from xdim_jax.ops.layout import Ints, Pairs, conv_reference, delay_until, shift_planes, split_axes
 from xdim_jax.ops.slabs import kernel_gradient
 from xdim_jax.ops.transposed import Axis, transposed_conv, transposed_conv_kernel_gradient
-from xdim_jax.ops.winograd import is_faster, winograd, winograd_gradient
+from xdim_jax.ops.winograd import is_suitable, winograd, winograd_gradient
 
 _MANY_OUTPUTS = 3  # ratio of output to input channels; see `_dense_unit`
 
@@ -35,7 +35,7 @@ def dense(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs) -> jax
     if max(strides) > 1:
         x, kernel = _space_to_depth(x, kernel, strides, padding)
         padding = ((0, 0),) * len(strides)
-    count_use("dense by Winograd" if is_faster(x.shape, kernel.shape, padding) else "dense by 2D convolutions")
+    count_use("dense by Winograd" if is_suitable(x, kernel, padding) else "dense by 2D convolutions")
     return _dense_unit(x, kernel, padding)
 
 
@@ -132,7 +132,7 @@ def _dense_unit(x: jax.Array, kernel: jax.Array, padding: Pairs) -> jax.Array:
     `_MANY_OUTPUTS` times as many channels as the input, the input slices of all taps are instead concatenated as
     channels before the 2D convolution. Winograd's algorithm is used where it is faster.
     """
-    if is_faster(x.shape, kernel.shape, padding):
+    if is_suitable(x, kernel, padding):
         return winograd(x, kernel, padding)
     if x.ndim == 4:
         return conv_reference(x, kernel, (1, 1), padding)
@@ -158,7 +158,7 @@ def _dense_unit_fwd(x, kernel, padding):
 def _dense_unit_bwd(padding, residuals, g):
     x, kernel = residuals
     window = kernel.shape[:-2]
-    if is_faster(x.shape, kernel.shape, padding):
+    if is_suitable(x, kernel, padding):
         dkernel = winograd_gradient(x, g, window, padding)
     else:
         dkernel = kernel_gradient(delay_until(x, g), g, window, padding)

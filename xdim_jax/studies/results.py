@@ -248,12 +248,9 @@ def verdict(size: int, arms: Sequence[str], scores: Mapping[tuple[str, int], Sco
         return f"only {known[0]} has finished runs" if known else "no run is finished"
     common = _common([scores[arm, size] for arm in known])
     if not common[0].size:
-        return "the arms have no finished seed and fold in common"
+        return "the arms have no seed and validation patient in common"
     means = {arm: _mean(values) for arm, values in zip(known, common, strict=True)}
     best = max(means, key=lambda arm: means[arm])
-    compared = {frozenset((t.a, t.b)) for t in tests if t.size == size}
-    if without := [arm for arm in known if arm != best and {best, arm} not in compared]:
-        return f"{best} (highest mean) and {', '.join(without)} cannot be compared: they share no validation patient"
     unclear = [arm for arm in known if arm != best and not _is_better(best, arm, size, tests)]
     if not unclear:
         of = f" of the arms with finished runs ({', '.join(known)})" if len(known) < len(arms) else ""

@@ -213,7 +213,6 @@ def _range_problems(config: Config) -> list[str]:
     """Return a message for each value outside of `RANGES`, and for each number that is NaN or infinite."""
     problems = [
         f"config.{key}={value}: expected a finite number"
-        + ("; 0 disables it" if RANGES.get(key, (1, 1))[0] == 0 else "")
         for key, value in leaves(config)
         if isinstance(value, float) and not math.isfinite(value)
     ]

@@ -242,8 +242,21 @@ def _describe(config: Config, dataset: Dataset, data: RunData, per_epoch: int, w
     counts = f"{len(data.train)} training, {len(data.validation)} validation cases"
     log.say(f"data       {dataset.name}, {counts}, fold {config.data.fold}")
     log.say(f"steps      {config.train.epochs} epochs x {per_epoch} = {config.train.epochs * per_epoch}")
+    for problem in _schedule_problems(config.optim.schedule, config.train.epochs):
+        log.warn(problem)
     log.say(f"validate   {_describe_validation(config.train, per_epoch)}")
     log.say(f"workdir    {workdir}")
+
+
+def _schedule_problems(schedule: Config, epochs: int) -> Iterator[str]:
+    """Yield what a run is too short for, in the ``optim.schedule`` section of a config."""
+    for key, missed in (("warmup_epochs", "reaches its peak"), ("constant_epochs", "decreases")):
+        used = key == "warmup_epochs" or schedule.name == "constant_then_cosine"
+        if used and schedule[key] >= epochs:
+            yield (
+                f"config.optim.schedule.{key}={schedule[key]:g} of config.train.epochs={epochs}: the learning rate "
+                f"never {missed}; give less, or more epochs"
+            )
 
 
 def _describe_validation(train: Config, per_epoch: int) -> str:
