@@ -144,7 +144,7 @@ def _values(case: sides.Case, precision: str, form: str) -> dict[str, Any]:
 
 
 def _distance(found: Any, expected: Any, key: str) -> float:
-    """Return the relative error: of the norm for gradients, of the largest value for the others."""
+    """Return the norm of the difference over the norm for gradients; otherwise, the same with the largest value."""
     found, expected = (
         np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(t)]) for t in (found, expected)
     )

@@ -5,8 +5,9 @@
 
 It runs in the environment of nnU-Net 2 (`pip install nnunetv2`), in which the packages of this project are installed,
 too. The cases are written in nnU-Net's raw format, and nnU-Net plans and preprocesses them. Its trainer, with its own
-plans, augmentation, loss and test-time flips, then trains as many steps as fit into --hours of processor time, measured
-before. The learning rate follows nnU-Net's schedule over these steps. The validation cases are predicted at the end.
+plans, augmentation, loss and test-time flips, then trains for as many steps as fit into --hours of processor time. The
+time of a step is measured first. The learning rate follows nnU-Net's schedule over these steps. The validation cases
+are predicted at the end.
 
 The split is the file `split.json` of a run of this package. The label maps in --out/predictions have the names, values
 and grids of predictions of this package, so both are scored by `xdim_jax.evaluate` with the rules of the challenge, and
@@ -14,8 +15,8 @@ compared with `xdim_jax.compare`. --out/record.json has the number of steps, the
 Planning and preprocessing are not counted. nnU-Net learns one structure for each label; with --regions, it learns the
 regions of the data set, as is usual for BraTS.
 
-nnU-Net's plans are made for a GPU. --spacing, --patch and --batch replace these values of its plan; its network is then
-shortened as its planner does for such a patch.
+nnU-Net's plans are made for a GPU. --spacing, --patch and --batch replace these values of its plan; its network then
+has as many stages as nnU-Net's planner chooses for such a patch.
 """
 
 import argparse
@@ -134,7 +135,7 @@ def parse_numbers(text: str) -> list[float]:
 
 
 def nnunet_environment(out: Path) -> dict[str, str]:
-    """Return the environment variables of nnU-Net, with its loader in the process of training."""
+    """Return the environment variables of nnU-Net, whose data loader then runs in the training process."""
     return os.environ | {
         "nnUNet_raw": str((out / "raw").absolute()),
         "nnUNet_preprocessed": str((out / "preprocessed").absolute()),

@@ -75,7 +75,7 @@ def _check_same_options(folders: Sequence[Path], records: Sequence[Mapping[str, 
 
 
 def _unordered(value: Any) -> Any:
-    """Return the values of an option that can be repeated in sorted order, because their order has no effect."""
+    """Return the values of an option that can be given several times, sorted and without duplicates."""
     return sorted(set(value)) if isinstance(value, list) else value
 
 

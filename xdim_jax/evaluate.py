@@ -142,7 +142,7 @@ def _set_defaults_of_run(options: Any, workdir: Path) -> None:
             setattr(options, key, value)
     if options.tune_min_et and (minimum := config.predict.get("min_et", 0)):
         raise UserError(
-            f"--tune_min_et: predictions of this run lack ET below {minimum} voxels (config.predict.min_et). Predict "
+            f"--tune_min_et: this run removes ET of fewer than {minimum} voxels (config.predict.min_et). Predict "
             "with --min_et=0 into another folder, and give it as --pred, with --ref"
         )
     if rules == options.rules == "camus" and "half_sequence" in config.data.instants:

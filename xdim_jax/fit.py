@@ -48,7 +48,9 @@ from xdim_jax.training.check import resolve_config
 from xdim_jax.training.train import train_one_by_one
 
 STEPS = ("verify", "plan", "prepare", "train", "evaluate")
-_ASKED = {"section": "--dataset, --root or the options of the data set"}  # names in messages, where they differ
+_ASKED = {
+    "section": "--dataset, --root or the options of the data set"
+}  # key in the record of the plan -> its name in messages, if that is another
 VERIFY_FILE = "verify.json"
 RECIPE_FILE = "recipe.py"
 
@@ -136,15 +138,15 @@ def _parser() -> argparse.ArgumentParser:
         "--memory",
         default="",
         metavar="SIZE",
-        help="memory of a training step per device, e.g. 16GiB (default: 90 %% of what JAX allocates; on CPU 60 %% of "
-        "host memory)",
+        help="memory of a training step per device, e.g. 16GiB (default: 90 %% of the device memory "
+        "that JAX allocates; on a CPU, 60 %% of the host memory)",
     )
     add(
         "--folds",
         type=int,
         default=0,
-        help="number of folds (default: that of the list that comes with the data; without a list, 5, or one per "
-        "patient if there are fewer patients)",
+        help="number of folds (default: as in the list of folds that comes with the data; without a list 5, or "
+        "one per patient if there are fewer than 5 patients)",
     )
     add("--store", default="", help="folder of the prepared cases (default: <root>_prepared)")
     add(

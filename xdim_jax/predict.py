@@ -5,11 +5,12 @@ channel (BraTS: in the order flair t1 t1ce t2). In nnU-Net's layout, it can also
 A network with one channel accepts any folder: all images and all DICOM series in it and in its subfolders are
 segmented. Reference labels are not needed.
 
-The label map of a case is <output>/<case id>.nii.gz. In a folder without this layout, the id of an image consists of
-the names of its subfolders and its file name, and that of a DICOM series of PatientID and SeriesNumber. Affine and
-header are those of the image, and label values those of the data set. A label map that was predicted from another image
-is never overwritten. --probabilities adds <output>/probabilities/<case id>.nii (float32, channels along the fourth
-axis), and --uncertainty adds <output>/uncertainty/<case id>.nii. With --compress, these files end with .nii.gz.
+The label map of a case is <output>/<case id>.nii.gz. If the folder has none of these layouts, the id of an image
+consists of the names of its subfolders and its file name, and that of a DICOM series consists of PatientID and
+SeriesNumber. Affine and header are those of the image, and label values those of the data set. A label map that was
+predicted from another image is never overwritten. --probabilities adds <output>/probabilities/<case id>.nii (float32,
+channels along the fourth axis), and --uncertainty adds <output>/uncertainty/<case id>.nii. With --compress, these files
+end with .nii.gz.
 
 The networks of several --workdir, or of all folds of a cross-validation, form an ensemble: their probabilities are
 averaged. They may differ in architecture, patch and preparation, for example 2D and 3D. Cases whose predictions are up

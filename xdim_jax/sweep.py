@@ -2,9 +2,9 @@
 
 The command is a worker, which trains trials of a study. To train several trials concurrently, run the same command
 several times, on one machine or on several machines that can access the storage of the study. Each trial is a run of
-xdim_jax.train in <workdir>/trial<number> (of another study than the default: <workdir>/<study>/trial<number>), so
-evaluate, predict and report accept it. Its score is the best validation Dice. If a worker dies, another worker resumes
-its trial from the last checkpoint.
+xdim_jax.train in <workdir>/trial<number>, or in <workdir>/<study>/trial<number> if --study is given, so evaluate,
+predict and report accept it. Its score is the best validation Dice. If a worker dies, another worker resumes its trial
+from the last checkpoint.
 
 The search space is a Python file with a function suggest(trial), which calls the methods suggest_* of an Optuna trial
 with config keys as names:
@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
         return _write_report(_report_parser().parse_args(argv[1:]))
     options, overrides = _parser().parse_known_args(argv)
     _check_options(options)
-    with catch_signals() as stop:  # from the start, so that a scheduler queues a worker again that it stops early
+    # from the start: the exit status of a worker that is stopped early lets the scheduler queue it again
+    with catch_signals() as stop:
         return _run(options, overrides, stop)
 
 

@@ -39,7 +39,7 @@ class Comparison:
         step: First step that differs; 0 if none differs.
         quantities: For each recorded quantity of this step that differs, a message with both values.
         steps: Number of steps that both runs have recorded.
-        alone: Steps that only one run has recorded.
+        alone: Steps that only one run has recorded; empty if one of the runs has recorded no step.
         arrays: For each checkpoint ``<folder>/<step>`` that differs, the names of the arrays that differ.
         checkpoints: Checkpoints that both runs have.
     """

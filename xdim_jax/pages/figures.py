@@ -69,7 +69,7 @@ def render_template(template: str, **values: Any) -> str:
 
 
 def structure_colours(structures: Sequence[str]) -> dict[str, str]:
-    """Return the colour of each structure: that in `COLOURS`, or else one of `PALETTE` that these structures lack."""
+    """Return the colour of each structure: that in `COLOURS`, or else one of `PALETTE` that is not yet used."""
     known = {*ERROR_COLOURS.values(), *(COLOURS[name] for name in structures if name in COLOURS)}
     others = itertools.cycle([colour for colour in PALETTE if colour not in known] or PALETTE)
     return {name: COLOURS.get(name) or next(others) for name in structures}
@@ -362,9 +362,9 @@ def draw_case(view: View, title: str, scores: str, colours: Mapping[str, str]) -
 def _choose_planes(ref: np.ndarray, pred: np.ndarray, *, volumetric: bool) -> list[tuple[int, int]]:
     """Return axis and index of the planes to draw.
 
-    For a volume, this is the plane along each axis that has the largest area of structures in the reference (in the
-    prediction if the reference is empty). Otherwise, these are the slice chosen in this way, and the slice with the
-    most errors, which may be the same.
+    For a volume, these are three planes, one perpendicular to each axis: the plane with the largest area of structures
+    in the reference (in the prediction if the reference is empty). Otherwise, these are the slice chosen in this way,
+    and the slice with the most errors, which may be the same.
     """
     if ref.shape[0] == 1:
         return [(0, 0)]

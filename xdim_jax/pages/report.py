@@ -26,7 +26,8 @@ from xdim_jax.scoring.rules import Job, Rules, ScoredCase, column, find_coding
 
 # cases to draw -> rank by mean Dice: 1 for the best case, 0 for the worst case
 ROLES = (("Best", 1.0), ("75th percentile", 0.75), ("Median", 0.5), ("25th percentile", 0.25), ("Worst", 0.0))
-_MAX_OPEN_ROWS = 12  # the first table of all metrics is open if it has at most these rows, or the paper has no table
+# the first table of all metrics is open if it has at most this number of rows, or if the paper has no table
+_MAX_OPEN_ROWS = 12
 
 
 def describe_network(model: Mapping[str, Any]) -> str:
@@ -306,9 +307,11 @@ def _image_sources(job: Job, pred: Path) -> list[Source]:
 
 
 def _images_beside(reference: Path) -> list[Path]:
-    """Return the images of a reference: of ``case_seg`` or ``case_gt`` in its folder, of ``labelsTr/case`` in imagesTr.
+    """Return the images of a reference, from the first folder that has some.
 
-    An image belongs to the case if its name is the case id, optionally followed by ``_`` or ``-`` and a channel.
+    The folders are its own folder, if it is named ``case_seg`` or ``case_gt``, and the folders imagesTr, imagesTs and
+    images next to its folder. An image belongs to the case if its name is the case id, optionally followed by ``_`` or
+    ``-`` and a channel.
     """
     stem = strip_suffix(reference.name) or ""
     case = re.sub(r"[-_](seg|gt)$", "", stem)

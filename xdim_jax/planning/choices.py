@@ -163,7 +163,7 @@ def choose(
     rule, reasons["rule"] = ("", "") if flat else _rule(ratio)
     folds, reasons["folds"] = _folds(found, dataset, official)
     reasons |= {
-        "patch": f"at a spacing of {_times(spacing[int(flat) :])} mm, most images (95 %, rounded down) have at most "
+        "patch": f"at a spacing of {_times(spacing[int(flat) :])} mm, the 95th percentile of the image sizes is "
         f"{_times(largest)} {'pixels' if flat else 'voxels'}, and a patch has at most {limit} along a side",
         "batch": "",
         "output": "regions are nested, so each region has its own channel with a sigmoid"
@@ -362,8 +362,8 @@ def _network_reason(found: Fingerprint, flat: bool, axis: int) -> str:
 def _flat_spacing(found: Fingerprint, *, cropped: bool) -> tuple[tuple[float, ...], str]:
     """Return the spacing for a 2D network, and the reason for it.
 
-    The spacing is the median, increased if most images would be too large. A few larger images are no reason: they are
-    covered by several patches.
+    The spacing is the median, increased if necessary so that about 95 % of the images have at most `_MAX_PIXELS` pixels
+    along a side. The few larger images are covered by several patches.
 
     Args:
         found: Fingerprint of the data set.
@@ -376,8 +376,8 @@ def _flat_spacing(found: Fingerprint, *, cropped: bool) -> tuple[tuple[float, ..
     factor = max(pixels / _MAX_PIXELS, 1.0)
     text = f"the in-plane spacing is {_span(plane, '.3g')} mm; its median, {_times(median)} mm, is used"
     if factor > 1:
-        text += f", times {factor:.2g}, so that most images (95 %, rounded down) have at most {_MAX_PIXELS} pixels "
-        text += "along a side"
+        text += f", times {factor:.2g}, so that the 95th percentile of the image sizes is at most "
+        text += f"{_MAX_PIXELS} pixels along a side"
     return (0.0, *(rounded_up(v * factor) if factor > 1 else _rounded(v, 6) for v in median)), text
 
 
@@ -528,8 +528,8 @@ def _foreground(found: Fingerprint, rare: list[str], *, single: bool, whole: boo
 def _rule(ratio: float) -> tuple[str, str]:
     if ratio > 1.5:
         return "spacing", (
-            f"the slice spacing is {ratio:.2g} times the in-plane spacing, so kernels are inflated to the extent in "
-            "mm along the depth that they have in the plane, at every level"
+            f"the slice spacing is {ratio:.2g} times the in-plane spacing, so kernels are inflated such that, at "
+            "every level, they extend as many mm along the depth as in the plane"
         )
     if ratio < 1 / 1.5:
         return (
@@ -571,7 +571,7 @@ def _round_up(sizes: np.ndarray, factors: np.ndarray) -> np.ndarray:
 
 
 def _rounded(value: float, digits: int) -> float:
-    """Return a spacing with some significant digits: six for a spacing of the images, which are then not resampled."""
+    """Return a spacing, rounded to significant digits. With six, images that have the spacing are not resampled."""
     return float(f"{value:.{digits}g}")
 
 

@@ -105,9 +105,9 @@ def fit_memory(choices: Choices, budget: int, build: Build, say: Callable[[str],
 def _smaller(choices: Choices, excess: float) -> Choices | None:
     """Return choices that need less memory; None if there are none.
 
-    Repeated calls reduce, in this order: the batch to 2, or to one sample for each of more than 2 devices; the sides of
-    the patch, largest first, to 64 or more (2D: the largest side to 128 or more); the batch to one sample for each
-    device; the sides of the patch to the smallest ones that the network accepts.
+    Repeated calls reduce, in this order: (1) the batch to 2 samples, or to one per device if there are more than two
+    devices; (2) the sides of the patch, largest first, to at least 64 (2D: the largest side to at least 128); (3) the
+    batch to one sample per device; (4) the sides of the patch to the smallest ones that the network accepts.
 
     Args:
         choices: Choices that need too much memory.
@@ -234,7 +234,8 @@ def _validation_seconds(choices: Choices, found: Fingerprint, step: float) -> fl
     patch = np.array([1, *choices.patch] if choices.flat else choices.patch)
     overlap = np.array([1, 2, 2] if choices.flat else [2, 2, 2])  # windows overlap by half
     windows = np.where(sizes > patch, np.ceil(sizes / patch * overlap), 1).prod(1)
-    samples = choices.batch / (choices.devices / jax.process_count())  # of a step, on one device of each process
+    # samples of a training step on one device, times the number of processes, which share the windows
+    samples = choices.batch / (choices.devices / jax.process_count())
     return float(windows.sum() / choices.folds * step / samples / 3)
 
 

@@ -48,8 +48,7 @@ def plan_recipe(
         section: Values of the ``data`` section of a config: ``dataset``, ``root`` and the options of the data set.
         out: File for the recipe, ``.py``. The page has the same name with the suffix ``.html``.
         memory: Memory that a training step may use, such as ``16GiB``; empty for 90 % of the device memory that JAX
-            allocates, or on CPU 60 %
-            of host memory.
+            allocates, or on a CPU for 60 % of the host memory.
         hours: Time for the training of all folds.
         folds: Number of folds; 0 to choose it.
         store: Folder of the prepared cases; empty for ``<root>_prepared``.

@@ -47,7 +47,7 @@ class Trial:
         setting: ``threshold``, ``largest`` or ``min_volume``.
         value: The value that was tried: probability, 1 for ``largest``, or volume in ml.
         gain: Change of the mean Dice over all cases.
-        worst: Change of the mean Dice in the fold where it is lowest; negative if the Dice decreases.
+        worst: Smallest change of the mean Dice of a fold; negative if the Dice decreases.
     """
 
     region: str
@@ -353,5 +353,5 @@ def describe(chosen: PostProcessing) -> str:
     parts += [f"components of {name} of at least {value:g} ml" for name, value in chosen.min_volume.items()]
     return (
         ", ".join(parts)
-        or f"none: no setting that was tried increases the mean Dice by at least {_GAIN:g} while every fold loses less"
+        or f"none: no setting that was tried increases the mean Dice by at least {_GAIN:g} and harms no fold as much"
     )

@@ -30,7 +30,7 @@ from xdim_jax.runs.workdir import CONFIG_FILE
 KEPT = 2  # number of latest states to keep; if the newest is damaged, the run resumes from the previous one
 LATEST_FOLDER, BEST_FOLDER = "checkpoints", "best"
 _TRIES = 5  # number of attempts to read weights, which a training run may replace while they are read
-_WRITES = 10  # more than the number of files of a save whose errors orbax raises separately
+_WRITES = 10  # attempts to close a manager, which raises one error at a time; more than one save has files
 _SCORE = "dice"
 _PARTIAL = ".orbax-checkpoint-tmp"  # part of the name of a checkpoint that orbax has not finished
 

@@ -18,4 +18,5 @@
 
 These modules score the output of the other parts of `xdim_jax`. They do not use the definitions of label values,
 regions and post-processing in those parts, but have their own, so that an error there does not also affect the scores.
+Only `masks.region_dice` and `masks.dice_of_counts`, for validation in training, have the regions of the data set.
 """

@@ -152,7 +152,7 @@ def _measure_et(coding: Coding, job: Job) -> tuple[int, float, float]:
 
 
 def tune_min_et(coding: Coding, jobs: Sequence[Job], run: Callable[..., Any]) -> dict[str, Any]:
-    """Find the number of ET voxels below which the removal of all predicted ET gives the best mean Dice of ET.
+    """Find the threshold with the best mean Dice of ET, if all ET is removed from predictions with fewer ET voxels.
 
     Args:
         coding: Values of the regions in the files.

@@ -92,9 +92,10 @@ def calibrate(rules: Rules, jobs: Sequence[Job], pred: Path, out: Path, *, proce
     Returns:
         The content of the file. ``structures``: structure -> ``ece`` and ``brier`` (`results.statistics` over cases)
         and ``bins`` (number of voxels, mean probability, fraction that belongs to the structure; over all cases).
-        ``ranking``: kind of uncertainty -> ``auroc`` and ``found`` (statistics over cases), and for the uncertainty
-        maps ``gain``: the difference of the AUROC to that of `AMBIGUITY`. ``without_channel``: structures that have no
-        probability. ``without_uncertainty``: number of cases without an uncertainty map, if others have one.
+        ``ranking``: kind of uncertainty -> ``auroc`` and ``found``, the fraction of the errors that are among the most
+        uncertain voxels (statistics over cases), and for the uncertainty maps ``gain``: the difference of the AUROC to
+        that of `AMBIGUITY`. ``without_channel``: structures that have no probability. ``without_uncertainty``: number
+        of cases without an uncertainty map, if others have one.
 
     Raises:
         UserError: Some probabilities cannot be used. The message lists all problems.

@@ -80,7 +80,7 @@ def evaluate_folders(
     if surplus:
         log.warn(f"{len(surplus)} predictions without a reference are omitted: {shorten(surplus)}")
     skipped = set(without) if missing == "skip" else set()
-    if missing == "skip":  # with one prediction per task of CHAOS, the other tasks keep the case
+    if missing == "skip":  # a case that lacks the prediction for one task of CHAOS is still scored for the other tasks
         jobs = [job for job in jobs if job.pred is not None]
     scored, extra_rows, extra = score_jobs(rules, jobs, metrics, processes=processes)
     problems = list(dict.fromkeys(case.problem for case in scored if case.problem))
@@ -137,7 +137,7 @@ def check_small_et_kept(pred: Path) -> None:
     minimum = results.read_prediction_record(pred).get("predict", {}).get("min_et", 0)
     if minimum:
         raise UserError(
-            f"--tune_min_et: according to {record}, ET below {minimum} voxels was removed; first predict with "
+            f"--tune_min_et: according to {record}, ET of fewer than {minimum} voxels was removed; first predict with "
             "--min_et=0 into another folder"
         )
 

@@ -106,7 +106,7 @@ def _coding(structures: Mapping[str, tuple[int, ...]] | None, label_map: LabelMa
 
 
 def read_annotated(folder: Path) -> Mapping[str, tuple[str, ...]]:
-    """Return the annotated structures of cases in which not all are, from a ``dataset.json``, see `read_structures`.
+    """Return the annotated structures of incompletely annotated cases, from ``dataset.json``, see `read_structures`.
 
     Returns:
         Case id -> names of structures; empty if there is no file or no such key.
@@ -141,7 +141,7 @@ def rules(
         structures: Name of each structure -> its values. None if every value except 0 is a structure.
         metrics: Names of metrics in `xdim_jax.scoring.masks.METRICS`.
         border: True if positions beyond the edge of the image count as outside, see `xdim_jax.scoring.masks.Pair`.
-        annotated: Annotated structures of the cases in which not all are.
+        annotated: Annotated structures of the incompletely annotated cases.
     """
     return Rules(
         name="generic",

@@ -167,7 +167,7 @@ def _by_patient(workdir: Path) -> dict[int, dict[str, float]]:
 
 
 def _seconds_per_step(workdir: Path) -> float:
-    """Return the mean over the record of a run; NaN if there is none, or if steps were shared with other runs."""
+    """Return the mean time of a step in the record of a run; NaN if there is none, or if steps were shared."""
     found = [r for r in read_records(workdir) if r["kind"] == "train"]
     shared = any(r.get("runs", 1) > 1 for r in found)
     return float(np.mean([r["seconds_per_step"] for r in found])) if found and not shared else float("nan")

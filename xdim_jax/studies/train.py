@@ -26,9 +26,9 @@ def check_plan(plan: Plan, overrides: list[str]) -> None:
     """Check the configs, the initial weights and the data of all arms before the first run.
 
     Raises:
-        UserError: A config or initial weights cannot be used; there are too few training patients; two arms have other
-            training or validation cases with the same seed; or weights come from a run that was trained on validation
-            patients of the study. The message lists the problems of all arms.
+        UserError: A config or initial weights cannot be used; there are too few training patients; two arms have
+            different training or validation cases with the same seed; or weights come from a run that was trained on
+            validation patients of the study. The message lists the problems of all arms.
     """
     for override in overrides:
         if not override.startswith("--config."):
@@ -107,8 +107,8 @@ def _data_problems(plan: Plan, overrides: list[str], sources: Mapping[str, Mappi
             source = sources.get(config.init.weights, {})
             if any(earlier_runs(source)) and (seen := find_seen_patients(source, root, validation)):
                 yield (
-                    f"{name}: {seen.text}. Plan only the split of that run ({describe_split(seen.workdir, config)}), "
-                    "or weights that were not trained on these patients"
+                    f"{name}: {seen.text}. Use only the split of that run ({describe_split(seen.workdir, config)}) "
+                    "in the plan, or weights that were not trained on these patients"
                 )
 
 

@@ -180,7 +180,7 @@ class PackedWorker:
             before = self._failures
             for active in [a for a in self._trials if a.member]:
                 self._finish(active, 1, error=text)
-            self._failures = [*before, text]  # one failure, however many trials the program had
+            self._failures = [*before, f"failed: {text}"]  # one failure, however many trials the program had
             self._pack = None
             log.warn(f"a pack of {pack.slots} trials (layout {pack.layout}) failed: {text}")
             return

@@ -23,7 +23,7 @@ _COLOUR_MAP = "viridis"
 
 
 def rank_trials(groups: dict[int, list[Any]]) -> list[tuple[int, Any]]:
-    """Return the origin and the deciding attempt of every trial, sorted from best to worst; without a Dice, last.
+    """Return the origin and the deciding attempt of every trial, from best to worst; trials without a Dice are last.
 
     See `xdim_jax.sweeps.optuna_study` for the meaning of origin and attempt.
 

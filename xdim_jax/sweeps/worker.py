@@ -104,7 +104,7 @@ def run_worker(
             with studies.Heartbeat(trial, heartbeat):
                 error = _train(study, trial, job, stop, heartbeat)
             started = (local_workdir(job.root, studies.origin_of(trial)) / STEPS_FILE).is_file()
-            able = able or started  # later failures, e.g. of a patch that is too large, are those of the parameters
+            able = able or started  # later failures, e.g. for a patch that is too large, are due to the parameters
             failures = failures + 1 if error and not started else 0
             if not able:
                 check_failures(failures, error)

@@ -180,11 +180,14 @@ def without_optimisation(active: bool) -> Iterator[None]:
 
 
 def exhausted_bytes(error: Exception) -> int | None:
-    """Return the memory in bytes that a program needs, from the compiler's error; None for an error of another kind."""
+    """Return the memory in bytes that a program needs, from the compiler's error.
+
+    It is 2**62 if the error does not state it, and None for an error of another kind.
+    """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return None
-    if re.search(r"memory space (?!hbm)\w+", text):  # the size of another memory is no measure of what is needed
+    if re.search(r"memory space (?!hbm)\w+", text):  # another memory than HBM is exhausted
         return 2**62
     match = _EXHAUSTED.search(text)
     return int(float(match[1]) * 2 ** (30 if match[2] == "G" else 20)) if match else 2**62

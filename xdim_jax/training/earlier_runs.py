@@ -61,7 +61,7 @@ def earlier_runs(source: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def describe_split(workdir: Path, config: Config) -> str:
-    """Return as text in which keys the split of an earlier run differs from that of a config, with its values."""
+    """Return, as text, the keys in which the split of an earlier run differs from a config, with the earlier values."""
     before, now = (dict(leaves(c)) for c in (read_config(workdir), config))
     changed = [f"config.{key}={before[key]}" for key in _SPLIT_KEYS if before.get(key, now[key]) != now[key]]
     return ", ".join(changed) or "its settings are the same, but the folder has other patients now"

@@ -80,6 +80,6 @@ class LabelMapWriter:
 
 
 def make_label_maps(config: Any, dataset: Dataset, workdir: Path) -> LabelMapWriter:
-    """Return the label maps of a run, given its config, data set and workdir."""
+    """Return the writer of the label maps of a run, given its config, data set and workdir."""
     resolved = resolve(Settings(), config, dataset.regions)
     return LabelMapWriter(workdir, lambda weights: weights_digest(config, [weights], resolved))

@@ -201,7 +201,8 @@ def _start_network(
     """Build the network with its initial weights, and write the config to the workdir.
 
     If the run ``resumes`` from a checkpoint, the network is randomly initialised, because the checkpoint replaces its
-    weights. A run that has ``started`` was perhaps killed after its best weights were saved, and before its state was.
+    weights. A run that has ``started`` but cannot be resumed was killed after its first best weights were saved and
+    before a state was saved; it starts again.
     """
     graphdef, params, stats = make_network(config.model, seed=config.seed, remat=config.train.remat, axis=devices.axis)
     count = networks.count_parameters(params)
@@ -249,13 +250,13 @@ def _describe(config: Config, dataset: Dataset, data: RunData, per_epoch: int, w
 
 
 def _schedule_problems(schedule: Config, epochs: int) -> Iterator[str]:
-    """Yield what a run is too short for, in the ``optim.schedule`` section of a config."""
+    """Yield a message for each phase of the ``optim.schedule`` section of a config that the run does not complete."""
     for key, missed in (("warmup_epochs", "reaches its peak"), ("constant_epochs", "decreases")):
         used = key == "warmup_epochs" or schedule.name == "constant_then_cosine"
         if used and schedule[key] >= epochs:
             yield (
-                f"config.optim.schedule.{key}={schedule[key]:g} of config.train.epochs={epochs}: the learning rate "
-                f"never {missed}; give less, or more epochs"
+                f"config.optim.schedule.{key}={schedule[key]:g}, but config.train.epochs={epochs}: the learning rate "
+                f"never {missed}; lower the first value, or raise the second one"
             )
 
 

@@ -39,7 +39,7 @@ def _polynomial(options: Mapping[str, Any], epochs: float, per_epoch: int) -> Sc
     steps, final = max(round(epochs * per_epoch), 1), options["final"]
 
     def rate(step: Any) -> Any:
-        # not optax.polynomial_schedule: compiled, 1 - t may be -6e-8 at the end, whose power is not a number
+        # not optax.polynomial_schedule: in a compiled program, 1 - t may be -6e-8 at the end, and its power is NaN
         left = jnp.clip(1 - step / steps, 0, 1)
         return final + (options["peak"] - final) * left ** options["power"]
 

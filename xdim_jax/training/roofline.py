@@ -2,8 +2,8 @@
 
 A product must compute its operations, and must read its operands and write its result once. Elementwise operations
 (norms, activations, sums) are assumed to be fused into the products, and to cost nothing. The products of the reference
-implementation are counted. The faster implementations, which use Winograd's transform and compose kernels with
-upsampling, need fewer operations.
+implementation are counted. The faster implementations use Winograd's transform, and merge an upsampling with the
+convolution that follows. They need fewer operations, and can be faster than this bound.
 """
 
 import dataclasses

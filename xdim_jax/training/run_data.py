@@ -30,8 +30,8 @@ class RunData:
     Attributes:
         train: Prepared training cases.
         validation: Validation cases: the case on disk, and the prepared case.
-        facts: Case id -> name -> array. The arrays, annotated channels and regions, are entries of every sample of the
-            case.
+        facts: Case id -> name -> array. The arrays state which channels and which regions are annotated in the case.
+            Every sample of the case has them as entries.
     """
 
     train: list[store.Entry]
@@ -124,7 +124,10 @@ def find_data(
 
 
 def check_sizes(data: Any, dataset: Dataset, root: Path, cases: list[Case]) -> None:
-    """Prepare the training cases of a cross-validation. Raises UserError if one is too large for the sampling."""
+    """Prepare the training cases of a cross-validation. Raises UserError if one is too large for the sampling.
+
+    Nothing is done for the sampling ``patches``, which accepts every size.
+    """
     if data.sampling != "patches":
         pipeline.check_size(_prepare(data, dataset, root, cases), data.sampling, patch_size_3d(data.patch))
 
@@ -170,7 +173,7 @@ def find_cases(data: Any, dataset: Dataset, root: Path) -> tuple[list[Case], Seq
             )
     elif scan.splits:
         log.say(
-            f"split      random, in config.data.folds parts; --config.data.split=official uses those that {root} lists"
+            f"split      random, into config.data.folds folds; --config.data.split=official uses the folds in {root}"
         )
     return cases, scan.splits
 

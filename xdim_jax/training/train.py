@@ -28,8 +28,8 @@ def train_run(
         dataset: Data set on which the network is trained.
         workdir: Folder of the run.
         stop: Record of received signals.
-        separate_disks: True if each process has its own workdir, see `open_run`. The files are then not saved before
-            they are uploaded, so ``stop`` remains busy.
+        separate_disks: True if each process has its own workdir, see `open_run`. Files that are not uploaded count
+            as unsaved, so ``stop`` remains busy at the end.
 
     Returns:
         The exit status of the process; not 0 if a signal has stopped the run.
