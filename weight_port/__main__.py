@@ -9,8 +9,8 @@
 
 The command writes the file --out, and a report with the same name and the suffix .json. The report has the hash of the
 source, and how every array was converted. For a 2D encoder that is converted from PyTorch, it also has the largest
-difference between its features and those of the original model (with batch norm only). For an inflated encoder, it has
-the largest difference from the features of the 2D encoder.
+difference between its features and those of timm's model with the same weights (with --source=authors, only for batch
+norm). For an inflated encoder, it has the largest difference from the features of the 2D encoder.
 With --to-torch the conversion is reversed: a file that this command wrote, or the workdir of a run, is converted to a
 state_dict whose arrays have the names that --source selects.
 """
@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to-torch", action="store_true", help="convert a file of this command (or a workdir) to a PyTorch state_dict"
     )
-    parser.add_argument("--no-probe", action="store_true", help="do not compare forward passes")
+    parser.add_argument(
+        "--no-probe", action="store_true", help="do not compare the converted features with those of the source"
+    )
     group = parser.add_argument_group("inflation", "the rules are described by: python -m pydoc xdim_jax.nets.inflate")
     group.add_argument(
         "--inflate", choices=RULES, metavar="RULE", help=f"inflate from 2D to 3D by this rule: {', '.join(RULES)}"
@@ -106,7 +108,11 @@ def _parser() -> argparse.ArgumentParser:
         "input channels", "the rules are described by: python -m pydoc xdim_jax.nets.input_channels"
     )
     group.add_argument("--channels", type=int, metavar="N", help="number of input channels; default: as in the source")
-    group.add_argument("--channel-rule", choices=CHANNEL_RULES, help="default cycle if the number of channels changes")
+    group.add_argument(
+        "--channel-rule",
+        choices=CHANNEL_RULES,
+        help="how the first kernel is adapted to another number of channels; default cycle",
+    )
     group.add_argument("--channel-map", metavar="C,C,...", help="source channels for rule map, counted from 0")
     return parser
 
@@ -144,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
     report["arrays"] = {n: {"done": d, "shape": _shape(converted.arrays, n)} for n, d in done.items()}
     report["unused"] = {n: list(a.shape) for n, a in converted.unused.items()}
     report |= {"kind": converted.kind, "model": converted.model}
-    # words of the descriptions, which include the rules
+    # a description consists of steps, joined by " then "; a step is the name of a rule, or another text
     used = {word for how in done.values() for word in how.split(" then ")}
     inexact = used & set(RULES) - {"centre", "repeat_uncorrected"} or options.inflate == "repeat_uncorrected"
     report["zero_padding"] = bool(options.inflate and inexact) and options.depth_padding in (None, "zero")
@@ -167,7 +173,7 @@ def _check(options: argparse.Namespace) -> None:
         problems.append(f"--source=authors needs --network: {', '.join(authors.NETWORKS)}")
     if options.from_file is None and (options.source not in ("timm", "pypi") or options.to_torch):
         problems.append(
-            "--from-file is missing; only --source=timm and --source=pypi without --to-torch can do without"
+            "--from-file is missing; only --source=timm and --source=pypi do not need it, unless --to-torch is given"
         )
     if options.to_torch and options.source == "xdim":
         problems.append("--to-torch needs --source=timm, pypi or authors, which selects the names to write")
@@ -261,8 +267,8 @@ def _adapt(options: argparse.Namespace, weights: Weights) -> tuple[Weights, dict
     if weights.kind == "network":
         if options.channels or options.channel_rule:
             raise UserError(
-                "--channels and --channel-rule adapt the first layer of an encoder. In a whole network the encoder is "
-                "not at the input: convert the encoder alone with --part=encoder"
+                "--channels and --channel-rule adapt the first layer of an encoder, and these are the weights of a "
+                "whole network: convert its encoder alone with --part=encoder"
             )
         if options.inflate:
             return inflate_network(weights, _depth(options), _inflation(options))

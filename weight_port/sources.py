@@ -35,7 +35,7 @@ class Source:
     Attributes:
         state: Arrays by PyTorch name.
         record: Origin of the arrays, for reports; contains at least ``file`` (name) and ``sha256``, and ``entry`` if
-            the file has several entries, such as ``model_ema``.
+            the arrays are below a key of the file, such as ``model_ema``.
     """
 
     state: dict[str, np.ndarray]

@@ -4,10 +4,10 @@ A run works in a local folder. Its files are uploaded to the bucket every 30 sec
 interrupted, the bucket may contain a part of a checkpoint. Therefore each upload ends with a manifest of all files, and
 a machine that resumes the run downloads only the files of the manifest.
 
-Next to the local folder there are two files. A command that writes holds a lock until its final upload has ended. A
-record of the last complete upload exists while some local files are possibly not uploaded. If the final upload fails or
-the process is killed, the next command that writes uploads the remaining files first. Commands that only read use
-another local folder.
+Next to the local folder there are two files: a lock, and a record of the last complete upload. A command that writes
+holds the lock until its final upload has ended, and deletes the record when all files are uploaded. If the final upload
+fails or the process is killed, the record remains, and the next command that writes uploads the remaining files first.
+Commands that only read use another local folder.
 """
 
 import contextlib
@@ -167,7 +167,7 @@ class Mirror:
         self._id = uuid.uuid4().hex
         self._found = ""  # id of the manifest that was last downloaded or uploaded; "" if there was none
         self._sent: dict[str, tuple[int, int]] = {}  # path -> size and modification time when it was uploaded
-        # record of the last complete upload; exists while some local files are possibly not uploaded
+        # record of the last complete upload; it is deleted when all local files are uploaded
         self._record = self.folder.with_name(f"{self.folder.name}.unsent.json")
 
     def lock(self, wait: float = WAIT_SECONDS) -> contextlib.AbstractContextManager[Any]:
@@ -261,7 +261,7 @@ class Mirror:
                 else:
                     part.replace(here)
         self._drop_empty()
-        # a log that has lines of this machine is not yet uploaded
+        # a log to which this machine has added lines is larger than in the manifest, and counts as not uploaded
         self._sent = {path: self._state(path) for path in wanted if self._state(path)[0] == wanted[path]}
         if self._found:
             say(f"bucket     {self.address}: {len(wanted)} files, local copy in {self.folder}")
@@ -361,7 +361,7 @@ class Mirror:
     def _write_record(self) -> None:
         """Record the manifests that are known to this machine, and the state of the uploaded files, for `resume`.
 
-        An upload may have written its manifest even if it failed. Therefore the record has the id of this object too.
+        An upload may have written its manifest even if it failed. Therefore the record also has the id of this mirror.
         """
         write_json(self._record, {"manifests": [self._found, self._id], "files": self._sent})
 

@@ -12,7 +12,8 @@ from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.files import DISK_FULL
 from xdim_jax.base.threads import is_abandoned_call_running
 
-# errors of a disk, a network drive or the permissions of a file; code that expects one of them has a message of its own
+# errors of disks, network drives and file permissions, for which `explain` has a message; code that expects such an
+# error raises a UserError with a more specific one
 _OF_THE_FILE_SYSTEM = (
     *(*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ELOOP, errno.ENAMETOOLONG),
@@ -23,8 +24,9 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run a command with the arguments of the process, and exit.
 
     The exit status is the return value of ``main``, 2 after an error that the user can correct, or 130 after Ctrl-C.
-    Any other exception is a bug of this package and is raised with its traceback. The status does not depend on whether
-    standard output and standard error can be written.
+    Any other exception is a bug of this package and is raised with its traceback. Log lines and
+    error messages that cannot be written are dropped, without an effect on the status; only
+    `xdim_jax.base.log.write_result` treats this as an error.
 
     Args:
         main: Function that takes the arguments of the command line and returns the exit status.

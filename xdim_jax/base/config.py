@@ -91,7 +91,8 @@ def shipped_recipes() -> list[str]:
 def _find_config(spec: str) -> tuple[Path, str]:
     """Return the config file and the variants that an argument of `load_config` names.
 
-    The longest part that is a file is the path; otherwise, the part before the first colon names a shipped recipe.
+    The path is the longest beginning of ``spec``, up to a colon or the end, that is a file. If there is none, the text
+    before the first colon is the name of a shipped recipe.
     """
     shipped = shipped_configs()
     ends = [len(spec), *(i for i in reversed(range(len(spec))) if spec[i] == ":")]

@@ -9,7 +9,7 @@ _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory
 
 
 def count_cores() -> int:
-    """Return the number of cores that this process may use; a scheduler may restrict it to some of the machine's."""
+    """Return the number of cores that this process may use. A scheduler may allow only some cores of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -13,7 +13,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_error
 
 LOCK_FILE = ".lock"  # process id and host of the process that writes in the folder; it is not copied to buckets
-WAIT_SECONDS = 60.0  # time that a killed process may need to end, or a scheduler to replace it
+WAIT_SECONDS = 60.0  # default time to wait for a lock; a killed process may still hold it for some time
 
 
 def lock_workdir(workdir: Path, wait: float = WAIT_SECONDS) -> IO[bytes] | None:

@@ -45,7 +45,7 @@ def say_stopped(stop: StopRequest) -> None:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """Context manager that yields a `StopRequest`, in which signals are recorded inside the block.
+    """Context manager that yields a `StopRequest`. Signals that arrive inside the block are recorded in it.
 
     Ctrl-C after an earlier signal raises KeyboardInterrupt.
     """

@@ -82,7 +82,8 @@ class Scan:
             Empty if cases are listed without references, for prediction; problems of the folds are not reported then.
         incomplete: Cases whose files have errors, e.g. a missing channel, with the files that exist;
             `xdim_jax.data.verify` inspects them, too.
-        known: Files of the layout that belong to none of the cases, e.g. those of another view, task or subset.
+        known: Files that are not reported as unread, e.g. those of another view, task or subset. Files of the cases may
+            be among them.
     """
 
     cases: list[Case]
@@ -107,7 +108,7 @@ class Dataset:
         holds_ct: True if some cases are CT in HU; ``info["modality"]`` of a case specifies which.
         annotated: ``annotated(case)`` returns the names of the regions annotated in the reference of a case; None if
             all references annotate all regions.
-        partly_annotated: Case id -> annotated regions, for the cases in a list that comes with the data.
+        partly_annotated: Case id -> annotated regions, for the cases that ``dataset.json`` or ``cases.csv`` lists.
         same_structures: True if every case is expected to contain every structure.
         inspect: ``inspect(case, image)`` returns a problem for each channel with intensities that are implausible for
             the data set.

@@ -49,7 +49,7 @@ def measure(case: Case, volume: Volume, settings: Preparation) -> dict[str, Any]
 def sample(values: np.ndarray) -> np.ndarray:
     """Return 200 000 of the values (N,), drawn at random with a fixed seed; all of them if there are fewer.
 
-    Values at a regular distance could all lie in the same columns of an image.
+    They are drawn at random, because every n-th value could always be in the same columns of an image.
     """
     if values.size <= _SAMPLES:
         return values

@@ -53,8 +53,9 @@ def measure(case: Case, volume: Volume) -> Facts:
           ``sd`` are None.
         - ``foreground``: ``voxels`` (number of labelled voxels), ``slices`` (number of slices with a labelled voxel)
           and ``extent`` (size of their bounding box in mm along D, H, W).
-        - ``structures``: Name of each structure that occurs -> the same, and ``components`` (number of 26-connected
-          components) and ``largest`` (fraction of the voxels that are in the largest component).
+        - ``structures``: Name of each structure that occurs -> the keys of ``foreground`` for this structure,
+          ``components`` (number of 26-connected components) and ``largest`` (fraction of the voxels that are in the
+          largest component).
     """
     assert volume.label is not None
     spacing = [float(s) for s in volume.grid.spacing]

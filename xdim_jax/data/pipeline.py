@@ -122,7 +122,7 @@ def _sampler(
 
 
 class Activity:
-    """Record of the current tasks of the reading threads, for the watchdog."""
+    """Record of the current tasks of the reading threads, which `xdim_jax.training.watchdog` logs."""
 
     def __init__(self) -> None:
         self._busy: dict[int, tuple[str, float]] = {}

@@ -38,7 +38,8 @@ class Preparation:
             its nonzero voxels, and to keep zeros; or "none".
 
     Raises:
-        UserError: Values are not allowed. The error lists all of them, or one that is not a tuple of numbers.
+        UserError: A value is not allowed. The message lists all such values; if one is not a tuple of numbers, only
+            this one.
     """
 
     crop: str = "none"

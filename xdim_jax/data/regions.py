@@ -96,9 +96,10 @@ class Regions:
         """Convert scores to a label map.
 
         Outer regions are written first and inner regions over them, so that predicted regions become nested (paper,
-        Sect. 3.1.3: ET is kept unaltered, NCR is extracted from TC and ED from WT). Among disjoint regions, a voxel can
-        belong only to the one with the highest maximum score over the region and all regions inside it (the first one
-        if scores are equal). It belongs to a region if the score of the region itself is above its threshold.
+        Sect. 3.1.3: ET is kept unaltered, NCR is extracted from TC and ED from WT). A voxel can belong to only
+        one of several disjoint regions: that with the largest score, where a region has the largest score of itself and
+        all regions inside it (the first one if these are equal). It belongs to this region if the score of the region
+        itself is above its threshold.
 
         Args:
             scores: Probabilities or masks ``(..., R)``.

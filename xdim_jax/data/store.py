@@ -350,7 +350,8 @@ def _has_sources(metadata: Mapping[str, Any], case: Case) -> bool:
     """Return whether an entry was prepared from files in folders of the same names.
 
     Archives give many files the same time, and uncompressed files of one shape have the same size: ``r1/c0.nii`` and
-    ``r2/c0.nii`` of two raters differ only in the folder. The root of the data may have another name.
+    ``r2/c0.nii`` of two raters differ only in the folder. Only these two names are compared, so
+    that the data can be moved.
     """
     return [Path(s).parts[-2:] for s in metadata["sources"]] == [path.absolute().parts[-2:] for path in case.files]
 

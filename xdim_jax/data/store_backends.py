@@ -372,7 +372,7 @@ def _zarr(address: str, like: np.ndarray | None = None) -> Any:
             {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 3, "shuffle": "shuffle"}},
         ],
     }
-    spec["store_data_equal_to_fill_value"] = True  # otherwise a deleted chunk would be read as zeros
+    spec["store_data_equal_to_fill_value"] = True  # a chunk that is absent is then damage, not zeros
     new = {"create": True, "dtype": like.dtype, "shape": like.shape}
     return tensorstore.open(spec, context=_context(), **new).result()
 
@@ -380,7 +380,7 @@ def _zarr(address: str, like: np.ndarray | None = None) -> Any:
 def _kvstore(address: str) -> dict[str, Any]:
     """Return the description of an address for tensorstore.
 
-    Emulators of object stores are configured by the environment variables of the clients of the stores.
+    An emulator of a store is selected by the environment variable that the store's own client reads.
     """
     scheme, _, rest = address.partition("://")
     if scheme == "file":

@@ -31,7 +31,7 @@ def claim_output(
     overwrite: bool = False,
     replace: bool = False,
 ) -> list[Case]:
-    """Write the record of a prediction, and delete the files of all cases that must be predicted.
+    """Write the record of a prediction, and delete outdated files of the cases that must be predicted.
 
     Every output file has a note in its header, see `make_note`. A case is up to date if all its files exist and have
     the note of the current networks, settings and images, no matter which process has written them.
@@ -102,8 +102,8 @@ def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case], *
         if known is None or (known != images and not _same_paths(known, images)):
             source = _shown(known) if known else f"other images, which {results.PREDICT_FILE} does not list"
             problems.append(
-                f"{path} is the prediction of {source}, and that of {_shown(images)} would replace it; give another "
-                "--output, or delete the prediction"
+                f"{path} is the prediction of {source}; the prediction of {_shown(images)} would replace it. Give "
+                "another --output, or delete the file"
             )
     if problems:
         raise join_problems(problems, "predictions would be lost")

@@ -218,7 +218,7 @@ def segment_with_groups(
     Every network has the same weight. The probabilities of all voxels are kept in memory.
 
     Args:
-        groups: Groups. The extra outputs of their segmenters include ``probabilities`` and ``extra_outputs``.
+        groups: Groups. Their segmenters must compute ``probabilities`` and all outputs in ``extra_outputs``.
         output: Meaning of the channels.
         prepared: For each group, the case as the group prepares it.
         sink: Function that receives the extra outputs, slice by slice.

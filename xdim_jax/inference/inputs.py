@@ -41,7 +41,7 @@ def find_cases(
         output: Folder of the predictions. It must not be the folder of the images, nor contain files that the layout of
             the data set reads as cases.
 
-    Predictions of this package are not read as images, unless they are given as files.
+    In a folder that does not have the layout of the data set, predictions of this package are not read as images.
 
     Returns:
         The usable cases; and for every other case its id (or path) -> the reasons why it cannot be used.
@@ -118,8 +118,8 @@ def _find(
 def _has_layout(dataset: Dataset, folder: Path) -> bool:
     """Return whether a folder has the layout of the data set.
 
-    False if there is no case, or if each case is an image without reference in the folder itself and has the name of
-    its file. Such a folder is read as a folder with any images.
+    Return False if there is no case, or if every case lies directly in the folder, has no reference, and has the name
+    of its file. Such a folder is read as a folder with any images.
     """
     if dataset.name == "table" and (folder / table.TABLE_FILE).is_file():
         return True
@@ -240,7 +240,10 @@ def _is_text(name: str) -> bool:
 
 
 def check_modality(dataset: Dataset, modality: str) -> None:
-    """Raise UserError if a modality is unknown, or if a network with several channels does not depend on it."""
+    """Raise UserError if a modality is unknown, or if CT would apply to all of several channels.
+
+    Only a network with one channel, or one that was trained on both CT and MR, can be told that images are CT.
+    """
     if modality not in ("", "CT", "MR"):
         raise UserError(f"modality={modality!r}: expected CT or MR")
     if modality == "CT" and not dataset.holds_ct and len(dataset.channels) > 1:

@@ -41,7 +41,7 @@ class Model:
         config: Description of the network (the ``model`` section of a config) or of the encoder.
         params: Trainable weights, nested dicts of arrays.
         stats: Running statistics of the norms, nested dicts of arrays.
-        source: Path from which the weights were read.
+        source: Path from which the weights were read, or another name of them for messages.
     """
 
     def __init__(self, config: dict[str, Any], graphdef: Any, params: Any, stats: Any, source: str, *, encoder: bool):

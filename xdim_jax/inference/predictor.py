@@ -288,7 +288,7 @@ def _warn_of_missing_folds(given: Sequence[Path], workdirs: Sequence[Path], conf
     for workdir in given:
         folds = [c.data.get("folds", 0) for w, c in zip(workdirs, configs, strict=True) if w.parent == workdir]
         if 1 < len(folds) + 1 <= folds[0] and configs[0].data.get("split") == "folds":
-            log.warn(f"{workdir} has {len(folds)} of {folds[0]} folds; the ensemble has no other networks")
+            log.warn(f"{workdir} has {len(folds)} of {folds[0]} folds; the ensemble consists of these networks only")
 
 
 def _check_common(workdirs: Sequence[Path], configs: Sequence[Any], settings: Settings) -> None:

@@ -22,7 +22,7 @@ from xdim_jax.inference.output import Output
 from xdim_jax.inference.windows import Layout, Windows, batched, gaussian_weights, make_layout, read_window
 
 _DECODED = 8  # number of slices that are decoded to labels at once
-SLICES = 8  # for a 2D network, a window has up to this number of slices, times the batch
+SLICES = 8  # for a 2D network, a window has at most this number of slices times the batch
 
 # weights, images (B, *patch, C) -> logits (B, *patch, channels)
 Forward = Callable[[Any, jax.Array], jax.Array]
@@ -136,7 +136,7 @@ class Segmenter:
         for i, start in enumerate(layout.starts[0]):
             for batch in batched(itertools.product([start], *layout.starts[1:]), layout.batch):
                 total = self._predict_windows(weights, prepared, layout, batch, stopped)
-                jax.block_until_ready(last_total)  # so that at most two batches are computed after a stop
+                jax.block_until_ready(last_total)  # so that at most two batches are in progress at a stop
                 if stopped():
                     raise StoppedError
                 last_total = total[0]

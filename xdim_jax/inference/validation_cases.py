@@ -26,8 +26,8 @@ _WRITTEN = "written_by_xdim_jax"
 def predict_validation(workdir: Path, output: Path, settings: Settings | None = None) -> tuple[Path, set[str]]:
     """Predict the validation cases of a run into a folder. Predictions that are up to date are kept.
 
-    Predictions of the best validation during training are also used. In a cross-validation, each fold predicts the
-    cases on which it was not trained.
+    Label maps that training has kept from its best validation are copied if they are up to date. In a cross-validation,
+    each fold predicts the cases on which it was not trained.
 
     Args:
         workdir: Workdir of a run or a cross-validation.
@@ -35,8 +35,9 @@ def predict_validation(workdir: Path, output: Path, settings: Settings | None = 
         settings: Settings of the prediction; None for the defaults.
 
     Returns:
-        The folder of the references, and the ids of the validation cases for scoring. The ids of CHAOS T1-DUAL are
-        without the ``_in`` of training, because both phases have the same reference.
+        The folder of the references, and the ids of the validation cases for scoring. With
+        ``data.phase=each`` of CHAOS, only the in-phase cases of T1-DUAL are scored, without the ending ``_in`` of their
+        ids, because both phases have the same reference.
 
     Raises:
         UserError: The data have been moved, a case cannot be predicted, the folds use different data folders, or two
@@ -64,7 +65,9 @@ def predict_validation(workdir: Path, output: Path, settings: Settings | None = 
 
 
 def _write_references(folder: Path, dataset: Dataset, cases: Sequence[Case]) -> None:
-    """Write the references of a table, which can have any name and format, as ``<case id>.nii.gz``, and a JSON file.
+    """Write the references of a ``table`` data set, whose files can have any name and format, as ``<case id>.nii.gz``.
+
+    A JSON file describes them.
 
     References of an earlier call are deleted. Other files are never deleted.
 

@@ -93,7 +93,7 @@ def adapt_arrays(
         elif require:
             raise UserError(
                 f"{name} is {array.shape} in the weights, expected {shape}, and cannot be adapted. Give the network "
-                "the same layers (of ConvNeXt also the same depth strides), or omit such arrays with "
+                "the same layers (with ConvNeXt also the same depth strides), or omit such arrays with "
                 "config.init.require=False"
             )
         else:

@@ -198,7 +198,8 @@ def check_patch(config: Mapping[str, Any], patch: Sequence[int], batch: int | No
     if wrong := [side for side in patch if isinstance(side, bool) or not isinstance(side, int)]:
         raise ValueError(f"data.patch={tuple(patch)}: {wrong} are not integers")
     options = _options(config)
-    if batch == 1 and options.get("norm") == "batch":  # then both norms use the same statistics
+    if batch == 1 and options.get("norm") == "batch":
+        # with one sample, batch norm uses the statistics of instance norm, and needs the same smallest size
         options = {**options, "norm": "instance"}
     if problems := network.size_problems(options, patch):
         raise ValueError(f"data.patch={tuple(patch)} does not fit {name}; " + "; ".join(problems))

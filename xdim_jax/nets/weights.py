@@ -372,7 +372,10 @@ def _joined(*steps: str) -> str:
 
 
 def _match_channels(weights: Weights, stem: str, source: Names, target: Names) -> tuple[Weights, str]:
-    """Match the channels of an encoder that reads the image by their names, and return how its stem was obtained."""
+    """Match the input channels of an encoder by their names, and return how its stem was obtained.
+
+    The encoder must be the first layer of the network, so that its input channels are those of the image.
+    """
     unique = all(len(set(n.channels)) == len(n.channels) for n in (source, target))
     if source.channels == target.channels or not unique:
         return weights, "copied"
@@ -394,8 +397,8 @@ def inflate_network(
         weights: Weights of an Omnia-Net.
         depth: Fields of `xdim_jax.nets.layers.Depth`.
         inflation: The rules.
-        eps: eps of the encoder's norms in the network that will have the weights, which the rule ``repeat`` needs;
-            None for that of the weights.
+        eps: eps of the encoder's norms in the network into which the weights are loaded; None if it is that of the
+            weights. Only the rule ``repeat`` uses it.
 
     Returns:
         Weights whose model is a ``dxnet`` section with the norm, activation and upsampling of the 2D network, and how
@@ -441,18 +444,18 @@ def load(
         params: Parameters of the network, a nested dict. Their dtypes are preserved.
         stats: Running statistics of the network, a nested dict.
         weights: Weights of an encoder, or of a network. If they are weights of a network and ``require`` is True,
-            ``weights.model`` must equal ``config`` except for the rate of stochastic depth and, if both
-            ``weights.names`` and ``names`` are given, for the keys in `xdim_jax.nets.fine_tuning.FREE`. Weights of an
-            Omnia-Net are inflated for a DX-Net, see `inflate_network`.
+            ``weights.model`` must equal ``config`` except for the rate of stochastic depth, the properties in
+            ``accept`` and, if both ``weights.names`` and ``names`` are given, the keys in
+            `xdim_jax.nets.fine_tuning.FREE`. Weights of an Omnia-Net are inflated for a DX-Net, see `inflate_network`.
         inflation: Rules with which a 2D encoder or network is inflated for a 3D network; None for the default rules.
         channel_rule: Rule of `xdim_jax.nets.input_channels`, used for weights of an encoder if the numbers of channels
-            differ. With ``cycle``, the channels of an encoder that reads the image are matched by name instead, if both
-            ``weights.names`` and ``names`` are given and no two channels have the same name.
+            differ. With ``cycle``, the channels are matched by name instead if the encoder is the first layer of the
+            network, both ``weights.names`` and ``names`` are given, and no two channels have the same name.
         accept: Properties among `CHECKED` that may differ between the encoders. The depth axis may not.
         require: True to raise an error if the model sections differ, or if an array exists on one side only or has
             another shape. False to skip such arrays; those of the network keep their values. If both
-            ``weights.names`` and ``names`` are given, arrays of deep supervision that exist on one side only are
-            skipped in either case, and True raises an error about a shape only if it cannot be adapted.
+            ``weights.names`` and ``names`` are given, there are two exceptions: arrays of another shape are adapted if
+            possible, and arrays of deep supervision that exist on one side only are skipped.
         names: Meaning of the channels of the network; None if it is not known.
 
     Returns:
@@ -550,7 +553,7 @@ def network_differences(
         accept: Properties among `CHECKED` that may differ.
 
     Raises:
-        UserError: ``accept`` has another name.
+        UserError: ``accept`` has a name that is not in `CHECKED`.
     """
     _check_accepted(accept)
     free = FREE if names is not None and weights.names is not None else ()

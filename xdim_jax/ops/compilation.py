@@ -47,8 +47,8 @@ def compiler_options() -> dict[str, Any]:
     with YNNPACK, whose sums over space are ten times faster than XLA's own loops. With jaxlib 0.12, YNNPACK uses more
     threads, but a step of DX-Net is still faster with Eigen and needs less memory (docs/performance.md).
 
-    With jaxlib 0.10, XLA's older emitters of fused kernels need less time and memory to compile than the newer ones,
-    which are its default, and their training steps are faster. They were not measured with later versions.
+    With jaxlib 0.10, the older emitters of fused kernels replace the newer ones, which are XLA's default. The older
+    ones need less time and memory to compile, and their training steps are faster. Later versions cannot select them.
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -83,8 +83,8 @@ def gc_disabled() -> Iterator[None]:
 def compile_program(lowered: Any) -> Any:
     """Compile a lowered program with `compiler_options`, and return the compiler's memory to the operating system.
 
-    The compiler frees its memory, but glibc keeps it in the process otherwise: 0.5 to 1.5 GiB for a training step, in
-    addition to the arrays of the program.
+    The compiler frees its memory, but without this function glibc would keep it in the process: 0.5 to 1.5 GiB for a
+    training step, in addition to the arrays of the program.
     """
     compiled = lowered.compile(compiler_options=compiler_options())
     if glibc := _glibc():

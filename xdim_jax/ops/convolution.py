@@ -8,7 +8,9 @@ from xdim_jax.ops.depthwise import depthwise
 from xdim_jax.ops.implementation import active_implementation, count_use, requested_implementation
 from xdim_jax.ops.layout import Ints, Pairs, conv_reference
 
-_MAX_PARTS = 32  # largest number of devices along the first axis for which parts shorter than a kernel are recognised
+# largest supported number of devices along the first axis: if the part of an array on one of so many devices could be
+# no longer than the kernel, a dense convolution is computed per tap, see `_conv_per_tap`
+_MAX_PARTS = 32
 
 
 def conv(x: jax.Array, kernel: jax.Array, *, strides: Ints, padding: Pairs, groups: int = 1) -> jax.Array:
@@ -59,9 +61,9 @@ def _conv_per_tap(x: jax.Array, kernel: jax.Array, strides: Ints, padding: Pairs
 
     This avoids a bug of XLA's partitioner (jaxlib 0.10.2) if the first spatial axis is distributed over devices and the
     kernel is longer than the part on one device. The gradient of a depthwise convolution with respect to its input is
-    then too large, by a factor equal to the number of devices along the batch axis. So are the output and the gradients
-    of a dense convolution with one sample for each of these devices, if its kernel is cast or if it is in a loop
-    (``train.precision=bfloat16``, ``train.accumulate``).
+    then too large, by a factor equal to the number of devices along the batch axis. The output and the gradients of a
+    dense convolution are too large by the same factor if each of these devices has one sample, and if the kernel is
+    cast (``train.precision=bfloat16``) or the convolution is in a loop (``train.accumulate``).
     """
     pads = [(0, 0), padding[0], *[(0, 0)] * (x.ndim - 2)]
     padded = jnp.pad(x, pads)

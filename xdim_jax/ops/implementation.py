@@ -1,6 +1,7 @@
 """Selection of the implementation of the operations while a program is traced.
 
-`IMPLEMENTATIONS` has the names of the implementations. ``config.train.ops`` can be any of them except ``sharded``.
+`IMPLEMENTATIONS` has the names of the implementations. ``config.train.ops`` can be any of them except ``sharded``;
+its ``auto`` measures them on GPUs and TPUs (`xdim_jax.training.choose_ops`).
 """
 
 import contextlib
@@ -27,8 +28,9 @@ def use_implementation(name: str) -> Iterator[None]:
         name: ``fast``; ``reference``; ``library``, which is ``reference`` except that transposed convolutions are
             matrix products; ``sharded``, for arrays whose spatial axes are distributed over several devices; or
             ``auto``, which is ``fast`` on CPU and ``library`` elsewhere. ``sharded`` is ``library`` with two
-            exceptions: operations for which XLA gathers whole arrays on each device, and depthwise convolutions, whose
-            gradient is wrong with XLA's partitioner.
+            exceptions: 1x1 and transposed convolutions have no reshapes for which XLA would gather whole arrays on each
+            device; and depthwise convolutions, and dense ones along a short first axis, are computed per tap, because
+            XLA's partitioner computes wrong values for them.
 
     Raises:
         ValueError: The name is unknown.
@@ -72,9 +74,11 @@ def describe_implementation(name: str = "auto") -> str:
     """Describe the implementation of a program's operations on this platform, in one line for the log."""
     with use_implementation(name):
         fast = active_implementation() == "fast"
-    own = "dense convolutions by Winograd's algorithm or in 2D, depthwise convolutions as shifted sums, matrix products"
+    own = (
+        "dense convolutions by Winograd's algorithm or in 2D, depthwise as shifted sums, transposed as matrix products"
+    )
     convolution = own if fast else "convolutions of XLA"
-    library = "; threads of Eigen" if compiler_options() else ""
+    library = "; XLA's own convolutions use the threads of Eigen" if compiler_options() else ""
     reason = "requested" if name != "auto" else jax.default_backend()
     shown = ("fast" if fast else "library") if name == "auto" else name
     return f"{shown} ({reason}): {convolution}{library}"
@@ -103,7 +107,7 @@ def count_use(implementation: str) -> None:
 
 
 def active_implementation() -> str:
-    """Return the implementation of convolutions in a program that is traced now: ``fast`` or ``reference``."""
+    """Return the implementation of convolutions and norms in a program that is traced: ``fast`` or ``reference``."""
     name = _requested.get()
     if name == "auto":
         return "fast" if jax.default_backend() == "cpu" else "reference"

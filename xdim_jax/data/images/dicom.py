@@ -19,11 +19,13 @@ from xdim_jax.data.images.names import natural_key
 
 # relative deviations of the distance between two slices from the median slice spacing
 _UNEVEN = 0.1  # a larger deviation is a warning
-# the series has an error, because for example a slice is missing, if this is exceeded by the deviation from the median,
-# by the relative difference between the largest and the smallest distance, or by the distance of a slice, in slice
-# spacings, from its position in the volume, whose slice spacing is constant
+# In a volume, the slice spacing is constant. The offset of a slice is its distance from its place in the volume, in
+# slice spacings.
+_ROUNDING = 0.22  # smaller offsets can be rounding errors of the header
+# A larger offset is an error. If an offset is above _ROUNDING, it is also an error, such as a missing slice, if the
+# distance of two slices deviates from the median by more than this fraction, or if the largest distance exceeds the
+# smallest one by more than this fraction.
 _GAP = 0.5
-_ROUNDING = 0.22  # smaller distances from these positions, in slice spacings, can be rounding errors of the header
 _THICK = 1.75  # a slice thickness outside of 1 / _THICK to _THICK times the slice spacing is reported
 _TILT = (
     1.0  # a larger angle in degrees between the normal of the slices and the line through their positions is reported
@@ -49,7 +51,7 @@ class Slice:
 
     @property
     def name(self) -> str:
-        """Name of the file, and for a further frame of a file its number from 1."""
+        """Name of the file; for the second and later frames also the number of the frame, from 1."""
         return f"{self.path.name}, frame {self.frame + 1}" if self.frame else self.path.name
 
     @property
@@ -249,7 +251,7 @@ def _plane_problems(slices: Sequence[Slice]) -> list[Problem]:
 
 
 def _frame(s: Slice) -> str:
-    """Return the number of a further frame for a message about its file; empty for the first or only one."""
+    """Return the number of the frame as text for a message about its file; empty for the first or only frame."""
     return f" in frame {s.frame + 1}" if s.frame else ""
 
 
@@ -295,8 +297,8 @@ def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
                 Problem(
                     "slice_gap",
                     path,
-                    found=f"is{where} {abs(step):.2f} mm from {previous}, but the median slice spacing is {usual:.2f} "
-                    "mm",
+                    found=f"has{where} a distance of {abs(step):.2f} mm to {previous}, but the median slice spacing is "
+                    f"{usual:.2f} mm",
                     expected="a constant slice spacing",
                     suggestion="download the missing slice, or resample the series",
                     severity=ERROR if misplaced and (uneven or abs(abs(step) - usual) > _GAP * usual) else WARNING,
@@ -308,8 +310,8 @@ def _step_problems(slices: Sequence[Slice]) -> list[Problem]:
             Problem(
                 "slice_gap",
                 s.path,
-                found=f"is{_frame(s)} {offsets[farthest]:.2f} mm from its position in a volume with a constant slice "
-                f"spacing, which would be {spacing:.2f} mm",
+                found=f"has{_frame(s)} a distance of {offsets[farthest]:.2f} mm to the place that it would have with a "
+                f"constant slice spacing of {spacing:.2f} mm",
                 expected="a constant slice spacing",
                 suggestion="resample the series",
             )

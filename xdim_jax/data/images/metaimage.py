@@ -7,7 +7,7 @@ import numpy as np
 
 from xdim_jax.data.images.grid import Axes, Grid, make_grid
 
-_HEADER_LINES = 200  # in which ElementDataFile is searched
+_HEADER_LINES = 200  # number of lines at the start of a file that are searched for ElementDataFile
 SUFFIXES = (".mhd", ".mha", ".nrrd")
 
 
@@ -58,7 +58,7 @@ def load_grid(path: Path, axes: Axes) -> Grid:
 
 
 def voxel_type(path: Path) -> tuple[np.dtype, int]:
-    """Return the dtype of the array from `load`, and its peak memory in bytes per voxel, with the copy of ITK."""
+    """Return the dtype of the array from `load`, and its peak memory in bytes per voxel, including ITK's copy."""
     import SimpleITK as sitk
 
     dtype = sitk.GetArrayViewFromImage(sitk.Image([1] * 2, _read_header(path).GetPixelID())).dtype

@@ -2,8 +2,8 @@
 
 File names have no meaning, and can have any suffix or none. Files are grouped by PatientID, StudyInstanceUID and
 SeriesInstanceUID, and sorted by ImagePositionPatient along the normal of the slices. A file with several frames is a
-series of its own. Localizers, secondary captures, segmentations and reports are omitted. A single slice is omitted if
-there are also larger series.
+series of its own. Localizers, secondary captures, segmentations and reports are omitted. A single slice of CT, MR or
+PET is omitted if its study also has larger series.
 """
 
 import dataclasses
@@ -85,9 +85,9 @@ class Found:
     """The DICOM series among some files.
 
     Attributes:
-        series: The series, sorted by name. A series has an error if a damaged file is in its folder and no file of
-            another series is, because the damaged file is probably one of its slices. It has a warning if files of
-            other series are there as well.
+        series: The series, sorted by name. A series has an error if it is the only series in a folder with a
+            damaged file, because this file is probably one of its slices. If the folder has other series as well, they
+            all have a warning instead.
         left_out: Files that belong to no series and are no images of patients, with the reason. Files that are known to
             accompany images, and files of other image formats, are not listed.
         damaged: Files that are probably images, but cannot be read, with the reason.
@@ -172,7 +172,7 @@ def _is_image(uid: str) -> bool:
 
 
 def _mark_incomplete(series: Sequence[Series], damaged: Mapping[Path, str]) -> list[Series]:
-    """Add an error to every series that is alone in a folder with damaged files, and a warning to the other series."""
+    """Add a problem to every series in a folder with damaged files: an error if it is alone there, else a warning."""
     folders = Counter(folder for s in series for folder in {path.parent for path in s.files})
     marked = []
     for s in series:

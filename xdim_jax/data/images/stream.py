@@ -34,8 +34,8 @@ def stream_volume(
     """Create a file of zeros, and yield a function ``write(index, values)`` that assigns parts of its array.
 
     The array is ``(D, H, W)``, or ``(D, H, W, channels)`` if there are channels. The file is complete when the context
-    ends. On the grid of a file with two axes, a file without channels has two axes too, like a label map. With channels
-    it has four, because channels are along the fourth axis; read it with ``axes="stored"``.
+    ends. If the grid is that of a file with two axes, a file without channels has two axes as well. With channels it
+    has four, because channels are along the fourth axis; read it with ``axes="stored"``.
 
     Args:
         path: Name of the file: ``.nii`` for float32 values; ``.nii.gz`` for values of 0 to ``maximum``, which are

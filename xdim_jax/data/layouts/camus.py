@@ -46,8 +46,8 @@ def dataset(
     Args:
         views: Some of 2CH and 4CH.
         instants: Some of ED, ES and half_sequence.
-        quality: Some of Good, Medium and Poor. Images of other qualities are not used for training and validation;
-            unless all three are given, neither are images of unknown quality. For prediction, all images are used.
+        quality: Some of Good, Medium and Poor. For training and validation, only images of these qualities are used;
+            images of unknown quality only if all three are given. For prediction, all images are used.
 
     Raises:
         UserError: A view, instant or quality is unknown.

@@ -228,7 +228,8 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
         values = sorted({int(v) for vs in sets.values() for v in vs} | {0})
         if len(values) > IGNORE:
             raise ValueError(f"{len(values) - 1} structures, but at most {IGNORE - 1} are possible")
-        Regions({n: tuple(map(int, vs)) for n, vs in sets.items() if vs != (0,)})  # its errors name values
+        # checked with label values first, so that error messages contain values and not indices
+        Regions({n: tuple(map(int, vs)) for n, vs in sets.items() if vs != (0,)})
         names = {vs[0]: n for n, vs in sets.items() if len(vs) == 1}
         structures = tuple(names.get(v, "background" if v == 0 else f"label {v}") for v in values)
         index = {value: i for i, value in enumerate(values)}
@@ -237,7 +238,8 @@ def _read_labels(path: Path, labels: Any) -> tuple[Labels, Regions]:
         raise _json_error(
             path,
             found=f"has labels that cannot be used ({error})",
-            expected="integers from 0 to 65535, and regions that are nested or disjoint, each with one own label",
+            expected="integers from 0 to 65535, and regions that are nested or disjoint, each with exactly one label "
+            "that is in no region inside it",
             suggestion="correct them",
         ) from error
     return Labels(path.parent.absolute().name, structures, tuple(values), ignore=ignored), regions
@@ -323,7 +325,7 @@ def _scan(root: Path, description: Description, need_labels: bool, one_file_per_
 
 
 def _ending(folder: Path, name: str) -> Problem:
-    """Return the problem of a case id with an ending that evaluation removes, so that it would not find the case."""
+    """Return the problem of a case id whose ending evaluation removes: it would not find the case."""
     return Problem(
         "wrong_convention",
         folder / name,

@@ -9,7 +9,7 @@ Columns of ``cases.csv``:
     case        optional: id of the case; default: name of the image file without suffix and ``_0000``
     patient     optional: name of the patient; all cases of a patient are in the same fold; default: the case
     fold        optional: number (from 0) of the fold that validates on the case; for config.data.split=official
-    annotated   optional: annotated structures, separated by ``|``, or ``none``; empty: as in ``dataset.json``, or all
+    annotated   optional: annotated regions, separated by ``|``, or ``none``; empty: as in ``dataset.json``, or all
 
 Paths are relative to the folder of the table. ``dataset.json`` is that of nnU-Net's raw format (`nnunet`). Its keys
 ``channel_names`` (or ``modality``), ``labels`` and ``annotated`` are used; ``file_ending`` and ``training`` must be
@@ -61,7 +61,7 @@ def dataset(root: Path | str) -> Dataset:
         case, names = next(iter(wrong.items()))
         raise _error(
             root / TABLE_FILE,
-            found=f"has {len(wrong)} rows with unknown structures in the column annotated ({case}: {shorten(names)})",
+            found=f"has {len(wrong)} rows with unknown regions in the column annotated ({case}: {shorten(names)})",
             expected=f"some of {', '.join(sorted(known))}, separated by |, or none",
             suggestion="correct them",
         )
@@ -167,7 +167,7 @@ def case_id(row: Row) -> str:
 
 
 def _annotated(text: str) -> tuple[str, ...]:
-    """Return the structures in the column ``annotated``."""
+    """Return the regions in the column ``annotated``."""
     return () if text == "none" else tuple(name.strip() for name in text.split("|") if name.strip())
 
 

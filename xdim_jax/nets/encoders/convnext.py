@@ -27,7 +27,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A residual block: a depthwise 7^n convolution, a layer norm, an MLP and a factor for each channel."""
+    """A residual block: a depthwise convolution of size 7 along each axis, layer norm, MLP, a factor per channel."""
 
     def __init__(self, channels: int, *, style: Style, drop_path: float, rngs: nnx.Rngs):
         self.conv_dw = Conv(channels, channels, 7, style=style, depthwise=True, bias=True, norm="norm", rngs=rngs)
@@ -41,7 +41,7 @@ class Block(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """A layer norm and a 2^n convolution of stride 2 (not in the first stage), then the blocks."""
+    """A layer norm and a convolution as long as its strides (not in the first stage), then the blocks."""
 
     def __init__(
         self,
