@@ -91,7 +91,7 @@ def get_config(variants: Variants) -> Any:
     config.init = ConfigDict(
         {
             "weights": "",  # "": random; else a timm name, a *.pypi name, a file of weight_port, or a workdir
-            # True: the file and the network must have the same arrays; False: others stay random, and the log lists them
+            # True: the file and the network must have the same arrays; False: others stay random, as the log says
             "require": True,
             "part": "all",  # part of a network's weights to use: all, or encoder
             "inflate": "mean",  # inflation rule for a 2D encoder in a 3D network (nets/inflate.py); paper: repeat

@@ -43,9 +43,9 @@ MOMENTS = ("", "data ", "compile    train step ...", "step ", "step ", "step ", 
 _DELAY = 1.5
 
 
-def command(workdir: Path, root: Path) -> list[str]:
+def command(module: str, workdir: Path, root: Path) -> list[str]:
     """The training command."""
-    main = [sys.executable, "-m", "xdim_jax.train", f"--config={RECIPE}", f"--workdir={workdir}"]
+    main = [sys.executable, "-m", module, f"--config={RECIPE}", f"--workdir={workdir}"]
     return [*main, *OPTIONS, f"--config.data.root={root}"]
 
 
@@ -99,7 +99,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--folder", type=Path, required=True, help="for data and runs; made anew")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true", help="train a network of one convolution: quicker")
     options = parser.parse_args()
+    module = "tests.packed_runs" if options.small else "xdim_jax.train"
     shutil.rmtree(options.folder, ignore_errors=True)
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     root = options.folder / "data"
@@ -107,7 +109,7 @@ def main() -> int:
     subprocess.run([sys.executable, "-m", "xdim_jax.data", *phantom], cwd=REPO, env=environment, check=True)
     straight = options.folder / "straight"
     begin = time.monotonic()
-    subprocess.run(command(straight, root), cwd=REPO, env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(module, straight, root), cwd=REPO, env=environment, check=True, stdout=subprocess.DEVNULL)
     print(f"undisturbed run: {time.monotonic() - begin:.0f} s", flush=True)
 
     chance, kills, runs, failures = random.Random(options.seed), 0, 0, 0
@@ -120,7 +122,7 @@ def main() -> int:
             else:
                 moment, skip, delay = chance.choice(MOMENTS), chance.randrange(6), chance.uniform(0, _DELAY)
                 skip = skip if moment == "step " else 0
-            if run_and_kill(command(workdir, root), environment, moment, skip, delay) is not None:
+            if run_and_kill(command(module, workdir, root), environment, moment, skip, delay) is not None:
                 break
             kills, killed = kills + 1, killed + 1
             moments[moment.strip() or "start"] += 1

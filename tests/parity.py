@@ -90,21 +90,21 @@ def b0(case, **options):
 CASES = {
     "omnianet": lambda: unet_case("omnianet"),
     "omnianet timm instance": lambda: unet_case("omnianet", convention="timm", norm="instance"),
-    "omnianet transposed silu": lambda: unet_case("omnianet", upsampling="transposed", activation="silu"),
+    "omnianet lite transposed silu": lambda: unet_case(
+        "omnianet", encoder="lite_toy", convention="timm", upsampling="transposed", activation="silu"
+    ),
     "dxnet": lambda: unet_case("dxnet", norm="instance"),
     "dxnet timm noaffine": lambda: unet_case("dxnet", convention="timm", norm="instance_noaffine"),
-    "dxnet batch nearest relu": lambda: unet_case("dxnet", upsampling="nearest", activation="relu"),
+    "dxnet lite batch nearest relu": lambda: unet_case(
+        "dxnet", encoder="lite_toy", upsampling="nearest", activation="relu"
+    ),
     "dsnet 128": lambda: ds_case(128),
-    "dsnet 97 timm batch 2": lambda: ds_case(97, 2, convention="timm"),
+    "dsnet lite 97 timm batch 2": lambda: ds_case(97, 2, encoder="lite_toy", convention="timm"),
     "dsnet 144 paper affine": lambda: ds_case(
         144, decoder="nearest", affine=True, upsampling="nearest", activation="relu", full_resolution=True
     ),
 }
 SLOW_CASES = {
-    "omnianet lite": lambda: unet_case("omnianet", encoder="lite_toy", convention="timm"),
-    "dxnet lite": lambda: unet_case("dxnet", encoder="lite_toy", convention="timm", norm="instance"),
-    "dsnet lite": lambda: ds_case(97, encoder="lite_toy", convention="timm"),
     "omnianet b0": b0(lambda **o: unet_case("omnianet", **o)),
     "dxnet b0": b0(lambda **o: (*unet_case("dxnet", norm="instance", **o)[:2], (1, 64, 64, 64, 4))),
-    "dsnet b0": b0(lambda **o: ds_case(97, **o)),
 }

@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 
 from xdim_jax.base.signals import REQUEUE, catch_signals
-from xdim_jax.sweeps import optuna_study as studies
-from xdim_jax.sweeps.worker import Job, run_worker
 
 EPOCHS = 5
 
@@ -57,6 +55,10 @@ def main(argv):
     """Train the toy, or run a worker."""
     if argv[0] == "train":
         return train(argv[1:])
+    # not needed for training, and slow to import
+    from xdim_jax.sweeps import optuna_study as studies
+    from xdim_jax.sweeps.worker import Job, run_worker
+
     storage, root, trials, *pruner = argv[1:]
     study = studies.open_study(
         studies.open_storage(storage), "toy", pruner=studies.make_pruner(*(pruner or ["none"]), warmup=1)

@@ -163,8 +163,22 @@ def print_layouts(network, overrides, layouts):
     print(json.dumps(result))
 
 
-def run_python(code, *, devices=8, x64=False, timeout=280):
-    """The last line that the code prints, in a process with so many CPU devices."""
+@pytest.fixture(scope="module")
+def printed():
+    """What the functions below print in one process with eight devices: call -> content of the line."""
+    calls = [
+        *(f"print_depthwise{case}" for case in DEPTHWISE),
+        *(f"print_dense{case}" for case in DENSE),
+        "print_norms()",
+        f"print_refusals({LAYOUTS!r})",
+    ]
+    code = "from tests import test_devices as t\nimport json\n"
+    code += "".join(f"t.{call}\n" for call in calls)
+    return dict(zip(calls, run_python(code, lines=len(calls)), strict=True))
+
+
+def run_python(code, *, devices=8, x64=False, timeout=280, lines=0):
+    """The last line that the code prints, in a process with so many CPU devices; or the last ``lines`` in a list."""
     environment = os.environ | {
         "XLA_FLAGS": device_flags(devices),
         "JAX_PLATFORMS": "cpu",
@@ -175,7 +189,8 @@ def run_python(code, *, devices=8, x64=False, timeout=280):
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    found = [json.loads(line) for line in done.stdout.splitlines()[-max(lines, 1) :]]
+    return found if lines else found[0]
 
 
 def compare_layouts(network, overrides, layouts, timeout=280):
@@ -191,26 +206,17 @@ def compare_layouts(network, overrides, layouts, timeout=280):
 
 @pytest.mark.slow
 def test_omnianet_on_a_mesh_and_under_pmap_computes_what_one_device_does():
-    """Batch norm; the samples, which differ greatly, lie on different devices: statistics are of the whole batch."""
-    compare_layouts("omnianet", ["data.batch=4"], [(2, 2, "jit"), (1, 4, "jit"), (4, 1, "pmap")])
+    """Batch norm; the samples, which differ greatly, lie on different devices: statistics are of the whole batch.
 
-
-@pytest.mark.slow
-def test_two_lines_a_device_at_the_coarsest_level():
-    compare_layouts("omnianet", ["data.batch=4", "data.patch=(128,32)"], [(2, 2, "jit")])
+    A device has two rows at the coarsest level of the mesh.
+    """
+    compare_layouts("omnianet", ["data.batch=4", "data.patch=(128,32)"], [(2, 2, "jit"), (4, 1, "pmap")])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize(
-    ("network", "overrides", "layouts"),
-    [
-        ("dxnet", ["data.batch=4", "model.deep_supervision=True"], [(2, 2, "jit")]),
-        ("dxnet", ["data.batch=4", "model.norm=batch"], [(4, 1, "pmap")]),
-    ],
-)
-def test_every_layout_computes_what_one_device_does(network, overrides, layouts):
-    compare_layouts(network, overrides, layouts, timeout=650)
+def test_dxnet_on_a_mesh_computes_what_one_device_does():
+    compare_layouts("dxnet", ["data.batch=4", "model.deep_supervision=True"], [(2, 2, "jit")], timeout=650)
 
 
 def print_depthwise(data, space, depth, side):
@@ -235,17 +241,12 @@ def print_depthwise(data, space, depth, side):
     print(json.dumps(differences(found, expected)))
 
 
-@pytest.mark.parametrize(
-    ("data", "space", "depth", "side"),
-    [
-        (2, 2, 8, 1),
-        (1, 2, 4, 1),
-        (2, 4, 8, 2),
-        (2, 2, 4, 1),
-    ],
-)
-def test_a_depthwise_convolution_spread_over_both_axes_has_the_right_gradients(data, space, depth, side):
-    found = run_python(f"from tests import test_devices as t; t.print_depthwise({data}, {space}, {depth}, {side})")
+DEPTHWISE = [(2, 2, 8, 1), (1, 2, 4, 1), (2, 4, 8, 2), (2, 2, 4, 1)]  # data, space, depth, side
+
+
+@pytest.mark.parametrize("case", DEPTHWISE)
+def test_a_depthwise_convolution_spread_over_both_axes_has_the_right_gradients(case, printed):
+    found = printed[f"print_depthwise{case}"]
     assert set(found) == {"y", "dx", "dkernel"} and max(found.values()) < 1e-5, found
 
 
@@ -279,10 +280,13 @@ def print_dense(cast, taps, stride):
     print(json.dumps(differences(found, expected)))
 
 
-@pytest.mark.parametrize(("cast", "taps", "stride"), [(True, 3, 1), (False, 3, 1), (True, 3, 2), (True, 7, 2)])
-def test_a_dense_convolution_with_one_plane_on_a_device_is_that_of_one_device(cast, taps, stride):
-    found = run_python(f"from tests import test_devices as t; t.print_dense({cast}, {taps}, {stride})")
-    assert set(found) == {"y", "dx", "dkernel"} and max(found.values()) < (0.05 if cast else 1e-5), found
+DENSE = [(True, 3, 1), (False, 3, 1), (True, 3, 2), (True, 7, 2)]  # cast, taps, stride
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_a_dense_convolution_with_one_plane_on_a_device_is_that_of_one_device(case, printed):
+    found = printed[f"print_dense{case}"]
+    assert set(found) == {"y", "dx", "dkernel"} and max(found.values()) < (0.05 if case[0] else 1e-5), found
 
 
 def print_norms():
@@ -313,8 +317,8 @@ def print_norms():
     print(json.dumps(result))
 
 
-def test_batch_norm_takes_the_statistics_of_the_whole_batch_on_all_devices():
-    for found in run_python("from tests import test_devices as t; t.print_norms()", devices=4):
+def test_batch_norm_takes_the_statistics_of_the_whole_batch_on_all_devices(printed):
+    for found in printed["print_norms()"]:
         assert max(found.values()) < 1e-5, found
 
 
@@ -375,21 +379,23 @@ def print_refusals(calls):
     print(json.dumps(result))
 
 
-def test_layouts_that_do_not_fit_are_refused_with_the_numbers():
-    calls = [
-        (-1, 1, 6),
-        (-1, 3, 8),
-        (16, 1, 16),
-        (0, 1, 8),
-        (-1, 0, 8),
-        (2, 1, 6, {"accumulate": 2}),
-        (-1, 2, 8, {"parallel": "pmap"}),
-        (-1, 1, 8, {"parallel": "xmap"}),
-        (-1, 2, 8),
-        (2, 2, 6),
-        (4, 1, 8, {"accumulate": 2, "parallel": "pmap"}),
-    ]
-    found = run_python(f"from tests import test_devices as t; t.print_refusals({calls!r})")
+LAYOUTS = [
+    (-1, 1, 6),
+    (-1, 3, 8),
+    (16, 1, 16),
+    (0, 1, 8),
+    (-1, 0, 8),
+    (2, 1, 6, {"accumulate": 2}),
+    (-1, 2, 8, {"parallel": "pmap"}),
+    (-1, 1, 8, {"parallel": "xmap"}),
+    (-1, 2, 8),
+    (2, 2, 6),
+    (4, 1, 8, {"accumulate": 2, "parallel": "pmap"}),
+]
+
+
+def test_layouts_that_do_not_fit_are_refused_with_the_numbers(printed):
+    found = printed[f"print_refusals({LAYOUTS!r})"]
     words = [
         ("config.data.batch=6 ", "8 data-parallel", "--config.data.batch=8 or --config.mesh.data=6"),
         ("config.mesh.space=3 ", "8 devices"),
@@ -400,7 +406,7 @@ def test_layouts_that_do_not_fit_are_refused_with_the_numbers():
         ("config.mesh.space=2", "pmap", "--config.mesh.parallel=jit"),
         ("config.mesh.parallel='xmap'", "jit, pmap"),
     ]
-    for call, message, expected in zip(calls, found, words, strict=False):
+    for call, message, expected in zip(LAYOUTS, found, words, strict=False):
         assert all(word in message for word in expected), (call, message)
     assert found[len(words) :] == [
         [{"data": 4, "space": 2}, "jit"],
@@ -612,10 +618,13 @@ def test_the_memory_of_the_state_is_used_again():
 # -- precision ----------------------------------------------------------------------------------------------------
 
 
+PLAIN = ["data.patch=(32,32)", "model.encoder.drop_path=0.6", "model.deep_supervision=True"]
+
+
 @pytest.fixture(scope="module")
 def plain():
-    """Config, batch, state and results of an ordinary step of Omnia-Net with stochastic depth."""
-    config, dataset = configured("omnianet", "data.patch=(32,32)", "model.encoder.drop_path=0.6")
+    """Config, batch, state and results of an ordinary step of Omnia-Net with stochastic depth and deep supervision."""
+    config, dataset = configured("omnianet", *PLAIN)
     made, state = make_step(config, dataset)
     batch = make_batch(config, 2)
     results = numbers(*jax.jit(made)(state, batch, jax.random.key(0)))
@@ -711,21 +720,13 @@ def check_remat(network, overrides, names, expected=None):
 @pytest.mark.xdist_group("plain")
 def test_recomputing_all_of_omnianet_changes_no_number(plain):
     """The recomputation draws the same stochastic depth, which here decides much of the result."""
-    overrides = ["data.patch=(32,32)", "model.encoder.drop_path=0.6"]
-    check_remat("omnianet", overrides, "*", plain[-1])
-
-
-EVERY = [
-    ("dxnet", ["model.norm=batch", "model.encoder.drop_path=0.6"], "*"),
-    ("dxnet", ["model.deep_supervision=True"], "encoder,decoder1,decoder4"),
-    ("dsnet", ["model.inner.encoder.drop_path=0.6"], "*"),
-]
+    check_remat("omnianet", PLAIN, "*", plain[-1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("network", "overrides", "names"), EVERY)
-def test_recomputing_stages_changes_no_number(network, overrides, names):
-    check_remat(network, overrides, names)
+def test_recomputing_all_of_dsnet_changes_no_number():
+    """Its stages are nested: those of the inner network are inside one of them. DX-Net has the code of Omnia-Net."""
+    check_remat("dsnet", ["model.inner.encoder.drop_path=0.6"], "*")
 
 
 @pytest.mark.parametrize("network", sorted(NETWORKS))

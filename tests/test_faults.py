@@ -44,7 +44,6 @@ FAULTS = {
     "full in the best weights": (90, 0, errno.ENOSPC),
     "full in the records": (120, 0, errno.ENOSPC),
     "one error late": (150, 1, errno.EIO),
-    "full late": (180, 0, errno.ENOSPC),
     "quota": (170, 0, errno.EDQUOT),
 }
 

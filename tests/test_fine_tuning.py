@@ -1,6 +1,7 @@
 """A trained network as the start for other channels, other structures and other depth strides."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -35,7 +36,14 @@ def with_depth(section, **changes):
 
 
 def forward_of(section):
-    graphdef, params, stats = split_model(networks.build(section, seed=5))
+    """The forward function, parameters and statistics of a network; each network is built and compiled once."""
+    forward, *trees = _forward_of(json.dumps(section, sort_keys=True))
+    return forward, *jax.tree.map(lambda a: a, trees)
+
+
+@functools.cache
+def _forward_of(text):
+    graphdef, params, stats = split_model(networks.build(json.loads(text), seed=5))
     return jax.jit(make_forward(graphdef, jnp.float32)), params, stats
 
 

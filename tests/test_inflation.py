@@ -190,9 +190,7 @@ def test_the_new_axis_may_be_any(rule, axis):
     [
         ("resnet18", "mean", "renorm"),
         ("efficientnet_lite_toy", "repeat", "edge"),
-        pytest.param("efficientnet_lite0", "mean", "renorm", marks=pytest.mark.slow),
         pytest.param("resnet50", "repeat", "edge", marks=pytest.mark.slow),
-        pytest.param("vgg16_bn", "repeat", "renorm", marks=pytest.mark.slow),
         pytest.param("convnext_tiny", "mean", "renorm", marks=pytest.mark.slow),
         pytest.param("convnext_tiny", "centre", "zero", marks=pytest.mark.slow),
     ],
@@ -269,8 +267,8 @@ def test_centre_without_depth_strides_is_the_2d_network_on_every_slice(name):
     flat = make_encoder(name)
     volume = np.random.default_rng(0).normal(size=(1, 3, 64, 32, 3))
     deep = features(inflated(flat, "centre", squeeze="slice", strides=(1,) * 5), volume)
-    for d in range(3):
-        assert worst_slice(features(flat, volume[:, d]), [f[:, d : d + 1] for f in deep], 0) < EXACT
+    for found, expected in zip(deep, features(flat, volume[0]), strict=True):  # the slices are a batch
+        assert relative(found[0], expected) < EXACT
     if name == "efficientnet_toy":
         pooled = features(inflated(flat, "centre", squeeze="volume", strides=(1,) * 5), volume)
         assert relative(pooled[-1], deep[-1]) > 1e-3
@@ -443,9 +441,8 @@ def test_a_whole_network_on_any_volume_slice_by_slice(axis):
     volume = np.moveaxis(volume, 1, axis + 1)
     deep, _ = inflate_network(flat, {"axis": axis, "strides": (1,) * 5, "squeeze": "slice"}, Inflation("centre"))
     logits = np.asarray(make_model(deep, "test")(volume))
-    for d in range(5):
-        expected = np.asarray(make_model(flat, "test")(np.take(volume, d, axis + 1)))
-        assert relative(np.take(logits, d, axis + 1), expected) < EXACT
+    expected = np.asarray(make_model(flat, "test")(np.moveaxis(volume[0], axis, 0)))  # the slices are a batch
+    assert relative(np.moveaxis(logits[0], axis, 0), expected) < EXACT
 
 
 def test_only_a_whole_omnianet_inflates():

@@ -224,6 +224,11 @@ TABLE = {
         "--rules=generic --metrics=dise --pred={labels} --ref={labels} --out={new}",
         ["dise", "dice"],
     ),
+    "predictions in no format": (
+        "evaluate",
+        f"{RULES} --pred={{empty}} --ref={{labels}} --out={{new}}",
+        ["no label map in"],
+    ),
     "nothing to evaluate": ("evaluate", f"{RULES} --pred={{labels}}", ["--ref and --out missing"]),
     "scores that are none": ("report", "--eval={empty} --out={new}.html", ["summary.json does not exist"]),
     "nothing to compare": ("compare", "{empty} {empty} --metrics=dice", ["does not exist"]),

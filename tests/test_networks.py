@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.conftest import TOY_MODEL, toy_model
+from tests.conftest import TOY_MODEL
 from tests.parity import ds_case, timm, unet_case
 from weight_port import authors
 from xdim_jax import ops
@@ -241,12 +241,16 @@ def test_dxnet_gives_logits_at_full_resolution():
 
 
 @pytest.mark.slow
-def test_dxnet_is_the_same_function_in_both_forms():
-    """float64, so that only the order of sums may differ: logits and every gradient, in training mode."""
+def test_a_network_is_the_same_function_in_both_forms():
+    """float64, so that only the order of sums may differ: logits and every gradient, in training mode.
+
+    In 3D, `test_doctor` compares a step of DX-Net, `test_parity` the fast form with PyTorch, `test_ops` the operations.
+    """
+    section, _, shape = unet_case("omnianet", upsampling="transposed", activation="silu", norm="instance")
     with jax.enable_x64(True):
-        graphdef, params, stats = split_model(networks.build(toy_model(drop_path=0.0), seed=0))
+        graphdef, params, stats = split_model(networks.build(section, seed=0))
         params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
-        x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64, 64, 32, 4)))
+        x = jnp.asarray(np.random.default_rng(0).normal(size=shape))
 
         def loss(params):
             model = nnx.merge(graphdef, params, stats)

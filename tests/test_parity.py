@@ -124,14 +124,12 @@ def features_of(model, name, image, *, training):
 
 # B0 and B4, which the paper uses, and one member of each other kind of block are compared in full; of the other members
 # names and shapes (tests/test_port.py) and the first stages
-DEFAULT = [("tf_efficientnet_b0", (64, 96))]
+DEFAULT = [("tf_efficientnet_b0", (63, 96))]
 SLOW = [
     ("efficientnet_b0", (65, 64)),
-    ("tf_efficientnet_b0", (63, 65)),
     ("tf_efficientnet_b4", (65, 71)),
     ("tf_efficientnet_lite0", (63, 65)),
     ("efficientnet_lite0", (64, 71)),
-    ("tf_efficientnet_lite4", (65, 64)),
     ("resnet18", (64, 65)),
     ("resnet50", (64, 64)),
     ("vgg16_bn", (64, 64)),
@@ -139,15 +137,22 @@ SLOW = [
 ]
 
 
+_BOTH = (np.float64, np.float32)
+_ALSO_FLOAT32 = ("tf_efficientnet_b0", "tf_efficientnet_b4")
+
+
 @pytest.mark.parametrize(
     ("architecture", "size"), [*DEFAULT, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
 def test_encoder_is_timms(architecture, size):
-    """Five features in evaluation and training mode, and the running statistics after one step."""
+    """Five features in evaluation and training mode, and the running statistics after one step.
+
+    Rounding errors in float32 are compared for B0 and B4.
+    """
     image = np.random.default_rng(0).normal(size=(2, *size, 3))
     reference, results = timm_model(architecture), {}
     start = {n: t.clone() for n, t in reference.state_dict().items()}
-    for dtype in (np.float64, np.float32):
+    for dtype in _BOTH if architecture in _ALSO_FLOAT32 else _BOTH[:1]:
         tensor_type = torch.float64 if dtype is np.float64 else torch.float32
         with jax.enable_x64(dtype is np.float64):
             model = reference.to(tensor_type)
@@ -159,25 +164,27 @@ def test_encoder_is_timms(architecture, size):
                 mine = ours.train(x) if training else (ours.evaluate(x), theirs[1])
                 results[dtype, training] = (mine, theirs)
     for training in (False, True):
-        (mine64, theirs64), (mine32, theirs32) = results[np.float64, training], results[np.float32, training]
+        (mine64, theirs64), (mine32, theirs32) = (results.get((t, training), (None, None)) for t in _BOTH)
         for level, exact in enumerate(theirs64[0]):
             if exact is None:
                 assert mine64[0][level] is None
                 continue
             assert exact.dtype == mine64[0][level].dtype == np.float64
             assert relative(mine64[0][level], exact) < EXACT, f"feature {level}, training {training}"
-            bound = 10 * relative(theirs32[0][level], exact)
-            assert relative(mine32[0][level], exact) <= bound, f"feature {level}, training {training}, float32"
+            if mine32:
+                bound = 10 * relative(theirs32[0][level], exact)
+                assert relative(mine32[0][level], exact) <= bound, f"feature {level}, training {training}, float32"
         if training and mine64[1]:  # ours hold the layers that features pass; timm's head has statistics too
             for leaf, value in mine64[1].items():
                 assert relative(value, theirs64[1][leaf]) < EXACT, leaf
                 assert not np.array_equal(value, start[leaf].numpy()), f"{leaf} was not updated"
-            worst = [max(relative(run[1][n], theirs64[1][n]) for n in mine64[1]) for run in (mine32, theirs32)]
-            assert worst[0] <= 10 * worst[1]
+            if mine32:
+                worst = [max(relative(run[1][n], theirs64[1][n]) for n in mine64[1]) for run in (mine32, theirs32)]
+                assert worst[0] <= 10 * worst[1]
 
 
 FIRST = ["tf_efficientnet_b1", "tf_efficientnet_lite0", "resnet18", "convnext_tiny"]
-SLOW_FIRST = [*(f"tf_efficientnet_b{i}" for i in (2, 3, 5, 6, 7)), *(f"tf_efficientnet_lite{i}" for i in (1, 2, 3))]
+SLOW_FIRST = [*(f"tf_efficientnet_b{i}" for i in (2, 3, 5, 6, 7)), *(f"tf_efficientnet_lite{i}" for i in (1, 2, 3, 4))]
 SLOW_FIRST += ["efficientnet_b4", "resnet34", "vgg19_bn"]
 
 
@@ -257,6 +264,7 @@ def vanishing(exact):
 
 
 QUICK_CASES = ("omnianet",)
+ALSO_FLOAT32 = ("omnianet", "dxnet", "dsnet 128")
 
 
 def marked(values, quick):
@@ -273,21 +281,24 @@ def test_network_is_its_twin(case):
     section, reference, shape = (CASES | SLOW_CASES)[case]()
     twins.randomise(reference, 0)
     start = {n: t.clone() for n, t in reference.state_dict().items()}
+    if case not in ALSO_FLOAT32:
+        compare_with_twin(section, reference, start, shape, {}, seed=0, dtypes=_BOTH[:1])
+        return
     errors, ours = [], {}
     while not errors or min(errors)[0] > 10 * min(theirs for _, theirs in errors):
         assert len(errors) < 3, f"errors of ours and of PyTorch: {errors}"
-        errors.append(gradient_errors(section, reference, start, shape, ours, seed=len(errors)))
+        errors.append(compare_with_twin(section, reference, start, shape, ours, seed=len(errors), dtypes=_BOTH))
 
 
-def gradient_errors(section, reference, start, shape, built, seed):
-    """The errors of the float32 gradients of one image, ours and PyTorch's, after all else has been compared.
+def compare_with_twin(section, reference, start, shape, built, *, seed, dtypes):
+    """Compare all; return the errors of the float32 gradients of one image, ours and PyTorch's, without a comparison.
 
-    ``built`` keeps our network of each dtype for the next image.
+    ``built`` keeps our network of each dtype for the next image. Without float32 among ``dtypes``, return None.
     """
     rng = np.random.default_rng(seed)
     image, cotangents = rng.normal(size=shape), rng.normal(size=(*shape[:-1], 3))
     runs = {}
-    for dtype in (np.float64, np.float32):
+    for dtype in dtypes:
         with jax.enable_x64(dtype is np.float64):
             twin = reference.to(torch.float64 if dtype is np.float64 else torch.float32)
             twin.load_state_dict(start)
@@ -311,15 +322,17 @@ def gradient_errors(section, reference, start, shape, built, seed):
     assert set(stats64) == {n for n in exact_stats if "norm_head" not in n}
     if stats64:
         assert worst(stats64, exact_stats, stats64) < EXACT
+    if np.float32 not in runs:
+        return None
     (eval32, logits32, grads32, _), (their_eval, their_logits, their_grads, _) = runs[np.float32]
     assert relative(eval32, exact_eval) <= 10 * relative(their_eval, exact_eval)
     assert relative(logits32, exact_logits) <= 10 * relative(their_logits, exact_logits)
     return worst(grads32, exact_grads, leaves), worst(their_grads, exact_grads, leaves)
 
 
-@pytest.mark.parametrize("depth", marked([97, 128, 144], ()))
-def test_dsnets_batch_of_two_is_two_batches_of_one(depth):
-    section, twin, shape = ds_case(depth, 2)
+@pytest.mark.slow
+def test_dsnets_batch_of_two_is_two_batches_of_one():
+    section, twin, shape = ds_case(128, 2)
     with jax.enable_x64(True):
         ours = make_ours(section, twins.randomise(twin.double(), 0))
         image = np.random.default_rng(0).normal(size=shape)

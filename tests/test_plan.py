@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.small_runs import use_three_convolutions
 from xdim_jax import plan
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
@@ -45,10 +46,10 @@ RECIPE = "configs/camus_omnianet.py:scratch"
 
 @pytest.fixture
 def quick(monkeypatch):
+    use_three_convolutions(monkeypatch.setattr)
     monkeypatch.setenv("XDIM_JAX_CACHE", "off")
 
 
-@pytest.mark.slow
 def test_the_needs_of_a_step_grow_with_its_batch(quick, tmp_path):
     """Twice the samples take twice the operations, and more memory."""
     arguments = [f"--config={RECIPE}", *TOY, "--patch=64,64", "--batch=2,4"]
@@ -65,8 +66,7 @@ def test_the_needs_of_a_step_grow_with_its_batch(quick, tmp_path):
     assert 1e6 < small["step_bytes"] < large["step_bytes"]
 
 
-@pytest.mark.slow
-def test_operations_do_not_depend_on_the_implementation():
+def test_operations_do_not_depend_on_the_implementation(quick):
     choice = needs.StepSettings((64, 64), 2, "float32", "")
     found = []
     for implementation in ("auto", "fast"):

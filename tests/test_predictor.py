@@ -247,6 +247,65 @@ def test_networks_of_the_same_data_in_other_folders_are_an_ensemble(workdir, tmp
         xdim_jax.Predictor([workdir, other])
 
 
+def write_inputs(folder, names, image):
+    """Cases in the layout of nnU-Net's imagesTs, with an affine of another voxel size."""
+    folder.mkdir()
+    for name in names:
+        for c in range(2):
+            array = nib.Nifti1Image(image[..., c].transpose(2, 1, 0), np.diag([-1.0, -1.0, 2.0, 1.0]))
+            nib.save(array, folder / f"{name}_{c:04d}.nii.gz")
+    return folder
+
+
+def test_what_is_there_already_is_skipped_and_other_settings_are_refused(workdir, image, tmp_path, capsys):
+    images, out = write_inputs(tmp_path / "images", "ab", image), tmp_path / "out"
+    command = [f"--workdir={workdir}", f"--input={images}", f"--output={out}"]
+    assert predict.main([*command, "--shard=1/2"]) == 0
+    assert {p.name for p in out.glob("*.nii.gz")} == {"b.nii.gz"}
+    stamp = (out / "b.nii.gz").stat().st_mtime_ns
+    capsys.readouterr()
+    assert predict.main(command) == 0
+    assert "skipped    1 of 2 cases" in capsys.readouterr().out and (out / "a.nii.gz").is_file()
+    assert (out / "b.nii.gz").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match=rf"(?s){re.escape(str(out))}.*--overwrite"):
+        predict.main([*command, "--overlap=0.6"])
+    # images at another place would replace the predictions of these
+    shutil.copytree(images, tmp_path / "other")
+    with pytest.raises(UserError, match="would replace it"):
+        predict.main([f"--workdir={workdir}", f"--input={tmp_path / 'other'}", f"--output={out}"])
+    # a label map whose image has changed since is predicted anew
+    os.utime(images / "a_0001.nii.gz", (1, 1))
+    assert predict.main(command) == 0
+    assert "skipped    1 of 2 cases" in capsys.readouterr().out
+    assert predict.main(command) == 0
+    assert "skipped    2 of 2 cases" in capsys.readouterr().out
+
+
+def test_an_ensemble_with_probabilities_and_uncertainty(workdir, image, tmp_path, capsys):
+    """Two runs with the same weights: the probabilities of one; mirror images differ, so there is uncertainty."""
+    shutil.copytree(workdir, tmp_path / "twin")
+    images = write_inputs(tmp_path / "images", "a", image)
+    extra = ["--probabilities", "--uncertainty"]
+    both = ["--workdir", str(workdir), str(tmp_path / "twin"), f"--input={images}", f"--output={tmp_path / 'two'}"]
+    assert predict.main([*both, *extra]) == 0
+    alone = [f"--workdir={workdir}", f"--input={images}"]
+    assert predict.main([*alone, f"--output={tmp_path / 'one'}"]) == 0
+    capsys.readouterr()
+    assert predict.main([*alone, f"--output={tmp_path / 'mirrored'}", *extra, "--flips=W"]) == 0
+    assert "flipped along W" in capsys.readouterr().out
+
+    def read(folder, kind=""):
+        found = nib.load(tmp_path / folder / kind / f"a.nii{'' if kind else '.gz'}")
+        source = nib.load(images / "a_0000.nii.gz")
+        np.testing.assert_array_equal(found.affine, source.affine)
+        assert found.shape[:3] == source.shape
+        return np.asarray(found.dataobj)
+
+    np.testing.assert_array_equal(read("two"), read("one"))
+    np.testing.assert_array_equal(read("two", "probabilities").argmax(-1), read("two"))
+    assert np.abs(read("two", "uncertainty")).max() < 1e-6 < read("mirrored", "uncertainty").max()
+
+
 def test_compressed_probabilities_are_rounded_to_16_bits(workdir, found, image, tmp_path):
     affine = np.diag([-1.0, -1.0, 2.0, 1.0])
     for c in range(2):

@@ -39,7 +39,7 @@ from tensorboardX.proto import event_pb2
 from tests import conftest
 from tests.conftest import damage_checkpoint, records, small_state
 from tests.small_runs import RECIPE, SMALL, use_pixelwise
-from xdim_jax import evaluate, train, verify_run
+from xdim_jax import evaluate, predict, train, verify_run
 from xdim_jax.base import lock, log
 from xdim_jax.base.config import load_config
 from xdim_jax.base.errors import UserError
@@ -132,15 +132,20 @@ def assert_same_end(a, b, at):
     assert [r["step"] for r in lines_of(a / "steps.jsonl")] == list(range(1, at + 1))
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(small, camus4, tmp_path):
+    with pytest.raises(UserError, match=r"not finite at step [1-9] \(last losses: "):
+        train_small(tmp_path / "run", camus4, "--config.optim.schedule.peak=1e38")
+
+
 # -- kills --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
-    """The real command; the states are read here, without verify_run."""
+    """The command with a network that compiles in seconds; the states are read here, without verify_run."""
     folder = tmp_path / "kills"
-    command = [sys.executable, "-m", "tests.kill_and_resume", "--kills=2", "--seed=1", f"--folder={folder}"]
+    command = [sys.executable, "-m", "tests.kill_and_resume", "--kills=2", "--seed=1", f"--folder={folder}", "--small"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 kills in" in done.stdout and "0 runs differ" in done.stdout
@@ -721,7 +726,7 @@ def events_of(workdir):
     return found
 
 
-def test_the_label_maps_of_the_best_validation_are_evaluated(small, straight, tmp_path, capsys):
+def test_the_label_maps_of_the_best_validation_are_evaluated(small, straight, camus4, tmp_path, capsys):
     """They are the bytes that predict writes, and evaluate --workdir predicts nothing."""
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)
@@ -739,6 +744,16 @@ def test_the_label_maps_of_the_best_validation_are_evaluated(small, straight, tm
     for name in structures:
         mean = np.mean([float(r["value"]) for r in scores if (r["structure"], r["metric"]) == (name, "dice")])
         assert mean == pytest.approx(best[f"dice_{name}"], abs=1e-9)
+    # the same with the two other commands, on the folder of the data
+    command = [f"--workdir={workdir}", f"--input={camus4}", f"--output={tmp_path / 'all'}"]
+    assert predict.main(command) == 0
+    command = ["--rules=camus", f"--pred={tmp_path / 'all'}", f"--ref={camus4}", f"--out={tmp_path / 'eval'}"]
+    assert evaluate.main([*command, "--jobs=1"]) == 0
+    with open(tmp_path / "eval" / "cases.csv", newline="") as file:
+        again = {(r["case"], r["structure"], r["metric"]): r["value"] for r in csv.DictReader(file)}
+    assert {k: again[k] for k in ((r["case"], r["structure"], r["metric"]) for r in scores)} == {
+        (r["case"], r["structure"], r["metric"]): r["value"] for r in scores
+    }
 
     predict_validation(workdir, tmp_path / "again")
     corrected = workdir / "predictions" / f"{cases[0]}.nii.gz"  # by hand: another program writes another description

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from scipy.stats import wilcoxon
 
+from tests.packed_runs import small_network
 from xdim_jax import study
 from xdim_jax.base.errors import UserError
 from xdim_jax.base.signals import StopRequest
@@ -346,9 +347,9 @@ def test_an_interval_contains_the_mean_of_equal_values(value, monkeypatch):
 def test_the_interval_covers_seeds_and_patients():
     """On normal data with known variances: the half width is 1.96 standard errors of the mean of both effects."""
     rng = np.random.default_rng(0)
-    seeds, patients = rng.normal(0, 0.1, 400), rng.normal(0, 0.2, 900)
+    seeds, patients = rng.normal(0, 0.1, 80), rng.normal(0, 0.2, 120)
     found = results.interval(0.5 + seeds[:, None] + patients[None])
-    expected = 1.96 * np.sqrt(0.1**2 / 400 + 0.2**2 / 900)
+    expected = 1.96 * np.sqrt(seeds.var() / 80 + patients.var() / 120)
     assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.1)
 
 
@@ -475,8 +476,13 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-def test_a_study_from_plan_to_page(trained, capsys):
+@pytest.fixture
+def small():
+    with small_network():
+        yield
+
+
+def test_a_study_from_plan_to_page(trained, small, capsys):
     root, workdir = trained / "data", trained / "study"
     command = ["run", f"--plan={write_plan(trained)}", f"--workdir={workdir}", f"--config.data.root={root}"]
     assert study.main(command) == 0

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import getpass
 import os
 import shutil
@@ -666,10 +667,11 @@ def test_a_trial_with_a_dice_of_zero_is_before_one_without_a_dice(tmp_path):
 # -- real training ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_sweep_of_real_runs(tmp_path):
-    """Two trials of a toy on CAMUS phantoms: each is an ordinary workdir, and the page names the better one."""
-
+@_FORKS
+def test_a_sweep_of_real_runs(tmp_path, monkeypatch):
+    """Two trials of a small network on phantoms: each is an ordinary workdir, and the page names the better one."""
+    assert worker.Job("", (), None, "", 0).command == (sys.executable, "-m", "xdim_jax.train")
+    monkeypatch.setattr(sweep, "Job", functools.partial(worker.Job, command=(sys.executable, "-m", "tests.packed_runs")))
     path = write_space(tmp_path, "trial.suggest_categorical('optim.schedule.peak', [1e-9, 3e-3])")
     arguments = [f"--config={CAMUS}", f"--space={path}", "--trials=2", "--sampler=grid"]
     toy = [
@@ -680,10 +682,9 @@ def test_a_sweep_of_real_runs(tmp_path):
     ]
     toy += ["train.epochs=3", "data.phantom.cases=5", "data.phantom.held_out=0", "train.validate_every=1"]
     toy += ["optim.schedule.final=1e-9"]  # not above either peak
-    command = [sys.executable, "-m", "xdim_jax.sweep", *arguments, f"--workdir={tmp_path / 'sweep'}"]
-    command += [f"--config.{word}" for word in toy]
-    subprocess.run(command, cwd=REPO, check=True, timeout=250)
-    subprocess.run(command, cwd=REPO, check=True, timeout=60)  # nothing is left to do
+    command = [*arguments, f"--workdir={tmp_path / 'sweep'}", *(f"--config.{word}" for word in toy)]
+    assert sweep.main(command) == 0
+    assert sweep.main(command) == 0  # nothing is left to do
     study = studies.open_study(studies.open_storage(str(tmp_path / "sweep" / "study.journal")), "sweep", create=False)
     assert [t.state.name for t in study.get_trials()] == ["COMPLETE"] * 2
     assert study.best_trial.params == {"optim.schedule.peak": 3e-3}
@@ -692,5 +693,5 @@ def test_a_sweep_of_real_runs(tmp_path):
         scores = [r["dice"] for r in records(workdir, "validation")]
         assert trial.value == max(scores) and (workdir / "best").is_dir() and len(scores) == 3
     out = tmp_path / "sweep.html"
-    subprocess.run([*command[:3], "report", f"--workdir={tmp_path / 'sweep'}", f"--out={out}"], cwd=REPO, check=True)
+    assert sweep.main(["report", f"--workdir={tmp_path / 'sweep'}", f"--out={out}"]) == 0
     assert "Best: trial" in out.read_text()

@@ -235,7 +235,7 @@ def _common(several: Sequence[Scores]) -> list[np.ndarray]:
         [s.last[np.ix_([s.seeds.index(i) for i in seeds], [s.patients.index(p) for p in patients])] for s in several]
     )
     known = np.isfinite(values).all(0)
-    return list(np.where(known, values, np.nan)[:, known.any(1)])
+    return list(np.where(known, values, np.nan)[:, known.any(-1)])
 
 
 def verdict(size: int, arms: Sequence[str], scores: Mapping[tuple[str, int], Scores], tests: Sequence[Test]) -> str:
