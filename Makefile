@@ -44,7 +44,7 @@ test-newest:
 # XLA's compilers for GPUs and TPUs, without drivers, in an environment of their own; nothing runs on such devices
 test-accelerator:
 	$(MAKE) venv VENV=.venv-accelerator
-	.venv-accelerator/bin/python -m pip install --quiet -c constraints.txt 'jax[tpu,cuda12-local]' nvidia-cuda-nvcc-cu12
+	.venv-accelerator/bin/python -m pip install --quiet -c $(subst $(BIN),.venv-accelerator/bin,$(CONSTRAINTS)) 'jax[tpu,cuda12-local]' nvidia-cuda-nvcc-cu12
 	JAX_PLATFORMS=cpu .venv-accelerator/bin/python -m pytest -m accelerator -n 1
 
 lint: $(VENV)/.dev
@@ -81,4 +81,4 @@ $(VENV)/.package $(VENV)/.test $(VENV)/.dev: pyproject.toml constraints.txt cons
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest $(RUN)
+	rm -rf $(VENV) .venv-newest .venv-accelerator $(RUN)

@@ -28,6 +28,10 @@ command=(python -m xdim_jax.sweep "--config=$CONFIG" "--space=$SPACE" "--trials=
 status=0
 srun "${command[@]}" "$@" || status=$?
 if [ "$status" -eq 75 ]; then # the trial was returned to the queue of the study; requeue this worker
-    scontrol requeue "$SLURM_JOB_ID"
+    task=$SLURM_JOB_ID
+    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then # the id of one task of an array is that of the whole array
+        task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    fi
+    scontrol requeue "$task"
 fi
 exit "$status"

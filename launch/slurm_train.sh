@@ -25,12 +25,17 @@ BATCH=${BATCH:-${SLURM_NTASKS:-1}} # samples of a batch, over all GPUs: a multip
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since SLURM 22.05, srun does not take it from sbatch
 command=(python -m xdim_jax.train "--config=$CONFIG" "--workdir=$WORKDIR" "--config.data.root=$DATA"
     "--config.data.batch=$BATCH" "$@")
+export SLURM_KILL_BAD_EXIT=0 # srun must not end the other processes while they save
 if [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
     command+=(--coordinator=auto)
 fi
 status=0
 srun "${command[@]}" || status=$?
 if [ "$status" -eq 75 ]; then # the run has saved, and must be continued
-    scontrol requeue "$SLURM_JOB_ID"
+    task=$SLURM_JOB_ID
+    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then # the id of one task of an array is that of the whole array
+        task=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    fi
+    scontrol requeue "$task"
 fi
 exit "$status"

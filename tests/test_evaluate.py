@@ -22,7 +22,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_json
 from xdim_jax.data.phantom import write_chaos
 from xdim_jax.runs.workdir import CONFIG_FILE, SPLIT_FILE
-from xdim_jax.scoring import tables
+from xdim_jax.scoring import challenges, tables
 
 FILES = {"cases.csv", "summary.json", "tables.md", "tables.tex", "evaluate.json"}
 
@@ -544,6 +544,50 @@ def test_dataset_json_that_cannot_be_read(pair, text):
     path = pair[1] / "dataset.json"
     path.write_text(text)
     refused([str(path)], "generic", *pair)
+
+
+def test_a_name_of_two_values_is_refused(pair):
+    """In the format value -> name, one of the two would be lost."""
+    (pair[1] / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "a", "2": "a"}}))
+    refused(["dataset.json", "same name"], "generic", *pair)
+
+
+def test_images_in_place_of_label_maps_are_refused(pair):
+    image = np.random.default_rng(0).normal(0, 500, (16, 14, 10)).astype(np.int16)
+    save(pair[1] / "a.nii.gz", image, AFFINE)
+    refused("is an image, not a label map", "generic", *pair)
+    refused("has unknown labels", "generic", *pair, "--labels", "tumour=1")
+
+
+def test_a_folder_of_predictions_may_have_the_name_of_an_extra_output(pair):
+    pred, ref, out = pair
+    expected, _ = run("generic", *pair)
+    pred.rename(pred.with_name("uncertainty"))
+    assert run("generic", pred.with_name("uncertainty"), ref, out.with_name("again"))[0] == expected
+
+
+def test_an_address_in_a_bucket_is_no_folder_for_results(pair, capsys):
+    for option in ("--out", "--pred", "--ref"):
+        with pytest.raises(SystemExit):
+            evaluate.main(["--rules=generic", f"{option}=gs://bucket/eval"])
+        assert "gs://bucket/eval: expected a local path" in capsys.readouterr().err
+
+
+def test_an_interrupted_evaluation_has_no_record_of_an_earlier_one(pair, monkeypatch):
+    run("generic", *pair)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("xdim_jax.scoring.folders.write_evaluation", full)
+    with pytest.raises(OSError, match="No space"):
+        run("generic", *pair)
+    with pytest.raises(UserError, match=r"evaluate\.json"):
+        compare.main([str(pair[2]), str(pair[2])])
+
+
+def test_a_metric_that_is_given_twice_is_one_column():
+    assert challenges.parse_metrics("dice, hd95,hd95_pooled,dice") == ("dice", "hd95_pooled")
 
 
 @pytest.mark.parametrize("text", ['{"labels": {}}', '{"labels": {"background": 0}}'])

@@ -5,6 +5,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -567,13 +568,15 @@ def test_lists_of_patients_that_cannot_be_used_do_not_prevent_prediction(tmp_pat
     assert len({c.patient for c in cases}) == 3 and not problems
 
 
-def test_dicom_of_both_modalities_needs_no_flag(tmp_path):
+def test_dicom_of_both_modalities_needs_no_flag(tmp_path, capsys):
     """A network that was trained on CT and MR takes the modality from the headers."""
     data = get_dataset({"dataset": "chaos", "root": str(tmp_path), "task": 1, "phase": "in"})
-    for modality in ("CT", "MR"):
+    for modality in ("CT", "MR", "PT"):
         save_series(tmp_path / modality, volume_of(0), patient=modality, Modality=modality)
     cases, problems = inputs.find_cases(data, [tmp_path])
     assert {c.case_id: c.info["modality"] for c in cases} == {"CT_2": "CT", "MR_2": "MR"} and not problems
+    out = capsys.readouterr().out
+    assert re.search(r"PT_2.* is omitted: the network was trained on CT and MR", out)
     assert read_case(cases[0]).image.shape == (6, 10, 8, 1)
 
 
@@ -863,6 +866,25 @@ def test_workdirs_inside_the_data_are_not_data(name, tmp_path):
     save_nifti(root / "a_crossval" / "predictions" / f"{before.cases[0].case_id}.nii.gz", 1)
     after = scan_cases(data, root, need_labels=True)
     assert after.cases == before.cases and after.problems == before.problems and len(before.cases) >= 2
+
+
+def test_ct_for_a_network_that_was_trained_on_mr_is_a_warning(tmp_path, capsys):
+    network = make_workdir(tmp_path / "run", flat=True, channels=("T2",))
+    for modality in ("CT", "MR"):
+        save_series(tmp_path / "in" / modality, volume_of(0, (3, 40, 36)), patient=modality, Modality=modality)
+    run(network, tmp_path / "in", tmp_path / "out")
+    assert names_in(tmp_path / "out") == {"CT_2", "MR_2"}
+    warned = [line for line in capsys.readouterr().out.splitlines() if "not trained on CT" in line]
+    assert len(warned) == 1 and "CT_2" in warned[0]
+
+
+def test_a_series_that_cannot_be_used_leaves_the_prediction_of_an_image_with_its_name(workdir, tmp_path, capsys):
+    save_series(tmp_path / "in" / "series", volume_of(0, (5, 40, 36)), patient="P1")
+    nib.save(nib.Nifti1Image(volume_of(0, (36, 40, 3)), np.eye(4)), tmp_path / "in" / "P1_2.nii.gz")
+    (tmp_path / "in" / "series" / "002.dcm").unlink()
+    for _ in range(2):
+        run(workdir, tmp_path / "in", tmp_path / "out", code=1)
+        assert names_in(tmp_path / "out") == {"P1_2"}
 
 
 def test_an_unknown_orientation_is_a_warning(workdir, tmp_path, capsys):

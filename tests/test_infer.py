@@ -9,6 +9,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 from scipy.special import softmax
 
+from xdim_jax.base.errors import UserError
 from xdim_jax.base.threads import StoppedError
 from xdim_jax.data import regions
 from xdim_jax.data.case import Case, Volume
@@ -192,6 +193,26 @@ def test_the_ring_holds_a_slab_and_not_the_volume():
     sizes = [segmenter.device_bytes(jnp.float32(1.0), [volume], 2) for volume in volumes]
     assert sizes[0] == sizes[1] < 400 * 40 * 40 * 3 * 4
     assert segmenter.device_bytes(jnp.float32(1.0), volumes, 2) == sizes[0]
+
+
+def test_a_large_picture_needs_the_memory_of_one_slice():
+    one, nine = (windows.make_layout(windows.Windows((8, 64, 64), (0, 0.5, 0.5), 1, ((),), slices=True), s, s)
+                 for s in ((1, 4000, 5000), (9, 4000, 5000)))  # fmt: skip
+    assert one.buffer_slices == 1 and nine.buffer_slices == 8
+    segmenter = sliding_window.make_segmenter(lambda weights, x: x[..., :1] * jnp.ones(3), BRATS, (64, 64), 0.5)
+    few, many = (segmenter.device_bytes(None, [(s, s)], 1) for s in ((1, 4000, 5000), (8, 4000, 5000)))
+    assert few < many / 7
+
+
+@pytest.mark.parametrize("out", [BRATS, output.Output("softmax", regions.BRATS, ("background", "a", "b", "c"))])
+def test_nan_is_an_error_if_values_must_be_finite(out):
+    """Otherwise it is decoded as background; a run whose validation has NaN continues."""
+    volume = whole(np.zeros((4, 8, 8, 1), np.float32))
+    segmenter = make(lambda weights, x: jnp.full((*x.shape[:-1], len(out.channels)), jnp.nan), (4, 8, 8), out=out)
+    assert not segmenter(None, volume).any()
+    segmenter.require_finite = True
+    with pytest.raises(UserError, match="NaN"):
+        segmenter(None, volume)
 
 
 def test_segment_puts_the_box_back_and_drops_small_et():

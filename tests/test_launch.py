@@ -92,10 +92,14 @@ def test_a_script_is_sound(script):
     subprocess.run([checker, script], check=True)
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (2, False)])
+@pytest.mark.parametrize(
+    ("status", "array", "requeued"), [(0, None, False), (75, None, True), (75, 3, True), (2, None, False)]
+)
 @pytest.mark.parametrize("script", ["slurm_train.sh", "slurm_sweep.sh"])
-def test_a_job_that_saved_goes_back_into_the_queue(script, status, requeued, cluster):
+def test_a_job_that_saved_goes_back_into_the_queue(script, status, array, requeued, cluster):
+    """Of a job array, only the task that saved."""
     put, environment, notes = cluster
+    environment |= {} if array is None else {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": str(array)}
     (Path(environment["NOTES"]).parent / "bin" / "python").unlink()
     put("python", NOTED)
     environment |= {"STATUS": str(status), "SLURM_NTASKS": "2", "WORKDIR": "a folder/run"}
@@ -103,7 +107,8 @@ def test_a_job_that_saved_goes_back_into_the_queue(script, status, requeued, clu
     job = subprocess.run([REPO / "launch" / script, "--config.seed=3"], cwd=REPO, env=environment, check=False)
     assert job.returncode == status
     *calls, last = notes.read_text().splitlines()
-    assert (last == f"scontrol requeue {environment['SLURM_JOB_ID']}") == requeued
+    task = environment["SLURM_JOB_ID"] if array is None else f"77_{array}"
+    assert (last == f"scontrol requeue {task}") == requeued
     module = "xdim_jax.train" if "train" in script else "xdim_jax.sweep"
     called = [line for line in [*calls, last] if line.startswith("python")]
     assert len(called) == 2 and all(f"python -m {module} --config=configs/brats_dxnet.py" in c for c in called)

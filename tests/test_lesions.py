@@ -332,6 +332,17 @@ def test_2024_both_sides_are_merged(tissue, gap, count):
     assert score_2024({}, {tissue: two})[tissue][4] == count
 
 
+@pytest.mark.parametrize(
+    ("tissue", "gap", "matched"),
+    [*((t, 3, 0) for t in ("WT", "TC", "ET", "SNFH")), *((t, 2, 1) for t in ("WT", "ET", "SNFH"))]
+    + [*((t, 4, 1) for t in ("NETC", "RC")), *((t, 5, 0) for t in ("NETC", "RC"))],
+)
+def test_2024_lesions_are_matched_over_as_many_steps_as_they_are_merged(tissue, gap, matched):
+    """A dilation of n steps reaches a component behind n - 1 empty voxels: three steps, five for NETC and RC."""
+    found = score_2024({tissue: wide(12 + gap, 20 + gap)}, {tissue: wide(5, 12)})[tissue]
+    assert found[2:5] == (matched, 1 - matched, 1 - matched)
+
+
 def test_2024_merged_components_are_measured_together():
     """Two lines of 6 voxels of ET: merged they are 12 and stay, apart both are dropped."""
     near, far = (wide(5, 11, side=1) | wide(11 + gap, 17 + gap, side=1) for gap in (6, 7))

@@ -46,11 +46,15 @@ RECIPE = "configs/camus_omnianet.py:scratch"
 
 @pytest.fixture
 def quick(monkeypatch):
-    use_three_convolutions(monkeypatch.setattr)
     monkeypatch.setenv("XDIM_JAX_CACHE", "off")
 
 
-def test_the_needs_of_a_step_grow_with_its_batch(quick, tmp_path):
+@pytest.fixture
+def small(quick, monkeypatch):
+    use_three_convolutions(monkeypatch.setattr)
+
+
+def test_the_needs_of_a_step_grow_with_its_batch(small, tmp_path):
     """Twice the samples take twice the operations, and more memory."""
     arguments = [f"--config={RECIPE}", *TOY, "--patch=64,64", "--batch=2,4"]
     assert plan.main([*arguments, f"--json={tmp_path / 'plan.json'}"]) == 0
@@ -66,7 +70,7 @@ def test_the_needs_of_a_step_grow_with_its_batch(quick, tmp_path):
     assert 1e6 < small["step_bytes"] < large["step_bytes"]
 
 
-def test_operations_do_not_depend_on_the_implementation(quick):
+def test_operations_do_not_depend_on_the_implementation(small):
     choice = needs.StepSettings((64, 64), 2, "float32", "")
     found = []
     for implementation in ("auto", "fast"):

@@ -28,6 +28,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.base.files import write_json
 from xdim_jax.data import case as data_case
 from xdim_jax.data.datasets import trained_dataset
+from xdim_jax.data.images.grid import Grid
 from xdim_jax.data.images.image import read_volume
 from xdim_jax.data.labels import Labels
 from xdim_jax.inference import folder, memory
@@ -202,7 +203,8 @@ def test_a_cropped_border_is_background_in_an_average(workdir, flat_two, image, 
     cropping = make_workdir(tmp_path / "cropping", crop="nonzero")
     framed = np.pad(image, ((2, 2), (6, 6), (5, 5), (0, 0)))
     alone = [xdim_jax.Predictor(w, probabilities=True).predict(framed).probabilities for w in (cropping, flat_two)]
-    assert not alone[0][:, :6].any(), "outside of the crop, the network itself predicts nothing"
+    assert (alone[0][:, :6] == [1, 0, 0]).all(), "outside of the crop, the network predicts the background"
+    np.testing.assert_allclose(alone[0].sum(-1), 1, atol=1e-5)
     together = xdim_jax.Predictor([cropping, flat_two], probabilities=True).predict(framed).probabilities
     border = np.array([1, 0, 0])
     np.testing.assert_allclose(together[:, :6], (alone[1][:, :6] + border) / 2, atol=1e-6)
@@ -271,6 +273,7 @@ def test_what_is_there_already_is_skipped_and_other_settings_are_refused(workdir
         predict.main([*command, "--overlap=0.6"])
     # images at another place would replace the predictions of these
     shutil.copytree(images, tmp_path / "other")
+    os.utime(tmp_path / "other" / "a_0000.nii.gz", (1, 1))
     with pytest.raises(UserError, match="would replace it"):
         predict.main([f"--workdir={workdir}", f"--input={tmp_path / 'other'}", f"--output={out}"])
     # a label map whose image has changed since is predicted anew
@@ -647,6 +650,85 @@ def test_settings_that_are_given_may_differ_between_the_runs_of_an_ensemble(tmp_
     with pytest.raises(UserError, match=r"predict\.threshold.*--threshold"):
         check_common(workdirs, configs, Settings())
     check_common(workdirs, configs, Settings(threshold=0.5))
+    check_common(workdirs, configs, Settings(threshold={"organ": 0.5, "lesion": 0.3}))
+    with pytest.raises(UserError, match=r"predict\.threshold.*--threshold"):  # the lesion has no threshold in common
+        check_common(workdirs, configs, Settings(threshold={"organ": 0.5}))
+
+
+def test_regions_in_another_order_are_other_channels_of_sigmoids(tmp_path):
+    workdirs = [make_workdir(tmp_path / name) for name in "ab"]
+    described = json.loads((workdirs[1] / DATA_FILE).read_text())
+    described["regions"] = dict(reversed(described["regions"].items()))
+    write_json(workdirs[1] / DATA_FILE, described)
+    configs = [read_config(workdir) for workdir in workdirs]
+    check_common(workdirs, configs, Settings())  # the channels of a softmax are in the order of the labels
+    for c in configs:
+        c.output = "sigmoid"
+    with pytest.raises(UserError, match="regions of the data differ"):
+        check_common(workdirs, configs, Settings())
+
+
+def test_a_network_that_computes_nan_fails(flat, tmp_path, capsys):
+    """Damaged weights: no case gets a label map without structures."""
+    broken = shutil.copytree(flat, tmp_path / "run")
+    config = read_config(broken)
+    _, params, stats = split_model(networks.build(config.model, seed=0))
+    shutil.rmtree(broken / "best")
+    checkpoints = checkpoint.open_checkpoints(broken)
+    checkpoint.save_best(checkpoints, 1, jax.tree.map(lambda a: a * np.nan, params), stats, 0.5)
+    checkpoint.close(checkpoints)
+    nib.save(nib.Nifti1Image(np.zeros((36, 40, 3), np.int16), np.eye(4)), tmp_path / "a.nii.gz")
+    command = [f"--workdir={broken}", f"--input={tmp_path / 'a.nii.gz'}", f"--output={tmp_path / 'out'}"]
+    assert predict.main(command) == 1
+    assert "case a omitted" in (out := capsys.readouterr().out) and "NaN" in out
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
+def test_an_image_with_the_name_size_and_time_of_another_is_not_skipped(flat, tmp_path, capsys):
+    """Two patients, exported to files of the same name, as some archives do."""
+    for patient, value in (("p", 1), ("q", 2)):
+        (tmp_path / patient).mkdir()
+        path = tmp_path / patient / "CT.nii"
+        nib.save(nib.Nifti1Image(np.full((36, 40, 3), value, np.int16), np.eye(4)), path)
+        os.utime(path, (1, 1))
+    command = [f"--workdir={flat}", f"--output={tmp_path / 'out'}"]
+    assert predict.main([*command, f"--input={tmp_path / 'p' / 'CT.nii'}"]) == 0
+    with pytest.raises(UserError, match=r"p.CT\.nii; .*q.CT\.nii would replace it"):
+        predict.main([*command, f"--input={tmp_path / 'q' / 'CT.nii'}"])
+    shutil.copytree(tmp_path / "p", tmp_path / "r")  # a copy of the image
+    capsys.readouterr()
+    assert predict.main([*command, f"--input={tmp_path / 'r' / 'CT.nii'}"]) == 0
+    assert "skipped    1 of 1" in capsys.readouterr().out
+
+
+def test_one_volume_for_the_components_of_all_regions(workdir):
+    settings = Settings(min_volume=0.5)
+    assert xdim_jax.Predictor(workdir, settings).resolved.min_volume == {"organ": 0.5, "lesion": 0.5}
+    with pytest.raises(UserError, match="min_volume"):
+        xdim_jax.Predictor(workdir, min_volume=-1)
+
+
+def test_a_warning_about_a_file_is_given_in_python_too(flat, tmp_path, capsys):
+    nib.save(nib.Nifti1Image(np.zeros((20, 20, 3), np.float32), None), tmp_path / "a.nii.gz")
+    xdim_jax.Predictor(flat).predict(tmp_path / "a.nii.gz")
+    assert "sform" in capsys.readouterr().out
+
+
+def test_an_address_in_a_bucket_is_no_local_path():
+    with pytest.raises(UserError, match=r"gs://bucket/run.*xdim_jax\.predict"):
+        xdim_jax.Predictor("gs://bucket/run")
+
+
+def test_components_are_measured_by_the_volume_of_sheared_voxels(flat, monkeypatch):
+    """A gantry tilt of 60 degrees halves the volume of a voxel: 4 voxels of 1 ml are then 2 ml."""
+    predictor = xdim_jax.Predictor(flat, min_volume=3)
+    affine = np.diag([10.0, 10.0, 10.0, 1.0])
+    affine[1:3, 2] = 10 * np.sqrt(0.75), 5
+    label = np.zeros((3, 20, 20), np.uint8)
+    label[0, 2:4, 2:4] = 1
+    monkeypatch.setattr(predictor.groups[0], "segmenter", lambda *_: label.copy(), raising=False)
+    for grid, kept in ((Grid((20, 20, 3), np.diag([10.0, 10.0, 10.0, 1.0])), 4), (Grid((20, 20, 3), affine), 0)):
+        assert np.count_nonzero(predictor.segment([None], grid)) == kept
 
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "probabilities/a.nii", "uncertainty/a.nii"])

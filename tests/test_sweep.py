@@ -171,6 +171,14 @@ def storage(request, tmp_path):
     return str(tmp_path / "s.journal") if request.param == "journal" else f"sqlite:///{tmp_path / 's.db'}"
 
 
+def test_passwords_are_not_shown(tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError) as error:
+        studies.open_storage("mydb://me:SECRET@host:5/db")
+    assert "SECRET" not in str(error.value) and "mydb://me:***@host:5/db" in str(error.value)
+    for address in ("runs/study.journal", "postgresql://host/db", "postgresql://me@host/db", "gs://a/b@c:d"):
+        assert studies.without_password(address) == address
+
+
 def open_toy(storage, **options):
     return studies.open_study(studies.open_storage(storage), "toy", **options)
 
@@ -671,7 +679,9 @@ def test_a_trial_with_a_dice_of_zero_is_before_one_without_a_dice(tmp_path):
 def test_a_sweep_of_real_runs(tmp_path, monkeypatch):
     """Two trials of a small network on phantoms: each is an ordinary workdir, and the page names the better one."""
     assert worker.Job("", (), None, "", 0).command == (sys.executable, "-m", "xdim_jax.train")
-    monkeypatch.setattr(sweep, "Job", functools.partial(worker.Job, command=(sys.executable, "-m", "tests.packed_runs")))
+    monkeypatch.setattr(
+        sweep, "Job", functools.partial(worker.Job, command=(sys.executable, "-m", "tests.packed_runs"))
+    )
     path = write_space(tmp_path, "trial.suggest_categorical('optim.schedule.peak', [1e-9, 3e-3])")
     arguments = [f"--config={CAMUS}", f"--space={path}", "--trials=2", "--sampler=grid"]
     toy = [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xdim_jax.base import log
+from xdim_jax.base.bucket import local_path
 from xdim_jax.base.command import make_parser, run
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import write_json, write_text
@@ -25,14 +26,16 @@ from xdim_jax.scoring.rules import ScoredCase
 def main(argv: Sequence[str]) -> int:
     """Run the command line, see ``--help``."""
     parser = make_parser("xdim_jax.compare", __doc__ or "", "exit status: 0 done, 2 unusable input")
-    parser.add_argument("a", type=Path, help="output folder of xdim_jax.evaluate")
-    parser.add_argument("b", type=Path, help="output folder of another evaluation, with the same references")
+    parser.add_argument("a", type=local_path, help="output folder of xdim_jax.evaluate")
+    parser.add_argument("b", type=local_path, help="output folder of another evaluation, with the same references")
     parser.add_argument(
         "--metrics",
         default="",
         help="comma-separated metrics (default: all); with fewer metrics, Holm's correction is less strict",
     )
-    parser.add_argument("--out", type=Path, help="Markdown file to write; .tex and .json files are written next to it")
+    parser.add_argument(
+        "--out", type=local_path, help="Markdown file to write; .tex and .json files are written next to it"
+    )
     options = parser.parse_args(argv)
     if options.out and options.out.suffix in (".json", ".tex"):
         raise UserError(
@@ -56,9 +59,12 @@ def main(argv: Sequence[str]) -> int:
     log.write_result(table.markdown().rstrip("\n"))
     if options.out:
         write_text(options.out, table.markdown())
-        write_text(options.out.with_suffix(".tex"), table.latex())
+        name = options.out.name.removesuffix(".md")  # another suffix is a part of the name, as in baseline_0.5
+        write_text(options.out.with_name(f"{name}.tex"), table.latex())
         record = {"a": str(options.a.absolute()), "b": str(options.b.absolute())}
-        write_json(options.out.with_suffix(".json"), record | {"differences": [dataclasses.asdict(d) for d in found]})
+        write_json(
+            options.out.with_name(f"{name}.json"), record | {"differences": [dataclasses.asdict(d) for d in found]}
+        )
     return 0
 
 

@@ -159,10 +159,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser("xdim_jax.evaluate", __doc__ or "", "exit status: 0 done, 2 unusable input")
     add = parser.add_argument
     add("--rules", choices=challenges.NAMES, help="rules of a challenge, or generic")
-    add("--pred", type=Path, help="folder of predicted label maps")
-    add("--ref", type=Path, help="folder of references; may be the data set itself")
+    add("--pred", type=bucket.local_path, help="folder of predicted label maps")
+    add("--ref", type=bucket.local_path, help="folder of references; may be the data set itself")
     add("--workdir", help="workdir of a run or a cross-validation (also gs://, s3://); sets --pred and --ref")
-    add("--out", type=Path, help="folder for the results, created if it does not exist")
+    add("--out", type=bucket.local_path, help="folder for the results, created if it does not exist")
     add(
         "--missing",
         choices=["error", "penalise", "skip"],

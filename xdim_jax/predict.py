@@ -85,7 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         help="folder of cases, one case folder, folder of DICOM slices, or one file per channel",
     )
-    add("--output", required=True, type=Path, help="folder for the label maps, created if it does not exist")
+    add(
+        "--output",
+        required=True,
+        type=bucket.local_path,
+        help="folder for the label maps, created if it does not exist",
+    )
     add("--overwrite", action="store_true", help="predict all cases again, also those whose predictions are up to date")
     add(
         "--shard",

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     sources = {
         k: str(v if bucket.is_address(v) else Path(v).absolute()) for k, v in vars(options).items() if v is not None
     }
-    write_json(options.out.with_name(f"{options.out.stem}.report.json"), sources)
+    write_json(options.out.with_name(f"{options.out.name.removesuffix('.html')}.report.json"), sources)
     log.say(f"report     {options.out.absolute()}")
     columns = rules_of(evaluation).columns
     title = columns["dice"].title if "dice" in columns else "Dice"
@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = make_parser("xdim_jax.report", __doc__ or "", "Exit status: 0 done; 2 unusable input.")
     parser.add_argument("--workdir", help="workdir of the training run (also gs://, s3://)")
-    parser.add_argument("--eval", required=True, type=Path, help="output folder of xdim_jax.evaluate")
-    parser.add_argument("--out", required=True, type=Path, help="HTML file to write")
+    parser.add_argument("--eval", required=True, type=bucket.local_path, help="output folder of xdim_jax.evaluate")
+    parser.add_argument("--out", required=True, type=bucket.local_path, help="HTML file to write")
     return parser
 
 

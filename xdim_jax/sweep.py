@@ -90,13 +90,14 @@ def _run(options: argparse.Namespace, overrides: Sequence[str], stop: StopReques
     study = _open_study(options, distributions)
     studies.record_search(study, {"config": options.config, "overrides": sorted(overrides), "space": space})
     ended = sum(map(studies.has_ended, studies.group_attempts(study).values()))
-    log.say(f"study      {options.study} in {_storage(options)}: {ended} of {options.trials} trials have ended")
+    storage = studies.without_password(_storage(options))
+    log.say(f"study      {options.study} in {storage}: {ended} of {options.trials} trials have ended")
     # another study in the same workdir has its own trials
     root = options.workdir if options.study == _STUDY else f"{options.workdir}/{options.study}"
     status = _work(study, Job(options.config, overrides, suggest, root, options.trials), options, stop)
     if not status:
         more = "" if options.study == _STUDY else f" --study={options.study}"
-        more += f" --storage={options.storage}" if options.storage else ""
+        more += f" --storage={studies.without_password(options.storage)}" if options.storage else ""
         log.say(f"report     python -m xdim_jax.sweep report --workdir={options.workdir}{more} --out=<file>.html")
     return status
 

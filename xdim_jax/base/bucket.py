@@ -10,6 +10,7 @@ fails or the process is killed, the record remains, and the next command that wr
 Commands that only read use another local folder.
 """
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -52,6 +53,13 @@ def local_folder(address: str, *, writes: bool = True) -> Path:
     root = Path(os.environ.get("XDIM_JAX_SCRATCH") or cache_folder() / "buckets")
     digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:8]
     return root / f"{scheme}-{digest}{'' if writes else '-read'}" / path.rpartition("/")[2]
+
+
+def local_path(text: str) -> Path:
+    """Return a path, for an option of a command. Raises ArgumentTypeError if the text is an address in a bucket."""
+    if is_address(text):
+        raise argparse.ArgumentTypeError(f"{text}: expected a local path, not an address in a bucket")
+    return Path(text)
 
 
 def fetch(text: str | Path) -> Path:

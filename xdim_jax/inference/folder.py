@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import filecmp
 import hashlib
 import json
 from collections.abc import Sequence
@@ -96,9 +97,11 @@ def _check_replaced(output: Path, predictor: Predictor, cases: Sequence[Case], *
                 f"{shorten(others)}: exists, but is not a prediction of xdim_jax; move it to another folder"
             )
             continue
-        if replace or not note or note.split()[-1] == own_note.split()[-1]:  # the same images
-            continue
         known = recorded.get(case.case_id)
+        if replace or not note:
+            continue
+        if note.split()[-1] == own_note.split()[-1] and (known is None or _same_content(known, images)):
+            continue
         if known is None or (known != images and not _same_paths(known, images)):
             source = _shown(known) if known else f"other images, which {results.PREDICT_FILE} does not list"
             problems.append(
@@ -133,6 +136,22 @@ def _same_paths(recorded: Sequence[Any], images: Sequence[Any]) -> bool:
     """
     a, b = ({path.resolve() for value in values for path in _files(value)} for values in (recorded, images))
     return bool(a & b) and (a <= b or b <= a)
+
+
+def _same_content(recorded: Sequence[Any], images: Sequence[Any]) -> bool:
+    """Return whether images whose names, sizes and times are equal are the same: False if their contents differ.
+
+    Recorded files that do not exist have been moved, and count as the same.
+    """
+    pairs = zip(
+        (path for value in recorded for path in _files(value)),
+        (path for value in images for path in _files(value)),
+        strict=False,
+    )
+    return all(
+        a.resolve() == b.resolve() or not (a.is_file() and b.is_file()) or filecmp.cmp(a, b, shallow=False)
+        for a, b in pairs
+    )
 
 
 def _shown(images: Sequence[Any]) -> str:

@@ -132,7 +132,7 @@ def load_group(
         members=len(members) if len(members) > 1 else 0,
         extra_outputs=extra_outputs,
     )
-    segmenter.max_sizes = _MAX_SIZES
+    segmenter.max_sizes, segmenter.require_finite = _MAX_SIZES, True
     return Group(
         config,
         resolved,

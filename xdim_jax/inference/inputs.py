@@ -205,10 +205,16 @@ def _find_images(
             cases.append(_image_case(dataset, path, folder, modality))
     is_ct = bool(ct_channels(dataset.channels, ""))
     for s in found:
-        if is_ct and s.modality not in ("CT", "") and not (selected or modality):
-            log.warn(f"series {s} is omitted: the network was trained on CT. To predict it, select it with --series")
+        trained = ("CT", "MR") if dataset.holds_ct else ("CT",) if is_ct else ()
+        if trained and s.modality not in (*trained, "") and not (selected or modality):
+            log.warn(
+                f"series {s} is omitted: the network was trained on {' and '.join(trained)}. To predict it, select it "
+                "with --series"
+            )
             continue
         log.say(f"series     {s}")
+        if not trained and s.modality in ("CT", "PT"):
+            log.warn(f"series {s}: the network was not trained on {s.modality}")
         if fatal := errors(s.problems):
             problems[s.name] = [str(p) for p in fatal]
         else:

@@ -13,12 +13,11 @@ import numpy as np
 from xdim_jax.base import log
 from xdim_jax.base.errors import UserError, first_line, shorten
 from xdim_jax.base.files import read_json
-from xdim_jax.base.problem import data_error, errors
-from xdim_jax.data.case import Case, Dataset, Volume, without_label
+from xdim_jax.data.case import Case, Dataset, Volume
 from xdim_jax.data.images.nifti import read_note, write_volume
 from xdim_jax.data.images.stream import stream_volume
 from xdim_jax.data.prepare import Prepared
-from xdim_jax.data.reading import encode_label, load_case, read_label
+from xdim_jax.data.reading import encode_label, read_label
 from xdim_jax.inference import memory
 from xdim_jax.inference.folder import (
     claim_output,
@@ -28,7 +27,7 @@ from xdim_jax.inference.folder import (
     remove_outdated,
     remove_prediction,
 )
-from xdim_jax.inference.predictor import Predictor
+from xdim_jax.inference.predictor import Predictor, read_image
 from xdim_jax.inference.sliding_window import Sink
 from xdim_jax.runs import environment
 from xdim_jax.runs.workdir import SPLIT_FILE
@@ -81,7 +80,8 @@ def predict_paths(
     todo = claim_output(output, predictor, own_cases, cases, overwrite=overwrite)
     for name, messages in problems.items():
         log.warn(f"case {name} omitted: {'; '.join(messages)}")
-        if Path(name).name == name:  # a case id; otherwise the path of a file that belongs to no case
+        # a case id, not the path of a file that belongs to no case; another file may have the same id and be usable
+        if Path(name).name == name and name not in {case.case_id for case in cases}:
             remove_outdated(output, name, paths)
     if len(todo) < len(own_cases):
         log.say(f"skipped    {len(own_cases) - len(todo)} of {len(own_cases)} cases, whose predictions are up to date")
@@ -132,7 +132,7 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
                 prepared, volume = current.result()
                 note = make_note(predictor.digest, case)
                 with _open_sink(predictor, volume, output, case.case_id, note) as sink:
-                    label = predictor.segment(prepared, sink)
+                    label = predictor.segment(prepared, volume.grid, sink)
                     _check_not_taken(expected_files(output, predictor, case.case_id), note)
                 wait_for_writer(writing)
                 title = f"case {number}/{len(cases)}"
@@ -166,11 +166,7 @@ def _read(predictor: Predictor, case: Case) -> tuple[list[Prepared], Volume]:
 
     To save memory, the returned volume has the grid of the case, but no voxels.
     """
-    volume, problems = load_case(without_label(case))
-    if volume is None or errors(problems):
-        raise data_error(*errors(problems), summary=f"problems in case {case.case_id}")
-    for problem in problems:
-        log.warn(str(problem))
+    volume = read_image(case)
     prepared = predictor.prepare(case, volume)
     return prepared, dataclasses.replace(volume, image=np.zeros((0, 0, 0, 0), np.float32))
 
@@ -237,8 +233,7 @@ def _reason(error: Exception) -> str:
     """Return the reason why a case failed, with advice if memory was exhausted."""
     if isinstance(error, UserError):
         return str(error)
-    line = first_line(error, 200)
-    full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line
-    return f"{type(error).__name__}: {line}" + (
-        "; try --batch=1, --precision=bfloat16 or --preset=fast" if full else ""
-    )
+    text = f"{type(error).__name__}: {first_line(error, 200)}"
+    if isinstance(error, MemoryError):
+        return f"{text}; the case needs more memory than this machine has: omit --probabilities and --uncertainty"
+    return f"{text}; try --batch=1, --precision=bfloat16 or --preset=fast" if "RESOURCE_EXHAUSTED" in text else text

@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 
 from xdim_jax.base import log
+from xdim_jax.base.bucket import is_address
 from xdim_jax.base.config import differences
 from xdim_jax.base.errors import UserError, shorten
 from xdim_jax.base.files import read_json
+from xdim_jax.base.problem import data_error, errors
 from xdim_jax.data.case import Case, Dataset, Volume, without_label
 from xdim_jax.data.datasets import trained_dataset
 from xdim_jax.data.images.grid import Grid
 from xdim_jax.data.images.nifti import SUFFIXES, write_volume
 from xdim_jax.data.prepare import Prepared, prepare
-from xdim_jax.data.reading import encode_label, read_case
+from xdim_jax.data.reading import encode_label, load_case
 from xdim_jax.inference import inputs
 from xdim_jax.inference.arrays import array_case
 from xdim_jax.inference.group import common_digest, common_postprocessing, divide, load_group, segment_with_groups
@@ -160,22 +162,26 @@ class Predictor:
         """Prepare a case for each group, as the training cases of the group were prepared."""
         return [prepare(case, volume, group.preparation) for group in self.groups]
 
-    def segment(self, prepared: Sequence[Prepared], sink: Sink | None = None) -> np.ndarray:
+    def segment(self, prepared: Sequence[Prepared], grid: Grid, sink: Sink | None = None) -> np.ndarray:
         """Return label indices uint8 (D, H, W) on the source grid, after post-processing.
 
         Args:
             prepared: Result of `prepare`.
-            sink: Function that receives `extra_outputs`, if there are any.
+            grid: Source grid.
+            sink: Function that receives `extra_outputs`, if there are any. If preparation has cropped the case, the
+                sink first receives the whole volume with a probability of 1 for the background of a softmax.
+
+        Raises:
+            UserError: The network has computed NaN or infinity.
         """
         if len(self.groups) == 1:
             group = self.groups[0]
+            if sink is not None and "probabilities" in self.extra_outputs and self.output.activation == "softmax":
+                _fill_background(sink, prepared[0], len(self.names))
             label = group.segmenter(group.weights, prepared[0], sink)
         else:
             label = segment_with_groups(self.groups, self.output, prepared, sink, self.extra_outputs)
-        inside = [b.stop - b.start for b in prepared[0].box]
-        shape, spacing = prepared[0].shape, prepared[0].spacing
-        voxel = math.prod(s * n / m for s, n, m in zip(spacing, shape, inside, strict=True)) / 1000
-        return self.postprocess(label, voxel)
+        return self.postprocess(label, grid.voxel_volume)
 
     def postprocess(self, label: np.ndarray, voxel: float) -> np.ndarray:
         """Return a label map after post-processing.
@@ -196,7 +202,7 @@ class Predictor:
         Raises:
             DataError: The case cannot be read.
         """
-        return self._segment_volume(case, read_case(without_label(case)))
+        return self._segment_volume(case, read_image(case))
 
     def predict(
         self,
@@ -256,14 +262,39 @@ class Predictor:
         """Segment a case that has been read."""
         prepared = self.prepare(case, volume)
         collected = _Collector(volume.image.shape[:3])
-        label = encode_label(case, self.segment(prepared, collected))
+        label = encode_label(case, self.segment(prepared, volume.grid, collected))
         return Segmentation(
             label, self.names, collected.get("probabilities"), collected.get("uncertainty"), volume.grid
         )
 
 
+def read_image(case: Case) -> Volume:
+    """Read the image of a case, without its reference, and log warnings about its files.
+
+    Raises:
+        DataError: The image cannot be used.
+    """
+    volume, problems = load_case(without_label(case))
+    if volume is None or errors(problems):
+        raise data_error(*errors(problems), summary=f"problems in case {case.case_id}")
+    for problem in problems:
+        log.warn(str(problem))
+    return volume
+
+
+def _fill_background(sink: Sink, prepared: Prepared, channels: int) -> None:
+    """Send a probability of 1 for the background of all voxels to a sink, if preparation has cropped the case."""
+    depth, height, width = prepared.source
+    if all(b.stop - b.start == n for b, n in zip(prepared.box, prepared.source, strict=True)):
+        return
+    background = np.zeros((1, height, width, channels), np.float32)
+    background[..., 0] = 1
+    for index in range(depth):
+        sink(slice(index, index + 1), (slice(0, height), slice(0, width)), {"probabilities": background})
+
+
 class _Collector(dict[str, np.ndarray]):
-    """A sink that collects all slices in float32 arrays on the source grid, which are 0 outside of the prepared box."""
+    """A sink that collects all slices in float32 arrays on the source grid; voxels that it does not receive are 0."""
 
     def __init__(self, shape: Sequence[int]):
         super().__init__()
@@ -277,10 +308,15 @@ class _Collector(dict[str, np.ndarray]):
 
 
 def _as_paths(paths: Paths) -> list[Path]:
-    """Return one or several paths as a list. Raises UserError if one of them is empty."""
-    if "" in ([paths] if isinstance(paths, str | Path) else paths):
+    """Return one or several paths as a list. Raises UserError if one of them is empty or an address in a bucket."""
+    several = [paths] if isinstance(paths, str | Path) else list(paths)
+    if "" in several:
         raise UserError("a path is empty; expected a file or a folder")
-    return [Path(paths)] if isinstance(paths, str | Path) else [Path(p) for p in paths]
+    if addresses := [str(p) for p in several if is_address(p)]:
+        raise UserError(
+            f"{shorten(addresses)}: expected a local path; python -m xdim_jax.predict downloads a --workdir"
+        )
+    return [Path(p) for p in several]
 
 
 def _warn_of_missing_folds(given: Sequence[Path], workdirs: Sequence[Path], configs: Sequence[Any]) -> None:
@@ -299,7 +335,9 @@ def _check_common(workdirs: Sequence[Path], configs: Sequence[Any], settings: Se
     """
     problems = []
     given = {"predict.min_et"} if settings.min_et is not None else set()
-    if settings.threshold is not None or configs[0].output == "softmax":
+    names = read_json(workdirs[0] / DATA_FILE).get("regions", {}).keys()
+    for_all = not isinstance(settings.threshold, Mapping) or settings.threshold.keys() >= names
+    if (settings.threshold is not None and for_all) or configs[0].output == "softmax":
         given.add("predict.threshold")
     for workdir, config in zip(workdirs[1:], configs[1:], strict=True):
         for key, a, b in differences(configs[0], config, ignored=()):
@@ -311,6 +349,8 @@ def _check_common(workdirs: Sequence[Path], configs: Sequence[Any], settings: Se
     for data in described:
         if isinstance(labels := data.get("labels"), dict):
             labels.pop("name", None)
+        if isinstance(regions := data.get("regions"), dict) and configs[0].output == "sigmoid":
+            data["regions"] = list(regions.items())  # in the order of the channels of the network
     for workdir, other in zip(workdirs[1:], described[1:], strict=True):
         if different := [k for k in ("channels", "labels", "regions") if described[0].get(k) != other.get(k)]:
             problems.append(f"{', '.join(different)} of the data differ between {workdirs[0]} and {workdir}")

@@ -34,8 +34,8 @@ class Settings:
         min_et: Smallest number of voxels of the enhancing tumour (BraTS); None for the value in the config.
         largest: Names of regions, ``("all",)``, or ``("none",)``. Of each of them, only the largest connected component
             is kept. Empty for the regions that ``python -m xdim_jax.fit`` has chosen for this run, if any.
-        min_volume: Name of a region (or an empty name, for all regions) -> volume in ml of the smallest component that
-            is kept; None for the volumes that ``python -m xdim_jax.fit`` has chosen for this run, if any.
+        min_volume: Volume in ml of the smallest component that is kept, for all regions or by region; None for the
+            volumes that ``python -m xdim_jax.fit`` has chosen for this run, if any.
         probabilities: True to compute the probabilities of all channels in addition to labels.
         uncertainty: True to compute the variance of the probabilities in addition to labels.
         compress: True to write probabilities and uncertainty as compressed files with 16 bits per voxel, rounded to
@@ -50,7 +50,7 @@ class Settings:
     threshold: float | Mapping[str, float] | None = None
     min_et: int | None = None
     largest: tuple[str, ...] = ()
-    min_volume: Mapping[str, float] | None = None
+    min_volume: float | Mapping[str, float] | None = None
     probabilities: bool = False
     uncertainty: bool = False
     compress: bool = False
@@ -61,6 +61,11 @@ class Settings:
             object.__setattr__(self, "largest", (self.largest,) if self.largest else ())
         if isinstance(self.flips, int):
             object.__setattr__(self, "flips", (self.flips,))
+
+    @property
+    def min_volumes(self) -> Mapping[str, float] | None:
+        """``min_volume`` by region; with the empty name for all regions."""
+        return {"": float(self.min_volume)} if isinstance(self.min_volume, int | float) else self.min_volume
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +143,7 @@ def without_given(chosen: PostProcessing, settings: Settings) -> PostProcessing:
             return values
         return {k: v for k, v in values.items() if k not in given} if isinstance(given, Mapping) else {}
 
-    min_volume = settings.min_volume
+    min_volume = settings.min_volumes
     if min_volume is not None and (not min_volume or "" in min_volume):  # for all regions
         min_volume = dict.fromkeys(chosen.min_volume, 0.0)
     largest = () if settings.largest else chosen.largest
@@ -167,7 +172,7 @@ def resolve(
         raise UserError(f"--batch={settings.batch}: expected 1 or more windows, or 0 for the default")
     chosen = chosen or PostProcessing()
     chosen = without_given(chosen, settings)
-    min_volume = {**chosen.min_volume, **(settings.min_volume or {})}
+    min_volume = {**chosen.min_volume, **(settings.min_volumes or {})}
     if "" in min_volume:  # one volume for all regions
         min_volume = dict.fromkeys(regions.names, min_volume[""])
     for flag, names in (("--largest", set(settings.largest) - {"all", "none"}), ("--min_volume", set(min_volume))):

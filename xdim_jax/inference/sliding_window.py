@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from xdim_jax import ops
+from xdim_jax.base.errors import UserError
 from xdim_jax.base.threads import StoppedError, call_in_thread
 from xdim_jax.data.prepare import Prepared
 from xdim_jax.inference.output import Output
 from xdim_jax.inference.windows import Layout, Windows, batched, gaussian_weights, make_layout, read_window
 
-_DECODED = 8  # number of slices that are decoded to labels at once
+_DECODED = 8  # number of slices of a volume that are decoded to labels at once
 SLICES = 8  # for a 2D network, a window has at most this number of slices times the batch
 
 # weights, images (B, *patch, C) -> logits (B, *patch, channels)
@@ -56,9 +57,11 @@ class Segmenter:
 
     Attributes:
         max_sizes: Number of sizes of images for which compiled programs are kept; 0 for no limit.
+        require_finite: True to raise UserError if probabilities are not finite; otherwise, NaN becomes background.
     """
 
     max_sizes = 0
+    require_finite = False
 
     def __init__(
         self,
@@ -123,6 +126,7 @@ class Segmenter:
 
         Raises:
             StoppedError: ``stopped`` has returned True.
+            UserError: Probabilities are not finite, see `require_finite`.
         """
         layout = make_layout(self.windows, prepared.shape, tuple(b.stop - b.start for b in prepared.box))
         self._drop_programs(layout)
@@ -132,6 +136,7 @@ class Segmenter:
         planes = jax.tree.map(jnp.asarray, layout.plane_matrices)
         slices, taps = layout.taps
         top = done = 0  # first slice in the buffer; first slice of the source grid that is not decoded yet
+        decoded = _decoded_slices(layout)
         last_total = None
         for i, start in enumerate(layout.starts[0]):
             for batch in batched(itertools.product([start], *layout.starts[1:]), layout.batch):
@@ -145,9 +150,14 @@ class Segmenter:
             complete = layout.patch[0] + start if last else layout.starts[0][i + 1]
             ready = layout.target[0] if last else int(np.searchsorted(slices.max(1), complete))
             while done < ready:
-                index = np.minimum(np.arange(done, done + _DECODED), ready - 1)
+                index = np.minimum(np.arange(done, done + decoded), ready - 1)
                 values = self._decode(buffer, jnp.asarray(slices[index] - top), jnp.asarray(taps[index]), planes)
-                count = min(_DECODED, ready - done)
+                if not values.pop("finite") and self.require_finite:
+                    raise UserError(
+                        "the network has computed NaN or infinity; if --precision is bfloat16, give "
+                        "--precision=float32, else check the weights and the intensities of the image"
+                    )
+                count = min(decoded, ready - done)
                 cropped = {name: _crop(np.asarray(v), count, layout) for name, v in values.items()}
                 inside[done : done + count] = cropped.pop("label")
                 if sink is not None:
@@ -176,7 +186,11 @@ class Segmenter:
             memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes if memory else 0
         )
         buffer = max(layout.buffer_slices * math.prod(layout.plane) for layout in layouts) * self.channels * 4
-        slices = _DECODED * self.channels * 4 * max(3 * math.prod(p.plane) + 2 * math.prod(p.out) for p in layouts)
+        slices = (
+            self.channels
+            * 4
+            * max(_decoded_slices(p) * (3 * math.prod(p.plane) + 2 * math.prod(p.out)) for p in layouts)
+        )
         # the sums of a batch, their mean, and the weighted windows
         blending = 4 * largest.batch * math.prod(largest.patch) * self.channels * 4
         return network + buffer + max(slices, blending)
@@ -265,11 +279,17 @@ class Segmenter:
             found = jnp.einsum("kyxc,Xx->kyXc", found, planes[1], precision=exact)
         channels = len(self.output.channels)
         values = {"label": self.output.decode(found[..., :channels], self._threshold, jnp)}
+        values["finite"] = jnp.isfinite(found).all()
         if "probabilities" in self.extra_outputs:
             values["probabilities"] = found[..., :channels]
         if "uncertainty" in self.extra_outputs:
             values["uncertainty"] = found[..., channels]
         return values
+
+
+def _decoded_slices(layout: Layout) -> int:
+    """Return the number of slices that are decoded at once."""
+    return 1 if layout.target[0] == 1 else _DECODED
 
 
 def make_segmenter(

@@ -87,8 +87,13 @@ class Layout:
 
     @property
     def buffer_slices(self) -> int:
-        """Number of slices in the buffer: those of a window, and earlier ones that are needed for interpolation."""
-        return _round_up(self.patch[0] + (self.taps[0].shape[1] if self.size[0] != self.target[0] else 0), 8)
+        """Number of slices in the buffer: those of a window, and earlier ones that are needed for interpolation.
+
+        It is rounded up, so that volumes of similar sizes have the same program; but not for a single slice, which may
+        be large.
+        """
+        count = self.patch[0] + (self.taps[0].shape[1] if self.size[0] != self.target[0] else 0)
+        return count if count == 1 else _round_up(count, 8)
 
     @property
     def plane_matrices(self) -> tuple[np.ndarray, np.ndarray] | None:

@@ -276,6 +276,8 @@ def read_view(rules: Rules, job: Job, config: Mapping[str, Any] | None, channels
     assert job.pred is not None, job.ref.case_id
     values, grid = job.ref.load()
     found, _ = job.prediction_with_grid().load()
+    if found.shape != values.shape:
+        raise UserError(f"{job.pred.path} has {found.shape} voxels, its reference {values.shape}; evaluate again")
     coding = find_coding(rules, job.ref, values, found)
     entry = DATASETS[config["data"]["dataset"]] if config else None
     images: dict[str, np.ndarray] = {}
@@ -319,6 +321,12 @@ def _images_beside(reference: Path) -> list[Path]:
     folders += [reference.parent.with_name(name) for name in ("imagesTr", "imagesTs", "images")]
     pattern = re.compile(rf"{re.escape(case)}([-_](?!seg$|gt$)[A-Za-z0-9]+)?")
     for folder in folders:
-        if found := [path for name, path in images_in(folder) if pattern.fullmatch(name) and path != reference]:
-            return found
+        found = {name: path for name, path in images_in(folder) if pattern.fullmatch(name) and path != reference}
+        # the id of another case may begin with this one: patient P01, and its follow-up P01_2
+        if folder != reference.parent:
+            found = {
+                n: p for n, p in found.items() if n == case or not any(map(Path.exists, _label_maps(reference, n)))
+            }
+        if found:
+            return [found[case]] if case in found else list(found.values())
     return []

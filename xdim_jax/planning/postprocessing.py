@@ -217,7 +217,7 @@ def _dice_by_threshold(predictor: Predictor, case: Case, thresholds: Sequence[in
                 chosen = bins[..., r][(inside[..., r] == member) & known]
                 counts[r, member] += np.bincount(chosen, minlength=_BINS)
 
-    predictor.segment(predictor.prepare(case, volume), count)
+    predictor.segment(predictor.prepare(case, volume), volume.grid, count)
     dice = np.full((len(regions.names), len(thresholds)), np.nan)
     shown = annotated_regions(predictor.dataset, case)
     for r, name in enumerate(regions.names):
@@ -267,7 +267,7 @@ def _choose_components(
     show = log.progress_bar("components")
     for c, (_, case) in enumerate(cases):
         truth, label = read_label(case), read_label(dataclasses.replace(case, label=output / f"{case.case_id}.nii.gz"))
-        voxel = _voxel_volume(case)
+        voxel = read_grid(case.images[0], case.axes).voxel_volume
         counts = masks.count_labels(label, truth)
         before = _mean_dice(counts, dataset, case)
         for t, (name, setting, value) in enumerate(tried):
@@ -304,7 +304,7 @@ def _smallest_volumes(cases: Sequence[Case], regions: Regions) -> dict[str, floa
     """Return region -> volume in ml of its smallest 26-connected component in any reference."""
     smallest: dict[str, float] = {}
     for case in cases:
-        truth, voxel = read_label(case), _voxel_volume(case)
+        truth, voxel = read_label(case), read_grid(case.images[0], case.axes).voxel_volume
         for name in regions.names:
             mask = regions.mask(truth, name)
             if boxes := find_objects(mask.view(np.uint8)):
@@ -312,11 +312,6 @@ def _smallest_volumes(cases: Sequence[Case], regions: Regions) -> dict[str, floa
                 volume = float(np.bincount(found[0].ravel())[1:].min() * voxel)
                 smallest[name] = min(smallest.get(name, volume), volume)
     return {name: smallest[name] for name in regions.names if name in smallest}
-
-
-def _voxel_volume(case: Case) -> float:
-    """Return the volume of a voxel in ml."""
-    return abs(float(np.linalg.det(read_grid(case.images[0], case.axes).affine[:3, :3]))) / 1000
 
 
 # -- result -------------------------------------------------------------------------------------------------------
@@ -336,8 +331,8 @@ def apply_postprocessing(workdir: Path) -> None:
     for predictor, cases in work:
         for case in cases:
             path = output / f"{case.case_id}.nii.gz"
-            label = predictor.postprocess(read_label(dataclasses.replace(case, label=path)), _voxel_volume(case))
             grid = read_grid(case.images[0], case.axes)
+            label = predictor.postprocess(read_label(dataclasses.replace(case, label=path)), grid.voxel_volume)
             write_volume(path, encode_label(case, label), grid, make_note(predictor.digest, case))
 
 

@@ -14,6 +14,8 @@ from xdim_jax.base.config import Config, leaves
 from xdim_jax.base.errors import UserError, first_line
 from xdim_jax.base.files import write_text
 
+_own_uris: set[str] = set()  # databases in workdirs; MLflow writes the current one to MLFLOW_TRACKING_URI
+
 
 class Tracker(Protocol):
     """Interface of an experiment tracker."""
@@ -59,8 +61,10 @@ class _Mlflow:
 
     def __init__(self, experiment: str, workdir: Path, config: Config):
         mlflow = _import("mlflow")
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri(f"sqlite:///{workdir.absolute() / 'mlflow.db'}")
+        if os.environ.get("MLFLOW_TRACKING_URI", "") in {"", *_own_uris}:
+            uri = f"sqlite:///{workdir.absolute() / 'mlflow.db'}"
+            _own_uris.add(uri)
+            mlflow.set_tracking_uri(uri)
             if mlflow.get_experiment_by_name(experiment) is None:
                 mlflow.create_experiment(experiment, artifact_location=(workdir.absolute() / "mlartifacts").as_uri())
         mlflow.set_experiment(experiment)

@@ -77,7 +77,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--task",
         choices=sorted(chaos.TASKS),
         action="append",
-        help="chaos: task to score; repeat for several (default: all)",
+        help="chaos: task to score; repeat for several (default: those with predictions in folders Task1 to Task5, or "
+        "else those whose modalities have references)",
     )
     group.add_argument(
         "--step",
@@ -159,7 +160,8 @@ def parse_metrics(text: str) -> tuple[str, ...]:
     Raises:
         UserError: A name is unknown.
     """
-    names = tuple(METRIC_ALIASES.get(name.strip(), name.strip()) for name in text.split(",") if name.strip())
+    words = [name.strip() for name in text.split(",") if name.strip()]
+    names = tuple(dict.fromkeys(METRIC_ALIASES.get(name, name) for name in words))
     if unknown := [name for name in names if name not in METRICS]:
         variants = sorted({m for name in unknown for m in METRICS if m.startswith(f"{name}_")})
         hint = f"; did you mean {' or '.join(variants)}?" if variants else ""

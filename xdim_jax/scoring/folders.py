@@ -103,6 +103,9 @@ def evaluate_folders(
         log.warn(line)
     summary = results.summarise(rules, scored, extra) | {"skipped": sorted(skipped)}
     columns = dict(rules.columns) | {m: column(m) for m in metrics if m not in rules.columns}
+    for name in (results.EVALUATE_FILE, results.CALIBRATION_FILE):  # written last; these are of an earlier evaluation
+        if (out / name).exists():
+            (out / name).unlink()
     write_evaluation(out, rules, scored + extra_rows, summary, tables.make_tables(summary, columns))
     record = {
         "pred": str(pred.absolute()),
@@ -120,7 +123,6 @@ def evaluate_folders(
             f"{len(same)} of {summary['cases']} predictions are identical to their reference ({shorten(same)}): they "
             "are probably copies of the references, and their scores are meaningless"
         )
-    (out / results.CALIBRATION_FILE).unlink(missing_ok=True)  # of an earlier evaluation
     if calibrated:
         usable = [job for job, case in zip(jobs, scored, strict=True) if job.pred is not None and not case.problem]
         found = calibration.calibrate(rules, usable, pred, out, processes=processes)

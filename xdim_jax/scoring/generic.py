@@ -61,6 +61,8 @@ def read_structures(folder: Path) -> Mapping[str, tuple[int, ...]] | None:
         try:
             labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
             if all(str(k).isdigit() for k in labels):  # nnU-Net 1 and the Decathlon: value -> name
+                if len(set(labels.values())) < len(labels):
+                    raise ValueError("two values have the same name")
                 labels = {name: int(value) for value, name in labels.items()}
             sets = {n: tuple(int(v) for v in (v if isinstance(v, list) else [v])) for n, v in labels.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -150,9 +150,9 @@ def lesionwise_2023(pred: np.ndarray, ref: np.ndarray, geometry: Geometry, cohor
 
 # -- 2024, glioma after treatment ---------------------------------------------------------------------------------
 
-# structure -> dilation steps for merging components; for SNFH, the platform has 3 instead of 5 because of a misspelling
-_MERGE_STEPS_2024 = {"NETC": 5, "RC": 5}
-_OTHER_MERGE_STEPS_2024 = 3
+# structure -> dilation steps, see `_dilation_2024`; for SNFH, the platform has 3 instead of 5 because of a misspelling
+_DILATIONS_2024 = {"NETC": 5, "RC": 5}
+_OTHER_DILATION_2024 = 3
 # structure -> ignored size, see `_ignored_size_2024`
 _IGNORED_SIZES_2024 = {"ET": 10}
 _OTHER_IGNORED_SIZE_2024 = 20
@@ -163,6 +163,11 @@ _MERGING_NEIGHBOURS_2024 = {
     "RC": ("ET", "NETC"),
     "SNFH": ("ET", "RC", "NETC"),
 }
+
+
+def _dilation_2024(structure: str) -> int:
+    """Return the dilation steps for merging components, and for matching lesions with predicted components."""
+    return _DILATIONS_2024.get(structure, _OTHER_DILATION_2024)
 
 
 def _ignored_size_2024(structure: str) -> int:
@@ -186,7 +191,7 @@ def label_lesions_2024(masks: Mapping[str, np.ndarray], *, predicted: bool) -> d
     """
     numbered = {}
     for name, mask in masks.items():
-        found = label_merged(mask, _MERGE_STEPS_2024.get(name, _OTHER_MERGE_STEPS_2024))
+        found = label_merged(mask, _dilation_2024(name))
         if predicted:
             small = np.bincount(found.ravel()) <= _ignored_size_2024(name)
             small[0] = False
@@ -234,7 +239,7 @@ def lesionwise_2024(
             predicted[name],
             lesions[name],
             geometry,
-            cohort=Cohort(3, _ignored_size_2024(name)),
+            cohort=Cohort(_dilation_2024(name), _ignored_size_2024(name)),
             penalty=PENALTY_2024,
             metrics=("dice", "hd95_surfel", "nsd_0.5", "nsd_1.0"),
         )

@@ -22,6 +22,7 @@ from xdim_jax.scoring.masks import METRICS, Geometry, Pair
 
 # subfolders that predict writes next to the label maps; they contain no label maps
 EXTRA_OUTPUTS = ("probabilities", "uncertainty")
+_MAX_LABELS = 256  # largest number of values of a label map whose structures are not named
 _LABEL_TOLERANCE = 1e-3  # some published label files contain floats with rounding errors
 
 # structure -> mask
@@ -94,9 +95,11 @@ class Coding:
             {0, *self.ignored, *self.excluded, *(v for members in self.structures.values() for v in members)}
         )
         found = np.unique(values).astype(np.float64)
-        unknown = [v for v in found if not np.isfinite(v) or min(abs(v - k) for k in known) > _LABEL_TOLERANCE]
-        if unknown:
-            shown = shorten([f"{v:g}" for v in unknown])
+        above = np.searchsorted(known, found)  # an image has millions of values
+        nearest = [np.array(known)[np.clip(above + i, 0, len(known) - 1)] for i in (-1, 0)]
+        unknown = found[~(np.abs(found - nearest).min(0) <= _LABEL_TOLERANCE)]
+        if len(unknown):
+            shown = shorten([f"{v:g}" for v in unknown[:1000]])
             expected = known if len(known) < 20 else f"integers from {known[0]} to {known[-1]}"
             raise UserError(f"{path} has unknown labels: {shown}; {self.name} has only {expected}; {self.hint}")
         return np.rint(values)
@@ -373,6 +376,12 @@ def find_coding(rules: Rules, ref: LabelMap, values: np.ndarray, predicted: np.n
     if (known := rules.coding(ref)) is not None:
         return known
     found = np.unique(np.concatenate([np.unique(a) for a in (values, predicted) if a is not None]))
+    if len(found) > _MAX_LABELS or (len(found) and found[0] < 0):
+        raise UserError(
+            f"{ref.path} or its prediction has {len(found)} values from {found[0]:g} to {found[-1]:g}, so one of them "
+            f"is an image, not a label map: expected at most {_MAX_LABELS} values from 0 on. Give the folders of the "
+            "label maps, or name the structures with --labels"
+        )
     whole = sorted(
         {round(float(v)) for v in found if np.isfinite(v) and abs(v - round(float(v))) <= _LABEL_TOLERANCE} - {0}
     )
@@ -425,7 +434,7 @@ def find_files(folder: Path, layout: str, name_of: Callable[[Path], str | None])
     found: dict[str, Path] = {}
     unread: list[str] = []
     for path in files_below(folder):
-        if path.parent.name in EXTRA_OUTPUTS:
+        if path.parent.name in EXTRA_OUTPUTS and path.parent != folder:
             continue
         if strip_suffix(path.name) is None:
             unread += [] if is_companion(path) else [path.name]

@@ -17,6 +17,7 @@ import itertools
 import logging
 import math
 import random
+import re
 import threading
 import time
 import zlib
@@ -119,9 +120,14 @@ def open_storage(text: str) -> Any:
                 continue
             reason = first_line(error)
             raise UserError(
-                f"--storage={text} cannot be opened: {reason}; give the path of a journal file, or "
+                f"--storage={without_password(text)} cannot be opened: {reason}; give the path of a journal file, or "
                 "<dialect>://<user>:<password>@<host>/<database> (PostgreSQL: pip install 'psycopg[binary]')"
             ) from error
+
+
+def without_password(storage: str) -> str:
+    """Return the address of a database for messages, with ``***`` in place of the password."""
+    return re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", storage)
 
 
 def open_study(storage: Any, name: str, *, sampler: Any = None, pruner: Any = None, create: bool = True) -> Any:

@@ -28,7 +28,7 @@ _GPU_FRACTION = 0.75  # of the memory of a GPU that JAX allocates by default
 _TPU_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 _MEGACORE = ("v4", "v5p")  # kinds whose two cores are used as one device
 # the memory that a program needs, in the compiler's message if it does not fit
-_EXHAUSTED = re.compile(r"Used ([\d.]+)([GM]) of")
+_EXHAUSTED = re.compile(r"Used ([\d.]+)([MGT]) of")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +190,7 @@ def exhausted_bytes(error: Exception) -> int | None:
     if re.search(r"memory space (?!hbm)\w+", text):  # another memory than HBM is exhausted
         return 2**62
     match = _EXHAUSTED.search(text)
-    return int(float(match[1]) * 2 ** (30 if match[2] == "G" else 20)) if match else 2**62
+    return int(float(match[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[match[2]]) if match else 2**62
 
 
 def describe_kernels(counts: dict[str, int], shown: int = 6) -> str:

@@ -123,7 +123,7 @@ def measure(
     """
     config = _apply(config, choice)
     try:
-        networks.check_patch(config.model, choice.patch)
+        networks.check_patch(config.model, choice.patch, choice.batch // config.train.accumulate)
     except ValueError as error:
         raise UserError(str(error)) from error
     mesh = config.mesh

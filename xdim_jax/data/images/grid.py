@@ -59,6 +59,11 @@ class Grid:
         return float(z), float(y), float(x)
 
     @property
+    def voxel_volume(self) -> float:
+        """Volume of a voxel in ml; with a sheared affine, it is less than the product of the spacings."""
+        return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+    @property
     def memory_geometry(self) -> tuple[tuple[int, ...], np.ndarray]:
         """Shape (x, y, z) and affine after the conversion to the axes in memory."""
         order = np.argsort(self.orientation[:, 0])
