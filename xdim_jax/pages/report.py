@@ -324,9 +324,8 @@ def _images_beside(reference: Path) -> list[Path]:
         found = {name: path for name, path in images_in(folder) if pattern.fullmatch(name) and path != reference}
         # the id of another case may begin with this one: patient P01, and its follow-up P01_2
         if folder != reference.parent:
-            found = {
-                n: p for n, p in found.items() if n == case or not any(map(Path.exists, _label_maps(reference, n)))
-            }
+            suffix = reference.name.removeprefix(stem)
+            found = {n: p for n, p in found.items() if n == case or not reference.with_name(n + suffix).exists()}
         if found:
             return [found[case]] if case in found else list(found.values())
     return []
