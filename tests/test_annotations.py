@@ -506,7 +506,7 @@ def test_softmax_does_not_know_parts_of_nested_regions(tmp_path):
         (["image,label,fold", f"{IMAGE},{LABEL},0", f"{OTHER},"], "no fold for 1 patients (p3)"),
         (["image,label,fold", f"{IMAGE},{LABEL},0", f"{OTHER},2"], "has the folds [0, 2]"),
         (["image,label,patient,fold", f"{IMAGE},{LABEL},P,0", f"{OTHER},P,1"], "another row of patient P"),
-        (["image,label,annotated", f"{IMAGE},{LABEL},heart"], "rows with unknown structures in the column annotated"),
+        (["image,label,annotated", f"{IMAGE},{LABEL},heart"], "rows with unknown regions in the column annotated"),
         (["case,image,label", f"site/p,{IMAGE},{LABEL}"], "has the case id 'site/p'"),
         (["case,image,label", f"../p,{IMAGE},{LABEL}"], "has the case id '../p'"),
         (["case,image,label", f"p_seg,{IMAGE},{LABEL}"], "has the case id 'p_seg'"),
