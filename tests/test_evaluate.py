@@ -555,8 +555,30 @@ def test_a_name_of_two_values_is_refused(pair):
 def test_images_in_place_of_label_maps_are_refused(pair):
     image = np.random.default_rng(0).normal(0, 500, (16, 14, 10)).astype(np.int16)
     save(pair[1] / "a.nii.gz", image, AFFINE)
-    refused("is an image, not a label map", "generic", *pair)
+    refused(["a.nii.gz", "probably an image"], "generic", *pair)
     refused("has unknown labels", "generic", *pair, "--labels", "tumour=1")
+
+
+def test_a_prediction_that_is_an_image_can_be_omitted(pair, capsys):
+    image = np.random.default_rng(0).normal(0, 500, (16, 14, 10)).astype(np.int16)
+    save(pair[0] / "a.nii.gz", image, AFFINE)
+    refused("probably an image", "generic", *pair)
+    found, summary = run("generic", *pair, "--missing=skip")
+    assert summary["skipped"] == ["a"] and {case for case, _, _ in found} == {"b"}
+
+
+def test_label_maps_with_rounding_errors_and_negative_values_are_label_maps(pair):
+    expected, _ = run("generic", *pair)
+    for folder in pair[:2]:
+        for n, case in enumerate("ab"):
+            label = np.asarray(nib.load(folder / f"{case}.nii.gz").dataobj).astype(np.float32)
+            noise = np.random.default_rng(n).uniform(-1e-4, 1e-4, label.shape).astype(np.float32)
+            save(folder / f"{case}.nii.gz", label + noise, AFFINE)
+    assert run("generic", *pair)[0] == expected
+    for folder in pair[:2]:
+        label = np.asarray(nib.load(folder / "a.nii.gz").dataobj)
+        save(folder / "a.nii.gz", np.where(label > 1.5, -1, label), AFFINE)
+    assert ("a", "-1", "dice") in run("generic", *pair)[0]
 
 
 def test_a_folder_of_predictions_may_have_the_name_of_an_extra_output(pair):

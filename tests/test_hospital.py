@@ -577,6 +577,8 @@ def test_dicom_of_both_modalities_needs_no_flag(tmp_path, capsys):
     assert {c.case_id: c.info["modality"] for c in cases} == {"CT_2": "CT", "MR_2": "MR"} and not problems
     out = capsys.readouterr().out
     assert re.search(r"PT_2.* is omitted: the network was trained on CT and MR", out)
+    with pytest.raises(UserError, match="no CT or MR series"):
+        inputs.find_cases(data, [tmp_path / "PT"])
     assert read_case(cases[0]).image.shape == (6, 10, 8, 1)
 
 
@@ -876,6 +878,9 @@ def test_ct_for_a_network_that_was_trained_on_mr_is_a_warning(tmp_path, capsys):
     assert names_in(tmp_path / "out") == {"CT_2", "MR_2"}
     warned = [line for line in capsys.readouterr().out.splitlines() if "not trained on CT" in line]
     assert len(warned) == 1 and "CT_2" in warned[0]
+    venous = make_workdir(tmp_path / "venous", flat=True, channels=("CT_venous",))
+    run(venous, tmp_path / "in", tmp_path / "other")
+    assert "not trained on" not in capsys.readouterr().out
 
 
 def test_a_series_that_cannot_be_used_leaves_the_prediction_of_an_image_with_its_name(workdir, tmp_path, capsys):

@@ -184,6 +184,7 @@ def test_a_browser_shows_all_of_it(made, width, tmp_path):
         ("data/labelsTr/c1.nii.gz", ["data/imagesTr/c1_0000.nii.gz", "data/imagesTr/c1_0001.nii.gz"]),
         ("data/labelsTr/c1.nii.gz", ["data/imagesTr/c1.nii.gz"]),
         ("follow/labels/c1.nii.gz", ["follow/images/c1.nii.gz"]),
+        ("flat/c1_seg.nii.gz", ["flat/c1_t1.nii.gz"]),
         ("follow/labels/c3.nii.gz", ["follow/images/c3_0000.nii.gz"]),
         ("refs/c1.nii.gz", []),
     ],
@@ -198,6 +199,7 @@ def test_images_beside_the_references_are_found(reference, images, tmp_path):
         "c1/c1_gt.nii",
         *("follow/labels/c1_2.nii.gz", "follow/images/c1_2.nii.gz"),  # another case
         *("follow/labels/c3_2.nii.gz", "follow/images/c3_2.nii.gz"),
+        *("flat/c1_2_seg.nii.gz", "flat/c1_2.nii.gz"),
     ]
     for name in (reference, *images, *others):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -115,6 +115,12 @@ def test_a_fold_is_in_the_grid_or_in_the_settings(tmp_path):
             read_plan(write_plan(tmp_path, both))
 
 
+def test_a_fold_that_does_not_exist_is_named_before_the_first_run(tmp_path, camus4):
+    plan = read_plan(write_plan(tmp_path, with_folds([0, 1, 7])))
+    with pytest.raises(UserError, match=r"arm low: .*fold=7(.|\n)*arm high: .*fold=7"):
+        check_plan(plan, [f"--config.data.root={camus4}"])
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("old", "new", "words"),

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import functools
 import getpass
+import json
 import os
 import shutil
 import signal
@@ -175,7 +176,12 @@ def test_passwords_are_not_shown(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError) as error:
         studies.open_storage("mydb://me:SECRET@host:5/db")
     assert "SECRET" not in str(error.value) and "mydb://me:***@host:5/db" in str(error.value)
-    for address in ("runs/study.journal", "postgresql://host/db", "postgresql://me@host/db", "gs://a/b@c:d"):
+    assert studies.without_password("postgresql://me@srv:p/w@h/db") == "postgresql://me@srv:***@h/db"
+    assert (
+        studies.without_password("postgresql://h/db?user=u&password=p&x=1")
+        == "postgresql://h/db?user=u&password=***&x=1"
+    )
+    for address in ("runs/study.journal", "postgresql://host/db", "postgresql://me@host/db", "sqlite:///runs/a.db"):
         assert studies.without_password(address) == address
 
 
@@ -702,6 +708,8 @@ def test_a_sweep_of_real_runs(tmp_path, monkeypatch):
         workdir = tmp_path / "sweep" / f"trial{trial.number:04d}"
         scores = [r["dice"] for r in records(workdir, "validation")]
         assert trial.value == max(scores) and (workdir / "best").is_dir() and len(scores) == 3
+        trained = json.loads((workdir / "config.json").read_text())
+        assert trained["optim"]["schedule"]["peak"] == trial.params["optim.schedule.peak"]
     out = tmp_path / "sweep.html"
     assert sweep.main(["report", f"--workdir={tmp_path / 'sweep'}", f"--out={out}"]) == 0
     best = max(study.get_trials(), key=lambda trial: trial.value)

@@ -204,8 +204,8 @@ def _find_images(
         else:
             cases.append(_image_case(dataset, path, folder, modality))
     is_ct = bool(ct_channels(dataset.channels, ""))
+    trained = ("CT", "MR") if dataset.holds_ct else ("CT",) if is_ct else ()
     for s in found:
-        trained = ("CT", "MR") if dataset.holds_ct else ("CT",) if is_ct else ()
         if trained and s.modality not in (*trained, "") and not (selected or modality):
             log.warn(
                 f"series {s} is omitted: the network was trained on {' and '.join(trained)}. To predict it, select it "
@@ -213,7 +213,7 @@ def _find_images(
             )
             continue
         log.say(f"series     {s}")
-        if not trained and s.modality in ("CT", "PT"):
+        if not (trained or selected or modality) and not _may_be(s.modality, dataset.channels):
             log.warn(f"series {s}: the network was not trained on {s.modality}")
         if fatal := errors(s.problems):
             problems[s.name] = [str(p) for p in fatal]
@@ -232,8 +232,17 @@ def _find_images(
             "another --output"
         )
     if not cases and not problems:
-        raise UserError(f"{folder} contains no CT series, but the network was trained on CT; see the warnings above")
+        names = " or ".join(trained)
+        raise UserError(
+            f"{folder} contains no {names} series, but the network was trained on {names}; see the warnings"
+        )
     return cases, problems
+
+
+def _may_be(modality: str, channels: Sequence[str]) -> bool:
+    """Return False for a series of CT or PET if the names of the channels of a network do not contain this modality."""
+    words = {"CT": ("CT",), "PT": ("PT", "PET")}.get(modality)
+    return words is None or any(word in name.upper() for word in words for name in channels)
 
 
 def _is_text(name: str) -> bool:

@@ -107,7 +107,7 @@ def predict_cases(predictor: Predictor, cases: Sequence[Case], output: Path) -> 
         failures.append(case.case_id)
         if not isinstance(error, _OutputTakenError):
             remove_prediction(output, case.case_id)
-        log.warn(f"case {case.case_id} omitted: {_reason(error)}")
+        log.warn(f"case {case.case_id} omitted: {_reason(error, predictor)}")
 
     def wait_for_writer(writing: list[tuple[Case, concurrent.futures.Future[str]]]) -> None:
         while writing:
@@ -229,11 +229,12 @@ def _overlap(dataset: Dataset, case: Case, label: np.ndarray) -> str:
     return f"  Dice {', '.join(shown)}" if shown else ""
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, predictor: Predictor) -> str:
     """Return the reason why a case failed, with advice if memory was exhausted."""
     if isinstance(error, UserError):
         return str(error)
     text = f"{type(error).__name__}: {first_line(error, 200)}"
     if isinstance(error, MemoryError):
-        return f"{text}; the case needs more memory than this machine has: omit --probabilities and --uncertainty"
+        omit = " without --probabilities and --uncertainty, or" if predictor.extra_outputs else ""
+        return f"{text}; the case needs more memory than this machine has: predict it{omit} on a larger machine"
     return f"{text}; try --batch=1, --precision=bfloat16 or --preset=fast" if "RESOURCE_EXHAUSTED" in text else text

@@ -323,9 +323,8 @@ def _images_beside(reference: Path) -> list[Path]:
     for folder in folders:
         found = {name: path for name, path in images_in(folder) if pattern.fullmatch(name) and path != reference}
         # the id of another case may begin with this one: patient P01, and its follow-up P01_2
-        if folder != reference.parent:
-            suffix = reference.name.removeprefix(stem)
-            found = {n: p for n, p in found.items() if n == case or not reference.with_name(n + suffix).exists()}
+        ending = reference.name.removeprefix(case)
+        found = {n: p for n, p in found.items() if n == case or not reference.with_name(n + ending).exists()}
         if found:
             return [found[case]] if case in found else list(found.values())
     return []

@@ -306,6 +306,11 @@ def score_case(rules: Rules, ref: LabelMap, pred: LabelMap | None, extra_metrics
     values, grid = ref.load()
     geometry = geometry_from_grid(values.shape, grid)
     predicted, problem = _load_prediction(ref, grid, pred)
+    if predicted is not None and pred is not None and rules.coding(ref) is None:
+        try:
+            _check_number_of_labels(pred.path, predicted)
+        except UserError as error:
+            predicted, problem = None, str(error)
     coding = find_coding(rules, ref, values, predicted)
     ref_masks = coding.masks(values, ref.path)
     pred_masks: Masks = {}
@@ -372,20 +377,34 @@ def find_coding(rules: Rules, ref: LabelMap, values: np.ndarray, predicted: np.n
     Returns:
         The coding of the rules. If they have none, a coding with one structure for each nonzero integer that occurs in
         the reference or in the prediction.
+
+    Raises:
+        UserError: The rules have no coding, and the reference has too many values.
     """
     if (known := rules.coding(ref)) is not None:
         return known
-    found = np.unique(np.concatenate([np.unique(a) for a in (values, predicted) if a is not None]))
-    if len(found) > _MAX_LABELS or (len(found) and found[0] < 0):
+    _check_number_of_labels(ref.path, values)
+    whole = {v for a in (values, predicted) if a is not None for v in _integers(a)} - {0}
+    return Coding("a label map", {str(v): (v,) for v in sorted(whole)})
+
+
+def _integers(values: np.ndarray) -> list[int]:
+    """Return the integers that occur in an array, up to rounding errors."""
+    found = np.unique(values).astype(np.float64)
+    found = found[np.isfinite(found)]
+    nearest = np.rint(found)
+    return np.unique(nearest[np.abs(found - nearest) <= _LABEL_TOLERANCE]).astype(int).tolist()
+
+
+def _check_number_of_labels(path: Path, values: np.ndarray) -> None:
+    """Raise UserError if every integer would be a structure, and there are too many of them, as in an image."""
+    whole = _integers(values)
+    if len(whole) > _MAX_LABELS:
         raise UserError(
-            f"{ref.path} or its prediction has {len(found)} values from {found[0]:g} to {found[-1]:g}, so one of them "
-            f"is an image, not a label map: expected at most {_MAX_LABELS} values from 0 on. Give the folders of the "
-            "label maps, or name the structures with --labels"
+            f"{path} has {len(whole)} integers from {whole[0]} to {whole[-1]}: expected a label map with at most "
+            f"{_MAX_LABELS} values, and this is probably an image. Give the folder of the label maps, or name the "
+            "structures with --labels"
         )
-    whole = sorted(
-        {round(float(v)) for v in found if np.isfinite(v) and abs(v - round(float(v))) <= _LABEL_TOLERANCE} - {0}
-    )
-    return Coding("a label map", {str(v): (v,) for v in whole})
 
 
 def geometry_from_grid(shape: Sequence[int], grid: Grid) -> Geometry:

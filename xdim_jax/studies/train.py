@@ -49,6 +49,8 @@ def check_plan(plan: Plan, overrides: list[str]) -> None:
             name = config.init.weights
             if name and name not in sources:
                 sources[name] = read_initial_weights(config.init).source
+            for fold in dict.fromkeys(run.fold for run in plan.runs()):
+                resolve_config(plan.config(dataclasses.replace(first, arm=arm, fold=fold), overrides))
         except UserError as error:
             problems.append(f"arm {arm}: {error}")
     problems = problems or list(_data_problems(plan, overrides, sources))

@@ -127,7 +127,10 @@ def open_storage(text: str) -> Any:
 
 def without_password(storage: str) -> str:
     """Return the address of a database for messages, with ``***`` in place of the password."""
-    return re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", storage)
+    if "://" not in storage:
+        return storage
+    shown = re.sub(r"(://[^:/]*):[^@]*@", r"\1:***@", storage)
+    return re.sub(r"(password=)[^&]*", r"\1***", shown)
 
 
 def open_study(storage: Any, name: str, *, sampler: Any = None, pruner: Any = None, create: bool = True) -> Any:

@@ -253,7 +253,7 @@ def _schedule_problems(schedule: Config, epochs: int) -> Iterator[str]:
     """Yield a message for each phase of the ``optim.schedule`` section of a config that the run does not complete."""
     for key, missed in (("warmup_epochs", "reaches its peak"), ("constant_epochs", "decreases")):
         used = key == "warmup_epochs" or schedule.name == "constant_then_cosine"
-        if used and schedule[key] >= epochs:
+        if used and schedule[key] > epochs:
             yield (
                 f"config.optim.schedule.{key}={schedule[key]:g}, but config.train.epochs={epochs}: the learning rate "
                 f"never {missed}; lower the first value, or raise the second one"
