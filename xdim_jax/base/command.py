@@ -24,9 +24,9 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run a command with the arguments of the process, and exit.
 
     The exit status is the return value of ``main``, 2 after an error that the user can correct, or 130 after Ctrl-C.
-    Any other exception is a bug of this package and is raised with its traceback. Log lines and
-    error messages that cannot be written are dropped, without an effect on the status; only
-    `xdim_jax.base.log.write_result` treats this as an error.
+    Any other exception is a bug of this package and is raised with its traceback. Log lines and error messages that
+    cannot be written are dropped, without an effect on the status; only `xdim_jax.base.log.write_result` treats this as
+    an error.
 
     Args:
         main: Function that takes the arguments of the command line and returns the exit status.

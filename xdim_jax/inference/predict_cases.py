@@ -78,10 +78,11 @@ def predict_paths(
     first, step = shard
     own_cases = cases[first::step]
     todo = claim_output(output, predictor, own_cases, cases, overwrite=overwrite)
+    ids = {case.case_id for case in cases}
     for name, messages in problems.items():
         log.warn(f"case {name} omitted: {'; '.join(messages)}")
         # a case id, not the path of a file that belongs to no case; another file may have the same id and be usable
-        if Path(name).name == name and name not in {case.case_id for case in cases}:
+        if Path(name).name == name and name not in ids:
             remove_outdated(output, name, paths)
     if len(todo) < len(own_cases):
         log.say(f"skipped    {len(own_cases) - len(todo)} of {len(own_cases)} cases, whose predictions are up to date")

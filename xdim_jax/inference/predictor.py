@@ -335,7 +335,8 @@ def _check_common(workdirs: Sequence[Path], configs: Sequence[Any], settings: Se
     """
     problems = []
     given = {"predict.min_et"} if settings.min_et is not None else set()
-    names = read_json(workdirs[0] / DATA_FILE).get("regions", {}).keys()
+    described = [read_json(w / DATA_FILE) for w in workdirs]
+    names = described[0].get("regions", {}).keys()
     for_all = not isinstance(settings.threshold, Mapping) or settings.threshold.keys() >= names
     if (settings.threshold is not None and for_all) or configs[0].output == "softmax":
         given.add("predict.threshold")
@@ -345,7 +346,6 @@ def _check_common(workdirs: Sequence[Path], configs: Sequence[Any], settings: Se
                 flag = key.removeprefix("predict.")
                 step = f"; give --{flag}" if flag != key else ""
                 problems.append(f"{key}: {a!r} in {workdirs[0]}, {b!r} in {workdir}{step}")
-    described = [read_json(w / DATA_FILE) for w in workdirs]
     for data in described:
         if isinstance(labels := data.get("labels"), dict):
             labels.pop("name", None)

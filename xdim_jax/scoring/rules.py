@@ -308,7 +308,7 @@ def score_case(rules: Rules, ref: LabelMap, pred: LabelMap | None, extra_metrics
     predicted, problem = _load_prediction(ref, grid, pred)
     if predicted is not None and pred is not None and rules.coding(ref) is None:
         try:
-            _check_number_of_labels(pred.path, predicted)
+            _labels_in(pred.path, predicted)
         except UserError as error:
             predicted, problem = None, str(error)
     coding = find_coding(rules, ref, values, predicted)
@@ -383,8 +383,7 @@ def find_coding(rules: Rules, ref: LabelMap, values: np.ndarray, predicted: np.n
     """
     if (known := rules.coding(ref)) is not None:
         return known
-    _check_number_of_labels(ref.path, values)
-    whole = {v for a in (values, predicted) if a is not None for v in _integers(a)} - {0}
+    whole = {*_labels_in(ref.path, values), *([] if predicted is None else _integers(predicted))} - {0}
     return Coding("a label map", {str(v): (v,) for v in sorted(whole)})
 
 
@@ -396,8 +395,8 @@ def _integers(values: np.ndarray) -> list[int]:
     return np.unique(nearest[np.abs(found - nearest) <= _LABEL_TOLERANCE]).astype(int).tolist()
 
 
-def _check_number_of_labels(path: Path, values: np.ndarray) -> None:
-    """Raise UserError if every integer would be a structure, and there are too many of them, as in an image."""
+def _labels_in(path: Path, values: np.ndarray) -> list[int]:
+    """Return the integers in a label map. Raises UserError if there are too many for structures, as in an image."""
     whole = _integers(values)
     if len(whole) > _MAX_LABELS:
         raise UserError(
@@ -405,6 +404,7 @@ def _check_number_of_labels(path: Path, values: np.ndarray) -> None:
             f"{_MAX_LABELS} values, and this is probably an image. Give the folder of the label maps, or name the "
             "structures with --labels"
         )
+    return whole
 
 
 def geometry_from_grid(shape: Sequence[int], grid: Grid) -> Geometry:

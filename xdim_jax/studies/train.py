@@ -45,12 +45,11 @@ def check_plan(plan: Plan, overrides: list[str]) -> None:
     first = next(iter(plan.runs()))
     for arm in plan.arms:
         try:
-            config, _ = resolve_config(plan.config(dataclasses.replace(first, arm=arm), overrides))
-            name = config.init.weights
-            if name and name not in sources:
-                sources[name] = read_initial_weights(config.init).source
             for fold in dict.fromkeys(run.fold for run in plan.runs()):
-                resolve_config(plan.config(dataclasses.replace(first, arm=arm, fold=fold), overrides))
+                config, _ = resolve_config(plan.config(dataclasses.replace(first, arm=arm, fold=fold), overrides))
+                name = config.init.weights
+                if name and name not in sources:
+                    sources[name] = read_initial_weights(config.init).source
         except UserError as error:
             problems.append(f"arm {arm}: {error}")
     problems = problems or list(_data_problems(plan, overrides, sources))
