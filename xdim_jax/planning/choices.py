@@ -140,20 +140,11 @@ def choose(
     median, ratio = np.median(grid, 0), 1.0
     strides: tuple[int, ...] = ()
     if not flat:
-        plane = max(spacing[a] for a in range(3) if a != axis)
-        ratio = float(spacing[axis] / plane)
-        strides = _strides(ratio, median[axis])
-        reasons["strides"] = (
-            f"after resampling, the slice spacing is {spacing[axis]:.3g} mm, the in-plane spacing {plane:.3g} mm, and "
-            f"cases have {median[axis]:g} slices (median): the depth stride of a level is 2 if its input has a slice "
-            "spacing below twice its in-plane spacing and at least 8 slices, and 1 otherwise"
-        )
+        ratio, strides, reasons["strides"] = _depth(spacing, axis, median[axis])
     factors = np.array(_factors(strides, axis))
     largest = _round_up(np.percentile(grid, 95, axis=0, method="lower")[flat:], factors)
     limit = _MAX_PIXELS if flat else _MAX_SIDE.get(platform, 128)
-    patch = np.minimum(largest, np.maximum(limit // factors * factors, factors))
-    if not flat and (patch == factors).all():
-        patch[1 if axis == 2 else 2] *= 2  # instance norm needs two voxels at the coarsest level
+    patch = _patch(largest, np.array(limit), factors, axis)
     single = bool((found.size[:, 0] == 1).all())
     fits = single and bool((_round_up(grid.max(0)[flat:], factors) <= patch).all())
     rare = [n for n in found.structures if found.having(n) and found.share(n) < _RARE]
@@ -198,7 +189,7 @@ def choose(
         network="omnianet" if flat else "dxnet",
         prepare=prepare,
         sampling="slices" if fits else "patches",
-        patch=tuple(int(n) for n in patch),
+        patch=patch,
         largest=tuple(int(n) for n in largest),
         batch=-(-(8 if flat else 2) // devices) * devices,
         devices=devices,
@@ -422,12 +413,7 @@ def _volume_spacing(found: Fingerprint, axis: int, platform: str) -> tuple[tuple
         text += f"; the median is {', '.join(f'{v:.3g}' for v in spacing)} mm"
     side = _MAX_SIDE.get(platform, 128)
     wanted = float((found.extent()[plane] / spacing[plane]).max() / side)
-    diameters = [
-        (6 * np.median(found.volume(n)) * 1000 / math.pi) ** (1 / 3) / spacing[plane].max()
-        for n in found.structures
-        if found.having(n)
-    ]
-    factor = min(wanted, _MAX_COARSER, min(diameters) / _MIN_DIAMETER)
+    factor = min(wanted, _coarsest(found, plane))
     digits = 6
     if factor > 1.1:
         digits = 3
@@ -439,6 +425,77 @@ def _volume_spacing(found: Fingerprint, axis: int, platform: str) -> tuple[tuple
             "spacing is at least the in-plane spacing"
         )
     return tuple(_rounded(v, digits) for v in spacing), text
+
+
+def _coarsest(found: Fingerprint, plane: Sequence[int]) -> float:
+    """Return the largest factor by which the median spacing of 3D images may be increased along the axes ``plane``."""
+    spacing = np.median(found.spacing, 0)[list(plane)].max()
+    diameters = [
+        (6 * np.median(found.volume(n)) * 1000 / math.pi) ** (1 / 3) / spacing
+        for n in found.structures
+        if found.having(n)
+    ]
+    return min(_MAX_COARSER, min(diameters) / _MIN_DIAMETER)
+
+
+def coarsen(choices: Choices, found: Fingerprint, factor: float) -> Choices:
+    """Return choices of a 3D network with a larger in-plane spacing, and the values that depend on the spacing.
+
+    The limits are those of `_volume_spacing`: the spacing is at most `_MAX_COARSER` times the median, every structure
+    keeps a diameter of `_MIN_DIAMETER` voxels, a factor below 1.1 is not applied, and the slice spacing is at least the
+    in-plane spacing. The patch is not larger than the images at the new spacing.
+
+    Args:
+        choices: The choices so far.
+        found: Fingerprint of the data set.
+        factor: Factor that keeps the size of a patch in mm.
+    """
+    axis, spacing = choices.axis, np.array(choices.prepare["spacing"])
+    plane = [a for a in range(3) if a != axis]
+    limit = np.median(found.spacing, 0)[plane].max() * _coarsest(found, plane)
+    factor = min(factor, limit / spacing[plane].max())
+    if factor < 1.1:
+        return choices
+    spacing[plane] *= factor
+    spacing[axis] = max(spacing[axis], spacing[plane].max())
+    new = tuple(_rounded(v, 3) for v in spacing)
+    grid = found.prepared_sizes(new, cropped=choices.prepare["crop"] == "nonzero")
+    ratio, strides, depth_reason = _depth(new, axis, np.median(grid, 0)[axis])
+    factors = np.array(_factors(strides, axis))
+    largest = _round_up(np.percentile(grid, 95, axis=0, method="lower"), factors)
+    rule, rule_reason = _rule(ratio)
+    spacing_reason = (
+        f"{choices.reasons['spacing']}; because the patch was reduced to save time, the in-plane spacing is multiplied "
+        f"by {factor:.2g}, so that a patch covers more of the image"
+    )
+    return choices.change(
+        {"strides": depth_reason, "rule": rule_reason, "spacing": spacing_reason},
+        prepare={**choices.prepare, "spacing": new},
+        patch=_patch(largest, np.array(choices.patch), factors, axis),
+        largest=tuple(int(n) for n in largest),
+        ratio=ratio,
+        strides=strides,
+        rule=rule,
+    )
+
+
+def _depth(spacing: Sequence[float], axis: int, slices: float) -> tuple[float, tuple[int, ...], str]:
+    """Return slice spacing divided by in-plane spacing, the depth strides of the encoder, and the reason for them.
+
+    Args:
+        spacing: mm along D, H, W after resampling.
+        axis: Axis along which slices are stacked.
+        slices: Number of slices after resampling (median over cases).
+    """
+    plane = max(spacing[a] for a in range(3) if a != axis)
+    ratio = float(spacing[axis] / plane)
+    return (
+        ratio,
+        _strides(ratio, slices),
+        f"after resampling, the slice spacing is {spacing[axis]:.3g} mm, the in-plane spacing {plane:.3g} mm, and "
+        f"cases have {slices:g} slices (median): the depth stride of a level is 2 if its input has a slice spacing "
+        "below twice its in-plane spacing and at least 8 slices, and 1 otherwise",
+    )
 
 
 def _intensities(found: Fingerprint) -> tuple[dict[str, Any], str]:
@@ -501,6 +558,14 @@ def _factors(strides: Sequence[int], axis: int) -> tuple[int, ...]:
     if not strides:
         return (2**LEVELS,) * 2
     return tuple(math.prod(strides) if a == axis else 2**LEVELS for a in range(3))
+
+
+def _patch(largest: np.ndarray, most: np.ndarray, factors: np.ndarray, axis: int) -> tuple[int, ...]:
+    """Return a patch that is not larger than the images and than ``most``, with sides that are multiples of factors."""
+    patch = np.minimum(largest, np.maximum(most // factors * factors, factors))
+    if len(patch) == 3 and (patch == factors).all():
+        patch[1 if axis == 2 else 2] *= 2  # instance norm needs two voxels at the coarsest level
+    return tuple(int(n) for n in patch)
 
 
 def _foreground(found: Fingerprint, rare: list[str], *, single: bool, whole: bool) -> tuple[float, str]:

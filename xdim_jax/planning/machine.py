@@ -23,7 +23,7 @@ from xdim_jax.base.files import read_json, write_json
 from xdim_jax.base.host import count_cores, memory_bytes, processor
 from xdim_jax.data.case import Dataset
 from xdim_jax.data.fingerprint import Fingerprint
-from xdim_jax.planning.choices import Choices, rounded_up
+from xdim_jax.planning.choices import Choices, coarsen, rounded_up
 from xdim_jax.runs import environment
 from xdim_jax.training import needs
 from xdim_jax.training.mesh import make_devices
@@ -151,7 +151,11 @@ def fit_time(
     seconds: Callable[[Choices], float],
     say: Callable[[str], None],
 ) -> Choices:
-    """Choose the number of steps, and reduce the patch if there would be too few steps in the given time.
+    """Choose the number of steps, and reduce batch and patch if there would be too few steps in the given time.
+
+    In 3D, the batch is reduced to one sample per device before the patch is reduced. If the patch is reduced, the
+    in-plane spacing is increased, so that the patch still covers the same part of the image (within the limits of
+    `coarsen`).
 
     Args:
         choices: Choices that fit into the memory.
@@ -167,20 +171,27 @@ def fit_time(
     step = seconds(choices)
     smallest, enough = _MIN_SIDES[choices.network], _MIN_STEPS[choices.pretrained]
     wanted = available * (1 - _VALIDATION_SHARE) / enough  # longest time per step that allows enough steps
-    first, first_step = choices.patch, step
-    while step > wanted and (patch := _smaller_patch(choices, smallest)):
-        smaller = choices.change(patch=patch)
-        while (next_patch := _smaller_patch(smaller, smallest)) and step * _ratio(smaller, choices) > wanted:
-            smaller = smaller.change(patch=next_patch)
-        choices = _with_patch(choices, smaller.patch)
+    first, first_step = choices, step
+    while step > wanted and (smaller := _faster(choices, smallest)):
+        while (next_smaller := _faster(smaller, smallest)) and step * _ratio(smaller, choices) > wanted:
+            smaller = next_smaller
+        choices = _with_patch(choices, smaller.patch).change(batch=smaller.batch)
         step = seconds(choices)
-    text = ""
-    if choices.patch != first:
-        text = (
-            f"; reduced from {'x'.join(map(str, first))}: with that patch, a step takes {first_step:.2g} s, so the "
-            f"given time would allow only {available * (1 - _VALIDATION_SHARE) / first_step:.0f} steps (minimum "
-            f"{enough})"
-        )
+    if not choices.flat and choices.patch != first.patch:
+        plane = [a for a in range(3) if a != choices.axis]
+        coarser = coarsen(choices, found, max(first.patch[a] / choices.patch[a] for a in plane))
+        step = step if coarser.patch == choices.patch and coarser.strides == choices.strides else seconds(coarser)
+        choices = coarser
+    text = (
+        f"with a batch of {first.batch} and patches of {'x'.join(map(str, first.patch))}, a step takes "
+        f"{first_step:.2g} s, so the given time would allow only "
+        f"{available * (1 - _VALIDATION_SHARE) / first_step:.0f} steps (minimum {enough})"
+    )
+    reasons = {}
+    if choices.batch != first.batch:
+        reasons["batch"] = f"{choices.reasons['batch']}; then reduced to {choices.batch}: {text}"
+    if choices.patch != first.patch:
+        reasons["patch"] = f"{choices.reasons['patch']}; reduced from {'x'.join(map(str, first.patch))}: {text}"
     cap = min(_MAX_STEPS, 2000 + _STEPS_PER_CASE * len(found.cases))
     validation = _validation_seconds(choices, found, step)
     validations = int(np.clip(available * _VALIDATION_SHARE / validation, 1, _MAX_VALIDATIONS))
@@ -196,7 +207,7 @@ def fit_time(
     say(f"time       a step takes {step:.2g} s: {steps} steps for each of {choices.folds} folds in {hours:g} h")
     return choices.change(
         {
-            "patch": choices.reasons["patch"] + text,
+            **reasons,
             "epochs": f"{hours:g} h for {choices.folds} folds; on this machine, a training step takes {step:.2g} s and "
             f"a validation about {validation:.0f} s; at most {cap} steps for {len(found.cases)} cases",
         },
@@ -206,8 +217,20 @@ def fit_time(
     )
 
 
+def _faster(choices: Choices, minimum: int) -> Choices | None:
+    """Return choices with a faster training step: in 3D, first a batch of one sample per device, then a smaller patch.
+
+    The spacing is unchanged. The result is None if no side of the patch can be smaller, see `_smaller_patch`.
+    """
+    if not choices.flat and choices.batch > choices.devices:
+        return choices.change(batch=choices.devices)
+    patch = _smaller_patch(choices, minimum)
+    return choices.change(patch=patch) if patch else None
+
+
 def _ratio(smaller: Choices, choices: Choices) -> float:
-    return math.prod(smaller.patch) / math.prod(choices.patch)
+    """Return the number of voxels of a batch of ``smaller``, divided by that of ``choices``."""
+    return math.prod(smaller.patch) * smaller.batch / (math.prod(choices.patch) * choices.batch)
 
 
 def _with_patch(before: Choices, patch: tuple[int, ...]) -> Choices:
