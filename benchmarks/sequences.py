@@ -68,7 +68,7 @@ def measure(prediction: np.ndarray, reference: np.ndarray, ed: int, es: int) -> 
         "Dice at ED": mean_dice(prediction[ed], reference[ed]),
         "Dice at ES": mean_dice(prediction[es], reference[es]),
         "Dice, all frames": float(np.mean([mean_dice(a, b) for a, b in zip(prediction, reference, strict=True)])),
-        "Dice of consecutive frames": consecutive(prediction),
+        "Dice between consecutive frames": consecutive(prediction),
         "roughness of the area": roughness(prediction),
     }
 

@@ -80,7 +80,7 @@ def get_config(variants: Variants) -> Any:
             "fold": variants.get("fold", 0),  # index of the validation fold, from 0; -1: all folds, one after the other
             # number of training patients; 0: all. For one seed, a smaller subset is contained in a larger one
             "train_patients": 0,
-            "epoch_steps": 0,  # steps per epoch; 0: the number of full batches in the samples of all cases
+            "epoch_steps": 0,  # steps per epoch; 0: the full batches in the samples of all training cases
             "threads": 4,  # number of threads that read and prepare cases
             "store": "",  # folder of the prepared cases; "": <root>_prepared, next to the data
         }
@@ -91,7 +91,8 @@ def get_config(variants: Variants) -> Any:
     config.init = ConfigDict(
         {
             "weights": "",  # "": random; else a timm name, a *.pypi name, a file of weight_port, or a workdir
-            # True: the file and the network must have the same arrays; False: others stay random, as the log says
+            # True: the file and the network (for a file of an encoder: the encoder) must have the same arrays; False:
+            # arrays that the file lacks stay random, and the log lists them
             "require": True,
             "part": "all",  # part of a network's weights to use: all, or encoder
             "inflate": "mean",  # inflation rule for a 2D encoder in a 3D network (nets/inflate.py); paper: repeat
@@ -125,8 +126,9 @@ def get_config(variants: Variants) -> Any:
             "decay_all": False,  # True: weight decay also for biases and for the scales of norms
             "clip_norm": 0.0,  # largest global norm of the gradients; 0: no clipping
             "rates": "",  # factors of the learning rate by part, e.g. "encoder.*=0.1,conv.*=0"; 0 freezes
-            "ema": 0.0,  # decay of a moving average of the weights, which replaces them in validation; 0: none
-            "lookahead": {"period": 0, "step_size": 0.5},  # period in steps; 0: no LookAhead
+            # decay of a moving average of the weights, which replaces them in validation and prediction; 0: none
+            "ema": 0.0,
+            "lookahead": {"period": 0, "step_size": 0.5},  # no LookAhead
             "schedule": {
                 "name": "exponential",  # constant_then_cosine, exponential or polynomial
                 "peak": 1e-3,  # highest learning rate; must not be below final
@@ -145,7 +147,8 @@ def get_config(variants: Variants) -> Any:
             "accumulate": 1,  # number of parts of a batch that are processed one after the other, to save memory
             "remat": "",  # stages whose activations are recomputed in the backward pass, e.g. "decoder5,encoder"
             "ops": "auto",  # implementation of the operations (docs/devices.md): auto, fast, library or reference
-            "validate_after_score": 0.0,  # no validation before the mean training Dice of an epoch exceeds this value
+            # no validation before the mean training Dice of an epoch exceeds this value, except after the last step
+            "validate_after_score": 0.0,
             "validate_every": 1,  # epochs between validations
             "patience": 0,  # the run ends after this number of validations without a better score; 0: after all epochs
             "log_every": 50,  # steps between log lines

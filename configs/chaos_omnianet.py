@@ -37,8 +37,8 @@ def get_config(arg: str = "") -> Any:
             "dataset": "chaos",
             "root": "",  # the folder Train_Sets
             "task": task,
-            # images of T1-DUAL to use: in, out, or each (in-phase and out-phase images as two cases with the same
-            # reference); not stated in the paper
+            # images of T1-DUAL to use: in, out, each (in-phase and out-phase images as two cases with the same
+            # reference), or both (two channels; tasks 3 and 5 only); not stated in the paper
             "phase": "each",
             "sampling": "slices",
             "patch": (512, 512),

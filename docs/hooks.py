@@ -10,6 +10,63 @@ ROOT = Path(__file__).resolve().parents[1]
 AUGMENT_TABLE = ROOT / "xdim_jax" / "training" / "augment_table.py"
 sys.path.insert(0, str(ROOT))
 
+# keys that every recipe sets for itself -> meaning; the comments of the recipes have the reasons for their values
+MEANINGS = {
+    "data.dataset": "format of the data: brats, camus, chaos, nnunet, decathlon or table",
+    "data.views": "views to use: 2CH, 4CH or both",
+    "data.instants": "one or more of ED, ES and half_sequence (all frames from one instant to the other)",
+    "data.quality": "image qualities used in training and validation; images of unknown quality are used only if all "
+    "three are given",
+    "data.task": "task of the challenge, 1 to 5; selects CT or MR and the structures",
+    "data.patch": "size of a sample in voxels along D, H, W (2D: H, W)",
+    "data.batch": "number of samples in a batch, over all devices",
+    "data.patches_per_case": "number of patches of each case in an epoch; only for patches",
+    "data.foreground": "probability that a patch is placed on a voxel of a structure; only for patches",
+    "data.prepare.crop": "nonzero: crop to the box of the voxels that are not 0; none: no crop",
+    "data.prepare.spacing": "mm along D, H, W after resampling; 0 keeps an axis, () keeps all",
+    "data.prepare.size": "pixels H, W to which every slice is resampled, without preserving the aspect ratio; () keeps "
+    "the size",
+    "data.prepare.window": "centre and width in HU to which CT is clipped; (): no window",
+    "data.prepare.ct_statistics": "mean and standard deviation in HU with which CT is standardised; (): each image by "
+    "normalise",
+    "data.prepare.normalise": "zscore, zscore_nonzero (only the voxels that are not 0) or none",
+    "data.phantom.cases": "number of phantoms that are written if there is no root; 0: a root is required",
+    "data.phantom.held_out": "number of additional phantoms in the folder held_out, which are not used in training",
+    "data.phantom.shape": "size of a phantom in voxels",
+    "data.phantom.noise": "standard deviation of the noise, relative to the signal",
+    "data.phantom.bias": "standard deviation of the logarithm of the bias field",
+    "model.name": "network: omnianet, dxnet or dsnet",
+    "model.in_channels": "number of channels of the image; 0: from the data",
+    "model.out_channels": "number of channels of the output; 0: from the data",
+    "model.norm": "norm of the network: batch, instance or instance_noaffine",
+    "model.activation": "activation of the first block and the decoder: relu or silu",
+    "model.upsampling": "upsampling in the decoder: nearest (neighbour) or transposed (convolution)",
+    "model.encoder.name": "name of the encoder (docs/networks.md lists all)",
+    "model.encoder.eps": "eps of the norms of the encoder",
+    "model.encoder.padding": "symmetric, or same (TensorFlow)",
+    "model.encoder.drop_path": "largest rate of stochastic depth",
+    "model.depth.axis": "axis that the 2D encoder does not have: 0 depth (or time), 1 height, 2 width",
+    "model.depth.padding": "padding along this axis: zero (released code), edge or renorm; docs/pretrained.md states "
+    "with which settings inflation is exact",
+    "model.depth.squeeze": "squeeze-and-excitation averages over the volume (released code) or over each slice",
+    "model.depth.strides": "stride along this axis at each level, finest first: 1 or 2",
+    "model.decoder": "3D decoder: transposed (released code; one convolution per stage) or nearest (paper; two "
+    "convolutions per stage)",
+    "model.inner.activation": "activation of the 2D decoder and, if there is one, the first block: relu or silu",
+    "model.inner.norm": "norm of the 2D network: batch, instance or instance_noaffine",
+    "model.inner.upsampling": "upsampling in the 2D decoder: nearest (neighbour) or transposed (convolution)",
+    "model.inner.full_resolution": "True: the 2D network has a first block at full resolution, as Omnia-Net",
+    "model.inner.encoder.name": "name of the 2D encoder (docs/networks.md lists all)",
+    "model.inner.encoder.eps": "eps of the norms of the 2D encoder",
+    "model.inner.encoder.padding": "symmetric, or same (TensorFlow)",
+    "model.inner.encoder.drop_path": "largest rate of stochastic depth",
+    "optim.lookahead.period": "period in steps; 0: no LookAhead",
+    "optim.lookahead.step_size": "fraction of the way from the slow to the fast weights that the slow weights move",
+    "predict.overlap": "overlap of neighbouring windows, as a fraction of the patch",
+    "predict.threshold": "probability above which a voxel belongs to a region; not used with a softmax",
+    "predict.min_et": "an ET of BraTS with fewer voxels is relabelled as NCR; 0: none is",
+}
+
 # every folder of the package that has modules, and weight_port
 PACKAGES = (
     *sorted({path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "xdim_jax").rglob("*.py")}),
@@ -84,13 +141,15 @@ def keys(tree):
 def inner_keys(prefix, dictionary):
     """Yield the dotted keys of a dictionary that has a line for each key, with their lines.
 
-    If a value is a dictionary on one line, the comment of this line is that of all its keys.
+    In the table of augmentation, each value is a dictionary on one line, whose comment is that of all its keys.
     """
     lines = [key.lineno for key in dictionary.keys if key is not None]
     for key, value in zip(dictionary.keys, dictionary.values, strict=True):
         if isinstance(key, ast.Constant) and len(set(lines)) == len(lines) and dictionary.lineno not in lines:
             yield f"{prefix}.{key.value}", key.lineno
             if isinstance(value, ast.Dict) and value.end_lineno == key.lineno:
+                if prefix != "augment":
+                    continue
                 yield from ((f"{prefix}.{key.value}.{inner.value}", key.lineno) for inner in value.keys)
             elif isinstance(value, ast.Dict):
                 yield from inner_keys(f"{prefix}.{key.value}", value)
@@ -107,8 +166,8 @@ def config_page():
         "# Config values",
         "",
         "Every value can be set on the command line: `--config.<key>=<value>`; a tuple is written `(64,64,64)`.",
-        "If recipes have different values, each value is followed by the names of its recipes. This page is generated",
-        "from the recipes.",
+        "If a key is not in all recipes, or has different values, the names of the recipes follow each value. This",
+        "page is generated from the recipes.",
         "",
     ]
     for section in dict.fromkeys(key.partition(".")[0] for key in keys):
@@ -124,7 +183,7 @@ def config_page():
                 text = f"`{next(iter(by_value))}`"
             else:
                 text = "; ".join(f"`{value}`: {', '.join(names)}" for value, names in by_value.items())
-            note = meaning(notes.get(key, {}))
+            note = "<br>".join(filter(None, [MEANINGS.get(key), meaning(notes.get(key, {}))]))
             if key.startswith("augment.") and key.endswith(".p"):
                 note = "probability of the transform"
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{key}`", text, note)) + " |")

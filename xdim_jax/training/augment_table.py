@@ -25,8 +25,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "brightness": {"p": 0.0, "low": 0.75, "high": 1.25},  # factor, by channel
     # factor of the difference between intensity and mean, by channel; the result is clipped to the old intensity range
     "contrast": {"p": 0.0, "low": 0.75, "high": 1.25},
-    # the fraction is the same for all channels, but each channel is transformed with probability p
-    "lowres": {"p": 0.0, "low": 0.5, "high": 1.0},  # fraction of the voxels per axis that remains
+    # fraction of the voxels per axis that remains, the same for all channels; each channel is transformed with
+    # probability p
+    "lowres": {"p": 0.0, "low": 0.5, "high": 1.0},
     "gamma": {"p": 0.0, "low": 0.7, "high": 1.5},  # exponent, applied to the intensities scaled to [0, 1], by channel
     # level: largest shift of the centre of the window; low, high: its width; as fractions of the intensity range, by
     # channel
