@@ -234,6 +234,12 @@ def test_window_clips_and_keeps_the_range():
         assert 0.49 < width < 0.81 and 0.45 < inner.mean() < 0.85
 
 
+@pytest.mark.parametrize("shape", [(7,), (5, 4, 2), (3, 5, 4, 6, 2)])
+def test_noise_has_the_values_of_jax(shape):
+    key = jax.random.key(3)
+    np.testing.assert_array_equal(augment._normal(key, shape), jax.random.normal(key, shape))
+
+
 def test_noise_gamma_brightness_and_contrast_by_hand(rng):
     image = rng.normal(size=(64, 64, 2)).astype(np.float32)
     label = np.zeros((64, 64), np.uint8)

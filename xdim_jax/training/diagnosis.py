@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from xdim_jax.base.config import Config, load_config
 from xdim_jax.base.errors import first_line, gib
 from xdim_jax.base.host import memory_bytes
@@ -259,14 +261,11 @@ def _small_config() -> Config:
 
 def _random_batch() -> dict[str, Any]:
     """Return a batch with one random sample."""
-    import jax
-    import jax.numpy as jnp
-
-    rng = jax.random.split(jax.random.key(0))
+    rng = np.random.default_rng(0)
     return {
-        "image": jax.device_get(jax.random.normal(rng[0], (1, *_PATCH, 4))),
-        "label": jax.device_get(jax.random.randint(rng[1], (1, *_PATCH), 0, 4).astype(jnp.uint8)),
-        "key": jax.device_get(jax.random.bits(jax.random.key(2), (1, 2), jnp.uint32)),
+        "image": rng.standard_normal((1, *_PATCH, 4), np.float32),
+        "label": rng.integers(0, 4, (1, *_PATCH), np.uint8),
+        "key": rng.integers(0, 2**32, (1, 2), np.uint32),
     }
 
 
