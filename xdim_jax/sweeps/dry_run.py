@@ -10,6 +10,7 @@ import jax
 from xdim_jax.base import log
 from xdim_jax.base.config import Config, load_config
 from xdim_jax.base.errors import UserError, gib
+from xdim_jax.base.host import memory_bytes
 from xdim_jax.sweeps.space import Suggest, combine, explore, overrides_of
 from xdim_jax.training import pack
 from xdim_jax.training.absent_devices import Target
@@ -137,7 +138,7 @@ def _needed_bytes(config: Config, slots: int, layout: str, target: Target | None
 
 
 def available_bytes() -> int:
-    """Return the memory limit of a device; on a CPU, the memory that is available now.
+    """Return the memory limit of a device; on a CPU, the memory that is available now, or the limit of the job.
 
     Raises:
         UserError: The system does not report how much memory is available.
@@ -147,7 +148,8 @@ def available_bytes() -> int:
         return int(limit)
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        return min(available, memory_bytes())
     except (OSError, StopIteration):
         pass
     raise UserError("the available memory of this system is unknown; give --budget=<size>, e.g. 16GiB")
