@@ -365,6 +365,19 @@ def test_what_the_machine_lacks_is_said(error, words, monkeypatch, capsys):
     assert status == 2 and said.startswith("error: ") and all(word in said for word in words)
 
 
+@pytest.mark.parametrize("arguments", ["doctor --quick", "plan --config=camus_omnianet:phantom"])
+def test_a_platform_without_a_device_is_named(arguments):
+    """JAX has no message for CUDA without a GPU; its own assertion must not reach the user."""
+    if Path("/proc/driver/nvidia").exists():
+        pytest.skip("this machine has a GPU")
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    command = [sys.executable, "-m", *f"xdim_jax.{arguments}".split()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    said = done.stdout + done.stderr
+    assert done.returncode in (1, 2) and "no visible device of the platform cuda" in said
+    assert "AssertionError" not in said and "Traceback" not in said and "please report" not in said
+
+
 def test_a_program_that_does_not_fit_ends_a_run_with_a_message(places, tmp_path, monkeypatch, capsys):
     def refuse(lowered):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")

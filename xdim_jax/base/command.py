@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -104,14 +105,24 @@ def explain(error: Exception) -> str | None:
         return f"out of memory on the host: {line}. {smaller}"
     if isinstance(error, RuntimeError) and ("RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()):
         return f"out of memory on the device: {line}. {smaller}"
-    if isinstance(error, RuntimeError) and ("Unable to initialize backend" in text or "No visible" in text):
+    absent = _is_no_device(error)
+    if absent or (isinstance(error, RuntimeError) and ("Unable to initialize backend" in text or "No visible" in text)):
         platform = os.environ.get("JAX_PLATFORMS")
+        line = f"this machine has no visible device of the platform {platform}" if absent else line
         step = f"JAX_PLATFORMS={platform} selects this platform: unset it, or install" if platform else "Install"
         return (
             f"no device to compute on: {line}. {step} JAX for the device (pip install 'xdim_jax[cuda12]' or '[tpu]'); "
             "python -m xdim_jax.doctor checks this machine"
         )
     return None
+
+
+def _is_no_device(error: Exception) -> bool:
+    """Return whether JAX found no device of the platforms in JAX_PLATFORMS, which it reports as an AssertionError."""
+    if not isinstance(error, AssertionError) or error.__traceback__ is None:
+        return False
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return place.name == "backends" and place.filename.endswith("xla_bridge.py")
 
 
 def make_parser(module: str, description: str, epilog: str = "") -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from xdim_jax.base.command import explain
 from xdim_jax.base.config import Config, load_config
 from xdim_jax.base.errors import first_line, gib
 from xdim_jax.base.host import memory_bytes
@@ -55,18 +56,20 @@ class Finding:
 
 def examine(checks: Sequence[Callable[[], Finding]]) -> Iterator[Finding]:
     """Run checks, and yield their findings. An exception in a check becomes a failure of this check only."""
+    explained: dict[str, str] = {}  # message -> name of the check that failed first with it
     for check in checks:
         try:
             yield check()
         except Exception as error:
             name = getattr(check, "__name__", "check").strip("<>")
-            reason = first_line(error)
-            yield Finding(
-                "reading" if name == "lambda" else name.replace("training_step", "step"),
-                FAILURE,
-                f"{type(error).__name__}: {reason}",
-                "this check should work on every machine; please report it with the output of --json",
-            )
+            name = "reading" if name == "lambda" else name.replace("training_step", "step")
+            text, advice = explain(error), ""
+            if text is None:
+                text = f"{type(error).__name__}: {first_line(error)}"
+                advice = "this check should work on every machine; please report it with the output of --json"
+            elif explained.setdefault(text, name) != name:
+                text = f"for the same reason as {explained[text]}"
+            yield Finding(name, FAILURE, text, advice)
 
 
 def verdict(findings: Sequence[Finding]) -> str:
