@@ -72,10 +72,11 @@ def test_the_reference_has_every_config_value():
     finally:
         sys.path.remove(str(REPO / "docs"))
     page = hooks.config_page()
-    for recipe in shipped_recipes():
-        for key, _ in leaves(load_config(recipe, [])):
-            (row,) = [line for line in page.splitlines() if line.startswith(f"| `{key}` |")]
-            assert not row.endswith("|  |"), f"{key} has no description"
+    keys = {key for recipe in shipped_recipes() for key, _ in leaves(load_config(recipe, []))}
+    assert set(hooks.MEANINGS) <= keys
+    for key in sorted(keys):
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{key}` |")]
+        assert not row.endswith("|  |"), f"{key} has no description"
     (row,) = [line for line in page.splitlines() if line.startswith("| `optim.lookahead.period` |")]
     six, _, none = row.partition("; `0`: ")
     assert (

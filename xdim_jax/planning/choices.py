@@ -417,8 +417,7 @@ def _volume_spacing(found: Fingerprint, axis: int, platform: str) -> tuple[tuple
     digits = 6
     if factor > 1.1:
         digits = 3
-        spacing[plane] *= factor
-        spacing[axis] = max(spacing[axis], spacing[plane].max())
+        spacing = _larger(spacing, axis, factor)
         text += (
             f"; the in-plane spacing is multiplied by {factor:.2g}, because the structures extend over "
             f"{_times(found.extent())} mm (median) and a patch has at most {side} voxels along a side; the slice "
@@ -438,27 +437,33 @@ def _coarsest(found: Fingerprint, plane: Sequence[int]) -> float:
     return min(_MAX_COARSER, min(diameters) / _MIN_DIAMETER)
 
 
-def coarsen(choices: Choices, found: Fingerprint, factor: float) -> Choices:
+def _larger(spacing: np.ndarray, axis: int, factor: float) -> np.ndarray:
+    """Return a spacing multiplied by a factor in the plane; the slice spacing is at least the new in-plane spacing."""
+    larger = np.where(np.arange(3) == axis, spacing, spacing * factor)
+    larger[axis] = larger.max()
+    return larger
+
+
+def coarsen(choices: Choices, found: Fingerprint, before: tuple[int, ...]) -> Choices:
     """Return choices of a 3D network with a larger in-plane spacing, and the values that depend on the spacing.
 
-    The limits are those of `_volume_spacing`: the spacing is at most `_MAX_COARSER` times the median, every structure
-    keeps a diameter of `_MIN_DIAMETER` voxels, a factor below 1.1 is not applied, and the slice spacing is at least the
-    in-plane spacing. The patch is not larger than the images at the new spacing.
+    The factor is that by which the patch has been reduced in the plane, so that it keeps its size in mm. The limits are
+    those of `_volume_spacing`: the spacing is at most `_MAX_COARSER` times the median, every structure keeps a diameter
+    of `_MIN_DIAMETER` voxels, a factor below 1.1 is not applied, and the slice spacing is at least the in-plane
+    spacing. The patch is not larger than the images at the new spacing.
 
     Args:
         choices: The choices so far.
         found: Fingerprint of the data set.
-        factor: Factor that keeps the size of a patch in mm.
+        before: The patch before it was reduced.
     """
     axis, spacing = choices.axis, np.array(choices.prepare["spacing"])
     plane = [a for a in range(3) if a != axis]
     limit = np.median(found.spacing, 0)[plane].max() * _coarsest(found, plane)
-    factor = min(factor, limit / spacing[plane].max())
+    factor = min(max(before[a] / choices.patch[a] for a in plane), limit / spacing[plane].max())
     if factor < 1.1:
         return choices
-    spacing[plane] *= factor
-    spacing[axis] = max(spacing[axis], spacing[plane].max())
-    new = tuple(_rounded(v, 3) for v in spacing)
+    new = tuple(_rounded(v, 3) for v in _larger(spacing, axis, factor))
     grid = found.prepared_sizes(new, cropped=choices.prepare["crop"] == "nonzero")
     ratio, strides, depth_reason = _depth(new, axis, np.median(grid, 0)[axis])
     factors = np.array(_factors(strides, axis))

@@ -178,8 +178,7 @@ def fit_time(
         choices = _with_patch(choices, smaller.patch).change(batch=smaller.batch)
         step = seconds(choices)
     if not choices.flat and choices.patch != first.patch:
-        plane = [a for a in range(3) if a != choices.axis]
-        coarser = coarsen(choices, found, max(first.patch[a] / choices.patch[a] for a in plane))
+        coarser = coarsen(choices, found, first.patch)
         step = step if coarser.patch == choices.patch and coarser.strides == choices.strides else seconds(coarser)
         choices = coarser
     text = (
