@@ -67,7 +67,9 @@ def _quick_tests_start_no_process(_environment_is_restored, request, monkeypatch
 
 
 def pytest_configure():
-    """Compile without LLVM's optimisations, also in processes that tests start: most programs run once. Reset SIGHUP.
+    """Compile without LLVM's optimisations, also in processes that tests start: most programs run once.
+
+    Let XLA use one thread, and reset SIGHUP.
 
     XLA's older emitters compile CPU kernels in a third of the time. The flag that selects them does not exist since JAX
     0.11. To keep the optimisations, run ``JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test``.
@@ -79,6 +81,9 @@ def pytest_configure():
         flags = os.environ.get("XLA_FLAGS", "")
         if _EMITTERS not in flags:  # xdist's workers inherit the variable
             os.environ["XLA_FLAGS"] = f"{flags} {_EMITTERS}=false".strip()
+    # XLA compiles other programs, with other roundings, for one core than for several. Tests compare the results of this
+    # process with those of processes that it starts, and each must see the same number, whatever cores it may use.
+    os.environ.setdefault("NPROC", "1")
     if hasattr(signal, "SIGHUP"):  # nohup ignores it, and runs that tests start would inherit this
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
