@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,42 @@ def test_the_fake_srun_numbers_its_tasks(cluster):
         ["srun", "python", "-c", code], env=environment | {"SLURM_NTASKS": "3"}, check=True, capture_output=True
     )
     assert sorted(done.stdout.split()) == [b"0", b"1", b"2"]
+
+
+WAITS = """
+import sys, time
+import jax, numpy as np
+from xdim_jax.base.signals import StopRequest, install_handlers
+from xdim_jax.training import mesh
+port, number, call = sys.argv[1:]
+mesh.join_processes(f"localhost:{port}", 2, int(number))
+jax.devices()  # waits for the other process, too
+install_handlers(StopRequest())
+print("joined", flush=True)
+if number == "1":
+    time.sleep(600)
+mesh.barrier("here") if call == "barrier" else mesh.gather(np.ones(1))
+"""
+
+
+@pytest.mark.parametrize("call", ["barrier", "gather"])
+def test_a_signal_ends_a_process_that_waits_for_another_one(call, tmp_path):
+    environment = os.environ | one_device_environment(tmp_path / "data")
+    port = str(free_port())
+    both = [
+        subprocess.Popen([sys.executable, "-c", WAITS, port, n, call], env=environment, stdout=subprocess.PIPE, text=True)
+        for n in "01"
+    ]
+    try:
+        assert [process.stdout.readline() for process in both] == ["joined\n"] * 2
+        time.sleep(2)  # until it waits
+        both[0].send_signal(signal.SIGTERM)
+        assert both[0].wait(20) == signals.REQUEUE
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+            process.stdout.close()
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xdim_jax import ops
 from xdim_jax.base.errors import UserError, first_line
+from xdim_jax.base.threads import call_in_thread
 
 PARALLELS = ("jit", "pmap")
 DATA, SPACE = "data", "space"
@@ -195,11 +196,11 @@ def join_processes(coordinator: str, count: int | None, index: int | None) -> No
 
 
 def barrier(name: str) -> None:
-    """Wait until all processes have reached the barrier with this name."""
+    """Wait until all processes have reached the barrier with this name. Signals are handled meanwhile."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(name)
+        call_in_thread(lambda: multihost_utils.sync_global_devices(name))
 
 
 def agree(flag: bool) -> bool:
@@ -208,9 +209,12 @@ def agree(flag: bool) -> bool:
 
 
 def gather(values: np.ndarray) -> np.ndarray:
-    """Return the arrays of all processes, stacked: ``(processes, *shape)``. Every process must call this."""
+    """Return the arrays of all processes, stacked: ``(processes, *shape)``. Every process must call this.
+
+    Signals are handled while the function waits for the other processes.
+    """
     if jax.process_count() == 1:
         return values[None]
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(values))
+    return call_in_thread(lambda: np.asarray(multihost_utils.process_allgather(values)))
