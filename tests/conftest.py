@@ -81,8 +81,8 @@ def pytest_configure():
         flags = os.environ.get("XLA_FLAGS", "")
         if _EMITTERS not in flags:  # xdist's workers inherit the variable
             os.environ["XLA_FLAGS"] = f"{flags} {_EMITTERS}=false".strip()
-    # XLA compiles other programs, with other roundings, for one core than for several. Tests compare the results of this
-    # process with those of processes that it starts, and each must see the same number, whatever cores it may use.
+    # XLA compiles other programs, with other roundings, for one core than for several. Tests compare the results of
+    # this process with those of processes that it starts: all of them see one core.
     os.environ.setdefault("NPROC", "1")
     if hasattr(signal, "SIGHUP"):  # nohup ignores it, and runs that tests start would inherit this
         signal.signal(signal.SIGHUP, signal.SIG_DFL)

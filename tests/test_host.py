@@ -45,6 +45,33 @@ def test_the_limit_of_another_job_does_not_count(tmp_path, monkeypatch):
     assert host.memory_bytes() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@pytest.mark.parametrize(
+    ("groups", "files"),
+    [
+        ("0::/\n", ["cpu.max"]),  # a container
+        ("0::/kubepods.slice/pod7/box\n", ["kubepods.slice/pod7/cpu.max"]),
+        ("5:cpu,cpuacct:/job\n0::/\n", ["cpu/job/cpu.cfs_quota_us", "cpu/job/cpu.cfs_period_us"]),
+        ("5:cpuacct,cpu:/docker/of/the/host\n", ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]),
+    ],
+)
+def test_cores_are_limited_by_the_time_that_a_container_may_use(groups, files, tmp_path, monkeypatch):
+    (tmp_path / "cgroup").write_text(groups)
+    monkeypatch.setattr(host, "_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(host, "_CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert host.count_cores() == 64
+    for quota, period, expected in ((400000, 100000, 4), (150000, 100000, 2), (5000, 50000, 1), (9900000, 100000, 64)):
+        for file, text in zip(
+            files, [f"{quota}", f"{period}"] if len(files) == 2 else [f"{quota} {period}"], strict=True
+        ):
+            path = tmp_path / "groups" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{text}\n")
+        assert host.count_cores() == expected
+    (tmp_path / "groups" / files[0]).write_text("max 100000\n" if len(files) == 1 else "-1\n")
+    assert host.count_cores() == 64
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
 def test_cores_are_those_that_the_process_may_use():
     before = os.sched_getaffinity(0)

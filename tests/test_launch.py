@@ -148,7 +148,9 @@ def test_a_signal_ends_a_process_that_waits_for_another_one(call, tmp_path):
     environment = os.environ | one_device_environment(tmp_path / "data")
     port = str(free_port())
     both = [
-        subprocess.Popen([sys.executable, "-c", WAITS, port, n, call], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", WAITS, port, n, call], env=environment, stdout=subprocess.PIPE, text=True
+        )
         for n in "01"
     ]
     try:
