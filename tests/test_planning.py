@@ -665,7 +665,7 @@ def test_a_smaller_patch_of_a_volume_keeps_its_size_in_mm():
     assert choices.patch == (96, 96, 96) and choices.prepare["spacing"] == (1.0, 1.0, 1.0)
     slow = machine.fit_time(choices, found, 2.0, lambda c: 1e-5 * np.prod(c.patch) * c.batch, lambda line: None)
     assert slow.patch == (64, 64, 64) and slow.prepare["spacing"] == (1.5, 1.5, 1.5)
-    assert "multiplied by 1.5" in slow.reasons["spacing"]
+    assert "increased to 1.5 mm" in slow.reasons["spacing"]
     small = {"organ": {"voxels": 113, "slices": 6, "extent": [6.0] * 3, "components": 1, "largest": 1.0}}
     found = fingerprint(
         size=[160] * 3, structures=("organ",), foreground={"voxels": 113, "slices": 6, "extent": [6.0] * 3}
@@ -685,12 +685,76 @@ def test_coarser_voxels_do_not_leave_a_patch_that_is_larger_than_the_image():
     assert slow.prepare["spacing"] == (2.0, 2.0, 2.0) and slow.patch == (28, 64, 64)
 
 
+def slower(found, choices, hours, factor):
+    """Plan for a machine that needs so many seconds for a voxel of a batch."""
+    return machine.fit_time(choices, found, hours, lambda c: factor * np.prod(c.patch) * c.batch, lambda line: None)
+
+
+def test_axes_that_are_coarse_already_keep_their_spacing():
+    """A sagittal series: 64 voxels of 1.5 mm along D and H, and slices of 2.9 mm along W, which one patch covers."""
+    found = fingerprint(size=[256, 256, 20], spacing=[1.0, 1.0, 2.9])
+    choices = chosen(found)
+    assert choices.patch[:2] == (96, 96) and choices.prepare["spacing"] == (1.0, 1.0, 2.9)
+    slow = slower(found, choices, 2.0, 3e-5)
+    assert slow.patch[:2] == (64, 64) and slow.prepare["spacing"] == (1.5, 1.5, 2.9)
+    wide = {"voxels": 9000, "slices": 20, "extent": [40.0, 144.0, 40.0]}
+    found = fingerprint(size=[256, 256, 20], spacing=[1.0, 1.0, 2.9], foreground=wide)
+    assert chosen(found).prepare["spacing"] == (1.5, 1.5, 2.9), "144 mm in 96 voxels"
+
+
+def test_a_patch_that_was_larger_than_the_image_covers_as_much_after_it_is_reduced():
+    """70 voxels in a patch of 96 or of 64: the factor 70 / 64 is too small for larger voxels."""
+    found = fingerprint(size=[64, 70, 70])
+    assert chosen(found).patch == (64, 96, 96)
+    slow = slower(found, chosen(found), 2.0, 3e-5)
+    assert slow.patch == (64, 64, 64) and slow.prepare["spacing"] == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("hours", "patch"), [(5.0, (64, 96, 96)), (3.5, (64, 64, 96)), (2.0, (64, 64, 64))])
+def test_a_reduced_patch_of_a_large_volume_covers_the_same_volume(hours, patch):
+    found = fingerprint(size=[400] * 3)
+    slow = slower(found, chosen(found), hours, 1e-5)
+    assert chosen(found).patch == (96, 96, 96) and slow.patch == patch
+    assert np.prod(np.multiply(slow.patch, slow.prepare["spacing"])) == pytest.approx(96**3, rel=0.02)
+    assert len(set(slow.prepare["spacing"])) == 1
+
+
+def test_the_reasons_tell_what_was_done():
+    """50 slices of 1 mm, 25 of 2 mm; a step of 1e-5 s for a voxel."""
+    found = fingerprint(size=[50, 300, 1300], structures=("organ",))
+    found = Fingerprint({n: f | {"structures": _rare_organ()} for n, f in found.cases.items()}, ("T1",), ("organ",))
+    first = chosen(found, platform="gpu")
+    assert "50 x 300 x 1300 voxels" in first.reasons["patch"] and first.dice == "batch"
+    slow = slower(found, first, 2.0, 1e-5)
+    spacing, patch = slow.prepare["spacing"], slow.reasons["patch"]
+    assert slow.batch == 1 and "with one sample in a batch" in slow.reasons["dice"]
+    assert f"at a spacing of {' x '.join(f'{v:.3g}' for v in spacing)} mm" in patch and spacing[0] > 1.1
+    assert f"is {round(50 / spacing[0])} x {round(300 / spacing[1])} x" in patch
+    assert "reduced from 56x128x128: " in patch and not slow.notes
+    few = slower(found, first, 2.0, 1e-4)
+    assert len(few.notes) == 1 and "--hours=2" in few.notes[0] and str(few.epochs * few.epoch_steps) in few.notes[0]
+
+
+def _rare_organ():
+    return {"organ": {"voxels": 2000, "slices": 20, "extent": [16.0] * 3, "components": 1, "largest": 1.0}}
+
+
+def test_a_validation_has_the_windows_of_prediction():
+    """Counted by hand, with an overlap of half a patch: 3, 4 and 1 windows of 64 along 128, 160 and 50 voxels."""
+    found = fingerprint(count=10, size=[128, 160, 50])
+    choices = chosen(found).change(patch=(64, 64, 64), batch=1, folds=5)
+    assert machine._validation_seconds(choices, found, 3.0) == pytest.approx(2 * 3 * 4 * 1)
+    picture = fingerprint(count=10, size=[20, 128, 100], spacing=[1.0, 1.0, 1.0])
+    flat = chosen(fingerprint(size=[1, 128, 128])).change(patch=(64, 64), batch=1, folds=5)
+    assert machine._validation_seconds(flat, picture, 3.0) == pytest.approx(2 * 20 * 3 * 3)
+
+
 def test_the_reason_names_the_first_patch_if_the_patch_is_reduced_twice():
     """A step is slower than its number of voxels predicts, so the reduced patch is measured, and reduced again."""
     found, choices = fingerprint(), chosen(fingerprint())
-    seconds = iter([20.0, 12.0, 6.0, 1.0, 1.0, 1.0])
-    slow = machine.fit_time(choices, found, 4.0, lambda c: next(seconds), lambda line: None)
-    assert next(seconds) < 12.0, "at least two times were measured"
+    measured, seconds = [], iter([20.0, 12.0, 6.0, 5.0])
+    slow = machine.fit_time(choices, found, 6.0, lambda c: measured.append(c.patch) or next(seconds), lambda line: None)
+    assert measured[0] == choices.patch and len(set(measured[:3])) == 3, "a third patch, after the second measurement"
     first = f"reduced from {'x'.join(map(str, choices.patch))}: "
     assert first in slow.reasons["patch"] and "a step takes 20 s" in slow.reasons["patch"]
 

@@ -1,8 +1,8 @@
 """The choices of a recipe that need no measurement of memory or time: spacing, intensities, network, sampling, folds.
 
 `choose` is a pure function of the fingerprint, the data set, the platform, the number of devices, the installed weights
-and the list of folds. `xdim_jax.planning.machine` then adapts patch, batch, 2D spacing and the number of steps to
-memory and time. docs/planning.md lists all rules and where their numbers come from.
+and the list of folds. `xdim_jax.planning.machine` then adapts patch, batch, spacing and the number of steps to memory
+and time. docs/planning.md lists all rules and where their numbers come from.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ _NONZERO = 0.75
 _RARE = 1e-3  # a structure with a smaller fraction of the voxels of an image is rare
 _MAX_PIXELS = 512  # largest side of a 2D patch
 _MAX_SIDE = {"cpu": 96, "gpu": 128, "tpu": 128}  # largest side of a 3D patch
-_MAX_COARSER = 2.0  # largest factor by which the in-plane spacing of 3D images is increased
+_MAX_COARSER = 2.0  # largest factor by which the smallest in-plane spacing of 3D images is increased
+_MIN_COARSER = 1.1  # smaller factors are not applied
 _MIN_DIAMETER = 5.0  # smallest diameter, in voxels, that a structure may have after the spacing has been increased
 
 
@@ -142,7 +143,8 @@ def choose(
     if not flat:
         ratio, strides, reasons["strides"] = _depth(spacing, axis, median[axis])
     factors = np.array(_factors(strides, axis))
-    largest = _round_up(np.percentile(grid, 95, axis=0, method="lower")[flat:], factors)
+    sizes = _typical_largest(grid)[flat:]
+    largest = _round_up(sizes, factors)
     limit = _MAX_PIXELS if flat else _MAX_SIDE.get(platform, 128)
     patch = _patch(largest, np.array(limit), factors, axis)
     single = bool((found.size[:, 0] == 1).all())
@@ -154,8 +156,7 @@ def choose(
     rule, reasons["rule"] = ("", "") if flat else _rule(ratio)
     folds, reasons["folds"] = _folds(found, dataset, official)
     reasons |= {
-        "patch": f"at a spacing of {_times(spacing[int(flat) :])} mm, the 95th percentile of the image sizes is "
-        f"{_times(largest)} {'pixels' if flat else 'voxels'}, and a patch has at most {limit} along a side",
+        "patch": _patch_reason(spacing[int(flat) :], sizes, f"{limit} along a side"),
         "batch": "",
         "output": "regions are nested, so each region has its own channel with a sigmoid"
         if nested
@@ -363,7 +364,7 @@ def _flat_spacing(found: Fingerprint, *, cropped: bool) -> tuple[tuple[float, ..
     plane = found.spacing[:, 1:]
     median = np.median(plane, 0)
     sizes = found.prepared_sizes((0.0, *median), cropped=cropped)[:, 1:]
-    pixels = np.percentile(sizes, 95, axis=0, method="lower").max()
+    pixels = _typical_largest(sizes).max()
     factor = max(pixels / _MAX_PIXELS, 1.0)
     text = f"the in-plane spacing is {_span(plane, '.3g')} mm; its median, {_times(median)} mm, is used"
     if factor > 1:
@@ -395,10 +396,9 @@ def _volume_spacing(found: Fingerprint, axis: int, platform: str) -> tuple[tuple
     """Return the spacing for a 3D network with slices along ``axis``, and the reason.
 
     It is the median, with two exceptions. If slices are thick, the slice spacing is the 10th percentile (as in
-    nnU-Net), so that cases with thinner slices keep their details. If the structures extend over more than a patch, the
-    in-plane spacing is increased by at most a factor of `_MAX_COARSER`, and only as far as every structure keeps a
-    diameter of `_MIN_DIAMETER` voxels; a factor below 1.1 is not applied. Neither exception makes the slice spacing
-    less than the in-plane spacing.
+    nnU-Net), so that cases with thinner slices keep their details; it is at least the in-plane spacing. If the
+    structures extend in the plane over more than a patch, smaller spacings are increased to a common one, at which they
+    fit into the patch, within the limits of `_coarsest`.
     """
     spacing = np.median(found.spacing, 0)
     text = f"the spacing along D, H, W is {', '.join(_span(found.spacing[:, a], '.3g') for a in range(3))} mm"
@@ -412,45 +412,37 @@ def _volume_spacing(found: Fingerprint, axis: int, platform: str) -> tuple[tuple
     else:
         text += f"; the median is {', '.join(f'{v:.3g}' for v in spacing)} mm"
     side = _MAX_SIDE.get(platform, 128)
-    wanted = float((found.extent()[plane] / spacing[plane]).max() / side)
-    factor = min(wanted, _coarsest(found, plane))
-    digits = 6
-    if factor > 1.1:
-        digits = 3
-        spacing = _larger(spacing, axis, factor)
+    wanted = _rounded(min(float(found.extent()[plane].max()) / side, _coarsest(found, plane)), 3)
+    if wanted > _MIN_COARSER * spacing[plane].min():
+        spacing = np.maximum(spacing, wanted)
         text += (
-            f"; the in-plane spacing is multiplied by {factor:.2g}, because the structures extend over "
-            f"{_times(found.extent())} mm (median) and a patch has at most {side} voxels along a side; the slice "
-            "spacing is at least the in-plane spacing"
+            f"; smaller spacings are increased to {wanted:g} mm, because the structures extend over "
+            f"{_times(found.extent())} mm (median) and a patch has at most {side} voxels along a side"
         )
-    return tuple(_rounded(v, digits) for v in spacing), text
+    return tuple(_rounded(v, 6) for v in spacing), text
 
 
 def _coarsest(found: Fingerprint, plane: Sequence[int]) -> float:
-    """Return the largest factor by which the median spacing of 3D images may be increased along the axes ``plane``."""
-    spacing = np.median(found.spacing, 0)[list(plane)].max()
+    """Return the largest spacing in mm to which smaller ones may be increased for a 3D network.
+
+    It is at most `_MAX_COARSER` times the smaller one of the median spacings along the axes ``plane``, and every
+    structure keeps a diameter of `_MIN_DIAMETER` voxels.
+    """
     diameters = [
-        (6 * np.median(found.volume(n)) * 1000 / math.pi) ** (1 / 3) / spacing
-        for n in found.structures
-        if found.having(n)
+        (6 * np.median(found.volume(n)) * 1000 / math.pi) ** (1 / 3) for n in found.structures if found.having(n)
     ]
-    return min(_MAX_COARSER, min(diameters) / _MIN_DIAMETER)
-
-
-def _larger(spacing: np.ndarray, axis: int, factor: float) -> np.ndarray:
-    """Return a spacing multiplied by a factor in the plane; the slice spacing is at least the new in-plane spacing."""
-    larger = np.where(np.arange(3) == axis, spacing, spacing * factor)
-    larger[axis] = larger.max()
-    return larger
+    spacing = np.median(found.spacing, 0)[list(plane)].min()
+    return min(_MAX_COARSER * spacing, min(diameters) / _MIN_DIAMETER)
 
 
 def coarsen(choices: Choices, found: Fingerprint, before: tuple[int, ...]) -> Choices:
-    """Return choices of a 3D network with a larger in-plane spacing, and the values that depend on the spacing.
+    """Return choices of a 3D network with larger voxels, and the values that depend on the spacing.
 
-    The factor is that by which the patch has been reduced in the plane, so that it keeps its size in mm. The limits are
-    those of `_volume_spacing`: the spacing is at most `_MAX_COARSER` times the median, every structure keeps a diameter
-    of `_MIN_DIAMETER` voxels, a factor below 1.1 is not applied, and the slice spacing is at least the in-plane
-    spacing. The patch is not larger than the images at the new spacing.
+    The smallest spacing is increased, so that a reduced patch covers as much of the image as before. Other axes with a
+    smaller spacing than the new one get the new one. Its factor is the geometric mean of the part of the image that the
+    patch has lost, over the axes that have the smallest spacing and along which images are larger than the patch. A
+    factor below `_MIN_COARSER` is not applied, and the limits are those of `_coarsest`. The patch is not larger than
+    the images at the new spacing.
 
     Args:
         choices: The choices so far.
@@ -458,25 +450,31 @@ def coarsen(choices: Choices, found: Fingerprint, before: tuple[int, ...]) -> Ch
         before: The patch before it was reduced.
     """
     axis, spacing = choices.axis, np.array(choices.prepare["spacing"])
+    cropped = choices.prepare["crop"] == "nonzero"
     plane = [a for a in range(3) if a != axis]
-    limit = np.median(found.spacing, 0)[plane].max() * _coarsest(found, plane)
-    factor = min(max(before[a] / choices.patch[a] for a in plane), limit / spacing[plane].max())
-    if factor < 1.1:
+    finest = spacing[plane].min()
+    patch, size = np.array(choices.patch), _typical_largest(found.prepared_sizes(tuple(spacing), cropped=cropped))
+    lost = (np.minimum(before, size) / patch)[(spacing < _MIN_COARSER * finest) & (size > patch)]
+    wanted = min(finest * float(np.prod(lost) ** (1 / max(len(lost), 1))), _coarsest(found, plane))
+    wanted = _rounded(wanted, 3)
+    if wanted < _MIN_COARSER * finest:
         return choices
-    new = tuple(_rounded(v, 3) for v in _larger(spacing, axis, factor))
-    grid = found.prepared_sizes(new, cropped=choices.prepare["crop"] == "nonzero")
+    new = tuple(_rounded(v, 6) for v in np.maximum(spacing, wanted))
+    grid = found.prepared_sizes(new, cropped=cropped)
     ratio, strides, depth_reason = _depth(new, axis, np.median(grid, 0)[axis])
     factors = np.array(_factors(strides, axis))
-    largest = _round_up(np.percentile(grid, 95, axis=0, method="lower"), factors)
+    sizes = _typical_largest(grid)
+    largest = _round_up(sizes, factors)
     rule, rule_reason = _rule(ratio)
     spacing_reason = (
-        f"{choices.reasons['spacing']}; because the patch was reduced to save time, the in-plane spacing is multiplied "
-        f"by {factor:.2g}, so that a patch covers more of the image"
+        f"{choices.reasons['spacing']}; because the patch was reduced to save time, smaller spacings are increased to "
+        f"{wanted:g} mm, so that a patch covers more of the image"
     )
+    patch_reason = _patch_reason(new, sizes, f"{_times(choices.patch)} voxels")
     return choices.change(
-        {"strides": depth_reason, "rule": rule_reason, "spacing": spacing_reason},
+        {"strides": depth_reason, "rule": rule_reason, "spacing": spacing_reason, "patch": patch_reason},
         prepare={**choices.prepare, "spacing": new},
-        patch=_patch(largest, np.array(choices.patch), factors, axis),
+        patch=_patch(largest, patch, factors, axis),
         largest=tuple(int(n) for n in largest),
         ratio=ratio,
         strides=strides,
@@ -573,6 +571,15 @@ def _patch(largest: np.ndarray, most: np.ndarray, factors: np.ndarray, axis: int
     return tuple(int(n) for n in patch)
 
 
+def _patch_reason(spacing: Sequence[float], sizes: np.ndarray, limit: str) -> str:
+    """Return the reason for a patch, given the 95th percentile of the image sizes, and the largest patch as a text."""
+    size = " x ".join(f"{n:.0f}" for n in sizes)
+    return (
+        f"at a spacing of {_times(spacing)} mm, the 95th percentile of the image sizes is {size} "
+        f"{'pixels' if len(sizes) == 2 else 'voxels'}, and a patch has at most {limit}"
+    )
+
+
 def _foreground(found: Fingerprint, rare: list[str], *, single: bool, whole: bool) -> tuple[float, str]:
     """Return the probability that a patch is placed on a voxel of a structure, and the reason.
 
@@ -634,6 +641,11 @@ def rounded_up(value: float) -> float:
     """Return a spacing rounded up to three significant digits."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return float(f"{math.ceil(value / unit - 1e-9) * unit:.3g}")
+
+
+def _typical_largest(grid: np.ndarray) -> np.ndarray:
+    """Return the 95th percentile of image sizes along each axis; if it lies between two sizes, the smaller one."""
+    return np.percentile(grid, 95, axis=0, method="lower")
 
 
 def _round_up(sizes: np.ndarray, factors: np.ndarray) -> np.ndarray:

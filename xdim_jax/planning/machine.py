@@ -1,7 +1,7 @@
 """The choices of a recipe that depend on the machine.
 
-The memory limits the patch and the batch. The available time limits the number of steps, and the patch if there would
-be too few steps.
+The memory limits the patch and the batch. The available time limits the number of steps. If there would be too few
+steps, the batch and the patch become smaller, and the voxels larger.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from xdim_jax.base.files import read_json, write_json
 from xdim_jax.base.host import count_cores, memory_bytes, processor
 from xdim_jax.data.case import Dataset
 from xdim_jax.data.fingerprint import Fingerprint
+from xdim_jax.inference.windows import window_starts
 from xdim_jax.planning.choices import Choices, coarsen, rounded_up
 from xdim_jax.runs import environment
 from xdim_jax.training import needs
@@ -35,9 +36,10 @@ _DEVICE_SHARE = 0.9  # fraction of the memory of an accelerator for a training s
 # otherwise
 _MIN_SIDES = {"omnianet": 128, "dxnet": 64}
 # preferred minimum of training steps with pre-trained (True) and with random weights. If the available time allows
-# fewer, the patch is made smaller. With pre-trained weights and 200 training patients, 400 steps gave a Dice of 0.93;
-# with up to 50 patients, Dice increased by at most 0.003 between steps 200 and 400 (docs/transfer.md)
+# fewer, batch and patch are made smaller. With pre-trained weights and 200 training patients, 400 steps gave a Dice of
+# 0.93; with up to 50 patients, Dice increased by at most 0.003 between steps 200 and 400 (docs/transfer.md)
 _MIN_STEPS = {True: 400, False: 1000}
+_FEW = 0.9  # a plan with fewer steps than this fraction of _MIN_STEPS has a warning
 # the largest number of steps is 2000 plus _STEPS_PER_CASE for each case, but at most _MAX_STEPS
 _MAX_STEPS = 50_000
 _STEPS_PER_CASE = 100
@@ -154,8 +156,7 @@ def fit_time(
     """Choose the number of steps, and reduce batch and patch if there would be too few steps in the given time.
 
     In 3D, the batch is reduced to one sample per device before the patch is reduced. If the patch is reduced, the
-    in-plane spacing is increased, so that the patch still covers the same part of the image (within the limits of
-    `coarsen`).
+    spacing is increased, so that the patch covers as much of the image as before (within the limits of `coarsen`).
 
     Args:
         choices: Choices that fit into the memory.
@@ -191,6 +192,8 @@ def fit_time(
         reasons["batch"] = f"{choices.reasons['batch']}; then reduced to {choices.batch}: {text}"
     if choices.patch != first.patch:
         reasons["patch"] = f"{choices.reasons['patch']}; reduced from {'x'.join(map(str, first.patch))}: {text}"
+    if choices.batch == 1 < first.batch and choices.dice == "batch":
+        reasons["dice"] = f"{choices.reasons['dice']}; with one sample in a batch, this is the Dice of each sample"
     cap = min(_MAX_STEPS, 2000 + _STEPS_PER_CASE * len(found.cases))
     validation = _validation_seconds(choices, found, step)
     validations = int(np.clip(available * _VALIDATION_SHARE / validation, 1, _MAX_VALIDATIONS))
@@ -203,6 +206,12 @@ def fit_time(
     epochs = int(np.clip(steps // _EPOCH_STEPS, 1, _MAX_EPOCHS))
     every = math.ceil(epochs / validations)
     steps = epochs * (steps // epochs)
+    notes = choices.notes
+    if steps < _FEW * enough:
+        notes += (
+            f"--hours={hours:g} allows only {steps} training steps for each of {choices.folds} folds: expected at "
+            f"least {enough}; give more --hours" + (", or fewer --folds" if choices.folds > 2 else ""),
+        )
     say(f"time       a step takes {step:.2g} s: {steps} steps for each of {choices.folds} folds in {hours:g} h")
     return choices.change(
         {
@@ -213,6 +222,7 @@ def fit_time(
         epochs=epochs,
         epoch_steps=steps // epochs,
         validate_every=every,
+        notes=notes,
     )
 
 
@@ -253,12 +263,15 @@ def _validation_seconds(choices: Choices, found: Fingerprint, step: float) -> fl
         step: Time of a training step in seconds.
     """
     sizes = found.prepared_sizes(choices.prepare["spacing"], cropped=choices.prepare["crop"] == "nonzero")
-    patch = np.array([1, *choices.patch] if choices.flat else choices.patch)
-    overlap = np.array([1, 2, 2] if choices.flat else [2, 2, 2])  # windows overlap by half
-    windows = np.where(sizes > patch, np.ceil(sizes / patch * overlap), 1).prod(1)
+    patch = (1, *choices.patch) if choices.flat else choices.patch
+    overlap = (0.0, 0.5, 0.5) if choices.flat else (0.5, 0.5, 0.5)
+    windows = sum(
+        math.prod(len(window_starts(n, p, o)) for n, p, o in zip(size, patch, overlap, strict=True))
+        for size in np.ceil(sizes).astype(int).tolist()
+    )
     # samples of a training step on one device, times the number of processes, which share the windows
     samples = choices.batch / (choices.devices / jax.process_count())
-    return float(windows.sum() / choices.folds * step / samples / 3)
+    return windows / choices.folds * step / samples / 3
 
 
 class StepTimes:
@@ -284,7 +297,7 @@ class StepTimes:
             **{
                 f.name: getattr(choices, f.name)
                 for f in dataclasses.fields(choices)
-                if f.name in ("network", "patch", "batch", "strides", "pretrained", "precision", "output")
+                if f.name in ("network", "patch", "batch", "strides", "axis", "pretrained", "precision", "output")
             },
         }
         key = json.dumps(setting, sort_keys=True)

@@ -103,7 +103,8 @@ def plan_recipe(
         choices = choices.change(
             {"folds": "set by --folds"}, folds=folds, official=bool(official) and folds == official
         )
-    for note in choices.notes:
+    warned = choices.notes
+    for note in warned:
         log.warn(note)
 
     values = {**section, "root": str(root.absolute()), "store": store}
@@ -116,9 +117,9 @@ def plan_recipe(
     choices = fit_memory(choices, budget or default_memory(), build, log.say)
     choices = fit_time(choices, found, hours, StepTimes(folder / _TIMES_FILE, build), log.say)
     if choices.flat and choices.prepare["spacing"][1] > 1.01 * float(np.median(found.spacing[:, 1])):
-        for note in small_structures(found, choices.prepare["spacing"][1:]):
-            log.warn(note)
-            choices = choices.change(notes=(*choices.notes, note))
+        choices = choices.change(notes=(*choices.notes, *small_structures(found, choices.prepare["spacing"][1:])))
+    for note in choices.notes[len(warned) :]:
+        log.warn(note)
     text = render(choices, values, header)
     build(choices)
     write_text(out.with_suffix(".html"), page.render(found, choices, text, root))
