@@ -16,6 +16,7 @@ import numpy as np
 from xdim_jax.base.errors import UserError
 from xdim_jax.data.datasets import DATASETS
 from xdim_jax.data.images.image import Source, images_in, read_image, source_from_json, strip_suffix
+from xdim_jax.data.images.names import case_of_label
 from xdim_jax.pages import figures
 from xdim_jax.pages.figures import View
 from xdim_jax.scoring import challenges, results, tables
@@ -316,7 +317,7 @@ def _images_beside(reference: Path) -> list[Path]:
     ``-`` and a channel.
     """
     stem = strip_suffix(reference.name) or ""
-    case = re.sub(r"[-_](seg|gt)$", "", stem)
+    case = case_of_label(stem)
     folders = [reference.parent] if case != stem else []
     folders += [reference.parent.with_name(name) for name in ("imagesTr", "imagesTs", "images")]
     pattern = re.compile(rf"{re.escape(case)}([-_](?!seg$|gt$)[A-Za-z0-9]+)?")

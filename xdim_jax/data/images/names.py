@@ -14,7 +14,7 @@ _COMPANIONS = (
     *(".txt", ".md", ".rst", ".pdf", ".html", ".docx", ".log", ".sha256", ".md5", ".py"),
     *(".json", ".csv", ".tsv", ".xlsx", ".xml", ".yaml", ".yml", ".toml", ".cfg", ".bval", ".bvec"),
 )
-LABEL_ENDINGS = ("_seg", "-seg", "_gt")  # endings of the names of label maps that are not part of the case id
+LABEL_ENDINGS = ("_seg", "-seg", "_gt", "-gt")  # endings of the names of label maps that are not part of the case id
 _SYSTEM_FOLDERS = ("__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _SYSTEM_FILES = ("thumbs.db", "desktop.ini", "dicomdir", "license", "readme")
 _PIXEL_FILES = (".raw", ".zraw")  # the pixels of a MetaImage header
