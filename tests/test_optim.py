@@ -16,7 +16,7 @@ from xdim_jax.base.errors import UserError
 from xdim_jax.nets import networks
 from xdim_jax.nets.functional import split_model
 from xdim_jax.runs import state as runs_state
-from xdim_jax.training import optim
+from xdim_jax.training import open_run, optim
 
 RATE = 0.05
 STEPS = 14
@@ -455,6 +455,24 @@ def test_warm_up_rises_in_equal_steps():
     np.testing.assert_allclose(found[:7], np.array([1, 2, 3, 4, 5, 6, 6]) / 6e3, rtol=1e-5)
     found = rates_at(make_schedule("exponential", factor=0.5, **keys), (0, 3, 4, 5, 6, 8))
     np.testing.assert_allclose(found, np.array([1 / 6, 4 / 6, 5 / 12, 1 / 2, 1 / 2, 1 / 4]) * 1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "epochs", "warned"),
+    [
+        ("constant_then_cosine", {"constant_epochs": 40}, 40, "constant_epochs"),
+        ("constant_then_cosine", {"constant_epochs": 40}, 41, ""),
+        ("exponential", {"constant_epochs": 40}, 10, ""),
+        ("exponential", {"warmup_epochs": 6}, 5, "warmup_epochs"),
+        ("exponential", {"warmup_epochs": 5}, 5, ""),
+    ],
+)
+def test_a_run_that_is_too_short_for_its_schedule_is_named(name, keys, epochs, warned):
+    """A rate that is constant for 40 of 40 epochs never decreases; a warm-up of 5 epochs ends with the fifth."""
+    schedule = make_config().schedule
+    schedule.update({"name": name, "warmup_epochs": 0.0, "constant_epochs": 0.0} | keys)
+    found = list(open_run._schedule_problems(schedule, epochs))
+    assert len(found) == bool(warned) and all(warned in text for text in found)
 
 
 def test_schedules_take_plain_numbers():

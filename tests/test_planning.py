@@ -610,6 +610,13 @@ def test_a_smaller_picture_is_a_coarser_picture(linear_memory):
     assert (sizes[:, 1:] <= found.patch).all(), "with sampling by slices, every picture must fit"
 
 
+def test_a_picture_that_does_not_fit_is_an_error_of_the_memory(linear_memory):
+    """With one sample, batch norm needs two pixels at the coarsest level: not 32x32."""
+    picture = chosen(fingerprint(size=[1, 512, 512], spacing=[1.0, 0.5, 0.5]))
+    with pytest.raises(UserError, match=r"--memory=.*is not enough.*64x64, batch 1"):
+        machine.fit_memory(picture, 4096 * 32 * 32, linear_memory, lambda line: None)
+
+
 def test_more_time_is_more_steps():
     found, choices = fingerprint(), chosen(fingerprint())
     quick = machine.fit_time(choices, found, 0.25, lambda c: 0.1, lambda line: None)

@@ -436,6 +436,12 @@ def test_copies_of_folds_are_no_networks_and_missing_folds_are_named(workdir, tm
     predictor = xdim_jax.Predictor(tmp_path / "cv")
     assert [path.name for path in predictor.workdirs] == ["fold0", "fold1"]
     assert "has 2 of 5 folds" in capsys.readouterr().out
+    official = shutil.copytree(workdir, tmp_path / "official") / "config.json"
+    config = json.loads(official.read_text())
+    config["data"]["split"] = "official"
+    official.write_text(json.dumps(config))
+    xdim_jax.Predictor([tmp_path / "official", tmp_path / "cv"])
+    assert capsys.readouterr().out.count("has 2 of 5 folds") == 1
 
 
 def test_weights_that_may_not_be_read_are_not_absent(workdir, tmp_path, monkeypatch):

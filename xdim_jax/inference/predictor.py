@@ -69,10 +69,12 @@ class Segmentation:
         """Write the label map as NIfTI on the grid of the image, with its affine and header.
 
         Raises:
-            UserError: The image was an array, whose position is unknown; or the file cannot be written.
+            UserError: The image was an array; or the file cannot be written.
         """
         if self.grid is None:
-            raise UserError(f"{path}: the image was an array, whose position is unknown; predict from a file instead")
+            raise UserError(
+                f"{path}: the image was an array, and only files have a header to copy; predict from a file"
+            )
         if not str(path).endswith(SUFFIXES):
             raise UserError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
         write_volume(Path(path), self.label, self.grid, f"{inputs.PREDICTION_MARK} Segmentation.save")
@@ -168,8 +170,8 @@ class Predictor:
         Args:
             prepared: Result of `prepare`.
             grid: Source grid.
-            sink: Function that receives `extra_outputs`, if there are any. If preparation has cropped the case, the
-                sink first receives the whole volume with a probability of 1 for the background of a softmax.
+            sink: Function that receives `extra_outputs`, if there are any. With one group and a softmax, it first
+                receives the voxels outside of the box to which preparation cropped, as background with probability 1.
 
         Raises:
             UserError: The network has computed NaN or infinity.
@@ -247,7 +249,7 @@ class Predictor:
         )
 
     def _find_one_case(self, paths: Paths, modality: str) -> Case:
-        """Return the only case in the given paths. Raises UserError if there are several, or none that can be used."""
+        """Return the only case in the given paths. Raises UserError if there is not exactly one, or any problem."""
         cases, problems = self.find_cases(paths, modality)
         if problems:
             raise UserError("\n".join(line for lines in problems.values() for line in lines))
@@ -322,16 +324,18 @@ def _as_paths(paths: Paths) -> list[Path]:
 def _warn_of_missing_folds(given: Sequence[Path], workdirs: Sequence[Path], configs: Sequence[Any]) -> None:
     """Warn if a workdir of a cross-validation lacks folds."""
     for workdir in given:
-        folds = [c.data.get("folds", 0) for w, c in zip(workdirs, configs, strict=True) if w.parent == workdir]
-        if 1 < len(folds) + 1 <= folds[0] and configs[0].data.get("split") == "folds":
-            log.warn(f"{workdir} has {len(folds)} of {folds[0]} folds; the ensemble consists of these networks only")
+        folds = [c.data for w, c in zip(workdirs, configs, strict=True) if w.parent == workdir]
+        if folds and len(folds) < folds[0].get("folds", 0) and folds[0].get("split") == "folds":
+            log.warn(
+                f"{workdir} has {len(folds)} of {folds[0].folds} folds; the ensemble consists of these networks only"
+            )
 
 
 def _check_common(workdirs: Sequence[Path], configs: Sequence[Any], settings: Settings) -> None:
     """Raise UserError if the runs differ in the config values of `_COMMON`, or in channels, labels or regions.
 
-    Values that a setting replaces may differ, and so may the threshold with a softmax, which does not use it. The name
-    of the labels may differ, because it can be the name of the folder of the data.
+    A value may differ if ``settings`` gives it. With a softmax, the threshold may differ, because it is not used. The
+    name of the labels may differ, because it can be the name of the folder of the data.
     """
     problems = []
     given = {"predict.min_et"} if settings.min_et is not None else set()

@@ -23,7 +23,7 @@ from xdim_jax.inference.output import Output
 from xdim_jax.inference.windows import Layout, Windows, batched, gaussian_weights, make_layout, read_window
 
 _DECODED = 8  # number of slices of a volume that are decoded to labels at once
-SLICES = 8  # for a 2D network, a window has at most this number of slices times the batch
+SLICES = 8  # a window of a 2D network has at most SLICES * batch slices, see `make_segmenter`
 
 # weights, images (B, *patch, C) -> logits (B, *patch, channels)
 Forward = Callable[[Any, jax.Array], jax.Array]
@@ -75,7 +75,7 @@ class Segmenter:
     ):
         self.windows, self.output, self.extra_outputs, self.members = windows, output, extra_outputs, members
         self._forward, self._threshold = forward, threshold
-        # slices of a 2D network do not depend on each other, so the weights are the same for all slices of a window
+        # a 2D network segments each slice independently, so the Gaussian weights do not vary along D
         self._gauss = gaussian_weights((1, *windows.patch[1:]) if windows.slices else windows.patch)[..., None]
         # forward passes: index of the network, and for each axis whether the window is flipped along it
         self._passes = [
@@ -141,7 +141,8 @@ class Segmenter:
         for i, start in enumerate(layout.starts[0]):
             for batch in batched(itertools.product([start], *layout.starts[1:]), layout.batch):
                 total = self._predict_windows(weights, prepared, layout, batch, stopped)
-                jax.block_until_ready(last_total)  # so that at most two batches are in progress at a stop
+                # at most two batches still run when the segmentation is stopped
+                jax.block_until_ready(last_total)
                 if stopped():
                     raise StoppedError
                 last_total = total[0]
@@ -244,9 +245,9 @@ class Segmenter:
     def _blend_windows(
         self, buffer: jax.Array, total: Any, gauss: jax.Array, starts: jax.Array, valid: jax.Array
     ) -> jax.Array:
-        """Add to the buffer the mean probabilities over all passes, multiplied by the Gaussian weights.
+        """Add windows to the buffer: the mean probabilities over all passes, and the uncertainty if it is wanted.
 
-        The weights are added to its last channel.
+        Both are multiplied by the Gaussian weights, which are added to the last channel of the buffer.
         """
         mean = total[0] / len(self._passes)
         parts = [mean]
@@ -265,7 +266,7 @@ class Segmenter:
         """Resample slices of the buffer to the source grid, and return their labels and the extra outputs."""
 
         def add_tap(t: jax.Array | int, total: jax.Array | float) -> jax.Array:
-            part = jnp.take(buffer, slices[:, t], axis=0)  # (slices, H, W, channels + 1)
+            part = jnp.take(buffer, slices[:, t], axis=0)  # (slices, H, W, self.channels)
             norm = part[..., -1:]
             part = jnp.where(norm > 0, part[..., :-1] / jnp.where(norm > 0, norm, 1), 0)
             return total + part * taps[:, t, None, None, None]
@@ -309,7 +310,7 @@ def make_segmenter(
         output: Meaning of the channels.
         patch: Size of a window, (D, H, W) or, for a 2D network, (H, W).
         overlap: Fraction of a window that its neighbour covers, in [0, 1); slices of a 2D network do not overlap.
-        batch: Number of windows that are computed at once; for a 2D network, `SLICES` times as many slices.
+        batch: Number of windows that are computed at once; for a 2D network, one of ``SLICES * batch`` slices.
         flips: For each forward pass, the axes along which the window is flipped, see `Windows`. For a 2D network, only
             1 (H) and 2 (W) are possible.
         options: The other arguments of `Segmenter`.

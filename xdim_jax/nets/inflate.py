@@ -11,12 +11,14 @@ rule                   taps along the new axis                     output of the
 =====================  ==========================================  ===================================================
 mean                   1/k each (Carreira and Zisserman 2017)      volumes of identical slices with ``edge`` or
                                                                    ``renorm`` padding along depth
-repeat                 1 each, as in the paper; the statistics of  the same as ``mean``, up to eps if the norm is not a
-                       the norm that follows are scaled (1/k each  batch norm
-                       if no norm follows)
-repeat_uncorrected     1 each; the norm is not changed             with instance norm, the same as ``mean`` up to eps;
-                                                                   with batch norm, nothing in evaluation mode, and the
-                                                                   same as ``mean`` up to eps in training mode
+repeat                 1 each, as in the paper, and the            the same as ``mean``, up to eps if the norm is not a
+                       statistics of the norm that follows are     batch norm
+                       scaled; 1/k each if no norm follows
+repeat_uncorrected     1 each; the norm is not changed             layers whose output goes into an instance norm, as
+                                                                   for ``mean`` up to eps; into a batch norm, the same
+                                                                   in training mode only; the outputs of a layer
+                                                                   without a norm, such as the logits, are k times as
+                                                                   large
 centre                 1 in the middle, else 0                     volumes of identical slices with any padding; with
                                                                    batch norm, depth strides 1 and squeeze ``slice``
                                                                    any volume, slice by slice
@@ -28,9 +30,9 @@ spacing                sum 1, proportional to the overlap of each  the same as `
                        spacing and in-plane spacing is that of
                        the input of the layer, see `input_ratio`
 acs                    a third of the filters each in the axial,   nothing for a network. In a single convolution, the
-                       coronal and sagittal plane (Yang et al.     outputs of a third of the filters are preserved for
-                       2021)                                       volumes that are constant along the axis
-                                                                   perpendicular to the plane of these filters
+                       coronal and sagittal plane (Yang et al.     outputs of each third of the filters are preserved
+                       2021)                                       for volumes that are constant along the axis
+                                                                   perpendicular to its plane
 random                 random values, and the norm is reset; for   nothing
                        control experiments
 =====================  ==========================================  ===================================================

@@ -36,7 +36,11 @@ from xdim_jax.nets.layers import Depth, ShapesOnly
 
 FORMAT = "xdim_jax weights 1"
 UNUSED = "unused/"
-CHECKED = ("padding", "eps", "depth")  # properties of an encoder that must be the same as in its training
+CHECKED = (
+    "padding",
+    "eps",
+    "depth",
+)  # properties of an encoder that must be as in its training, unless the caller accepts a difference
 _SHOWN = 4  # number of names in each list of an error message
 
 
@@ -350,7 +354,7 @@ def adapt_encoder(
         axis = (target["depth"] or {}).get("axis", 0)
         arrays, inflated = inflate_arrays(arrays, flat, abstract_encoder(target), inflation, axis)
         done = {n: _joined(done[n], inflated[n]) for n in arrays}
-        if rule == "randn":  # all slices of the kernel are independent random numbers
+        if rule == "randn":  # again: every slice of the kernel has its own random numbers
             adapt_stem()
         found, unused = target, {}  # the unused weights may have a classification head, which is 2D
     if found["norm"] != wanted["norm"]:
@@ -372,7 +376,7 @@ def _joined(*steps: str) -> str:
 
 
 def _match_channels(weights: Weights, stem: str, source: Names, target: Names) -> tuple[Weights, str]:
-    """Match the input channels of an encoder by their names, and return how its stem was obtained.
+    """Return weights of an encoder with input channels matched by name, and how the stem was obtained.
 
     The encoder must be the first layer of the network, so that its input channels are those of the image.
     """
@@ -397,8 +401,8 @@ def inflate_network(
         weights: Weights of an Omnia-Net.
         depth: Fields of `xdim_jax.nets.layers.Depth`.
         inflation: The rules.
-        eps: eps of the encoder's norms in the network into which the weights are loaded; None if it is that of the
-            weights. Only the rule ``repeat`` uses it.
+        eps: eps of the norms in the encoder of the target network; None for that of ``weights.model``. Only the rule
+            ``repeat`` uses it.
 
     Returns:
         Weights whose model is a ``dxnet`` section with the norm, activation and upsampling of the 2D network, and how
@@ -408,9 +412,14 @@ def inflate_network(
         UserError: The weights do not belong to an Omnia-Net.
     """
     if weights.kind != "network" or weights.model["name"] != "omnianet":
+        volumetric = weights.model["name"] == "dxnet"
         raise UserError(
-            f"only an Omnia-Net can be inflated as a whole; found {weights.kind} {weights.model['name']}. To "
-            "initialise a DX-Net from these weights, inflate their encoder alone (--part=encoder)"
+            f"only an Omnia-Net can be inflated as a whole; found {weights.kind} {weights.model['name']}. "
+            + (
+                "These weights are 3D already; load them without inflation"
+                if volumetric
+                else "To initialise a DX-Net from these weights, inflate their encoder alone (--part=encoder)"
+            )
         )
     depth = dataclasses.asdict(Depth(**depth))
     section = {**weights.model, "name": "dxnet", "depth": depth}
@@ -453,7 +462,8 @@ def load(
             network, both ``weights.names`` and ``names`` are given, and no two channels have the same name.
         accept: Properties among `CHECKED` that may differ between the encoders. The depth axis may not.
         require: True to raise an error if the model sections differ, or if an array exists on one side only or has
-            another shape. False to skip such arrays; those of the network keep their values. If both
+            another shape. False to skip such arrays; those of the network keep their values. 2D weights that are
+            inflated must be complete in any case. If both
             ``weights.names`` and ``names`` are given, there are two exceptions: arrays of another shape are adapted if
             possible, and arrays of deep supervision that exist on one side only are skipped.
         names: Meaning of the channels of the network; None if it is not known.
@@ -527,7 +537,7 @@ def _first_layer(section: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def flatten_model(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a model section by their dotted paths, completed by the defaults of the networks."""
+    """Return the values of a model section by dotted key, with the defaults of keys that the section lacks."""
     keys = {"deep_supervision": False} | flatten(section)
     for prefix in [key.removesuffix("encoder.name") for key in keys if key.endswith("encoder.name")]:
         defaults = {

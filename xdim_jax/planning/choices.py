@@ -20,8 +20,8 @@ from xdim_jax.nets.layers import LEVELS
 
 _MIN_SLICES = 12  # with fewer slices (median), slices are segmented one by one
 _THICK = 3.0  # ratio of slice spacing to in-plane spacing above which slices are thick, as in nnU-Net
-# if the bounding box of the nonzero voxels is a smaller fraction of the image, the background seems to have been set to
-# 0; the threshold is that of nnU-Net
+# if the bounding box of the nonzero voxels is less than this fraction of the image, the background seems to have been
+# set to 0; the threshold is that of nnU-Net
 _NONZERO = 0.75
 _RARE = 1e-3  # a structure with a smaller fraction of the voxels of an image is rare
 _MAX_PIXELS = 512  # largest side of a 2D patch
@@ -101,8 +101,11 @@ class Choices:
         return _factors(self.strides, self.axis)
 
     def accepts(self, patch: tuple[int, ...]) -> bool:
-        """Return whether the network accepts a patch: instance norm needs two voxels at the coarsest level."""
-        return self.flat or math.prod(n // f for n, f in zip(patch, self.factors, strict=True)) > 1
+        """Return whether the network accepts a patch.
+
+        Instance norm, and batch norm with one sample, need two voxels at the coarsest level.
+        """
+        return (self.flat and self.batch > 1) or math.prod(n // f for n, f in zip(patch, self.factors, strict=True)) > 1
 
     def change(self, reasons: Mapping[str, str] | None = None, **values: Any) -> "Choices":
         """Return a copy with other values and reasons."""
@@ -366,9 +369,9 @@ def _flat_spacing(found: Fingerprint, *, cropped: bool) -> tuple[tuple[float, ..
     sizes = found.prepared_sizes((0.0, *median), cropped=cropped)[:, 1:]
     pixels = _typical_largest(sizes).max()
     factor = max(pixels / _MAX_PIXELS, 1.0)
-    text = f"the in-plane spacing is {_span(plane, '.3g')} mm; its median, {_times(median)} mm, is used"
+    text = f"the in-plane spacing is {_span(plane, '.3g')} mm; its median is {_times(median)} mm"
     if factor > 1:
-        text += f", times {factor:.2g}, so that the 95th percentile of the image sizes is at most "
+        text += f", which is multiplied by {factor:.2g}, so that the 95th percentile of the image sizes is at most "
         text += f"{_MAX_PIXELS} pixels along a side"
     return (0.0, *(rounded_up(v * factor) if factor > 1 else _rounded(v, 6) for v in median)), text
 
@@ -397,8 +400,8 @@ def _volume_spacing(found: Fingerprint, axis: int, platform: str) -> tuple[tuple
 
     It is the median, with two exceptions. If slices are thick, the slice spacing is the 10th percentile (as in
     nnU-Net), so that cases with thinner slices keep their details; it is at least the in-plane spacing. If the
-    structures extend in the plane over more than a patch, smaller spacings are increased to a common one, at which they
-    fit into the patch, within the limits of `_coarsest`.
+    structures are larger than a patch in the plane, every axis with a smaller spacing gets the one at which they fit
+    into a patch, or that of `_coarsest` if this is smaller.
     """
     spacing = np.median(found.spacing, 0)
     text = f"the spacing along D, H, W is {', '.join(_span(found.spacing[:, a], '.3g') for a in range(3))} mm"
@@ -436,13 +439,14 @@ def _coarsest(found: Fingerprint, plane: Sequence[int]) -> float:
 
 
 def coarsen(choices: Choices, found: Fingerprint, before: tuple[int, ...]) -> Choices:
-    """Return choices of a 3D network with larger voxels, and the values that depend on the spacing.
+    """Return choices of a 3D network with a larger spacing, and with new values of all choices that depend on it.
 
-    The smallest spacing is increased, so that a reduced patch covers as much of the image as before. Other axes with a
-    smaller spacing than the new one get the new one. Its factor is the geometric mean of the part of the image that the
-    patch has lost, over the axes that have the smallest spacing and along which images are larger than the patch. A
-    factor below `_MIN_COARSER` is not applied, and the limits are those of `_coarsest`. The patch is not larger than
-    the images at the new spacing.
+    The smallest spacing is multiplied by a factor, so that a reduced patch covers as much of the image as before, and
+    every axis with a smaller spacing than the result gets it. Along one axis, the factor is the length that the patch
+    covered before, divided by the length that it covers now. The common factor is the geometric mean over the axes that
+    have the smallest spacing and along which images are larger than the patch. A factor below `_MIN_COARSER` is not
+    applied, and the new spacing is at most that of `_coarsest`. The patch is not larger than the images at the new
+    spacing.
 
     Args:
         choices: The choices so far.
@@ -564,7 +568,10 @@ def _factors(strides: Sequence[int], axis: int) -> tuple[int, ...]:
 
 
 def _patch(largest: np.ndarray, most: np.ndarray, factors: np.ndarray, axis: int) -> tuple[int, ...]:
-    """Return a patch that is not larger than the images and than ``most``, with sides that are multiples of factors."""
+    """Return the largest patch up to ``largest`` and ``most`` whose sides are multiples of ``factors``.
+
+    Each side is at least its factor, and a 3D patch has at least two voxels at the coarsest level.
+    """
     patch = np.minimum(largest, np.maximum(most // factors * factors, factors))
     if len(patch) == 3 and (patch == factors).all():
         patch[1 if axis == 2 else 2] *= 2  # instance norm needs two voxels at the coarsest level
@@ -626,8 +633,8 @@ def _folds(found: Fingerprint, dataset: Dataset, official: int) -> tuple[int, st
     folds = next((n for n in range(most, 1, -1) if is_divided(found, dataset, n)), 0)
     if not folds:
         raise UserError(
-            f"only {patients} of {len(found.patients)} patients are annotated, and a division into two parts puts them "
-            "into one part: remove cases that are not annotated, or annotate more"
+            f"only {patients} of {len(found.patients)} patients are annotated, and a random division into two folds "
+            "puts all of them into one fold: remove cases that are not annotated, or annotate more"
         )
     text = f"{patients} annotated patients"
     text += "" if patients >= 10 else ", so few that the scores of folds are uncertain"
@@ -653,7 +660,7 @@ def _round_up(sizes: np.ndarray, factors: np.ndarray) -> np.ndarray:
 
 
 def _rounded(value: float, digits: int) -> float:
-    """Return a spacing, rounded to significant digits. With six, images that have the spacing are not resampled."""
+    """Return a spacing, rounded to significant digits. Images with this spacing are not resampled if it has six."""
     return float(f"{value:.{digits}g}")
 
 

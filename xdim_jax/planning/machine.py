@@ -32,8 +32,8 @@ from xdim_jax.training.program import make_program, step_arguments
 
 _HOST_SHARE = 0.6  # fraction of host memory for a training step on CPU; the rest is for reading and the system
 _DEVICE_SHARE = 0.9  # fraction of the memory of an accelerator for a training step
-# preferred minimum of the sides of a patch; smaller sides are tried only if one sample per device does not fit
-# otherwise
+# preferred minimum of the sides of a 3D patch, and of the largest side of a 2D patch; smaller sides are tried only if
+# one sample per device does not fit otherwise
 _MIN_SIDES = {"omnianet": 128, "dxnet": 64}
 # preferred minimum of training steps with pre-trained (True) and with random weights. If the available time allows
 # fewer, batch and patch are made smaller. With pre-trained weights and 200 training patients, 400 steps gave a Dice of
@@ -49,7 +49,7 @@ _VALIDATION_SHARE = 0.2  # largest fraction of the time for validations
 _MAX_VALIDATIONS = 10
 _OTHER = 0.1  # fraction of the time for compiling, reading and writing
 _COARSER = "; then increased to "  # part of the reason for a spacing, see `_with_patch`
-_TIMED = 3  # number of timed steps, of which the median is returned
+_TIMED = 3  # number of steps that are timed; their median time is returned
 
 # choices -> config and data set of the recipe
 Build = Callable[[Choices], tuple[Config, Dataset]]
@@ -128,16 +128,18 @@ def _smaller(choices: Choices, excess: float) -> Choices | None:
 
 
 def _smaller_patch(choices: Choices, minimum: int) -> tuple[int, ...] | None:
-    """Return the patch with its largest side reduced by one unit, which is the stride of the encoder along this axis.
+    """Return the patch with the largest side that can become smaller reduced by one stride of the encoder.
 
     In 2D, both sides are reduced by the same factor, because `_with_patch` then increases the spacing by this factor.
-    The result is None if no side can be reduced without becoming smaller than ``minimum`` or than the network accepts.
+    The result is None if every smaller patch has a side below ``minimum`` (2D: largest side), or is too small for the
+    network.
     """
     if choices.flat:
         unit, side = choices.factors[0], max(choices.patch)
         if side - unit < max(unit, minimum):
             return None
-        return tuple(math.ceil(n * (side - unit) / side / unit) * unit for n in choices.patch)
+        patch = tuple(math.ceil(n * (side - unit) / side / unit) * unit for n in choices.patch)
+        return patch if choices.accepts(patch) else None
     able = [a for a, f in enumerate(choices.factors) if choices.patch[a] - f >= max(f, minimum)]
     if not able:
         return None
@@ -269,7 +271,7 @@ def _validation_seconds(choices: Choices, found: Fingerprint, step: float) -> fl
         math.prod(len(window_starts(n, p, o)) for n, p, o in zip(size, patch, overlap, strict=True))
         for size in np.ceil(sizes).astype(int).tolist()
     )
-    # samples of a training step on one device, times the number of processes, which share the windows
+    # a step computes batch / devices samples on each device; a validation uses one device of each process
     samples = choices.batch / (choices.devices / jax.process_count())
     return windows / choices.folds * step / samples / 3
 
@@ -307,7 +309,7 @@ class StepTimes:
             write_json(self._path, known)
         elif not self._said:
             self._said = True
-            log.say(f"time       of a step: measured earlier; to measure it again, delete {self._path}")
+            log.say(f"time       the step time was measured earlier; to measure it again, delete {self._path}")
         return known[key]
 
 

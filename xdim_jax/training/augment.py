@@ -71,7 +71,8 @@ def augment_sample(
     Returns:
         Image and label, of the same shapes.
     """
-    root = jax.random.wrap_key_data(key, impl="threefry2x32")  # whatever the default is on this machine
+    # not JAX's default generator, which may differ between machines
+    root = jax.random.wrap_key_data(key, impl="threefry2x32")
     # every transform has its own key, so switching one off does not change the others
     keys = {name: jax.random.fold_in(root, number) for name, number in STREAMS.items()}
     if any(name in active for name in _GEOMETRIC):
@@ -206,7 +207,7 @@ def sample_nearest(label: jax.Array, coords: list[jax.Array]) -> jax.Array:
 
 
 def _by_channel(values: Mapping[str, Any], key: jax.Array, image: jax.Array, changed: jax.Array) -> jax.Array:
-    """Return each channel of the changed image with probability p, and of the original image otherwise."""
+    """Return an image whose channels are, each with probability p, those of ``changed``, and else of ``image``."""
     return jnp.where(_is_applied(key, values["p"], (image.shape[-1],)), changed, image)
 
 

@@ -53,7 +53,7 @@ class Progress:
     """Values, other than the training state, that change from step to step. They are saved with every checkpoint.
 
     Attributes:
-        score_sum: For each region, the sum of its training scores over the steps of this epoch that have one.
+        score_sum: For each region, the sum of its training scores in this epoch, without steps that have none.
         score_steps: For each region, the number of these steps.
         validates: True once the training score of an epoch has exceeded ``train.validate_after_score``.
     """
@@ -224,7 +224,7 @@ class RunController:
             self.finished = True
 
     def program_is_compiled(self) -> None:
-        """Record that the step is compiled. From now on, signals stop the run after a step, so it can be saved."""
+        """Record that the step is compiled. From now on, a signal stops the run after a step, when it can be saved."""
         self._saved_at = self._recorded_at = time.monotonic()
         self.run.stop.busy = True
 
@@ -252,7 +252,7 @@ class RunController:
         return {k: v for k, v in batch.items() if k != "digest"} | request
 
     def after_step(self, metrics: dict[str, Any], state: Any, *, runs: int = 1) -> None:
-        """Record, save and validate if it is due, and decide whether the run ends. Call this after each step.
+        """Record the metrics, save and validate if due, and decide whether the run ends. Call this after each step.
 
         Args:
             metrics: Metrics of the step.
@@ -377,7 +377,8 @@ class RunController:
         dice = sum(scores.values()) / len(scores) if scores else math.nan
         if not math.isfinite(dice):
             raise UserError(f"the validation Dice at step {step} is {dice}; check the validation cases in split.json")
-        if checkpoint.save_best(run.checkpoints, step, *weights, dice):  # before the score is recorded
+        # before the score is recorded: a run that is killed in between validates again when it is resumed
+        if checkpoint.save_best(run.checkpoints, step, *weights, dice):
             run.label_maps.keep()
         run.label_maps.discard()
         shown = " ".join(f"{name} {score:.3f}" for name, score in scores.items())

@@ -73,7 +73,7 @@ class OpenRun:
     lock: IO[bytes] | None = None
 
     def close(self) -> None:
-        """Close records and checkpoints when they are written. Raises UserError if a checkpoint cannot be written."""
+        """Wait until records and checkpoints are written, and close them. Raises UserError if writing has failed."""
         try:
             close_recorder(self.run.recorder)
             checkpoint.close(self.run.checkpoints)
@@ -201,8 +201,8 @@ def _start_network(
     """Build the network with its initial weights, and write the config to the workdir.
 
     If the run ``resumes`` from a checkpoint, the network is randomly initialised, because the checkpoint replaces its
-    weights. A run that has ``started`` but cannot be resumed was killed after its first best weights were saved and
-    before a state was saved; it starts again.
+    weights. A run that has ``started`` but cannot be resumed has best weights and no state, for example because the
+    folder of the checkpoints was deleted; it starts again.
     """
     graphdef, params, stats = make_network(config.model, seed=config.seed, remat=config.train.remat, axis=devices.axis)
     count = networks.count_parameters(params)
@@ -250,10 +250,10 @@ def _describe(config: Config, dataset: Dataset, data: RunData, per_epoch: int, w
 
 
 def _schedule_problems(schedule: Config, epochs: int) -> Iterator[str]:
-    """Yield a message for each phase of the ``optim.schedule`` section of a config that the run does not complete."""
+    """Yield a message for each phase of the learning-rate schedule that is longer than the run."""
     for key, missed in (("warmup_epochs", "reaches its peak"), ("constant_epochs", "decreases")):
         used = key == "warmup_epochs" or schedule.name == "constant_then_cosine"
-        if used and schedule[key] > epochs:
+        if used and (schedule[key] > epochs or (key == "constant_epochs" and schedule[key] == epochs)):
             yield (
                 f"config.optim.schedule.{key}={schedule[key]:g}, but config.train.epochs={epochs}: the learning rate "
                 f"never {missed}; lower the first value, or raise the second one"
