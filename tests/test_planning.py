@@ -615,6 +615,9 @@ def test_a_picture_that_does_not_fit_is_an_error_of_the_memory(linear_memory):
     picture = chosen(fingerprint(size=[1, 512, 512], spacing=[1.0, 0.5, 0.5]))
     with pytest.raises(UserError, match=r"--memory=.*is not enough.*64x64, batch 1"):
         machine.fit_memory(picture, 4096 * 32 * 32, linear_memory, lambda line: None)
+    small = chosen(fingerprint(size=[1, 32, 32]))
+    with pytest.raises(UserError, match=r"--memory=.*is not enough.*32x32, batch 2"):
+        machine.fit_memory(small, 4096 * 32 * 32, linear_memory, lambda line: None)
 
 
 def test_more_time_is_more_steps():
@@ -707,6 +710,17 @@ def test_axes_that_are_coarse_already_keep_their_spacing():
     wide = {"voxels": 9000, "slices": 20, "extent": [40.0, 144.0, 40.0]}
     found = fingerprint(size=[256, 256, 20], spacing=[1.0, 1.0, 2.9], foreground=wide)
     assert chosen(found).prepare["spacing"] == (1.5, 1.5, 2.9), "144 mm in 96 voxels"
+    long = {"voxels": 9000, "slices": 20, "extent": [40.0, 80.0, 200.0]}
+    found = fingerprint(size=[256, 256, 90], spacing=[1.0, 1.0, 2.9], foreground=long)
+    assert chosen(found).prepare["spacing"] == (1.0, 1.0, 2.9), "200 mm in 69 voxels"
+
+
+def test_a_finer_axis_does_not_make_the_others_coarser():
+    """Slices of 0.5 mm: the first reduction is along them, and pixels of 1 mm keep their size."""
+    found = fingerprint(size=[400, 200, 200], spacing=[0.5, 1.0, 1.0])
+    slow = slower(found, chosen(found), 5.0, 1e-5)
+    assert chosen(found).patch == (96, 96, 96) and slow.patch == (64, 96, 96)
+    assert slow.prepare["spacing"] == (0.5, 1.0, 1.0)
 
 
 def test_a_patch_that_was_larger_than_the_image_covers_as_much_after_it_is_reduced():

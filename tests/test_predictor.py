@@ -517,7 +517,7 @@ def test_paths_from_python(flat, predictor, found, image, tmp_path):
     saved = nib.load(tmp_path / "saved.nii.gz")
     np.testing.assert_array_equal(saved.affine, affine)
     np.testing.assert_array_equal(np.asarray(saved.dataobj), found.label.transpose(2, 1, 0))
-    with pytest.raises(UserError, match="array.*predict from a file"):
+    with pytest.raises(UserError, match=r"array.*predict from a file"):
         found.save(tmp_path / "no.nii.gz")
     with pytest.raises(UserError, match=r"\.nii\.gz or \.nii"):
         of_files.save(tmp_path / "no.png")

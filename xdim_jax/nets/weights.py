@@ -36,11 +36,8 @@ from xdim_jax.nets.layers import Depth, ShapesOnly
 
 FORMAT = "xdim_jax weights 1"
 UNUSED = "unused/"
-CHECKED = (
-    "padding",
-    "eps",
-    "depth",
-)  # properties of an encoder that must be as in its training, unless the caller accepts a difference
+# properties of an encoder that must be as in its training, unless the caller accepts a difference
+CHECKED = ("padding", "eps", "depth")
 _SHOWN = 4  # number of names in each list of an error message
 
 
@@ -462,10 +459,10 @@ def load(
             network, both ``weights.names`` and ``names`` are given, and no two channels have the same name.
         accept: Properties among `CHECKED` that may differ between the encoders. The depth axis may not.
         require: True to raise an error if the model sections differ, or if an array exists on one side only or has
-            another shape. False to skip such arrays; those of the network keep their values. 2D weights that are
-            inflated must be complete in any case. If both
+            another shape. False to skip such arrays; those of the network keep their values. If both
             ``weights.names`` and ``names`` are given, there are two exceptions: arrays of another shape are adapted if
-            possible, and arrays of deep supervision that exist on one side only are skipped.
+            possible, and arrays of deep supervision that exist on one side only are skipped. 2D weights that are
+            inflated must be complete in any case.
         names: Meaning of the channels of the network; None if it is not known.
 
     Returns:

@@ -415,7 +415,9 @@ def _volume_spacing(found: Fingerprint, axis: int, platform: str) -> tuple[tuple
     else:
         text += f"; the median is {', '.join(f'{v:.3g}' for v in spacing)} mm"
     side = _MAX_SIDE.get(platform, 128)
-    wanted = _rounded(min(float(found.extent()[plane].max()) / side, _coarsest(found, plane)), 3)
+    needed = found.extent()[plane] / side  # spacing at which the structures fit along an axis
+    needed = float(needed[needed > spacing[plane]].max(initial=0))
+    wanted = _rounded(min(needed, _coarsest(found, plane)), 3)
     if wanted > _MIN_COARSER * spacing[plane].min():
         spacing = np.maximum(spacing, wanted)
         text += (
@@ -441,12 +443,12 @@ def _coarsest(found: Fingerprint, plane: Sequence[int]) -> float:
 def coarsen(choices: Choices, found: Fingerprint, before: tuple[int, ...]) -> Choices:
     """Return choices of a 3D network with a larger spacing, and with new values of all choices that depend on it.
 
-    The smallest spacing is multiplied by a factor, so that a reduced patch covers as much of the image as before, and
-    every axis with a smaller spacing than the result gets it. Along one axis, the factor is the length that the patch
-    covered before, divided by the length that it covers now. The common factor is the geometric mean over the axes that
-    have the smallest spacing and along which images are larger than the patch. A factor below `_MIN_COARSER` is not
-    applied, and the new spacing is at most that of `_coarsest`. The patch is not larger than the images at the new
-    spacing.
+    The smallest in-plane spacing is multiplied by a factor, so that a reduced patch covers as much of the image as
+    before, and every axis with a smaller spacing than the result gets it. Along one axis, the factor is the length that
+    the patch covered before, divided by the length that it covers now. The common factor is the geometric mean over the
+    axes whose spacing is this smallest one (up to the factor `_MIN_COARSER`) and along which images are larger than the
+    patch. A factor below `_MIN_COARSER` is not applied, and the new spacing is at most that of `_coarsest`. The patch
+    is not larger than the images at the new spacing.
 
     Args:
         choices: The choices so far.
@@ -458,7 +460,8 @@ def coarsen(choices: Choices, found: Fingerprint, before: tuple[int, ...]) -> Ch
     plane = [a for a in range(3) if a != axis]
     finest = spacing[plane].min()
     patch, size = np.array(choices.patch), _typical_largest(found.prepared_sizes(tuple(spacing), cropped=cropped))
-    lost = (np.minimum(before, size) / patch)[(spacing < _MIN_COARSER * finest) & (size > patch)]
+    equal = (spacing < _MIN_COARSER * finest) & (spacing > finest / _MIN_COARSER)
+    lost = (np.minimum(before, size) / patch)[equal & (size > patch)]
     wanted = min(finest * float(np.prod(lost) ** (1 / max(len(lost), 1))), _coarsest(found, plane))
     wanted = _rounded(wanted, 3)
     if wanted < _MIN_COARSER * finest:

@@ -122,7 +122,8 @@ def _smaller(choices: Choices, excess: float) -> Choices | None:
         return choices.change(batch=max(2, unit, fewer))
     patch = _smaller_patch(choices, _MIN_SIDES[choices.network])
     if patch is None and choices.batch > unit:
-        return choices.change(batch=unit)
+        one = choices.change(batch=unit)
+        return one if one.accepts(one.patch) else None
     patch = patch or _smaller_patch(choices, 1)
     return _with_patch(choices, patch) if patch else None
 
@@ -194,7 +195,7 @@ def fit_time(
         reasons["batch"] = f"{choices.reasons['batch']}; then reduced to {choices.batch}: {text}"
     if choices.patch != first.patch:
         reasons["patch"] = f"{choices.reasons['patch']}; reduced from {'x'.join(map(str, first.patch))}: {text}"
-    if choices.batch == 1 < first.batch and choices.dice == "batch":
+    if choices.batch == 1 and choices.dice == "batch":
         reasons["dice"] = f"{choices.reasons['dice']}; with one sample in a batch, this is the Dice of each sample"
     cap = min(_MAX_STEPS, 2000 + _STEPS_PER_CASE * len(found.cases))
     validation = _validation_seconds(choices, found, step)

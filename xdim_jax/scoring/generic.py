@@ -19,7 +19,7 @@ DEFAULT_METRICS = ("dice", "assd_pooled", "hd95_pooled")
 
 
 def find(folder: Path) -> dict[str, LabelMap]:
-    """Return all images in a folder by case id: the file name without suffix and ``_seg``, ``-seg`` or ``_gt``."""
+    """Return all images in a folder by case id, see `xdim_jax.data.images.names.case_of_label`."""
 
     def name_of(path: Path) -> str | None:
         return case_of_label(strip_suffix(path.name) or "")

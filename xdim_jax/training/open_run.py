@@ -250,7 +250,7 @@ def _describe(config: Config, dataset: Dataset, data: RunData, per_epoch: int, w
 
 
 def _schedule_problems(schedule: Config, epochs: int) -> Iterator[str]:
-    """Yield a message for each phase of the learning-rate schedule that is longer than the run."""
+    """Yield a message for a warm-up that the run does not complete, and for a constant phase that it does not leave."""
     for key, missed in (("warmup_epochs", "reaches its peak"), ("constant_epochs", "decreases")):
         used = key == "warmup_epochs" or schedule.name == "constant_then_cosine"
         if used and (schedule[key] > epochs or (key == "constant_epochs" and schedule[key] == epochs)):
