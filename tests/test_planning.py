@@ -620,6 +620,11 @@ def test_a_picture_that_does_not_fit_is_an_error_of_the_memory(linear_memory):
         machine.fit_memory(small, 4096 * 32 * 32, linear_memory, lambda line: None)
 
 
+def slower(found, choices, hours, factor):
+    """Plan for a machine that needs so many seconds for a voxel of a batch."""
+    return machine.fit_time(choices, found, hours, lambda c: factor * np.prod(c.patch) * c.batch, lambda line: None)
+
+
 def test_more_time_is_more_steps():
     found, choices = fingerprint(), chosen(fingerprint())
     quick = machine.fit_time(choices, found, 0.25, lambda c: 0.1, lambda line: None)
@@ -633,7 +638,7 @@ def test_more_time_is_more_steps():
 def test_a_slow_machine_gets_smaller_patches():
     found, choices = fingerprint(), chosen(fingerprint())
     voxels = np.prod(choices.patch)
-    slow = machine.fit_time(choices, found, 2.0, lambda c: 6.0 * np.prod(c.patch) * c.batch / voxels, lambda line: None)
+    slow = slower(found, choices, 2.0, 6.0 / voxels)
     reason = slow.reasons["patch"]
     assert slow.patch[1:] == (64, 64) and slow.batch == 1 and "minimum 400" in reason
     assert reason.count("reduced from") == 1 and f"from {'x'.join(map(str, choices.patch))}:" in reason
@@ -656,7 +661,7 @@ def test_a_smaller_patch_of_thick_slices_has_larger_pixels(axis):
     size[axis], spacing[axis] = 30, 5.0
     found = fingerprint(size=size, spacing=spacing)
     choices = chosen(found)
-    slow = machine.fit_time(choices, found, 2.0, lambda c: 3e-5 * np.prod(c.patch) * c.batch, lambda line: None)
+    slow = slower(found, choices, 2.0, 3e-5)
     plane = [a for a in range(3) if a != axis]
     assert choices.prepare["spacing"][axis] == slow.prepare["spacing"][axis] == 5.0
     assert {choices.patch[a] for a in plane} == {96} and {slow.patch[a] for a in plane} == {64}
@@ -673,7 +678,7 @@ def test_a_smaller_patch_of_a_volume_keeps_its_size_in_mm():
     found = fingerprint(size=[160] * 3, foreground={"voxels": 9000, "slices": 20, "extent": [60.0, 60.0, 60.0]})
     choices = chosen(found)
     assert choices.patch == (96, 96, 96) and choices.prepare["spacing"] == (1.0, 1.0, 1.0)
-    slow = machine.fit_time(choices, found, 2.0, lambda c: 1e-5 * np.prod(c.patch) * c.batch, lambda line: None)
+    slow = slower(found, choices, 2.0, 1e-5)
     assert slow.patch == (64, 64, 64) and slow.prepare["spacing"] == (1.5, 1.5, 1.5)
     assert "increased to 1.5 mm" in slow.reasons["spacing"]
     small = {"organ": {"voxels": 113, "slices": 6, "extent": [6.0] * 3, "components": 1, "largest": 1.0}}
@@ -682,7 +687,7 @@ def test_a_smaller_patch_of_a_volume_keeps_its_size_in_mm():
     )
     cases = {name: facts | {"structures": small} for name, facts in found.cases.items()}
     found = Fingerprint(cases, ("T1",), ("organ",))
-    slow = machine.fit_time(chosen(found), found, 2.0, lambda c: 1e-5 * np.prod(c.patch) * c.batch, lambda line: None)
+    slow = slower(found, chosen(found), 2.0, 1e-5)
     assert slow.patch == (64, 64, 64) and slow.prepare["spacing"] == pytest.approx((1.2, 1.2, 1.2), abs=0.01)
 
 
@@ -691,13 +696,8 @@ def test_coarser_voxels_do_not_leave_a_patch_that_is_larger_than_the_image():
     thin = fingerprint(size=[50, 300, 300], spacing=[1.0, 1.0, 1.0])
     large = chosen(thin, platform="gpu")
     assert large.patch == (56, 128, 128)
-    slow = machine.fit_time(large, thin, 2.0, lambda c: 1e-5 * np.prod(c.patch) * c.batch, lambda line: None)
+    slow = slower(thin, large, 2.0, 1e-5)
     assert slow.prepare["spacing"] == (2.0, 2.0, 2.0) and slow.patch == (28, 64, 64)
-
-
-def slower(found, choices, hours, factor):
-    """Plan for a machine that needs so many seconds for a voxel of a batch."""
-    return machine.fit_time(choices, found, hours, lambda c: factor * np.prod(c.patch) * c.batch, lambda line: None)
 
 
 def test_axes_that_are_coarse_already_keep_their_spacing():

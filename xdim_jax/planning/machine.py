@@ -4,7 +4,6 @@ The memory limits the patch and the batch. The available time limits the number 
 steps, the batch and the patch become smaller, and the voxels larger.
 """
 
-import dataclasses
 import json
 import math
 import time
@@ -270,7 +269,7 @@ def _validation_seconds(choices: Choices, found: Fingerprint, step: float) -> fl
     overlap = (0.0, 0.5, 0.5) if choices.flat else (0.5, 0.5, 0.5)
     windows = sum(
         math.prod(len(window_starts(n, p, o)) for n, p, o in zip(size, patch, overlap, strict=True))
-        for size in np.ceil(sizes).astype(int).tolist()
+        for size in sizes.astype(int).tolist()
     )
     # a step computes batch / devices samples on each device; a validation uses one device of each process
     samples = choices.batch / (choices.devices / jax.process_count())
@@ -298,9 +297,8 @@ class StepTimes:
             "processor": processor(),
             "jax": jax.__version__,
             **{
-                f.name: getattr(choices, f.name)
-                for f in dataclasses.fields(choices)
-                if f.name in ("network", "patch", "batch", "strides", "axis", "pretrained", "precision", "output")
+                name: getattr(choices, name)
+                for name in ("network", "patch", "batch", "strides", "axis", "pretrained", "precision", "output")
             },
         }
         key = json.dumps(setting, sort_keys=True)

@@ -251,9 +251,12 @@ def _describe(config: Config, dataset: Dataset, data: RunData, per_epoch: int, w
 
 def _schedule_problems(schedule: Config, epochs: int) -> Iterator[str]:
     """Yield a message for a warm-up that the run does not complete, and for a constant phase that it does not leave."""
-    for key, missed in (("warmup_epochs", "reaches its peak"), ("constant_epochs", "decreases")):
-        used = key == "warmup_epochs" or schedule.name == "constant_then_cosine"
-        if used and (schedule[key] > epochs or (key == "constant_epochs" and schedule[key] == epochs)):
+    constant = schedule.name == "constant_then_cosine" and schedule.constant_epochs >= epochs
+    for key, too_long, missed in (
+        ("warmup_epochs", schedule.warmup_epochs > epochs, "reaches its peak"),
+        ("constant_epochs", constant, "decreases"),
+    ):
+        if too_long:
             yield (
                 f"config.optim.schedule.{key}={schedule[key]:g}, but config.train.epochs={epochs}: the learning rate "
                 f"never {missed}; lower the first value, or raise the second one"
